@@ -1,0 +1,354 @@
+"""What a person may set: `params.yaml`, checked once, then trusted.
+
+Values come from two files: `components/scales.yaml` (what each scale derives) and
+`params.yaml` (what a person overrides). The classes below give type, meaning and
+bounds, and no values: DVC watches the files, so no default may hide in code.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Scale = Literal["smoke", "laptop", "gpu", "cluster"]
+SCALES_FILE = Path(__file__).with_name("scales.yaml")
+
+
+class InputError(ValueError):
+    """Wrong input that its giver can mend: *where: what, with its value; what is allowed or what to run*."""
+
+
+class Refused(Exception):
+    """A gate said no (data validation or promotion). The command exits with 3."""
+
+
+class Section(BaseModel):
+    """One section of `params.yaml`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _names(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+class CollectConfig(Section):
+    """Gathering the raw data into datasets."""
+
+    modules: list[str]
+    """Standard-library packages to read (top-level names); empty means all of them."""
+    conversations: int = Field(ge=100)
+    """Reference training conversations to write."""
+    questions: int = Field(ge=10)
+    """Held-out questions per suite; each reported figure needs 300 or more to be worth quoting."""
+    held_out_share: float = Field(gt=0, lt=0.5)
+    """Share of symbols, and of modules, that training never sees; share of rows held out of a user's dataset."""
+    near_duplicate_similarity: float = Field(gt=0.5, le=1)
+    """Estimated Jaccard similarity of word 5-grams at which a document counts as a near-duplicate."""
+
+
+class ValidateConfig(Section):
+    """The gate on data."""
+
+    max_failed_share: float = Field(ge=0, le=0.2)
+    """Share of rows of a shard that may fail a row-wise expectation before the dataset is refused."""
+
+
+class TrainTokenizerConfig(Section):
+    """Byte-level BPE."""
+
+    vocab_size: int = Field(ge=320, le=262_144)
+    """Entries, special tokens and the 256 bytes included."""
+    max_documents: int = Field(ge=1)
+    """Documents (and as many conversations) sampled to learn merges from."""
+
+
+class PrepareConfig(Section):
+    """Token rows for training."""
+
+    seq_len: int = Field(ge=32)
+    """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
+    copy_share: float = Field(ge=0, lt=1)
+    """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
+
+
+class ModelConfig(Section):
+    """Shape of the decoder."""
+
+    embed_dim: int = Field(ge=8)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Blocks."""
+    num_heads: int = Field(ge=1)
+    """Query heads."""
+    num_kv_heads: int = Field(ge=1)
+    """Key and value heads; fewer than num_heads is grouped-query attention."""
+    head_dim: int = Field(ge=4)
+    """Width of one head."""
+    hidden_dim: int = Field(ge=8)
+    """Inner width of the SwiGLU feed-forward."""
+    max_seq_len: int = Field(ge=32)
+    """Longest context in tokens, prompt and answer together."""
+    rope_theta: float = Field(gt=1)
+    """Base of the rotary position frequencies."""
+    qk_norm: bool
+    """RMSNorm on queries and keys: Qwen3's format; without it the format is Llama's."""
+    tie_embeddings: bool
+    """One matrix for embedding and output head."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
+        return self
+
+
+class TrainConfig(Section):
+    """What every training stage of the one loop shares."""
+
+    dataset: str | list[str]
+    """Name of the dataset, or list of names, to learn from (`loopwright data list`)."""
+    optimizer: Literal["adamw", "muon"]
+    """muon: Muon on the block matrices, AdamW on embeddings and norms."""
+    max_steps: int = Field(ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(ge=1)
+    """Rows per optimizer step."""
+    micro_batch_size: int = Field(ge=1)
+    """Rows per forward pass; the rest is gradient accumulation."""
+    learning_rate: float = Field(gt=0)
+    """Peak rate of AdamW."""
+    muon_learning_rate: float = Field(gt=0)
+    """Peak rate of Muon."""
+    warmup_steps: int = Field(ge=0)
+    """Linear warm-up."""
+    decay_share: float = Field(ge=0, le=1)
+    """Last share of the steps in which the rate falls linearly to zero."""
+    weight_decay: float = Field(ge=0)
+    """Decoupled weight decay on matrices."""
+    max_grad_norm: float = Field(gt=0)
+    """Gradients are clipped to this global norm."""
+    precision: Literal["auto", "fp32", "bf16"]
+    """auto: bf16 weights with fp32 masters where the machine multiplies bf16 faster, else fp32."""
+    compile: Literal["auto", "on", "off"]
+    """torch.compile; auto: on CUDA only."""
+    checkpoint_seconds: float = Field(gt=0)
+    """Wall time between resumable checkpoints."""
+    log_steps: int = Field(ge=1)
+    """Steps between progress lines and logged metrics."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"
+            )
+        return self
+
+    @property
+    def datasets(self) -> list[str]:
+        return _names(self.dataset)
+
+
+class PretrainConfig(TrainConfig):
+    """Causal language modelling from scratch."""
+
+
+class TuneConfig(TrainConfig):
+    """Instruction tuning of the pretrained base into the agent."""
+
+
+class EvaluateConfig(Section):
+    """What the agent is measured on."""
+
+    batch_size: int = Field(ge=1)
+    """Questions answered side by side."""
+    max_questions: int = Field(ge=1)
+    """Questions per suite at most."""
+    max_new_tokens: int = Field(ge=8)
+    """Tokens per model turn at most."""
+    documents_tokens: int = Field(ge=256)
+    """Held-out tokens read for bits per byte."""
+
+
+class ServeConfig(Section):
+    """The prediction endpoint."""
+
+    max_body_bytes: int = Field(ge=1024)
+    """Larger request bodies are answered with 413."""
+    max_new_tokens: int = Field(ge=1)
+    """Tokens per model turn where the request sets no limit."""
+    max_steps: int = Field(ge=1)
+    """Model turns per answer; the last one may not call a tool."""
+    max_waiting: int = Field(ge=1)
+    """Requests that may wait for a slot before 429."""
+    follow_seconds: float = Field(gt=0)
+    """Time between looks at the registry alias."""
+
+
+class Params(Section):
+    """All of `params.yaml`, resolved."""
+
+    scale: Scale
+    """The one dial: every value below is derived from it unless set."""
+    seed: int = Field(ge=0)
+    """Seed of every random choice."""
+    collect: CollectConfig
+    validate_: ValidateConfig = Field(alias="validate")
+    train_tokenizer: TrainTokenizerConfig
+    prepare: PrepareConfig
+    model: ModelConfig
+    pretrain: PretrainConfig
+    tune: TuneConfig
+    evaluate: EvaluateConfig
+    serve: ServeConfig
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Params:
+        if self.prepare.seq_len > self.model.max_seq_len:
+            raise ValueError(f"prepare.seq_len: {self.prepare.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+        return self
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where a project keeps things; the outs of `dvc.yaml` under the names the code uses."""
+
+    root: Path
+
+    @property
+    def home(self) -> Path:
+        """The state folder: databases, logs, checkpoints; never an out of DVC."""
+        return (self.root / os.environ.get("LOOPWRIGHT_HOME", "var")).resolve()
+
+    @property
+    def params(self) -> Path:
+        return self.root / "params.yaml"
+
+    @property
+    def expectations(self) -> Path:
+        return self.root / "data/expectations"
+
+    @property
+    def added(self) -> Path:
+        """Datasets a user brought with `data add`."""
+        return self.root / "data/added"
+
+    @property
+    def collected(self) -> Path:
+        """One folder per dataset, written by `collect`."""
+        return self.root / "data/collected"
+
+    @property
+    def knowledge(self) -> Path:
+        """The agent's facts: symbols, relations and a search index."""
+        return self.root / "data/knowledge.sqlite"
+
+    @property
+    def validation(self) -> Path:
+        return self.root / "data/validation"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "data/tokenizer"
+
+    @property
+    def tokens(self) -> Path:
+        return self.root / "data/tokens"
+
+    @property
+    def base(self) -> Path:
+        return self.root / "data/models/base"
+
+    @property
+    def agent(self) -> Path:
+        return self.root / "data/models/agent"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "data/evaluation"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "data/metrics"
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The project folder: the nearest one upwards that has a `dvc.yaml` and a `params.yaml`."""
+    start = (start or Path.cwd()).resolve()
+    for folder in (start, *start.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
+            return folder
+    raise InputError(f"{start}: no Loopwright project here or above (no dvc.yaml with params.yaml); run inside a clone")
+
+
+def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
+    """Read `params.yaml` over the values of its scale.
+
+    `overrides` maps `section.key` (or `scale`, `seed`) to a value that wins over the file.
+
+    Raises: InputError naming the file, the key and its value.
+    """
+    given = _read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        _assign(given, dotted, value)
+    scales = _read_yaml(SCALES_FILE)
+    scale = given.get("scale")
+    if scale not in scales or scale == "all":
+        raise InputError(f"{path.name}: scale: {scale!r} is not one of smoke, laptop, gpu, cluster")
+    values = _merge(_merge(scales["all"], scales[scale]), given, where=path.name)
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_first_error(error)}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run inside a Loopwright project") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected sections such as 'pretrain:', found {type(value).__name__}")
+    return value
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    section, _, key = dotted.partition(".")
+    if not key:
+        values[section] = value
+        return
+    known = values.get(section)
+    values[section] = {**(known if isinstance(known, dict) else {}), key: value}
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml") -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(base.get(key), dict):
+            if value is not None and not isinstance(value, dict):
+                raise InputError(f"{where}: {key}: expected a section, found {value!r}")
+            merged[key] = {**base[key], **(value or {})}
+        else:
+            merged[key] = value
+    return merged
+
+
+def _first_error(error: ValidationError) -> str:
+    """`section.key: value: reason`, from the first of pydantic's errors."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key; see components/config.py for the keys of each section"
+    value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
+    return f"{place}: {value}{reason}" if place else f"{value}{reason}"
