@@ -1,0 +1,346 @@
+"""Text to token ids and back: byte-level BPE that splits names and digits so that copying is learnable.
+
+Chats are rendered by the Jinja template that lies in the model folder, the same at training and
+serving; its `generation` block is the training mask. Call arguments stand as raw text, one
+spelling with the user's words, unless the text could be read as JSON.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from components.config import InputError
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|call|>",
+    "<|argument|>",
+    "<|value|>",
+    "<|tools|>",
+    "<|document|>",
+)
+TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+
+# Words and the parts of camelCase take a leading space; each digit, mark and underscore stands alone.
+SPLIT = (
+    r" ?\p{Lu}+(?!\p{Ll})| ?\p{Lu}?[\p{Ll}\p{Lt}\p{Lm}\p{Lo}\p{M}]+|\p{N}"
+    r"|\s+(?!\S)|\s|[^\s\p{L}\p{N}]"
+)
+# Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_SPECIAL = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call that the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn: words, calls, or both."""
+
+    content: str
+    calls: tuple[Call, ...] = ()
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the model writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads this attribute of the class
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn byte-level BPE merges; `vocab_size` counts the special tokens and the 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face's loaders expect them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATE_FILE.read_text(encoding="utf-8"),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class ChatTokenizer:
+    """The tokenizer of a model folder together with its chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        self._tokenizer = tokenizer
+        # Text never turns into a special token: rendered chats name theirs explicitly (see _parts).
+        self._tokenizer.encode_special_tokens = True
+        self._template = _compile(template)
+        self._ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        if None in self._ids.values():
+            missing = [token for token, number in self._ids.items() if number is None]
+            raise InputError(f"tokenizer.json: special tokens {missing} are missing; train it with this project")
+        self._names = {number: token for token, number in self._ids.items()}
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.pad_id: int = self._ids["<|pad|>"]
+        self.end_id: int = self._ids["<|end|>"]
+        self.document_id: int = self._ids["<|document|>"]
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        """Read a tokenizer or model folder.
+
+        Raises: InputError when a file is missing or unreadable.
+        """
+        # The library's threads and a forked stage do not mix; it only warns where this is not said.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+        except Exception as error:
+            raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+        return cls(tokenizer, template)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """The bytes of each token id; empty for special tokens."""
+        alphabet = _byte_of_character()
+        table = [b""] * self.vocab_size
+        for text, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if number not in self._names:
+                table[number] = bytes(alphabet[character] for character in text)
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it is read as a special token."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens have none, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes[number] for number in ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> TextStream:
+        """Turn ids into text one at a time."""
+        return TextStream(self._bytes)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat as one text, special tokens spelled out."""
+        return "".join(text for text, _ in self._render(messages, tools, add_generation_prompt))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a chat and their training mask (1: the model writes this token, learn it)."""
+        return self.encode_chats([(messages, tools)], add_generation_prompt)[0]
+
+    def encode_chats(
+        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """`encode_chat` of many `(messages, tools)`, with one call to the tokenizer for all their text."""
+        rendered = [self._parts(messages, tools, add_generation_prompt) for messages, tools in chats]
+        encoded = iter(self.encode_batch([text for parts in rendered for text, number, _ in parts if number is None]))
+        chats_ids = []
+        for parts in rendered:
+            ids: list[int] = []
+            mask: list[int] = []
+            for _, number, learned in parts:
+                piece = next(encoded) if number is None else [number]
+                ids += piece
+                mask += [int(learned)] * len(piece)
+            chats_ids.append((ids, mask))
+        return chats_ids
+
+    def parse_turn(self, ids: Iterable[int]) -> Turn:
+        """Read what the model wrote after <|assistant|>, up to <|end|>."""
+        fields = list(self._fields(ids))
+        content = "".join(text for kind, text in fields if kind == "")
+        calls: list[Call] = []
+        key = ""
+        for kind, text in fields:
+            if kind == "<|call|>":
+                calls.append(Call(text, {}))
+            elif kind == "<|argument|>":
+                key = text
+            elif kind == "<|value|>" and calls:
+                calls[-1].arguments[key] = _read_value(text)
+        return Turn(content, tuple(calls))
+
+    def _fields(self, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """`(special token, text after it)`; the first has no token before it."""
+        kind, piece = "", list[int]()
+        for number in ids:
+            if number not in self._names:
+                piece.append(number)
+                continue
+            yield kind, self.decode(piece).removeprefix(" ")
+            kind, piece = self._names[number], []
+            if number == self.end_id:
+                return
+        yield kind, self.decode(piece).removeprefix(" ")
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> list[tuple[str, bool]]:
+        """`(text, the model writes it)` in order."""
+        if isinstance(tools, str):
+            tools = json.loads(tools)
+        rendered = self._template.render(
+            messages=[_plain(message) for message in messages],
+            tools=_defused(tools) or None,
+            add_generation_prompt=prompt,
+        )
+        pieces = []
+        for index, text in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", rendered)):
+            if text:
+                pieces.append((text, index % 2 == 1))
+        return pieces
+
+    def _parts(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool
+    ) -> list[tuple[str, int | None, bool]]:
+        """`(text, its id when it is a special token of the template, the model writes it)` in order."""
+        return [
+            (part, self._ids.get(part), learned)
+            for text, learned in self._render(messages, tools, prompt)
+            for part in _RENDERED.split(text)
+            if part
+        ]
+
+
+_RENDERED = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
+
+
+class TextStream:
+    """Ids in, text out, never half a character."""
+
+    def __init__(self, table: Sequence[bytes]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, number: int) -> str:
+        """Text that became complete with this id; may be empty."""
+        return self._decoder.decode(self._table[number])
+
+    def flush(self) -> str:
+        """What is left: U+FFFD when the last character never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as the template wants it: text content, parsed arguments, no special token in anyone's text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = call["function"]
+        arguments = function["arguments"]
+        calls.append(
+            {
+                "name": _defused(function["name"]),
+                "arguments": _defused(json.loads(arguments) if isinstance(arguments, str) else arguments),
+            }
+        )
+    return {"role": message["role"], "content": _defused(content), "tool_calls": calls}
+
+
+def _defused(value: Any) -> Any:
+    """The value with a space put into every spelled-out special token, so that no text can open a turn."""
+    if isinstance(value, str):
+        return _SPECIAL.sub("<| ", value).replace(_OPEN, "").replace(_CLOSE, "")
+    if isinstance(value, Mapping):
+        return {_defused(key): _defused(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_defused(item) for item in value]
+    return value
+
+
+def _read_value(text: str) -> Any:
+    """The inverse of the template's rule for argument values."""
+    if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level BPE (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    for offset, byte in enumerate(sorted(set(range(256)) - set(printable))):
+        table[chr(256 + offset)] = byte
+    return table

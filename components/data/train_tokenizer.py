@@ -1,0 +1,55 @@
+"""Stage: learn the tokenizer from a sample of the training rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+
+from components.config import InputError
+from components.data import tokenizer as bpe
+from components.data.datasets import Row, in_test_split, read_info, read_rows, write_json
+from components.stage import StageRun
+
+
+def train_tokenizer(run: StageRun) -> None:
+    """Write `data/tokenizer`.
+
+    Raises: InputError when the datasets hold no text.
+    """
+    config = run.params.train_tokenizer
+    texts = list(_sample(run, config.max_documents))
+    if not any(texts):
+        raise InputError('data/collected: no text to learn a tokenizer from; run "loopwright data list"')
+    run.progress(0, 1, documents=len(texts))
+    trained = bpe.train(texts, config.vocab_size)
+    bpe.save(trained, run.paths.tokenizer)
+    tokenizer = bpe.ChatTokenizer.load(run.paths.tokenizer)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
+    metrics = {"vocab_size": tokenizer.vocab_size, "documents": len(texts), "bytes_per_token": round(size / tokens, 4)}
+    write_json(run.paths.metrics / "train_tokenizer.json", metrics)
+    run.tracker.metrics({key: float(value) for key, value in metrics.items()})
+    run.progress(1, 1, **metrics)
+
+
+def _sample(run: StageRun, limit: int) -> Iterator[str]:
+    """At most `limit` training texts of each dataset, a seeded choice spread over all of it."""
+    for name in dict.fromkeys([*run.params.pretrain.datasets, *run.params.tune.datasets]):
+        folder = run.paths.collected / name
+        share = min(1.0, 1.2 * limit / max(1, read_info(folder).rows.get("train", 0)))
+        chosen = (row for row in read_rows(folder, "train") if in_test_split(row["id"], share, run.params.seed))
+        yield from (_text(row) for row in islice(chosen, limit))
+
+
+def _text(row: Row) -> str:
+    """The row's words as training will spell them, each turn behind a space."""
+    if "text" in row:
+        return str(row["text"])
+    turns = []
+    for message in row["messages"]:
+        turns.append(" " + (message["content"] or ""))
+        for call in message["tool_calls"] or []:
+            arguments = json.loads(call["function"]["arguments"])
+            turns += [" " + call["function"]["name"], *(f" {key} {value}" for key, value in arguments.items())]
+    return "\n".join(turns)
