@@ -122,10 +122,10 @@ class ChatTokenizer:
         # Text never turns into a special token: rendered chats name theirs explicitly (see _parts).
         self._tokenizer.encode_special_tokens = True
         self._template = _compile(template)
-        self._ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        if None in self._ids.values():
-            missing = [token for token, number in self._ids.items() if number is None]
+        missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
+        if missing:
             raise InputError(f"tokenizer.json: special tokens {missing} are missing; train it with this project")
+        self._ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in SPECIAL_TOKENS}
         self._names = {number: token for token, number in self._ids.items()}
         self.vocab_size: int = tokenizer.get_vocab_size()
         self.pad_id: int = self._ids["<|pad|>"]
@@ -171,6 +171,10 @@ class ChatTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens have none, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes[number] for number in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes of one id; none for a special token."""
+        return self._bytes[number]
 
     def stream(self) -> TextStream:
         """Turn ids into text one at a time."""

@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make run` and `make test`.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip's settings reach uv too: a folder of wheels (a CPU build of torch, say) is found by both.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON): Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11"; rm -rf $(VENV); exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+setup: $(VENV)/ready  ## build .venv from requirements.lock
+
+run: setup  ## the reference pipeline: from the standard library's documentation to a registered, served agent
+	@$(BIN)/loopwright run
+
+test: setup  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: setup  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## speed beside peers, in one run
+	$(BIN)/python -m benchmarks.training
+
+lock: setup  ## requirements.lock from the ranges of pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new
+	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine.
+	@grep -vE '^(nvidia-[a-ln-z]|triton|cuda-)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
+	@rm requirements.lock.new
+
+.PHONY: help setup run test check bench lock

@@ -1,0 +1,133 @@
+"""The agent in four steps: take the instruction, let the model decide, call the tools, answer in words.
+
+It is a coroutine that knows no model: it yields prompts and is sent what was generated, so
+that evaluation drives hundreds side by side and serving drives each through its engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from components.agent.tools import Tool, call, reference_tools
+from components.config import InputError
+from components.data.tokenizer import Call, ChatTokenizer, Turn
+
+Message = Mapping[str, Any]
+Step = dict[str, Any]
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+GAVE_UP = "I could not finish this within {steps} steps."
+MAX_RESULT_CHARACTERS = 2_000
+
+
+class ContextTooLong(InputError):
+    """The prompt leaves no room for an answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the agent said, and how it got there."""
+
+    content: str
+    steps: tuple[Step, ...]
+    """In order: `{"type": "call", "name", "arguments"}` and `{"type": "result", "name", "content"}`."""
+    finish_reason: FinishReason
+    tool_calls: tuple[Call, ...]
+    """Calls of the client's own tools, for the client to run."""
+    prompt_tokens: int
+    """Of the last prompt, which holds all that came before."""
+    completion_tokens: int
+    """Over all turns of the model."""
+
+
+Conversation = Generator[list[int], Sequence[int], Answer]
+"""Yields the next prompt (ids), is sent the generated ids (with the end token when one was reached)."""
+
+
+class Agent:
+    """The agent of one model folder."""
+
+    def __init__(self, tokenizer: ChatTokenizer, tools: Sequence[Tool], max_steps: int, context_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.tools = tuple(tools)
+        self.max_steps = max_steps
+        self.context_len = context_len
+
+    @classmethod
+    def load(cls, folder: Path, context_len: int) -> Agent:
+        """The agent of a model folder: its tokenizer, and the tools that `agent.json` names.
+
+        Raises: InputError when a file is missing or names an unknown tool.
+        """
+        tokenizer = ChatTokenizer.load(folder)
+        try:
+            settings = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            settings = {"tools": [], "max_steps": 1}
+        known = {tool.name: tool for tool in reference_tools(folder / "knowledge.sqlite")} if settings["tools"] else {}
+        unknown = [name for name in settings["tools"] if name not in known]
+        if unknown:
+            raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
+        return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len)
+
+    def answer(self, messages: Sequence[Message], tools: Any = None) -> Conversation:
+        """Answer the last message.
+
+        `tools` are the client's (OpenAI's list): then the model's calls are handed back instead of run.
+
+        Raises: ContextTooLong at the first prompt that leaves no room for an answer.
+        """
+        said = list(messages)
+        steps: list[Step] = []
+        written = 0
+        for turns_left in reversed(range(self.max_steps)):
+            prompt = self._prompt(said, tools)
+            generated = yield prompt
+            written += len(generated)
+            turn = self.tokenizer.parse_turn(generated)
+            ended = self.tokenizer.end_id in generated
+            if not turn.calls or not ended or tools or not turns_left:
+                return self._finish(turn, ended, tools, steps, len(prompt), written)
+            said += self._call(turn, steps)
+        raise AssertionError("the last turn returns")
+
+    def _prompt(self, messages: Sequence[Message], tools: Any) -> list[int]:
+        ids, _ = self.tokenizer.encode_chat(messages, tools, add_generation_prompt=True)
+        if len(ids) >= self.context_len:
+            raise ContextTooLong(
+                f"messages: {len(ids)} tokens do not fit the model's context of {self.context_len} with room to answer;"
+                " send fewer or shorter messages"
+            )
+        return ids
+
+    def _call(self, turn: Turn, steps: list[Step]) -> list[Message]:
+        """Run the calls of a turn; a tool's error is shown to the model like any result."""
+        calls = []
+        results = []
+        for wanted in turn.calls:
+            content = call(self.tools, wanted.name, wanted.arguments)[:MAX_RESULT_CHARACTERS]
+            steps.append({"type": "call", "name": wanted.name, "arguments": wanted.arguments})
+            steps.append({"type": "result", "name": wanted.name, "content": content})
+            number = f"call_{len(steps) // 2}"
+            calls.append(openai_call(wanted, number))
+            results.append({"role": "tool", "tool_call_id": number, "name": wanted.name, "content": content})
+        return [{"role": "assistant", "content": turn.content, "tool_calls": calls}, *results]
+
+    def _finish(
+        self, turn: Turn, ended: bool, tools: Any, steps: list[Step], prompt_tokens: int, written: int
+    ) -> Answer:
+        content, calls = turn.content, turn.calls if tools and ended else ()
+        reason: FinishReason = "tool_calls" if calls else "stop" if ended else "length"
+        if turn.calls and ended and not calls:
+            content = turn.content or GAVE_UP.format(steps=self.max_steps)
+        return Answer(content, tuple(steps), reason, calls, prompt_tokens, written)
+
+
+def openai_call(wanted: Call, number: str) -> dict[str, Any]:
+    """A call in the shape of OpenAI's chat API."""
+    arguments = json.dumps(wanted.arguments, ensure_ascii=False)
+    return {"id": number, "type": "function", "function": {"name": wanted.name, "arguments": arguments}}

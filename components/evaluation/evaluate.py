@@ -1,0 +1,251 @@
+"""Stage: ask the agent every held-out question and read held-out text.
+
+`measure` takes any model folder and re-tokenizes the held-out text with that folder's own
+tokenizer, so that candidate and champion answer the very same sets.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from components.agent.agent import Agent, Answer
+from components.agent.lockstep import answer_all
+from components.config import EvaluateConfig, Params
+from components.data.datasets import Row, read_rows, shards, write_json
+from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
+from components.generation.decode import Sampling
+from components.models.checkpoint import load_decoder
+from components.models.decoder import Decoder
+from components.stage import StageRun
+
+Figures = dict[str, Any]
+COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct")
+FREE_TEXT_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question and what a right answer is."""
+
+    suite: str
+    messages: list[Row]
+    tools: str | None
+    expected: str
+    expected_calls: list[Row]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, and each answer."""
+
+    figures: Figures
+    """`score`, `held_out_digest`, `suites`, `documents`: the content of the metrics file."""
+    answers: dict[str, list[Any]]
+    """Columns `COLUMNS`, one entry per question."""
+
+
+def evaluate(run: StageRun) -> None:
+    """Write `data/metrics/evaluate.json`, the plots and `data/evaluation/answers.parquet`."""
+    evaluation = measure(run.paths.agent, run.paths.collected, run.params, run.progress)
+    figures = {**evaluation.figures, "seed": run.params.seed, "scale": run.params.scale}
+    write_json(run.paths.metrics / "evaluate.json", figures)
+    _write_plot(run.paths.metrics / "evaluate_suites.csv", figures["suites"])
+    run.paths.evaluation.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(evaluation.answers), run.paths.evaluation / "answers.parquet")
+    run.tracker.metrics(flat_metrics(figures))
+    run.tracker.table("evaluation_answers.json", evaluation.answers)
+    run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
+
+
+def measure(
+    folder: Path, collected: Path, params: Params, progress: Callable[..., None] = lambda *args, **facts: None
+) -> Evaluation:
+    """Measure the model folder on the held-out sets of the datasets that `params` names.
+
+    Raises: InputError when the folder is not a readable agent.
+    """
+    config = params.evaluate
+    torch.manual_seed(params.seed)
+    model = load_decoder(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    agent = Agent.load(folder, model.config.max_seq_len)
+    documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
+    questions = [question for name in params.tune.datasets for question in _questions(collected / name, config)]
+    chats = [(question.messages, question.tools) for question in questions]
+    total = len(chats)
+    answers = answer_all(
+        model,
+        agent,
+        chats,
+        Sampling(max_new_tokens=config.max_new_tokens, stop_ids=(agent.tokenizer.end_id,)),
+        config.batch_size,
+        lambda done: progress(done, total, answered=done),
+    )
+    table = [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    suites = _figures(table)
+    for name in params.tune.datasets:
+        suites.update(_read_conversations(model, agent, collected / name, name, suites, config))
+    figures = {
+        "score": sum(suite["score"] for suite in suites.values()) / max(1, len(suites)),
+        "held_out_digest": held_out_digest(collected, params),
+        "suites": suites,
+        "documents": documents,
+    }
+    return Evaluation(figures, {column: [row[column] for row in table] for column in COLUMNS})
+
+
+def held_out_digest(collected: Path, params: Params) -> str:
+    """Identity of what is asked: two evaluations compare only when theirs are equal."""
+    digest = hashlib.blake2b(params.evaluate.model_dump_json().encode(), digest_size=16)
+    for name in [*params.pretrain.datasets, *params.tune.datasets]:
+        for shard in shards(collected / name, "test"):
+            digest.update(f"{name}/{shard.name}".encode())
+            with shard.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def flat_metrics(figures: Figures) -> dict[str, float]:
+    """The figures under the names the tracker shows."""
+    flat = {"score": float(figures["score"])}
+    for group in ("suites", "documents"):
+        for name, values in figures[group].items():
+            flat.update(
+                {f"{name}/{key}": float(value) for key, value in values.items() if isinstance(value, (int, float))}
+            )
+    return flat
+
+
+def _questions(folder: Path, config: EvaluateConfig) -> Iterator[Question]:
+    """The held-out questions of a dataset; of conversations without suites, a sample to look at."""
+    counts: dict[str, int] = {}
+    for row in read_rows(folder, "test"):
+        suite = row["suite"] or folder.name
+        limit = config.max_questions if row["suite"] else min(FREE_TEXT_SAMPLES, config.max_questions)
+        counts[suite] = counts.get(suite, 0) + 1
+        if counts[suite] <= limit:
+            yield _question(suite, row)
+
+
+def _question(suite: str, row: Row) -> Question:
+    messages = row["messages"]
+    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
+    rest = [message for message in messages[last_user + 1 :] if message["role"] == "assistant"]
+    # A client's tools are run by the client: the model's first turn is its whole answer.
+    rest = rest[:1] if row["tools"] else rest
+    calls = [call["function"] for message in rest for call in message["tool_calls"] or []]
+    expected_calls = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    expected = (rest[-1]["content"] or "") if rest else ""
+    return Question(suite, messages[: last_user + 1], row["tools"], expected, expected_calls)
+
+
+def _judge(question: Question, answer: Answer | None) -> Row:
+    calls: list[Row] = []
+    if answer is not None:
+        calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
+        calls += [
+            {"name": step["name"], "arguments": step["arguments"]} for step in answer.steps if step["type"] == "call"
+        ]
+    said = answer.content if answer is not None else ""
+    right_calls = calls == question.expected_calls
+    # Small talk must go without a call; elsewhere the answer in words is what counts.
+    needs_calls = bool(question.tools) or not question.expected_calls
+    return {
+        "suite": question.suite,
+        "question": next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), "") or "",
+        "expected": question.expected,
+        "answer": said,
+        "expected_calls": json.dumps(question.expected_calls, ensure_ascii=False),
+        "calls": json.dumps(calls, ensure_ascii=False),
+        "correct": said == question.expected and (right_calls or not needs_calls),
+        "right_calls": right_calls,
+    }
+
+
+def _figures(table: list[Row]) -> dict[str, Figures]:
+    suites: dict[str, list[Row]] = {}
+    for row in table:
+        suites.setdefault(row["suite"], []).append(row)
+    figures = {}
+    for name, rows in sorted(suites.items()):
+        right = sum(row["correct"] for row in rows)
+        low, high = wilson_interval(right, len(rows))
+        exact = right / len(rows)
+        figures[name] = {
+            "questions": len(rows),
+            "exact_match": round(exact, 4),
+            "ci95_low": round(low, 4),
+            "ci95_high": round(high, 4),
+            "right_calls": round(sum(row["right_calls"] for row in rows) / len(rows), 4),
+            "score": round(exact, 6),
+        }
+    return figures
+
+
+def _read_documents(model: Decoder, agent: Agent, folder: Path, config: EvaluateConfig) -> Figures:
+    """Bits per byte on held-out text, in windows of at most the context."""
+    tokenizer = agent.tokenizer
+    width = min(256, agent.context_len) - 1
+    pieces: list[Encoded] = []
+    left = config.documents_tokens
+    for row in read_rows(folder, "test", ["text"]):
+        ids = tokenizer.encode(row["text"])[:left]
+        left -= len(ids)
+        for start in range(0, len(ids), width):
+            window = ids[start : start + width]
+            pieces.append(([tokenizer.document_id, *window], [0] + [1] * len(window)))
+        if left <= 0:
+            break
+    bits, size = bits_per_byte(model, tokenizer, pieces, config.batch_size)
+    return {"bits_per_byte": round(bits, 5), "bytes": size}
+
+
+def _read_conversations(
+    model: Decoder, agent: Agent, folder: Path, name: str, suites: dict[str, Figures], config: EvaluateConfig
+) -> dict[str, Figures]:
+    """Free-text conversations have no one right answer: their score is the mean probability per byte, 2 ** -bits."""
+    rows = (row for row in read_rows(folder, "test") if not row["suite"])
+    encoded = agent.tokenizer.encode_chats(
+        [(row["messages"], row["tools"]) for row in islice(rows, config.max_questions)]
+    )
+    pieces = [piece for piece in encoded if len(piece[0]) <= agent.context_len]
+    if not pieces:
+        return {}
+    bits, size = bits_per_byte(model, agent.tokenizer, pieces, max(1, config.batch_size // 4))
+    read = {"bits_per_byte": round(bits, 5), "bytes": size, "conversations": len(pieces), "score": round(2**-bits, 6)}
+    return {name: {**suites.get(name, {}), **read}}
+
+
+def _write_plot(path: Path, suites: dict[str, Figures]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["suite", "exact_match", "ci95_low", "ci95_high"])
+        for name, figures in suites.items():
+            if "exact_match" in figures:
+                writer.writerow([name, figures["exact_match"], figures["ci95_low"], figures["ci95_high"]])
+
+
+def _draw(suites: dict[str, Figures]) -> Any:
+    """Exact match per suite with its interval, as a matplotlib figure."""
+    from matplotlib.figure import Figure
+
+    shown = {name: figures for name, figures in reversed(suites.items()) if "exact_match" in figures}
+    figure = Figure(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
+    axes = figure.add_subplot()
+    values = [row["exact_match"] for row in shown.values()]
+    below = [max(0.0, row["exact_match"] - row["ci95_low"]) for row in shown.values()]
+    above = [max(0.0, row["ci95_high"] - row["exact_match"]) for row in shown.values()]
+    axes.barh(list(shown), values, xerr=[below, above], color="#4477aa")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("final answer exactly right (95 % interval)")
+    return figure
