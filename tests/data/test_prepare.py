@@ -1,0 +1,127 @@
+"""Packed rows hold every token once, in order, with the mask of the chat template."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.config import InputError, Paths, load_params
+from components.data import tokenizer as bpe
+from components.data.datasets import DatasetWriter, Row
+from components.data.prepare import RowWriter, copying_rows, fill_rows, pack_rows, prepare
+from components.data.tokenizer import ChatTokenizer
+from components.stage import StageRun
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"def name_{number}(value): return value + {number}\n" * (number % 4 + 1) for number in range(40)]
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def chat(question: str, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> StageRun:
+    overrides = {"scale": "smoke", "prepare.seq_len": 64, "pretrain.dataset": "docs", "tune.dataset": "chats"}
+    paths = Paths(tmp_path)
+    with DatasetWriter(paths.collected / "docs", "docs", "documents") as writer:
+        for number, text in enumerate(TEXTS):
+            writer.write("test" if number % 8 == 0 else "train", {"id": str(number), "text": text, "source": "here"})
+    with DatasetWriter(paths.collected / "chats", "chats", "conversations") as writer:
+        for number in range(20):
+            row = chat(f"what is {number}?", "long " * 99 if number == 7 else f"it is {number}")
+            writer.write("train", {"id": str(number), **row})
+    bpe.save(bpe.train(TEXTS, 400), paths.tokenizer)
+    return StageRun("prepare", load_params(ROOT / "params.yaml", overrides), paths, tmp_path / "state", Silent())
+
+
+def read(folder: Path, split: str) -> dict[str, np.ndarray]:
+    facts = json.loads((folder / "rows.json").read_text())
+    shape = (facts["rows"][split], facts["seq_len"])
+    kinds = {"ids": facts["dtype"], "segments": "uint16", "mask": "uint8"}
+    return {name: np.fromfile(folder / f"{split}.{name}.bin", kind).reshape(shape) for name, kind in kinds.items()}
+
+
+def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
+    prepare(run)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    rows = read(run.paths.tokens / "pretrain", "test")
+    ids = rows["ids"][rows["segments"] > 0].tolist()
+    assert tokenizer.decode(ids) == "".join(TEXTS[::8])
+    assert ids.count(tokenizer.document_id) == ids.count(tokenizer.end_id) == len(TEXTS[::8])
+
+
+def test_conversations_are_whole_and_learned_where_the_template_says(run: StageRun) -> None:
+    prepare(run)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    rows = read(run.paths.tokens / "tune", "train")
+    found = []
+    for ids, segments, mask in zip(rows["ids"], rows["segments"], rows["mask"], strict=True):
+        for number in range(1, segments.max() + 1):
+            here = segments == number
+            found.append((ids[here].tolist(), mask[here].tolist()))
+    expected = [tokenizer.encode_chat(chat(f"what is {n}?", f"it is {n}")["messages"]) for n in range(20) if n != 7]
+    assert sorted(found) == sorted(expected)
+
+
+def test_conversations_too_long_for_a_row_are_counted(run: StageRun) -> None:
+    prepare(run)
+    assert json.loads((run.paths.metrics / "prepare.json").read_text())["tune"]["too_long"] == 1
+
+
+def test_preparing_twice_gives_the_same_bytes(run: StageRun) -> None:
+    prepare(run)
+    first = {path: path.read_bytes() for path in run.paths.tokens.rglob("*.*")}
+    prepare(run)
+    assert first == {path: path.read_bytes() for path in run.paths.tokens.rglob("*.*")}
+
+
+def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
+    params = load_params(ROOT / "params.yaml", {"scale": "smoke", "pretrain.dataset": "chats", "tune.dataset": "chats"})
+    with pytest.raises(InputError, match=r"pretrain.dataset: 'chats' holds conversations; pretrain learns from documents"):
+        prepare(StageRun("prepare", params, run.paths, run.state, run.tracker))
+
+
+def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> None:
+    overrides = {"scale": "smoke", "pretrain.dataset": "docs", "tune.dataset": "long"}
+    with DatasetWriter(run.paths.collected / "long", "long", "conversations") as writer:
+        writer.write("train", {"id": "1", **chat("why?", "because " * 500)})
+    with pytest.raises(InputError, match=r"tune.dataset: nothing to learn in its rows of 128 tokens \(1 too_long\)"):
+        prepare(StageRun("prepare", load_params(ROOT / "params.yaml", overrides), run.paths, run.state, run.tracker))
+
+
+def test_a_long_document_goes_on_in_the_next_row(tmp_path: Path) -> None:
+    writer = RowWriter(tmp_path, "train", seq_len=4, dtype="uint16")
+    fill_rows([([1, 2, 3], [0, 1, 1]), ([4, 5, 6, 7, 8], [0, 1, 1, 1, 1])], writer)
+    writer.close()
+    assert np.fromfile(tmp_path / "train.ids.bin", "uint16").tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert np.fromfile(tmp_path / "train.segments.bin", "uint16").tolist() == [1, 1, 1, 2, 1, 1, 1, 1]
+
+
+def test_packing_wastes_little(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pieces = [([9] * size, [1] * size) for size in random.integers(10, 90, size=2_000).tolist()]
+    writer = RowWriter(tmp_path, "train", seq_len=256, dtype="uint16")
+    assert pack_rows(pieces, writer) == 0
+    writer.close()
+    assert writer.tokens == sum(len(ids) for ids, _ in pieces)
+    assert writer.tokens / (writer.rows * 256) > 0.97
+
+
+def test_copying_practice_learns_repetitions_only(run: StageRun) -> None:
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
+        for ids, mask in row:
+            first = mask.index(1) - 1 if 1 in mask else len(mask)
+            span = ids[1 : 1 + first]
+            assert all(ids[1 + place] == span[place % len(span)] for place in range(len(ids) - 1))
+            assert mask[: 1 + first] == [0] * (1 + first)
