@@ -1,0 +1,41 @@
+"""The transformer block: attention and a gated feed-forward, each behind a norm and added to the stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.models.attention import Attention, FusedLinear, LayerCache
+from components.models.positions import Rotary
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_up = FusedLinear(embed_dim, (hidden_dim, hidden_dim))
+        self.down = nn.Linear(hidden_dim, embed_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        added: Tensor = self.down(F.silu(gate) * up)
+        return added
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, attention: Attention, embed_dim: int, hidden_dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.attention = attention
+        self.mlp_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.mlp = SwiGLU(embed_dim, hidden_dim)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask=mask, cache=cache, rotary=rotary)
+        added: Tensor = self.mlp(self.mlp_norm(x))
+        return x + added
