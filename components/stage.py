@@ -1,14 +1,29 @@
-"""Run one stage of dvc.yaml by name: `python -m components.stage NAME`."""
+"""Run one stage of dvc.yaml by name: `python -m components.stage NAME`.
+
+A stage is a pure function of its inputs. This file gives it what is around that: a
+digest of those inputs, a folder for checkpoints named by it, a lock, a tracker, an end
+that follows its parent's, and an exit code (1 wrong input, 3 refused by a gate).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Mapping
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.config import Params, Paths
+import yaml
+
+from components.config import InputError, Params, Paths, Refused, find_root, load_params
+from components.process import end_on_signals, end_with_parent, only_one
+from components.tracking import open_tracker
 
 ROOMS: Mapping[str, str] = {
     "collect": "components.data",
@@ -20,6 +35,22 @@ ROOMS: Mapping[str, str] = {
     "evaluate": "components.evaluation",
 }
 """The room of each stage; its module and its function have the stage's name."""
+
+ENVIRONMENT: Mapping[str, str] = {
+    # OpenMP threads that spin while they wait take the core from whoever has work.
+    "GOMP_SPINCOUNT": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # No tool reports home.
+    "DO_NOT_TRACK": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Set before a stage imports its libraries, unless its caller set them."""
+
+FORCE = "LOOPWRIGHT_FORCE"
+"""Environment variable: start over, without the checkpoints of an earlier run with the same inputs."""
+_STATES_KEPT = 2
+_SECONDS_FOR_DYING_WRITER = 15.0
 
 
 class Tracker(Protocol):
@@ -51,9 +82,178 @@ class StageRun:
 
     def progress(self, done: int, total: int, **facts: float | str) -> None:
         """Say how far the stage is, in one line that a person and the orchestrator can read."""
-        said = "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
+        said = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        )
         print(f"{self.name}  {done}/{total}  {said}".rstrip(), flush=True)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage depends on, read from dvc.yaml: the one place that declares it."""
+
+    deps: dict[str, str]
+    """Content digest of each dependency, by its path."""
+    values: dict[str, Any]
+    """Resolved value of each parameter, by its dotted name."""
+
+    @property
+    def key(self) -> str:
+        """Digest of everything above: equal keys, equal results."""
+        return hashlib.sha256(json.dumps([self.deps, self.values], sort_keys=True).encode()).hexdigest()[:20]
+
+
+def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
+    """Digests of the stage's dependencies and values of its parameters.
+
+    Raises: InputError naming a dependency that does not exist and what makes it.
+    """
+    stages = read_stages(paths.root)
+    deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
+    resolved = params.model_dump(mode="json", by_alias=True)
+    return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
+
+
+def read_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The `stages` of dvc.yaml."""
+    stages: dict[str, dict[str, Any]] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return stages
+
+
+def outs(stage: Mapping[str, Any]) -> list[str]:
+    """Paths of everything a stage of dvc.yaml writes: outs, metrics and plots."""
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, or of a folder's file names and contents."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = (f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in _files(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def _exists(dep: str, root: Path, stages: Mapping[str, Mapping[str, Any]]) -> bool:
+    if (root / dep).exists():
+        return True
+    makers = [name for name, stage in stages.items() if any(Path(dep).is_relative_to(out) for out in outs(stage))]
+    remedy = f'run "loopwright run --until {makers[0]}"' if makers else "restore it from git"
+    raise InputError(f"{dep}: not found; {remedy}")
+
+
+def _declared_params(stage: Mapping[str, Any]) -> list[str]:
+    """Dotted names under `params`; `all.model` and `${scale}.model` of scales.yaml both feed `model`."""
+    names: set[str] = set()
+    for entry in stage.get("params", []):
+        if isinstance(entry, dict):
+            names.update(dotted.rpartition(".")[2] for keys in entry.values() for dotted in keys)
+        else:
+            names.add(entry)
+    return sorted(names)
+
+
+def _look_up(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    flattened: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[f"{prefix}{key}"] = value
+    return flattened
 
 
 def stage_function(name: str) -> Any:
     return getattr(importlib.import_module(f"{ROOMS[name]}.{name}"), name)
+
+
+def run_stage(name: str, root: Path) -> int:
+    """Run one stage in this process and return its exit code."""
+    paths = Paths(root)
+    started, message = time.time(), ""
+    try:
+        with only_one(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
+            _run_locked(name, paths)
+        code = 0
+    except (InputError, Refused) as error:
+        message, code = str(error), 3 if isinstance(error, Refused) else 1
+        print(message, file=sys.stderr, flush=True)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        _report(paths, name, started, code, f"{type(error).__name__}: {error}")
+        raise
+    _report(paths, name, started, code, message)
+    return code
+
+
+def _run_locked(name: str, paths: Paths) -> None:
+    params = load_params(paths.params)
+    inputs = stage_inputs(name, paths, params)
+    # What a killed writer left behind; and a link into the DVC cache must not be written through.
+    for out in outs(read_stages(paths.root)[name]):
+        remove(paths.root / out)
+    with open_tracker(name, inputs.key, paths.home) as tracker:
+        tracker.params(flat(inputs.values))
+        for dep, content in inputs.deps.items():
+            if dep.startswith("data/"):
+                tracker.dataset(dep, content[:32], dep, "input")
+        stage_function(name)(StageRun(name, params, paths, _state(name, inputs.key, paths), tracker))
+        tracker.artifact(paths.metrics / f"{name}.json")
+
+
+def _state(name: str, key: str, paths: Paths) -> Path:
+    """The folder of resumable checkpoints for these inputs; older ones go."""
+    folder = paths.home / "checkpoints" / name / key
+    if os.environ.get(FORCE):
+        remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    newest_first = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in newest_first[_STATES_KEPT:]:
+        remove(old)
+    return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
+    """Leave how the stage ended where the orchestrator, and `status`, find it."""
+    report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
+    (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def main() -> None:
+    """The command line: one argument, the stage's name."""
+    end_with_parent()
+    end_on_signals()
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    name = sys.argv[1] if len(sys.argv) == 2 else ""
+    if name not in ROOMS:
+        print(f"components.stage: {name!r} is no stage; one of {', '.join(ROOMS)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run_stage(name, find_root()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""The only door to MLflow: runs of stages, carried from their journals, and models that predict.
+
+SQLite and plain files under the state folder, or the server that MLFLOW_TRACKING_URI names.
+Run ids are always passed explicitly; MLflow is imported when it is first needed (seconds).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config import InputError
+from components.journal import Journal
+from components.process import alive, only_one
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+EXPERIMENT = "loopwright"
+COURIER = "LOOPWRIGHT_COURIER"
+"""Environment variable with the process that carries journals for everyone."""
+
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # A server that does not answer must not hold a stage for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
+_MAX_BATCH = 1000
+_MAX_PARAM = 500
+_DATABASE_SECONDS = 120.0
+
+
+def connect(home: Path) -> MlflowClient:
+    """A client for the state folder's database, made on first use, or for MLFLOW_TRACKING_URI."""
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    # Two processes that create the tables at once would trip over each other.
+    with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+        if client.get_experiment_by_name(EXPERIMENT) is None:
+            files = None if "MLFLOW_TRACKING_URI" in os.environ else (home / "mlflow" / "artifacts").as_uri()
+            client.create_experiment(EXPERIMENT, artifact_location=files)
+    return client
+
+
+def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:
+    """Start a run and return its id."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    own = {"mlflow.source.name": "loopwright", "mlflow.source.type": "PROJECT", **tags}
+    if parent:
+        own["mlflow.parentRunId"] = parent
+    run_id: str = client.create_run(experiment, start_time=start_ms, tags=own, run_name=name).info.run_id
+    return run_id
+
+
+@contextmanager
+def open_tracker(stage: str, key: str, home: Path) -> Iterator[Journal]:
+    """A tracker for one stage; carries its journal itself when no run of the orchestrator does."""
+    folder = home / "tracking"
+    carried = alive(int(os.environ.get(COURIER, "0")))
+    courier = None if carried else Courier(home)
+    if courier:
+        courier.start()
+    try:
+        with Journal(folder, stage, key) as journal:
+            yield journal
+    finally:
+        if courier:
+            courier.finish()
+
+
+class Courier(threading.Thread):
+    """Carries journals to MLflow in the background while a run goes on."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(name="courier", daemon=True)
+        self.folder = home / "tracking"
+        self._home = home
+        self._finishing = threading.Event()
+        self._client: MlflowClient | None = None
+
+    def finish(self, seconds: float = 60.0) -> None:
+        """Carry what is there, waiting no longer than `seconds`; the rest goes with the next run."""
+        self._finishing.set()
+        self.join(seconds)
+
+    def run(self) -> None:
+        while True:
+            last = self._finishing.is_set()
+            trouble = self._round(patience=10.0 if last else 0.0)
+            if last:
+                break
+            self._finishing.wait(5.0 if trouble else 1.0)
+        if trouble:
+            print(f"tracking: {trouble}; kept in {self.folder}, goes with the next run", file=sys.stderr, flush=True)
+
+    def _round(self, patience: float) -> str:
+        """Carry what is new; returns what went wrong. One courier at a time: it carries everyone's journals."""
+        try:
+            self._client = self._client or connect(self._home)
+            with only_one(self.folder, "courier", patience):
+                for lines in sorted(self.folder.glob("*/lines.jsonl")):
+                    _carry(self._client, lines.parent)
+        except InputError as error:
+            return str(error)
+        except errors() as error:
+            return " ".join(f"MLflow: {error}".split())[:300]
+        return ""
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What may go wrong between us and MLflow."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _carry(client: MlflowClient, folder: Path) -> None:
+    """Send the lines of one journal that were not sent yet; a finished journal is removed."""
+    memory = folder / "delivered.json"
+    sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0}
+    if memory.exists():
+        sent = json.loads(memory.read_text())
+    with (folder / "lines.jsonl").open("rb") as file:
+        file.seek(sent["offset"])
+        whole = file.read().rpartition(b"\n")[0]
+    events = [json.loads(line) for line in whole.splitlines()]
+    if events and events[0]["kind"] == "start":
+        start = events[0]
+        sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
+        sent["pid"] = start["pid"]
+        memory.write_text(json.dumps(sent))
+    if not sent["run_id"]:
+        return
+    _send(client, sent["run_id"], events, folder)
+    sent["offset"] += len(whole) + 1 if whole else 0
+    memory.write_text(json.dumps(sent))
+    ends = [event for event in events if event["kind"] == "end"]
+    if ends or not alive(sent["pid"]):
+        end = ends[-1] if ends else {"status": "KILLED", "time": None}
+        client.set_terminated(sent["run_id"], end["status"], end["time"])
+        shutil.rmtree(folder)
+
+
+def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
+    from mlflow.exceptions import MlflowException
+
+    metrics = [entry for event in events if event["kind"] == "metrics" for entry in _entries(event)]
+    log_metrics(client, run_id, metrics)
+    for event in events:
+        try:
+            _send_one(client, run_id, event, folder)
+        except MlflowException as error:
+            # One line that MLflow will never take must not hold up those behind it.
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
+
+
+def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folder: Path) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    match event["kind"]:
+        case "params":
+            values = [Param(_name(key), str(value)[:_MAX_PARAM]) for key, value in event["values"].items()]
+            for first in range(0, len(values), 100):
+                client.log_batch(run_id, params=values[first : first + 100])
+        case "dataset":
+            source = json.dumps({"uri": event["source"]})
+            data = Dataset(event["name"], event["digest"], source_type="local", source=source)
+            client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", event["context"])])])
+        case "table":
+            client.log_table(run_id, event["columns"], event["name"])
+        case "artifact":
+            path = folder / event["path"]
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), path.name)
+            else:
+                client.log_artifact(run_id, str(path))
+
+
+def _entries(event: Mapping[str, Any]) -> list[tuple[str, float, int, int]]:
+    return [(key, value, event["time"], event["step"]) for key, value in event["values"].items()]
+
+
+def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, float, int, int]]) -> None:
+    """Log `(name, value, time in ms, step)` entries in as few requests as MLflow takes."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(_name(key), *rest) for key, *rest in entries]
+    for first in range(0, len(metrics), _MAX_BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
+
+
+def _name(key: str) -> str:
+    """MLflow allows letters, digits and _-. :/ in names."""
+    return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
+
+
+def save_pyfunc(folder: Path, path: Path) -> None:
+    """Write an MLflow model around a model folder; our own code goes along, so that it loads anywhere."""
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    from components.agent.pyfunc import DEFAULTS
+
+    kinds = {int: DataType.long, float: DataType.double}
+    settings = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in DEFAULTS.items()])
+    # One unnamed column of any type: strings, or a frame with a column `prompt` or `messages`.
+    signature = ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec(DataType.string)]), settings)
+    mlflow.pyfunc.save_model(
+        path,
+        loader_module="components.agent.pyfunc",
+        data_path=str(folder),
+        code_paths=[str(Path(__file__).parent)],
+        signature=signature,
+        input_example=["What does json.dumps do?"],
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDED],
+    )
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that it has no such thing, or that the name cannot be one."""
+    return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
