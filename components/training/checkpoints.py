@@ -1,0 +1,106 @@
+"""Resumable checkpoints of a run: one file each, whole or not there.
+
+A file is written under a temporary name, synced and renamed; its name carries the digest of
+its content, so that a torn or altered one is told apart and skipped. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from components.config import InputError
+
+KEPT = 2
+_NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run needs to go on: tensors by name, and facts (JSON)."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, saved: Saved) -> None:
+        """Keep this state.
+
+        Raises: InputError when it cannot be written; what was saved before stays.
+        """
+        facts = json.dumps(saved.facts)
+        content = tensors_to_bytes(
+            {name: tensor.contiguous() for name, tensor in saved.tensors.items()}, {"facts": facts}
+        )
+        temporary = self.folder / f".saving-{saved.step}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self.folder / f"step-{saved.step:08d}-{_digest(content)}.safetensors")
+            _sync_folder(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise InputError(
+                f"{self.folder}: checkpoint of step {saved.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
+                f" {error.strerror}; free space and run again, the last one is kept"
+            ) from error
+        for old in self._files()[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+    def load(self) -> Saved | None:
+        """The newest whole checkpoint; None when there is none."""
+        files = self._files()
+        for path in reversed(files):
+            content = path.read_bytes()
+            name = _NAME.fullmatch(path.name)
+            if name and _digest(content) == name[2]:
+                return Saved(int(name[1]), tensors_from_bytes(content), _facts(content))
+            print(f"warning: {path}: torn checkpoint (its digest differs); skipped", flush=True)
+        if files:
+            print(f"warning: {self.folder}: no whole checkpoint is left; starting over", flush=True)
+        return None
+
+    def clear(self) -> None:
+        """Forget every checkpoint: the run has delivered."""
+        for path in (*self._files(), *self.folder.glob(".saving-*")):
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    length = int.from_bytes(content[:8], "little")
+    facts: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
+    return facts
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,298 @@
+"""The one training loop: what differs between stages is `objective(model, batch) -> Loss`.
+
+Everything that decides the next step (weights, optimizers, step number, random states, what
+was measured so far) is one checkpoint, so that a run killed at any instant ends at the same weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from components.config import InputError, TrainConfig
+from components.data.batches import IGNORED, Batch, Sampler, TokenRows
+from components.models.decoder import Decoder
+from components.stage import StageRun
+from components.training.checkpoints import Checkpoints, Saved
+from components.training.objectives import Objective
+from components.training.optimizers import Masters, build_optimizers, rate_factor
+
+
+@dataclass
+class Measured:
+    """What was seen so far; part of the checkpoint."""
+
+    tokens: int = 0
+    """Tokens read, padding left out."""
+    targets: int = 0
+    """Tokens learned."""
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """Step, and the mean loss of the steps since the one before."""
+    window_loss: float = 0.0
+    window_targets: int = 0
+
+
+class Training:
+    """One model being trained: everything that a step changes."""
+
+    def __init__(self, model: Decoder, objective: Objective, config: TrainConfig, seed: int) -> None:
+        self.model, self.objective, self.config, self.seed = model, objective, config, seed
+        self.device = model.embed.weight.device
+        self.masters = Masters(model)
+        self.optimizers = build_optimizers(model, self.masters, config, model.embed.weight.dtype)
+        self.trained = list(self.masters.trained().values())
+        self.step = 0
+        self.measured = Measured()
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer step over the targets of all micro-batches."""
+        targets = 0
+        for batch in micro_batches:
+            loss = self.objective(self.model, batch)
+            if loss.targets:
+                torch.autograd.backward(loss.total)
+                self.masters.collect()
+            self._loss += loss.total.detach()
+            targets += loss.targets
+        self.measured.window_targets += targets
+        self.measured.targets += targets
+        if targets:
+            self._update(targets)
+        self.step += 1
+
+    def _update(self, targets: int) -> None:
+        config = self.config
+        grads = [weight.grad for weight in self.trained if weight.grad is not None]
+        torch._foreach_mul_(grads, 1.0 / targets)
+        torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm, foreach=True)
+        factor = rate_factor(self.step, config.max_steps, config.warmup_steps, config.decay_share)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.masters.publish()
+
+    def read_loss(self) -> float:
+        """Mean loss since it was last read; the one place that waits for the device."""
+        self._settle()
+        measured = self.measured
+        loss = measured.window_loss / max(1, measured.window_targets)
+        measured.window_loss, measured.window_targets = 0.0, 0
+        measured.losses.append((self.step, loss))
+        if not math.isfinite(loss):
+            raise InputError(
+                f"params.yaml: learning_rate: the loss is {loss} at step {self.step}; lower the learning rates"
+            )
+        return loss
+
+    def _settle(self) -> None:
+        self.measured.window_loss += float(self._loss)
+        self._loss.zero_()
+
+    def state(self) -> Saved:
+        """Everything the next step depends on."""
+        self._settle()
+        tensors = {f"weights.{name}": weight.detach().cpu() for name, weight in self.masters.items().items()}
+        for number, optimizer in enumerate(self.optimizers):
+            tensors |= {f"optimizer.{number}.{key}": value for key, value in _flatten(optimizer)}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        return Saved(self.step, tensors, {"measured": vars(self.measured), "inputs": self.inputs()})
+
+    def restore(self, saved: Saved) -> bool:
+        """Go on from a saved state; false when it is of a run with other inputs."""
+        if saved.facts["inputs"] != self.inputs():
+            return False
+        tensors = saved.tensors
+        self.masters.load({name[8:]: tensor for name, tensor in tensors.items() if name.startswith("weights.")})
+        for number, optimizer in enumerate(self.optimizers):
+            prefix = f"optimizer.{number}."
+            own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            _unflatten(optimizer, own)
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        self.step = saved.step
+        facts = saved.facts["measured"]
+        self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
+        return True
+
+    def inputs(self) -> str:
+        """A digest of what decides the result, as far as the loop knows it."""
+        config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
+        shapes = {name: list(weight.shape) for name, weight in self.masters.items().items()}
+        dtype = str(self.model.embed.weight.dtype)
+        facts = [config, shapes, dtype, self.device.type, self.seed]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def train(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows, objective: Objective) -> Measured:
+    """Train `model` in place for `config.max_steps`, going on from the last checkpoint where there is one."""
+    keep_freed_memory()
+    device = best_device()
+    dtype = compute_dtype(config.precision, device)
+    model.to(device=device, dtype=dtype).train()
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        for block in model.blocks:
+            block.compile()
+    training = Training(model, objective, config, run.params.seed)
+    checkpoints = Checkpoints(run.state)
+    saved = checkpoints.load()
+    if saved and training.restore(saved):
+        print(f"{run.name}  resumed at step {training.step}", flush=True)
+    with _stop_signals() as stopped:
+        _run_steps(run, training, rows, checkpoints, stopped)
+    with torch.no_grad():  # deliver what was trained, not its rounding
+        model.float()
+        for name, weight in training.masters.items().items():
+            dict(model.named_parameters())[name].copy_(weight)
+    model.eval()
+    return training.measured
+
+
+def _run_steps(
+    run: StageRun, training: Training, rows: TokenRows, checkpoints: Checkpoints, stopped: list[int]
+) -> None:
+    config, measured = training.config, training.measured
+    sampler = Sampler(len(rows), run.params.seed)
+    clock = saved_at = time.monotonic()
+    seen = measured.tokens
+    while training.step < config.max_steps:
+        batches = _micro_batches(rows, sampler, training.step, config, training.device)
+        measured.tokens += sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
+        training.train_step(batches)
+        last = training.step == config.max_steps
+        if training.step % config.log_steps == 0 or last:
+            loss, now = training.read_loss(), time.monotonic()
+            speed = (measured.tokens - seen) / max(1e-9, now - clock)
+            _report(run, training, loss, speed)
+            clock, seen = now, measured.tokens
+        if stopped or last or time.monotonic() - saved_at >= config.checkpoint_seconds:
+            checkpoints.save(training.state())
+            saved_at = time.monotonic()
+        if stopped and not last:
+            print(
+                f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to go on", flush=True
+            )
+            raise SystemExit(128 + stopped[0])
+
+
+def _micro_batches(
+    rows: TokenRows, sampler: Sampler, step: int, config: TrainConfig, device: torch.device
+) -> list[Batch]:
+    order = sampler.step(step, config.global_batch_size).reshape(-1, config.micro_batch_size)
+    return [{name: value.to(device, non_blocking=True) for name, value in rows.batch(part).items()} for part in order]
+
+
+def _report(run: StageRun, training: Training, loss: float, speed: float) -> None:
+    config, step = training.config, training.step
+    rate = training.optimizers[0].param_groups[0]["lr"]
+    tokens_per_step = training.measured.tokens / step
+    left = round((config.max_steps - step) * tokens_per_step / max(speed, 1e-9))
+    eta = f"{left // 60}m{left % 60:02d}s"
+    run.progress(step, config.max_steps, loss=loss, tokens_per_second=speed, eta=eta)
+    run.tracker.metrics({"loss": loss, "tokens_per_second": speed, "learning_rate": rate}, step=step)
+
+
+def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
+    """Refuse a mask that would teach nothing, or, in tuning, the user's words as well as the model's.
+
+    Raises: InputError.
+    """
+    learned, tokens = rows.learned_shares()
+    where = f"{rows.folder}: mask: {learned} of {tokens} tokens are to be learned"
+    if not learned:
+        raise InputError(f'{where}; nothing would be; look at the dataset and run "loopwright run --until prepare"')
+    if tuning and learned == tokens:
+        raise InputError(
+            f"{where}; tuning learns the model's own turns alone; look at the chat template's generation block"
+        )
+
+
+@torch.no_grad()
+def measure_loss(model: Decoder, rows: TokenRows, objective: Objective, batch_size: int, max_rows: int) -> float | None:
+    """Mean loss on the first rows of a split; None where it has no targets."""
+    total, targets = 0.0, 0
+    device = model.embed.weight.device
+    count = min(len(rows), max_rows)
+    for start in range(0, count, batch_size):
+        batch = rows.batch(np.arange(start, min(start + batch_size, count)))
+        batch = {name: value.to(device) for name, value in batch.items()}
+        if bool((batch["labels"] != IGNORED).any()):
+            loss = objective(model, batch)
+            total, targets = total + float(loss.total), targets + loss.targets
+    return total / targets if targets else None
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """bf16 where this machine multiplies it faster than fp32, unless told.
+
+    On a CPU that takes AMX's tiles: AVX512's own bf16 product was measured at half the rate of fp32.
+    """
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
+    fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: every step frees and takes the same ones, and fresh pages cost a fault each."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT, so that the loop can save before it leaves."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    old = {
+        number: signal.signal(number, lambda got, _: caught.append(got)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _flatten(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            yield f"{index}.{key}", value.detach().cpu()
+
+
+def _unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

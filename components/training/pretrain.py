@@ -1,0 +1,76 @@
+"""Stage: a decoder from scratch, by causal language modelling on packed documents."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import torch
+
+from components.config import InputError, TrainConfig
+from components.data.batches import TokenRows
+from components.data.datasets import write_json
+from components.models.checkpoint import save_decoder
+from components.models.decoder import Decoder, DecoderConfig
+from components.stage import StageRun
+from components.training.checkpoints import Checkpoints
+from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
+from components.training.objectives import causal_lm
+
+TEST_ROWS = 128
+"""Held-out rows read for the test loss at the end."""
+
+
+def pretrain(run: StageRun) -> None:
+    """Train on data/tokens/pretrain, save data/models/base.
+
+    Raises: InputError when there is nothing to learn, or when saving fails.
+    """
+    rows = TokenRows(run.paths.tokens / "pretrain", "train")
+    refuse_bad_masks(rows, tuning=False)
+    torch.manual_seed(run.params.seed)
+    model = Decoder(DecoderConfig.from_params(run.params.model, rows.vocab_size))
+    describe(run, run.params.pretrain, model, rows)
+    measured = train(run, run.params.pretrain, model, rows, causal_lm)
+    save_decoder(model, run.paths.base, run.paths.tokenizer)
+    report(run, run.params.pretrain, model, measured, run.paths.base)
+
+
+def describe(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows) -> None:
+    """Tell the tracker what is trained on what, before it begins."""
+    if rows.seq_len > model.config.max_seq_len:
+        raise InputError(
+            f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {model.config.max_seq_len} tokens of the model"
+        )
+    run.tracker.params(config.model_dump() | {"seed": run.params.seed, "parameters": model.num_parameters})
+    digest = file_digest(rows.folder / "train.ids.bin")
+    for name in config.datasets:
+        run.tracker.dataset(name, digest, f"{rows.folder.parent.name}/{rows.folder.name}", "training")
+
+
+def report(run: StageRun, config: TrainConfig, model: Decoder, measured: Measured, folder: Path) -> None:
+    """Write the stage's metrics and its loss curve; then its checkpoints have served."""
+    steps = len(measured.losses)
+    test = TokenRows(run.paths.tokens / run.name, "test")
+    values: dict[str, float | int | str | None] = {
+        "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
+        "test_loss": measure_loss(model, test, causal_lm, config.micro_batch_size, TEST_ROWS),
+        "steps": config.max_steps,
+        "tokens": measured.tokens,
+        "targets": measured.targets,
+        "parameters": model.num_parameters,
+        "weights_sha256": file_digest(folder / "model.safetensors"),
+    }
+    values = {name: value for name, value in values.items() if value is not None}
+    write_json(run.paths.metrics / f"{run.name}.json", values)
+    with (run.paths.metrics / f"{run.name}_loss.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("step", "loss"), *measured.losses])
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
+    Checkpoints(run.state).clear()
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,49 @@
+"""Stage: the pretrained base into the agent, by learning the model's own turns of conversations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from components.config import InputError
+from components.data.batches import TokenRows
+from components.models.checkpoint import load_decoder, save_decoder
+from components.stage import StageRun
+from components.training.loop import refuse_bad_masks, train
+from components.training.objectives import causal_lm
+from components.training.pretrain import describe, report
+
+REFERENCE_CONVERSATIONS = "stdlib-conversations"
+REFERENCE_TOOLS = ("lookup", "bases", "calculate", "search")
+"""The tools that the reference conversations teach."""
+AGENT_STEPS = 4
+"""Turns that an agent may take for one answer."""
+
+
+def tune(run: StageRun) -> None:
+    """Train data/models/base on data/tokens/tune, save data/models/agent with its tools and facts.
+
+    Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
+    """
+    rows = TokenRows(run.paths.tokens / "tune", "train")
+    refuse_bad_masks(rows, tuning=True)
+    model = load_decoder(run.paths.base)
+    if model.config.vocab_size != rows.vocab_size:
+        raise InputError(
+            f"{run.paths.base}: vocab_size {model.config.vocab_size} differs from the {rows.vocab_size} of"
+            f' {rows.folder}; run "loopwright run --until pretrain"'
+        )
+    torch.manual_seed(run.params.seed)
+    describe(run, run.params.tune, model, rows)
+    measured = train(run, run.params.tune, model, rows, causal_lm)
+    save_decoder(model, run.paths.agent, run.paths.base, _agent_files(run))
+    report(run, run.params.tune, model, measured, run.paths.agent)
+
+
+def _agent_files(run: StageRun) -> dict[str, Path | str]:
+    """What makes the model an agent: which tools it knows, and the facts they look up."""
+    tools = REFERENCE_TOOLS if REFERENCE_CONVERSATIONS in run.params.tune.datasets else ()
+    agent = json.dumps({"tools": list(tools), "max_steps": AGENT_STEPS}, indent=2) + "\n"
+    return {"agent.json": agent, "knowledge.sqlite": run.paths.knowledge}
