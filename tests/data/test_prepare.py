@@ -121,7 +121,7 @@ def test_copying_practice_learns_repetitions_only(run: StageRun) -> None:
     tokenizer = ChatTokenizer.load(run.paths.tokenizer)
     for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
-            first = mask.index(1) - 1 if 1 in mask else len(mask)
+            first = mask.index(1) - 1 if 1 in mask else len(mask) - 1
             span = ids[1 : 1 + first]
             assert all(ids[1 + place] == span[place % len(span)] for place in range(len(ids) - 1))
             assert mask[: 1 + first] == [0] * (1 + first)
