@@ -74,15 +74,16 @@ class Agent:
             raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
         return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len)
 
-    def answer(self, messages: Sequence[Message], tools: Any = None) -> Conversation:
+    def answer(self, messages: Sequence[Message], tools: Any = None, steps: list[Step] | None = None) -> Conversation:
         """Answer the last message.
 
         `tools` are the client's (OpenAI's list): then the model's calls are handed back instead of run.
+        Steps are appended to `steps` as they happen.
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
         said = list(messages)
-        steps: list[Step] = []
+        steps = [] if steps is None else steps
         written = 0
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(said, tools)

@@ -1,0 +1,301 @@
+"""The public routes: OpenAI's chat completions and models, feedback, lineage, health and metrics.
+
+A request's way: `wire` checks it, the engine answers it, `exchange` records it before it is
+acknowledged, and the functions at the end give it OpenAI's shape.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+
+from components.config import ServeConfig
+from components.feedback.lineage import FactsOf, lineage, registry_facts
+from components.feedback.store import Store
+from components.registry import Registry
+from serving.engine import Ask, Engine, Finished, Full, Retired
+from serving.errors import ApiError, StrictRoute, error_body, shape_errors
+from serving.exchange import Broken, ClientGone, Exchange, sse
+from serving.follow import Bundled, Follower, describe
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.wire import ChatRequest, FeedbackRequest
+
+MAX_KEY_CHARACTERS = 255
+
+HOME_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Loopwright</title>
+<body style="font: 16px/1.5 system-ui, sans-serif; max-width: 40rem; margin: 4rem auto; padding: 0 1rem">
+<h1>Loopwright</h1>
+<p>{model}</p>
+<ul>
+<li><code>POST /v1/chat/completions</code>: OpenAI's chat API; point any client's base URL at <code>/v1</code></li>
+<li><a href="/v1/models">/v1/models</a>: what is being served</li>
+<li><code>POST /v1/feedback</code>: say whether an answer was good</li>
+<li><code>GET /v1/lineage/ID</code>: everything behind one answer</li>
+<li><a href="/docs">/docs</a>, <a href="/openapi.json">/openapi.json</a>: every route and field</li>
+<li><a href="/metrics">/metrics</a>, <a href="/livez">/livez</a>, <a href="/readyz">/readyz</a></li>
+</ul></body></html>
+"""
+
+
+@dataclass
+class Serving:
+    """What the routes share while the server runs."""
+
+    models: Follower
+    store: Store
+    config: ServeConfig
+    metrics: Metrics
+    facts_of: FactsOf
+    draining: bool = False
+    """True once the server was asked to stop: what runs is finished, nothing new is taken."""
+
+    @property
+    def ready(self) -> bool:
+        return self.models.engine is not None and not self.draining
+
+    @property
+    def busy(self) -> bool:
+        engine = self.models.engine
+        return engine is not None and bool(engine.running or engine.waiting)
+
+    @classmethod
+    def open(cls, home: Path, config: ServeConfig, model: str, bundled: Bundled | None = None) -> Serving:
+        """Open the store and start loading: the `bundled` model, else what `model` names in the registry.
+
+        Raises: InputError when the database cannot be opened.
+        """
+        load = partial(Engine.load, config=config)
+        if bundled is None:
+            seconds = config.follow_seconds if "@" in model else None
+            models = Follower(model, Registry(home).resolve, load, seconds)
+            facts_of = registry_facts(home)
+        else:
+            models = Follower(str(bundled), lambda _: bundled, load, None)
+            facts_of = {str(bundled): bundled.facts}.get
+        serving = cls(models, Store.of(home), config, Metrics(), facts_of)
+        models.start()
+        return serving
+
+    def close(self) -> None:
+        self.models.close()
+        self.store.close()
+
+
+async def _serving(request: Request) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    """Every error, in OpenAI's shape."""
+
+    error: ErrorFacts
+
+
+Running = Annotated[Serving, Depends(_serving)]
+router = APIRouter(route_class=StrictRoute, responses={"4XX": {"model": Error}, "5XX": {"model": Error}})
+
+
+def new_api() -> FastAPI:
+    """The app; whoever runs it sets `state.serving` before the first request."""
+    api = FastAPI(title="Loopwright", version="1", docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
+    api.include_router(router)
+    api.mount("/docs/assets", StaticFiles(directory=_swagger_folder()))
+    shape_errors(api)
+    return api
+
+
+def _swagger_folder() -> Path:
+    """BentoML brings Swagger UI along, so that `/docs` needs no network."""
+    package = importlib.util.find_spec("bentoml")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent / "_internal" / "server" / "static_content"
+
+
+@router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
+async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
+    """Answer a conversation; with `stream`, as server-sent events."""
+    exchange = await _begin(body, serving)
+    if body.stream:
+        return StreamingResponse(
+            _chunks(exchange, body),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    try:
+        finished = await exchange.finished(request)
+    except ClientGone:
+        return Response(status_code=499)
+    return JSONResponse(_completion(exchange, finished))
+
+
+@router.get("/v1/models")
+async def models(serving: Running) -> dict[str, Any]:
+    """The models being served."""
+    return {"object": "list", "data": describe(serving.models)}
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, serving: Running) -> dict[str, Any]:
+    """One model being served."""
+    if serving.models.engine is None or not serving.models.answers_to(model):
+        raise _unknown_model(model, serving)
+    return describe(serving.models)[0]
+
+
+@router.post("/v1/feedback", status_code=202)
+async def feedback(
+    body: FeedbackRequest, serving: Running, idempotency_key: Annotated[str | None, Header()] = None
+) -> dict[str, str]:
+    """Take in a vote on an answer; it is on disk when the 202 is sent."""
+    if len(idempotency_key or "") > MAX_KEY_CHARACTERS:
+        message = f"Idempotency-Key: longer than {MAX_KEY_CHARACTERS} characters; send a shorter one"
+        raise ApiError(400, message, "invalid_value", "Idempotency-Key")
+    feedback_id = await run_in_threadpool(
+        serving.store.add_feedback,
+        body.completion_id,
+        body.rating,
+        body.correction,
+        body.comment,
+        idempotency_key or None,
+    )
+    serving.metrics.feedback.labels(body.rating).inc()
+    return {"id": feedback_id}
+
+
+@router.get("/v1/lineage/{completion_id}")
+async def completion_lineage(completion_id: str, serving: Running) -> dict[str, Any]:
+    """Everything behind one answer, as `loopwright trace` prints it."""
+    return await run_in_threadpool(lineage, serving.store, completion_id, serving.facts_of)
+
+
+@router.get("/livez", response_class=Response)
+async def livez() -> Response:
+    """200 while the process runs."""
+    return Response("ok\n", media_type="text/plain")
+
+
+@router.get("/readyz", response_class=Response)
+async def readyz(serving: Running) -> Response:
+    """200 while questions are answered; 503 while loading or stopping."""
+    if not serving.ready:
+        raise ApiError(503, "not ready: the model is loading or the server is stopping", "not_ready")
+    return Response("ok\n", media_type="text/plain")
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(serving: Running) -> Response:
+    """Counters for Prometheus."""
+    engine = serving.models.engine
+    if engine is not None:
+        serving.metrics.queue(engine.waiting, engine.running)
+        serving.metrics.model(engine.name)
+    return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
+
+
+@router.get("/", response_class=HTMLResponse)
+async def home(serving: Running) -> str:
+    """Where things are."""
+    engine = serving.models.engine
+    return HOME_PAGE.format(model=f"<b>{engine.name}</b> answers." if engine else "The model is loading.")
+
+
+@router.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+async def docs() -> HTMLResponse:
+    """Swagger UI on `/openapi.json`."""
+    return get_swagger_ui_html(
+        openapi_url="/openapi.json",
+        title="Loopwright",
+        swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+        swagger_css_url="/docs/assets/swagger-ui.css",
+        swagger_favicon_url="/docs/assets/favicon-light-32x32.png",
+    )
+
+
+async def _begin(body: ChatRequest, serving: Serving) -> Exchange:
+    """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
+    ask = _ask(body)
+    while True:
+        engine = _engine(body, serving)
+        exchange = Exchange(engine, body, serving.store, serving.metrics)
+        try:
+            exchange.submit(ask)
+        except Retired:
+            continue  # swapped between the two lines above; the successor is in place
+        except Full as full:
+            raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
+        await exchange.started()
+        return exchange
+
+
+def _engine(body: ChatRequest, serving: Serving) -> Engine:
+    engine = serving.models.engine
+    if engine is None:
+        raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
+    if not serving.models.answers_to(body.model):
+        raise _unknown_model(body.model, serving)
+    return engine
+
+
+def _unknown_model(model: str | None, serving: Serving) -> ApiError:
+    name = serving.models.engine.name if serving.models.engine else "none yet"
+    return ApiError(404, f"model: {model!r} is not served here; served: {name}", "model_not_found", "model")
+
+
+def _ask(body: ChatRequest) -> Ask:
+    may_call = body.tool_choice != "none"
+    return Ask(
+        messages=[message.plain() for message in body.messages],
+        tools=[tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None,
+        may_call=may_call,
+        one_call=body.parallel_tool_calls is False,
+        max_tokens=body.token_limit,
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stops=body.stops,
+    )
+
+
+def _completion(exchange: Exchange, finished: Finished) -> dict[str, Any]:
+    message = {"role": "assistant", "content": finished.content, "refusal": None, "steps": finished.steps}
+    if finished.tool_calls:
+        message |= {"tool_calls": finished.tool_calls, "content": finished.content or None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.finish_reason}
+    return {**exchange.head("chat.completion"), "choices": [choice], "usage": exchange.usage(finished)}
+
+
+async def _chunks(exchange: Exchange, body: ChatRequest) -> AsyncIterator[bytes]:
+    """OpenAI's stream: the role, the words and steps as they come, the reason of the end, `[DONE]`."""
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    head = exchange.head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+    try:
+        async for delta, finished in exchange.deltas():
+            reason = finished.finish_reason if finished else None
+            yield sse(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
+            if finished and with_usage:
+                yield sse(head | {"choices": [], "usage": exchange.usage(finished)})
+    except Broken:
+        yield sse(error_body(500, "the server failed on this request; its log has the traceback"))
+        return
+    yield b"data: [DONE]\n\n"

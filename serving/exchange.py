@@ -1,0 +1,171 @@
+"""One chat request between the engine's threads and the event loop, recorded as it goes.
+
+Records are written in the engine's thread, before the event that would let the client know:
+so an acknowledged answer is on disk, also when the client left or the loop is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Request
+
+from components.agent.agent import ContextTooLong
+from components.feedback.store import Answered, Store
+from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text, Ticket
+from serving.errors import ApiError
+from serving.metrics import Metrics
+from serving.wire import ChatRequest
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it was answered."""
+
+
+class Broken(Exception):
+    """The answer failed after its first words were sent; the engine's log says why."""
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.engine, self.body = engine, body
+        self._store, self._metrics = store, metrics
+        self._began = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ticket: Ticket | None = None
+        self._recorded = self._spoke = False
+
+    def submit(self, ask: Ask) -> None:
+        """Raises: Full, Retired."""
+        self._ticket = self.engine.submit(ask, self._notify)
+
+    def cancel(self) -> None:
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    async def started(self) -> None:
+        """Wait for a slot; the request is on record when this returns.
+
+        Raises: ApiError when the prompt does not fit.
+        """
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if isinstance(event, Failed):
+            raise _failure(event.error)
+
+    async def finished(self, request: Request) -> Finished:
+        """Wait for the whole answer.
+
+        Raises: ClientGone; the slot is then free again.
+        """
+        answer = asyncio.ensure_future(self._last())
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            raise ClientGone
+        finally:
+            self.cancel()
+            for task in (answer, gone):
+                task.cancel()
+
+    async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Finished | None]]:
+        """OpenAI's deltas in order; the last comes with the finished answer."""
+        try:
+            yield {"role": "assistant", "content": ""}, None
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Text):
+                    yield {"content": event.text}, None
+                elif isinstance(event, Stepped):
+                    yield {"steps": [event.step]}, None
+                elif isinstance(event, Finished):
+                    if event.tool_calls:
+                        calls = [{"index": index, **call} for index, call in enumerate(event.tool_calls)]
+                        yield {"tool_calls": calls}, None
+                    yield {}, event
+                    return
+                elif isinstance(event, Failed):
+                    raise Broken from event.error
+        finally:
+            self.cancel()  # the client left, or nothing is left to cancel
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
+
+    def usage(self, finished: Finished) -> dict[str, int]:
+        total = finished.prompt_tokens + finished.completion_tokens
+        return {
+            "prompt_tokens": finished.prompt_tokens,
+            "completion_tokens": finished.completion_tokens,
+            "total_tokens": total,
+        }
+
+    async def _last(self) -> Finished:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Finished):
+                return event
+            if isinstance(event, Failed):
+                raise event.error
+
+    def _notify(self, event: Event) -> None:
+        """Called by the engine's thread: record first, then tell."""
+        if isinstance(event, Started):
+            self._store.add_request(self.id, self.engine.name, self.body.model_dump(exclude_unset=True))
+            self._recorded = True
+        elif isinstance(event, Text) and not self._spoke:
+            self._spoke = True
+            self._metrics.first_text_seconds.observe(time.perf_counter() - self._began)
+        elif isinstance(event, Finished) and self._recorded:
+            self._record(event)
+        # The loop is closed when the server ended without waiting for us.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _record(self, finished: Finished) -> None:
+        seconds = time.perf_counter() - self._began
+        answer = Answered(
+            content=finished.content,
+            finish_reason=finished.finish_reason,
+            prompt_tokens=finished.prompt_tokens,
+            completion_tokens=finished.completion_tokens,
+            seconds=seconds,
+            steps=finished.steps,
+            tool_calls=finished.tool_calls,
+        )
+        self._store.add_answer(self.id, answer)
+        self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
+        self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
+        self._metrics.answers.labels(finished.finish_reason).inc()
+
+
+def sse(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def _failure(error: Exception) -> Exception:
+    if isinstance(error, ContextTooLong):
+        return ApiError(400, str(error), "context_length_exceeded", "messages")
+    return error
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

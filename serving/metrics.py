@@ -1,0 +1,66 @@
+"""What Prometheus may scrape; every label has a bounded number of values."""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """The endpoint's counters; `route` is a route's template or "other", never a raw path."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("loopwright_requests", "HTTP requests.", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "loopwright_request_seconds",
+            "Wall time of a request, streams to their last byte.",
+            ["route"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.first_text_seconds = Histogram(
+            "loopwright_first_text_seconds",
+            "Wall time from a chat request to the first text of its answer.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.tokens = Counter("loopwright_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
+        self.answers = Counter("loopwright_answers", "Finished answers.", ["finish_reason"], registry=self.registry)
+        self.feedback = Counter("loopwright_feedback", "Votes taken in.", ["rating"], registry=self.registry)
+        self._queue = Gauge(
+            "loopwright_queue",
+            "Chat requests that wait for a slot or run in one.",
+            ["state"],
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+        self._model = Gauge(
+            "loopwright_model_version",
+            "Version of the model that answers.",
+            ["name"],
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
+
+    def queue(self, waiting: int, running: int) -> None:
+        self._queue.labels("waiting").set(waiting)
+        self._queue.labels("running").set(running)
+
+    def model(self, name: str) -> None:
+        """Say which `NAME/VERSION` answers."""
+        model, _, version = name.partition("/")
+        self._model.labels(model).set(float(version) if version.isdigit() else 0)
+
+    def text(self) -> bytes:
+        """Prometheus' text format, over all worker processes where a server runs several."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        return generate_latest(registry)

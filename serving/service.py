@@ -1,0 +1,71 @@
+"""The BentoML service: one FastAPI app with the public routes, and one model behind it.
+
+From the source tree it follows the registry; inside a Bento it serves the weights that the Bento
+carries. BentoML's own metrics are off (their labels are raw paths) and so is its time-out
+(it would cut long answers off): `edge` and `engine` bound what must be bounded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import bentoml
+from pydantic import BaseModel
+
+from components.config import Paths, load_params
+from serving.api import Serving, new_api
+from serving.drain import drain_on_signals
+from serving.edge import Edge
+from serving.follow import Bundled
+
+DAY_SECONDS = 86_400
+
+
+class Arguments(BaseModel):
+    """What a Bento was built with, or `--arg` says."""
+
+    model: str = "agent@champion"
+    """`NAME@ALIAS`, followed, or `NAME/VERSION`, in the registry."""
+    weights: str = ""
+    """Tag in BentoML's model store, as `agent:v3`: the model that a Bento carries; wins over `model`."""
+
+
+api = new_api()
+arguments = bentoml.use_arguments(Arguments)
+
+
+class Endpoint:
+    """Answers chats with the agent, and keeps what people say about the answers."""
+
+    if arguments.weights:
+        weights = bentoml.models.BentoModel(arguments.weights)
+
+    def __init__(self) -> None:
+        paths = Paths(Path.cwd())
+        config = load_params(paths.params).serve
+        bundled = _bundled(self.weights) if arguments.weights else None
+        api.state.serving = self.serving = Serving.open(paths.home, config, arguments.model, bundled)
+        drain_on_signals(self.serving)
+
+    def __is_ready__(self) -> bool:
+        return self.serving.ready
+
+    @bentoml.on_shutdown
+    def close(self) -> None:
+        self.serving.close()
+
+
+def _bundled(weights: Any) -> Bundled:
+    """The model that `flows.release.package` put into BentoML's store: the model folder, its facts as metadata."""
+    return Bundled(Path(weights.path), weights.info.metadata)
+
+
+endpoint = bentoml.service(
+    bentoml.asgi_app(api, path="/")(Endpoint),
+    name="agent",
+    workers=1,
+    traffic={"timeout": DAY_SECONDS},
+    metrics={"enabled": False, "namespace": "bentoml_service"},
+)
+endpoint.add_asgi_middleware(Edge, api=api)

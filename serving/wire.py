@@ -1,0 +1,238 @@
+"""What clients send: OpenAI's chat request and ours for feedback, with strict types.
+
+Fields that are unknown or only advise (`store`, `metadata`, `service_tier`, ...) are ignored, as
+OpenAI-compatible servers do; a field that would change the answer and is not supported is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_STOPS = 4
+MAX_TOOLS = 128
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+def _refused(value: Any) -> None:
+    """Absent, null, false, zero and empty ask for nothing; everything else would be ignored silently."""
+    if value:
+        raise PydanticCustomError("unsupported_parameter", "not supported by this endpoint; leave it out")
+
+
+Unsupported = Annotated[
+    Any, AfterValidator(_refused), WithJsonSchema({"type": "null", "description": "Not supported."})
+]
+
+
+class TextPart(Wire):
+    type: Literal["text"]
+    text: str
+
+
+class OtherPart(Wire):
+    """Pictures, sound and files, which this endpoint cannot read."""
+
+    type: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> OtherPart:
+        if self.type in ("image_url", "input_audio", "file", "video_url"):
+            raise PydanticCustomError("unsupported_parameter", "this model reads text only; send parts of type 'text'")
+        raise PydanticCustomError("unknown_part", "unknown part; send parts of type 'text'")
+
+
+def _part_tag(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "~text" if kind == "text" else "~other"
+
+
+def _text_or_list(value: Any) -> str | None:
+    return "~string" if isinstance(value, str) else "~list" if isinstance(value, list) else None
+
+
+def _either(message: str) -> Discriminator:
+    return Discriminator(_text_or_list, "wrong_type", message)
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("~text")] | Annotated[OtherPart, Tag("~other")],
+    Discriminator(_part_tag),
+]
+Content = Annotated[
+    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")],
+    _either("expected a string or a list of content parts"),
+]
+Stop = Annotated[
+    Annotated[str, Field(min_length=1), Tag("~string")]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
+    _either(f"expected a string or a list of at most {MAX_STOPS} strings"),
+]
+
+
+class CalledFunction(Wire):
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+
+    @model_validator(mode="after")
+    def _arguments_are_an_object(self) -> CalledFunction:
+        try:
+            arguments = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ValueError("arguments: expected a JSON object as text")
+        return self
+
+
+class ToolCall(Wire):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(Wire):
+    """One message of any role; which fields a role needs is checked below."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_role_needs(self) -> Message:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of role 'tool' needs tool_call_id")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls belong to messages of role 'assistant'")
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"a message of role {self.role!r} needs content")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The message as the chat template reads it."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content if isinstance(part, TextPart))
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+        if self.tool_calls:
+            plain["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return plain
+
+
+class Function(Wire):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+
+    @model_validator(mode="after")
+    def _properties_can_be_shown(self) -> Function:
+        properties = (self.parameters or {}).get("properties", {})
+        if not isinstance(properties, dict):
+            raise ValueError("parameters.properties: expected an object")
+        for key, schema in properties.items():
+            if not isinstance(schema, dict | bool):
+                raise ValueError(f"parameters.properties.{key}: expected a JSON schema")
+            if isinstance(schema, dict) and not isinstance(schema.get("description", ""), str):
+                raise ValueError(f"parameters.properties.{key}.description: expected a string")
+        return self
+
+
+class ClientTool(Wire):
+    """A tool that the client runs itself."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+    """Send one more chunk with the token counts before `[DONE]`."""
+
+
+class ResponseFormat(Wire):
+    type: str
+
+    @model_validator(mode="after")
+    def _is_text(self) -> ResponseFormat:
+        if self.type != "text":
+            raise PydanticCustomError("unsupported_parameter", "not supported yet; leave it out or send type 'text'")
+        return self
+
+
+def _known_choice(value: Any) -> Any:
+    if value in (None, "none", "auto"):
+        return value
+    raise PydanticCustomError("unsupported_parameter", "not supported; send 'auto' or 'none'")
+
+
+ToolChoice = Annotated[Any, AfterValidator(_known_choice), WithJsonSchema({"enum": ["none", "auto", None]})]
+
+
+class ChatRequest(Wire):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    model: str | None = None
+    """An id of `GET /v1/models`, or its name without the version; without it, the served model."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Generated tokens at most, tool calls included; `max_completion_tokens` wins over it."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    """0, the default, always takes the likeliest token."""
+    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | None = None
+    n: Literal[1] | None = None
+    tools: Annotated[list[ClientTool], Field(max_length=MAX_TOOLS)] | None = None
+    """Tools that the client runs. Without any, the agent uses its own and answers."""
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+    frequency_penalty: Unsupported = None
+    presence_penalty: Unsupported = None
+    logit_bias: Unsupported = None
+    logprobs: Unsupported = None
+    top_logprobs: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+    web_search_options: Unsupported = None
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> ChatRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only allowed with stream true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class FeedbackRequest(Wire):
+    """Body of `POST /v1/feedback`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    completion_id: str
+    rating: Literal["up", "down"]
+    correction: Annotated[str, Field(min_length=1)] | None = None
+    """What the answer should have been."""
+    comment: str | None = None
