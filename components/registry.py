@@ -150,6 +150,8 @@ class Registry:
         self.alias(version.name, "champion", version)
         if "challenger" in version.aliases:
             self.alias(version.name, "challenger", None)
+        if "rolled_back" in version.tags:
+            self.tag(version, {"rolled_back": "false"})
 
     def rollback(self, name: str) -> ModelVersion:
         """Give the championship back to `previous`: the same move backwards.
@@ -160,7 +162,10 @@ class Registry:
         if previous is None:
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
+        beaten = self.resolve(f"{name}@champion")
         self.promote(previous)
+        # Its files may still be what the pipeline made last: a run must not promote them again.
+        self.tag(beaten, {"rolled_back": "true"})
         return self.resolve(f"{name}@champion")
 
     def _version(self, row: Any) -> ModelVersion:

@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -46,6 +47,9 @@ ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 """Set before a stage imports its libraries, unless its caller set them."""
+
+PROGRESS = re.compile(r"(?P<stage>\w+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
+"""A line of `StageRun.progress`, as the orchestrator reads it."""
 
 FORCE = "LOOPWRIGHT_FORCE"
 """Environment variable: start over, without the checkpoints of an earlier run with the same inputs."""

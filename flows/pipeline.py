@@ -1,0 +1,308 @@
+"""The pipeline: Prefect tasks built from dvc.yaml, one per stage, each brought up to date in turn.
+
+DVC says in this process what is out of date and why; what runs, runs in a process of its own
+(flows/reproduce.py). The models' release follows (flows/release.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+
+from components.config import InputError, Paths, load_params
+from components.journal import PARENT_RUN
+from components.process import only_one
+from components.stage import PROGRESS
+from components.tracking import Courier, connect, create_run
+from flows.release import Release, current_release, release
+from flows.reproduce import StageResult, reproduce
+from flows.server import bury_the_dead, prefect_api
+
+Note = Callable[[Mapping[str, str]], None]
+_SECONDS_BETWEEN_ARTIFACTS = 2.0
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A stage of dvc.yaml and why it is out of date."""
+
+    name: str
+    needs: tuple[str, ...]
+    """Stages whose outputs it reads."""
+    reasons: tuple[str, ...]
+    """Empty when it is up to date."""
+    force: bool = False
+    """Its outputs must be made anew, although DVC sees no change."""
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    stages: list[StageResult] = field(default_factory=list)
+    release: Release | None = None
+    """None when the run stopped at an earlier stage."""
+    flow_run: str | None = None
+    """Prefect's id; None when nothing was to do."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of a run."""
+
+    root: Path
+    until: str | None = None
+    """Stop after this stage, without a release."""
+    force: bool = False
+    """Run every stage, although up to date, and without earlier checkpoints."""
+    echo: Callable[[str], None] = print
+    """Told each line for the terminal."""
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(self.root)
+
+
+def configure(root: Path) -> None:
+    """Point DVC's caches and its remote at the state folder; without git, let DVC version alone."""
+    from dvc.config import Config
+
+    home = Paths(root).home
+    (root / ".dvc").mkdir(exist_ok=True)
+    wanted: dict[str, dict[str, Any]] = {
+        "core": {"site_cache_dir": str(home / "dvc"), "no_scm": not _has_git(root)},
+        "remote": {"local": {"url": str(home / "dvc-remote")}},
+    }
+    config = Config(str(root / ".dvc"), validate=False)
+    if any(config.load_one("local").get(section) != values for section, values in wanted.items()):
+        with config.edit("local") as local:
+            local["core"] = {**local.get("core", {}), **wanted["core"]}
+            local["remote"] = {**local.get("remote", {}), **wanted["remote"]}
+
+
+def look(root: Path, force: bool = False, until: str | None = None) -> list[StageState]:
+    """The stages in the order they run, each with the reasons why it is out of date.
+
+    Raises: InputError when dvc.yaml cannot be read, or `until` is none of its stages.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    configure(root)
+    try:
+        with Repo(str(root)) as repo:
+            needs = _needs(repo, root)
+            changed = repo.status()
+    except DvcException as error:
+        raise InputError(f"dvc.yaml: {' '.join(str(error).split())}") from error
+    other_python = _other_python(root)
+    states: dict[str, StageState] = {}
+    for name in _until(needs, until):
+        reasons = ["--force"] if force else list(_reasons(changed.get(name, [])))
+        if name == "collect" and other_python:
+            reasons.append(other_python)
+        reasons += [f"after {needed}" for needed in needs[name] if states[needed].reasons]
+        again = force or (name == "collect" and bool(other_python))
+        states[name] = StageState(name, tuple(needs[name]), tuple(reasons), again)
+    return list(states.values())
+
+
+def version_data(root: Path, folder: Path) -> None:
+    """Put a user's dataset under DVC's version control (`NAME.dvc` beside it)."""
+    from dvc.repo import Repo
+
+    configure(root)
+    with Repo(str(root)) as repo:
+        repo.add([str(folder)])
+
+
+def run_pipeline(order: Order) -> Report:
+    """Bring every stage up to date as one Prefect flow run, then release the model.
+
+    Raises: InputError, StageFailed, Refused.
+    """
+    started = time.monotonic()
+    with only_one(order.paths.home / "stages", "run"):
+        states = look(order.root, order.force, order.until)
+        released = None if order.until else current_release(order.paths)
+        if not any(state.reasons for state in states) and (released or order.until):
+            report = Report([StageResult(state.name, "up to date", 0.0) for state in states], released)
+        else:
+            report = _run_as_flow(order, states)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _has_git(root: Path) -> bool:
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
+
+
+def _needs(repo: Any, root: Path) -> dict[str, list[str]]:
+    """Stages of dvc.yaml in the order they run, each with those it depends on."""
+    from dvc.stage import PipelineStage
+
+    graph = repo.index.graph
+    declared = list(yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    stages = {stage.addressing: stage for stage in graph if isinstance(stage, PipelineStage)}
+    needs = {
+        name: [needed.addressing for needed in graph.successors(stages[name]) if needed.addressing in stages]
+        for name in sorted(stages, key=declared.index)
+    }
+    return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
+
+
+def _until(needs: Mapping[str, list[str]], until: str | None) -> list[str]:
+    if until is None:
+        return list(needs)
+    if until not in needs:
+        raise InputError(f"--until: {until!r} is no stage of dvc.yaml; one of {', '.join(needs)}")
+    wanted = {until}
+    for name in reversed(list(needs)):
+        if name in wanted:
+            wanted.update(needs[name])
+    return [name for name in needs if name in wanted]
+
+
+def _reasons(changes: list[Any]) -> Iterator[str]:
+    """DVC's status of one stage as short phrases, such as `data/added modified`."""
+    for change in changes:
+        if isinstance(change, str):
+            yield change
+            continue
+        for paths in change.values():
+            for path, state in paths.items():
+                if isinstance(state, dict):
+                    yield from (f"{key} {how}" for key, how in state.items())
+                else:
+                    yield f"{path} {state}"
+
+
+def _other_python(root: Path) -> str:
+    """Why `collect` is out of date although no file changed: it reads the interpreter it runs under."""
+    path = Paths(root).metrics / "collect.json"
+    read = json.loads(path.read_text(encoding="utf-8")).get("python") if path.is_file() else None
+    if read in (None, sys.version):
+        return ""
+    return f"python {sys.version.split()[0]}, collected with {read.split()[0]}"
+
+
+def _run_as_flow(order: Order, states: list[StageState]) -> Report:
+    """One flow run; the server starts while MLflow and Prefect are imported."""
+    report = Report()
+    with prefect_api(order.paths.home) as api, _parent_run(order.paths.home) as note:
+        from prefect import flow
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        @flow(name="pipeline", validate_parameters=False)
+        def pipeline(scale: str, until: str | None, force: bool) -> None:
+            _bring_up_to_date(order, states, report, note)
+            if until is None:
+                report.release = release(order.paths, order.echo, report.flow_run or "")
+
+        with temporary_settings({PREFECT_API_URL: api.wait()}):
+            if api.process is not None:
+                bury_the_dead()
+                order.echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
+            pipeline(scale=load_params(order.paths.params).scale, until=order.until, force=order.force)
+    return report
+
+
+def _bring_up_to_date(order: Order, states: list[StageState], report: Report, note: Note) -> None:
+    """Inside the flow run: the stages one after another; the first that fails ends it with its own message."""
+    from prefect.artifacts import create_table_artifact
+    from prefect.runtime import flow_run
+
+    report.flow_run = str(flow_run.id)
+    note({"prefect.flow_run_id": report.flow_run})
+    ended: dict[str, Any] = {}
+    try:
+        for state in states:
+            run = _stage_task(order, state, report)
+            ended[state.name] = run(return_state=True, wait_for=[ended[name] for name in state.needs])
+            if not ended[state.name].is_completed():
+                raise ended[state.name].result(raise_on_failure=False)
+            note({f"stage.{state.name}": report.stages[-1].outcome})
+    finally:
+        rows = [{"stage": row.name, "outcome": row.outcome, "seconds": round(row.seconds, 1)} for row in report.stages]
+        create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
+
+
+def _stage_task(order: Order, state: StageState, report: Report) -> Any:
+    """The Prefect task of one stage, under the stage's name."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    def bring_up_to_date() -> Any:
+        result = StageResult(state.name, "up to date", 0.0)
+        if state.reasons:
+            order.echo(f"{state.name}: {', '.join(state.reasons)}")
+            result = reproduce(state.name, order.root, state.force, _Ear(state.name, order.echo))
+        report.stages.append(result)
+        order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
+        return Completed(name=result.outcome.capitalize(), message=f"{result.outcome} in {result.seconds:.1f} s")
+
+    return task(name=state.name, task_run_name=state.name, cache_policy=NO_CACHE)(bring_up_to_date)
+
+
+class _Ear:
+    """Hears what a stage says: the terminal and Prefect's log get each line, a progress artifact the counts."""
+
+    def __init__(self, stage: str, echo: Callable[[str], None]) -> None:
+        from prefect import get_run_logger
+        from prefect.artifacts import create_progress_artifact
+
+        self._echo = echo
+        self._log = get_run_logger()
+        made = create_progress_artifact(0.0, key=f"{stage.replace('_', '-')}-progress", description=stage)
+        assert isinstance(made, UUID)
+        self._artifact = made
+        self._next_update = 0.0
+
+    def __call__(self, line: str) -> None:
+        self._echo(line)
+        self._log.info("%s", line)
+        said = PROGRESS.fullmatch(line)
+        if said and (time.monotonic() >= self._next_update or said["done"] == said["total"]):
+            self._update(100 * int(said["done"]) / max(1, int(said["total"])), said["facts"] or "")
+            self._next_update = time.monotonic() + _SECONDS_BETWEEN_ARTIFACTS
+
+    def _update(self, percent: float, facts: str) -> None:
+        from prefect.artifacts import update_progress_artifact
+
+        update_progress_artifact(self._artifact, progress=percent, description=facts)
+
+
+@contextmanager
+def _parent_run(home: Path) -> Iterator[Note]:
+    """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
+    courier = Courier(home)
+    client = connect(home)
+    run_id = create_run(client, "pipeline", {}, None, int(time.time() * 1000))
+    os.environ[PARENT_RUN] = run_id
+    courier.start()
+
+    def note(tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            client.set_tag(run_id, key, value)
+
+    status = "FAILED"
+    try:
+        yield note
+        status = "FINISHED"
+    finally:
+        del os.environ[PARENT_RUN]
+        courier.finish()
+        client.set_terminated(run_id, status)

@@ -1,0 +1,124 @@
+"""Prefect's API for the length of a run: the server that PREFECT_API_URL names, or a real one of our own.
+
+Not Prefect's ephemeral server: that one starts slower, outlives its own time-out and locks its database.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.process import ask_to_die_with_parent
+
+_SECONDS_TO_START = 180.0
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    # What a stage says reaches the terminal from us, once; Prefect's own loggers go to its API.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where Prefect answers; `process` when the server is our own."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes] | None
+
+    def wait(self) -> str:
+        """Return the address once the server is healthy.
+
+        Raises: RuntimeError when it ends or stays silent.
+        """
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while self.process is not None and not _healthy(self.url):
+            if self.process.poll() is not None:
+                raise RuntimeError(f"Prefect's server ended with {self.process.returncode}; see {self.log}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"Prefect's server did not answer in {_SECONDS_TO_START:.0f} s; see {self.log}")
+            time.sleep(0.1)
+        return self.url
+
+
+def settings(home: Path) -> Mapping[str, str]:
+    """Environment that keeps Prefect in the state folder, quiet and telling nobody."""
+    return {"PREFECT_HOME": str(home / "prefect"), **_SETTINGS}
+
+
+@contextmanager
+def prefect_api(home: Path) -> Iterator[Api]:
+    """Start a server unless PREFECT_API_URL names one, and stop it at the end of the block."""
+    (home / "prefect").mkdir(parents=True, exist_ok=True)
+    (home / "logs").mkdir(exist_ok=True)
+    for variable, value in settings(home).items():
+        os.environ.setdefault(variable, value)
+    log = home / "logs" / "prefect-server.log"
+    given = os.environ.get("PREFECT_API_URL")
+    if given:
+        yield Api(given, log, None)
+        return
+    with log.open("wb") as file:
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the run, which stops the server after the flow has said how it ended.
+            start_new_session=True,
+            preexec_fn=ask_to_die_with_parent,
+        )
+    try:
+        yield Api(f"http://127.0.0.1:{port}/api", log, process)
+    finally:
+        stop(process)
+
+
+def bury_the_dead() -> None:
+    """Mark flow runs whose process was killed: in a server of our own, none can be running at the start."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING]}}})
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=running):
+            client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+    """Ask a process to end, and end it when it does not."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,59 @@
+"""The command `loopwright`: arguments in, calls out.
+
+Each command is a module of this folder with its name: a group has a typer `app`, a single
+command a function. Modules are imported when asked for, and import what is heavy inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from components.config import InputError, Refused
+from loopwright.output import print_json, say
+
+COMMANDS = ("run", "status", "registry", "doctor")
+"""In the order in which `--help` lists them."""
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"loopwright.{cmd_name}")
+        app = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer(add_completion=False)
+            app.command(cmd_name)(getattr(module, cmd_name))
+        command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+
+@app.callback()
+def loopwright() -> None:
+    """Raw text in, a served language-model agent out, and back again: every step versioned, tracked, gated."""
+
+
+def main() -> None:
+    """Run the command line; wrong input ends with 1 and one line on stderr, a gate's refusal with 3."""
+    try:
+        app()
+    except (InputError, Refused) as error:
+        code = 3 if isinstance(error, Refused) else 1
+        if "--json" in sys.argv:
+            print_json({"error": str(error), "exit_code": code})
+        say(str(error))
+        sys.exit(code)

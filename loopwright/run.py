@@ -1,0 +1,137 @@
+"""`loopwright run`: bring every stage up to date as one Prefect flow run, then release the model."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from components.config import InputError, Paths, Refused, find_root, load_params
+from loopwright.output import Json, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from flows.pipeline import Report
+
+
+def run(
+    scale: Annotated[str | None, typer.Option(help="smoke, laptop, gpu or cluster; written to params.yaml.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Written to params.yaml; may be given again."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage, without release.")] = None,
+    force: Annotated[bool, typer.Option(help="Run every stage, although up to date.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the model."""
+    root = find_root()
+    signal.signal(signal.SIGTERM, _interrupt)
+    echo = _Terminal(as_json)
+    _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
+    from flows.pipeline import Order, run_pipeline
+    from flows.reproduce import StageFailed
+
+    try:
+        report = run_pipeline(Order(root, until, force, echo))
+    except StageFailed as error:
+        raise (Refused if error.exit_code == 3 else InputError)(str(error)) from error
+    except KeyboardInterrupt:
+        say('run: stopped; "loopwright run" goes on from the last checkpoint')
+        sys.exit(130)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        _summarise(report)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
+    """`section.key` → value, read as YAML, of `--scale` and every `--set`."""
+    overrides: dict[str, Any] = {"scale": scale} if scale else {}
+    for assignment in assignments:
+        dotted, equals, value = assignment.partition("=")
+        if not equals or not dotted.strip():
+            raise InputError(f"--set: {assignment!r}: expected SECTION.KEY=VALUE, such as pretrain.max_steps=100")
+        try:
+            overrides[dotted.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set: {assignment!r}: not a YAML value: {' '.join(str(error).split())}") from None
+    return overrides
+
+
+def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], None]) -> None:
+    """Write overrides into params.yaml, once they are known to be valid; comments stay."""
+    load_params(path, overrides)
+    if not overrides:
+        return
+    from ruamel.yaml import YAML
+
+    text = YAML()
+    text.preserve_quotes = True
+    text.width = 120
+    values = text.load(path.read_text(encoding="utf-8"))
+    changed = False
+    for dotted, value in overrides.items():
+        section, _, key = dotted.partition(".")
+        holder = values if not key else _section(values, section)
+        if holder.get(key or section) != value:
+            echo(f"params.yaml: {dotted}: {holder.get(key or section, 'unset')} → {value}")
+            holder[key or section] = value
+            changed = True
+    if changed:
+        with path.open("w", encoding="utf-8") as file:
+            text.dump(values, file)
+
+
+def _section(values: Any, name: str) -> Any:
+    if values.get(name) is None:
+        values[name] = {}
+    section = values[name]
+    if hasattr(section, "fa") and not section:
+        # `model: {}` grows into a block, one key a line, like its neighbours.
+        section.fa.set_block_style()
+    return section
+
+
+class _Terminal:
+    """Prints what the run says; progress lines of a stage overwrite each other where a person looks on."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._out = sys.stderr if as_json else sys.stdout
+        self._inside = False
+
+    def __call__(self, line: str) -> None:
+        from components.stage import PROGRESS
+
+        progress = bool(PROGRESS.fullmatch(line)) and self._out.isatty()
+        clear = "\r\x1b[K" if self._inside else ""
+        self._out.write(f"{clear}{line}" + ("" if progress else "\n"))
+        self._out.flush()
+        self._inside = progress
+
+
+def _summarise(report: Report) -> None:
+    print()
+    print_table(
+        ("stage", "outcome", "seconds"), [(row.name, row.outcome, f"{row.seconds:.1f}") for row in report.stages]
+    )
+    print()
+    release = report.release
+    if release:
+        print_table(("held-out suite", "score"), release.scores.items())
+        print(f"\nchampion  {release.version} ({release.outcome}), score {release.score:.4f}")
+        print(f"bento     {release.bento}")
+        print(f"asked     {release.question}\nanswered  {release.answer}\n")
+        print('Next: "loopwright serve" and "loopwright chat", or "loopwright registry show agent@champion"')
+    else:
+        print('Next: "loopwright run" for the stages that follow and the release')
+    print(f"Done in {report.seconds:.1f} s")
