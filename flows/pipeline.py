@@ -120,12 +120,20 @@ def look(root: Path, force: bool = False, until: str | None = None) -> list[Stag
 
 
 def version_data(root: Path, folder: Path) -> None:
-    """Put a user's dataset under DVC's version control (`NAME.dvc` beside it)."""
+    """Put a user's dataset under DVC's version control (`NAME.dvc` beside it).
+
+    Raises: InputError when DVC cannot, as while another process holds its lock.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     configure(root)
-    with Repo(str(root)) as repo:
-        repo.add([str(folder)])
+    try:
+        with Repo(str(root)) as repo:
+            repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
+            repo.add([str(folder)])
+    except DvcException as error:
+        raise InputError(f"{folder.relative_to(root)}: DVC: {' '.join(str(error).split())}") from error
 
 
 def run_pipeline(order: Order) -> Report:
