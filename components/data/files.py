@@ -9,15 +9,17 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from components.config import InputError
+from components.config import InputError, Refused
 from components.data import chunks, records
 from components.data.conversations import read_conversation
-from components.data.datasets import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id
+from components.data.datasets import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.data.duplicates import hash_text
+from components.data.findings import Findings, refusal
 from components.data.records import Record
 
 BUILT_IN: Mapping[str, Kind] = {"stdlib-documents": "documents", "stdlib-conversations": "conversations"}
@@ -56,13 +58,14 @@ def add(
     folder: Path,
     columns: Columns | None = None,
     replace: bool = False,
-    check: Callable[[Path], object] | None = None,
+    check: Callable[[Path], Findings] | None = None,
 ) -> DatasetInfo:
     """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
 
-    `check` is given the finished dataset before it takes its place; when it raises, nothing is kept.
+    `check` is given the finished dataset before it takes its place.
 
-    Raises: InputError for the first thing that does not fit, with its file and row.
+    Raises: InputError for the first thing that does not fit, with its file and row; Refused when `check`
+    finds fault. Nothing is kept then.
     """
     columns = columns or Columns()
     reader = _reader(kind, columns)
@@ -71,8 +74,10 @@ def add(
     temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
     try:
         info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)))
-        if check:
-            check(temporary / name)
+        findings = check(temporary / name) if check else None
+        if findings and not findings.success:
+            _place(findings, temporary / name, _kept_rows(reader, files, columns))
+            raise Refused(refusal([findings]))
         if (folder / name).exists():
             os.rename(folder / name, temporary / "replaced")
         os.rename(temporary / name, folder / name)
@@ -83,38 +88,57 @@ def add(
 
 def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: DatasetWriter) -> DatasetInfo:
     sources = [{"name": path.name, "sha256": records.inspect(path, path.suffix == ".parquet")} for path in files]
-    formats = reader.formats(files)
-    seen: set[int] = set()
     with writer:
         writer.info.sources = sources
-        for path in files:
-            read = formats.get(path.suffix.lower())
-            if read is None:
-                raise InputError(
-                    f"{path}: {path.suffix or 'no suffix'}: not a format of this kind; allowed: {', '.join(formats)}"
-                )
-            for row in _rows(reader, read, path, columns):
-                identity = hash_text(str(row["id"]))
-                if identity in seen and row["id"] == _content_id(row):
-                    writer.drop("exact_duplicate")
-                else:
-                    writer.write("train", row)
-                seen.add(identity)
+        for _, row in _kept_rows(reader, files, columns, dropped=lambda: writer.drop("exact_duplicate")):
+            writer.write("train", row)
     return writer.info
 
 
-def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[Row]:
+def _kept_rows(
+    reader: _Kind, files: Sequence[Path], columns: Columns, dropped: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every row that was not there already."""
+    formats = reader.formats(files)
+    seen: set[int] = set()
+    for path in files:
+        read = formats.get(path.suffix.lower())
+        if read is None:
+            found = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
+            raise InputError(f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}")
+        for place, row in _rows(reader, read, path, columns):
+            identity = hash_text(str(row["id"]))
+            if identity in seen and row["id"] == _content_id(row):
+                dropped()
+            else:
+                yield place, row
+            seen.add(identity)
+
+
+def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     record = None
     for record in read(path):
         try:
-            yield reader.row(record, path.name, columns)
+            yield record.place, reader.row(record, path.name, columns)
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise InputError(
-                f"{record.place}: {half!a}: half of a surrogate pair, which is no character; remove it"
-            ) from None
+            raise InputError(f"{record.place}: {half!a}: half of a surrogate pair, no character; remove it") from None
     if record is None:
         raise InputError(f"{path}: holds no rows; nothing to add")
+
+
+def _place(findings: Findings, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
+    """Say of each offending row where it stands in the user's file: the files are read once more."""
+    import pyarrow.parquet as pq
+
+    before, offsets = 0, {}
+    for shard in shards(folder, "train"):
+        offsets[shard.name] = before
+        before += pq.read_metadata(shard).num_rows
+    wanted = {offsets[one.shard] + one.row for check in findings.failed for one in check.examples}
+    places = {number: place for number, (place, _) in enumerate(rows, 1) if number in wanted}
+    for check in findings.failed:
+        check.examples = [replaced(one, place=places[offsets[one.shard] + one.row]) for one in check.examples]
 
 
 def _document(record: Record, file: str, columns: Columns) -> Row:

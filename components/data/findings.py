@@ -22,6 +22,11 @@ class Example:
     id: str | None
     value: str
     """As it would be typed in Python; long ones are cut."""
+    place: str | None = None
+    """Where the row stands in the user's own file, when that is being added."""
+
+    def __str__(self) -> str:
+        return f"{self.place or f'{self.shard} row {self.row}'} (id {self.id}): {self.value}"
 
 
 @dataclass
@@ -94,28 +99,26 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text)} characters)"
 
 
-def refusal(found: list[Findings], page: str) -> str:
-    """Why data is refused: which dataset, which expectation, how many rows and the first of them."""
-    lines = []
-    for findings in found:
-        for check in findings.failed:
-            lines += _told(findings.dataset, check)
-    count = sum(len(findings.failed) for findings in found)
-    names = ", ".join(findings.dataset for findings in found if not findings.success)
-    head = f"{names}: data validation failed ({count} check{'s' if count > 1 else ''}); nothing downstream runs"
-    return "\n".join([head, *lines, f"  all checks: {page}"])
+def refusal(found: list[Findings], page: str | None = None) -> str:
+    """Why data is refused: which dataset, which expectation, how many rows and the first of them.
+
+    The first line says the first reason; the others say all.
+    """
+    failed = [(findings.dataset, check) for findings in found for check in findings.failed]
+    dataset, first = failed[0]
+    row = f"; first {first.examples[0]}" if first.examples else ""
+    lines = [f"{dataset}: data validation failed: {first.description}: {_count(first)}{row}"]
+    for dataset, check in failed:
+        column = f" of {check.column}" if check.column else ""
+        lines.append(f"  {dataset}, {check.shard}, {check.expectation}{column}: {check.description}: {_count(check)}")
+        lines += [f"    {example}" for example in check.examples]
+        if check.failed > len(check.examples) > 0:
+            lines.append(f"    and {check.failed - len(check.examples):,} more")
+    return "\n".join([*lines, f"  all checks: {page}"] if page else lines)
 
 
-def _told(dataset: str, check: Check) -> list[str]:
-    column = f" of {check.column}" if check.column else ""
+def _count(check: Check) -> str:
     if check.broken:
-        return [f"  {dataset}, {check.shard}: {check.description} ({check.expectation}{column}): {check.broken}"]
+        return check.broken
     allowed = f", {check.allowed_share:.2%} allowed" if check.allowed_share else ""
-    lines = [
-        f"  {dataset}, {check.shard}: {check.description} ({check.expectation}{column}): "
-        f"{check.failed:,} of {check.rows:,} rows failed ({check.failed / max(check.rows, 1):.2%}{allowed})"
-    ]
-    lines += [f"    {one.shard} row {one.row} (id {one.id}): {one.value}" for one in check.examples]
-    if check.failed > len(check.examples):
-        lines.append(f"    and {check.failed - len(check.examples):,} more")
-    return lines
+    return f"{check.failed:,} of {check.rows:,} rows failed ({check.failed / max(check.rows, 1):.2%}{allowed})"

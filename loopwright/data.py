@@ -1,0 +1,252 @@
+"""`loopwright data`: see the datasets there are, bring one's own, hold them against their expectations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from components.config import InputError, Paths, find_root, load_params
+from loopwright.output import Json, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from components.data.findings import Findings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Datasets: list, show, add and validate.", rich_markup_mode=None
+)
+
+_VALUE_CHARS = 160
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the built-in datasets and those that were added."""
+    datasets = [_summary(paths, name) for paths in [Paths(find_root())] for name in _names(paths)]
+    if as_json:
+        print_json(datasets)
+        return
+    rows = [(one["name"], one["kind"], _counted(one["rows"]), one["origin"], one["validation"]) for one in datasets]
+    print_table(("dataset", "kind", "rows", "origin", "validation"), rows)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A name from `loopwright data list`.")],
+    rows: Annotated[int, typer.Option(min=0, max=1000, help="How many of its first rows to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show one dataset: rows per split, what was dropped, sources, first rows, whether it is valid."""
+    from components.data.datasets import read_rows
+
+    paths = Paths(find_root())
+    folder = _folder(paths, name)
+    first = [row for _, row in zip(range(rows), read_rows(folder, "train"), strict=False)]
+    shown = {**_summary(paths, name), "first_rows": first}
+    if as_json:
+        print_json(shown)
+        return
+    for key, value in shown.items():
+        if key not in ("sources", "first_rows"):
+            print(f"{key:<12} {_counted(value) if isinstance(value, Mapping) else value}")
+    for source in shown["sources"][:5]:
+        print(f"{'source':<12} {source['name']}  sha256 {source['sha256'][:12]}")
+    if len(shown["sources"]) > 5:
+        print(f"{'':<12} and {len(shown['sources']) - 5} more")
+    for row in first:
+        print()
+        for line in _lines(row):
+            print(f"  {line}")
+
+
+@app.command()
+def add(
+    kind: Annotated[str, typer.Argument(help="documents or conversations.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in data/README.md.")],
+    name: Annotated[str, typer.Option(help="What the dataset shall be called.")],
+    text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a dataset of that name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
+    from components.data.files import Columns
+    from components.data.files import add as add_files
+
+    paths = Paths(find_root())
+    allowed = load_params(paths.params).validate_.max_failed_share
+
+    def check(folder: Path) -> Findings:
+        from components.data.validate import validate_dataset
+
+        say("validating; Great Expectations takes some seconds to start")
+        findings = validate_dataset(folder, paths.expectations, allowed)
+        return _noted(paths, folder, findings) if findings.success else findings
+
+    info = add_files(kind, files, name, paths.added, Columns(text_column, label_column), replace, check)
+    pointer = _version(paths, name)
+    if as_json:
+        print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
+        return
+    dropped = f" ({_counted(info.dropped)} dropped)" if info.dropped else ""
+    print(f"{name}: {_counted(info.rows)} rows of kind {kind}{dropped}; valid")
+    print(f"train on it: loopwright run --set {_SECTIONS[info.kind]}.dataset={name}")
+
+
+@app.command()
+def validate(
+    name: Annotated[str | None, typer.Argument(help="One dataset; without it, all of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Hold datasets against the expectations of their kind; exit code 3 when one fails."""
+    from components.data.findings import refusal
+    from components.data.validate import Validator
+
+    paths = Paths(find_root())
+    folders = [_folder(paths, name)] if name else list(_folders(paths))
+    if not folders:
+        raise InputError('data: no dataset yet; run "loopwright run --until collect" or "loopwright data add"')
+    docs = paths.home / "docs" / "validation"
+    say("validating; Great Expectations takes some seconds to start")
+    validator = Validator(paths.expectations, load_params(paths.params).validate_.max_failed_share)
+    found = [_noted(paths, folder, validator.check(folder, docs)) for folder in folders]
+    refused = refusal(found, str(docs / "index.html")) if any(findings.failed for findings in found) else None
+    if as_json:
+        outcome = {"error": refused, "exit_code": 3} if refused else {}
+        print_json(
+            {**outcome, "docs": str(docs / "index.html"), "datasets": [findings.to_json() for findings in found]}
+        )
+    else:
+        rows = [(one.dataset, one.kind, _counted(one.rows), len(one.checks), len(one.failed)) for one in found]
+        print_table(("dataset", "kind", "rows", "checks", "failed"), rows)
+    if refused:
+        say(refused)
+        raise typer.Exit(3)
+
+
+_SECTIONS = {"documents": "pretrain", "conversations": "tune"}
+"""The stage that learns from each kind."""
+
+
+def _names(paths: Paths) -> list[str]:
+    from components.data.files import BUILT_IN
+
+    added = {path.parent.name for path in paths.added.glob("*/dataset.json")}
+    pointers = {path.stem for path in paths.added.glob("*.dvc")}
+    return [*BUILT_IN, *sorted(added | pointers)]
+
+
+def _folders(paths: Paths) -> Iterator[Path]:
+    for name in _names(paths):
+        for parent in (paths.collected, paths.added):
+            if (parent / name / "dataset.json").is_file():
+                yield parent / name
+                break
+
+
+def _folder(paths: Paths, name: str) -> Path:
+    """Where a dataset lies: as it was added, or as `collect` wrote it."""
+    from components.data.files import BUILT_IN
+
+    folder = (paths.collected if name in BUILT_IN else paths.added) / name
+    if (folder / "dataset.json").is_file():
+        return folder
+    if name in BUILT_IN:
+        raise InputError(f'{name}: not collected yet; run "loopwright run --until collect"')
+    if (paths.added / f"{name}.dvc").is_file():
+        raise InputError(f'{name}: its data is not here; run "dvc pull data/added/{name}.dvc"')
+    raise InputError(f"{name}: no such dataset; known: {', '.join(_names(paths))}")
+
+
+def _summary(paths: Paths, name: str) -> dict[str, Any]:
+    """What `list` and `show` say of a dataset, also of one whose data is not here."""
+    from components.data.datasets import read_info
+    from components.data.files import BUILT_IN
+
+    built_in = name in BUILT_IN
+    summary: dict[str, Any] = {"name": name, "kind": BUILT_IN.get(name), "origin": "built in" if built_in else "added"}
+    try:
+        folder = _folder(paths, name)
+    except InputError as error:
+        missing = str(error).removeprefix(f"{name}: ")
+        return {**summary, "rows": {}, "dropped": {}, "sources": [], "folder": None, "validation": missing}
+    info = read_info(folder)
+    collected = paths.collected / name / "dataset.json"
+    split = {} if built_in or not collected.is_file() else {"collected": read_info(collected.parent).rows}
+    return {
+        **summary,
+        "kind": info.kind,
+        "rows": info.rows,
+        **split,
+        "dropped": info.dropped,
+        "sources": info.sources,
+        "folder": str(folder.relative_to(paths.root)),
+        "validation": _validation(paths, folder),
+    }
+
+
+def _noted(paths: Paths, folder: Path, findings: Findings) -> Findings:
+    """Remember the outcome for the very files that were looked at."""
+    from components.data.datasets import write_json
+    from components.stage import digest
+
+    note = {"digest": digest(folder), "success": findings.success, "failed": len(findings.failed)}
+    write_json(paths.home / "validation" / f"{findings.dataset}.json", note)
+    return findings
+
+
+def _validation(paths: Paths, folder: Path) -> str:
+    """Whether the files as they are now were found valid, by the command or by the stage."""
+    from components.stage import digest
+
+    note = paths.home / "validation" / f"{folder.name}.json"
+    noted = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if noted and noted["digest"] == digest(folder):
+        return "passed" if noted["success"] else f"failed ({noted['failed']} checks)"
+    result = paths.validation / "result.json"
+    if folder.parent == paths.collected and result.is_file():
+        for found in json.loads(result.read_text(encoding="utf-8")):
+            if found["dataset"] == folder.name:
+                return "passed" if found["success"] else "failed"
+    return "changed since it was validated" if noted else "not validated yet"
+
+
+def _version(paths: Paths, name: str) -> str:
+    """Put the dataset under DVC's version control; where that fails, say how to try again."""
+    from flows.pipeline import version_data
+
+    pointer = f"data/added/{name}.dvc"
+    try:
+        version_data(paths.root, paths.added / name)
+    except InputError as error:
+        raise InputError(f"data/added/{name}: added and valid, but not versioned: {error}") from None
+    if not any((folder / ".git").exists() for folder in (paths.root, *paths.root.parents)):
+        say(
+            f"no git repository here: DVC versions the data, but nothing keeps {pointer}; keep it yourself, or git init"
+        )
+    return pointer
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _lines(row: Mapping[str, Any]) -> Iterator[str]:
+    """A row as a person reads it: one line per column, one per turn of a conversation."""
+    for name, value in row.items():
+        if name != "messages":
+            yield f"{name:<8} {_cut(value)}"
+            continue
+        for message in value:
+            yield f"{message['role']:<10} {_cut(message['content'])}".rstrip()
+            for call in message.get("tool_calls") or []:
+                yield f"{'':<10} calls {call['function']['name']} {_cut(call['function']['arguments'])}"
+
+
+def _cut(value: Any) -> str:
+    text = "" if value is None else " ".join(str(value).split())
+    return text if len(text) <= _VALUE_CHARS else f"{text[:_VALUE_CHARS]}… ({len(text):,} characters)"
