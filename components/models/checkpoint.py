@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from components.config import InputError
 from components.models.attention import FusedLinear
@@ -77,7 +78,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device or "cpu")
     model.positions = type(model.positions)(config.head_dim, config.max_seq_len, config.rope_theta).to(
@@ -94,6 +95,15 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
     for file in files:
         _read_into(file, {name: wanted[name] for name in wanted if found[name] == file})
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out drawing initial weights: they are read right after, and drawing on meta imports seconds of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def hub_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
