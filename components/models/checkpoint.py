@@ -78,14 +78,8 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
     config = read_config(folder)
-    with torch.device("meta"), _Undrawn():
-        model = Decoder(config)
-    model = model.to(dtype).to_empty(device=device or "cpu")
-    model.positions = type(model.positions)(config.head_dim, config.max_seq_len, config.rope_theta).to(
-        device or "cpu", dtype
-    )
-    if config.tie_embeddings:
-        model.head.weight = model.embed.weight
+    with torch.device(device or "cpu"), _Undrawn():
+        model = Decoder(config).to(dtype)
     wanted = dict(hub_tensors(model))
     files = _weight_files(folder)
     found = {name: file for file in files for name in _names_in(file)}
@@ -98,7 +92,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
 
 
 class _Undrawn(TorchFunctionMode):
-    """Leaves out drawing initial weights: they are read right after, and drawing on meta imports seconds of torch."""
+    """Leaves out drawing initial weights, which are read right after (torch's meta device costs seconds of imports)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
