@@ -29,8 +29,9 @@ from components.data.dialogue import asked
 from components.data.duplicates import split_and_write, write_splits
 from components.data.held_out import HeldOut, hold_out
 from components.data.knowledge import Knowledge, build
-from components.data.questions import Asker, suites, training_conversations
+from components.data.questions import Asker, training_conversations
 from components.data.stdlib import Symbol, library_symbols
+from components.data.suites import suites
 from components.stage import StageRun
 
 DOCUMENTS = "stdlib-documents"

@@ -11,9 +11,9 @@ from components.data.summaries import MAX_SUMMARY
 
 def word(rng: random.Random) -> str:
     """A pronounceable word that means nothing, or one that does."""
-    if rng.random() < 0.45:
+    if rng.random() < 0.6:
         return rng.choice(words("nouns") if rng.random() < 0.6 else words("verbs"))
-    return "".join(_syllable(rng) for _ in range(rng.choice((1, 2, 2, 3))))
+    return "".join(_syllable(rng) for _ in range(rng.choice((1, 1, 2, 2, 3))))
 
 
 def _syllable(rng: random.Random) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import threading
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -63,16 +64,22 @@ def build(path: Path, symbols: Iterable[Symbol]) -> None:
 
 
 class Knowledge:
-    """Answers from the file, for any number of threads: each call opens it for itself."""
+    """Answers from the file, opened read-only, for any number of threads."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         if not path.is_file():
             raise InputError(f'{path}: not found; run "loopwright run --until collect"')
+        self._lock = threading.Lock()
+        address = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+        self._connection = sqlite3.connect(address, uri=True, check_same_thread=False)
         try:
             self._rows("SELECT name FROM symbols LIMIT 1")
         except sqlite3.DatabaseError as error:
             raise InputError(f'{path}: not a knowledge file ({error}); run "loopwright run --force"') from None
+
+    def __del__(self) -> None:
+        if connection := getattr(self, "_connection", None):
+            connection.close()
 
     def lookup(self, symbol: str) -> str:
         """What a symbol is or does, as its docstring says; with its full name where the question had less.
@@ -99,7 +106,7 @@ class Knowledge:
         if kind != "class":
             raise InputError(f"{name} is a {kind}, not a class")
         if not bases:
-            raise InputError(f"the bases of {name} are computed when it is made")
+            raise InputError(f"{name} has no bases that are written down")
         return bases
 
     def search(self, query: str) -> str:
@@ -139,8 +146,8 @@ class Knowledge:
         return name, kind, summary, bases
 
     def _rows(self, statement: str, *values: str) -> list[tuple[str, ...]]:
-        with closing(sqlite3.connect(f"{self.path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
-            return connection.execute(statement, values).fetchall()
+        with self._lock:
+            return self._connection.execute(statement, values).fetchall()
 
 
 def listed(names: Iterable[str], last_word: str = "and") -> str:

@@ -67,8 +67,10 @@ class SourceModule:
     bindings: dict[str, Binding] = field(default_factory=dict)
     declared: set[str] | None = None
     """The part of `__all__` that is written out; None without one."""
-    stars: list[str] = field(default_factory=list)
-    """Modules whose every public name is imported, in order."""
+    bound_at: dict[str, int] = field(default_factory=dict)
+    """When each name was bound last, counted in statements."""
+    stars: list[tuple[int, str]] = field(default_factory=list)
+    """When every public name of which module was imported."""
 
     @cached_property
     def lines(self) -> list[str]:
@@ -117,7 +119,7 @@ class Namespaces:
             return set(getattr(extension, "__all__", None) or dir(extension)) if extension else set()
         defined = {name for name, binding in source.bindings.items() if isinstance(binding, Definition)}
         names = defined if source.declared is None else set(source.declared)
-        return names.union(*(self.exports(star) for star in source.stars))
+        return names.union(*(self.exports(star) for _, star in source.stars))
 
     def target(self, module: str, name: str, hops: int = 0) -> Found | Imported | None:
         """What a name is bound to: a definition, an object, or (Imported without a name) a module."""
@@ -127,6 +129,9 @@ class Namespaces:
         if source is None:
             value = getattr(self.extension(module), name, None)
             return None if value is None else InMemory(module, name, value)
+        for moment, star in reversed(source.stars):
+            if source.bound_at.get(name, -1) < moment and name in self.exports(star):
+                return self.target(star, name, hops + 1)
         binding = source.bindings.get(name)
         if isinstance(binding, Definition):
             return InSource(module, binding)
@@ -134,9 +139,6 @@ class Namespaces:
             return self._imported(binding, hops)
         if isinstance(binding, ast.expr):
             return self._alias(module, binding, hops)
-        for star in reversed(source.stars):
-            if name in self.exports(star):
-                return self.target(star, name, hops + 1)
         # Names that a module's `__getattr__` hands out, as in concurrent.futures.
         return self._in_submodules(source, name) if name in (source.declared or ()) else None
 
@@ -149,7 +151,7 @@ class Namespaces:
         """A class's direct bases, qualified unless built in or of the same module; empty when they are computed."""
         assert isinstance(found.node, ast.ClassDef)
         names: list[str] = []
-        for expression in found.node.bases:
+        for expression in [*found.node.bases, *_enumerated(found.node)]:
             written = _dotted(expression.value if isinstance(expression, ast.Subscript) else expression)
             if not written:
                 return ()
@@ -225,8 +227,8 @@ class Namespaces:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             source = SourceModule(module, path, text, ast.parse(text))
-        for statement in _top_level(source.tree.body):
-            _bind(source, statement)
+        for moment, statement in enumerate(_top_level(source.tree.body)):
+            _bind(source, statement, moment)
         return source
 
 
@@ -238,6 +240,12 @@ def _import(module: str) -> ModuleType | None:
             return importlib.import_module(module)
         except ImportError:
             return None
+
+
+def _enumerated(node: ast.ClassDef) -> list[ast.expr]:
+    """The base that enum's own decorator gives a class: `@_simple_enum(IntEnum)`."""
+    calls = (decorator for decorator in node.decorator_list if isinstance(decorator, ast.Call) and decorator.args)
+    return [call.args[0] for call in calls if _dotted(call.func).endswith("_simple_enum")]
 
 
 def _top_level(statements: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
@@ -258,59 +266,53 @@ def _top_level(statements: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 def _here(test: ast.expr) -> bool | None:
     """Whether a condition on the platform holds on this machine; None for any other condition."""
-    here = {"sys.platform": sys.platform, "os.name": os.name, "name": os.name}
-    if isinstance(test, ast.Compare) and (fact := here.get(_dotted(test.left))):
+    here = {"sys.platform": sys.platform, "os.name": os.name, "name": os.name, "name__": "imported"}
+    if isinstance(test, ast.Compare) and (fact := here.get(_dotted(test.left).lstrip("_") or "")):
         other = test.comparators[0]
         if isinstance(other, ast.Constant) and isinstance(test.ops[0], ast.Eq | ast.NotEq):
             return (fact == other.value) is isinstance(test.ops[0], ast.Eq)
     return None
 
 
-def _bind(source: SourceModule, statement: ast.stmt) -> None:
+def _bind(source: SourceModule, statement: ast.stmt, moment: int) -> None:
+    bound: dict[str, Binding] = {}
     if isinstance(statement, Definition):
-        source.bindings[statement.name] = statement
+        bound[statement.name] = statement
     elif isinstance(statement, ast.Import):
         for alias in statement.names:
-            bound, target = (alias.asname, alias.name) if alias.asname else (alias.name.partition(".")[0],) * 2
-            source.bindings[bound] = Imported(target)
+            first = alias.name.partition(".")[0]
+            bound[alias.asname or first] = Imported(alias.name if alias.asname else first)
     elif isinstance(statement, ast.ImportFrom):
-        _bind_import_from(source, statement)
+        module = _absolute(source, statement)
+        source.stars += [(moment, module) for alias in statement.names if alias.name == "*"]
+        bound |= {alias.asname or alias.name: Imported(module, alias.name) for alias in statement.names}
     elif isinstance(statement, ast.Assign):
-        for name in filter(None, map(_dotted, statement.targets)):
-            _bind_value(source, name, statement.value)
-    elif isinstance(statement, ast.AugAssign) and _dotted(statement.target) == "__all__":
-        _declare(source, statement.value)
-    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
-        _bind_call(source, statement.value)
+        bound |= {target.id: statement.value for target in statement.targets if isinstance(target, ast.Name)}
+    if declared := _declared(statement):
+        source.declared = (source.declared or set()) | declared
+    source.bindings |= bound
+    source.bound_at |= dict.fromkeys(bound, moment)
 
 
-def _bind_call(source: SourceModule, call: ast.Call) -> None:
-    if _dotted(call.func) in ("__all__.extend", "__all__.append"):
-        _declare(source, *call.args)
+def _declared(statement: ast.stmt) -> set[str]:
+    """The names that a statement puts into `__all__`."""
+    value = getattr(statement, "value", None)
+    if isinstance(statement, ast.Assign) and any(_dotted(target) == "__all__" for target in statement.targets):
+        return _strings(statement.value)
+    if isinstance(statement, ast.AugAssign) and _dotted(statement.target) == "__all__":
+        return _strings(statement.value)
+    if isinstance(value, ast.Call) and _dotted(value.func) in ("__all__.extend", "__all__.append"):
+        return _strings(value)
+    return set()
 
 
-def _declare(source: SourceModule, *values: ast.expr) -> None:
-    source.declared = (source.declared or set()).union(*map(_strings, values))
-
-
-def _bind_value(source: SourceModule, name: str, value: ast.expr) -> None:
-    if name == "__all__":
-        source.declared = _strings(value)
-    else:
-        source.bindings[name] = value
-
-
-def _bind_import_from(source: SourceModule, statement: ast.ImportFrom) -> None:
-    module = statement.module or ""
-    if statement.level:
-        start = source.package.split(".")
-        start = start[: len(start) - statement.level + 1]
-        module = ".".join([*start, module] if module else start)
-    for alias in statement.names:
-        if alias.name == "*":
-            source.stars.append(module)
-        else:
-            source.bindings[alias.asname or alias.name] = Imported(module, alias.name)
+def _absolute(source: SourceModule, statement: ast.ImportFrom) -> str:
+    """The module that a `from` statement names."""
+    if not statement.level:
+        return statement.module or ""
+    start = source.package.split(".")
+    start = start[: len(start) - statement.level + 1]
+    return ".".join([*start, statement.module] if statement.module else start)
 
 
 def _strings(value: ast.expr) -> set[str]:

@@ -1,4 +1,4 @@
-"""The wordings that questions are made from, kept as data: phrasings.yaml, small_talk.yaml and words.yaml."""
+"""The wordings that questions are made from, kept as data in the YAML files beside this one."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def talks() -> list[Talk]:
         Talk(intent, talk["reply"], tuple(_filled(template, file["words"]) for template in talk["templates"]))
         for intent, talk in file["talks"].items()
     ]
+
+
+def hand_written(section: str) -> Any:
+    """Wordings for tests alone, by a section of hand_written.yaml: a list, or lists by intent."""
+    return _read("hand_written")[section]
 
 
 @cache

@@ -1,21 +1,22 @@
-"""The reference conversations: questions that want a tool, small talk that wants none, and the held-out suites.
+"""The reference conversations: questions that want a tool, and small talk that wants none.
 
 Half of the training conversations about symbols are of made-up names with made-up results, so that arguments and
-answers can only be copied. A suite asks about what training never saw: symbols, packages, wordings, operands.
+answers can only be copied.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from components.config import InputError
 from components.data import inventions
 from components.data.arithmetic import calculate
 from components.data.datasets import Row
 from components.data.dialogue import ERROR, Message, asked, exchange, row, said
-from components.data.held_out import HeldOut, is_askable_class
+from components.data.held_out import HeldOut
 from components.data.knowledge import NOT_FOUND, Knowledge, listed
 from components.data.phrasings import Talk, talks, template_groups, templates, words
 from components.data.stdlib import Symbol
@@ -86,24 +87,30 @@ class Asker:
         """A question whose answer is the tool's own."""
         name = written(manner.rng, symbol, self.knowledge)
         text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
+        return Question(text, tool, name, self.said_by(tool, name))
+
+    @lru_cache(maxsize=20_000)  # noqa: B019 - one asker lives as long as the stage
+    def said_by(self, tool: str, name: str) -> str:
+        """What the tool really answers."""
         try:
-            result = self.knowledge.lookup(name) if tool == "lookup" else self.knowledge.bases(name)
+            return self.knowledge.lookup(name) if tool == "lookup" else self.knowledge.bases(name)
         except InputError as error:
-            result = f"{ERROR}{error}"
-        return Question(text, tool, name, result)
+            return f"{ERROR}{error}"
 
     def made_up(self, manner: Manner, tool: str) -> Question:
-        name = inventions.any_name(manner.rng)
+        rng = manner.rng
+        typical = tool == "bases" and rng.random() < 0.7
+        name = inventions.dotted_name(rng, inventions.class_name(rng)) if typical else inventions.any_name(rng)
         text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
         return Question(text, tool, name, self._made_up_result(manner.rng, tool, name))
 
-    def _made_up_result(self, rng: random.Random, tool: str, name: str) -> str:
-        luck = rng.random()
+    def _made_up_result(self, rng: random.Random, tool: str, name: str, found: bool = False) -> str:
+        luck = 1.0 if found else rng.random()
         if luck < 0.1:
             return NOT_FOUND + name
         if luck < 0.15:
             kind = rng.choice(("function", "method", "module"))
-            reasons = (f"{name} is a {kind}, not a class", f"the bases of {name} are computed when it is made")
+            reasons = (f"{name} is a {kind}, not a class", f"{name} has no bases that are written down")
             other = (
                 f"{name} may be {listed([f'{inventions.word(rng)}.{name}' for _ in range(rng.choice((2, 3)))], 'or')}"
             )
@@ -122,9 +129,9 @@ class Asker:
         rng = manner.rng
         name, summary = (symbol.name, symbol.summary) if symbol else (inventions.any_name(rng), inventions.deed(rng))
         wanted = as_task(summary)
-        by_subject = rng.random() < 0.35
-        query = about(wanted) if by_subject else wanted
-        text = manner.put(self.search_about, k=query) if by_subject else manner.put(self.search, q=query)
+        subject = about(wanted) if rng.random() < 0.35 else ""
+        query = subject or wanted
+        text = manner.put(self.search_about, k=subject) if subject else manner.put(self.search, q=wanted)
         if real:
             return Question(text, "search", query, self.knowledge.search(query))
         found = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
@@ -160,7 +167,7 @@ class Asker:
     def follow_up(self, manner: Manner, first: Question) -> Question:
         """The other question about the symbol of the first, as `it`."""
         tool = "bases" if first.tool == "lookup" else "lookup"
-        result = self._made_up_result(manner.rng, tool, first.argument)
+        result = self._made_up_result(manner.rng, tool, first.argument, found=True)
         return Question(manner.put(self.follow_ups[tool]), tool, first.argument, result)
 
 
@@ -203,64 +210,6 @@ def _second(asker: Asker, manner: Manner) -> list[Message]:
     if manner.rng.random() < 0.3:
         return asker.talk(manner, manner.rng.choice(list(asker.talks)))
     return asker.any_question(manner).messages(2)
-
-
-def suites(asker: Asker, count: int, seed: int) -> Iterator[Row]:
-    """The held-out questions: up to `count` per suite, no two asking the same."""
-    for name, make in _makers(asker).items():
-        rng = random.Random(f"{seed}:{name}")
-        seen: set[str] = set()
-        for number in range(count * 3):
-            messages = make(rng, number)
-            if messages is None or len(seen) == count:
-                break
-            if asked(messages) not in seen:
-                seen.add(asked(messages))
-                yield row(messages, suite=name)
-
-
-Maker = Callable[[random.Random, int], "list[Message] | None"]
-
-
-def _makers(asker: Asker) -> dict[str, Maker]:
-    """How each suite makes its next question; None where the library has nothing to ask about."""
-    known = set(asker.summaries)
-    makers: dict[str, Maker] = {}
-    for tool in ("lookup", "bases"):
-        for part, pool in (("symbols", asker.held_out.symbols), ("modules", asker.held_out.modules)):
-            fit = [
-                s for s in pool if (is_askable_class(s) if tool == "bases" else s.summary and s.summary not in known)
-            ]
-            makers[f"{tool}/held_out_{part}"] = _symbol_maker(asker, tool, fit, False)
-        makers[f"{tool}/held_out_modules_phrasings"] = _symbol_maker(asker, tool, fit, True)
-    tasks = [symbol for symbol in asker.held_out.symbols if task(symbol) and symbol.summary not in known]
-    makers["search/held_out_symbols"] = _search_maker(asker, tasks)
-    makers["arithmetic/unseen_operands"] = lambda rng, _: asker.calculation(Manner(rng), held_out=True).messages()
-    makers["arithmetic/unseen_phrasings"] = lambda rng, _: asker.calculation(
-        Manner(rng, True), held_out=True
-    ).messages()
-    makers["small_talk/unseen_wordings"] = lambda rng, number: asker.talk(
-        Manner(rng, True), asker.small_talk[number % len(asker.small_talk)]
-    )
-    makers["off_topic/unseen_wordings"] = lambda rng, _: asker.talk(Manner(rng, True), rng.choice(asker.off_topic))
-    return makers
-
-
-def _symbol_maker(asker: Asker, tool: str, pool: Sequence[Symbol], held_out_wording: bool) -> Maker:
-    def make(rng: random.Random, number: int) -> list[Message] | None:
-        if not pool:
-            return None
-        order = random.Random(f"{number // len(pool)}").sample(pool, len(pool))
-        return asker.about_symbol(Manner(rng, held_out_wording), tool, order[number % len(pool)]).messages()
-
-    return make
-
-
-def _search_maker(asker: Asker, pool: Sequence[Symbol]) -> Maker:
-    def make(rng: random.Random, number: int) -> list[Message] | None:
-        return asker.searching(Manner(rng), rng.choice(pool), real=True).messages() if pool else None
-
-    return make
 
 
 def written(rng: random.Random, symbol: Symbol, knowledge: Knowledge) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,9 +16,10 @@ from components.data.summaries import summary
 
 Kind = Literal["module", "class", "function", "method"]
 
-# Tables, tests, programs and jokes rather than a library; `readline` changes the terminal when imported.
+# Tables, tests, programs, jokes and what setuptools replaces; `readline` changes the terminal when imported.
 NOT_A_LIBRARY = frozenset((
-    "antigravity", "encodings", "idlelib", "lib2to3", "posix", "pydoc_data", "readline", "test", "this", "turtledemo",
+    "antigravity", "distutils", "encodings", "idlelib", "lib2to3", "posix", "pydoc_data", "readline", "test", "this",
+    "turtledemo",
 ))  # fmt: skip
 NOT_PUBLIC = frozenset({"test", "tests", "__main__"})
 
@@ -68,7 +69,20 @@ def library_symbols(packages: list[str] | None = None) -> list[Symbol]:
         for module in modules_of(names, package):
             for symbol in _symbols_of(names, module, module):
                 found.setdefault(symbol.name, symbol)
-    return [found[name] for name in sorted(found)]
+    public = _public_names(found.values())
+    return [
+        replace(symbol, bases=tuple(public.get(base, base) for base in symbol.bases))
+        for _, symbol in sorted(found.items())
+    ]
+
+
+def _public_names(symbols: Iterable[Symbol]) -> dict[str, str]:
+    """Where classes are really defined, and the shortest public name of each."""
+    names: dict[str, str] = {}
+    classes = (symbol for symbol in symbols if symbol.kind == "class")
+    for symbol in sorted(classes, key=lambda symbol: (symbol.name.count("."), symbol.name)):
+        names.setdefault(symbol.family.replace(":", "."), symbol.name)
+    return names
 
 
 def modules_of(names: Namespaces, package: str) -> list[str]:
@@ -138,10 +152,10 @@ def _from_object(found: InMemory, qualified: str, module: str) -> Iterator[Symbo
             yield Symbol(qualified, "function", module, family, _own_doc(value))
         return
     bases = tuple(_base_name(base, value) for base in value.__bases__)
-    yield Symbol(qualified, "class", module, family, _own_doc(value), bases or ("object",))
+    yield Symbol(qualified, "class", module, family, _own_doc(value), bases)
     for name in sorted(vars(value)):
-        member = vars(value)[name]
-        if not name.startswith("_") and callable(getattr(value, name, None)) and (docstring := _own_doc(member)):
+        member = getattr(value, name, None)
+        if not name.startswith("_") and callable(member) and (docstring := _own_doc(member)):
             yield Symbol(f"{qualified}.{name}", "method", module, family, docstring)
 
 

@@ -11,6 +11,8 @@ MAX_SUMMARY = 90
 _SIGNATURE = re.compile(r"^[\w.\[\]]+\(.*\)\s*(?:-+>\s*(?P<returns>.*))?$")
 _SIGNATURE_DASH = re.compile(r"^[\w.]+\([^()]*(?:\([^()]*\)[^()]*)*\)\s+--?\s+(?P<text>\S.*)$")
 _AFTER_RETURNS = re.compile(r"^(?:[\w ,()\[\]]*\.\s+|[\w ,()\[\]]*\s--?\s+)(?P<text>\S.*)$")
+# `int, int -> Construct a date`, `v, remove the key`: what C docstrings say of types before the sentence.
+_TYPES_FIRST = re.compile(r"^(?:[\w,. \[\]]{1,40}? -+> (?=\w+ \w)|[a-z], )")
 _SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)(?<!cf)[.!?](?=\s+[A-Z`'\"(<*\[]|$)")
 _MARKUP: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r":[a-z:]+:`[~!]?([^`]+)`"), r"\1"),
@@ -42,6 +44,7 @@ def first_sentence(docstring: str) -> str:
     text = _prose(inspect.cleandoc(docstring))
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
+    text = _TYPES_FIRST.sub("", text.strip())
     end = _SENTENCE_END.search(text)
     text = (text[: end.end()] if end else text).strip()
     text = _LISTING.sub("", text).strip()

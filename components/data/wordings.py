@@ -62,7 +62,7 @@ def typed(
     `chat` is for sentences that ask for nothing: before or after them goes only what asks for nothing either.
     """
     parts = wording.split(" ")
-    asks = parts[0] in words("asking") or parts[-1] in ("what", "who", "which")
+    ends = _ends(parts)
     if disturbed:
         parts = _disturbed(rng, parts)
     if rng.random() < 0.25:
@@ -73,10 +73,17 @@ def typed(
     text = " ".join(parts)
     if rng.random() < 0.65 and text[0].isalpha():
         text = text[0].upper() + text[1:]
-    if rng.random() < 0.8:
+    if rng.random() < 0.8 and "i" in text.lower().split(" "):
         text = re.sub(r"\bi\b", "I", text)
-    end = rng.choice(("?", "?", "?", "")) if asks else rng.choice((".", "", "", "!"))
-    return text.format(**slots) + end
+    return text.format(**slots) + rng.choice(ends)
+
+
+def _ends(parts: Sequence[str]) -> Sequence[str]:
+    """Marks that may follow a sentence."""
+    if parts[0] in words("asking"):
+        return ("?", "?", "?", "")
+    indirect = any(part in ("what", "who", "which", "whose", "whom", "how") for part in parts)
+    return ("?", ".", "", "") if indirect else (".", "", "", "!")
 
 
 def _disturbed(rng: random.Random, parts: list[str]) -> list[str]:
