@@ -214,7 +214,7 @@ def _run_locked(name: str, paths: Paths) -> None:
         tracker.params(flat(inputs.values))
         for dep, content in inputs.deps.items():
             if dep.startswith("data/"):
-                tracker.dataset(dep, content[:32], dep, "input")
+                tracker.dataset(dep, content, dep, "input")
         stage_function(name)(StageRun(name, params, paths, _state(name, inputs.key, paths), tracker))
         tracker.artifact(paths.metrics / f"{name}.json")
 

@@ -7,6 +7,7 @@ Run ids are always passed explicitly; MLflow is imported when it is first needed
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -185,7 +186,7 @@ def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folde
                 client.log_batch(run_id, params=values[first : first + 100])
         case "dataset":
             source = json.dumps({"uri": event["source"]})
-            data = Dataset(event["name"], event["digest"], source_type="local", source=source)
+            data = Dataset(event["name"], event["digest"][:36], source_type="local", source=source)
             client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", event["context"])])])
         case "table":
             client.log_table(run_id, event["columns"], event["name"])
@@ -224,6 +225,7 @@ def save_pyfunc(folder: Path, path: Path) -> None:
 
     from components.agent.pyfunc import DEFAULTS
 
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # wants to know pip's version
     kinds = {int: DataType.long, float: DataType.double}
     settings = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in DEFAULTS.items()])
     # One unnamed column of any type: strings, or a frame with a column `prompt` or `messages`.

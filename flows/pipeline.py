@@ -27,7 +27,7 @@ from components.stage import PROGRESS
 from components.tracking import Courier, connect, create_run
 from flows.release import Release, current_release, release
 from flows.reproduce import StageResult, reproduce
-from flows.server import bury_the_dead, prefect_api
+from flows.server import bury_the_dead, prefect_api, send_logs
 
 Note = Callable[[Mapping[str, str]], None]
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
@@ -223,7 +223,10 @@ def _run_as_flow(order: Order, states: list[StageState]) -> Report:
             if api.process is not None:
                 bury_the_dead()
                 order.echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
-            pipeline(scale=load_params(order.paths.params).scale, until=order.until, force=order.force)
+            try:
+                pipeline(scale=load_params(order.paths.params).scale, until=order.until, force=order.force)
+            finally:
+                send_logs()
     return report
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -159,22 +160,23 @@ def package(paths: Paths, wanted: str) -> str:
     version = Registry(paths.home).resolve(wanted)
     tag = f"{version.name}:v{version.version}"
     for store in (bentoml.bentos, bentoml.models):
-        if any(str(kept.tag) == tag for kept in store.list(version.name)):
+        if any(str(kept.tag) == tag for kept in store.list()):
             store.delete(tag)
     facts = {"name": version.name, "version": version.version, "run_id": version.run_id}
     with bentoml.models.create(tag, metadata={**facts, "tags": version.tags, "metrics": version.metrics}) as weights:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
-    bento = bentoml.build(
-        "serving.service:endpoint",
-        name=version.name,
-        version=f"v{version.version}",
-        labels={"model": str(version), "run_id": version.run_id},
-        build_ctx=str(paths.root),
-        include=list(_IN_A_BENTO),
-        python={"requirements_txt": str(paths.root / "requirements.lock"), "lock_packages": False},
-        models=[tag],
-        args={"weights": tag},
-    )
+    # BentoML takes paths relative to the current folder only.
+    with chdir(paths.root):
+        bento = bentoml.build(
+            "serving.service:endpoint",
+            name=version.name,
+            version=f"v{version.version}",
+            labels={"model": str(version), "run_id": version.run_id},
+            include=list(_IN_A_BENTO),
+            python={"requirements_txt": "requirements.lock", "lock_packages": False},
+            models=[tag],
+            args={"weights": tag},
+        )
     return str(bento.tag)
 
 

@@ -99,6 +99,13 @@ def bury_the_dead() -> None:
             client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 
+def send_logs() -> None:
+    """Hand the last log lines to Prefect while its server is still there."""
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+
+
 def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
     """Ask a process to end, and end it when it does not."""
     process.terminate()
