@@ -1,0 +1,239 @@
+"""`loopwright data`: what a person types, reads, and gets as an exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.data.datasets import DatasetWriter
+from loopwright.cli import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
+
+SOURCE = Path(__file__).parents[2]
+Outcome = tuple[int, str, str]
+Loopwright = Callable[..., Outcome]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone with git, before its first run."""
+    root = tmp_path / "project"
+    (root / "data/added").mkdir(parents=True)
+    (root / ".dvc").mkdir()
+    for name in ("params.yaml", "dvc.yaml", ".dvc/config", ".dvc/.gitignore", ".dvcignore"):
+        shutil.copy(SOURCE / name, root / name)
+    shutil.copytree(SOURCE / "data/expectations", root / "data/expectations")
+    subprocess.run(["git", "init", "--quiet"], cwd=root, check=True)
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(tmp_path / "home"))
+    return root
+
+
+@pytest.fixture
+def loopwright(project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Loopwright:
+    """Run a command of `loopwright data`; (exit code, stdout, stderr)."""
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["loopwright", "data", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), said.out, said.err
+
+    return command
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    return written(tmp_path / "notes.jsonl", {"text": "One."}, {"text": "Two."}, {"text": "One."})
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    call = json.dumps({"name": "lookup", "arguments": {"symbol": "x"}})
+    turns = [("human", "What is x?"), ("function_call", call), ("observation", "A letter."), ("gpt", "A letter it is.")]
+    return written(
+        tmp_path / "chats.jsonl",
+        {"conversations": [{"from": role, "value": value} for role, value in turns], "tools": "[]"},
+    )
+
+
+def test_added_dataset_is_listed_shown_validated_and_versioned(
+    loopwright: Loopwright, project: Path, documents: Path
+) -> None:
+    code, out, err = loopwright("add", "documents", documents, "--name", "notes")
+    assert code == 0
+    assert out.splitlines() == [
+        "notes: 2 train rows of kind documents (1 exact_duplicate dropped); valid",
+        "train on it: loopwright run --set pretrain.dataset=notes",
+    ]
+    assert "version noted in data/added/notes.dvc; git add data/added/notes.dvc data/added/.gitignore" in err
+    assert "path: notes" in (project / "data/added/notes.dvc").read_text()
+    assert (project / "data/added/.gitignore").read_text() == "/notes\n"
+
+    code, out, _ = loopwright("list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [
+        "dataset",
+        "stdlib-documents",
+        "stdlib-conversations",
+        "notes",
+    ]
+    assert out.splitlines()[-1].split()[1:] == ["documents", "2", "train", "added", "passed"]
+    assert 'not collected yet; run "loopwright run --until collect"' in out
+
+    code, out, _ = loopwright("show", "notes", "--rows", "1")
+    assert code == 0
+    assert "rows         2 train" in out
+    assert "dropped      1 exact_duplicate" in out
+    assert "source       notes.jsonl  sha256 " in out
+    assert "  text     One." in out
+    assert "Two." not in out
+
+    code, out, _ = loopwright("validate", "notes")
+    assert code == 0
+    assert out.splitlines()[1].split()[:4] == ["notes", "documents", "2", "train"]
+
+
+def test_every_command_answers_with_one_json_document(loopwright: Loopwright, conversations: Path) -> None:
+    code, out, _ = loopwright("add", "conversations", conversations, "--name", "chats", "--json")
+    added = json.loads(out)
+    assert (code, added["rows"], added["version"]) == (0, {"train": 1}, "data/added/chats.dvc")
+
+    code, out, _ = loopwright("list", "--json")
+    assert [one["name"] for one in json.loads(out)] == ["stdlib-documents", "stdlib-conversations", "chats"]
+
+    code, out, _ = loopwright("show", "chats", "--json")
+    shown = json.loads(out)
+    assert shown["validation"] == "passed"
+    assert [message["role"] for message in shown["first_rows"][0]["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+
+    code, out, _ = loopwright("validate", "--json")
+    validated = json.loads(out)
+    assert code == 0
+    assert [(one["dataset"], one["success"]) for one in validated["datasets"]] == [("chats", True)]
+    assert Path(validated["docs"]).is_file()
+
+
+def test_conversation_is_shown_turn_by_turn(loopwright: Loopwright, conversations: Path) -> None:
+    loopwright("add", "conversations", conversations, "--name", "chats")
+    _, out, _ = loopwright("show", "chats")
+    assert "  user       What is x?" in out
+    assert '             calls lookup {"symbol": "x"}' in out
+    assert "  tool       A letter." in out
+
+
+def test_file_that_does_not_fit_ends_with_1_and_one_line(loopwright: Loopwright, project: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "x"}]})
+    code, out, err = loopwright("add", "conversations", path, "--name", "mine")
+    assert (code, out) == (1, "")
+    assert err == "a.jsonl:1: no assistant turn among 1; there is nothing to learn from\n"
+    assert list((project / "data/added").iterdir()) == []
+
+
+def test_faulty_rows_end_with_3_and_leave_nothing(loopwright: Loopwright, project: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"text": "fine"}, {"text": " "})
+    code, out, err = loopwright("add", "documents", path, "--name", "mine")
+    assert (code, out) == (3, "")
+    assert (
+        "mine: data validation failed: A text is more than white space: 1 of 2 rows failed (50.00%); first a.jsonl:2"
+        in err
+    )
+    assert list((project / "data/added").iterdir()) == []
+    code, out, _ = loopwright("add", "documents", path, "--name", "mine", "--json")
+    assert code == 3
+    assert json.loads(out)["exit_code"] == 3
+
+
+def test_share_of_faulty_rows_can_be_allowed_in_params(loopwright: Loopwright, project: Path, tmp_path: Path) -> None:
+    params = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(params.replace("validate: {}", "validate: {max_failed_share: 0.2}"))
+    path = written(tmp_path / "a.jsonl", *({"text": f"fine {number}"} for number in range(9)), {"text": " "})
+    assert loopwright("add", "documents", path, "--name", "mine")[0] == 0
+
+
+def test_replace_makes_a_new_version(loopwright: Loopwright, project: Path, documents: Path, tmp_path: Path) -> None:
+    loopwright("add", "documents", documents, "--name", "notes")
+    first = (project / "data/added/notes.dvc").read_text()
+    code, _, err = loopwright("add", "documents", documents, "--name", "notes")
+    assert code == 1
+    assert err == "--name: 'notes' exists already; choose another name, or put it in its place with --replace\n"
+    other = written(tmp_path / "other.jsonl", {"text": "Three."})
+    assert loopwright("add", "documents", other, "--name", "notes", "--replace")[0] == 0
+    assert (project / "data/added/notes.dvc").read_text() != first
+    assert "Three." in loopwright("show", "notes")[1]
+
+
+def test_without_git_the_dataset_is_versioned_and_its_person_told(
+    loopwright: Loopwright, project: Path, documents: Path
+) -> None:
+    shutil.rmtree(project / ".git")
+    code, _, err = loopwright("add", "documents", documents, "--name", "notes")
+    assert code == 0
+    assert "version noted in data/added/notes.dvc; no git here, so keep data/added/notes.dvc yourself" in err
+    assert (project / "data/added/notes.dvc").is_file()
+
+
+def test_changed_dataset_is_found_out(loopwright: Loopwright, project: Path, documents: Path) -> None:
+    loopwright("add", "documents", documents, "--name", "notes")
+    with DatasetWriter(project / "data/added/notes", "notes", "documents") as writer:
+        writer.write("train", {"id": "a", "text": "", "source": "x"})
+    assert json.loads(loopwright("show", "notes", "--json")[1])["validation"] == "changed since it was validated"
+    code, out, err = loopwright("validate", "notes", "--json")
+    assert code == 3
+    answer = json.loads(out)
+    assert answer["exit_code"] == 3
+    assert "first train-00000.parquet row 1 (id a): ''" in answer["error"]
+    assert answer["error"] in err
+    assert json.loads(loopwright("show", "notes", "--json")[1])["validation"] == "failed (1 checks)"
+
+
+def test_datasets_that_are_not_here_are_told_apart(loopwright: Loopwright, project: Path) -> None:
+    (project / "data/added/pulled.dvc").write_text("outs:\n- path: pulled\n")
+    assert loopwright("show", "pulled")[2] == 'pulled: its data is not here; run "dvc pull data/added/pulled.dvc"\n'
+    assert loopwright("show", "stdlib-documents")[2] == (
+        'stdlib-documents: not collected yet; run "loopwright run --until collect"\n'
+    )
+    code, _, err = loopwright("show", "nope")
+    assert code == 1
+    assert err == "nope: no such dataset; known: stdlib-documents, stdlib-conversations, pulled\n"
+
+
+def test_validate_without_any_dataset_says_what_to_run(loopwright: Loopwright) -> None:
+    code, _, err = loopwright("validate")
+    assert code == 1
+    assert err == 'data: no dataset yet; run "loopwright run --until collect" or "loopwright data add"\n'
+
+
+def test_collected_split_of_an_added_dataset_is_shown(loopwright: Loopwright, project: Path, documents: Path) -> None:
+    loopwright("add", "documents", documents, "--name", "notes")
+    with DatasetWriter(project / "data/collected/notes", "notes", "documents") as writer:
+        writer.write("train", {"id": "a", "text": "One.", "source": "x"})
+        writer.write("test", {"id": "b", "text": "Two.", "source": "x"})
+    assert "collected    1 test, 1 train" in loopwright("show", "notes")[1]
+
+
+def test_missing_name_is_a_usage_error(loopwright: Loopwright, documents: Path) -> None:
+    code, _, err = loopwright("add", "documents", documents)
+    assert code == 2
+    assert "Missing option '--name'" in err
