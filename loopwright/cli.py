@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from components.config import InputError, Refused
 from loopwright.output import print_json, say
 
-COMMANDS = ("run", "status", "data", "registry", "doctor")
+COMMANDS = ("run", "status", "data", "registry", "serve", "chat", "trace", "package", "export", "doctor")
 """In the order in which `--help` lists them."""
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
-from serving.api import Serving
+from serving.api import Serving, router
 from serving.errors import error_response
 
 Message = MutableMapping[str, Any]
@@ -39,10 +40,9 @@ class Edge:
 
     def __init__(self, app: App, api: FastAPI) -> None:
         self.app, self.api = app, api
-        self._exact = {path for route in api.routes if "{" not in (path := getattr(route, "path", "{"))}
-        self._templates = {
-            path.partition("{")[0]: path for route in api.routes if "{" in (path := getattr(route, "path", ""))
-        }
+        paths = ["/openapi.json", *(route.path for route in router.routes if isinstance(route, APIRoute))]
+        self._exact = {path for path in paths if "{" not in path}
+        self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = [
             key.strip().encode() for key in os.environ.get("LOOPWRIGHT_API_KEYS", "").split(",") if key.strip()
         ]

@@ -16,6 +16,9 @@ from typing import Any, Protocol
 from components.config import InputError
 from serving.engine import Engine
 
+CLOSE_SECONDS = 2.0
+"""A load in progress is not waited for longer; it dies with the process."""
+
 logger = logging.getLogger("loopwright.follow")
 
 
@@ -70,7 +73,7 @@ class Follower:
     def close(self) -> None:
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
         if self.engine is not None:
             self.engine.close()
 

@@ -51,7 +51,7 @@ class Endpoint:
     def __is_ready__(self) -> bool:
         return self.serving.ready
 
-    @bentoml.on_shutdown
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
     def close(self) -> None:
         self.serving.close()
 

@@ -20,7 +20,7 @@ def lineage(store: Store, completion_id: str, facts_of: FactsOf) -> dict[str, An
     """
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
-    return {**record, "version": {"name": name, "version": version, **(facts_of(record["model"]) or {})}}
+    return {**record, "version": {**(facts_of(record["model"]) or {}), "name": name, "version": version}}
 
 
 def registry_facts(home: Path) -> FactsOf:

@@ -204,7 +204,8 @@ class Store:
             feedback = [dict(row) for row in connection.execute(votes).mappings()]
         if answer:
             del answer["request_id"]
-        return {**request, "request": request.pop("body"), "answer": answer, "feedback": feedback}
+        asked = request.pop("body")
+        return {**request, "request": asked, "answer": answer, "feedback": feedback}
 
     def counts(self) -> dict[str, int]:
         """Rows on record; `feedback` counts standing votes, not replaced ones."""

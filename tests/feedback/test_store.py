@@ -48,6 +48,7 @@ def test_completion_returns_what_was_recorded(store: Store) -> None:
     assert found["answer"]["content"] == "444"
     assert found["answer"]["steps"] == ANSWER.steps
     assert found["feedback"] == []
+    assert set(found) == {"id", "created", "model", "request", "answer", "feedback"}
 
 
 def test_request_without_answer_is_on_record(store: Store) -> None:

@@ -1,0 +1,60 @@
+"""`loopwright serve`: the prediction endpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from components.config import Paths, find_root
+from loopwright.output import Json
+
+
+def serve(
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME@ALIAS|NAME/VERSION", help="Which model; an alias is followed.")
+    ] = "agent@champion",
+    bento: Annotated[str | None, typer.Option(metavar="TAG", help="Serve a built Bento instead.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need LOOPWRIGHT_API_KEYS.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 3000,
+    as_json: Json = False,
+) -> None:
+    """Serve the agent over OpenAI's chat API until Ctrl-C; follows agent@champion as it moves."""
+    paths = Paths(find_root())
+    os.chdir(paths.root)
+    _environment(paths)
+
+    from serving import server
+
+    server.check_host(host)
+    listener = server.listen(host, port)
+    if bento is not None:
+        _become_bento(bento, listener.detach(), paths, as_json)
+    file = server.log_to(paths.home / "logs")
+    print(f"loading {model}; log: {file}", file=sys.stderr, flush=True)
+    server.serve_model(model, listener, server.announce_json if as_json else server.announce)
+
+
+def _environment(paths: Paths) -> None:
+    """State in our own folder, and no tool phones home."""
+    os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
+    os.environ.setdefault("BENTOML_HOME", str(paths.home / "bento"))
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
+
+
+def _become_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
+    """Replace this process by one that runs the Bento's own code."""
+    from serving.bento import find_bento
+
+    folder = find_bento(tag)
+    source = folder / "src"
+    os.set_inheritable(listener, True)
+    command = [sys.executable, "-m", "serving.server", "--bento", str(folder), "--fd", str(listener)]
+    command += ["--logs", str(paths.home / "logs"), *(["--json"] if as_json else [])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH", "")]))
+    os.chdir(source)
+    os.execv(sys.executable, command)
