@@ -223,11 +223,10 @@ def _version(paths: Paths, name: str) -> str:
     try:
         version_data(paths.root, paths.added / name)
     except InputError as error:
-        raise InputError(f"data/added/{name}: added and valid, but not versioned: {error}") from None
-    if not any((folder / ".git").exists() for folder in (paths.root, *paths.root.parents)):
-        say(
-            f"no git repository here: DVC versions the data, but nothing keeps {pointer}; keep it yourself, or git init"
-        )
+        raise InputError(f"{error}; the dataset is added, not versioned: run the same with --replace") from None
+    git = any((folder / ".git").exists() for folder in (paths.root, *paths.root.parents))
+    keep = f"git add {pointer} data/added/.gitignore" if git else f"no git here, so keep {pointer} yourself"
+    say(f"version noted in {pointer}; {keep}")
     return pointer
 
 

@@ -5,6 +5,7 @@ One document for a whole book could neither be held out in part nor compared wit
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _blocks(lines: Iterable[tuple[int, str]], chars: int, markdown: bool) -> Iterator[_Block]:
     """Headings, and paragraphs of at most `chars` characters with the blank lines that follow them."""
     text, first, fenced, blank = "", 1, False, False
-    for number, line in lines:
+    for number, line in itertools.dropwhile(lambda numbered: numbered[1].isspace(), lines):
         fenced ^= markdown and bool(_FENCE.match(line))
         level = 0 if fenced else _heading_level(line, markdown)
         parted = blank and not fenced and not line.isspace()

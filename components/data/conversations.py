@@ -42,9 +42,7 @@ def read_conversation(place: str, values: Mapping[str, Any]) -> tuple[list[Messa
     """
     if isinstance(values.get("label"), bool) or values.get("rejected") is not None:
         rating = '"chosen" and "rejected"' if "rejected" in values else 'the boolean "label"'
-        raise InputError(
-            f"{place}: found {rating}, which rate answers: this is a file of preferences, not of conversations"
-        )
+        raise InputError(f"{place}: found {rating}: rated answers are of kind preferences, not conversations")
     turns = _turns(place, values)
     reader = _Reader(place)
     for number, turn in enumerate(turns, 1):

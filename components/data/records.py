@@ -92,7 +92,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise InputError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
             except RecursionError:

@@ -111,17 +111,7 @@ class Validator:
         if kind not in self._suites:
             path = self._expectations / f"{kind}.json"
             with _quiet():
-                import great_expectations as gx
-
-                try:
-                    self._suites[kind] = self._context.suites.add(
-                        gx.ExpectationSuite(**json.loads(path.read_text("utf-8")))
-                    )
-                except FileNotFoundError:
-                    raise InputError(f"{path}: not found; every kind of dataset needs its suite") from None
-                except (ValueError, TypeError, gx.exceptions.GreatExpectationsError) as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise InputError(f"{path}: not a Great Expectations suite: {reason}") from None
+                self._suites[kind] = self._context.suites.add(_read_suite(path))
         return self._suites[kind]
 
     def _write_docs(self, docs: Path, name: str, results: list[_ShardResult]) -> None:
@@ -201,6 +191,22 @@ class _ShardResult:
                     f"data/expectations: {config.type} of {config.kwargs.get('column')}: cannot be run: "
                     f"{' '.join(str(cause.get('exception_message')).split())[:200]}"
                 )
+
+
+def _read_suite(path: Path) -> Any:
+    import great_expectations as gx
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+
+    try:
+        suite = json.loads(path.read_text(encoding="utf-8"))
+        # Built one by one: given a list, the suite would only log what it cannot build, and go without it.
+        built = [ExpectationConfiguration(**expectation).to_domain_obj() for expectation in suite.pop("expectations")]
+        return gx.ExpectationSuite(**suite, expectations=built)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; every kind of dataset needs its suite") from None
+    except (ValueError, TypeError, KeyError, AttributeError, gx.exceptions.GreatExpectationsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a Great Expectations suite: {reason}") from None
 
 
 def _key(result: Any) -> str:

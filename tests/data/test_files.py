@@ -219,7 +219,7 @@ def test_wrong_kind_and_columns_are_said(tmp_path: Path, kind: str, columns: Col
 @pytest.mark.parametrize("name", ["", "a b", "../x", ".hidden", "a.b", "x" * 65, "-a", "ü"])
 def test_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: str) -> None:
     path = written(tmp_path / "a.csv", "text\none\n")
-    with pytest.raises(InputError, match="--name: .* is no name for a dataset; use up to 64 letters"):
+    with pytest.raises(InputError, match=r"--name: .* is no name for a dataset; use up to 64 letters"):
         add("documents", [path], name, tmp_path / "added")
 
 
