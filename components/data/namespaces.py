@@ -92,7 +92,7 @@ class Namespaces:
         self._exports: dict[str, list[str]] = {}
 
     def exists(self, module: str) -> bool:
-        return self.source(module) is not None or self.extension(module) is not None
+        return self._file(module) is not None or self.extension(module) is not None
 
     def source(self, module: str) -> SourceModule | None:
         """The parsed file of a module; None when it has none."""
@@ -214,13 +214,15 @@ class Namespaces:
     def _is_compiled(self, module: str) -> bool:
         files = (self.folder / "lib-dynload" / f"{module}{suffix}" for suffix in EXTENSION_SUFFIXES)
         compiled = module in sys.builtin_module_names or any(file.is_file() for file in files)
-        return compiled and self.source(module) is None
+        return compiled and self._file(module) is None
+
+    def _file(self, module: str) -> Path | None:
+        stem = self.folder.joinpath(*module.split("."))
+        files = (stem / "__init__.py", stem.with_name(f"{stem.name}.py"))
+        return next((file for file in files if file.is_file()), None)
 
     def _parse(self, module: str) -> SourceModule | None:
-        stem = self.folder.joinpath(*module.split("."))
-        path = next(
-            (path for path in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")) if path.is_file()), None
-        )
+        path = self._file(module)
         if path is None:
             return None
         text = path.read_text(encoding="utf-8", errors="replace")

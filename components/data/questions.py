@@ -29,6 +29,8 @@ MADE_UP_SHARE = 0.5
 DISTURBED_SHARE = 0.25
 OFF_TOPIC = "off_topic"
 """The intent of requests for something else than the agent is for."""
+MAX_CHARACTERS = 450
+"""Of a conversation with two questions: below 256 tokens of the smallest vocabulary in use."""
 TRIES = 50
 """Draws for a question that was not asked before."""
 
@@ -197,13 +199,19 @@ def _conversation(asker: Asker, rng: random.Random) -> list[Message]:
         return asker.talk(manner, rng.choice(asker.off_topic))
     if kind == "chat_first":
         return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
-    if kind == "two":
-        return asker.any_question(manner).messages() + _second(asker, manner)
     if kind == "follow_up":
         first = asker.made_up(manner, rng.choice(("lookup", "bases")))
-        if not first.result.startswith((NOT_FOUND, ERROR)):
-            return first.messages() + asker.follow_up(manner, first).messages(2)
-    return asker.any_question(manner).messages()
+        if first.result.startswith((NOT_FOUND, ERROR)):
+            return first.messages()
+        return _together(first.messages(), asker.follow_up(manner, first).messages(2))
+    question = asker.any_question(manner).messages()
+    return _together(question, _second(asker, manner)) if kind == "two" else question
+
+
+def _together(first: list[Message], second: list[Message]) -> list[Message]:
+    """Both exchanges where they are short enough for one row of training, else the first."""
+    long = sum(len(message["content"]) for message in first + second) > MAX_CHARACTERS
+    return first if long else first + second
 
 
 def _second(asker: Asker, manner: Manner) -> list[Message]:

@@ -16,10 +16,11 @@ from components.data.summaries import summary
 
 Kind = Literal["module", "class", "function", "method"]
 
-# Tables, tests, programs, jokes and what setuptools replaces; `readline` changes the terminal when imported.
+# Tables, tests, programs, jokes, what os and os.path are made of and what setuptools replaces; `readline` changes the
+# terminal when imported.
 NOT_A_LIBRARY = frozenset((
-    "antigravity", "distutils", "encodings", "idlelib", "lib2to3", "posix", "pydoc_data", "readline", "test", "this",
-    "turtledemo",
+    "antigravity", "distutils", "encodings", "genericpath", "idlelib", "lib2to3", "ntpath", "posix", "posixpath",
+    "pydoc_data", "readline", "test", "this", "turtledemo",
 ))  # fmt: skip
 NOT_PUBLIC = frozenset({"test", "tests", "__main__"})
 
