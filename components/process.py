@@ -72,6 +72,15 @@ def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
+def holder(folder: Path, name: str) -> int | None:
+    """The process that holds the lock `NAME.lock`, or None."""
+    path = folder / f"{name}.lock"
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        return None if _try_lock(file.fileno()) else int(file.read() or "0")
+
+
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +66,10 @@ class Registry:
         if name not in (names := self.names()):
             raise InputError(f"{name}: no such model in the registry; {_one_of(names)}")
         found = self.client.search_model_versions(f"name = '{name}'")
-        return [self._version(row) for row in sorted(found, key=lambda row: -int(row.version))]
+        # A search leaves the aliases out.
+        aliases = self.client.get_registered_model(name).aliases
+        named = {row.version: [alias for alias, version in aliases.items() if version == row.version] for row in found}
+        return [self._version(row, named[row.version]) for row in sorted(found, key=lambda row: -int(row.version))]
 
     def resolve(self, wanted: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
@@ -93,7 +96,7 @@ class Registry:
             if not is_missing(error):
                 raise
             return None
-        return self._version(row)
+        return self._version(row, row.aliases)
 
     def files(self, version: ModelVersion) -> Path:
         """The MLflow model (pyfunc) of a version, as a local folder."""
@@ -168,13 +171,18 @@ class Registry:
         self.tag(beaten, {"rolled_back": "true"})
         return self.resolve(f"{name}@champion")
 
-    def _version(self, row: Any) -> ModelVersion:
+    def _version(self, row: Any, named: Iterable[str]) -> ModelVersion:
         metrics = self.client.get_run(row.run_id).data.metrics
-        aliases = tuple(sorted(row.aliases))
+        aliases = tuple(sorted(named))
         created = row.creation_timestamp / 1000
         return ModelVersion(
             row.name, int(row.version), row.run_id, row.source, aliases, dict(row.tags), dict(metrics), created, self
         )
+
+
+def is_empty(home: Path) -> bool:
+    """Whether nothing was ever registered; told without MLflow, whose import takes seconds."""
+    return "MLFLOW_TRACKING_URI" not in os.environ and not (home / "mlflow" / "mlflow.db").exists()
 
 
 def resolve(wanted: str, home: Path) -> ModelVersion:

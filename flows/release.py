@@ -24,7 +24,7 @@ import yaml
 from components.config import Paths, Refused, load_params
 from components.journal import PARENT_RUN
 from components.process import ask_to_die_with_parent
-from components.registry import ModelVersion, Registry
+from components.registry import ModelVersion, Registry, is_empty
 from flows.server import free_port, stop
 
 NAME = "agent"
@@ -57,7 +57,7 @@ def current_release(paths: Paths) -> Release | None:
     Raises: Refused when the gate has said no to these very models and the champion is still the same.
     """
     digest = _locked(paths).get(_agent_path(paths))
-    if digest is None or not _has_registry(paths.home):
+    if digest is None or is_empty(paths.home):
         return None
     registry = Registry(paths.home)
     champion = registry.find(f"{NAME}@champion")
@@ -247,10 +247,6 @@ def _released(champion: ModelVersion, outcome: str) -> Release:
     scores = {name[: -len("/score")]: value for name, value in champion.metrics.items() if name.endswith("/score")}
     told = {key: champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")}
     return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, *told.values())
-
-
-def _has_registry(home: Path) -> bool:
-    return "MLFLOW_TRACKING_URI" in os.environ or (home / "mlflow" / "mlflow.db").exists()
 
 
 def _agent_path(paths: Paths) -> str:

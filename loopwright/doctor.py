@@ -1,0 +1,152 @@
+"""`loopwright doctor`: check a machine, one line each, with the remedy beside every problem."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from components.config import InputError, Paths, find_root, load_params
+from loopwright.output import Json, print_json, print_table
+
+_GIB = 1 << 30
+_LOCKED = ("torch", "prefect", "mlflow", "dvc", "bentoml", "great-expectations", "tokenizers")
+Check = Callable[[Paths], tuple[str, str]]
+"""Returns what was found and, where that is a problem, the remedy (else "")."""
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and this checkout; each problem comes with its remedy."""
+    paths = Paths(find_root())
+    rows = []
+    for name, check in _CHECKS.items():
+        found, remedy = check(paths)
+        rows.append({"check": name, "ok": not remedy, "found": found, "remedy": remedy})
+    problems = sum(not row["ok"] for row in rows)
+    if as_json:
+        print_json({"ok": not problems, "checks": rows})
+    else:
+        shown = [(row["check"], "ok" if row["ok"] else "PROBLEM", row["found"], row["remedy"]) for row in rows]
+        print_table(("check", "", "found", "remedy"), shown)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _python(_: Paths) -> tuple[str, str]:
+    found = f"{sys.version.split()[0]} at {sys.executable}"
+    return found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
+
+
+def _git(paths: Paths) -> tuple[str, str]:
+    if not shutil.which("git"):
+        return "not found", "install git"
+    inside = subprocess.run(["git", "-C", str(paths.root), "rev-parse", "HEAD"], capture_output=True, text=True)
+    if inside.returncode:
+        return "this folder is no git clone", 'run "git init" and commit, or lineage will lack the commit'
+    return f"commit {inside.stdout.strip()[:12]}", ""
+
+
+def _uv(_: Paths) -> tuple[str, str]:
+    found = shutil.which("uv") or (importlib.util.find_spec("uv") and "in this environment")
+    return found or "not found", "" if found else "run make setup; building a Bento needs uv"
+
+
+def _disk(paths: Paths) -> tuple[str, str]:
+    free = shutil.disk_usage(paths.root).free / _GIB
+    return f"{free:.0f} GiB free", "" if free >= 5 else "free some space: environment, data and models take about 5 GiB"
+
+
+def _cores(_: Paths) -> tuple[str, str]:
+    return f"{os.cpu_count()}", ""
+
+
+def _memory(_: Paths) -> tuple[str, str]:
+    import psutil
+
+    available = psutil.virtual_memory().available / _GIB
+    return f"{available:.1f} GiB available", "" if available >= 3 else "close other programs: a run takes up to 3 GiB"
+
+
+def _cuda(_: Paths) -> tuple[str, str]:
+    import torch
+
+    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "none: training uses the processor"), ""
+
+
+def _port(_: Paths) -> tuple[str, str]:
+    import httpx
+
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", 3000)):
+            return "3000 is free", ""
+    try:
+        if httpx.get("http://127.0.0.1:3000/livez", timeout=2).status_code == 200:
+            return "3000: an endpoint answers", ""
+    except httpx.HTTPError:
+        pass
+    return "3000 is in use by another program", 'serve on another one: "loopwright serve --port 3001"'
+
+
+def _versions(_: Paths) -> tuple[str, str]:
+    missing = [name for name in _LOCKED if not importlib.util.find_spec(name.replace("-", "_"))]
+    if missing:
+        return f"missing: {', '.join(missing)}", "run make setup"
+    return ", ".join(f"{name} {metadata.version(name)}" for name in _LOCKED), ""
+
+
+def _dvc(paths: Paths) -> tuple[str, str]:
+    from flows.pipeline import look
+
+    try:
+        stale = [state.name for state in look(paths.root) if state.reasons]
+    except InputError as error:
+        return str(error), "mend dvc.yaml"
+    return f"pipeline readable, {len(stale)} stages to run", ""
+
+
+def _params(paths: Paths) -> tuple[str, str]:
+    try:
+        return f"scale {load_params(paths.params).scale}", ""
+    except InputError as error:
+        return str(error), "mend params.yaml"
+
+
+def _writable(paths: Paths) -> tuple[str, str]:
+    for folder in (paths.root, paths.root / "data", _existing(paths.home)):
+        if not os.access(folder, os.W_OK):
+            return f"{folder} is read-only", f"make {folder} writable, or set LOOPWRIGHT_HOME"
+    return f"state in {paths.home}", ""
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder upwards that is there."""
+    return next(path for path in _upwards(folder) if path.exists())
+
+
+def _upwards(folder: Path) -> Iterator[Path]:
+    yield folder
+    yield from folder.parents
+
+
+_CHECKS: dict[str, Check] = {
+    "python": _python,
+    "git": _git,
+    "uv": _uv,
+    "versions": _versions,
+    "cores": _cores,
+    "memory": _memory,
+    "disk": _disk,
+    "cuda": _cuda,
+    "write access": _writable,
+    "params.yaml": _params,
+    "dvc": _dvc,
+    "port": _port,
+}

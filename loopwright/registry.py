@@ -1,0 +1,147 @@
+"""`loopwright registry`: the model registry in the terminal."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from components.config import InputError, Paths, find_root
+from loopwright.output import Json, print_json, print_table
+
+if TYPE_CHECKING:
+    from components.registry import ModelVersion, Registry
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="The model registry: list, show, compare, promote and roll back.",
+    rich_markup_mode=None,
+)
+Name = Annotated[str, typer.Argument(help="A registered model, such as agent.")]
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List every version of every model, newest first."""
+    registry = _registry()
+    rows = [_summary(version) for name in registry.names() for version in registry.versions(name)]
+    if as_json:
+        print_json(rows)
+    else:
+        columns = ("model", "aliases", "score", "created", "gate")
+        print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(metavar="NAME[@ALIAS or /VERSION]", help="Without either: all versions.")],
+    as_json: Json = False,
+) -> None:
+    """Show a version: its files, metrics and everything it came from."""
+    registry = _registry()
+    if "@" not in model and "/" not in model:
+        versions = [_summary(version) for version in registry.versions(model)]
+        if as_json:
+            print_json({"name": model, "versions": versions})
+        else:
+            print_table(tuple(versions[0]), [[_cell(value) for value in row.values()] for row in versions])
+        return
+    version = registry.resolve(model)
+    whole = {**_summary(version), "folder": str(version.folder), "metrics": version.metrics, "tags": version.tags}
+    if as_json:
+        print_json(whole)
+        return
+    print_table(("", str(version)), [(key, _cell(whole[key])) for key in ("aliases", "created", "run_id", "folder")])
+    print()
+    print_table(("metric", "value"), sorted(version.metrics.items()))
+    print()
+    print_table(("lineage", "value"), sorted(version.tags.items()))
+
+
+@app.command()
+def compare(
+    name: Name,
+    a: Annotated[str, typer.Argument(help="A version number or an alias.")],
+    b: Annotated[str, typer.Argument(help="A version number or an alias.")],
+    as_json: Json = False,
+) -> None:
+    """Compare the metrics of two versions."""
+    registry = _registry()
+    first, second = (registry.resolve(_wanted(name, which)) for which in (a, b))
+    rows = _differences(first, second)
+    same = first.tags.get("held_out_digest") == second.tags.get("held_out_digest")
+    if as_json:
+        print_json({"a": str(first), "b": str(second), "same_held_out_sets": same, "metrics": rows})
+        return
+    print_table(("metric", str(first), str(second), "difference"), [tuple(row.values()) for row in rows])
+    if not same:
+        print("\nThey were measured on different held-out sets: figures do not compare.")
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[str, typer.Argument(help="A version number or an alias, such as challenger.")],
+    as_json: Json = False,
+) -> None:
+    """Make a version the champion; what follows the champion switches to it."""
+    registry = _registry()
+    chosen = registry.resolve(_wanted(name, version))
+    registry.promote(chosen)
+    _tell_champion(registry, name, as_json)
+
+
+@app.command()
+def rollback(name: Name, as_json: Json = False) -> None:
+    """Give the championship back to the champion before."""
+    registry = _registry()
+    registry.rollback(name)
+    _tell_champion(registry, name, as_json)
+
+
+def _registry() -> Registry:
+    from components.registry import Registry, is_empty
+
+    home = Paths(find_root()).home
+    if is_empty(home):
+        raise InputError('registry: it is empty; run "loopwright run"')
+    return Registry(home)
+
+
+def _wanted(name: str, which: str) -> str:
+    return f"{name}/{which}" if which.isdigit() else f"{name}@{which}"
+
+
+def _summary(version: ModelVersion) -> dict[str, Any]:
+    return {
+        "model": str(version),
+        "name": version.name,
+        "version": version.version,
+        "aliases": list(version.aliases),
+        "score": version.metrics.get("score"),
+        "created": datetime.fromtimestamp(version.created, UTC).isoformat(timespec="seconds"),
+        "gate": version.tags.get("gate"),
+        "run_id": version.run_id,
+    }
+
+
+def _differences(first: ModelVersion, second: ModelVersion) -> list[dict[str, Any]]:
+    rows = []
+    for metric in sorted(first.metrics.keys() | second.metrics.keys()):
+        a, b = first.metrics.get(metric), second.metrics.get(metric)
+        rows.append({"metric": metric, "a": a, "b": b, "difference": None if a is None or b is None else b - a})
+    return rows
+
+
+def _tell_champion(registry: Registry, name: str, as_json: bool) -> None:
+    champion, previous = registry.resolve(f"{name}@champion"), registry.find(f"{name}@previous")
+    if as_json:
+        print_json({"champion": str(champion), "previous": str(previous) if previous else None})
+    else:
+        print(f"{champion} is champion" + (f", {previous} the one before" if previous else ""))
+
+
+def _cell(value: Any) -> Any:
+    return ", ".join(value) if isinstance(value, list) else value

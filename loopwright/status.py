@@ -1,0 +1,110 @@
+"""`loopwright status`: which stages are up to date, which models are champions, what runs, what waits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from components.config import Paths, find_root, load_params
+from loopwright.output import Json, print_json, print_table
+
+
+def status(as_json: Json = False) -> None:
+    """Stages (up to date, or why not), champion versions, services, feedback waiting."""
+    paths = Paths(find_root())
+    params = load_params(paths.params)
+    running = _running(paths)
+    found = {
+        "scale": params.scale,
+        "run": running,
+        "stages": _stages(paths.root) if running is None else [],
+        "champions": _champions(paths.home),
+        "services": _services(),
+        "feedback_waiting": _feedback_waiting(paths.home),
+    }
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def _running(paths: Paths) -> int | None:
+    """The process of the run that goes on, if one does."""
+    from components.process import holder
+
+    return holder(paths.home / "stages", "run")
+
+
+def _stages(root: Path) -> list[dict[str, Any]]:
+    from flows.pipeline import look
+
+    return [
+        {"name": state.name, "up_to_date": not state.reasons, "reasons": list(state.reasons)} for state in look(root)
+    ]
+
+
+def _champions(home: Path) -> list[dict[str, Any]]:
+    from components.registry import Registry, is_empty
+
+    if is_empty(home):
+        return []
+    registry = Registry(home)
+    champions = [registry.find(f"{name}@champion") for name in registry.names()]
+    return [
+        {"model": str(one), "score": one.metrics.get("score"), "bento": one.tags.get("bento")}
+        for one in champions
+        if one is not None
+    ]
+
+
+def _services() -> list[dict[str, Any]]:
+    """What answers on this machine: our own addresses, or those the environment names."""
+    addresses = {
+        "endpoint": ("http://127.0.0.1:3000", "/livez"),
+        "prefect": (os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api"), "/health"),
+        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"), "/health"),
+    }
+    return [
+        {"name": name, "address": url, "answers": _answers(url + path)}
+        for name, (url, path) in addresses.items()
+        if url.startswith("http")
+    ]
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _feedback_waiting(home: Path) -> int:
+    """Feedback items that no run has learned from."""
+    from components.feedback.store import Store
+
+    if not (home / "feedback.db").exists() and "LOOPWRIGHT_DATABASE_URL" not in os.environ:
+        return 0
+    store = Store.of(home)
+    try:
+        return store.counts()["feedback"]
+    finally:
+        store.close()
+
+
+def _print(found: dict[str, Any]) -> None:
+    print(f"scale {found['scale']}\n")
+    if found["run"]:
+        print(f"a run goes on as process {found['run']}: its stages are changing\n")
+    rows = [(row["name"], "; ".join(row["reasons"]) or "up to date") for row in found["stages"]]
+    print_table(("stage", "state"), rows)
+    print()
+    print_table(("champion", "score", "bento"), [tuple(row.values()) for row in found["champions"]])
+    print()
+    print_table(
+        ("service", "state", "address"),
+        [(row["name"], "answers" if row["answers"] else "not running", row["address"]) for row in found["services"]],
+    )
+    print(f"\nfeedback waiting: {found['feedback_waiting']}")
