@@ -129,7 +129,7 @@ class Knowledge:
         """(name, kind, summary, bases) of the one symbol meant; else what to say instead."""
         written = bare(symbol)
         chosen = "SELECT name, kind, summary, bases, same FROM symbols WHERE name"
-        rows = self._rows(f"{chosen} = ?", written.removeprefix("builtins."))
+        rows = self._rows(f"{chosen} = ?", written)
         if not rows:
             ending = f"{chosen} IN (SELECT name FROM endings WHERE ending = ?)"
             rows = self._rows(f"{ending} ORDER BY kind = 'method', length(name), name", written)
@@ -157,8 +157,8 @@ def listed(names: Iterable[str], last_word: str = "and") -> str:
 
 
 def bare(symbol: str) -> str:
-    """A symbol without the quotes, brackets and question mark around it."""
-    return symbol.strip().strip("`'\"?! ").removesuffix("()")
+    """A symbol without the quotes, brackets and question mark around it; builtins go without their module."""
+    return symbol.strip("`'\"?! \t\n").removesuffix("()").removeprefix("builtins.")
 
 
 def name_words(name: str) -> str:

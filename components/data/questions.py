@@ -7,7 +7,7 @@ answers can only be copied.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,12 +25,16 @@ from components.data.sums import Sums
 from components.data.tasks import about, as_task, task
 from components.data.wordings import Wordings, quoted, typed
 
+KINDS = {"question": 70, "small_talk": 9, "off_topic": 9, "two": 5, "chat_first": 3, "follow_up": 4}
+"""Conversations of each kind, in a hundred."""
+TOOLS = {"lookup": 36, "bases": 34, "search": 10, "calculate": 20}
+"""Questions that want each tool, in a hundred."""
 MADE_UP_SHARE = 0.5
 DISTURBED_SHARE = 0.25
 OFF_TOPIC = "off_topic"
 """The intent of requests for something else than the agent is for."""
-MAX_CHARACTERS = 450
-"""Of a conversation with two questions: below 256 tokens of the smallest vocabulary in use."""
+MAX_CHARACTERS = 420
+"""Of a conversation: some 200 tokens, so that it fits one row of training."""
 TRIES = 50
 """Draws for a question that was not asked before."""
 
@@ -70,6 +74,7 @@ class Asker:
         self.held_out = held_out
         self.knowledge = knowledge
         self.sums = Sums(held_out_share, seed)
+        self.arithmetic = Wordings(templates("arithmetic"), seed)
         self.lookup = Wordings(templates("lookup"), seed)
         self.bases = Wordings(templates("bases"), seed)
         self.search = Wordings(templates("search"), seed)
@@ -139,14 +144,18 @@ class Asker:
         found = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
         return Question(text, "search", query, found)
 
-    def calculation(self, manner: Manner, held_out: bool = False) -> Question:
+    def calculation(self, manner: Manner, held_out: bool = False, by_hand: Sequence[str] = ()) -> Question:
+        """A sum, `held_out` with numbers that training never sees together; wordings `by_hand` are used as they are."""
         while True:
-            text, expression = self.sums.question(manner.rng, held_out, manner.held_out, manner.disturbed)
+            drawn = self.sums.draw(manner.rng, held_out, orders=not manner.held_out and not by_hand)
+            wording = drawn.order or self.arithmetic.pick(manner.rng, manner.held_out)
+            text = typed(manner.rng, wording, drawn.slots, manner.disturbed)
+            text = manner.rng.choice(by_hand).format(**drawn.slots) if by_hand else text
             try:
-                return Question(text, "calculate", expression, calculate(expression))
+                return Question(text, "calculate", drawn.expression, calculate(drawn.expression))
             except InputError as error:
                 if not held_out:
-                    return Question(text, "calculate", expression, f"{ERROR}{error}")
+                    return Question(text, "calculate", drawn.expression, f"{ERROR}{error}")
 
     def talk(self, manner: Manner, talk: Talk) -> list[Message]:
         return [said("user", manner.chat(self.talks[talk])), said("assistant", talk.reply)]
@@ -155,7 +164,7 @@ class Asker:
         """One training question in the proportions of the recipe."""
         rng = manner.rng
         invented = rng.random() < MADE_UP_SHARE
-        kind = rng.choices(("lookup", "bases", "search", "calculate"), (36, 33, 9, 17))[0]
+        kind = rng.choices(list(TOOLS), list(TOOLS.values()))[0]
         if kind == "calculate":
             return self.calculation(manner)
         if kind == "search":
@@ -180,7 +189,7 @@ def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str])
     for number in range(count):
         for _ in range(TRIES):
             messages = _conversation(asker, rng)
-            if asked(messages) not in seen:
+            if asked(messages) not in seen and sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
                 break
         else:
             raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
@@ -203,15 +212,9 @@ def _conversation(asker: Asker, rng: random.Random) -> list[Message]:
         first = asker.made_up(manner, rng.choice(("lookup", "bases")))
         if first.result.startswith((NOT_FOUND, ERROR)):
             return first.messages()
-        return _together(first.messages(), asker.follow_up(manner, first).messages(2))
+        return first.messages() + asker.follow_up(manner, first).messages(2)
     question = asker.any_question(manner).messages()
-    return _together(question, _second(asker, manner)) if kind == "two" else question
-
-
-def _together(first: list[Message], second: list[Message]) -> list[Message]:
-    """Both exchanges where they are short enough for one row of training, else the first."""
-    long = sum(len(message["content"]) for message in first + second) > MAX_CHARACTERS
-    return first if long else first + second
+    return question + _second(asker, manner) if kind == "two" else question
 
 
 def _second(asker: Asker, manner: Manner) -> list[Message]:

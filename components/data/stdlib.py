@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import BuiltinFunctionType
 from typing import Literal
 
 from components.config import InputError
@@ -147,7 +148,7 @@ def _text_of(names: Namespaces, found: InSource) -> str:
 
 
 def _from_object(found: InMemory, qualified: str, module: str) -> Iterator[Symbol]:
-    value, family = found.value, f"{found.module}:{found.name.partition('.')[0]}"
+    value, family = found.value, _family(found)
     if not isinstance(value, type):
         if callable(value):
             yield Symbol(qualified, "function", module, family, _own_doc(value))
@@ -158,6 +159,13 @@ def _from_object(found: InMemory, qualified: str, module: str) -> Iterator[Symbo
         member = getattr(value, name, None)
         if not name.startswith("_") and callable(member) and (docstring := _own_doc(member)):
             yield Symbol(f"{qualified}.{name}", "method", module, family, docstring)
+
+
+def _family(found: InMemory) -> str:
+    """Where the object says it is from: `io.BlockingIOError` is the builtin."""
+    own = found.value if isinstance(found.value, type | BuiltinFunctionType) else None
+    module, name = getattr(own, "__module__", None), getattr(own, "__qualname__", found.name)
+    return f"{module or found.module}:{name.partition('.')[0]}"
 
 
 def _own_doc(value: object) -> str:

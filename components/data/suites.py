@@ -48,6 +48,7 @@ def _makers(asker: Asker) -> dict[str, Maker]:
         makers["search/held_out_symbols"] = lambda rng, number: asker.searching(
             Manner(rng), tasks[number % len(tasks)], real=True
         ).messages()
+        makers["search/held_out_symbols_hand_written"] = _hand_written_search(asker, tasks)
     return makers | _arithmetic(asker) | _talks(asker)
 
 
@@ -68,19 +69,29 @@ def _about_symbols(asker: Asker, tool: str, pool: Sequence[Symbol], held_out_wor
 
 
 def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:
-    texts = hand_written(tool)
-
     def make(rng: random.Random, number: int) -> list[Message]:
         name = written(rng, pool[number % len(pool)], asker.knowledge)
-        return exchange(rng.choice(texts).format(x=quoted(rng, name)), tool, name, asker.said_by(tool, name))
+        text = rng.choice(hand_written(tool)).format(x=quoted(rng, name))
+        return exchange(text, tool, name, asker.said_by(tool, name))
+
+    return make
+
+
+def _hand_written_search(asker: Asker, pool: Sequence[Symbol]) -> Maker:
+    def make(rng: random.Random, number: int) -> list[Message]:
+        wanted = task(pool[number % len(pool)])
+        text = rng.choice(hand_written("search")).format(q=wanted)
+        return exchange(text, "search", wanted, asker.knowledge.search(wanted))
 
     return make
 
 
 def _arithmetic(asker: Asker) -> dict[str, Maker]:
+    by_hand = hand_written("arithmetic")
     return {
         "arithmetic/unseen_operands": lambda rng, _: asker.calculation(Manner(rng), held_out=True).messages(),
         "arithmetic/unseen_phrasings": lambda rng, _: asker.calculation(Manner(rng, True), held_out=True).messages(),
+        "arithmetic/hand_written": lambda rng, _: asker.calculation(Manner(rng), True, by_hand).messages(),
     }
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from components.data.datasets import in_test_split
-from components.data.phrasings import template_groups, templates
-from components.data.wordings import Wordings, typed
+from components.data.phrasings import template_groups
+from components.data.wordings import Wordings
 
 SIGNS = ("+", "+", "+", "-", "-", "-", "*", "*", "*", "*", "/", "/", "%", "//", "**")
 SPACED = ("{}", " {} ", " {} ")
@@ -18,7 +19,6 @@ class Sum:
     """One expression as the tool is to get it, and as the question has it."""
 
     expression: str
-    operands: tuple[str, ...]
     slots: dict[str, str]
     """What fills the wording."""
     order: str = ""
@@ -26,30 +26,27 @@ class Sum:
 
 
 class Sums:
-    """Questions with operands and wordings that training sees, or with ones that it never does."""
+    """Expressions with numbers that training sees, or with ones that it never does."""
 
     def __init__(self, held_out_share: float, seed: int) -> None:
         self.held_out_share = held_out_share
         self.seed = seed
-        self.wordings = Wordings(templates("arithmetic"), seed)
         self._words = [
             (expression, Wordings(words, None)) for expression, words in template_groups("operations").items()
         ]
         self._orders = [(expression, Wordings(words, None)) for expression, words in template_groups("orders").items()]
 
-    def is_held_out(self, operands: tuple[str, ...]) -> bool:
-        return in_test_split(" ".join(sorted(operands)), self.held_out_share, self.seed)
+    def is_held_out(self, expression: str) -> bool:
+        """Whether training never sees these numbers together, in whatever order and with whatever operators."""
+        numbers = sorted(re.findall(r"[\d.]+", expression))
+        return in_test_split(" ".join(numbers), self.held_out_share, self.seed)
 
-    def question(
-        self, rng: random.Random, held_out: bool = False, held_out_wording: bool = False, disturbed: bool = False
-    ) -> tuple[str, str]:
-        """(what the user types, the expression)"""
+    def draw(self, rng: random.Random, held_out: bool = False, orders: bool = True) -> Sum:
+        """An expression of numbers that training sees together, or never does; no order without `orders`."""
         while True:
             drawn = self._draw(rng)
-            if self.is_held_out(drawn.operands) is held_out and not (drawn.order and held_out_wording):
-                break
-        wording = drawn.order or self.wordings.pick(rng, held_out_wording)
-        return typed(rng, wording, drawn.slots, disturbed), drawn.expression
+            if self.is_held_out(drawn.expression) is held_out and (orders or not drawn.order):
+                return drawn
 
     def _draw(self, rng: random.Random) -> Sum:
         style = rng.random()
@@ -58,28 +55,26 @@ class Sums:
         pattern, wordings = rng.choice(self._words if style < 0.87 else self._orders)
         a, b = _operands(rng, pattern.replace("{a}", "").replace("{b}", ""))
         numbers = {"a": b, "b": a} if pattern == "{b}-{a}" else {"a": a, "b": b}
-        operands = (a, b) if "{b}" in pattern else (a,)
         words, expression = wordings.pick(rng), pattern.format(**numbers)
         if style < 0.87:
-            return Sum(expression, operands, {"e": words.format(**numbers)})
-        return Sum(expression, operands, numbers, order=words)
+            return Sum(expression, {"e": words.format(**numbers)})
+        return Sum(expression, numbers, order=words)
 
 
 def _in_signs(rng: random.Random) -> Sum:
     count = rng.choice((2, 2, 2, 2, 3, 3, 4))
     sign = rng.choice(SIGNS)
-    operands = list(_operands(rng, sign))
-    parts = [operands[0], sign, operands[1]]
+    first, second = _operands(rng, sign)
+    parts = [first, sign, second]
     for _ in range(count - 2):
         sign = rng.choice("++--**")
         operand = _number(rng, rng.choice((1, 1, 2, 2, 3)))
-        operands.append(operand)
         parts = ["(", *parts, ")"] if rng.random() < 0.35 else parts
         parts = [operand, sign, *parts] if parts[0] == "(" and rng.random() < 0.5 else [*parts, sign, operand]
     spaced = rng.choice(SPACED)
     times = rng.choice(("*", "*", "*", "*", "x", "×")) if spaced != "{}" else "*"
     shown = (spaced.format(times if part == "*" else part) if part[0] in "+-*/%" else part for part in parts)
-    return Sum("".join(parts), tuple(operands), {"e": "".join(shown)})
+    return Sum("".join(parts), {"e": "".join(shown)})
 
 
 def _operands(rng: random.Random, sign: str) -> tuple[str, str]:
