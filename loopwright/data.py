@@ -133,11 +133,11 @@ _SECTIONS = {"documents": "pretrain", "conversations": "tune"}
 
 
 def _names(paths: Paths) -> list[str]:
-    from components.data.files import BUILT_IN
+    from components.data.collect import REFERENCE
 
     added = {path.parent.name for path in paths.added.glob("*/dataset.json")}
     pointers = {path.stem for path in paths.added.glob("*.dvc")}
-    return [*BUILT_IN, *sorted(added | pointers)]
+    return [*REFERENCE, *sorted(added | pointers)]
 
 
 def _folders(paths: Paths) -> Iterator[Path]:
@@ -150,12 +150,12 @@ def _folders(paths: Paths) -> Iterator[Path]:
 
 def _folder(paths: Paths, name: str) -> Path:
     """Where a dataset lies: as it was added, or as `collect` wrote it."""
-    from components.data.files import BUILT_IN
+    from components.data.collect import REFERENCE
 
-    folder = (paths.collected if name in BUILT_IN else paths.added) / name
+    folder = (paths.collected if name in REFERENCE else paths.added) / name
     if (folder / "dataset.json").is_file():
         return folder
-    if name in BUILT_IN:
+    if name in REFERENCE:
         raise InputError(f'{name}: not collected yet; run "loopwright run --until collect"')
     if (paths.added / f"{name}.dvc").is_file():
         raise InputError(f'{name}: its data is not here; run "dvc pull data/added/{name}.dvc"')
@@ -164,11 +164,11 @@ def _folder(paths: Paths, name: str) -> Path:
 
 def _summary(paths: Paths, name: str) -> dict[str, Any]:
     """What `list` and `show` say of a dataset, also of one whose data is not here."""
+    from components.data.collect import REFERENCE
     from components.data.datasets import read_info
-    from components.data.files import BUILT_IN
 
-    built_in = name in BUILT_IN
-    summary: dict[str, Any] = {"name": name, "kind": BUILT_IN.get(name), "origin": "built in" if built_in else "added"}
+    built_in = name in REFERENCE
+    summary: dict[str, Any] = {"name": name, "kind": REFERENCE.get(name), "origin": "built in" if built_in else "added"}
     try:
         folder = _folder(paths, name)
     except InputError as error:

@@ -101,6 +101,7 @@ class _Reader:
         if role == "call":
             self._add_calls(place, _called(place, content))
         elif role == "tool":
+            content = json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else content
             self._add_result(place, turn, _text(place, "content", content))
         else:
             self._add_turn(place, role, turn, _text(place, "content", content))

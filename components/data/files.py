@@ -16,14 +16,12 @@ from typing import Any, get_args
 
 from components.config import InputError, Refused
 from components.data import chunks, records
+from components.data.collect import REFERENCE
 from components.data.conversations import read_conversation
 from components.data.datasets import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.data.duplicates import hash_text
 from components.data.findings import Findings, refusal
 from components.data.records import Record
-
-BUILT_IN: Mapping[str, Kind] = {"stdlib-documents": "documents", "stdlib-conversations": "conversations"}
-"""The reference project's datasets, written by `collect`; a user's may not take their names."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -234,7 +232,7 @@ def _reader(kind: str, columns: Columns) -> _Kind:
 def _check_name(name: str, folder: Path, replace: bool) -> None:
     if not _NAME.fullmatch(name):
         raise InputError(f"--name: {name!r} is no name for a dataset; use up to 64 letters, digits, '-' and '_'")
-    if name in BUILT_IN:
+    if name in REFERENCE:
         raise InputError(f"--name: {name!r} is a built-in dataset; choose another name")
     taken = (folder / name).exists() or (folder / f"{name}.dvc").exists()
     if taken and not replace:

@@ -120,6 +120,16 @@ def test_results_find_their_calls_by_id_in_any_order() -> None:
     assert [message.get("name") for message in read(messages=turns)[0]] == [None, None, "b", "a", None]
 
 
+def test_call_and_result_given_as_objects_become_text() -> None:
+    turns = [
+        {"from": "human", "value": "x"},
+        {"from": "function_call", "value": {"name": "a", "arguments": {}}},
+        {"from": "observation", "value": {"größe": 1}},
+        {"from": "gpt", "value": "y"},
+    ]
+    assert read(conversations=turns)[0][2]["content"] == '{"größe": 1}'
+
+
 def test_conversation_as_a_json_string_is_read() -> None:
     assert read(messages=json.dumps(ANSWERED))[0] == ANSWERED
 
