@@ -27,8 +27,9 @@ from components.data.datasets import (
 )
 from components.data.dialogue import asked
 from components.data.duplicates import split_and_write, write_splits
+from components.data.facts import build
 from components.data.held_out import HeldOut, hold_out
-from components.data.knowledge import Knowledge, build
+from components.data.knowledge import Knowledge
 from components.data.questions import Asker, training_conversations
 from components.data.stdlib import Symbol, library_symbols
 from components.data.suites import suites

@@ -6,7 +6,7 @@ import pytest
 
 from components.agent.tools import MAX_RESULT, Tool, call, reference_tools
 from components.config import InputError
-from components.data.knowledge import build
+from components.data.facts import build
 from components.data.stdlib import library_symbols
 
 SCHEMA = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from components.config import InputError
-from components.data.knowledge import Knowledge, build, listed
+from components.data.facts import build
+from components.data.knowledge import Knowledge, listed
 from components.data.stdlib import library_symbols
 from components.data.summaries import summary
 

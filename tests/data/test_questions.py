@@ -10,8 +10,9 @@ from components.agent.tools import Tool, call, reference_tools
 from components.config import InputError
 from components.data.datasets import Row
 from components.data.dialogue import answer, asked
+from components.data.facts import build
 from components.data.held_out import HeldOut, hold_out
-from components.data.knowledge import Knowledge, build
+from components.data.knowledge import Knowledge
 from components.data.phrasings import hand_written, talks
 from components.data.questions import MAX_CHARACTERS, Asker, training_conversations
 from components.data.stdlib import library_symbols
