@@ -75,6 +75,8 @@ class PrepareConfig(Section):
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
     copy_share: float = Field(ge=0, lt=1)
     """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
+    noise_share: float = Field(ge=0, le=1)
+    """Share of conversations told once more with random tokens in the names and results that they copy."""
 
 
 class ModelConfig(Section):
@@ -213,7 +215,9 @@ class Params(Section):
     @model_validator(mode="after")
     def _rows_fit(self) -> Params:
         if self.prepare.seq_len > self.model.max_seq_len:
-            raise ValueError(f"prepare.seq_len: {self.prepare.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+            raise ValueError(
+                f"prepare.seq_len: {self.prepare.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"
+            )
         return self
 
 

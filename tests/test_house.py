@@ -24,7 +24,7 @@ ALLOWED = {
     DATA: {CONFIG, STAGE, DATA},
     "components/training": {CONFIG, STAGE, MODELS, DATA, "components/training"},
     GENERATION: {CONFIG, MODELS, DATA, GENERATION},
-    "components/feedback": {CONFIG, DATA, "components/feedback"},
+    "components/feedback": {CONFIG, DATA, "components/feedback", "components/registry.py"},
     "components/agent": {CONFIG, MODELS, DATA, GENERATION, "components/agent"},
     "components": {"components"},
     "serving": {"components", "serving"},
@@ -39,14 +39,22 @@ DOORS = {
     "great_expectations": ("components/data/validate.py",),
     "sklearn": ("components/evaluation/", "components/data/"),
     "dvc": ("flows/",),
-    "sqlalchemy": ("components/feedback/store.py",),
+    # tracking.py catches what MLflow lets through from its database.
+    "sqlalchemy": ("components/feedback/store.py", "components/tracking.py"),
 }
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports when it runs, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in set(ast.walk(tree)) - guarded:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -117,6 +125,8 @@ def test_every_dependency_of_the_pipeline_exists_or_is_an_out() -> None:
 def test_stages_declare_each_module_of_the_house_that_they_import() -> None:
     for name, stage in PIPELINE.items():
         declared = set(stage["deps"])
+        # Configuration values are watched in params.yaml and scales.yaml; the runner changes no result.
+        exempt = {"components/config.py", "components/stage.py"}
         seen: set[str] = set()
         todo = [f"{ROOMS[name].replace('.', '/')}/{name}.py"]
         while todo:
@@ -124,11 +134,9 @@ def test_stages_declare_each_module_of_the_house_that_they_import() -> None:
             seen.add(file)
             for module in imports(ROOT / file):
                 target = place(module)
-                if target and target.endswith(".py") and target not in seen:
+                if target and target.endswith(".py") and target not in seen | exempt:
                     todo.append(target)
-        # Configuration values are watched in params.yaml and scales.yaml; the runner changes no result.
-        exempt = {"components/config.py", "components/stage.py"}
-        missing = {file for file in seen - exempt if not within(file, declared)}
+        missing = {file for file in seen if not within(file, declared)}
         assert not missing, f"{name}: dvc.yaml lists no dependency on {sorted(missing)}"
 
 

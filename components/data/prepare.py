@@ -19,12 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from components.config import InputError
+from components.data.copying import Piece, copying_rows, with_noise
 from components.data.datasets import Kind, read_info, read_rows, write_json
 from components.data.tokenizer import ChatTokenizer
 from components.stage import StageRun
-
-Piece = tuple[list[int], list[int]]
-"""Ids and mask of one document or conversation."""
 
 BATCH = 512
 OPEN_ROWS = 64
@@ -114,33 +112,6 @@ def pack_rows(pieces: Iterable[Piece], writer: RowWriter) -> int:
     return too_long
 
 
-def copying_rows(
-    names: list[str], tokenizer: ChatTokenizer, count: int, seq_len: int, seed: int
-) -> Iterator[list[Piece]]:
-    """Rows that practise copying: a span of real names or of random tokens, then the same span again.
-
-    The first occurrence cannot be foreseen and is not learned.
-    """
-    random = np.random.default_rng(seed)
-    encoded = tokenizer.encode_batch([" " + name for name in names])
-    low = tokenizer.document_id + 1
-    for _ in range(count):
-        row: list[Piece] = []
-        free = seq_len
-        while free >= 16:
-            if encoded and random.random() < 0.7:
-                chosen = random.integers(len(encoded), size=random.integers(1, 5))
-                span = [token for index in chosen for token in encoded[index]][:24]
-            else:
-                span = random.integers(low, tokenizer.vocab_size, size=random.integers(2, 16)).tolist()
-            repeats = int(random.integers(2, 5))
-            ids = ([tokenizer.document_id] + span * repeats)[:free]
-            mask = ([0] * (1 + len(span)) + [1] * (len(span) * (repeats - 1)))[:free]
-            row.append((ids, mask))
-            free -= len(ids)
-        yield row
-
-
 def _folders(run: StageRun, section: str, kind: Kind) -> list[Path]:
     folders = [run.paths.collected / name for name in getattr(run.params, section).datasets]
     for folder in folders:
@@ -173,7 +144,10 @@ def _prepare_conversations(run: StageRun, tokenizer: ChatTokenizer, folders: lis
     too_long = 0
     for split in ("train", "test"):
         for folder in folders:
-            too_long += pack_rows(_conversations(tokenizer, folder, split), rows.writer(split))
+            pieces = _conversations(tokenizer, folder, split)
+            if split == "train":
+                pieces = _practised(pieces, run, tokenizer)
+            too_long += pack_rows(pieces, rows.writer(split))
     return rows.close({"too_long": too_long})
 
 
@@ -188,6 +162,17 @@ def _conversations(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterat
     chats = ((row["messages"], row["tools"]) for row in read_rows(folder, split, ["messages", "tools"]))
     while batch := list(islice(chats, BATCH)):
         yield from tokenizer.encode_chats(batch)
+
+
+def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer) -> Iterator[Piece]:
+    """The conversations, and a share of them once more with noise in what they copy."""
+    random = np.random.default_rng(run.params.seed)
+    for ids, mask in pieces:
+        yield ids, mask
+        if random.random() < run.params.prepare.noise_share:
+            noisy = with_noise(ids, random, tokenizer)
+            if noisy:
+                yield noisy, mask
 
 
 def _names(folders: list[Path], limit: int = 5_000) -> list[str]:

@@ -131,6 +131,8 @@ class ChatTokenizer:
         self.pad_id: int = self._ids["<|pad|>"]
         self.end_id: int = self._ids["<|end|>"]
         self.document_id: int = self._ids["<|document|>"]
+        self.value_id: int = self._ids["<|value|>"]
+        self.tool_id: int = self._ids["<|tool|>"]
 
     @classmethod
     def load(cls, folder: Path) -> ChatTokenizer:

@@ -9,8 +9,9 @@ import pytest
 
 from components.config import InputError, Paths, load_params
 from components.data import tokenizer as bpe
+from components.data.copying import FIRST_ID, copying_rows, with_noise
 from components.data.datasets import DatasetWriter, Row
-from components.data.prepare import RowWriter, copying_rows, fill_rows, pack_rows, prepare
+from components.data.prepare import RowWriter, fill_rows, pack_rows, prepare
 from components.data.tokenizer import ChatTokenizer
 from components.stage import StageRun
 
@@ -87,7 +88,9 @@ def test_preparing_twice_gives_the_same_bytes(run: StageRun) -> None:
 
 def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
     params = load_params(ROOT / "params.yaml", {"scale": "smoke", "pretrain.dataset": "chats", "tune.dataset": "chats"})
-    with pytest.raises(InputError, match=r"pretrain.dataset: 'chats' holds conversations; pretrain learns from documents"):
+    with pytest.raises(
+        InputError, match=r"pretrain.dataset: 'chats' holds conversations; pretrain learns from documents"
+    ):
         prepare(StageRun("prepare", params, run.paths, run.state, run.tracker))
 
 
@@ -95,7 +98,7 @@ def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> Non
     overrides = {"scale": "smoke", "pretrain.dataset": "docs", "tune.dataset": "long"}
     with DatasetWriter(run.paths.collected / "long", "long", "conversations") as writer:
         writer.write("train", {"id": "1", **chat("why?", "because " * 500)})
-    with pytest.raises(InputError, match=r"tune.dataset: nothing to learn in its rows of 128 tokens \(1 too_long\)"):
+    with pytest.raises(InputError, match=r"tune.dataset: nothing to learn in its rows of 256 tokens \(1 too_long\)"):
         prepare(StageRun("prepare", load_params(ROOT / "params.yaml", overrides), run.paths, run.state, run.tracker))
 
 
@@ -117,11 +120,39 @@ def test_packing_wastes_little(tmp_path: Path) -> None:
     assert writer.tokens / (writer.rows * 256) > 0.97
 
 
-def test_copying_practice_learns_repetitions_only(run: StageRun) -> None:
+def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
     tokenizer = ChatTokenizer.load(run.paths.tokenizer)
     for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
-            first = mask.index(1) - 1 if 1 in mask else len(mask) - 1
-            span = ids[1 : 1 + first]
-            assert all(ids[1 + place] == span[place % len(span)] for place in range(len(ids) - 1))
-            assert mask[: 1 + first] == [0] * (1 + first)
+            for place in (place for place, learned in enumerate(mask) if learned):
+                pair = ids[place - 1 : place + 1]
+                assert any(ids[start : start + 2] == pair for start in range(1, place - 1))
+
+
+def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    call = {"function": {"name": "lookup", "arguments": {"symbol": "value.name_3"}}}
+    messages = [
+        {"role": "user", "content": "what is value.name_3"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "a def of name"},
+        {"role": "assistant", "content": "a def of name"},
+    ]
+    ids, mask = tokenizer.encode_chat(messages)
+    noisy = with_noise(ids, np.random.default_rng(0), tokenizer)
+    assert noisy is not None
+    name, result = (tokenizer.encode(text) for text in (" value.name_3", " a def of name"))
+    groups = []
+    for span in (name, result):
+        places = [at for at in range(len(ids)) if ids[at : at + len(span)] == span]
+        assert len(places) == 2
+        groups.append([noisy[at : at + len(span)] for at in places])
+        assert groups[-1][0] == groups[-1][1] != span
+    assert all(new == old for new, old in zip(noisy, ids, strict=True) if old < FIRST_ID)
+    assert len(noisy) == len(mask)
+
+
+def test_a_conversation_that_copies_nothing_has_no_noisy_twin(run: StageRun) -> None:
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    ids, _ = tokenizer.encode_chat(chat("how are you?", "fine")["messages"])
+    assert with_noise(ids, np.random.default_rng(0), tokenizer) is None
