@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,11 @@ class StageRun:
         said = "  ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
         )
-        print(f"{self.name}  {done}/{total}  {said}".rstrip(), flush=True)
+        try:
+            print(f"{self.name}  {done}/{total}  {said}".rstrip(), flush=True)
+        except BrokenPipeError:
+            # Whoever listened was killed: end as when told to, with a checkpoint.
+            signal.raise_signal(signal.SIGTERM)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent:
     return run_id
 
 
+def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
+    """Mark runs of that name in this state folder that still seem to run; their caller knows that none does."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    seeming = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.home = '{home}'"
+    for run in client.search_runs([experiment], seeming):
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
 @contextmanager
 def open_tracker(stage: str, key: str, home: Path) -> Iterator[Journal]:
     """A tracker for one stage; carries its journal itself when no run of the orchestrator does."""

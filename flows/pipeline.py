@@ -7,6 +7,7 @@ DVC says in this process what is out of date and why; what runs, runs in a proce
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ from components.config import InputError, Paths, load_params
 from components.journal import PARENT_RUN
 from components.process import only_one
 from components.stage import PROGRESS
-from components.tracking import Courier, connect, create_run
+from components.tracking import Courier, connect, create_run, end_killed_runs
 from flows.release import Release, current_release, release
 from flows.reproduce import StageResult, reproduce
 from flows.server import bury_the_dead, prefect_api, send_logs
@@ -101,6 +102,7 @@ def look(root: Path, force: bool = False, until: str | None = None) -> list[Stag
     from dvc.repo import Repo
 
     configure(root)
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of locks that killed processes left, and removes them
     try:
         with Repo(str(root)) as repo:
             needs = _needs(repo, root)
@@ -192,7 +194,7 @@ def _reasons(changes: list[Any]) -> Iterator[str]:
         for paths in change.values():
             for path, state in paths.items():
                 if isinstance(state, dict):
-                    yield from (f"{key} {how}" for key, how in state.items())
+                    yield from (f"{path}: {key} {how}" for key, how in state.items())
                 else:
                     yield f"{path} {state}"
 
@@ -301,7 +303,8 @@ def _parent_run(home: Path) -> Iterator[Note]:
     """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
     courier = Courier(home)
     client = connect(home)
-    run_id = create_run(client, "pipeline", {}, None, int(time.time() * 1000))
+    end_killed_runs(client, "pipeline", home)
+    run_id = create_run(client, "pipeline", {"home": str(home)}, None, int(time.time() * 1000))
     os.environ[PARENT_RUN] = run_id
     courier.start()
 

@@ -101,7 +101,8 @@ def _effect(function: Callable[..., T], *values: Any) -> T:
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
-    return task(name=function.__name__, cache_policy=NO_CACHE)(lambda: function(*values))()
+    name = function.__name__
+    return task(name=name, task_run_name=name, cache_policy=NO_CACHE)(lambda: function(*values))()
 
 
 def find_digest(registry: Registry, digest: str) -> ModelVersion | None:

@@ -37,6 +37,8 @@ _CHATTER = (
     "To enable auto staging",
     "\tdvc config core.autostage",
     "Use `dvc push`",
+    # Killed runs leave entries in its lock file, which it removes.
+    "WARNING: Process '",
     "Data and pipelines are up to date",
 )
 """What DVC says around a stage that a person need not read."""
