@@ -84,6 +84,8 @@ def _public_names(symbols: Iterable[Symbol]) -> dict[str, str]:
     classes = (symbol for symbol in symbols if symbol.kind == "class")
     for symbol in sorted(classes, key=lambda symbol: (symbol.name.count("."), symbol.name)):
         names.setdefault(symbol.family.replace(":", "."), symbol.name)
+        # `_weakref.ref` is shown as weakref.ref.
+        names.setdefault(f"_{symbol.name}", symbol.name)
     return names
 
 
