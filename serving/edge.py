@@ -63,16 +63,17 @@ class Edge:
 
     async def _pass(self, serving: Serving, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(serving, scope)
+        receive = body = _Body(receive)
         limit = serving.config.max_body_bytes
         if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             try:
-                receive = await _bounded(scope, receive, limit)
+                receive = await _bounded(scope, body, limit)
             except TooLarge:
                 refusal = error_response(413, f"body: larger than {limit} bytes; send less")
         if refusal is None:
             await self.app(scope, receive, send)
             return
-        await _discard(receive)
+        await body.discard()
         await refusal(scope, receive, send)
 
     def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
@@ -129,11 +130,30 @@ class _Shaped:
             await self._replaced(self._scope, _nothing, self._send)
 
 
+class _Body:
+    """The `receive` of a request that knows whether its body has come to its end."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.ended = False
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self.ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        """Read what is left of a refused body: closing on a sender that still writes would lose it the answer."""
+        read = 0
+        while not self.ended and read < DRAINED_BYTES:
+            read += len((await self()).get("body", b""))
+
+
 async def _nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
-async def _bounded(scope: Scope, receive: Receive, limit: int) -> Receive:
+async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
     """Read the body, at most `limit` bytes of it, and return a `receive` that gives it again.
 
     Raises: TooLarge.
@@ -142,32 +162,16 @@ async def _bounded(scope: Scope, receive: Receive, limit: int) -> Receive:
     if not declared.isdigit() or int(declared) > limit:
         raise TooLarge
     parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
+    while not body.ended:
+        parts.append((await body()).get("body", b""))
+        if sum(map(len, parts)) > limit:
             raise TooLarge
-        more = message.get("more_body", False)
-    whole: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": more}]
+    whole: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
     async def again() -> Message:
-        return whole.pop() if whole else await receive()
+        return whole.pop() if whole else await body()
 
     return again
-
-
-async def _discard(receive: Receive) -> None:
-    """Read what is left of a refused body: closing on a sender that still writes would lose it the answer."""
-    read = 0
-    while read < DRAINED_BYTES:
-        message = await receive()
-        read += len(message.get("body", b""))
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
 
 
 def _on_loopback(scope: Scope) -> bool:

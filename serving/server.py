@@ -90,8 +90,8 @@ def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
     """Serve a built Bento; the working folder is its `src`."""
     import bentoml
 
-    endpoint = bentoml.load(str(folder))
-    from serving.service import api
+    bentoml.load(str(folder))  # gives the service below the arguments that the Bento was built with
+    from serving.service import api, endpoint
 
     run(endpoint.to_asgi(), api, listener, ready)
 

@@ -1,0 +1,159 @@
+"""A tiny agent that learned four conversations by heart, and one real server that serves it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from httpx import Response
+from torch.nn import functional as F
+
+from components.config import SCALES_FILE, load_params
+from components.data import facts
+from components.data import tokenizer as bpe
+from components.data.tokenizer import ChatTokenizer
+from components.models.checkpoint import save_decoder
+from components.models.decoder import Decoder, DecoderConfig
+from serving.api import Serving, new_api
+from serving.edge import Edge
+from serving.engine import Engine
+from serving.follow import Bundled
+
+ROOT = SCALES_FILE.parents[1]
+GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
+STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def called(name: str, **arguments: str) -> dict[str, Any]:
+    call = {"id": "call_1", "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+LESSONS: list[tuple[list[dict[str, Any]], Any]] = [
+    ([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": GREETING}], None),
+    ([{"role": "user", "content": "A story"}, {"role": "assistant", "content": STORY}], None),
+    (
+        [
+            {"role": "user", "content": "What is 6*7?"},
+            called("calculate", expression="6*7"),
+            {"role": "tool", "tool_call_id": "call_1", "name": "calculate", "content": "42"},
+            {"role": "assistant", "content": "That is 42."},
+        ],
+        None,
+    ),
+    ([{"role": "user", "content": "Weather in Paris?"}, called("get_weather", city="Paris")], [WEATHER]),
+]
+
+
+def build_agent(folder: Path, greeting: str = GREETING) -> Path:
+    """A model folder whose agent answers the lessons, made by the real code in a few seconds."""
+    lessons = [*LESSONS]
+    lessons[0] = ([lessons[0][0][0], {"role": "assistant", "content": greeting}], None)
+    texts = [message["content"] for messages, _ in lessons for message in messages]
+    bpe.save(bpe.train(texts * 4, 360), folder.parent / "tokenizer")
+    tokenizer = ChatTokenizer.load(folder.parent / "tokenizer")
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size,
+        embed_dim=64,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=32,
+        hidden_dim=128,
+        max_seq_len=256,
+        qk_norm=True,
+    )
+    model = Decoder(config)
+    torch.nn.init.normal_(model.embed.weight, std=0.1)
+    learn(model, [tokenizer.encode_chat(*lesson) for lesson in lessons])
+    knowledge = folder.parent / "knowledge.sqlite"
+    facts.build(knowledge, [])
+    settings = json.dumps({"tools": ["calculate"], "max_steps": 4})
+    save_decoder(model, folder, folder.parent / "tokenizer", {"knowledge.sqlite": knowledge, "agent.json": settings})
+    return folder
+
+
+def learn(model: Decoder, lessons: list[tuple[list[int], list[int]]]) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    longest = max(len(ids) for ids, _ in lessons)
+    inputs = torch.zeros(len(lessons), longest, dtype=torch.long)
+    labels = torch.full((len(lessons), longest), -100)
+    for row, (ids, mask) in enumerate(lessons):
+        inputs[row, : len(ids)] = torch.tensor(ids)
+        targets = [number if learned else -100 for number, learned in zip(ids[1:], mask[1:], strict=True)]
+        labels[row, : len(targets)] = torch.tensor(targets)
+    for _ in range(200):
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
+        if loss.item() < 0.005:
+            return
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    raise AssertionError(f"the tiny agent did not learn: loss {loss.item()}")
+
+
+@pytest.fixture(scope="session")
+def agent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_agent(tmp_path_factory.mktemp("model") / "agent")
+
+
+@pytest.fixture(scope="session")
+def engine(agent_folder: Path) -> Iterator[Engine]:
+    engine = Engine.load(agent_folder, "agent/1", load_params(ROOT / "params.yaml").serve)
+    yield engine
+    engine.close()
+
+
+@dataclass
+class Local:
+    """The whole app in this process, without a network."""
+
+    client: TestClient
+    serving: Serving
+
+    def ask(self, content: str, **options: Any) -> Response:
+        return self.post({"messages": [{"role": "user", "content": content}], **options})
+
+    def post(self, body: Any) -> Response:
+        return self.client.post("/v1/chat/completions", json=body)
+
+
+@contextmanager
+def open_local(folder: Path, home: Path) -> Iterator[Local]:
+    """The routes with everything around them, answering with a tiny agent as if out of a Bento."""
+    api = new_api()
+    bundled = Bundled(folder, {"name": "agent", "version": 1, "run_id": "r1", "tags": {"git_commit": "c0ffee"}})
+    api.state.serving = serving = Serving.open(home, load_params(ROOT / "params.yaml").serve, "", bundled)
+    serving.models.first.wait()
+    try:
+        yield Local(TestClient(Edge(api, api), raise_server_exceptions=False), serving)
+    finally:
+        serving.close()
+
+
+@pytest.fixture(scope="session")
+def local(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with open_local(agent_folder, tmp_path_factory.mktemp("home")) as app:
+        yield app
+
+
+@pytest.fixture(scope="session")
+def local_app() -> Callable[[Path, Path], AbstractContextManager[Local]]:
+    """For tests that need an app of their own."""
+    return open_local

@@ -1,0 +1,409 @@
+"""The routes in one process: what is answered, in which shape, and what every kind of bad input gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.feedback.store import Store
+
+GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
+STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
+USER = {"role": "user", "content": "Hello"}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_completion_has_openai_shape_and_steps(local: Any) -> None:
+    answer = local.ask("What is 6*7?").json()
+    assert answer["id"].startswith("chatcmpl-")
+    assert (answer["object"], answer["model"]) == ("chat.completion", "agent/1")
+    [choice] = answer["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["role"] == "assistant"
+    assert choice["message"]["content"] == "That is 42."
+    assert [step["type"] for step in choice["message"]["steps"]] == ["call", "result"]
+    usage = answer["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
+
+
+def test_stream_has_role_first_reason_last_and_the_same_words(local: Any) -> None:
+    response = local.ask("What is 6*7?", stream=True)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    told = chunks(response.text)
+    deltas = [chunk["choices"][0]["delta"] for chunk in told]
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert "".join(delta.get("content", "") for delta in deltas) == "That is 42."
+    assert [step["type"] for delta in deltas for step in delta.get("steps", [])] == ["call", "result"]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in told] == [None] * (len(told) - 1) + ["stop"]
+    assert len({chunk["id"] for chunk in told}) == 1
+    assert all("usage" not in chunk for chunk in told)
+
+
+def test_stream_can_include_usage(local: Any) -> None:
+    told = chunks(local.ask("Hello", stream=True, stream_options={"include_usage": True}).text)
+    assert told[-1]["choices"] == []
+    assert told[-1]["usage"]["completion_tokens"] > 0
+    assert all(chunk["usage"] is None for chunk in told[:-1])
+
+
+def test_content_parts_of_text_are_joined(local: Any) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    assert local.ask(parts).json()["choices"][0]["message"]["content"] == GREETING
+
+
+def test_calls_of_the_clients_tools_are_handed_back(local: Any) -> None:
+    [choice] = local.ask("Weather in Paris?", tools=[WEATHER]).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    [call] = choice["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+    told = chunks(local.ask("Weather in Paris?", tools=[WEATHER], stream=True).text)
+    [delta] = [chunk["choices"][0]["delta"] for chunk in told if "tool_calls" in chunk["choices"][0]["delta"]]
+    assert delta["tool_calls"][0]["index"] == 0
+    assert delta["tool_calls"][0]["function"] == call["function"]
+    assert told[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_tool_choice_none_calls_nothing(local: Any) -> None:
+    [choice] = local.ask("Weather in Paris?", tools=[WEATHER], tool_choice="none").json()["choices"]
+    assert "tool_calls" not in choice["message"]
+    assert local.ask("What is 6*7?", tool_choice="none").json()["choices"][0]["message"]["steps"] == []
+
+
+def test_results_of_the_clients_tools_are_taken(local: Any) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+    ]
+    assert local.post({"messages": messages, "tools": [WEATHER]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n": 1, "user": "me", "seed": 3, "stop": None, "temperature": None, "top_p": 0, "max_tokens": 3},
+        {"frequency_penalty": 0, "logprobs": False, "logit_bias": {}, "response_format": {"type": "text"}},
+        {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "never_heard_of": [1, {"x": 2}]},
+        {"model": "agent"},
+        {"model": "agent/1"},
+        {"stop": ["a", "b"], "tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+    ],
+)
+def test_harmless_options_are_taken(local: Any, options: dict[str, Any]) -> None:
+    assert local.ask("Hello", **options).status_code == 200
+
+
+def with_user(**options: Any) -> dict[str, Any]:
+    return {"messages": [USER], **options}
+
+
+def with_message(**message: Any) -> dict[str, Any]:
+    return {"messages": [message]}
+
+
+BAD_BODIES: list[tuple[Any, str | None, str]] = [
+    ([], None, "body: []: "),
+    ("text", None, "body: "),
+    ({}, "messages", "messages: missing; it is required"),
+    ({"messages": []}, "messages", "messages: []: List should have at least 1 item"),
+    ({"messages": "hi"}, "messages", 'messages: "hi": Input should be a valid list'),
+    ({"messages": [None]}, "messages[0]", "messages[0]: null"),
+    ({"messages": [{"content": "hi"}]}, "messages[0].role", "messages[0].role: missing"),
+    (
+        with_message(role="robot", content="x"),
+        "messages[0].role",
+        "messages[0].role: \"robot\": Input should be 'system'",
+    ),
+    (with_message(role="user"), "messages[0]", "a message of role 'user' needs content"),
+    (with_message(role="user", content=5), "messages[0].content", "5: expected a string or a list of content parts"),
+    (with_message(role="user", content=[{"type": "text"}]), "messages[0].content[0].text", "missing"),
+    (with_message(role="user", content=["x"]), "messages[0].content[0]", "messages[0].content[0]"),
+    (
+        with_message(role="user", content=[{"type": "image_url", "image_url": {"url": "data:"}}]),
+        "messages[0].content[0]",
+        "this model reads text only",
+    ),
+    (with_message(role="user", content=[{"type": "hologram"}]), "messages[0].content[0]", "unknown part"),
+    (with_message(role="tool", content="x"), "messages[0]", "needs tool_call_id"),
+    (with_message(role="user", content="x", tool_calls=[]) | {"n": 2}, "n", "n: 2: Input should be 1"),
+    (
+        with_message(
+            role="assistant",
+            tool_calls=[{"id": "a", "type": "function", "function": {"name": "f", "arguments": "[1]"}}],
+        ),
+        "messages[0].tool_calls[0].function",
+        "expected a JSON object as text",
+    ),
+    (with_user(temperature=False), "temperature", "temperature: false: Input should be a valid number"),
+    (with_user(temperature="0.5"), "temperature", "valid number"),
+    (with_user(temperature=2.5), "temperature", "temperature: 2.5: Input should be less than or equal to 2"),
+    (with_user(temperature=-1), "temperature", "greater than or equal to 0"),
+    (with_user(top_p=1.5), "top_p", "less than or equal to 1"),
+    (with_user(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    (with_user(max_tokens=1.5), "max_tokens", "valid integer"),
+    (with_user(max_tokens=True), "max_tokens", "valid integer"),
+    (with_user(seed="7"), "seed", "valid integer"),
+    (with_user(seed=2**64), "seed", "seed"),
+    (with_user(stream="yes"), "stream", "valid boolean"),
+    (with_user(stop=5), "stop", "expected a string or a list of at most 4 strings"),
+    (with_user(stop=["a"] * 5), "stop", "at most 4 items"),
+    (with_user(stop=[""]), "stop[0]", "at least 1 character"),
+    (with_user(stop=""), "stop", "at least 1 character"),
+    (with_user(n=0), "n", "Input should be 1"),
+    (with_user(user=5), "user", "valid string"),
+    (with_user(tools={}), "tools", "valid list"),
+    (with_user(tools=[{"type": "function"}]), "tools[0].function", "missing"),
+    (with_user(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name", "match pattern"),
+    (
+        with_user(tools=[{"type": "function", "function": {"name": "f", "parameters": {"properties": []}}}]),
+        "tools[0].function",
+        "parameters.properties: expected an object",
+    ),
+    (
+        with_user(
+            tools=[
+                {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"description": 1}}}}}
+            ]
+        ),
+        "tools[0].function",
+        "parameters.properties.a.description: expected a string",
+    ),
+    (with_user(tool_choice="required"), "tool_choice", "not supported; send 'auto' or 'none'"),
+    (with_user(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice", "not supported"),
+    (with_user(response_format={"type": "json_schema", "json_schema": {}}), "response_format", "not supported yet"),
+    (with_user(logprobs=True), "logprobs", "logprobs: true: not supported by this endpoint; leave it out"),
+    (with_user(frequency_penalty=0.5), "frequency_penalty", "not supported"),
+    (with_user(stream_options={"include_usage": True}), None, "stream_options: only allowed with stream true"),
+    (with_user(functions=[{"name": "f"}]), "functions", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), BAD_BODIES, ids=[str(case[2])[:40] for case in BAD_BODIES])
+def test_bad_field_is_named_with_its_value(local: Any, body: Any, param: str | None, message: str) -> None:
+    response = local.post(body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    assert error["param"] == param
+    assert len(error["message"]) < 400
+
+
+BAD_BYTES = [
+    (b"", "body: missing"),
+    (b"{", "body: not valid JSON: EOF"),
+    (b'{"messages": "\xff"}', "body: not valid JSON"),
+    (b"\xff\xfe{}", "body: not valid JSON"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "body: not valid JSON"),
+    (b"[" * 100_000, "recursion limit"),
+    (b'{"messages": ' + b'{"a":' * 5000 + b"1" + b"}" * 5001, "recursion limit"),
+    (b'{"temperature": NaN}', "body: not valid JSON"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "body: not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_BYTES, ids=[str(case[0][:12]) for case in BAD_BYTES])
+def test_broken_json_is_a_bad_request(local: Any, content: bytes, message: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = local.client.post("/v1/chat/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert message in response.json()["error"]["message"]
+
+
+def test_deep_tool_schema_is_taken_or_refused_but_no_bug(local: Any) -> None:
+    schema: dict[str, Any] = {"type": "object"}
+    for _ in range(60):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    assert local.ask("Hello", tools=[tool]).status_code in (200, 400)
+
+
+def test_body_without_json_type_is_refused(local: Any) -> None:
+    response = local.client.post("/v1/chat/completions", content=json.dumps(with_user()))
+    assert response.status_code == 400
+    assert "send it with Content-Type: application/json" in response.json()["error"]["message"]
+
+
+def test_prompt_beyond_the_context_has_openais_code(local: Any) -> None:
+    for stream in (False, True):
+        response = local.ask("long " * 400, stream=stream)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == "messages"
+        assert "tokens do not fit the model's context of 256" in error["message"]
+
+
+def test_unknown_model_is_not_found(local: Any) -> None:
+    for model in ("gpt-5", "agent/7", "agent@challenger"):
+        response = local.ask("Hello", model=model)
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "model_not_found"
+        assert response.json()["error"]["message"] == f"model: {model!r} is not served here; served: agent/1"
+
+
+def test_models_are_listed_with_version(local: Any) -> None:
+    listed = local.client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [(model["id"], model["version"]) for model in listed["data"]] == [("agent/1", "1")]
+    assert local.client.get("/v1/models/agent/1").json() == listed["data"][0]
+    assert local.client.get("/v1/models/nope").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nope", 404),
+        ("GET", "/v1/nope", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("DELETE", "/v1/feedback", 405),
+        ("GET", "/v1/lineage/chatcmpl-unknown", 404),
+        ("GET", "/docs/assets/nope.js", 404),
+    ],
+)
+def test_every_error_has_openais_shape(local: Any, method: str, path: str, status: int) -> None:
+    response = local.client.request(method, path)
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert path in error["message"] or "completion" in error["message"]
+
+
+def test_bug_is_a_500_in_shape_without_its_details(agent_folder: Path, tmp_path: Path, local_app: Any) -> None:
+    with local_app(agent_folder, tmp_path) as app:
+        app.serving.store.close()
+        (tmp_path / "feedback.db").unlink()
+        (tmp_path / "feedback.db").mkdir()
+        response = app.ask("Hello")
+        assert response.status_code == 500
+        assert response.json()["error"]["message"] == "the server failed on this request; its log has the traceback"
+
+
+def test_loading_and_draining_answer_503(agent_folder: Path, tmp_path: Path, local_app: Any) -> None:
+    with local_app(agent_folder, tmp_path) as app:
+        assert app.client.get("/readyz").status_code == 200
+        engine, app.serving.models.engine = app.serving.models.engine, None
+        assert app.client.get("/readyz").status_code == 503
+        loading = app.ask("Hello")
+        assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
+        app.serving.models.engine = engine
+        app.serving.draining = True
+        draining = app.ask("Hello")
+        assert (draining.status_code, draining.json()["error"]["code"]) == (503, "draining")
+        assert draining.headers["Retry-After"]
+        assert app.client.get("/readyz").status_code == 503
+        assert app.client.get("/livez").status_code == 200
+
+
+def test_feedback_is_taken_and_traced(local: Any) -> None:
+    asked = local.ask("What is 6*7?", user="me").json()
+    vote = {"completion_id": asked["id"], "rating": "down", "correction": "42", "comment": "too long"}
+    response = local.client.post("/v1/feedback", json=vote)
+    assert response.status_code == 202
+    traced = local.client.get(f"/v1/lineage/{asked['id']}").json()
+    assert traced["model"] == "agent/1"
+    assert traced["request"]["messages"] == [{"role": "user", "content": "What is 6*7?"}]
+    assert traced["answer"]["content"] == "That is 42."
+    assert len(traced["answer"]["steps"]) == 2
+    assert [(item["id"], item["correction"]) for item in traced["feedback"]] == [(response.json()["id"], "42")]
+    assert traced["version"] == {
+        "name": "agent",
+        "version": "1",
+        "run_id": "r1",
+        "tags": {"git_commit": "c0ffee"},
+    }
+
+
+def test_idempotency_key_gives_the_same_id(local: Any) -> None:
+    vote = {"completion_id": local.ask("Hello").json()["id"], "rating": "up"}
+    headers = {"Idempotency-Key": "abc"}
+    ids = {local.client.post("/v1/feedback", json=vote, headers=headers).json()["id"] for _ in range(3)}
+    assert len(ids) == 1
+    long_key = local.client.post("/v1/feedback", json=vote, headers={"Idempotency-Key": "k" * 300})
+    assert long_key.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"rating": "up"}, 400, "completion_id: missing"),
+        ({"completion_id": "x", "rating": "meh"}, 400, "rating: \"meh\": Input should be 'up' or 'down'"),
+        ({"completion_id": 5, "rating": "up"}, 400, "completion_id: 5: Input should be a valid string"),
+        ({"completion_id": "x", "rating": "up", "coment": "y"}, 400, "coment: "),
+        ({"completion_id": "x", "rating": "up", "correction": ""}, 400, "at least 1 character"),
+        ({"completion_id": "x", "rating": "up"}, 404, "'x' is not a completion of this endpoint"),
+    ],
+)
+def test_bad_feedback_is_refused(local: Any, body: Any, status: int, message: str) -> None:
+    response = local.client.post("/v1/feedback", json=body)
+    assert response.status_code == status
+    assert message in response.json()["error"]["message"]
+
+
+def test_cut_and_cancelled_answers_are_on_record(local: Any) -> None:
+    asked = local.ask("A story", max_tokens=3).json()
+    recorded = local.serving.store.completion(asked["id"])
+    assert recorded["answer"]["finish_reason"] == "length"
+    assert recorded["answer"]["completion_tokens"] == 3
+
+
+def test_stream_is_on_record_before_its_last_chunk(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    add_answer = Store.add_answer
+
+    def noted(store: Store, completion_id: str, answer: Any) -> None:
+        add_answer(store, completion_id, answer)
+        order.append("stored")
+
+    monkeypatch.setattr(Store, "add_answer", noted)
+    with local.client.stream("POST", "/v1/chat/completions", json=with_user(stream=True)) as response:
+        order += ["last" for line in response.iter_lines() if '"finish_reason":"stop"' in line]
+    assert order == ["stored", "last"]
+
+
+def test_metrics_have_bounded_labels(local: Any) -> None:
+    for number in range(5):
+        local.client.get(f"/nope/{number}")
+        local.client.get(f"/v1/lineage/{number}")
+    local.ask("Hello")
+    text = local.client.get("/metrics").text
+    assert 'loopwright_requests_total{route="other",status="404"}' in text
+    assert 'loopwright_requests_total{route="/v1/lineage/{completion_id}",status="404"}' in text
+    assert 'loopwright_requests_total{route="/v1/chat/completions",status="200"}' in text
+    assert 'loopwright_tokens_total{kind="completion"}' in text
+    assert 'loopwright_queue{state="waiting"} 0.0' in text
+    assert 'loopwright_model_version{name="agent"} 1.0' in text
+    assert "nope" not in text
+
+
+def test_pages_and_schema_need_no_network(local: Any) -> None:
+    assert "agent/1" in local.client.get("/").text
+    page = local.client.get("/docs").text
+    assert "//" not in page.replace("<!--", "").replace("http://testserver", "")
+    for asset in ("swagger-ui-bundle.js", "swagger-ui.css"):
+        assert f"/docs/assets/{asset}" in page
+        assert local.client.get(f"/docs/assets/{asset}").status_code == 200
+    schema = local.client.get("/openapi.json").json()
+    assert {"/v1/chat/completions", "/v1/feedback", "/v1/models", "/livez"} <= set(schema["paths"])
+    assert "422" not in json.dumps(schema)
