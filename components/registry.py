@@ -79,10 +79,9 @@ class Registry:
         found = self.find(wanted)
         if found:
             return found
-        name, _, _ = _parse(wanted)
-        known = self.versions(name)
-        there = _one_of([name for row in known for name in (str(row), *(f"{name}@{alias}" for alias in row.aliases))])
-        raise InputError(f"{wanted}: not in the registry; {there}")
+        versions = self.versions(_parse(wanted)[0])
+        there = [known for row in versions for known in (str(row), *(f"{row.name}@{alias}" for alias in row.aliases))]
+        raise InputError(f"{wanted}: not in the registry; {_one_of(there)}")
 
     def find(self, wanted: str) -> ModelVersion | None:
         """`resolve`, or None where there is none."""

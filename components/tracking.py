@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -37,6 +38,7 @@ _SETTINGS = {
     # A server that does not answer must not hold a stage for minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
@@ -197,7 +199,10 @@ def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folde
             data = Dataset(event["name"], event["digest"][:36], source_type="local", source=source)
             client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", event["context"])])])
         case "table":
-            client.log_table(run_id, event["columns"], event["name"])
+            import pandas as pd
+
+            # As objects: MLflow asks pandas for columns of that type, and pandas warns when it finds text instead.
+            client.log_table(run_id, pd.DataFrame(event["columns"], dtype=object), event["name"])
         case "artifact":
             path = folder / event["path"]
             if path.is_dir():
@@ -226,7 +231,10 @@ def _name(key: str) -> str:
 
 def save_pyfunc(folder: Path, path: Path) -> None:
     """Write an MLflow model around a model folder; our own code goes along, so that it loads anywhere."""
-    import mlflow
+    with warnings.catch_warnings():
+        # MLflow warns of types in its own code while it is imported.
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
