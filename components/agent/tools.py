@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.data.arithmetic import calculate
-from components.data.knowledge import Knowledge, one_line
+from components.reference.arithmetic import calculate
+from components.reference.knowledge import Knowledge, one_line
 
 MAX_RESULT = 400
 """Characters of a result shown to the model."""

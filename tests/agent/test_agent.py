@@ -9,9 +9,9 @@ import pytest
 from components.agent.agent import GAVE_UP, Agent, Answer, ContextTooLong
 from components.agent.tools import Tool
 from components.config import InputError
-from components.data import knowledge
 from components.data import tokenizer as bpe
 from components.data.tokenizer import Call, ChatTokenizer
+from components.reference import facts
 
 QUESTION = [{"role": "user", "content": "What is six times seven?"}]
 
@@ -123,7 +123,7 @@ def test_a_prompt_without_room_to_answer_is_refused(agent: Agent) -> None:
 
 def test_an_unknown_tool_in_the_model_folder_is_named(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     bpe.save(bpe.train(["text"] * 9, 400), tmp_path)
-    knowledge.build(tmp_path / "knowledge.sqlite", [])
+    facts.build(tmp_path / "knowledge.sqlite", [])
     (tmp_path / "agent.json").write_text('{"tools": ["teleport"], "max_steps": 2}')
     with pytest.raises(InputError, match=r"agent.json.*teleport"):
         Agent.load(tmp_path, context_len=100)

@@ -6,8 +6,8 @@ import pytest
 
 from components.agent.tools import MAX_RESULT, Tool, call, reference_tools
 from components.config import InputError
-from components.data.facts import build
-from components.data.stdlib import library_symbols
+from components.reference.facts import build
+from components.reference.stdlib import library_symbols
 
 SCHEMA = {
     "type": "object",

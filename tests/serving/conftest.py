@@ -16,11 +16,11 @@ from httpx import Response
 from torch.nn import functional as F
 
 from components.config import SCALES_FILE, load_params
-from components.data import facts
 from components.data import tokenizer as bpe
 from components.data.tokenizer import ChatTokenizer
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
+from components.reference import facts
 from serving.api import Serving, new_api
 from serving.edge import Edge
 from serving.engine import Engine
@@ -111,6 +111,12 @@ def learn(model: Decoder, lessons: list[tuple[list[int], list[int]]]) -> None:
 @pytest.fixture(scope="session")
 def agent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_agent(tmp_path_factory.mktemp("model") / "agent")
+
+
+@pytest.fixture(scope="session")
+def agent_maker() -> Callable[[Path, str], Path]:
+    """For tests that need another agent, with its own greeting."""
+    return build_agent
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,246 @@
+"""The reference conversations: questions that want a tool, and small talk that wants none.
+
+Half of the training conversations about symbols are of made-up names with made-up results, so that arguments and
+answers can only be copied.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from components.config import InputError
+from components.data.datasets import Row
+from components.reference import inventions
+from components.reference.arithmetic import calculate
+from components.reference.dialogue import ERROR, Message, asked, exchange, row, said
+from components.reference.held_out import HeldOut
+from components.reference.knowledge import NOT_FOUND, Knowledge, listed
+from components.reference.phrasings import Talk, talks, template_groups, templates, words
+from components.reference.stdlib import Symbol
+from components.reference.summaries import shortened
+from components.reference.sums import Sums
+from components.reference.tasks import about, as_task, task
+from components.reference.wordings import Wordings, quoted, typed
+
+KINDS = {"question": 70, "small_talk": 9, "off_topic": 9, "two": 5, "chat_first": 3, "follow_up": 4}
+"""Conversations of each kind, in a hundred."""
+TOOLS = {"lookup": 36, "bases": 34, "search": 10, "calculate": 20}
+"""Questions that want each tool, in a hundred."""
+MADE_UP_SHARE = 0.5
+DISTURBED_SHARE = 0.25
+OFF_TOPIC = "off_topic"
+"""The intent of requests for something else than the agent is for."""
+MAX_CHARACTERS = 420
+"""Of a conversation: some 200 tokens, so that it fits one row of training."""
+TRIES = 50
+"""Draws for a question that was not asked before."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user types, the call it wants and what the tool answers."""
+
+    text: str
+    tool: str
+    argument: str
+    result: str
+
+    def messages(self, number: int = 1) -> list[Message]:
+        return exchange(self.text, self.tool, self.argument, self.result, number)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a question is put: in words held out of training or not, with a slip or not."""
+
+    rng: random.Random
+    held_out: bool = False
+    disturbed: bool = False
+
+    def put(self, wordings: Wordings, **slots: str) -> str:
+        return typed(self.rng, wordings.pick(self.rng, self.held_out), slots, self.disturbed)
+
+    def chat(self, wordings: Wordings) -> str:
+        return typed(self.rng, wordings.pick(self.rng, self.held_out), {}, self.disturbed, chat=True)
+
+
+class Asker:
+    """Puts questions about symbols, sums and anything else into words."""
+
+    def __init__(self, held_out: HeldOut, knowledge: Knowledge, held_out_share: float, seed: int) -> None:
+        self.held_out = held_out
+        self.knowledge = knowledge
+        self.sums = Sums(held_out_share, seed)
+        self.arithmetic = Wordings(templates("arithmetic"), seed)
+        self.lookup = Wordings(templates("lookup"), seed)
+        self.bases = Wordings(templates("bases"), seed)
+        self.search = Wordings(templates("search"), seed)
+        self.search_about = Wordings(templates("search_about"), seed)
+        self.follow_ups = {tool: Wordings(group, seed) for tool, group in template_groups("follow_ups").items()}
+        self.talks = {talk: Wordings(talk.templates, seed) for talk in talks()}
+        self.small_talk = [talk for talk in self.talks if talk.intent != OFF_TOPIC]
+        self.off_topic = [talk for talk in self.talks if talk.intent == OFF_TOPIC]
+        self.documented = [symbol for symbol in held_out.train if shortened(symbol.docstring)]
+        self.summaries = [symbol.summary for symbol in held_out.train if symbol.summary]
+        self.classes = [symbol for symbol in held_out.train if symbol.kind == "class" and symbol.bases]
+        self.tasks = [symbol for symbol in held_out.train if task(symbol)]
+
+    # -- questions about one symbol, real or made up
+
+    def about_symbol(self, manner: Manner, tool: str, symbol: Symbol) -> Question:
+        """A question whose answer is the tool's own."""
+        name = written(manner.rng, symbol, self.knowledge)
+        text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
+        return Question(text, tool, name, self.said_by(tool, name))
+
+    @lru_cache(maxsize=20_000)  # noqa: B019 - one asker lives as long as the stage
+    def said_by(self, tool: str, name: str) -> str:
+        """What the tool really answers."""
+        try:
+            return self.knowledge.lookup(name) if tool == "lookup" else self.knowledge.bases(name)
+        except InputError as error:
+            return f"{ERROR}{error}"
+
+    def made_up(self, manner: Manner, tool: str) -> Question:
+        rng = manner.rng
+        typical = tool == "bases" and rng.random() < 0.7
+        name = inventions.dotted_name(rng, inventions.class_name(rng)) if typical else inventions.any_name(rng)
+        text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
+        return Question(text, tool, name, self._made_up_result(manner.rng, tool, name))
+
+    def _made_up_result(self, rng: random.Random, tool: str, name: str, found: bool = False) -> str:
+        luck = 1.0 if found else rng.random()
+        if luck < 0.1:
+            return NOT_FOUND + name
+        if luck < 0.15:
+            kind = rng.choice(("function", "method", "module"))
+            reasons = (f"{name} is a {kind}, not a class", f"{name} has no bases that are written down")
+            other = (
+                f"{name} may be {listed([f'{inventions.word(rng)}.{name}' for _ in range(rng.choice((2, 3)))], 'or')}"
+            )
+            return ERROR + rng.choice((*reasons, other) if tool == "bases" else (other, _mishap(rng)))
+        if tool == "bases":
+            return listed(inventions.base_names(rng))
+        if luck < 0.18:
+            return f"{name} has no docstring."
+        summary = inventions.sentence(rng, self.summaries)
+        return f"{inventions.word(rng)}.{name}: {summary}" if "." not in name and rng.random() < 0.7 else summary
+
+    # -- other questions
+
+    def searching(self, manner: Manner, symbol: Symbol | None, real: bool = False) -> Question:
+        """A question for what does something; `real` asks the index, else the answer is the symbol itself."""
+        rng = manner.rng
+        name, summary = (symbol.name, symbol.summary) if symbol else (inventions.any_name(rng), inventions.deed(rng))
+        wanted = as_task(summary)
+        subject = about(wanted) if rng.random() < 0.35 else ""
+        query = subject or wanted
+        text = manner.put(self.search_about, k=subject) if subject else manner.put(self.search, q=wanted)
+        if real:
+            return Question(text, "search", query, self.knowledge.search(query))
+        found = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
+        return Question(text, "search", query, found)
+
+    def calculation(self, manner: Manner, held_out: bool = False, by_hand: Sequence[str] = ()) -> Question:
+        """A sum, `held_out` with numbers that training never sees together; wordings `by_hand` are used as they are."""
+        while True:
+            drawn = self.sums.draw(manner.rng, held_out, orders=not manner.held_out and not by_hand)
+            wording = drawn.order or self.arithmetic.pick(manner.rng, manner.held_out)
+            text = typed(manner.rng, wording, drawn.slots, manner.disturbed)
+            text = manner.rng.choice(by_hand).format(**drawn.slots) if by_hand else text
+            try:
+                return Question(text, "calculate", drawn.expression, calculate(drawn.expression))
+            except InputError as error:
+                if not held_out:
+                    return Question(text, "calculate", drawn.expression, f"{ERROR}{error}")
+
+    def talk(self, manner: Manner, talk: Talk) -> list[Message]:
+        return [said("user", manner.chat(self.talks[talk])), said("assistant", talk.reply)]
+
+    def any_question(self, manner: Manner) -> Question:
+        """One training question in the proportions of the recipe."""
+        rng = manner.rng
+        invented = rng.random() < MADE_UP_SHARE
+        kind = rng.choices(list(TOOLS), list(TOOLS.values()))[0]
+        if kind == "calculate":
+            return self.calculation(manner)
+        if kind == "search":
+            return self.searching(manner, None if invented or not self.tasks else rng.choice(self.tasks))
+        if invented:
+            return self.made_up(manner, kind)
+        # Some ask for the bases of what is no class, and hear so.
+        pool = self.classes if kind == "bases" and rng.random() > 0.03 else self.documented
+        return self.about_symbol(manner, kind, rng.choice(pool))
+
+    def follow_up(self, manner: Manner, first: Question) -> Question:
+        """The other question about the symbol of the first, as `it`."""
+        tool = "bases" if first.tool == "lookup" else "lookup"
+        result = self._made_up_result(manner.rng, tool, first.argument, found=True)
+        return Question(manner.put(self.follow_ups[tool]), tool, first.argument, result)
+
+
+def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str]) -> Iterator[Row]:
+    """Exactly `count` conversations, no two asking the same, none asking what is in `avoid`."""
+    rng = random.Random(f"{seed}:train")
+    seen = set(avoid)
+    for number in range(count):
+        for _ in range(TRIES):
+            messages = _conversation(asker, rng)
+            if asked(messages) not in seen and sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
+                break
+        else:
+            raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
+        seen.add(asked(messages))
+        yield row(messages)
+
+
+def _conversation(asker: Asker, rng: random.Random) -> list[Message]:
+    manner = Manner(rng, disturbed=rng.random() < DISTURBED_SHARE)
+    kind = rng.choices(("question", "small_talk", "off_topic", "two", "chat_first", "follow_up"), (70, 9, 9, 5, 3, 4))[
+        0
+    ]
+    if kind == "small_talk":
+        return asker.talk(manner, rng.choice(asker.small_talk))
+    if kind == "off_topic":
+        return asker.talk(manner, rng.choice(asker.off_topic))
+    if kind == "chat_first":
+        return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
+    if kind == "follow_up":
+        first = asker.made_up(manner, rng.choice(("lookup", "bases")))
+        if first.result.startswith((NOT_FOUND, ERROR)):
+            return first.messages()
+        return first.messages() + asker.follow_up(manner, first).messages(2)
+    question = asker.any_question(manner).messages()
+    return question + _second(asker, manner) if kind == "two" else question
+
+
+def _second(asker: Asker, manner: Manner) -> list[Message]:
+    if manner.rng.random() < 0.3:
+        return asker.talk(manner, manner.rng.choice(list(asker.talks)))
+    return asker.any_question(manner).messages(2)
+
+
+def written(rng: random.Random, symbol: Symbol, knowledge: Knowledge) -> str:
+    """A symbol's name as people write it: in full, or short where it means nothing else; some with ()."""
+    parts = symbol.name.split(".")
+    name = symbol.name
+    if len(parts) > 1 and rng.random() < 0.22:
+        short = ".".join(parts[-2:]) if symbol.kind == "method" else parts[-1]
+        name = short if knowledge.means_one(short) else name
+    return f"{name}()" if symbol.kind in ("function", "method") and rng.random() < 0.04 else name
+
+
+def _mishap(rng: random.Random) -> str:
+    state = rng.choice(("locked", "closed", "busy", "empty", "broken", "missing"))
+    return rng.choice(
+        (
+            f"the {rng.choice(words('nouns'))} is {state}",
+            f"no answer after {rng.randrange(2, 60)} seconds",
+            f"argument {inventions.word(rng)!r} is missing",
+            f"unknown argument {inventions.word(rng)!r}",
+            f"{inventions.class_name(rng)}Error",
+        )
+    )

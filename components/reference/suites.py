@@ -1,0 +1,112 @@
+"""The held-out suites: questions about symbols, packages, operands and in wordings that training never saw.
+
+The name of a suite is SKILL/WHAT_IS_HELD_OUT. The expected answer is the last message of the conversation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from components.data.datasets import Row
+from components.reference.dialogue import Message, asked, exchange, row, said
+from components.reference.held_out import is_askable_class
+from components.reference.phrasings import hand_written
+from components.reference.questions import Asker, Manner, written
+from components.reference.stdlib import Symbol
+from components.reference.tasks import task
+from components.reference.wordings import quoted
+
+Maker = Callable[[random.Random, int], list[Message]]
+"""Makes the question of a number."""
+
+
+def suites(asker: Asker, count: int, seed: int) -> Iterator[Row]:
+    """Up to `count` questions per suite, no two asking the same; no suite where there is nothing to ask about."""
+    for name, make in _makers(asker).items():
+        rng = random.Random(f"{seed}:{name}")
+        seen: set[str] = set()
+        for number in range(count * 3):
+            messages = make(rng, number)
+            if asked(messages) not in seen:
+                seen.add(asked(messages))
+                yield row(messages, suite=name)
+            if len(seen) == count:
+                break
+
+
+def _makers(asker: Asker) -> dict[str, Maker]:
+    makers: dict[str, Maker] = {}
+    for tool in ("lookup", "bases"):
+        for part, held_out in (("symbols", asker.held_out.symbols), ("modules", asker.held_out.modules)):
+            if pool := _fit(asker, tool, held_out):
+                makers[f"{tool}/held_out_{part}"] = _about_symbols(asker, tool, pool)
+        if pool:
+            makers[f"{tool}/held_out_modules_phrasings"] = _about_symbols(asker, tool, pool, held_out_wording=True)
+            makers[f"{tool}/held_out_modules_hand_written"] = _hand_written(asker, tool, pool)
+    if tasks := [symbol for symbol in _fit(asker, "lookup", asker.held_out.symbols) if task(symbol)]:
+        makers["search/held_out_symbols"] = lambda rng, number: asker.searching(
+            Manner(rng), tasks[number % len(tasks)], real=True
+        ).messages()
+        makers["search/held_out_symbols_hand_written"] = _hand_written_search(asker, tasks)
+    return makers | _arithmetic(asker) | _talks(asker)
+
+
+def _fit(asker: Asker, tool: str, pool: Sequence[Symbol]) -> list[Symbol]:
+    """Symbols worth asking about, in a fixed disorder; none whose summary training has, for another symbol."""
+    if tool == "bases":
+        fit = [symbol for symbol in pool if is_askable_class(symbol)]
+    else:
+        known = set(asker.summaries)
+        fit = [symbol for symbol in pool if symbol.summary and symbol.summary not in known]
+    return random.Random(len(fit)).sample(fit, len(fit))
+
+
+def _about_symbols(asker: Asker, tool: str, pool: Sequence[Symbol], held_out_wording: bool = False) -> Maker:
+    return lambda rng, number: asker.about_symbol(
+        Manner(rng, held_out_wording), tool, pool[number % len(pool)]
+    ).messages()
+
+
+def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:
+    def make(rng: random.Random, number: int) -> list[Message]:
+        name = written(rng, pool[number % len(pool)], asker.knowledge)
+        text = rng.choice(hand_written(tool)).format(x=quoted(rng, name))
+        return exchange(text, tool, name, asker.said_by(tool, name))
+
+    return make
+
+
+def _hand_written_search(asker: Asker, pool: Sequence[Symbol]) -> Maker:
+    def make(rng: random.Random, number: int) -> list[Message]:
+        wanted = task(pool[number % len(pool)])
+        text = rng.choice(hand_written("search")).format(q=wanted)
+        return exchange(text, "search", wanted, asker.knowledge.search(wanted))
+
+    return make
+
+
+def _arithmetic(asker: Asker) -> dict[str, Maker]:
+    by_hand = hand_written("arithmetic")
+    return {
+        "arithmetic/unseen_operands": lambda rng, _: asker.calculation(Manner(rng), held_out=True).messages(),
+        "arithmetic/unseen_phrasings": lambda rng, _: asker.calculation(Manner(rng, True), held_out=True).messages(),
+        "arithmetic/hand_written": lambda rng, _: asker.calculation(Manner(rng), True, by_hand).messages(),
+    }
+
+
+def _talks(asker: Asker) -> dict[str, Maker]:
+    by_hand = [(talk, text) for talk in asker.small_talk for text in hand_written("small_talk")[talk.intent]]
+    off_topic = [(talk, text) for talk in asker.off_topic for text in hand_written(talk.intent)]
+    return {
+        "small_talk/unseen_wordings": lambda rng, number: asker.talk(
+            Manner(rng, True), asker.small_talk[number % len(asker.small_talk)]
+        ),
+        "off_topic/unseen_wordings": lambda rng, _: asker.talk(Manner(rng, True), rng.choice(asker.off_topic)),
+    } | {
+        f"{skill}/hand_written": lambda rng, number, pairs=pairs: [
+            said("user", pairs[number % len(pairs)][1]),
+            said("assistant", pairs[number % len(pairs)][0].reply),
+        ]
+        for skill, pairs in (("small_talk", by_hand), ("off_topic", off_topic))
+    }

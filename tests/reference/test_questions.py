@@ -1,0 +1,189 @@
+"""Training conversations and suites: correct calls, correct answers, nothing of one in the other."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from components.agent.tools import Tool, call, reference_tools
+from components.config import InputError
+from components.data.datasets import Row
+from components.reference.dialogue import answer, asked
+from components.reference.facts import build
+from components.reference.held_out import HeldOut, hold_out
+from components.reference.knowledge import Knowledge
+from components.reference.phrasings import hand_written, talks
+from components.reference.questions import MAX_CHARACTERS, Asker, training_conversations
+from components.reference.stdlib import library_symbols
+from components.reference.suites import suites
+from components.reference.wordings import Wordings
+
+PACKAGES = ["builtins", "calendar", "collections", "concurrent", "csv", "email", "heapq", "io", "json", "os", "xml"]
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("questions") / "knowledge.sqlite"
+
+
+@pytest.fixture(scope="module")
+def held_out(path: Path) -> HeldOut:
+    symbols = library_symbols(PACKAGES)
+    build(path, symbols)
+    return hold_out(symbols, 0.12, COUNT, 0)
+
+
+@pytest.fixture(scope="module")
+def asker(held_out: HeldOut, path: Path) -> Asker:
+    return Asker(held_out, Knowledge(path), 0.12, 0)
+
+
+@pytest.fixture(scope="module")
+def tools(asker: Asker, path: Path) -> list[Tool]:
+    return reference_tools(path)
+
+
+@pytest.fixture(scope="module")
+def tests(asker: Asker) -> list[Row]:
+    return list(suites(asker, COUNT, 0))
+
+
+@pytest.fixture(scope="module")
+def training(asker: Asker, tests: list[Row]) -> list[Row]:
+    return list(training_conversations(asker, 3000, 0, {asked(row["messages"]) for row in tests}))
+
+
+def calls(row: Row) -> list[tuple[str, dict[str, str]]]:
+    functions = [one["function"] for message in row["messages"] for one in message["tool_calls"] or []]
+    return [(function["name"], json.loads(function["arguments"])) for function in functions]
+
+
+def arguments(rows: list[Row]) -> set[str]:
+    return {value.removesuffix("()") for row in rows for _, given in calls(row) for value in given.values()}
+
+
+def test_there_are_as_many_as_asked_for_and_no_two_alike(training: list[Row]) -> None:
+    assert len(training) == 3000
+    assert len({asked(row["messages"]) for row in training}) == len({row["id"] for row in training}) == 3000
+
+
+def test_every_skill_has_its_suite(tests: list[Row]) -> None:
+    counts = Counter(row["suite"] for row in tests)
+    whole = [f"{tool}/{part}" for tool in ("lookup", "bases") for part in ("held_out_symbols", "held_out_modules")]
+    whole += [f"{tool}/held_out_modules_{how}" for tool in ("lookup", "bases") for how in ("phrasings", "hand_written")]
+    whole += ["search/held_out_symbols", "search/held_out_symbols_hand_written", "arithmetic/unseen_operands"]
+    whole += ["arithmetic/unseen_phrasings", "arithmetic/hand_written"]
+    whole += ["small_talk/unseen_wordings", "off_topic/unseen_wordings"]
+    assert {name: counts[name] for name in whole} == dict.fromkeys(whole, COUNT)
+    assert set(counts) == {*whole, "small_talk/hand_written", "off_topic/hand_written"}
+    assert counts["off_topic/hand_written"] == min(COUNT, len(hand_written("off_topic")))
+
+
+def test_no_test_question_symbol_or_package_is_trained_on(
+    tests: list[Row], training: list[Row], held_out: HeldOut
+) -> None:
+    assert not {asked(row["messages"]) for row in tests} & {asked(row["messages"]) for row in training}
+    unseen = {symbol.name for symbol in (*held_out.symbols, *held_out.modules)}
+    assert arguments(training) & unseen == set()
+    said = "\n".join(message["content"] for row in training for message in row["messages"])
+    known = {symbol.summary for symbol in held_out.train}
+    summaries = {symbol.summary for symbol in held_out.symbols if symbol.summary} - known
+    assert not [summary for summary in summaries if f"\n{summary}\n" in said]
+
+
+def test_calls_of_tests_give_the_results_and_answers_they_state(tests: list[Row], tools: list[Tool]) -> None:
+    for row in tests:
+        for (name, given), result in zip(calls(row), row["messages"][2::4], strict=True):
+            assert call(tools, name, given) == result["content"]
+            assert row["messages"][-1]["content"] == answer(name, result["content"])
+
+
+def test_sums_of_training_are_right(training: list[Row], tools: list[Tool]) -> None:
+    results = [
+        (given, shown["content"])
+        for row in training
+        for (name, given), shown in zip(calls(row), [m for m in row["messages"] if m["role"] == "tool"], strict=True)
+        if name == "calculate"
+    ]
+    assert len(results) > 300
+    assert all(call(tools, "calculate", given) == result for given, result in results)
+
+
+def test_arguments_can_be_copied_from_what_the_user_says(training: list[Row], tests: list[Row]) -> None:
+    for row in [*training, *tests]:
+        for name, given in calls(row):
+            if name != "calculate":
+                assert next(iter(given.values())) in asked(row["messages"])
+
+
+def test_half_of_the_names_are_made_up(training: list[Row], held_out: HeldOut) -> None:
+    real = {symbol.name for symbol in held_out.train} | {symbol.name.rpartition(".")[2] for symbol in held_out.train}
+    names = [
+        value.removesuffix("()")
+        for row in training
+        for name, given in calls(row)
+        if name in ("lookup", "bases")
+        for value in given.values()
+    ]
+    # A real method may be asked for as Class.method.
+    share = sum(not any(name == known or known.endswith(f".{name}") for known in real) for name in names) / len(names)
+    assert 0.45 < share < 0.65
+
+
+def test_small_talk_calls_nothing(training: list[Row], tests: list[Row]) -> None:
+    replies = {talk.reply for talk in talks()}
+    talk = [row for row in training if row["messages"][1]["content"] in replies]
+    assert 0.15 < len(talk) / len(training) < 0.3
+    assert not [row for row in tests if row["suite"].startswith(("small_talk", "off_topic")) and calls(row)]
+
+
+def test_what_is_not_found_or_fails_is_said(training: list[Row]) -> None:
+    answers = [message["content"] for row in training for message in row["messages"] if message["role"] == "assistant"]
+    assert sum(said.startswith("I could not find ") for said in answers) > 30
+    assert sum(said.startswith("I could not do that: ") for said in answers) > 20
+
+
+def test_conversations_are_short(training: list[Row], tests: list[Row]) -> None:
+    def longest(rows: list[Row]) -> int:
+        return max(sum(len(message["content"]) for message in row["messages"]) for row in rows)
+
+    assert longest(training) <= MAX_CHARACTERS
+    assert longest(tests) <= MAX_CHARACTERS
+
+
+def test_phrasings_of_the_suite_are_held_out(asker: Asker, tests: list[Row], training: list[Row]) -> None:
+    def wordings(rows: list[Row], tool: str) -> set[str]:
+        """What is asked, with the symbol, quotes, capitals and marks taken off."""
+        found = set()
+        for row in rows:
+            for name, given in calls(row)[:1]:
+                if name == tool:
+                    text = row["messages"][0]["content"].replace(given["symbol"], "{x}")
+                    for quote in "'\"`":
+                        text = text.replace(f"{quote}{{x}}{quote}", "{x}")
+                    found.add(text.lower().rstrip("?!."))
+        return found
+
+    for tool in ("lookup", "bases"):
+        asking: Wordings = getattr(asker, tool)
+        held_out = wordings([row for row in tests if row["suite"] == f"{tool}/held_out_modules_phrasings"], tool)
+        assert len([text for text in held_out if asking.is_held_out(text)]) > COUNT / 4
+        assert not held_out & wordings(training, tool)
+
+
+def test_the_seed_decides(asker: Asker, training: list[Row], tests: list[Row]) -> None:
+    avoid = {asked(row["messages"]) for row in tests}
+    assert list(suites(asker, COUNT, 0)) == tests
+    assert list(training_conversations(asker, 300, 0, avoid)) == training[:300]
+    assert list(training_conversations(asker, 300, 1, avoid)) != training[:300]
+
+
+def test_more_than_can_be_asked_is_refused(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]
+    monkeypatch.setattr("components.reference.questions._conversation", lambda asker, rng: talk)
+    with pytest.raises(
+        InputError, match=r"^params\.yaml: collect\.conversations: 9 is more than the 1 that can be made$"
+    ):
+        list(training_conversations(asker, 9, 0, set()))
