@@ -25,14 +25,14 @@ from components.data.datasets import (
     read_rows,
     write_json,
 )
-from components.data.dialogue import asked
+from components.reference.dialogue import asked
 from components.data.duplicates import split_and_write, write_splits
-from components.data.facts import build
-from components.data.held_out import HeldOut, hold_out
-from components.data.knowledge import Knowledge
-from components.data.questions import Asker, training_conversations
-from components.data.stdlib import Symbol, library_symbols
-from components.data.suites import suites
+from components.reference.facts import build
+from components.reference.held_out import HeldOut, hold_out
+from components.reference.knowledge import Knowledge
+from components.reference.questions import Asker, training_conversations
+from components.reference.stdlib import Symbol, library_symbols
+from components.reference.suites import suites
 from components.stage import StageRun
 
 DOCUMENTS = "stdlib-documents"

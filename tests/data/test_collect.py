@@ -12,7 +12,7 @@ import pytest
 from components.config import InputError, Paths, load_params
 from components.data.collect import CONVERSATIONS, DOCUMENTS, collect
 from components.data.datasets import DatasetWriter, Kind, read_info, read_rows
-from components.data.knowledge import Knowledge
+from components.reference.knowledge import Knowledge
 from components.stage import StageRun
 
 ROOT = Path(__file__).parents[2]
