@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from components.data.tokenizer import ChatTokenizer
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.reference import facts
+from components.registry import Registry
 from serving.api import Serving, new_api
 from serving.edge import Edge
 from serving.engine import Engine
@@ -163,3 +167,56 @@ def local(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def local_app() -> Callable[[Path, Path], AbstractContextManager[Local]]:
     """For tests that need an app of their own."""
     return open_local
+
+
+@dataclass
+class Project:
+    """A project folder with a registry, and the command run in it."""
+
+    root: Path
+
+    @property
+    def home(self) -> Path:
+        return self.root / "var"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        given = {key: value for key, value in os.environ.items() if not key.startswith("LOOPWRIGHT_")}
+        return {**given, "LOOPWRIGHT_HOME": "var", "OMP_NUM_THREADS": "1"}
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "loopwright", *words],
+            cwd=self.root,
+            env={**self.environment, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *words: str, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*words, **environment)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    def serve(self, *words: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+        """A running server and its address."""
+        process = self.start("serve", "--port", "0", "--json", *words, **environment)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        return process, json.loads(line)["url"]
+
+
+@pytest.fixture(scope="session")
+def project(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    root = tmp_path_factory.mktemp("project")
+    for name in ("params.yaml", "dvc.yaml"):
+        (root / name).write_bytes((ROOT / name).read_bytes())
+    with (root / "params.yaml").open("a") as params:
+        params.write("\nserve: {follow_seconds: 0.1}\n")
+    project = Project(root)
+    registry = Registry(project.home)
+    registry.promote(registry.register(agent_folder, "agent", {"score": 0.5}, {"git_commit": "c0ffee"}, None))
+    return project

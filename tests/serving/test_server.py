@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,46 +31,6 @@ FOUL = [
 ]
 
 
-@dataclass
-class Project:
-    """A project folder with a registry, and the command run in it."""
-
-    root: Path
-
-    @property
-    def home(self) -> Path:
-        return self.root / "var"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        given = {key: value for key, value in os.environ.items() if not key.startswith("LOOPWRIGHT_")}
-        return {**given, "LOOPWRIGHT_HOME": "var", "OMP_NUM_THREADS": "1"}
-
-    def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "loopwright", *words],
-            cwd=self.root,
-            env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *words: str, **environment: str) -> tuple[int, str, str]:
-        process = self.start(*words, **environment)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
-
-    def serve(self, *words: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-        """A running server and its address."""
-        process = self.start("serve", "--port", "0", "--json", *words, **environment)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        return process, json.loads(line)["url"]
-
-
 def end(process: subprocess.Popen[str], how: signal.Signals = signal.SIGTERM) -> int:
     process.send_signal(how)
     process.communicate(timeout=60)
@@ -81,20 +38,7 @@ def end(process: subprocess.Popen[str], how: signal.Signals = signal.SIGTERM) ->
 
 
 @pytest.fixture(scope="session")
-def project(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    root = tmp_path_factory.mktemp("project")
-    for name in ("params.yaml", "dvc.yaml"):
-        (root / name).write_bytes((ROOT / name).read_bytes())
-    with (root / "params.yaml").open("a") as params:
-        params.write("\nserve: {follow_seconds: 0.1}\n")
-    project = Project(root)
-    registry = Registry(project.home)
-    registry.promote(registry.register(agent_folder, "agent", {"score": 0.5}, {"git_commit": "c0ffee"}, None))
-    return project
-
-
-@pytest.fixture(scope="session")
-def url(project: Project) -> Iterator[str]:
+def url(project: Any) -> Iterator[str]:
     process, url = project.serve()
     yield url
     assert end(process, signal.SIGINT) == 0
@@ -162,7 +106,7 @@ def test_many_clients_at_once_get_their_own_answers(client: openai.OpenAI) -> No
     assert said == [STORY] * 16
 
 
-def test_leaving_in_the_middle_frees_the_slot_and_is_on_record(url: str, project: Project) -> None:
+def test_leaving_in_the_middle_frees_the_slot_and_is_on_record(url: str, project: Any) -> None:
     body = {"messages": [{"role": "user", "content": "A story"}], "stream": True, "temperature": 2.0}
     body |= {"max_tokens": 100_000, "seed": 3}
     ids = []
@@ -205,7 +149,7 @@ def test_unmatched_paths_and_health_have_our_shape(url: str) -> None:
     assert 'route="other"' in httpx.get(f"{url}/metrics").text
 
 
-def test_trace_prints_everything_behind_an_answer(client: openai.OpenAI, url: str, project: Project) -> None:
+def test_trace_prints_everything_behind_an_answer(client: openai.OpenAI, url: str, project: Any) -> None:
     answer = asked(client, "What is 6*7?")
     vote = httpx.post(f"{url}/v1/feedback", json={"completion_id": answer.id, "rating": "up", "comment": "nice"})
     assert vote.status_code == 202
@@ -220,7 +164,7 @@ def test_trace_prints_everything_behind_an_answer(client: openai.OpenAI, url: st
     assert err.startswith("chatcmpl-nope: no such completion in sqlite:///")
 
 
-def test_chat_streams_from_the_running_endpoint(url: str, project: Project) -> None:
+def test_chat_streams_from_the_running_endpoint(url: str, project: Any) -> None:
     code, out, err = project.run("chat", "What is 6*7?", "--url", url)
     assert (code, out) == (0, "That is 42.\n")
     assert err.splitlines() == ["→ calculate(expression='6*7')", "← 42"]
@@ -228,13 +172,13 @@ def test_chat_streams_from_the_running_endpoint(url: str, project: Project) -> N
     assert json.loads(out)["choices"][0]["message"]["content"] == "That is 42."
 
 
-def test_chat_names_an_address_where_nothing_answers(project: Project) -> None:
+def test_chat_names_an_address_where_nothing_answers(project: Any) -> None:
     code, _, err = project.run("chat", "Hello", "--url", "http://127.0.0.1:9")
     assert code == 1
     assert err.startswith("--url: nothing answers on http://127.0.0.1:9; start it with")
 
 
-def test_taken_port_is_one_line(url: str, project: Project) -> None:
+def test_taken_port_is_one_line(url: str, project: Any) -> None:
     port = url.rpartition(":")[2]
     code, out, err = project.run("serve", "--port", port)
     assert (code, out) == (1, "")
@@ -249,14 +193,14 @@ def test_taken_port_is_one_line(url: str, project: Project) -> None:
         (("--model", "nobody@champion", "--port", "0"), "nobody: no such model in the registry"),
     ],
 )
-def test_serve_refuses_in_one_line(project: Project, words: tuple[str, ...], line: str) -> None:
+def test_serve_refuses_in_one_line(project: Any, words: tuple[str, ...], line: str) -> None:
     code, out, err = project.run("serve", *words)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith(line)
     assert "Traceback" not in err
 
 
-def test_acknowledged_feedback_survives_a_kill(project: Project) -> None:
+def test_acknowledged_feedback_survives_a_kill(project: Any) -> None:
     process, url = project.serve()
     body = {"messages": [{"role": "user", "content": "Hello"}]}
     completion_id = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["id"]
@@ -271,7 +215,7 @@ def test_acknowledged_feedback_survives_a_kill(project: Project) -> None:
 
 
 def test_moving_the_alias_swaps_the_model_and_drops_nobody(
-    agent_maker: Callable[[Path, str], Path], agent_folder: Path, project: Project, tmp_path: Path
+    agent_maker: Callable[[Path, str], Path], agent_folder: Path, project: Any, tmp_path: Path
 ) -> None:
     registry = Registry(project.home)
     registry.promote(registry.register(agent_folder, "other", {}, {}, None))
