@@ -65,7 +65,7 @@ class TokenRows:
         arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def learned_shares(self) -> tuple[int, int]:
+    def learned_share(self) -> tuple[int, int]:
         """How many tokens are marked to be learned, and how many there are without padding."""
         learned = tokens = 0
         for start in range(0, self.count, 4096):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.models.fused import RMSNorm, pays, self_attention
 from components.models.positions import Rotary, rotate
 
 SHORT = 1024 * 1024
@@ -90,8 +91,8 @@ class Attention(nn.Module):
         kv_dim = num_kv_heads * head_dim
         self.qkv = FusedLinear(embed_dim, (num_heads * head_dim, kv_dim, kv_dim))
         self.out = nn.Linear(num_heads * head_dim, embed_dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
         self,
@@ -106,6 +107,8 @@ class Attention(nn.Module):
         `mask` broadcasts to (B, H, T, S): boolean (true: may attend) or added to the scores; without it every
         query sees every key. `rotary` turns queries and keys. `cache` is extended by this call's keys and values.
         """
+        if pays(x) and context is None and cache is None and mask is not None and rotary is not None:
+            return self._train_on_cpu(x, mask, rotary)
         queries, keys, values = self._project(x, context)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
@@ -116,6 +119,14 @@ class Attention(nn.Module):
             keys, values = cache.extend(keys, values)
         mixed = attend(queries, keys, values, mask)
         added: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return added
+
+    def _train_on_cpu(self, x: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
+        gains, eps = None, 0.0
+        if self.q_norm is not None and self.k_norm is not None:
+            gains, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps or 0.0
+        mixed = self_attention(self._heads(self.qkv(x)), gains, eps, rotary, additive(mask, x.dtype), self.num_heads)
+        added: Tensor = self.out(mixed)
         return added
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

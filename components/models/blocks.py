@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.models.attention import Attention, FusedLinear, LayerCache
+from components.models.fused import RMSNorm, swiglu
 from components.models.positions import Rotary
 
 
@@ -18,8 +18,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(hidden_dim, embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        added: Tensor = self.down(F.silu(gate) * up)
+        added: Tensor = self.down(swiglu(self.gate_up(x)))
         return added
 
 
@@ -28,9 +27,9 @@ class Block(nn.Module):
 
     def __init__(self, attention: Attention, embed_dim: int, hidden_dim: int, norm_eps: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.attention_norm = RMSNorm(embed_dim, eps=norm_eps)
         self.attention = attention
-        self.mlp_norm = nn.RMSNorm(embed_dim, eps=norm_eps)
+        self.mlp_norm = RMSNorm(embed_dim, eps=norm_eps)
         self.mlp = SwiGLU(embed_dim, hidden_dim)
 
     def forward(

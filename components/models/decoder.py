@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from components.config import ModelConfig
 from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
 from components.models.blocks import Block
+from components.models.fused import RMSNorm
 from components.models.positions import RotaryPositions
 
 
@@ -47,7 +48,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         self.positions = RotaryPositions(config.head_dim, config.max_seq_len, config.rope_theta)
         self.blocks = nn.ModuleList(self._block() for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight

@@ -17,12 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from components.config import InputError, TrainConfig
 from components.data.batches import IGNORED, Batch, Sampler, TokenRows
@@ -30,7 +28,7 @@ from components.models.decoder import Decoder
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints, Saved
 from components.training.objectives import Objective
-from components.training.optimizers import Masters, build_optimizers, rate_factor
+from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 
 
 @dataclass
@@ -57,6 +55,8 @@ class Training:
         self.optimizers = build_optimizers(model, self.masters, config, model.embed.weight.dtype)
         self.trained = list(self.masters.trained().values())
         self.step = 0
+        self.rate = 0.0
+        """Learning rate of the last step."""
         self.measured = Measured()
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
@@ -78,15 +78,13 @@ class Training:
 
     def _update(self, targets: int) -> None:
         config = self.config
-        grads = [weight.grad for weight in self.trained if weight.grad is not None]
-        torch._foreach_mul_(grads, 1.0 / targets)
-        torch.nn.utils.clip_grad_norm_(self.trained, config.max_grad_norm, foreach=True)
+        scale_and_clip(self.trained, 1.0 / targets, config.max_grad_norm)
         factor = rate_factor(self.step, config.max_steps, config.warmup_steps, config.decay_share)
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(factor)
+        for weight in self.trained:
+            weight.grad = None
+        self.rate = factor * self.optimizers[0].learning_rate
         self.masters.publish()
 
     def read_loss(self) -> float:
@@ -96,10 +94,6 @@ class Training:
         loss = measured.window_loss / max(1, measured.window_targets)
         measured.window_loss, measured.window_targets = 0.0, 0
         measured.losses.append((self.step, loss))
-        if not math.isfinite(loss):
-            raise InputError(
-                f"params.yaml: learning_rate: the loss is {loss} at step {self.step}; lower the learning rates"
-            )
         return loss
 
     def _settle(self) -> None:
@@ -109,27 +103,30 @@ class Training:
     def state(self) -> Saved:
         """Everything the next step depends on."""
         self._settle()
-        tensors = {f"weights.{name}": weight.detach().cpu() for name, weight in self.masters.items().items()}
-        for number, optimizer in enumerate(self.optimizers):
-            tensors |= {f"optimizer.{number}.{key}": value for key, value in _flatten(optimizer)}
+        tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         return Saved(self.step, tensors, {"measured": vars(self.measured), "inputs": self.inputs()})
 
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"weights.{name}": weight for name, weight in self.masters.trained().items()}
+        for optimizer in self.optimizers:
+            kind = type(optimizer).__name__.lower()
+            tensors |= {f"{kind}.{name}": tensor for name, tensor in optimizer.state().items()}
+        return tensors
+
+    @torch.no_grad()
     def restore(self, saved: Saved) -> bool:
         """Go on from a saved state; false when it is of a run with other inputs."""
         if saved.facts["inputs"] != self.inputs():
             return False
-        tensors = saved.tensors
-        self.masters.load({name[8:]: tensor for name, tensor in tensors.items() if name.startswith("weights.")})
-        for number, optimizer in enumerate(self.optimizers):
-            prefix = f"optimizer.{number}."
-            own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-            _unflatten(optimizer, own)
-        torch.set_rng_state(tensors["random.cpu"])
+        for name, tensor in self._tensors().items():
+            tensor.copy_(saved.tensors[name])
+        self.masters.publish()
+        torch.set_rng_state(saved.tensors["random.cpu"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"])
+            torch.cuda.set_rng_state(saved.tensors["random.cuda"])
         self.step = saved.step
         facts = saved.facts["measured"]
         self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
@@ -138,7 +135,7 @@ class Training:
     def inputs(self) -> str:
         """A digest of what decides the result, as far as the loop knows it."""
         config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
-        shapes = {name: list(weight.shape) for name, weight in self.masters.items().items()}
+        shapes = {name: list(weight.shape) for name, weight in self.masters.trained().items()}
         dtype = str(self.model.embed.weight.dtype)
         facts = [config, shapes, dtype, self.device.type, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -147,6 +144,7 @@ class Training:
 def train(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows, objective: Objective) -> Measured:
     """Train `model` in place for `config.max_steps`, going on from the last checkpoint where there is one."""
     keep_freed_memory()
+    torch.set_flush_denormal(True)  # probabilities fade below what a CPU multiplies at full speed
     device = best_device()
     dtype = compute_dtype(config.precision, device)
     model.to(device=device, dtype=dtype).train()
@@ -156,13 +154,15 @@ def train(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows, o
     training = Training(model, objective, config, run.params.seed)
     checkpoints = Checkpoints(run.state)
     saved = checkpoints.load()
-    if saved and training.restore(saved):
-        print(f"{run.name}  resumed at step {training.step}", flush=True)
+    if saved:
+        resumed = training.restore(saved)
+        said = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
+        print(f"{run.name}  {said} step {saved.step}", flush=True)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     with torch.no_grad():  # deliver what was trained, not its rounding
         model.float()
-        for name, weight in training.masters.items().items():
+        for name, weight in training.masters.trained().items():
             dict(model.named_parameters())[name].copy_(weight)
     model.eval()
     return training.measured
@@ -182,6 +182,9 @@ def _run_steps(
         last = training.step == config.max_steps
         if training.step % config.log_steps == 0 or last:
             loss, now = training.read_loss(), time.monotonic()
+            if not math.isfinite(loss):
+                where = f"params.yaml: {run.name}.learning_rate"
+                raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
             speed = (measured.tokens - seen) / max(1e-9, now - clock)
             _report(run, training, loss, speed)
             clock, seen = now, measured.tokens
@@ -204,12 +207,11 @@ def _micro_batches(
 
 def _report(run: StageRun, training: Training, loss: float, speed: float) -> None:
     config, step = training.config, training.step
-    rate = training.optimizers[0].param_groups[0]["lr"]
     tokens_per_step = training.measured.tokens / step
     left = round((config.max_steps - step) * tokens_per_step / max(speed, 1e-9))
     eta = f"{left // 60}m{left % 60:02d}s"
     run.progress(step, config.max_steps, loss=loss, tokens_per_second=speed, eta=eta)
-    run.tracker.metrics({"loss": loss, "tokens_per_second": speed, "learning_rate": rate}, step=step)
+    run.tracker.metrics({"loss": loss, "tokens_per_second": speed, "learning_rate": training.rate}, step=step)
 
 
 def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
@@ -217,7 +219,7 @@ def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
 
     Raises: InputError.
     """
-    learned, tokens = rows.learned_shares()
+    learned, tokens = rows.learned_share()
     where = f"{rows.folder}: mask: {learned} of {tokens} tokens are to be learned"
     if not learned:
         raise InputError(f'{where}; nothing would be; look at the dataset and run "loopwright run --until prepare"')
@@ -282,17 +284,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _flatten(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            yield f"{index}.{key}", value.detach().cpu()
-
-
-def _unflatten(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -60,10 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         stream_grad, weight_grad = torch.empty_like(stream), torch.zeros_like(weight)
         for start in range(0, len(labels), CHUNK):
             rows, wanted = stream[start : start + CHUNK], labels[start : start + CHUNK].unsqueeze(1)
-            logs = torch.log_softmax(rows @ weight.T, dim=-1, dtype=torch.float32)
-            total -= logs.gather(1, wanted).sum()
+            chances = torch.softmax(rows @ weight.T, dim=-1, dtype=torch.float32)
+            total -= chances.gather(1, wanted).clamp_(min=1e-37).log_().sum()
             # d loss / d logits = probabilities, less one at the label.
-            logits_grad = logs.exp_().scatter_add_(1, wanted, logs.new_full(wanted.shape, -1.0)).to(stream.dtype)
+            logits_grad = chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0)).to(stream.dtype)
             torch.mm(logits_grad, weight, out=stream_grad[start : start + CHUNK])
             weight_grad.addmm_(logits_grad.T, rows)
         ctx.save_for_backward(stream_grad, weight_grad)

@@ -31,22 +31,19 @@ def pretrain(run: StageRun) -> None:
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
     model = Decoder(DecoderConfig.from_params(run.params.model, rows.vocab_size))
-    describe(run, run.params.pretrain, model, rows)
+    describe(run, model, rows)
     measured = train(run, run.params.pretrain, model, rows, causal_lm)
     save_decoder(model, run.paths.base, run.paths.tokenizer)
     report(run, run.params.pretrain, model, measured, run.paths.base)
 
 
-def describe(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows) -> None:
-    """Tell the tracker what is trained on what, before it begins."""
+def describe(run: StageRun, model: Decoder, rows: TokenRows) -> None:
+    """Check that the rows fit the model, and tell the tracker their sizes."""
     if rows.seq_len > model.config.max_seq_len:
         raise InputError(
             f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {model.config.max_seq_len} tokens of the model"
         )
-    run.tracker.params(config.model_dump() | {"seed": run.params.seed, "parameters": model.num_parameters})
-    digest = file_digest(rows.folder / "train.ids.bin")
-    for name in config.datasets:
-        run.tracker.dataset(name, digest, f"{rows.folder.parent.name}/{rows.folder.name}", "training")
+    run.tracker.params({"parameters": model.num_parameters, "rows": len(rows), "seq_len": rows.seq_len})
 
 
 def report(run: StageRun, config: TrainConfig, model: Decoder, measured: Measured, folder: Path) -> None:

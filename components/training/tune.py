@@ -36,7 +36,7 @@ def tune(run: StageRun) -> None:
             f' {rows.folder}; run "loopwright run --until pretrain"'
         )
     torch.manual_seed(run.params.seed)
-    describe(run, run.params.tune, model, rows)
+    describe(run, model, rows)
     measured = train(run, run.params.tune, model, rows, causal_lm)
     save_decoder(model, run.paths.agent, run.paths.base, _agent_files(run))
     report(run, run.params.tune, model, measured, run.paths.agent)
@@ -46,4 +46,4 @@ def _agent_files(run: StageRun) -> dict[str, Path | str]:
     """What makes the model an agent: which tools it knows, and the facts they look up."""
     tools = REFERENCE_TOOLS if REFERENCE_CONVERSATIONS in run.params.tune.datasets else ()
     agent = json.dumps({"tools": list(tools), "max_steps": AGENT_STEPS}, indent=2) + "\n"
-    return {"agent.json": agent, "knowledge.sqlite": run.paths.knowledge}
+    return {"agent.json": agent} | ({"knowledge.sqlite": run.paths.knowledge} if tools else {})
