@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -82,15 +82,15 @@ def configure(root: Path) -> None:
 
     home = Paths(root).home
     (root / ".dvc").mkdir(exist_ok=True)
-    wanted: dict[str, dict[str, Any]] = {
-        "core": {"site_cache_dir": str(home / "dvc"), "no_scm": not _has_git(root)},
-        "remote": {"local": {"url": str(home / "dvc-remote")}},
-    }
+    core = {"site_cache_dir": str(home / "dvc"), "no_scm": str(not _has_git(root)).lower()}
+    url = str(home / "dvc-remote")
     config = Config(str(root / ".dvc"), validate=False)
-    if any(config.load_one("local").get(section) != values for section, values in wanted.items()):
-        with config.edit("local") as local:
-            local["core"] = {**local.get("core", {}), **wanted["core"]}
-            local["remote"] = {**local.get("remote", {}), **wanted["remote"]}
+    written = config.load_one("local")
+    if core.items() <= written["core"].items() and written["remote"].get("local", {}).get("url") == url:
+        return
+    with config.edit("local") as local:
+        local["core"].update(core)
+        local["remote"].setdefault("local", {})["url"] = url
 
 
 def look(root: Path, force: bool = False, until: str | None = None) -> list[StageState]:
@@ -104,7 +104,8 @@ def look(root: Path, force: bool = False, until: str | None = None) -> list[Stag
     configure(root)
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of locks that killed processes left, and removes them
     try:
-        with Repo(str(root)) as repo:
+        # DVC names stages and files as seen from the current folder.
+        with chdir(root), Repo() as repo:
             needs = _needs(repo, root)
             changed = repo.status()
     except DvcException as error:

@@ -69,7 +69,7 @@ def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -
     report = Paths(root).home / "stages" / f"{name}.json"
     report.unlink(missing_ok=True)
     started = time.monotonic()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), name],
         cwd=root,
         env=_environment(force),
@@ -79,12 +79,12 @@ def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -
         errors="replace",
         # Not a new session: Ctrl-C in the terminal, and a worker that cancels, reach the stage too.
         preexec_fn=ask_to_die_with_parent,
-    )
-    try:
-        said = _listen(process, hear)
-    except BaseException:
-        _end(process)
-        raise
+    ) as process:
+        try:
+            said = _listen(process, hear)
+        except BaseException:
+            _end(process)
+            raise
     if process.returncode:
         raise _failure(name, report, said)
     return StageResult(name, _outcome(name, said), time.monotonic() - started)

@@ -1,0 +1,201 @@
+"""What is out of date and why, and one stage brought up to date: by real DVC, on three toy stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.config import InputError, Paths
+from flows.pipeline import configure, look, version_data
+from flows.reproduce import StageFailed, reproduce
+
+# DVC steps on this itself.
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
+
+STAGES = {
+    "first": {"cmd": "python first.py", "deps": ["first.py", "source.txt"], "params": ["a"], "outs": ["first.txt"]},
+    "side": {"cmd": "cp source.txt side.txt", "deps": ["source.txt"], "outs": ["side.txt"]},
+    "last": {"cmd": "cp first.txt last.txt", "deps": ["first.txt"], "outs": ["last.txt"]},
+}
+FIRST = """
+import pathlib, yaml
+print("first  1/1  loss 0.5")
+pathlib.Path("first.txt").write_text(str(yaml.safe_load(open("params.yaml"))["a"] > 0))
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of three stages, never run."""
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    (tmp_path / "source.txt").write_text("source")
+    (tmp_path / "first.py").write_text(FIRST)
+    (tmp_path / "params.yaml").write_text("a: 1\n")
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": STAGES}, sort_keys=False))
+    (tmp_path / ".gitignore").write_text("var\n")
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    (tmp_path / ".dvc").mkdir()
+    shutil.copy(Path(__file__).parents[2] / ".dvc/config", tmp_path / ".dvc")
+    configure(tmp_path)
+    return tmp_path
+
+
+def run(name: str, project: Path, force: bool = False) -> str:
+    return reproduce(name, project, force, lambda line: None).outcome
+
+
+def run_all(project: Path) -> list[str]:
+    return [run(name, project) for name in STAGES]
+
+
+def reasons(project: Path, **wanted: object) -> dict[str, tuple[str, ...]]:
+    return {state.name: state.reasons for state in look(project, **wanted)}  # type: ignore[arg-type]
+
+
+def test_outcomes_are_told_apart(project: Path) -> None:
+    assert run_all(project) == ["ran", "ran", "ran"]
+    assert run_all(project) == ["up to date"] * 3
+    (project / "first.txt").unlink()
+    assert run("first", project) == "restored from cache"
+    assert run("first", project, force=True) == "ran"
+    (project / "params.yaml").write_text("a: 2\n")
+    assert run("first", project) == "ran"
+    assert run("last", project) == "up to date", "its input came out the same"
+
+
+def test_reasons_name_what_changed_and_follow_the_graph(project: Path) -> None:
+    assert all(reasons(project).values())
+    run_all(project)
+    assert reasons(project) == {"first": (), "side": (), "last": ()}
+    (project / "params.yaml").write_text("a: 2\n")
+    assert reasons(project) == {"first": ("params.yaml: a modified",), "side": (), "last": ("after first",)}
+    (project / "params.yaml").write_text("a: 1\n")
+    (project / "source.txt").write_text("another")
+    assert reasons(project) == {
+        "first": ("source.txt modified",),
+        "side": ("source.txt modified",),
+        "last": ("after first",),
+    }
+    (project / "source.txt").write_text("source")
+    (project / "side.txt").unlink()
+    assert reasons(project) == {"first": (), "side": ("side.txt deleted",), "last": ()}
+
+
+def test_stages_come_in_the_order_they_run(project: Path) -> None:
+    upside_down = dict(reversed(STAGES.items()))
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": upside_down}, sort_keys=False))
+    names = list(reasons(project))
+    assert sorted(names) == sorted(STAGES)
+    assert names.index("first") < names.index("last")
+
+
+def test_until_takes_a_stage_and_what_it_needs(project: Path) -> None:
+    assert set(reasons(project, until="last")) == {"first", "last"}
+    with pytest.raises(InputError, match=r"--until: 'middle' is no stage of dvc.yaml; one of first, side, last"):
+        look(project, until="middle")
+
+
+def test_force_gives_every_stage_a_reason(project: Path) -> None:
+    run_all(project)
+    states = look(project, force=True)
+    assert all(state.force and "--force" in state.reasons for state in states)
+
+
+def test_another_python_makes_collect_stale(project: Path) -> None:
+    stages = {
+        "collect": STAGES["side"],
+        "last": {**STAGES["last"], "cmd": "cp side.txt last.txt", "deps": ["side.txt"]},
+    }
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    for name in stages:
+        run(name, project)
+    metrics = Paths(project).metrics / "collect.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"python": sys.version}))
+    assert reasons(project) == {"collect": (), "last": ()}
+    metrics.write_text(json.dumps({"python": "3.99.1 (main)"}))
+    now = sys.version.split()[0]
+    assert reasons(project) == {"collect": (f"python {now}, collected with 3.99.1",), "last": ("after collect",)}
+    assert look(project)[0].force, "DVC sees no change, so it must be told"
+
+
+def test_each_line_of_a_stage_is_heard_without_what_dvc_says(project: Path) -> None:
+    heard: list[str] = []
+    reproduce("first", project, False, heard.append)
+    assert heard == ["> python first.py", "first  1/1  loss 0.5"]
+
+
+@pytest.mark.parametrize(("code", "message"), [(1, "a.txt: empty; give it rows"), (3, "refused: 2 bad rows")])
+def test_a_failed_stage_fails_with_its_own_message_and_code(project: Path, code: int, message: str) -> None:
+    stages = Paths(project).home / "stages"
+    report = json.dumps({"exit_code": code, "message": message})
+    (project / "first.py").write_text(
+        f"import pathlib, sys\np = pathlib.Path({str(stages)!r})\np.mkdir(parents=True)\n"
+        f"(p / 'first.json').write_text({report!r})\nsys.exit({code})"
+    )
+    with pytest.raises(StageFailed) as caught:
+        run("first", project)
+    assert (str(caught.value), caught.value.exit_code) == (message, code)
+
+
+def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None:
+    (project / "first.py").write_text("import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(StageFailed, match=r"first: failed to reproduce 'first': .*exited with"):
+        run("first", project)
+
+
+def test_a_broken_dvc_yaml_is_wrong_input(project: Path) -> None:
+    (project / "dvc.yaml").write_text("stages:\n  first:\n    cmd: 3\n    dips: []\n")
+    with pytest.raises(InputError, match=r"dvc\.yaml: "):
+        look(project)
+
+
+def test_without_git_dvc_versions_alone(project: Path) -> None:
+    shutil.rmtree(project / ".git")
+    assert run_all_configured(project) == ["ran", "ran", "ran"]
+    assert reasons(project) == {"first": (), "side": (), "last": ()}
+
+
+def run_all_configured(project: Path) -> list[str]:
+    configure(project)
+    return run_all(project)
+
+
+def test_configuration_keeps_what_the_user_wrote(project: Path) -> None:
+    local = project / ".dvc/config.local"
+    local.write_text("[core]\n    autostage = true\n['remote \"mine\"']\n    url = /somewhere\n")
+    configure(project)
+    written = local.read_text()
+    assert "autostage = true" in written
+    assert "url = /somewhere" in written
+    assert str(Paths(project).home / "dvc-remote") in written
+    before = os.stat(local).st_mtime_ns
+    configure(project)
+    assert os.stat(local).st_mtime_ns == before, "written once"
+
+
+def test_results_travel_through_the_local_remote(project: Path) -> None:
+    run_all(project)
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "push", "--quiet"], cwd=project, check=True)
+    shutil.rmtree(project / ".dvc/cache")
+    (project / "last.txt").unlink()
+    subprocess.run([*dvc, "pull", "--quiet"], cwd=project, check=True)
+    assert (project / "last.txt").read_text() == "True"
+
+
+def test_a_dataset_of_the_user_is_versioned(project: Path) -> None:
+    folder = project / "data/added/mine"
+    folder.mkdir(parents=True)
+    (folder / "train.txt").write_text("row")
+    version_data(project, folder)
+    (out,) = yaml.safe_load((project / "data/added/mine.dvc").read_text())["outs"]
+    assert out["path"] == "mine"
+    assert out["md5"].endswith(".dir")
