@@ -30,7 +30,14 @@ from flows.server import free_port, stop
 NAME = "agent"
 QUESTION = "What does json.dumps do?"
 _SECONDS_TO_SERVE = 180.0
-_IN_A_BENTO = ("/components/", "/serving/", "/loopwright/__init__.py", "/params.yaml", "/dvc.yaml", "/requirements.lock")
+_IN_A_BENTO = (
+    "/components/",
+    "/serving/",
+    "/loopwright/__init__.py",
+    "/params.yaml",
+    "/dvc.yaml",
+    "/requirements.lock",
+)
 Echo = Callable[[str], None]
 T = TypeVar("T")
 
