@@ -47,7 +47,7 @@ def copying_rows(
 
 def _span(random: np.random.Generator, encoded: Sequence[list[int]], vocab_size: int) -> list[int]:
     if encoded and random.random() < NAMES:
-        return encoded[random.integers(len(encoded))][:16]
+        return encoded[int(random.integers(len(encoded)))][:16]
     span: list[int] = random.integers(FIRST_ID, vocab_size, size=random.integers(2, 12)).tolist()
     return span
 

@@ -140,7 +140,7 @@ def read_info(folder: Path) -> DatasetInfo:
     try:
         return DatasetInfo(**json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise InputError(f"{folder.name}: no such dataset; run \"loopwright data list\" for the names") from None
+        raise InputError(f'{folder.name}: no such dataset; run "loopwright data list" for the names') from None
 
 
 def shards(folder: Path, split: str) -> list[Path]:
@@ -171,5 +171,3 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values have equal digests."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
