@@ -70,7 +70,7 @@ def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
 
 def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], None]) -> None:
     """Write overrides into params.yaml, once they are known to be valid; comments stay."""
-    load_params(path, overrides)
+    valid = load_params(path, overrides).model_dump(mode="json", by_alias=True)
     if not overrides:
         return
     from ruamel.yaml import YAML
@@ -80,16 +80,29 @@ def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], N
     text.width = 120
     values = text.load(path.read_text(encoding="utf-8"))
     changed = False
-    for dotted, value in overrides.items():
+    for dotted in overrides:
         section, _, key = dotted.partition(".")
-        holder = values if not key else _section(values, section)
-        if holder.get(key or section) != value:
-            echo(f"params.yaml: {dotted}: {holder.get(key or section, 'unset')} → {value}")
-            holder[key or section] = value
+        # As validated: YAML reads 1e-3 as text, the configuration as a number.
+        value = valid[section][key] if key else valid[section]
+        holder = _section(values, section) if key else values
+        before = holder.get(key or section, "unset")
+        if before != value:
+            echo(f"params.yaml: {dotted}: {before} → {value}")
+            holder[key or section] = _on_one_line(value)
             changed = True
     if changed:
         with path.open("w", encoding="utf-8") as file:
             text.dump(values, file)
+
+
+def _on_one_line(value: Any) -> Any:
+    from ruamel.yaml.comments import CommentedSeq
+
+    if not isinstance(value, list):
+        return value
+    listed = CommentedSeq(value)
+    listed.fa.set_flow_style()
+    return listed
 
 
 def _section(values: Any, name: str) -> Any:

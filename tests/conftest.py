@@ -1,0 +1,85 @@
+"""One real pipeline run, shared by every test that needs a released model: it takes a minute or more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Project:
+    """A copy of this project in a folder of its own, with a state folder of its own."""
+
+    root: Path
+
+    @property
+    def home(self) -> Path:
+        return self.root / "var"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        foreign = ("LOOPWRIGHT_", "PREFECT_", "MLFLOW_", "BENTOML_", "DVC_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        return {**inherited, "OMP_NUM_THREADS": "2"}
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "loopwright", *words]
+
+    def loopwright(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the command in the project, from its own sources."""
+        return subprocess.run(
+            self.command(*words), cwd=self.root, env={**self.environment, **environment}, capture_output=True, text=True
+        )
+
+    def ask(self, *words: str, **environment: str) -> Any:
+        """The JSON document of a command that must succeed."""
+        ended = self.loopwright(*words, "--json", **environment)
+        assert ended.returncode == 0, f"{words}: exit {ended.returncode}\n{ended.stderr}"
+        return json.loads(ended.stdout)
+
+
+def clone(root: Path) -> Project:
+    """The files of this working tree, committed in a repository of their own."""
+    listed = subprocess.run(
+        ["git", "-C", str(SOURCE), "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (SOURCE / name).is_file() and name != "dvc.lock":
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes((SOURCE / name).read_bytes())
+    git = ["git", "-C", str(root), "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for words in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "Clone"]):
+        subprocess.run([*git, *words], check=True)
+    return Project(root)
+
+
+@dataclass(frozen=True)
+class Released:
+    """A project whose pipeline ran at scale smoke and released `agent/1`."""
+
+    project: Project
+    report: dict[str, Any]
+    """What `loopwright run --json` printed."""
+    said: str
+    """What it told meanwhile."""
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
+    """`loopwright run --scale smoke` in a clone, through real Prefect, DVC, MLflow and BentoML."""
+    project = clone(tmp_path_factory.mktemp("project"))
+    ended = project.loopwright("run", "--scale", "smoke", "--json")
+    assert ended.returncode == 0, ended.stderr
+    return Released(project, json.loads(ended.stdout), ended.stderr)

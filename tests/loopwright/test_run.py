@@ -1,0 +1,74 @@
+"""What `run --scale` and `--set` write into params.yaml, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from components.config import InputError, load_params
+from loopwright.run import _overrides, _Terminal, _write_params
+
+PARAMS = """\
+# The dial.
+scale: laptop  # or smoke
+seed: 0
+
+model: {}
+pretrain:
+  dataset: stdlib-documents  # or a list
+tune:
+  dataset: stdlib-conversations
+"""
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    path = tmp_path / "params.yaml"
+    path.write_text(PARAMS)
+    return path
+
+
+def test_values_are_written_beside_their_comments(params: Path) -> None:
+    told: list[str] = []
+    wanted = _overrides("smoke", ["pretrain.dataset=[a, b]", "model.num_layers=3", "tune.learning_rate=1e-3"])
+    _write_params(params, wanted, told.append)
+    text = params.read_text()
+    assert "# The dial.\nscale: smoke   # or smoke\n" in text
+    assert "  dataset: [a, b]            # or a list\n" in text
+    assert "  learning_rate: 0.001\n" in text
+    written = load_params(params)
+    assert (written.scale, written.model.num_layers, written.tune.learning_rate) == ("smoke", 3, 1e-3)
+    assert written.pretrain.datasets == ["a", "b"]
+    assert "params.yaml: scale: laptop → smoke" in told
+    assert "params.yaml: model.num_layers: unset → 3" in told
+
+
+def test_nothing_is_written_when_nothing_changes(params: Path) -> None:
+    told: list[str] = []
+    _write_params(params, _overrides("laptop", ["seed=0"]), told.append)
+    assert (params.read_text(), told) == (PARAMS, [])
+
+
+@pytest.mark.parametrize(
+    ("scale", "assignment", "message"),
+    [
+        ("huge", "seed=1", r"params.yaml: scale: 'huge' is not one of smoke, laptop, gpu, cluster"),
+        (None, "pretrain.stepz=1", r"params.yaml: pretrain.stepz: unknown key"),
+        (None, "model.num_heads=0", r"params.yaml: model.num_heads: 0: Input should be greater than or equal to 1"),
+        (None, "pretrain.micro_batch_size=3", r"micro_batch_size: 3 does not divide global_batch_size 8"),
+        (None, "seed", r"--set: 'seed': expected SECTION.KEY=VALUE, such as pretrain.max_steps=100"),
+        (None, "seed=[1", r"--set: 'seed=\[1': not a YAML value"),
+    ],
+)
+def test_wrong_values_change_nothing(params: Path, scale: str | None, assignment: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _write_params(params, _overrides(scale, [assignment]), print)
+    assert params.read_text() == PARAMS
+
+
+def test_with_json_the_run_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    _Terminal(as_json=True)("tune  1/10  loss 2.3")
+    _Terminal(as_json=False)("tune  2/10  loss 2.2")
+    said = capsys.readouterr()
+    assert (said.err, said.out) == ("tune  1/10  loss 2.3\n", "tune  2/10  loss 2.2\n")

@@ -1,0 +1,241 @@
+"""The real thing: one command from raw text to a registered model whose served Bento answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from flows.server import prefect_api
+from tests.conftest import Project, Released
+
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
+
+STAGES = ["collect", "validate", "train_tokenizer", "prepare", "pretrain", "tune", "evaluate"]
+
+
+def rows(database: Path, query: str) -> list[Any]:
+    with closing(sqlite3.connect(database)) as tables:
+        return tables.execute(query).fetchall()
+
+
+def test_one_command_runs_every_stage_and_releases_a_champion(released: Released) -> None:
+    report = released.report
+    assert [(stage["name"], stage["outcome"]) for stage in report["stages"]] == [(name, "ran") for name in STAGES]
+    assert report["release"]["version"] == "agent/1"
+    assert report["release"]["outcome"] == "promoted"
+    assert report["release"]["bento"] == "agent:v1"
+    assert isinstance(report["release"]["answer"], str)
+    assert report["release"]["scores"]
+    assert "params.yaml: scale: laptop → smoke" in released.said
+    assert "pretrain  30/30  loss" in released.said
+
+
+def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Released) -> None:
+    database = released.project.home / "prefect/prefect.db"
+    states = dict(rows(database, "SELECT name, state_name FROM task_run"))
+    stages = {name.split("-")[0]: state for name, state in states.items()}
+    assert {name: stages[name] for name in STAGES} == dict.fromkeys(STAGES, "Ran")
+    assert {"register", "gate", "package", "smoke", "promote"} <= stages.keys()
+    (flow,) = rows(database, "SELECT id, state_type FROM flow_run")
+    assert flow[1] == "COMPLETED"
+    assert released.report["flow_run"].replace("-", "") in flow[0].replace("-", "")
+    kinds = {kind for (kind,) in rows(database, "SELECT DISTINCT type FROM artifact")}
+    assert {"progress", "table"} <= kinds
+    said = {message for (message,) in rows(database, "SELECT message FROM log")}
+    assert any(message.startswith("pretrain  30/30  loss") for message in said)
+
+
+def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(released: Released) -> None:
+    database = released.project.home / "mlflow/mlflow.db"
+    runs = dict(rows(database, "SELECT name, run_uuid FROM runs"))
+    assert set(runs) == {"pipeline", "register agent", *STAGES}
+    parents = dict(rows(database, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'"))
+    assert set(parents.values()) == {runs["pipeline"]}
+    assert set(parents) == {runs[name] for name in runs if name != "pipeline"}
+    assert {status for (status,) in rows(database, "SELECT status FROM runs")} == {"FINISHED"}
+    losses = f"SELECT COUNT(*) FROM metrics WHERE run_uuid = '{runs['pretrain']}' AND key LIKE '%loss%'"
+    assert rows(database, losses)[0][0] > 1
+    used = f"SELECT name FROM datasets JOIN inputs ON dataset_uuid = source_id WHERE destination_id = '{runs['tune']}'"
+    assert {"data/tokens/tune", "data/models/base"} <= {name for (name,) in rows(database, used)}
+
+
+def test_a_second_run_finds_everything_up_to_date(released: Released) -> None:
+    report = released.project.ask("run")
+    assert {stage["outcome"] for stage in report["stages"]} == {"up to date"}
+    assert report["flow_run"] is None, "nothing to do starts no server and no flow run"
+    assert report["release"]["outcome"] == "up to date"
+    assert report["release"]["answer"] == released.report["release"]["answer"]
+
+
+def test_status_agrees_with_the_run(released: Released) -> None:
+    status = released.project.ask("status")
+    assert (status["scale"], status["run"]) == ("smoke", None)
+    assert [(stage["name"], stage["up_to_date"]) for stage in status["stages"]] == [(name, True) for name in STAGES]
+    assert [champion["model"] for champion in status["champions"]] == ["agent/1"]
+
+
+def test_the_version_carries_its_lineage(released: Released) -> None:
+    shown = released.project.ask("registry", "show", "agent@champion")
+    tags = shown["tags"]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=released.project.root, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert (tags["git_commit"], tags["git_dirty"]) == (commit, "true"), "--scale changed params.yaml"
+    assert tags["prefect_flow_run"] == released.report["flow_run"]
+    assert json.loads(tags["params"])["scale"] == "smoke"
+    assert json.loads(tags["validation"])
+    locked = yaml.safe_load((released.project.root / "dvc.lock").read_text())["stages"]
+    for stage in locked.values():
+        for entry in [*stage["deps"], *stage["outs"]]:
+            assert tags[f"dvc.{entry['path']}"] == entry["md5"]
+    assert tags["model_digest"] == tags["dvc.data/models/agent"]
+    evaluated = json.loads((released.project.root / "data/metrics/evaluate.json").read_text())
+    assert tags["held_out_digest"] == evaluated["held_out_digest"]
+    assert shown["metrics"]["score"] == pytest.approx(evaluated["score"])
+
+
+def test_the_registered_model_predicts_outside_the_project(released: Released, tmp_path: Path) -> None:
+    program = """
+import json, mlflow, sys, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/agent@champion")
+import components
+asked = [{"role": "user", "content": "Hello"}]
+answers = [
+    model.predict(["Hello"]),
+    model.predict(pd.DataFrame({"prompt": ["Hello", "What is 1+1?"]}))[:1],
+    model.predict(pd.DataFrame({"messages": [asked]}), params={"max_new_tokens": 128}),
+]
+print(components.__path__[0])
+print(json.dumps(answers))
+"""
+    address = f"sqlite:///{released.project.home / 'mlflow/mlflow.db'}"
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, address],
+        cwd=tmp_path,
+        env=released.project.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    code, answers = ended.stdout.splitlines()[-2:]
+    assert code.endswith("/code/components"), "the code came with the model"
+    first, second, third = json.loads(answers)
+    assert first == second == third
+    assert isinstance(first[0], str)
+
+
+@pytest.fixture(scope="module")
+def prefect(released: Released) -> Iterator[str]:
+    """A server that outlives a run, as PREFECT_API_URL names one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_URL", raising=False)
+        patch.setenv("PREFECT_HOME", str(released.project.home / "prefect"))
+        with prefect_api(released.project.home) as api:
+            yield api.wait()
+
+
+def orphans(project: Project) -> list[psutil.Process]:
+    """Processes that work in the project's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.cwd().startswith(str(project.root)):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_no_orphan_and_keeps_its_checkpoint(
+    released: Released, prefect: str, number: signal.Signals
+) -> None:
+    project = released.project
+    given = (project.root / "params.yaml").read_text()
+    long = ["--set", "pretrain.max_steps=100000", "--set", "pretrain.checkpoint_seconds=0.5"]
+    with subprocess.Popen(
+        project.command("run", "--until", "pretrain", *long),
+        cwd=project.root,
+        env={**project.environment, "PREFECT_API_URL": prefect},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:
+            saved = list((project.home / "checkpoints/pretrain").glob("*/step-*"))
+            if line.startswith("pretrain  ") and saved:
+                break
+        run.send_signal(number)
+        run.wait()
+        family = orphans(project)
+        _, alive = psutil.wait_procs(family, timeout=60)
+    (project.root / "params.yaml").write_text(given)
+    assert not alive
+    assert list((project.home / "checkpoints/pretrain").glob("*/step-*"))
+    if number == signal.SIGTERM:
+        assert run.returncode == 130
+
+
+def test_the_run_after_a_killed_one_restores_what_was_made_before(released: Released, prefect: str) -> None:
+    report = released.project.ask("run", PREFECT_API_URL=prefect)
+    outcomes = {stage["name"]: stage["outcome"] for stage in report["stages"]}
+    assert outcomes["pretrain"] in ("restored from cache", "up to date")
+    assert outcomes["evaluate"] == "up to date"
+    assert report["release"]["version"] == "agent/1"
+
+
+def test_a_failed_stage_stops_what_follows_with_its_own_message(released: Released, prefect: str) -> None:
+    project = released.project
+    given = (project.root / "params.yaml").read_text()
+    ended = project.loopwright("run", "--set", "tune.dataset=missing", "--json", PREFECT_API_URL=prefect)
+    (project.root / "params.yaml").write_text(given)
+    assert ended.returncode == 1
+    message = json.loads(ended.stdout)["error"]
+    assert message.startswith("params.yaml: tune.dataset: 'missing' is not a dataset; known: ")
+    assert ended.stderr.splitlines()[-1] == message
+    assert "validate: " not in ended.stderr, "nothing after collect was started"
+    states = rows(project.home / "prefect/prefect.db", "SELECT state_type FROM flow_run ORDER BY created")
+    assert states[-1] == ("FAILED",)
+
+
+def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(released: Released, prefect: str) -> None:
+    project = released.project
+    ended = project.loopwright("run", "--set", "tune.max_steps=2", "--json", PREFECT_API_URL=prefect)
+    assert ended.returncode == 3
+    reason = json.loads(ended.stdout)["error"]
+    assert reason.startswith("agent/2: refused: score ")
+    assert "of the champion agent/1 on the same held-out sets" in reason
+    again = project.loopwright("run", "--json")
+    assert (again.returncode, json.loads(again.stdout)["error"]) == (3, reason)
+    listed = {row["model"]: row["aliases"] for row in project.ask("registry", "list")}
+    assert listed == {"agent/2": ["challenger"], "agent/1": ["champion"]}
+    compared = project.ask("registry", "compare", "agent", "champion", "challenger")
+    assert compared["same_held_out_sets"]
+    assert "score" in {row["metric"] for row in compared["metrics"]}
+    assert project.ask("registry", "promote", "agent", "2") == {"champion": "agent/2", "previous": "agent/1"}
+    assert project.ask("run")["release"]["version"] == "agent/2"
+    assert project.ask("registry", "rollback", "agent") == {"champion": "agent/1", "previous": "agent/2"}
+    kept = project.ask("run")["release"]
+    assert (kept["version"], kept["outcome"]) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
+
+
+def test_doctor_finds_nothing_wrong(released: Released) -> None:
+    checked = released.project.loopwright("doctor", "--json")
+    checks = {row["check"]: row for row in json.loads(checked.stdout)["checks"]}
+    for name in ("python", "git", "uv", "versions", "write access", "params.yaml", "dvc"):
+        assert checks[name]["ok"], checks[name]
+    assert all(row["remedy"] for row in checks.values() if not row["ok"])
