@@ -103,8 +103,9 @@ class _Batch:
             mask = torch.arange(width, device=self.device) >= width - self.positions[rows].unsqueeze(1)
             positions = (mask.cumsum(1) - 1).clamp_(min=0)
             cache = self.model.new_cache(len(chosen), width)
-            hidden = self.model.hidden(input_ids, position_ids=positions, cache=cache, attention_mask=mask)
-            logits[rows] = self.model.head(hidden[:, -1]).float()
+            newest = torch.arange(1, len(chosen) + 1, device=self.device) * width - 1
+            hidden = self.model.hidden(input_ids, position_ids=positions, cache=cache, attention_mask=mask, rows=newest)
+            logits[rows] = self.model.head(hidden).float()
             for layer, part in zip(self.cache.layers, cache.layers, strict=True):
                 layer.keys[rows, :, longest - width : longest] = part.keys
                 layer.values[rows, :, longest - width : longest] = part.values

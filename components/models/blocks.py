@@ -33,8 +33,17 @@ class Block(nn.Module):
         self.mlp = SwiGLU(embed_dim, hidden_dim)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None, rotary: Rotary | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        rotary: Rotary | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), mask=mask, cache=cache, rotary=rotary)
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
+        attended = self.attention(self.attention_norm(x), mask=mask, cache=cache, rotary=rotary)
+        if rows is not None:
+            x, attended = (each.flatten(0, 1).index_select(0, rows) for each in (x, attended))
+        x = x + attended
         added: Tensor = self.mlp(self.mlp_norm(x))
         return x + added

@@ -87,6 +87,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The normed stream (B, T, E) that the head reads.
 
@@ -94,6 +95,8 @@ class Decoder(nn.Module):
         `position_ids` (B, T): counted from the cache's length where not given.
         `attention_mask`: (B, S) true at tokens that are not padding, or the whole of who sees whom as (B, T, S),
         boolean or added to the scores; the latter two replace the causal rule.
+        `rows` (N): which of the B * T positions are asked for; the result is (N, E), and the last block's
+        feed-forward, which no other position's result needs, is spared on the rest.
         """
         past = cache.length if cache is not None else 0
         if position_ids is None:
@@ -101,8 +104,10 @@ class Decoder(nn.Module):
         x = self.embed(input_ids)
         rotary = self.positions(position_ids)
         mask = additive(self._mask(input_ids, past, segment_ids, attention_mask), x.dtype).unsqueeze(1)  # (B, 1, T, S)
+        last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            x = block(x, mask=mask, cache=cache.layers[index] if cache is not None else None, rotary=rotary)
+            layer = cache.layers[index] if cache is not None else None
+            x = block(x, mask=mask, cache=layer, rotary=rotary, rows=rows if index == last else None)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         normed: Tensor = self.norm(x)

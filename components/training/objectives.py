@@ -35,10 +35,10 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
 
     With the mask of the chat template in the labels this is instruction tuning.
     """
-    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"])
     labels = batch["labels"].flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
-    return Loss(linear_cross_entropy(stream.flatten(0, 1)[rows], model.head.weight, labels[rows]), len(rows))
+    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=rows)
+    return Loss(linear_cross_entropy(stream, model.head.weight, labels[rows]), len(rows))
 
 
 def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from components.models.attention import FusedLinear
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+CACHED_MATRICES = 4
+"""Matrices in one batch of Newton-Schulz on a CPU: more would not stay in its caches."""
 Weights = Mapping[str, Tensor]
 
 
@@ -134,12 +136,33 @@ class Muon:
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Newton-Schulz on a batch of wide matrices (N, short, long): their singular values go to about one."""
-    a, b, c = NEWTON_SCHULZ
     x: Tensor = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    parts = torch.split(x, CACHED_MATRICES) if x.device.type == "cpu" else (x,)
+    # Exact to fp32's last digits; bf16 would lose small singular values on the way.
+    by_gram = x.dtype == torch.float32 and x.shape[2] > 1.5 * x.shape[1]
+    return torch.cat([_newton_schulz_by_gram(part) if by_gram else _newton_schulz(part) for part in parts])
+
+
+def _newton_schulz(x: Tensor) -> Tensor:
+    a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _newton_schulz_by_gram(x: Tensor) -> Tensor:
+    """The same steps on the small square x x^T, applied to x at the end: a third fewer products."""
+    a, b, c = NEWTON_SCHULZ
+    gram, product = x @ x.mT, None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if step + 1 < NEWTON_SCHULZ_STEPS:
+            gram = factor @ gram @ factor
+    assert product is not None
+    return product @ x
 
 
 def _grads(weights: Weights, names: list[str]) -> list[Tensor]:

@@ -89,6 +89,19 @@ def test_orthogonal_brings_singular_values_near_one() -> None:
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("shape", [(20, 50), (20, 22)])
+def test_orthogonal_equals_its_definition(shape: tuple[int, int]) -> None:
+    """X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, in double precision; also where singular values are tiny."""
+    torch.manual_seed(0)
+    matrices = torch.randn(9, *shape) * torch.logspace(-5, 0, 20).unsqueeze(1)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True)).double()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    torch.testing.assert_close(orthogonal(matrices).double(), x, rtol=0, atol=1e-5)
+
+
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     model = tiny()
     muon, adamw = build_optimizers(model, Masters(model), config(), torch.float32)
