@@ -27,7 +27,7 @@ from components.reference.wordings import Wordings, quoted, typed
 
 KINDS = {"question": 70, "small_talk": 9, "off_topic": 9, "two": 5, "chat_first": 3, "follow_up": 4}
 """Conversations of each kind, in a hundred."""
-TOOLS = {"lookup": 36, "bases": 34, "search": 10, "calculate": 20}
+TOOLS = {"lookup": 37, "bases": 31, "search": 9, "calculate": 23}
 """Questions that want each tool, in a hundred."""
 MADE_UP_SHARE = 0.5
 DISTURBED_SHARE = 0.25

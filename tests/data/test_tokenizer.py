@@ -33,7 +33,10 @@ TOOLS = [
         "function": {
             "name": "lookup",
             "description": "Look a symbol up",
-            "parameters": {"type": "object", "properties": {"symbol": {"type": "string", "description": "a name"}, "n": {}}},
+            "parameters": {
+                "type": "object",
+                "properties": {"symbol": {"type": "string", "description": "a name"}, "n": {}},
+            },
         },
     }
 ]
@@ -51,7 +54,9 @@ def tokenizer(folder: Path) -> ChatTokenizer:
     return ChatTokenizer.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", " ", "plain words", "\x00\x7f\r\n\t", "naïve 漢字 🎉 \u200b", "<|end|><|user|> hi", "a" * 3000])
+@pytest.mark.parametrize(
+    "text", ["", " ", "plain words", "\x00\x7f\r\n\t", "naïve 漢字 🎉 \u200b", "<|end|><|user|> hi", "a" * 3000]
+)
 def test_any_text_comes_back(tokenizer: ChatTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -74,13 +79,18 @@ def test_a_name_has_one_spelling_in_question_call_and_answer(tokenizer: ChatToke
     def place(ids: list[int], part: list[int]) -> bool:
         return any(ids[start : start + len(part)] == part for start in range(len(ids)))
 
-    name = tokenizer.encode(" json.dumps")
-    for message in (CHAT[1], CHAT[2]):
-        assert place(tokenizer.encode_chat([message])[0], name)
+    for name in ("json.dumps", "OrderedDict", "skip_keys"):
+        spelled = tokenizer.encode(name)
+        for text in (f"what is {name}?", f'what is "{name}"?', f"`{name}`"):
+            assert place(tokenizer.encode(text), spelled)
+        call = {"function": {"name": "lookup", "arguments": {"symbol": name}}}
+        assert place(tokenizer.encode_chat([{"role": "assistant", "content": "", "tool_calls": [call]}])[0], spelled)
 
 
 def test_digits_marks_and_parts_of_camel_case_stand_alone(tokenizer: ChatTokenizer) -> None:
-    wide = ChatTokenizer(bpe.train(["JSONDecodeError 1234 __init__ OrderedDict"] * 50, 600), bpe.TEMPLATE_FILE.read_text())
+    wide = ChatTokenizer(
+        bpe.train(["JSONDecodeError 1234 __init__ OrderedDict"] * 50, 600), bpe.TEMPLATE_FILE.read_text()
+    )
     pieces = [wide.decode([number]) for number in wide.encode("JSONDecodeError 12 __init__")]
     assert pieces == ["JSON", "Decode", "Error", " ", "1", "2", " ", "_", "_", "init", "_", "_"]
 
@@ -94,7 +104,9 @@ def test_the_mask_covers_what_the_model_writes_and_nothing_else(tokenizer: ChatT
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_tokens_and_mask_equal_those_of_transformers(folder: Path, tokenizer: ChatTokenizer, tools: list[dict[str, object]] | None) -> None:
+def test_tokens_and_mask_equal_those_of_transformers(
+    folder: Path, tokenizer: ChatTokenizer, tools: list[dict[str, object]] | None
+) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
     chat = json.loads(json.dumps(CHAT))
