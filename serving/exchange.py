@@ -134,6 +134,8 @@ class Exchange:
             self._metrics.first_text_seconds.observe(time.perf_counter() - self._began)
         elif isinstance(event, Finished) and self._recorded:
             self._record(event)
+        if isinstance(event, Text | Stepped) and not self.body.stream:
+            return  # nobody listens: the finished answer holds it all
         # The loop is closed when the server ended without waiting for us.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)

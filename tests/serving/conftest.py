@@ -1,4 +1,4 @@
-"""A tiny agent that learned four conversations by heart, and one real server that serves it."""
+"""A tiny agent that learned five conversations by heart, and one real server that serves it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from serving.follow import Bundled
 ROOT = SCALES_FILE.parents[1]
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
+LETTERS = " ".join("abcdefghijklmnopqrstuvwxyz" * 3)
+"""Long enough to be interrupted."""
 WEATHER = {
     "type": "function",
     "function": {
@@ -51,6 +53,7 @@ def called(name: str, **arguments: str) -> dict[str, Any]:
 LESSONS: list[tuple[list[dict[str, Any]], Any]] = [
     ([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": GREETING}], None),
     ([{"role": "user", "content": "A story"}, {"role": "assistant", "content": STORY}], None),
+    ([{"role": "user", "content": "Letters"}, {"role": "assistant", "content": LETTERS}], None),
     (
         [
             {"role": "user", "content": "What is 6*7?"},
@@ -197,7 +200,7 @@ class Project:
 
     def run(self, *words: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*words, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 
     def serve(self, *words: str, **environment: str) -> tuple[subprocess.Popen[str], str]:

@@ -80,7 +80,7 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
     chatting.chat(None, url=chatting.ADDRESS, model="agent@champion")
     assert asked == [1, 3]
     out, err = capsys.readouterr()
-    assert out.startswith("Grü")
+    assert out.startswith("Gr")
     assert " (stopped)" in err
 
 

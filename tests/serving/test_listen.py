@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from components.config import InputError
@@ -13,6 +15,13 @@ def test_taken_port_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"--port: {port} is in use; stop what listens there or choose another"):
             listen("127.0.0.1", port)
+
+
+def test_connections_do_not_wait_to_fill_packets() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "300.1.1.1"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sqlite3
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +110,7 @@ def test_many_clients_at_once_get_their_own_answers(client: openai.OpenAI) -> No
 
 
 def test_leaving_in_the_middle_frees_the_slot_and_is_on_record(url: str, project: Any) -> None:
-    body = {"messages": [{"role": "user", "content": "A story"}], "stream": True, "temperature": 2.0}
-    body |= {"max_tokens": 100_000, "seed": 3}
+    body = {"messages": [{"role": "user", "content": "Letters"}], "stream": True}
     ids = []
     for _ in range(6):  # more than there are slots: they would all be taken if leaving did not free them
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60) as response:
@@ -121,6 +123,18 @@ def test_leaving_in_the_middle_frees_the_slot_and_is_on_record(url: str, project
     store.close()
     assert reasons <= {"cancelled", "length", "stop"}
     assert "cancelled" in reasons
+
+
+def test_giving_up_on_a_whole_answer_cancels_it(url: str, project: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "Letters"}], "user": "impatient"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.005))
+    query = "select finish_reason from requests join answers on id = request_id where body like '%impatient%'"
+    with closing(sqlite3.connect(project.home / "feedback.db")) as database:
+        deadline = time.monotonic() + 60
+        while not (found := database.execute(query).fetchall()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert found == [("cancelled",)]
 
 
 @pytest.mark.parametrize("raw", FOUL, ids=[str(raw[:20]) for raw in FOUL])

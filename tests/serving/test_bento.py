@@ -1,0 +1,51 @@
+"""A packaged agent: built, served by its own code, answering from the weights that it carries."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytestmark = pytest.mark.platform
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def packable(project: Any) -> Any:
+    """The project, with the code that goes into its Bentos."""
+    for name in ("components", "serving", "loopwright"):
+        shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copyfile(ROOT / "requirements.lock", project.root / "requirements.lock")
+    yield project
+    for name in ("components", "serving", "loopwright"):
+        shutil.rmtree(project.root / name)
+
+
+def test_packaged_agent_answers_from_its_own_weights(packable: Any) -> None:
+    code, out, err = packable.run("package", "agent/1", "--json")
+    assert code == 0, err
+    tag = json.loads(out)["tag"]
+    assert tag == "agent:v1"
+    source = packable.home / "bento" / "bentos" / "agent" / "v1" / "src"
+    assert sorted(path.name for path in source.iterdir() if path.is_dir()) == ["components", "loopwright", "serving"]
+
+    process, url = packable.serve("--bento", tag)
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(model="agent", messages=[{"role": "user", "content": "What is 6*7?"}])
+    assert (answer.model, answer.choices[0].message.content) == ("agent/1", "That is 42.")
+    version = httpx.get(f"{url}/v1/lineage/{answer.id}").json()["version"]
+    assert (version["version"], version["tags"]["git_commit"], version["metrics"]) == ("1", "c0ffee", {"score": 0.5})
+    # The Bento's server writes to the same record that `trace` reads.
+    code, out, _ = packable.run("trace", answer.id)
+    assert code == 0
+    assert "That is 42." in out
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
