@@ -6,9 +6,9 @@ OpenAI-compatible servers do; a field that would change the answer and is not su
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
+import pydantic_core
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -84,8 +84,8 @@ class CalledFunction(Wire):
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
         try:
-            arguments = json.loads(self.arguments)
-        except (ValueError, RecursionError):
+            arguments = pydantic_core.from_json(self.arguments, allow_inf_nan=False)  # bounded in depth
+        except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
             raise ValueError("arguments: expected a JSON object as text")
