@@ -25,8 +25,8 @@ from components.data.datasets import (
     read_rows,
     write_json,
 )
-from components.reference.dialogue import asked
 from components.data.duplicates import split_and_write, write_splits
+from components.reference.dialogue import asked
 from components.reference.facts import build
 from components.reference.held_out import HeldOut, hold_out
 from components.reference.knowledge import Knowledge
