@@ -40,8 +40,8 @@ SPECIAL_TOKENS = (
 )
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
 
-# Words take a leading space, except a name's first (dotted, underscored or camelCase): behind a space or a quote, a name
-# is spelled alike. Parts of camelCase, each digit, mark and underscore stand alone.
+# Words take a leading space, except a name's first (dotted, underscored or camelCase): behind a space
+# or a quote, a name is spelled alike. Parts of camelCase, each digit, mark and underscore stand alone.
 _SPACE = r"(?: (?![\p{L}\p{N}_]*(?:[\p{Ll}\p{N}]\p{Lu}|_|\.[\p{L}_])))?"
 SPLIT = (
     rf"{_SPACE}\p{{Lu}}+(?!\p{{Ll}})|{_SPACE}\p{{Lu}}?[\p{{Ll}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+|\p{{N}}"
