@@ -53,13 +53,20 @@ def connect(home: Path) -> MlflowClient:
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
     client = MlflowClient(uri, uri)
-    # Two processes that create the tables at once would trip over each other.
-    with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
-        if client.get_experiment_by_name(EXPERIMENT) is None:
-            files = None if "MLFLOW_TRACKING_URI" in os.environ else (home / "mlflow" / "artifacts").as_uri()
-            client.create_experiment(EXPERIMENT, artifact_location=files)
+    try:
+        # Two processes that create the tables at once would trip over each other.
+        with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                files = None if given else (home / "mlflow" / "artifacts").as_uri()
+                client.create_experiment(EXPERIMENT, artifact_location=files)
+    except errors() as error:
+        if not given:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"MLFLOW_TRACKING_URI: {given}: {said}; start that server, or unset the variable") from error
     return client
 
 
@@ -141,7 +148,7 @@ def errors() -> tuple[type[Exception], ...]:
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, SQLAlchemyError, OSError)
+    return (MlflowException, SQLAlchemyError, OSError, ValueError)
 
 
 def _carry(client: MlflowClient, folder: Path) -> None:
@@ -153,7 +160,7 @@ def _carry(client: MlflowClient, folder: Path) -> None:
     with (folder / "lines.jsonl").open("rb") as file:
         file.seek(sent["offset"])
         whole = file.read().rpartition(b"\n")[0]
-    events = [json.loads(line) for line in whole.splitlines()]
+    events = [event for line in whole.splitlines() if (event := _parsed(line))]
     if events and events[0]["kind"] == "start":
         start = events[0]
         sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
@@ -171,17 +178,24 @@ def _carry(client: MlflowClient, folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
-    from mlflow.exceptions import MlflowException
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line, or None for one that a full disk has torn."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
 
+
+def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
     metrics = [entry for event in events if event["kind"] == "metrics" for entry in _entries(event)]
     log_metrics(client, run_id, metrics)
     for event in events:
         try:
             _send_one(client, run_id, event, folder)
-        except MlflowException as error:
+        except errors() as error:
             # One line that MLflow will never take must not hold up those behind it.
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            if not isinstance(error, ValueError) and not is_missing(error):
                 raise
             print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
 

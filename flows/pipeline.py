@@ -145,6 +145,8 @@ def run_pipeline(order: Order) -> Report:
     Raises: InputError, StageFailed, Refused.
     """
     started = time.monotonic()
+    if not _has_git(order.root):
+        order.echo('no git here: models will not know their commit; run "git init" and commit to change that')
     with only_one(order.paths.home / "stages", "run"):
         states = look(order.root, order.force, order.until)
         released = None if order.until else current_release(order.paths)

@@ -273,7 +273,9 @@ def _git(root: Path) -> dict[str, str]:
     """The commit that ran, and whether files differed from it."""
     try:
         commit = _ask_git(root, "rev-parse", "HEAD")
-        return {"git_commit": commit, "git_dirty": str(bool(_ask_git(root, "status", "--porcelain"))).lower()}
+        # The run itself writes dvc.lock.
+        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock")
+        return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "none"}
 

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from components.config import InputError
 from components.process import ask_to_die_with_parent
 
 _SECONDS_TO_START = 180.0
+_SECONDS_TO_ANSWER = 10.0
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -41,14 +43,15 @@ class Api:
     def wait(self) -> str:
         """Return the address once the server is healthy.
 
-        Raises: RuntimeError when it ends or stays silent.
+        Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
         """
-        deadline = time.monotonic() + _SECONDS_TO_START
-        while self.process is not None and not _healthy(self.url):
-            if self.process.poll() is not None:
-                raise RuntimeError(f"Prefect's server ended with {self.process.returncode}; see {self.log}")
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"Prefect's server did not answer in {_SECONDS_TO_START:.0f} s; see {self.log}")
+        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else _SECONDS_TO_ANSWER)
+        while not _healthy(self.url):
+            late = time.monotonic() > deadline
+            if self.process is None and late:
+                raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
+            if self.process is not None and (late or self.process.poll() is not None):
+                raise RuntimeError(f"Prefect's server did not start; see {self.log}")
             time.sleep(0.1)
         return self.url
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -126,6 +127,7 @@ class _Terminal:
         from components.stage import PROGRESS
 
         progress = bool(PROGRESS.fullmatch(line)) and self._out.isatty()
+        line = line[: shutil.get_terminal_size().columns - 1] if progress else line
         clear = "\r\x1b[K" if self._inside else ""
         self._out.write(f"{clear}{line}" + ("" if progress else "\n"))
         self._out.flush()

@@ -156,7 +156,7 @@ def test_a_tracker_that_does_not_answer_costs_nothing_and_loses_nothing(
     with open_tracker("tune", "key", home) as tracker:
         tracker.metrics({"loss": 1.0})
     said = capsys.readouterr().err
-    assert "tracking: MLflow:" in said
+    assert "tracking: MLFLOW_TRACKING_URI: http://127.0.0.1:9: " in said
     assert "goes with the next run" in said
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     deliver(home)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -143,6 +145,38 @@ def test_a_failed_stage_fails_with_its_own_message_and_code(project: Path, code:
     with pytest.raises(StageFailed) as caught:
         run("first", project)
     assert (str(caught.value), caught.value.exit_code) == (message, code)
+
+
+TRAIN = """
+import pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path("checkpoint").write_text("")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print("first  1/9", flush=True)
+time.sleep(60)
+"""
+RUN = """
+import pathlib, sys
+from flows.reproduce import reproduce
+reproduce('first', pathlib.Path(sys.argv[1]), False, print)
+"""
+
+
+def test_an_interrupted_run_lets_the_stage_save_and_ends_it(project: Path) -> None:
+    (project / "first.py").write_text(TRAIN)
+    command = [sys.executable, "-u", "-c", RUN, str(project)]
+    source = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+        assert run.stdout is not None
+        while run.stdout.readline() != "first  1/9\n":
+            assert run.poll() is None
+        family = psutil.Process(run.pid).children(recursive=True)
+        run.send_signal(signal.SIGINT)
+    assert run.returncode == -signal.SIGINT
+    assert not any(member.is_running() for member in family), "waited for"
+    assert (project / "checkpoint").exists()
 
 
 def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None:
