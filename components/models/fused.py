@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Rotary = tuple[Tensor, Tensor]
+from components.models.positions import Rotary, rotate_into
+
 QUERY_BLOCK = 64
 """Queries whose scores are made at a time: small enough to stay in the caches and to skip much that is hidden."""
 
@@ -27,10 +28,12 @@ class RMSNorm(nn.RMSNorm):
     """Scale to root mean square one, then by a learned gain (arXiv 1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not pays(x):
+        if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+        if not pays(x):
+            return x * _inverse_root_mean_square(x, self.eps or 0.0) * self.weight
         apply = cast(Callable[..., Tensor], _RMSNorm.apply)
-        return apply(x, self.weight, self.eps)
+        return apply(x, self.weight, self.eps or 0.0)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -144,8 +147,8 @@ class _Turn(torch.autograd.Function):
         grad[:, :, turned:] = values_grad
         heads_grad = grad[:, :, :turned] if normed is None else torch.empty_like(normed)
         # The inverse of a turn is its transpose.
-        _turn_into(heads_grad[:, :, :num_heads], queries_grad, cos * head_dim**-0.5, sin * -(head_dim**-0.5))
-        _turn_into(heads_grad[:, :, num_heads:], keys_grad, cos, -sin)
+        rotate_into(heads_grad[:, :, :num_heads], queries_grad, cos * head_dim**-0.5, sin * -(head_dim**-0.5))
+        rotate_into(heads_grad[:, :, num_heads:], keys_grad, cos, -sin)
         if normed is None:
             return grad, None, None, None, None, None, None
         along = heads_grad * normed
@@ -160,15 +163,8 @@ def _turn(x: Tensor, gain: Tensor | float, cos: Tensor, sin: Tensor) -> Tensor:
     """x * gain (B, T, heads, D), turned by position, as a contiguous (B, heads, T, D)."""
     out = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
     swapped = gain if isinstance(gain, float) else gain.roll(gain.shape[0] // 2)
-    _turn_into(out.transpose(1, 2), x, cos * gain, sin * swapped)
+    rotate_into(out.transpose(1, 2), x, cos * gain, sin * swapped)
     return out
-
-
-def _turn_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    half = x.shape[-1] // 2
-    torch.mul(x, cos, out=out)
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
 
 
 class _Mix(torch.autograd.Function):
