@@ -150,7 +150,7 @@ def gate(registry: Registry, version: ModelVersion, figures: Mapping[str, Any], 
         return "there was no champion"
     if champion.version == version.version:
         return "it is the champion already"
-    theirs = _score_of(champion, figures["held_out_digest"], paths, echo)
+    theirs = score_of(champion, figures["held_out_digest"], paths, echo)
     compared = f"score {figures['score']:.4f} against {theirs:.4f} of the champion {champion} on the same held-out sets"
     if figures["score"] > theirs:
         return compared
@@ -241,7 +241,7 @@ def _has_bento(home: Path, tag: str) -> bool:
     return bool(version) and (home / "bento" / "bentos" / name / version / "bento.yaml").exists()
 
 
-def _score_of(champion: ModelVersion, held_out_digest: str, paths: Paths, echo: Echo) -> float:
+def score_of(champion: ModelVersion, held_out_digest: str, paths: Paths, echo: Echo) -> float:
     """The champion's score on the candidate's held-out sets: known, or measured now."""
     if champion.tags.get("held_out_digest") == held_out_digest:
         return champion.metrics["score"]

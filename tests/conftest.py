@@ -1,16 +1,24 @@
-"""One real pipeline run, shared by every test that needs a released model: it takes a minute or more."""
+"""What many tests share because it takes long to make: one real pipeline run, and MLflow's tables."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from components.journal import PARENT_RUN
+from components.registry import ModelVersion, Registry
+from components.tracking import COURIER, connect
 
 SOURCE = Path(__file__).parents[1]
 
@@ -83,3 +91,45 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Released:
     ended = project.loopwright("run", "--scale", "smoke", "--json")
     assert ended.returncode == 0, ended.stderr
     return Released(project, json.loads(ended.stdout), ended.stderr)
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state folder with MLflow's tables, made once: that takes seconds."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        connect(home)
+    # The experiment knows where its artifacts lie: each copy makes its own.
+    with closing(sqlite3.connect(home / "mlflow/mlflow.db")) as tables, tables:
+        tables.execute("DELETE FROM experiments WHERE name = 'loopwright'")
+    return home
+
+
+@pytest.fixture
+def home(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty state folder over a copy of those tables."""
+    for variable in ("MLFLOW_TRACKING_URI", PARENT_RUN, COURIER):
+        monkeypatch.delenv(variable, raising=False)
+    place = tmp_path / "home"
+    (place / "mlflow").mkdir(parents=True)
+    shutil.copy(database / "mlflow/mlflow.db", place / "mlflow")
+    return place
+
+
+@pytest.fixture
+def registry(home: Path) -> Registry:
+    return Registry(home)
+
+
+@pytest.fixture
+def registered(registry: Registry) -> Callable[..., ModelVersion]:
+    """Register a model folder, of which only the metrics and tags matter here."""
+
+    def register(score: float, **tags: str) -> ModelVersion:
+        folder = registry.home / "agent"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(f'{{"score": {score}}}')
+        return registry.register(folder, "agent", {"score": score, "lookup/score": score}, tags, None)
+
+    return register

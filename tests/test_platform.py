@@ -16,7 +16,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.config import Refused
+from components.config import Paths, Refused
+from components.registry import Registry
+from flows.release import score_of
 from flows.server import prefect_api
 from loopwright.cli import app
 from tests.conftest import Project, Released
@@ -243,6 +245,15 @@ def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(
     assert here("registry", "rollback", "agent") == {"champion": "agent/1", "previous": "agent/2"}
     kept = here("run")["release"]
     assert (kept["version"], kept["outcome"]) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
+
+
+def test_a_champion_without_figures_on_these_questions_is_measured_on_them(released: Released, here: Ask) -> None:
+    paths = Paths(released.project.root)
+    champion = Registry(paths.home).resolve("agent@champion")
+    told: list[str] = []
+    measured = score_of(champion, "questions nobody was asked", paths, told.append)
+    assert measured == pytest.approx(champion.metrics["score"]), "they are the very questions it was asked before"
+    assert told == ["release: measuring the champion agent/1 on the new held-out sets"]
 
 
 def test_doctor_finds_nothing_wrong(released: Released) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sqlite3
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +19,7 @@ from components.registry import ModelVersion, Registry, is_empty, resolve
 from components.tracking import COURIER, Courier, connect, create_run, end_killed_runs, open_tracker
 
 SOURCE = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state folder with MLflow's tables, made once: that takes seconds."""
-    home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        connect(home)
-    # The experiment knows where its artifacts lie: each copy makes its own.
-    with closing(sqlite3.connect(home / "mlflow/mlflow.db")) as tables, tables:
-        tables.execute("DELETE FROM experiments WHERE name = 'loopwright'")
-    return home
-
-
-@pytest.fixture
-def home(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty state folder over a copy of those tables."""
-    for variable in ("MLFLOW_TRACKING_URI", PARENT_RUN, COURIER):
-        monkeypatch.delenv(variable, raising=False)
-    place = tmp_path / "home"
-    (place / "mlflow").mkdir(parents=True)
-    shutil.copy(database / "mlflow/mlflow.db", place / "mlflow")
-    return place
+Register = Callable[..., ModelVersion]
 
 
 def run_named(name: str, home: Path) -> Any:
@@ -189,28 +163,16 @@ def test_runs_of_a_killed_orchestrator_are_closed(home: Path) -> None:
     assert run_named("pipeline", home).info.status == "KILLED"
 
 
-@pytest.fixture
-def registry(home: Path) -> Registry:
-    return Registry(home)
-
-
-def registered(registry: Registry, score: float, tags: Mapping[str, str] | None = None) -> ModelVersion:
-    folder = registry.home / "agent"
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(f'{{"score": {score}}}')
-    return registry.register(folder, "agent", {"score": score, "lookup/score": score}, tags or {}, None)
-
-
-def test_a_registered_version_keeps_files_metrics_and_tags(registry: Registry) -> None:
-    version = registered(registry, 0.5, {"git_commit": "abc"})
+def test_a_registered_version_keeps_files_metrics_and_tags(registry: Registry, registered: Register) -> None:
+    version = registered(0.5, git_commit="abc")
     assert (str(version), version.metrics["score"], version.tags["git_commit"]) == ("agent/1", 0.5, "abc")
     assert json.loads((version.folder / "config.json").read_text()) == {"score": 0.5}
     assert version.source == f"runs:/{version.run_id}/agent"
     assert (version.folder.parents[1] / "code/components/agent/pyfunc.py").exists(), "our code goes along"
 
 
-def test_promotion_and_rollback_move_aliases(registry: Registry) -> None:
-    first, second = registered(registry, 0.5), registered(registry, 0.6)
+def test_promotion_and_rollback_move_aliases(registry: Registry, registered: Register) -> None:
+    first, second = registered(0.5), registered(0.6)
     registry.promote(first)
     registry.alias("agent", "challenger", second)
     registry.promote(registry.resolve("agent@challenger"))
@@ -225,8 +187,8 @@ def test_promotion_and_rollback_move_aliases(registry: Registry) -> None:
     assert registry.resolve("agent/2").tags["rolled_back"] == "false"
 
 
-def test_names_resolve_by_alias_version_or_champion(registry: Registry) -> None:
-    version = registered(registry, 0.5)
+def test_names_resolve_by_alias_version_or_champion(registry: Registry, registered: Register) -> None:
+    version = registered(0.5)
     registry.promote(version)
     names = ("agent", "agent@champion", "agent/1", "models:/agent@champion", "models:/agent/1")
     assert {str(registry.resolve(name)) for name in names} == {"agent/1"}
@@ -242,15 +204,15 @@ def test_names_resolve_by_alias_version_or_champion(registry: Registry) -> None:
         ("agent/x", "agent/x: not in the registry; known: agent/1, agent@champion"),
     ],
 )
-def test_unknown_names_say_what_there_is(registry: Registry, wanted: str, message: str) -> None:
-    registry.promote(registered(registry, 0.5))
+def test_unknown_names_say_what_there_is(registry: Registry, registered: Register, wanted: str, message: str) -> None:
+    registry.promote(registered(0.5))
     with pytest.raises(InputError) as caught:
         registry.resolve(wanted)
     assert str(caught.value) == message
 
 
-def test_moves_that_cannot_be_made_say_why(registry: Registry) -> None:
-    version = registered(registry, 0.5)
+def test_moves_that_cannot_be_made_say_why(registry: Registry, registered: Register) -> None:
+    version = registered(0.5)
     with pytest.raises(InputError, match="agent@previous: there is no earlier champion"):
         registry.rollback("agent")
     registry.promote(version)

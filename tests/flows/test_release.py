@@ -1,0 +1,94 @@
+"""The first gate and what needs no release, on a real registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from components.config import Paths, Refused
+from components.registry import ModelVersion, Registry
+from flows.release import current_release, gate
+
+Register = Callable[..., ModelVersion]
+SAME = {"held_out_digest": "questions"}
+
+
+@pytest.fixture
+def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    """A project whose pipeline made the model folder with digest `made.dir`."""
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(home))
+    root = home.parent
+    (root / "dvc.lock").write_text(
+        "stages:\n  tune:\n    cmd: x\n    outs:\n    - path: data/models/agent\n      md5: made.dir\n"
+    )
+    return Paths(root)
+
+
+def judge(registry: Registry, version: ModelVersion, paths: Paths, score: float) -> str:
+    return gate(registry, version, {"score": score, "held_out_digest": "questions"}, paths, print)
+
+
+def test_the_first_model_passes(registry: Registry, registered: Register, paths: Paths) -> None:
+    assert judge(registry, registered(0.1), paths, 0.1) == "there was no champion"
+
+
+def test_a_better_model_passes(registry: Registry, registered: Register, paths: Paths) -> None:
+    registry.promote(registered(0.5, **SAME))
+    reason = judge(registry, registered(0.6, **SAME), paths, 0.6)
+    assert reason == "score 0.6000 against 0.5000 of the champion agent/1 on the same held-out sets"
+
+
+@pytest.mark.parametrize("score", [0.5, 0.4])
+def test_a_model_that_is_not_better_is_refused(
+    registry: Registry, registered: Register, paths: Paths, score: float
+) -> None:
+    registry.promote(registered(0.5, **SAME))
+    candidate = registered(score, model_digest="made.dir", **SAME)
+    with pytest.raises(Refused) as caught:
+        judge(registry, candidate, paths, score)
+    reason = str(caught.value)
+    assert reason.startswith(f"agent/2: refused: score {score:.4f} against 0.5000 of the champion agent/1")
+    assert 'overrule with "loopwright registry promote agent 2"' in reason
+    assert registry.resolve("agent@challenger").version == 2
+    assert registry.resolve("agent@champion").version == 1
+    with pytest.raises(Refused, match="agent/2: refused"):
+        current_release(paths)
+
+
+def test_a_refusal_holds_only_against_the_same_champion(registry: Registry, registered: Register, paths: Paths) -> None:
+    registry.promote(registered(0.5, **SAME))
+    with pytest.raises(Refused):
+        judge(registry, registered(0.4, model_digest="made.dir", **SAME), paths, 0.4)
+    registry.promote(registered(0.3, **SAME))
+    assert current_release(paths) is None, "to be judged again"
+
+
+def test_nothing_registered_needs_a_release(paths: Paths, registered: Register) -> None:
+    assert current_release(paths) is None
+    registered(0.5, model_digest="other.dir")
+    assert current_release(paths) is None
+
+
+def test_the_champion_is_current_while_its_bento_is_there(
+    registry: Registry, registered: Register, paths: Paths
+) -> None:
+    registry.promote(registered(0.5, model_digest="made.dir", bento="agent:v1", smoke_answer="Hi."))
+    assert current_release(paths) is None, "its Bento is gone"
+    bento = paths.home / "bento/bentos/agent/v1/bento.yaml"
+    bento.parent.mkdir(parents=True)
+    bento.write_text("")
+    found = current_release(paths)
+    assert found is not None
+    assert (found.version, found.outcome, found.answer) == ("agent/1", "up to date", "Hi.")
+    assert found.scores == {"lookup": 0.5}
+
+
+def test_what_was_rolled_back_is_not_promoted_again(registry: Registry, registered: Register, paths: Paths) -> None:
+    registry.promote(registered(0.5))
+    registry.promote(registered(0.6, model_digest="made.dir"))
+    registry.rollback("agent")
+    found = current_release(paths)
+    assert found is not None
+    assert (found.version, found.outcome) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
