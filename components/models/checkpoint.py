@@ -50,6 +50,8 @@ def save_decoder(
     weights = {name: part.detach().float().contiguous().cpu() for name, part in hub_tensors(model)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed while it saved
+            shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
             temporary = Path(name) / folder.name
             temporary.mkdir()

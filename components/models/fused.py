@@ -28,12 +28,12 @@ class RMSNorm(nn.RMSNorm):
     """Scale to root mean square one, then by a learned gain (arXiv 1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or torch.compiler.is_compiling():
+        if pays(x):
+            apply = cast(Callable[..., Tensor], _RMSNorm.apply)
+            return apply(x, self.weight, self.eps or 0.0)
+        if x.is_cuda or torch.is_grad_enabled():
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        if not pays(x):
-            return x * _inverse_root_mean_square(x, self.eps or 0.0) * self.weight
-        apply = cast(Callable[..., Tensor], _RMSNorm.apply)
-        return apply(x, self.weight, self.eps or 0.0)
+        return x * _inverse_root_mean_square(x, self.eps or 0.0) * self.weight
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -176,9 +176,9 @@ def _run_steps(
     clock = saved_at = time.monotonic()
     seen = measured.tokens
     while training.step < config.max_steps:
-        batches = _micro_batches(rows, sampler, training.step, config, training.device)
+        batches = _micro_batches(rows, sampler, training.step, config)
         measured.tokens += sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
-        training.train_step(batches)
+        training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
         last = training.step == config.max_steps
         if training.step % config.log_steps == 0 or last:
             loss, now = training.read_loss(), time.monotonic()
@@ -198,11 +198,9 @@ def _run_steps(
             raise SystemExit(128 + stopped[0])
 
 
-def _micro_batches(
-    rows: TokenRows, sampler: Sampler, step: int, config: TrainConfig, device: torch.device
-) -> list[Batch]:
+def _micro_batches(rows: TokenRows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
     order = sampler.step(step, config.global_batch_size).reshape(-1, config.micro_batch_size)
-    return [{name: value.to(device, non_blocking=True) for name, value in rows.batch(part).items()} for part in order]
+    return [rows.batch(part) for part in order]
 
 
 def _report(run: StageRun, training: Training, loss: float, speed: float) -> None:

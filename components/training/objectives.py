@@ -17,7 +17,8 @@ from components.data.batches import IGNORED, Batch
 from components.models.decoder import Decoder
 
 CHUNK = 1024
-"""Rows of logits in memory at a time."""
+"""Rows of logits in memory at a time on a CPU; a GPU wants larger products."""
+CUDA_CHUNK = 8192
 
 
 class Loss(NamedTuple):
@@ -42,9 +43,10 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
 
 
 def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of cross-entropies of stream (N, E) against weight (V, E); never more than CHUNK rows of logits."""
+    """Sum of cross-entropies of stream (N, E) against weight (V, E); logits are made a chunk of rows at a time."""
     if not torch.is_grad_enabled():
-        chunks = zip(torch.split(stream, CHUNK), torch.split(labels, CHUNK), strict=True)
+        size = CUDA_CHUNK if stream.is_cuda else CHUNK
+        chunks = zip(torch.split(stream, size), torch.split(labels, size), strict=True)
         parts = [F.cross_entropy((rows @ weight.T).float(), wanted, reduction="sum") for rows, wanted in chunks]
         return torch.stack(parts).sum() if parts else stream.sum() * 0
     apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
@@ -58,13 +60,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=stream.device)
         stream_grad, weight_grad = torch.empty_like(stream), torch.zeros_like(weight)
-        for start in range(0, len(labels), CHUNK):
-            rows, wanted = stream[start : start + CHUNK], labels[start : start + CHUNK].unsqueeze(1)
+        size = CUDA_CHUNK if stream.is_cuda else CHUNK
+        for start in range(0, len(labels), size):
+            rows, wanted = stream[start : start + size], labels[start : start + size].unsqueeze(1)
             chances = torch.softmax(rows @ weight.T, dim=-1, dtype=torch.float32)
             total -= chances.gather(1, wanted).clamp_(min=1e-37).log_().sum()
             # d loss / d logits = probabilities, less one at the label.
             logits_grad = chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0)).to(stream.dtype)
-            torch.mm(logits_grad, weight, out=stream_grad[start : start + CHUNK])
+            torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
             weight_grad.addmm_(logits_grad.T, rows)
         ctx.save_for_backward(stream_grad, weight_grad)
         return total

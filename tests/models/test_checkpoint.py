@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,27 @@ def test_saving_where_no_folder_can_be_is_an_input_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/model: cannot be written: File exists"):
         save_decoder(randomised(TINY), tmp_path / "file/model")
+
+
+def test_on_a_full_disk_the_old_folder_stays(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk's end: writing fails half-way, as there."""
+    old = randomised(TINY, seed=1)
+    save_decoder(old, tmp_path / "model")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(InputError, match="model: cannot be written: File too large; free space"):
+            save_decoder(randomised(TINY, seed=2), tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert torch.equal(load_decoder(tmp_path / "model").embed.weight, old.embed.weight)
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".model-abc/model").mkdir(parents=True)
+    save_decoder(randomised(TINY), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.fixture
