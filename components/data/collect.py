@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from components.config import InputError
@@ -25,7 +25,7 @@ from components.data.datasets import (
     read_rows,
     write_json,
 )
-from components.data.duplicates import split_and_write, write_splits
+from components.data.duplicates import Splits, split
 from components.reference.dialogue import asked
 from components.reference.facts import build
 from components.reference.held_out import HeldOut, hold_out
@@ -43,28 +43,35 @@ REFERENCE: dict[str, Kind] = {DOCUMENTS: "documents", CONVERSATIONS: "conversati
 
 def collect(run: StageRun) -> None:
     """Write each dataset that `pretrain` and `tune` name, and the knowledge file."""
-    params = run.params
     wanted = _wanted(run)
-    config, steps = params.collect, len(wanted) + 1
+    config, seed = run.params.collect, run.params.seed
     symbols = library_symbols(config.modules)
-    source = _library_source(symbols)
-    held_out = hold_out(symbols, config.held_out_share, config.questions, params.seed)
+    held_out = hold_out(symbols, config.held_out_share, config.questions, seed)
     build(run.paths.knowledge, symbols)
-    run.progress(1, steps, symbols=str(len(symbols)), held_out_packages=str(len(held_out.packages)))
-    infos: list[DatasetInfo] = []
-    for name, kind in wanted.items():
-        folder = run.paths.collected / name
-        shutil.rmtree(folder, ignore_errors=True)
-        with DatasetWriter(folder, name, kind) as writer:
-            if name in REFERENCE:
-                writer.info.sources = [source]
-                _write_reference(run, writer, held_out)
-            else:
-                _write_added(run, writer, run.paths.added / name)
-        infos.append(writer.info)
-        run.progress(len(infos) + 1, steps, dataset=name, **{split: str(n) for split, n in writer.info.rows.items()})
-        _report(run, writer.info)
+    run.progress(1, len(wanted) + 1, symbols=str(len(symbols)), held_out_packages=str(len(held_out.packages)))
+    infos = _write(run, wanted, _library_source(symbols), held_out)
+    for info in infos:
+        _report(run, info)
     write_json(run.paths.metrics / "collect.json", _metrics(infos, symbols, held_out))
+
+
+def _write(run: StageRun, wanted: Mapping[str, Kind], source: dict[str, str], held_out: HeldOut) -> list[DatasetInfo]:
+    """Write every dataset's test rows, then what each trains on: no dataset may train on another's test rows."""
+    similarity, seed = run.params.collect.near_duplicate_similarity, run.params.seed
+    splits = {kind: Splits(kind, similarity, seed) for kind in wanted.values()}
+    training: list[tuple[DatasetWriter, Iterable[Row]]] = []
+    with ExitStack() as stack:
+        for name, kind in wanted.items():
+            shutil.rmtree(run.paths.collected / name, ignore_errors=True)
+            writer = stack.enter_context(DatasetWriter(run.paths.collected / name, name, kind))
+            tests, rows = _reference(run, writer, source, held_out) if name in REFERENCE else _added(run, writer)
+            splits[kind].write_test(tests, writer)
+            training.append((writer, rows))
+        for done, (writer, rows) in enumerate(training, start=2):
+            splits[writer.info.kind].write_train(rows, writer)
+            counts = {key: str(count) for key, count in writer.info.rows.items()}
+            run.progress(done, len(wanted) + 1, dataset=writer.info.name, **counts)
+    return [writer.info for writer, _ in training]
 
 
 def _wanted(run: StageRun) -> dict[str, Kind]:
@@ -96,16 +103,18 @@ def _wanted(run: StageRun) -> dict[str, Kind]:
     return wanted
 
 
-def _write_reference(run: StageRun, writer: DatasetWriter, held_out: HeldOut) -> None:
+def _reference(
+    run: StageRun, writer: DatasetWriter, source: dict[str, str], held_out: HeldOut
+) -> tuple[Iterable[Row], Iterable[Row]]:
+    """Test and training rows about the standard library."""
     config, seed = run.params.collect, run.params.seed
-    tests: Iterable[Row] = documents([*held_out.symbols, *held_out.modules])
-    training: Iterable[Row] = documents(held_out.train)
-    if writer.info.kind == "conversations":
-        asker = Asker(held_out, Knowledge(run.paths.knowledge), config.held_out_share, seed)
-        tests = list(suites(asker, config.questions, seed))
-        avoid = {asked(test["messages"]) for test in tests}
-        training = training_conversations(asker, config.conversations, seed, avoid)
-    write_splits(tests, training, writer, config.near_duplicate_similarity, seed)
+    writer.info.sources = [source]
+    if writer.info.kind == "documents":
+        return documents([*held_out.symbols, *held_out.modules]), documents(held_out.train)
+    asker = Asker(held_out, Knowledge(run.paths.knowledge), config.held_out_share, seed)
+    tests = list(suites(asker, config.questions, seed))
+    avoid = {asked(test["messages"]) for test in tests}
+    return tests, training_conversations(asker, config.conversations, seed, avoid)
 
 
 def documents(symbols: Sequence[Symbol]) -> Iterator[Row]:
@@ -121,14 +130,18 @@ def documents(symbols: Sequence[Symbol]) -> Iterator[Row]:
             yield {"id": f"{symbol.name}#source", "text": symbol.source, "source": symbol.module}
 
 
-def _write_added(run: StageRun, writer: DatasetWriter, folder: Path) -> None:
+def _added(run: StageRun, writer: DatasetWriter) -> tuple[Iterable[Row], Iterable[Row]]:
+    """Test and training rows of a user's dataset: each row's own id decides.
+
+    Raises: InputError when the dataset is empty.
+    """
+    folder = run.paths.added / writer.info.name
     writer.info.sources = read_info(folder).sources
     rows = partial(read_rows, folder, "train")
-    share, seed = run.params.collect.held_out_share, run.params.seed
     if next(iter(rows()), None) is None:
         raise InputError(f'{folder.name}: the dataset is empty; add rows with "loopwright data add"')
-    similarity = run.params.collect.near_duplicate_similarity
-    split_and_write(rows, writer, lambda row: in_test_split(row["id"], share, seed), similarity, seed)
+    share, seed = run.params.collect.held_out_share, run.params.seed
+    return split(rows, lambda row: in_test_split(row["id"], share, seed))
 
 
 def _library_source(symbols: Sequence[Symbol]) -> dict[str, str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
 from components.config import InputError
-from components.data.datasets import DatasetWriter, Row
+from components.data.datasets import DatasetWriter, Kind, Row
 
 SHINGLE_WORDS = 5
 MAX_SHINGLES = 4096  # of a longer document, those with the smallest hashes: the same choice in every near-copy
@@ -48,7 +48,9 @@ class Duplicates:
         self._sealed = False
 
     def seal(self) -> None:
-        """Everything remembered so far is held out."""
+        """Everything remembered so far is held out; only the first call counts."""
+        if self._sealed:
+            return
         self._held_out = len(self._signatures)
         self._sealed = True
 
@@ -115,54 +117,49 @@ class Duplicates:
         ]
 
 
-def split_and_write(
-    rows: Callable[[], Iterable[Row]],
-    writer: DatasetWriter,
-    held_out: Callable[[Row], bool],
-    similarity: float,
-    seed: int = 0,
-) -> None:
-    """Write the rows into both splits without duplicates.
-
-    `rows` is called for each pass: once for the test split, once for what is trained on.
-
-    Raises: InputError when nothing is left to train on.
-    """
-    chosen = _leave_both(rows, held_out)
-    write_splits(
-        (row for row in rows() if chosen(row)), (row for row in rows() if not chosen(row)), writer, similarity, seed
-    )
-
-
-def write_splits(
-    test: Iterable[Row], train: Iterable[Row], writer: DatasetWriter, similarity: float, seed: int = 0
-) -> None:
-    """Write test rows, then the training rows that are new and equal none of them; count the rest in the writer.
+class Splits:
+    """Writes the splits of datasets of one kind: the test rows of all, then the training rows that equal none.
 
     Documents are compared exactly and nearly, conversations exactly. A conversation that asks what
     a test conversation asks, whatever it answers, is in the test split.
     """
-    conversations = writer.info.kind == "conversations"
-    duplicates = Duplicates(similarity, seed, exact_only=conversations)
-    asked: set[int] = set()
-    for row in test:
-        reason = duplicates.reason(_content(row))
-        if reason:
-            writer.drop(reason)
-        else:
+
+    def __init__(self, kind: Kind, similarity: float, seed: int = 0) -> None:
+        self._duplicates = Duplicates(similarity, seed, exact_only=kind == "conversations")
+        self._asked: set[int] = set()
+
+    def write_test(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new; all datasets' before any training row."""
+        for row in rows:
+            reason = self._duplicates.reason(_content(row))
+            if reason:
+                writer.drop(reason)
+                continue
             writer.write("test", row)
-            if conversations:
-                asked.add(hash_text(question(row)))
-    duplicates.seal()
-    for row in train:
-        in_test = bool(asked) and hash_text(question(row)) in asked
-        reason = "in_test" if in_test else duplicates.reason(_content(row))
-        if reason:
-            writer.drop(reason)
-        else:
-            writer.write("train", row)
-    if not writer.info.rows.get("train"):
-        raise InputError(f"{writer.info.name}: no row left to train on ({_counts(writer)}); add more rows")
+            if "messages" in row:
+                self._asked.add(hash_text(question(row)))
+
+    def write_train(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new and equal no test row; count the rest in the writer.
+
+        Raises: InputError when nothing is left to train on.
+        """
+        self._duplicates.seal()
+        for row in rows:
+            in_test = bool(self._asked) and hash_text(question(row)) in self._asked
+            reason = "in_test" if in_test else self._duplicates.reason(_content(row))
+            if reason:
+                writer.drop(reason)
+            else:
+                writer.write("train", row)
+        if not writer.info.rows.get("train"):
+            raise InputError(f"{writer.info.name}: no row left to train on ({_counts(writer)}); add more rows")
+
+
+def split(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> tuple[Iterator[Row], Iterator[Row]]:
+    """Test and training rows, each a pass of its own over what `rows` gives; of two rows, each gets one."""
+    chosen = _leave_both(rows, held_out)
+    return (row for row in rows() if chosen(row)), (row for row in rows() if not chosen(row))
 
 
 def question(row: Row) -> str:

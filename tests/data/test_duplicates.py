@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from components.config import InputError
 from components.data import duplicates
 from components.data.datasets import DatasetWriter, Row, read_rows, row_id
-from components.data.duplicates import Duplicates, question, split_and_write, write_splits
+from components.data.duplicates import Duplicates, Splits, question, split
 
 VOCABULARY = [f"word{number}" for number in range(4000)]
 
@@ -127,13 +128,31 @@ def test_texts_are_not_kept_in_memory() -> None:
     assert sum(signature.nbytes for signature in seen._signatures) == 50 * 512
 
 
+def write_splits(test: Iterable[Row], train: Iterable[Row], writer: DatasetWriter) -> None:
+    splits = Splits(writer.info.kind, similarity=0.8)
+    splits.write_test(test, writer)
+    splits.write_train(train, writer)
+
+
+def test_no_dataset_trains_on_the_test_rows_of_another(tmp_path: Path) -> None:
+    first, second = [document(text_of(80, seed)) for seed in range(5)], [document(text_of(80, 9))]
+    splits = Splits("documents", similarity=0.8)
+    with DatasetWriter(tmp_path / "a", "a", "documents") as a, DatasetWriter(tmp_path / "b", "b", "documents") as b:
+        splits.write_test(first[:2], a)
+        splits.write_test(second, b)
+        splits.write_train([*first[2:], *second], a)
+        splits.write_train([*first[:3], document("other words")], b)
+    assert (a.info.rows, a.info.dropped) == ({"test": 2, "train": 3}, {"in_test": 1})
+    assert (b.info.rows, b.info.dropped) == ({"test": 1, "train": 1}, {"in_test": 2, "exact_duplicate": 1})
+
+
 def test_no_training_document_equals_a_held_out_one(tmp_path: Path) -> None:
     held_out = [text_of(80, seed) for seed in range(20)]
     rows = [document(text) for text in held_out]
     rows += [document(changed(text, 1)) for text in held_out] + [document(text.upper()) for text in held_out]
     rows += [document(text_of(80, seed)) for seed in range(100, 150)]
     with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        split_and_write(lambda: rows, writer, lambda row: row["text"] in held_out, similarity=0.8)
+        write_splits(*split(lambda: rows, lambda row: row["text"] in held_out), writer)
     assert writer.info.rows == {"test": 20, "train": 50}
     assert writer.info.dropped == {"in_test": 40}
     kept = {row["text"] for row in read_rows(tmp_path / "d", "train")}
@@ -144,7 +163,7 @@ def test_duplicates_within_a_split_are_counted_by_reason(tmp_path: Path) -> None
     text = text_of(80, seed=1)
     train = [document(text), document(text), document(changed(text, 1)), document("something else")]
     with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        write_splits([], train, writer, similarity=0.8)
+        write_splits([], train, writer)
     assert writer.info.rows == {"train": 2}
     assert writer.info.dropped == {"exact_duplicate": 1, "near_duplicate": 1}
 
@@ -159,7 +178,7 @@ def test_conversation_asking_a_held_out_question_is_not_trained_on(tmp_path: Pat
         conversation("What is 2 + 3?", "Five"),
     ]
     with DatasetWriter(tmp_path / "c", "c", "conversations") as writer:
-        write_splits(test, train, writer, similarity=0.8)
+        write_splits(test, train, writer)
     assert writer.info.rows == {"test": 1, "train": 2}
     assert writer.info.dropped == {"in_test": 2, "exact_duplicate": 1}
     asked = {question(row) for row in read_rows(tmp_path / "c", "test")}
@@ -174,7 +193,7 @@ def test_conversations_that_differ_in_a_tool_call_alone_are_both_kept(tmp_path: 
         return row
 
     with DatasetWriter(tmp_path / "c", "c", "conversations") as writer:
-        write_splits([], [calling("a"), calling("b"), calling("a")], writer, similarity=0.8)
+        write_splits([], [calling("a"), calling("b"), calling("a")], writer)
     assert writer.info.rows == {"train": 2}
 
 
@@ -182,13 +201,13 @@ def test_conversations_that_differ_in_a_tool_call_alone_are_both_kept(tmp_path: 
 def test_handful_of_rows_still_has_both_splits(tmp_path: Path, chosen: bool) -> None:
     rows = [document(text) for text in ("one", "two", "three")]
     with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        split_and_write(lambda: rows, writer, lambda row: chosen, similarity=0.8)
+        write_splits(*split(lambda: rows, lambda row: chosen), writer)
     assert Counter(writer.info.rows) == {"test": 1, "train": 2}
 
 
 def test_only_row_is_trained_on(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        split_and_write(lambda: [document("one")], writer, lambda row: True, similarity=0.8)
+        write_splits(*split(lambda: [document("one")], lambda row: True), writer)
     assert writer.info.rows == {"train": 1}
 
 
@@ -197,5 +216,5 @@ def test_nothing_left_to_train_on_is_said(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"^d: no row left to train on \(test 1, in_test 1\); add more rows$"),
         DatasetWriter(tmp_path / "d", "d", "documents") as writer,
     ):
-        write_splits([document("one")], [document("One")], writer, similarity=0.8)
+        write_splits([document("one")], [document("One")], writer)
     assert not (tmp_path / "d/dataset.json").exists()

@@ -119,7 +119,10 @@ def test_tokens_and_mask_equal_those_of_transformers(
 
 @pytest.mark.parametrize(
     "value",
-    ["json.dumps", "37*12", "12", "-1.5", "1e9", "true", "null", "nan", "", " x", '"q"', "[1]", "{", "a\nb", 3, 2.5, True, None, [1, "a"], {"k": {"n": 1}}],
+    [
+        *("json.dumps", "37*12", "12", "-1.5", "1e9", "true", "null", "nan", "", " x", '"q"', "[1]", "{", "a\nb"),
+        *(3, 2.5, True, None, [1, "a"], {"k": {"n": 1}}),
+    ],
 )  # fmt: skip
 def test_argument_values_come_back_as_they_were(tokenizer: ChatTokenizer, value: object) -> None:
     arguments = json.dumps({"first": value, "second": "plain"})
