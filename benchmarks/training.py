@@ -228,7 +228,6 @@ def run(rounds: int, clone: Path | None) -> dict[str, Any]:
     """Measure everything; the figures as one document."""
     import torch
 
-    torch.set_flush_denormal(True)
     peers = [ours("adamw"), gpt2(False, clone), gpt2(True, clone), hugging_face_llama(), ours("muon")]
     rates = product_rates(rounds)
     speeds = measure(peers, rounds)
@@ -298,9 +297,9 @@ def main() -> None:
     options = parser.parse_args()
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
-    from components.training.loop import keep_freed_memory
+    from components.training.loop import settle_cpu
 
-    keep_freed_memory()
+    settle_cpu()
     figures = run(options.rounds, options.nanogpt)
     print(json.dumps(figures, indent=2) if options.json else table(figures, options.rounds))
 

@@ -15,7 +15,7 @@ from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints
-from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
+from components.training.loop import Measured, measure_loss, refuse_bad_masks, settle_cpu, train
 from components.training.objectives import causal_lm
 
 TEST_ROWS = 128
@@ -27,6 +27,7 @@ def pretrain(run: StageRun) -> None:
 
     Raises: InputError when there is nothing to learn, or when saving fails.
     """
+    settle_cpu()
     rows = TokenRows(run.paths.tokens / "pretrain", "train")
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)

@@ -11,7 +11,7 @@ from components.config import InputError
 from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
 from components.stage import StageRun
-from components.training.loop import refuse_bad_masks, train
+from components.training.loop import refuse_bad_masks, settle_cpu, train
 from components.training.objectives import causal_lm
 from components.training.pretrain import describe, report
 
@@ -27,6 +27,7 @@ def tune(run: StageRun) -> None:
 
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
+    settle_cpu()
     rows = TokenRows(run.paths.tokens / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
     model = load_decoder(run.paths.base)
