@@ -32,6 +32,7 @@ from flows.server import bury_the_dead, prefect_api, send_logs
 
 Note = Callable[[Mapping[str, str]], None]
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
+_REASONS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,9 @@ def _stage_task(order: Order, state: StageState, report: Report) -> Any:
     def bring_up_to_date() -> Any:
         result = StageResult(state.name, "up to date", 0.0)
         if state.reasons:
-            order.echo(f"{state.name}: {', '.join(state.reasons)}")
+            more = len(state.reasons) - _REASONS_SHOWN
+            said = [*state.reasons[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+            order.echo(f"{state.name}: {', '.join(said)}")
             result = reproduce(state.name, order.root, state.force, _Ear(state.name, order.echo))
         report.stages.append(result)
         order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
