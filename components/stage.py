@@ -40,7 +40,7 @@ ROOMS: Mapping[str, str] = {
 
 ENVIRONMENT: Mapping[str, str] = {
     # OpenMP threads wait for the next product in a short spin: to sleep and be woken between the many small ones of a
-    # step cost a third of the speed, to spin for long takes the core from whoever shares it.
+    # step cost a quarter of the speed and more, to spin for long takes the core from whoever shares it.
     "GOMP_SPINCOUNT": "10000",
     # No tool reports home.
     "DO_NOT_TRACK": "1",

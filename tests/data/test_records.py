@@ -27,7 +27,8 @@ def test_digest_is_that_of_the_whole_file(tmp_path: Path) -> None:
 
 
 def test_character_across_two_blocks_is_no_fault(tmp_path: Path) -> None:
-    inspect(written(tmp_path / "a.txt", b"x" * (records._BLOCK - 1) + "é".encode() + b"\n"))
+    content = b"x" * (records._BLOCK - 1) + "é".encode() + b"\n"
+    assert inspect(written(tmp_path / "a.txt", content)) == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
