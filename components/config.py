@@ -167,6 +167,52 @@ class TuneConfig(TrainConfig):
     """Instruction tuning of the pretrained base into the agent."""
 
 
+class FeedbackConfig(Section):
+    """Taking in what people said."""
+
+    max_items: int = Field(ge=1)
+    """Items that one ingestion takes, into one partition; the rest waits for the next."""
+    max_per_voice: int = Field(ge=1)
+    """Items of one voice (API key, or user) that 24 hours may bring; what is above is quarantined."""
+    improve_after: int = Field(ge=1)
+    """Accepted items that no model learned from at which ingestion asks for an improvement."""
+    keep_days: int | None = Field(ge=1)
+    """Days that a request without feedback stays on record; null: for ever."""
+
+
+class CurateConfig(Section):
+    """From what people said to rows to learn from."""
+
+    held_out_share: float = Field(gt=0, lt=0.9)
+    """Share of prompts with feedback that are never trained on: the gate asks them."""
+    replay: int = Field(ge=0)
+    """Conversations of the model's earlier training told again, so that old skills stay."""
+    min_corrections: int = Field(ge=1)
+    """Corrections from which a skill's wording is people's, not its suite's: the old wording is no longer replayed."""
+
+
+class AlignConfig(TrainConfig):
+    """Learning from people: corrections by instruction tuning, preferences by DPO, lone votes by KTO."""
+
+    beta: float = Field(gt=0)
+    """Strength of the tie to the frozen reference model in DPO and KTO."""
+    preference_weight: float = Field(ge=0)
+    """How many learned tokens one preference counts for in the mean loss."""
+
+
+class JudgeConfig(Section):
+    """The gate between a candidate and the champion."""
+
+    max_questions: int = Field(ge=1)
+    """Held-out questions per suite at most."""
+    false_promotion_rate: float = Field(gt=0, lt=0.5)
+    """Chance that a candidate no better than the champion passes, over all skills together."""
+    max_fall: float = Field(ge=0, lt=1)
+    """Share of a skill's held-out questions that may be lost without more ado."""
+    fall_rate: float = Field(gt=0, lt=0.5)
+    """Error rate of the test that calls a larger fall real."""
+
+
 class EvaluateConfig(Section):
     """What the agent is measured on."""
 
@@ -193,6 +239,8 @@ class ServeConfig(Section):
     """Requests that may wait for a slot before 429."""
     follow_seconds: float = Field(gt=0)
     """Time between looks at the registry alias."""
+    max_correction_characters: int = Field(ge=1)
+    """Longer corrections and comments are answered with 413."""
 
 
 class Params(Section):
@@ -210,6 +258,10 @@ class Params(Section):
     pretrain: PretrainConfig
     tune: TuneConfig
     evaluate: EvaluateConfig
+    feedback: FeedbackConfig
+    curate: CurateConfig
+    align: AlignConfig
+    judge: JudgeConfig
     serve: ServeConfig
 
     @model_validator(mode="after")
@@ -278,6 +330,29 @@ class Paths:
     @property
     def evaluation(self) -> Path:
         return self.root / "data/evaluation"
+
+    @property
+    def feedback(self) -> Path:
+        """What people said, taken in: one immutable Parquet partition per ingestion, and `withdrawn.json`."""
+        return self.root / "data/feedback"
+
+    @property
+    def champion(self) -> Path:
+        """The model that an improvement starts from, fetched from the registry; no out of a stage."""
+        return self.root / "data/models/champion"
+
+    @property
+    def candidate(self) -> Path:
+        return self.root / "data/models/candidate"
+
+    @property
+    def curated(self) -> Path:
+        """Feedback as rows to learn from, and prompts to judge by."""
+        return self.root / "data/curated"
+
+    @property
+    def judged(self) -> Path:
+        return self.root / "data/judged"
 
     @property
     def metrics(self) -> Path:

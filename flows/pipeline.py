@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import dataclass, field
+from functools import partial
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,12 @@ from uuid import UUID
 import yaml
 
 from components.config import InputError, Paths, load_params
-from components.journal import PARENT_RUN
 from components.process import only_one
 from components.stage import PROGRESS
-from components.tracking import Courier, connect, create_run, end_killed_runs
+from flows.flow_run import FlowRun, run_flow
 from flows.release import Release, current_release, release
 from flows.reproduce import StageResult, reproduce
-from flows.server import bury_the_dead, prefect_api, send_logs
 
-Note = Callable[[Mapping[str, str]], None]
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
 _REASONS_SHOWN = 3
 
@@ -154,7 +151,10 @@ def run_pipeline(order: Order) -> Report:
         if not any(state.reasons for state in states) and (released or order.until):
             report = Report([StageResult(state.name, "up to date", 0.0) for state in states], released)
         else:
-            report = _run_as_flow(order, states)
+            report = Report()
+            scale = load_params(order.paths.params).scale
+            body = partial(_bring_and_release, order, states, report)
+            run_flow("pipeline", order.paths.home, order.echo, body, scale=scale, until=order.until, force=order.force)
     report.seconds = time.monotonic() - started
     return report
 
@@ -212,45 +212,26 @@ def _other_python(root: Path) -> str:
     return f"python {sys.version.split()[0]}, collected with {read.split()[0]}"
 
 
-def _run_as_flow(order: Order, states: list[StageState]) -> Report:
-    """One flow run; the server starts while MLflow and Prefect are imported."""
-    report = Report()
-    with prefect_api(order.paths.home) as api, _parent_run(order.paths.home) as note:
-        from prefect import flow
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-
-        @flow(name="pipeline", validate_parameters=False)
-        def pipeline(scale: str, until: str | None, force: bool) -> None:
-            _bring_up_to_date(order, states, report, note)
-            if until is None:
-                report.release = release(order.paths, order.echo, report.flow_run or "")
-
-        with temporary_settings({PREFECT_API_URL: api.wait()}):
-            if api.process is not None:
-                bury_the_dead()
-                order.echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
-            try:
-                pipeline(scale=load_params(order.paths.params).scale, until=order.until, force=order.force)
-            finally:
-                send_logs()
-    return report
+def _bring_and_release(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:
+    bring_up_to_date(order, states, report, run)
+    if order.until is None:
+        report.release = release(order.paths, order.echo, run.id)
 
 
-def _bring_up_to_date(order: Order, states: list[StageState], report: Report, note: Note) -> None:
-    """Inside the flow run: the stages one after another; the first that fails ends it with its own message."""
+def bring_up_to_date(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:
+    """Inside a flow run: the stages one after another; the first that fails ends it with its own message."""
     from prefect.artifacts import create_table_artifact
-    from prefect.runtime import flow_run
 
-    report.flow_run = str(flow_run.id)
-    note({"prefect.flow_run_id": report.flow_run})
+    report.flow_run = run.id
     ended: dict[str, Any] = {}
     try:
         for state in states:
-            run = _stage_task(order, state, report)
-            ended[state.name] = run(return_state=True, wait_for=[ended[name] for name in state.needs])
+            stage = _stage_task(order, state, report)
+            waited = [ended[name] for name in state.needs if name in ended]
+            ended[state.name] = stage(return_state=True, wait_for=waited)
             if not ended[state.name].is_completed():
                 raise ended[state.name].result(raise_on_failure=False)
-            note({f"stage.{state.name}": report.stages[-1].outcome})
+            run.note({f"stage.{state.name}": report.stages[-1].outcome})
     finally:
         rows = [{"stage": row.name, "outcome": row.outcome, "seconds": round(row.seconds, 1)} for row in report.stages]
         create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
@@ -302,27 +283,3 @@ class _Ear:
         from prefect.artifacts import update_progress_artifact
 
         update_progress_artifact(self._artifact, progress=percent, description=facts)
-
-
-@contextmanager
-def _parent_run(home: Path) -> Iterator[Note]:
-    """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
-    courier = Courier(home)
-    client = connect(home)
-    end_killed_runs(client, "pipeline", home)
-    run_id = create_run(client, "pipeline", {"home": str(home)}, None, int(time.time() * 1000))
-    os.environ[PARENT_RUN] = run_id
-    courier.start()
-
-    def note(tags: Mapping[str, str]) -> None:
-        for key, value in tags.items():
-            client.set_tag(run_id, key, value)
-
-    status = "FAILED"
-    try:
-        yield note
-        status = "FINISHED"
-    finally:
-        del os.environ[PARENT_RUN]
-        courier.finish()
-        client.set_terminated(run_id, status)

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -25,6 +25,7 @@ from components.config import Paths, Refused, load_params
 from components.journal import PARENT_RUN
 from components.process import ask_to_die_with_parent
 from components.registry import ModelVersion, Registry, is_empty
+from flows.flow_run import Echo, effect
 from flows.server import free_port, stop
 
 NAME = "agent"
@@ -38,8 +39,6 @@ _IN_A_BENTO = (
     "/dvc.yaml",
     "/requirements.lock",
 )
-Echo = Callable[[str], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,26 +89,17 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Release:
         return current
     registry = Registry(paths.home)
     figures = json.loads((paths.metrics / "evaluate.json").read_text(encoding="utf-8"))
-    version = _effect(register, registry, paths, figures, flow_run)
+    version = effect(register, registry, paths, figures, flow_run)
     echo(f"release: {version} registered, score {figures['score']:.4f}")
-    reason = _effect(gate, registry, version, figures, paths, echo)
+    reason = effect(gate, registry, version, figures, paths, echo)
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
-    tag = _effect(package, paths, str(version))
-    answer = _effect(smoke, paths, tag, QUESTION)
+    tag = effect(package, paths, str(version))
+    answer = effect(smoke, paths, tag, QUESTION)
     registry.tag(version, {"bento": tag, "smoke_question": QUESTION, "smoke_answer": answer})
     if (champion := registry.find(f"{NAME}@champion")) is None or champion.version != version.version:
-        _effect(registry.promote, version)
+        effect(registry.promote, version)
     return _released(registry.resolve(str(version)), "promoted")
-
-
-def _effect(function: Callable[..., T], *values: Any) -> T:
-    """Call `function` as a task of the flow run, under its own name."""
-    from prefect import task
-    from prefect.cache_policies import NO_CACHE
-
-    name = function.__name__
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE)(lambda: function(*values))()
 
 
 def find_digest(registry: Registry, digest: str) -> ModelVersion | None:
