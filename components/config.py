@@ -185,7 +185,11 @@ class CurateConfig(Section):
 
     held_out_share: float = Field(gt=0, lt=0.9)
     """Share of prompts with feedback that are never trained on: the gate asks them."""
-    replay: int = Field(ge=0)
+    feedback_share: float = Field(gt=0, lt=1)
+    """Share of the learned conversations that are people's; the others are told again from earlier training."""
+    noise: float = Field(ge=0, le=1)
+    """Share of a correction's repetitions with random tokens in the names and results that it copies."""
+    replay: int = Field(ge=1)
     """Conversations of the model's earlier training told again, so that old skills stay."""
     min_corrections: int = Field(ge=1)
     """Corrections from which a skill's wording is people's, not its suite's: the old wording is no longer replayed."""
@@ -338,8 +342,13 @@ class Paths:
 
     @property
     def champion(self) -> Path:
-        """The model that an improvement starts from, fetched from the registry; no out of a stage."""
+        """The model that a candidate must beat, fetched from the registry; no out of a stage."""
         return self.root / "data/models/champion"
+
+    @property
+    def start(self) -> Path:
+        """The model that an improvement starts from: the champion, or an earlier one that learned nothing withdrawn."""
+        return self.root / "data/models/start"
 
     @property
     def candidate(self) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,18 @@ IGNORED = -100
 """Label of a position that is not learned."""
 Batch = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """What the training loop draws its batches from."""
+
+    folder: Path
+    seq_len: int
+    vocab_size: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Indices) -> Batch: ...
 
 
 class TokenRows:

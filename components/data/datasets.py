@@ -36,7 +36,7 @@ _TOOL_CALL = pa.struct(
         ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
     ]
 )
-_MESSAGES = pa.list_(
+MESSAGES = pa.list_(
     pa.struct(
         [
             ("role", pa.string()),
@@ -53,10 +53,20 @@ SCHEMAS: dict[Kind, pa.Schema] = {
     "conversations": pa.schema(
         [
             ("id", pa.string()),
-            ("messages", _MESSAGES),
+            ("messages", MESSAGES),
             ("tools", pa.string()),
             # Held-out questions carry the name of their suite, such as "lookup/held_out_modules"; elsewhere null.
             ("suite", pa.string()),
+        ]
+    ),
+    # Both sides of a pair, or the one side of a lone vote: chosen is liked, rejected disliked.
+    "preferences": pa.schema(
+        [
+            ("id", pa.string()),
+            ("prompt", MESSAGES),
+            ("chosen", MESSAGES),
+            ("rejected", MESSAGES),
+            ("tools", pa.string()),
         ]
     ),
 }

@@ -12,7 +12,7 @@ first occurrence) of a span in the copying practice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -76,6 +76,18 @@ def prepare(run: StageRun) -> None:
     run.progress(2, 2, rows=metrics["tune"]["train_rows"])
     write_json(run.paths.metrics / "prepare.json", metrics)
     run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})
+
+
+def id_type(tokenizer: ChatTokenizer) -> str:
+    """The smallest type on disk that holds every id."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def write_rows_file(folder: Path, tokenizer: ChatTokenizer, seq_len: int, writers: Mapping[str, RowWriter]) -> None:
+    """`rows.json`: what a reader needs to know of the splits' arrays."""
+    rows = {split: writer.rows for split, writer in writers.items()}
+    facts = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
+    write_json(folder / "rows.json", {**facts, "rows": rows})
 
 
 def fill_rows(pieces: Iterable[Piece], writer: RowWriter) -> None:
@@ -192,18 +204,12 @@ class _Rows:
     def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str) -> None:
         self._folder = run.paths.tokens / objective
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._objective = objective
-        self._facts = {
-            "seq_len": run.params.prepare.seq_len,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-        }
+        self._objective, self._tokenizer, self._seq_len = objective, tokenizer, run.params.prepare.seq_len
         self._writers: dict[str, RowWriter] = {}
 
     def writer(self, split: str) -> RowWriter:
         if split not in self._writers:
-            seq_len, dtype = int(self._facts["seq_len"]), str(self._facts["dtype"])
-            self._writers[split] = RowWriter(self._folder, split, seq_len, dtype)
+            self._writers[split] = RowWriter(self._folder, split, self._seq_len, id_type(self._tokenizer))
         return self._writers[split]
 
     def close(self, dropped: dict[str, int]) -> dict[str, int]:
@@ -216,10 +222,7 @@ class _Rows:
                 f"params.yaml: {self._objective}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
                 f" ({said or 'it is empty'}); add rows or raise prepare.seq_len"
             )
-        write_json(
-            self._folder / "rows.json",
-            {**self._facts, "rows": {split: writer.rows for split, writer in self._writers.items()}},
-        )
+        write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers)
         counts = {
             f"{split}_{name}": getattr(writer, name)
             for split, writer in self._writers.items()

@@ -135,6 +135,7 @@ class ChatTokenizer:
         self.document_id: int = self._ids["<|document|>"]
         self.value_id: int = self._ids["<|value|>"]
         self.tool_id: int = self._ids["<|tool|>"]
+        self.assistant_id: int = self._ids["<|assistant|>"]
 
     @classmethod
     def load(cls, folder: Path) -> ChatTokenizer:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from components.config import InputError, TrainConfig
-from components.data.batches import IGNORED, Batch, Sampler, TokenRows
+from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows
 from components.models.decoder import Decoder
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints, Saved
@@ -37,12 +37,12 @@ class Measured:
 
     tokens: int = 0
     """Tokens read, padding left out."""
-    targets: int = 0
+    targets: float = 0
     """Tokens learned."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """Step, and the mean loss of the steps since the one before."""
     window_loss: float = 0.0
-    window_targets: int = 0
+    window_targets: float = 0
 
 
 class Training:
@@ -62,7 +62,7 @@ class Training:
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches."""
-        targets = 0
+        targets: float = 0
         for batch in micro_batches:
             loss = self.objective(self.model, batch)
             if loss.targets:
@@ -76,7 +76,7 @@ class Training:
             self._update(targets)
         self.step += 1
 
-    def _update(self, targets: int) -> None:
+    def _update(self, targets: float) -> None:
         config = self.config
         scale_and_clip(self.trained, 1.0 / targets, config.max_grad_norm)
         factor = rate_factor(self.step, config.max_steps, config.warmup_steps, config.decay_share)
@@ -91,7 +91,7 @@ class Training:
         """Mean loss since it was last read; the one place that waits for the device."""
         self._settle()
         measured = self.measured
-        loss = measured.window_loss / max(1, measured.window_targets)
+        loss = measured.window_loss / max(1.0, measured.window_targets)
         measured.window_loss, measured.window_targets = 0.0, 0
         measured.losses.append((self.step, loss))
         return loss
@@ -141,7 +141,7 @@ class Training:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def train(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows, objective: Objective) -> Measured:
+def train(run: StageRun, config: TrainConfig, model: Decoder, rows: Rows, objective: Objective) -> Measured:
     """Train `model` in place for `config.max_steps`, going on from the last checkpoint where there is one."""
     device = best_device()
     dtype = compute_dtype(config.precision, device)
@@ -166,9 +166,7 @@ def train(run: StageRun, config: TrainConfig, model: Decoder, rows: TokenRows, o
     return training.measured
 
 
-def _run_steps(
-    run: StageRun, training: Training, rows: TokenRows, checkpoints: Checkpoints, stopped: list[int]
-) -> None:
+def _run_steps(run: StageRun, training: Training, rows: Rows, checkpoints: Checkpoints, stopped: list[int]) -> None:
     config, measured = training.config, training.measured
     sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
@@ -196,7 +194,7 @@ def _run_steps(
             raise SystemExit(128 + stopped[0])
 
 
-def _micro_batches(rows: TokenRows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
+def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
     order = sampler.step(step, config.global_batch_size).reshape(-1, config.micro_batch_size)
     return [rows.batch(part) for part in order]
 
@@ -228,7 +226,7 @@ def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
 @torch.no_grad()
 def measure_loss(model: Decoder, rows: TokenRows, objective: Objective, batch_size: int, max_rows: int) -> float | None:
     """Mean loss on the first rows of a split; None where it has no targets."""
-    total, targets = 0.0, 0
+    total, targets = 0.0, 0.0
     device = model.embed.weight.device
     count = min(len(rows), max_rows)
     for start in range(0, count, batch_size):

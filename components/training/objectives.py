@@ -25,7 +25,8 @@ class Loss(NamedTuple):
     """Sum of the losses of a batch, and over how many targets."""
 
     total: Tensor
-    targets: int
+    targets: float
+    """A count; a preference may count for several."""
 
 
 Objective = Callable[[Decoder, Batch], Loss]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from components.config import InputError, TrainConfig
-from components.data.batches import TokenRows
+from components.data.batches import Rows, TokenRows
 from components.data.datasets import write_json
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
@@ -35,10 +35,10 @@ def pretrain(run: StageRun) -> None:
     describe(run, model, rows)
     measured = train(run, run.params.pretrain, model, rows, causal_lm)
     save_decoder(model, run.paths.base, run.paths.tokenizer)
-    report(run, run.params.pretrain, model, measured, run.paths.base)
+    report(run, run.params.pretrain, model, measured, run.paths.base, TokenRows(rows.folder, "test"))
 
 
-def describe(run: StageRun, model: Decoder, rows: TokenRows) -> None:
+def describe(run: StageRun, model: Decoder, rows: Rows) -> None:
     """Check that the rows fit the model, and tell the tracker their sizes."""
     if rows.seq_len > model.config.max_seq_len:
         raise InputError(
@@ -47,13 +47,15 @@ def describe(run: StageRun, model: Decoder, rows: TokenRows) -> None:
     run.tracker.params({"parameters": model.num_parameters, "rows": len(rows), "seq_len": rows.seq_len})
 
 
-def report(run: StageRun, config: TrainConfig, model: Decoder, measured: Measured, folder: Path) -> None:
+def report(
+    run: StageRun, config: TrainConfig, model: Decoder, measured: Measured, folder: Path, test: TokenRows | None
+) -> None:
     """Write the stage's metrics and its loss curve; then its checkpoints have served."""
     steps = len(measured.losses)
-    test = TokenRows(run.paths.tokens / run.name, "test")
+    test_loss = measure_loss(model, test, causal_lm, config.micro_batch_size, TEST_ROWS) if test else None
     values: dict[str, float | int | str | None] = {
         "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
-        "test_loss": measure_loss(model, test, causal_lm, config.micro_batch_size, TEST_ROWS),
+        "test_loss": test_loss,
         "steps": config.max_steps,
         "tokens": measured.tokens,
         "targets": measured.targets,

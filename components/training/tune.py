@@ -40,7 +40,7 @@ def tune(run: StageRun) -> None:
     describe(run, model, rows)
     measured = train(run, run.params.tune, model, rows, causal_lm)
     save_decoder(model, run.paths.agent, run.paths.base, _agent_files(run))
-    report(run, run.params.tune, model, measured, run.paths.agent)
+    report(run, run.params.tune, model, measured, run.paths.agent, TokenRows(rows.folder, "test"))
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:

@@ -1,0 +1,261 @@
+"""Stage `curate`: what people said, as rows to learn from and prompts to judge by.
+
+A correction is a demonstration, and a preference over the answer that it corrects; a thumb alone is a vote. Prompts
+are held out, never rows: whatever is said of a held-out prompt is kept from training and asked by the gate. Older
+conversations are told again beside them, so that old skills stay.
+
+    demonstrations/  preferences/    datasets; a row's id is the feedback's, test rows are held out
+    sft/  replay/  preferences-rows/ token rows of the demonstrations, of earlier conversations, of the preferences
+    curated.json                     per skill: corrections, how many are held out, whether they overrule its wording
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components.config import InputError
+from components.data.copying import Piece, with_noise
+from components.data.datasets import DatasetWriter, Row, Split, read_info, read_rows, write_json
+from components.data.preferences import write_preferences
+from components.data.prepare import RowWriter, id_type, pack_rows, write_rows_file
+from components.data.tokenizer import ChatTokenizer
+from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
+from components.stage import StageRun
+
+FEEDBACK = "feedback"
+"""The name in `align.dataset` that means what people said; any other is a dataset that a user added."""
+MAX_TOLD = 40
+"""A demonstration is told so many times at most, however few there are."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One thing to learn from, whoever said it."""
+
+    id: str
+    key: str
+    """Digest of the prompt: lessons of one key are on one side of the split."""
+    skill: str
+    demonstration: Row | None
+    preference: Row | None
+
+
+def curate(run: StageRun) -> None:
+    """Write data/curated from data/feedback, or from the preference sets that `align.dataset` names.
+
+    Raises: InputError when there is nothing to learn from.
+    """
+    lessons = [lesson for name in run.params.align.datasets for lesson in _lessons(run, name)]
+    if not lessons:
+        raise InputError(
+            f'{run.paths.feedback}: nothing to learn from; collect feedback and run "loopwright feedback ingest"'
+        )
+    held_out = hold_out(lessons, run.params.curate.held_out_share, run.params.seed)
+    run.paths.curated.mkdir(parents=True, exist_ok=True)
+    train = [lesson for lesson in lessons if lesson.key not in held_out]
+    test = [lesson for lesson in lessons if lesson.key in held_out]
+    _write_datasets(run.paths.curated, train, test)
+    skills = _skills(train, test, run.params.curate.min_corrections)
+    tokenizer = ChatTokenizer.load(run.paths.start)
+    counts = _write_rows(run, tokenizer, train, {name for name, facts in skills.items() if facts["overruled"]})
+    facts = {"skills": skills, "feedback": sorted(lesson.id for lesson in train), "rows": counts}
+    write_json(run.paths.curated / "curated.json", facts)
+    write_json(run.paths.metrics / "curate.json", {"train": len(train), "held_out": len(test), **counts})
+    run.tracker.metrics({"train": float(len(train)), "held_out": float(len(test))})
+    run.progress(1, 1, train=str(len(train)), held_out=str(len(test)))
+
+
+def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> set[str]:
+    """Keys of the held-out prompts: of each skill, one of every 1/share new prompts in the order they came.
+
+    Which one of them is a fixed pseudo-random choice. So the share is kept also among few, and a prompt never
+    changes sides when more come.
+    """
+    block = max(2, round(1 / share))
+    seen: dict[str, list[str]] = {}
+    for lesson in lessons:
+        keys = seen.setdefault(lesson.skill, [])
+        if not any(lesson.key in others for others in seen.values()):
+            keys.append(lesson.key)
+    chosen: set[str] = set()
+    for skill, keys in seen.items():
+        for start in range(0, len(keys), block):
+            digest = hashlib.blake2b(f"{seed}:{skill}:{start}".encode(), digest_size=8).digest()
+            chosen.update(keys[start + int.from_bytes(digest, "big") % block :][:1])
+    return chosen
+
+
+def _lessons(run: StageRun, name: str) -> Iterator[Lesson]:
+    if name == FEEDBACK:
+        yield from _of_people(run.paths.feedback)
+        return
+    folder = run.paths.added / name
+    info = read_info(folder)
+    if info.kind != "preferences":
+        raise InputError(f"params.yaml: align.dataset: {name!r} holds {info.kind}; align learns from preferences")
+    for row in read_rows(folder, "train"):
+        yield Lesson(str(row["id"]), prompt_key(row["prompt"]), name, None, row)
+
+
+def _of_people(folder: Path) -> Iterator[Lesson]:
+    withdrawn = folder / "withdrawn.json"
+    gone = json.loads(withdrawn.read_text(encoding="utf-8")) if withdrawn.is_file() else {}
+    for item in read_items(folder):
+        if item.feedback_id not in gone:
+            yield lesson_of(item)
+
+
+def lesson_of(item: Item) -> Lesson:
+    """What one vote teaches."""
+    context, tools = answered(item), item.tools
+    said: Row = {"role": "assistant", "content": item.answer}
+    demonstration: Row | None = None
+    preference: Row | None = None
+    if item.correction is not None:
+        better: Row = {"role": "assistant", "content": item.correction}
+        demonstration = {"id": item.feedback_id, "messages": [*context, better], "tools": tools, "suite": None}
+        if item.correction != item.answer:
+            preference = {"prompt": context, "chosen": [better], "rejected": [said]}
+    else:
+        # A lone vote is on all that the model did for it, calls included.
+        did = [*context[len(item.messages) :], said]
+        liked, disliked = (did, None) if item.rating == "up" else (None, did)
+        preference = {"prompt": list(item.messages), "chosen": liked, "rejected": disliked}
+    if preference is not None:
+        preference |= {"id": item.feedback_id, "tools": tools}
+    return Lesson(item.feedback_id, prompt_key(item.messages), item.skill, demonstration, preference)
+
+
+def _write_datasets(folder: Path, train: Sequence[Lesson], test: Sequence[Lesson]) -> None:
+    with (
+        DatasetWriter(folder / "demonstrations", "demonstrations", "conversations") as demonstrations,
+        DatasetWriter(folder / "preferences", "preferences", "preferences") as preferences,
+    ):
+        sides: tuple[tuple[Split, Sequence[Lesson]], ...] = (("train", train), ("test", test))
+        for split, lessons in sides:
+            for lesson in lessons:
+                if lesson.demonstration is not None:
+                    suite = f"feedback/{lesson.skill}" if split == "test" else None
+                    demonstrations.write(split, {**lesson.demonstration, "suite": suite})
+                # A held-out correction is judged by its words; its preference would count the same prompt twice.
+                if lesson.preference is not None and (split == "train" or lesson.demonstration is None):
+                    preferences.write(split, lesson.preference)
+
+
+def _skills(train: Sequence[Lesson], test: Sequence[Lesson], min_corrections: int) -> dict[str, dict[str, Any]]:
+    """Per skill: corrections, how many are held out, votes, and whether its old wording no longer holds."""
+    changes = Counter(
+        lesson.skill for lesson in (*train, *test) if lesson.demonstration is not None and lesson.preference is not None
+    )
+    held_out = Counter(lesson.skill for lesson in test if lesson.demonstration is not None)
+    votes = Counter(lesson.skill for lesson in (*train, *test) if lesson.demonstration is None)
+    return {
+        skill: {
+            "corrections": changes[skill],
+            "held_out": held_out[skill],
+            "votes": votes[skill],
+            "overruled": changes[skill] >= min_corrections,
+        }
+        for skill in sorted({lesson.skill for lesson in (*train, *test)})
+    }
+
+
+def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Lesson], overruled: set[str]) -> Row:
+    """The token rows of everything that is trained on; returns how many there are of each."""
+    seq_len = run.params.prepare.seq_len
+    random = np.random.default_rng(run.params.seed)
+    replay = list(_replay(run, tokenizer, overruled, random))
+    chats = [(row["messages"], row["tools"]) for lesson in train if (row := lesson.demonstration)]
+    demonstrations = [_last_turn(tokenizer, *piece) for piece in tokenizer.encode_chats(chats)]
+    told = list(_told(demonstrations, replay, run, tokenizer, random))
+    too_long = _pack(run, "sft", tokenizer, told, random) + _pack(run, "replay", tokenizer, replay, random)
+    preferences = (lesson.preference for lesson in train if lesson.preference is not None)
+    aligned = write_preferences(run.paths.curated / "preferences-rows", "train", tokenizer, preferences, seq_len)
+    return {
+        "replayed": len(replay),
+        "demonstrations": len(demonstrations),
+        "pairs": aligned["pairs"],
+        "votes": aligned["votes"],
+        "too_long": too_long + aligned["too_long"],
+    }
+
+
+def _pack(
+    run: StageRun, name: str, tokenizer: ChatTokenizer, pieces: Sequence[Piece], random: np.random.Generator
+) -> int:
+    """Pack shuffled pieces into rows; returns how many were too long for one."""
+    folder = run.paths.curated / name
+    folder.mkdir(exist_ok=True)
+    writer = RowWriter(folder, "train", run.params.prepare.seq_len, id_type(tokenizer))
+    too_long = pack_rows((pieces[number] for number in random.permutation(len(pieces))), writer)
+    writer.close()
+    write_rows_file(folder, tokenizer, writer.seq_len, {"train": writer})
+    return too_long
+
+
+def _replay(
+    run: StageRun, tokenizer: ChatTokenizer, overruled: set[str], random: np.random.Generator
+) -> Iterator[Piece]:
+    """Earlier conversations; of a skill whose wording people overruled, the calls alone are learned again."""
+    folders = [run.paths.collected / name for name in run.params.tune.datasets]
+    sizes = [read_info(folder).rows.get("train", 0) for folder in folders]
+    count = min(run.params.curate.replay, sum(sizes))
+    wanted = set(random.choice(sum(sizes), count, replace=False).tolist())
+    rows = [row for number, row in enumerate(_all_rows(folders)) if number in wanted]
+    encoded = tokenizer.encode_chats([(row["messages"], row["tools"]) for row in rows])
+    for row, (ids, mask) in zip(rows, encoded, strict=True):
+        if skill_of(row["messages"]) in overruled:
+            mask = _but_last_turn(tokenizer, ids, mask)
+        yield ids, mask
+        noisy = with_noise(ids, random, tokenizer) if random.random() < run.params.prepare.noise_share else None
+        if noisy:
+            yield noisy, mask
+
+
+def _all_rows(folders: Iterable[Path]) -> Iterator[Row]:
+    for folder in folders:
+        yield from read_rows(folder, "train", ["messages", "tools"])
+
+
+def _told(
+    demonstrations: Sequence[Piece],
+    replay: Sequence[Piece],
+    run: StageRun,
+    tokenizer: ChatTokenizer,
+    random: np.random.Generator,
+) -> Iterator[Piece]:
+    """The demonstrations, as often as gives them their share of the tokens, mostly with noise in what they copy.
+
+    A few dozen corrections of one kind share names that could be learned by heart; random ones can only be copied.
+    """
+    share = run.params.curate.feedback_share
+    tokens = sum(len(ids) for ids, _ in demonstrations)
+    wanted = share / (1 - share) * sum(len(ids) for ids, _ in replay)
+    times = min(MAX_TOLD, max(1, round(wanted / tokens))) if tokens else 0
+    for number in range(times):
+        for ids, mask in demonstrations:
+            noisy = with_noise(ids, random, tokenizer) if number and random.random() < run.params.curate.noise else None
+            yield noisy or ids, mask
+
+
+def _last_turn(tokenizer: ChatTokenizer, ids: list[int], mask: list[int]) -> Piece:
+    """Only the last turn is learned: a correction says what should be answered, not that the calls were right."""
+    start = _last_start(tokenizer, ids)
+    return ids, [learned if place > start else 0 for place, learned in enumerate(mask)]
+
+
+def _but_last_turn(tokenizer: ChatTokenizer, ids: list[int], mask: list[int]) -> list[int]:
+    start = _last_start(tokenizer, ids)
+    return [learned if place <= start else 0 for place, learned in enumerate(mask)]
+
+
+def _last_start(tokenizer: ChatTokenizer, ids: list[int]) -> int:
+    return max(place for place, token in enumerate(ids) if token == tokenizer.assistant_id)

@@ -1,0 +1,107 @@
+"""Feedback as it lies in `data/feedback`: one row per accepted vote, with the answer that it is about."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.data.datasets import MESSAGES, Row
+
+NO_CALL = "conversation"
+"""The skill of an answer that called no tool."""
+
+_COLUMNS: list[tuple[str, Any]] = [
+    ("feedback_id", pa.string()),
+    ("sequence", pa.int64()),
+    ("completion_id", pa.string()),
+    ("created", pa.float64()),
+    ("model", pa.string()),
+    ("messages", MESSAGES),
+    ("tools", pa.string()),
+    ("steps", pa.string()),
+    ("answer", pa.string()),
+    ("rating", pa.string()),
+    ("correction", pa.string()),
+    ("comment", pa.string()),
+    ("voice", pa.string()),
+    ("skill", pa.string()),
+]
+SCHEMA = pa.schema(_COLUMNS)
+"""Columns of a partition."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One accepted vote."""
+
+    feedback_id: str
+    sequence: int
+    completion_id: str
+    created: float
+    """Seconds since the epoch."""
+    model: str
+    """`NAME/VERSION` that answered."""
+    messages: list[Row]
+    tools: str | None
+    """The client's own, JSON."""
+    steps: str
+    """What the agent called and was told, JSON."""
+    answer: str
+    rating: str
+    correction: str | None
+    comment: str | None
+    voice: str
+    skill: str
+
+
+def partitions(folder: Path) -> list[Path]:
+    """The partitions of `data/feedback`, oldest first."""
+    return sorted(folder.glob("items-*.parquet"))
+
+
+def read_items(folder: Path) -> Iterator[Item]:
+    """Every item of every partition, in the order in which people said it."""
+    for partition in partitions(folder):
+        with pq.ParquetFile(partition) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield Item(**row)
+
+
+def answered(item: Item) -> list[Row]:
+    """The conversation up to the answer in words: what was asked, and the calls and results on the way."""
+    messages: list[Row] = list(item.messages)
+    steps: list[Mapping[str, Any]] = json.loads(item.steps or "[]")
+    for number, step in enumerate(steps):
+        if step["type"] == "call":
+            arguments = json.dumps(step["arguments"], ensure_ascii=False)
+            function = {"name": step["name"], "arguments": arguments}
+            call = {"id": f"call_{number}", "type": "function", "function": function}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        else:
+            result = {"role": "tool", "content": step["content"], "tool_call_id": f"call_{number - 1}"}
+            messages.append(result | {"name": step["name"]})
+    return messages
+
+
+def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The first tool that a conversation calls after its last question, else `conversation`."""
+    last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
+    for message in messages[last:]:
+        for call in message.get("tool_calls") or []:
+            return str(call["function"]["name"])
+    return NO_CALL
+
+
+def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Digest of a prompt whose upper case, white space and closing marks do not matter."""
+    said = [(message["role"], " ".join((message.get("content") or "").lower().split())) for message in messages]
+    spelled = json.dumps([(role, text.rstrip(" ?!.")) for role, text in said], ensure_ascii=False)
+    return hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,64 @@
+"""Stage: a model that people have judged into one that learned from it, starting from its own weights.
+
+Corrections are told as demonstrations, with earlier conversations between them; pairs and lone votes pull against the
+frozen model that training starts from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from components.data.batches import TokenRows
+from components.data.preferences import AlignRows, PreferenceRows
+from components.models.checkpoint import load_decoder, save_decoder
+from components.stage import StageRun, digest
+from components.training.loop import best_device, compute_dtype, refuse_bad_masks, settle_cpu, train
+from components.training.preferences import align_objective, reference_log_probs
+from components.training.pretrain import describe, report
+
+ORIGIN = "origin.json"
+"""Beside the model that training starts from: `{"version": "NAME/VERSION"}`."""
+LESSONS = "lessons.json"
+"""Beside the model that came of it: the model before it, and the ids of the feedback that it was trained on."""
+
+
+def align(run: StageRun) -> None:
+    """Train data/models/start on data/curated, save data/models/candidate.
+
+    Raises: InputError when model and rows do not fit, when there is nothing to learn, or when saving fails.
+    """
+    settle_cpu()
+    config, curated = run.params.align, run.paths.curated
+    replay = TokenRows(curated / "replay", "train")
+    refuse_bad_masks(replay, tuning=True)
+    device = best_device()
+    reference = load_decoder(run.paths.start, compute_dtype(config.precision, device), device).eval()
+    reference.requires_grad_(False)
+    preferences = PreferenceRows(curated / "preferences-rows", "train")
+    reference_log_probs(reference, preferences, config.micro_batch_size)
+    rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
+    model = load_decoder(run.paths.start)
+    torch.manual_seed(run.params.seed)
+    describe(run, model, rows)
+    measured = train(run, config, model, rows, align_objective(config, reference))
+    save_decoder(model, run.paths.candidate, run.paths.start, _agent_files(run.paths.start, _lessons(run)))
+    report(run, config, model, measured, run.paths.candidate, None)
+
+
+def _lessons(run: StageRun) -> str:
+    """Where the candidate comes from, as JSON."""
+    curated = json.loads((run.paths.curated / "curated.json").read_text(encoding="utf-8"))
+    origin = json.loads((run.paths.start / ORIGIN).read_text(encoding="utf-8"))
+    lessons = {"parent": origin["version"], "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
+    return json.dumps(lessons, indent=2) + "\n"
+
+
+def _agent_files(start: Path, lessons: str) -> dict[str, Path | str]:
+    """The tools and facts of the model before it."""
+    kept: dict[str, Path | str] = {
+        name: start / name for name in ("agent.json", "knowledge.sqlite") if (start / name).is_file()
+    }
+    return kept | {LESSONS: lessons}
