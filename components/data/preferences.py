@@ -51,9 +51,9 @@ def write_preferences(
     folder.mkdir(parents=True, exist_ok=True)
     writer = RowWriter(folder, split, seq_len, id_type(tokenizer))
     roles: list[Role] = []
-    votes: list[tuple[Role, _Answer]] = []
+    votes: list[tuple[Role, Answer]] = []
     counts = {"pairs": 0, "votes": 0, "too_long": 0}
-    for row, answers in _encoded(tokenizer, rows):
+    for row, answers in encode_preferences(tokenizer, rows):
         if any(len(answer) > seq_len for answer in answers.values()):
             counts["too_long"] += 1
         elif len(answers) == 2:
@@ -77,7 +77,7 @@ def write_preferences(
     return counts
 
 
-class _Answer:
+class Answer:
     """One answer to one prompt: ids, and which of them the model wrote in this answer."""
 
     def __init__(self, prompt: list[int], ids: list[int], mask: list[int]) -> None:
@@ -89,13 +89,13 @@ class _Answer:
     def piece(self) -> Piece:
         return [*self.prompt, *self.ids], [0] * len(self.prompt) + self.mask
 
-    def instead(self, other: _Answer, seq_len: int) -> Piece:
+    def instead(self, other: Answer, seq_len: int) -> Piece:
         """This prompt with another one's answer, as far as it fits."""
-        ids, mask = _Answer(self.prompt, other.ids, other.mask).piece()
+        ids, mask = Answer(self.prompt, other.ids, other.mask).piece()
         return ids[:seq_len], mask[:seq_len]
 
 
-def _encoded(tokenizer: ChatTokenizer, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[Role, _Answer]]]:
+def encode_preferences(tokenizer: ChatTokenizer, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[Role, Answer]]]:
     """Each row with its answers; turns of the prompt are the context of an answer and not learned."""
     upcoming = iter(rows)
     while batch := list(islice(upcoming, BATCH)):
@@ -110,10 +110,10 @@ def _encoded(tokenizer: ChatTokenizer, rows: Iterable[Row]) -> Iterator[tuple[Ro
             ([*row["prompt"], *row["chosen" if role is Role.CHOSEN else "rejected"]], row["tools"])
             for _, role, row in sides
         ]
-        answers: list[dict[Role, _Answer]] = [{} for _ in batch]
+        answers: list[dict[Role, Answer]] = [{} for _ in batch]
         for (number, role, _), (ids, mask) in zip(sides, tokenizer.encode_chats(chats), strict=True):
             start = len(prompts[number][0])
-            answers[number][role] = _Answer(ids[:start], ids[start:], mask[start:])
+            answers[number][role] = Answer(ids[:start], ids[start:], mask[start:])
         yield from zip(batch, answers, strict=True)
 
 

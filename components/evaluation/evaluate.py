@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,7 @@ from components.models.decoder import Decoder
 from components.stage import StageRun
 
 Figures = dict[str, Any]
-COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct")
+COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
 FREE_TEXT_SAMPLES = 64
 
 
@@ -80,18 +80,10 @@ def measure(
     model = load_decoder(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     agent = Agent.load(folder, model.config.max_seq_len)
     documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
-    questions = [question for name in params.tune.datasets for question in _questions(collected / name, config)]
-    chats = [(question.messages, question.tools) for question in questions]
-    total = len(chats)
-    answers = answer_all(
-        model,
-        agent,
-        chats,
-        Sampling(max_new_tokens=config.max_new_tokens, stop_ids=(agent.tokenizer.end_id,)),
-        config.batch_size,
-        lambda done: progress(done, total, answered=done),
-    )
-    table = [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    questions = [
+        question for name in params.tune.datasets for question in read_questions(collected / name, config.max_questions)
+    ]
+    table = answer_questions(model, agent, questions, config, progress)
     suites = _figures(table)
     for name in params.tune.datasets:
         suites.update(_read_conversations(model, agent, collected / name, name, suites, config))
@@ -102,6 +94,25 @@ def measure(
         "documents": documents,
     }
     return Evaluation(figures, {column: [row[column] for row in table] for column in COLUMNS})
+
+
+def answer_questions(
+    model: Decoder,
+    agent: Agent,
+    questions: Sequence[Question],
+    config: EvaluateConfig,
+    progress: Callable[..., None] = lambda *args, **facts: None,
+) -> list[Row]:
+    """One row of `COLUMNS` for each question, in order: what the agent said, and whether that is right."""
+    answers = answer_all(
+        model,
+        agent,
+        [(question.messages, question.tools) for question in questions],
+        Sampling(max_new_tokens=config.max_new_tokens, stop_ids=(agent.tokenizer.end_id,)),
+        config.batch_size,
+        lambda done: progress(done, len(questions), answered=done),
+    )
+    return [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
 def held_out_digest(collected: Path, params: Params) -> str:
@@ -126,12 +137,12 @@ def flat_metrics(figures: Figures) -> dict[str, float]:
     return flat
 
 
-def _questions(folder: Path, config: EvaluateConfig) -> Iterator[Question]:
-    """The held-out questions of a dataset; of conversations without suites, a sample to look at."""
+def read_questions(folder: Path, most: int) -> Iterator[Question]:
+    """The first `most` held-out questions of each suite; of conversations without suites, a sample to look at."""
     counts: dict[str, int] = {}
     for row in read_rows(folder, "test"):
         suite = row["suite"] or folder.name
-        limit = config.max_questions if row["suite"] else min(FREE_TEXT_SAMPLES, config.max_questions)
+        limit = most if row["suite"] else min(FREE_TEXT_SAMPLES, most)
         counts[suite] = counts.get(suite, 0) + 1
         if counts[suite] <= limit:
             yield _question(suite, row)
@@ -210,15 +221,18 @@ def _read_documents(model: Decoder, agent: Agent, folder: Path, config: Evaluate
     return {"bits_per_byte": round(bits, 5), "bytes": size}
 
 
+def read_conversations(agent: Agent, folder: Path, most: int) -> list[Encoded]:
+    """The first held-out conversations without one right answer that fit the context."""
+    rows = (row for row in read_rows(folder, "test") if not row["suite"])
+    encoded = agent.tokenizer.encode_chats([(row["messages"], row["tools"]) for row in islice(rows, most)])
+    return [piece for piece in encoded if len(piece[0]) <= agent.context_len]
+
+
 def _read_conversations(
     model: Decoder, agent: Agent, folder: Path, name: str, suites: dict[str, Figures], config: EvaluateConfig
 ) -> dict[str, Figures]:
     """Free-text conversations have no one right answer: their score is the mean probability per byte, 2 ** -bits."""
-    rows = (row for row in read_rows(folder, "test") if not row["suite"])
-    encoded = agent.tokenizer.encode_chats(
-        [(row["messages"], row["tools"]) for row in islice(rows, config.max_questions)]
-    )
-    pieces = [piece for piece in encoded if len(piece[0]) <= agent.context_len]
+    pieces = read_conversations(agent, folder, config.max_questions)
     if not pieces:
         return {}
     bits, size = bits_per_byte(model, agent.tokenizer, pieces, max(1, config.batch_size // 4))

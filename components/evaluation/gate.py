@@ -1,0 +1,202 @@
+"""The gate between a candidate and the champion: exact paired tests, skill by skill.
+
+Both answer the same held-out questions, so only the questions on which they differ tell anything. A gain is real when
+an exact one-sided test says so at `false_promotion_rate`, corrected for the number of skills that could have gained
+(Holm 1979); a fall is real when it is larger than `max_fall` and an exact test says so at `fall_rate`, corrected in
+the same way: without that, a dozen skills would refuse every second good candidate by chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import binomtest
+
+from components.config import JudgeConfig
+
+Mode = Literal["gain", "replace", "any_gain"]
+"""gain: what people spoke about must get better. replace: the champion must go, nothing may fall.
+any_gain: some skill must get better, whichever."""
+
+EXACT_SIGNS = 14
+"""Pairs up to which all 2^n assignments of signs are counted."""
+RANDOM_SIGNS = 20_000
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The paired scores of one skill: right or wrong (1, 0), or any number of which more is better."""
+
+    skill: str
+    target: bool
+    """What people spoke about; other skills must merely not fall."""
+    champion: Sequence[float]
+    candidate: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the tests say of one skill."""
+
+    skill: str
+    target: bool
+    questions: int
+    champion: float
+    """Mean score."""
+    candidate: float
+    wins: int
+    losses: int
+    p_gain: float
+    """After Holm's correction; 1 where no gain was asked for."""
+    p_fall: float
+    """After Holm's correction."""
+    outcome: str
+    """better, worse or even."""
+
+    @property
+    def difference(self) -> float:
+        return self.candidate - self.champion
+
+    @property
+    def told(self) -> str:
+        return f"{self.skill} from {self.champion:.3f} to {self.candidate:.3f} ({self.wins} won, {self.losses} lost)"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the candidate is promoted, and why."""
+
+    promote: bool
+    reason: str
+    mode: Mode
+    false_promotion_rate: float
+    findings: list[Finding] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") -> Verdict:
+    """Judge a candidate by its paired scores; slices without questions are left out."""
+    asked = [one for one in slices if len(one.champion)]
+    eligible = [one for one in asked if mode == "any_gain" or one.target]
+    gains = dict(zip(map(id, eligible), holm([p_greater(_differences(one)) for one in eligible]), strict=True))
+    falls = holm([p_greater(-_differences(one)) for one in asked])
+    findings = [_find(one, gains.get(id(one), 1.0), fall, config) for one, fall in zip(asked, falls, strict=True)]
+    promote, reason = _conclude(findings, eligible, config, mode)
+    return Verdict(promote, reason, mode, config.false_promotion_rate, findings)
+
+
+def p_greater(differences: Values) -> float:
+    """Chance of differences so far above zero: a sign test where answers are right or wrong, else by flipped signs."""
+    moved = differences[differences != 0]
+    if not len(moved):
+        return 1.0
+    if np.all(np.abs(moved) == 1):
+        return float(binomtest(int((moved > 0).sum()), len(moved), alternative="greater").pvalue)
+    return _p_by_flips(moved)
+
+
+def _p_by_flips(moved: Values) -> float:
+    """Chance of a sum as large when each sign is a coin's: all assignments counted, or many drawn."""
+    observed = moved.sum() - 1e-12 * np.abs(moved).sum()
+    if len(moved) <= EXACT_SIGNS:
+        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        return float((signs @ moved >= observed).mean())
+    random = np.random.default_rng(0)
+    larger = sum(
+        int((random.choice((-1.0, 1.0), (1000, len(moved))) @ moved >= observed).sum())
+        for _ in range(RANDOM_SIGNS // 1000)
+    )
+    return (larger + 1) / (RANDOM_SIGNS + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values, in the order given."""
+    adjusted = [1.0] * len(p_values)
+    highest = 0.0
+    for rank, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[number]))
+        adjusted[number] = highest
+    return adjusted
+
+
+def wins_needed(rate: float) -> int:
+    """Questions won, with none lost, below which no sign test reaches `rate`."""
+    return math.ceil(math.log2(1 / rate))
+
+
+def _differences(one: Slice) -> Values:
+    moved: Values = np.asarray(one.candidate, float) - np.asarray(one.champion, float)
+    return moved
+
+
+def _find(one: Slice, p_gain: float, p_fall: float, config: JudgeConfig) -> Finding:
+    moved = _differences(one)
+    fell = p_fall <= config.fall_rate and (-moved.mean() > config.max_fall or not _is_right_or_wrong(one))
+    outcome = "worse" if fell else "better" if p_gain <= config.false_promotion_rate else "even"
+    return Finding(
+        one.skill,
+        one.target,
+        len(moved),
+        float(np.mean(one.champion)),
+        float(np.mean(one.candidate)),
+        int((moved > 0).sum()),
+        int((moved < 0).sum()),
+        p_gain,
+        p_fall,
+        outcome,
+    )
+
+
+def _is_right_or_wrong(one: Slice) -> bool:
+    return set(one.champion) | set(one.candidate) <= {0, 1}
+
+
+def _conclude(
+    findings: Sequence[Finding], eligible: Sequence[Slice], config: JudgeConfig, mode: Mode
+) -> tuple[bool, str]:
+    worse = sorted((one for one in findings if one.outcome == "worse"), key=lambda one: one.difference)
+    better = [one for one in findings if one.outcome == "better"]
+    if worse:
+        return False, "falls: " + "; ".join(one.told for one in worse)
+    if better:
+        return True, "gains: " + "; ".join(one.told for one in better) + "; nothing falls"
+    if mode == "replace":
+        return True, "the champion learned from what was withdrawn; nothing falls without it"
+    if not eligible:
+        return False, "no held-out feedback to judge by; collect more"
+    needed = wins_needed(config.false_promotion_rate / len(eligible))
+    wanted = [one for one in findings if mode == "any_gain" or one.target]
+    if mode == "gain" and max(one.questions for one in wanted) < needed:
+        most = max(wanted, key=lambda one: one.questions)
+        return False, f"too little held-out feedback: {most.skill} has {most.questions} prompts, a gain needs {needed}"
+    closest = min(wanted, key=lambda one: (one.p_gain, -one.difference))
+    return False, f"no gain is real: closest is {closest.told}, p = {closest.p_gain:.2g}"
+
+
+def report(verdict: Verdict, candidate: str, champion: str) -> str:
+    """The verdict as a page of Markdown."""
+    word = "promoted" if verdict.promote else "refused"
+    lines = [
+        f"# {candidate} against {champion}: {word}",
+        "",
+        f"{verdict.reason[:1].upper()}{verdict.reason[1:]}.",
+        "",
+        f"A candidate no better than its champion passes with a chance of at most {verdict.false_promotion_rate:g}.",
+        "",
+        "| skill | judged | questions | champion | candidate | won | lost | p gain | p fall | outcome |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    lines += [
+        f"| {one.skill} | {'must gain' if one.target else 'must not fall'} | {one.questions} | {one.champion:.4g} "
+        f"| {one.candidate:.4g} | {one.wins} | {one.losses} | {one.p_gain:.2g} | {one.p_fall:.2g} | {one.outcome} |"
+        for one in sorted(verdict.findings, key=lambda one: (not one.target, one.skill))
+    ]
+    return "\n".join(lines) + "\n"

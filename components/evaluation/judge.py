@@ -1,0 +1,212 @@
+"""Stage: candidate and champion answer the same held-out questions, and the gate decides.
+
+Asked are the suites of the datasets, the prompts whose answers people corrected and that were kept from training, and
+how much each model prefers what people preferred. The champion's answers to the suites are measured once, when it is
+registered, and read again here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from components.agent.agent import Agent
+from components.config import Params
+from components.data.datasets import Row, read_rows, write_json
+from components.data.preferences import Role, encode_preferences
+from components.evaluation.evaluate import (
+    COLUMNS,
+    answer_questions,
+    held_out_digest,
+    read_conversations,
+    read_questions,
+)
+from components.evaluation.gate import Mode, Slice, Verdict, decide, report
+from components.evaluation.metrics import masked_bytes, piece_bits
+from components.models.checkpoint import load_decoder
+from components.models.decoder import Decoder
+from components.stage import StageRun
+
+ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
+"""Beside a champion: what it answered to the suites, and the digest of the held-out sets that asked."""
+MODE = "gate.json"
+"""Beside a champion: `{"mode": ...}` where the gate is to ask for something else than a gain."""
+FEEDBACK = "feedback/"
+"""Skills that people spoke about are called so, and then as their tool."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model scored, question by question in one order for all models, by skill."""
+
+    words: dict[str, list[float]]
+    """1 where the answer is exactly right."""
+    calls: dict[str, list[float]]
+    """1 where the tool calls are exactly right."""
+    texts: dict[str, list[float]]
+    """Minus the bits per byte of conversations that have no one right answer."""
+    preferences: dict[str, list[float]]
+    """Log-probability of what people liked over what they did not, in nats."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict with what it was reached from."""
+
+    verdict: Verdict
+    slices: list[Slice]
+    score: float
+    """Mean of the candidate's share of right answers over the skills."""
+
+
+def judge(run: StageRun) -> None:
+    """Write data/judged and data/metrics/judge.json."""
+    paths = run.paths
+    mode_file = paths.champion / MODE
+    mode: Mode = json.loads(mode_file.read_text(encoding="utf-8"))["mode"] if mode_file.is_file() else "gain"
+    judged = judge_folders(
+        paths.candidate, paths.champion, paths.collected, paths.curated, run.params, mode, run.progress
+    )
+    page = report(judged.verdict, "candidate", "champion")
+    paths.judged.mkdir(parents=True, exist_ok=True)
+    (paths.judged / "report.md").write_text(page, encoding="utf-8")
+    pq.write_table(_paired(judged.slices), paths.judged / "paired.parquet")
+    write_json(paths.metrics / "judge.json", {"score": judged.score, **judged.verdict.to_json()})
+    run.tracker.metrics(judged_metrics(judged))
+    run.tracker.artifact(paths.judged / "report.md")
+
+
+def judged_metrics(judged: Judgement) -> dict[str, float]:
+    """The figures under the names that the registry shows."""
+    findings = judged.verdict.findings
+    return {"score": judged.score} | {f"{one.skill}/score": one.candidate for one in findings}
+
+
+def judge_folders(
+    candidate: Path,
+    champion: Path,
+    collected: Path,
+    curated: Path | None,
+    params: Params,
+    mode: Mode,
+    progress: Callable[..., None] = lambda *args, **facts: None,
+) -> Judgement:
+    """Ask two model folders the same questions and decide between them."""
+    theirs = _scores(candidate, collected, curated, params, None, progress)
+    ours = _scores(champion, collected, curated, params, _known_answers(champion, collected, params), progress)
+    overruled = _overruled(curated)
+    slices = list(_slices(ours, theirs, overruled))
+    words = [sum(values) / len(values) for skill, values in theirs.words.items() if values and skill not in overruled]
+    return Judgement(decide(slices, params.judge, mode), slices, sum(words) / max(1, len(words)))
+
+
+def _slices(ours: Scores, theirs: Scores, overruled: set[str]) -> Iterator[Slice]:
+    for skill in ours.words:
+        if skill not in overruled:
+            yield Slice(skill, skill.startswith(FEEDBACK), ours.words[skill], theirs.words[skill])
+        else:  # people want other words of it: its suites guard that the right tool is still asked the right thing
+            yield Slice(f"{skill} (calls)", False, ours.calls[skill], theirs.calls[skill])
+    for skill in ours.texts:
+        yield Slice(skill, False, ours.texts[skill], theirs.texts[skill])
+    for skill in ours.preferences:
+        yield Slice(skill, True, ours.preferences[skill], theirs.preferences[skill])
+
+
+def _overruled(curated: Path | None) -> set[str]:
+    """Skills of which people corrected so many answers that their suites' wording no longer counts."""
+    if curated is None:
+        return set()
+    skills: Mapping[str, Row] = json.loads((curated / "curated.json").read_text(encoding="utf-8"))["skills"]
+    return {skill for skill, facts in skills.items() if facts["overruled"]}
+
+
+def _scores(
+    folder: Path,
+    collected: Path,
+    curated: Path | None,
+    params: Params,
+    known: list[Row] | None,
+    progress: Callable[..., None],
+) -> Scores:
+    torch.manual_seed(params.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_decoder(folder, device=device)
+    agent = Agent.load(folder, model.config.max_seq_len)
+    most = min(params.judge.max_questions, params.evaluate.max_questions)
+    folders = [collected / name for name in params.tune.datasets]
+    questions = [] if known is not None else [one for place in folders for one in read_questions(place, most)]
+    if curated is not None:
+        questions += list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
+    table = (known or []) + answer_questions(model, agent, questions, params.evaluate, progress)
+    words, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for row in table:
+        if "/" in row["suite"]:  # a sample of free text has no right answer
+            skill = row["suite"] if row["suite"].startswith(FEEDBACK) else row["suite"].partition("/")[0]
+            words[skill].append(float(row["correct"]))
+            calls[skill].append(float(row["right_calls"]))
+    size = max(1, params.evaluate.batch_size // 4)
+    texts = {place.name: _text_scores(model, agent, place, most, size) for place in folders}
+    preferred = _preferences(model, agent, curated / "preferences", size) if curated is not None else []
+    return Scores(dict(words), dict(calls), texts, {f"{FEEDBACK}preferences": preferred})
+
+
+def _text_scores(model: Decoder, agent: Agent, folder: Path, most: int, batch_size: int) -> list[float]:
+    pieces = read_conversations(agent, folder, most)
+    bits = piece_bits(model, agent.tokenizer, pieces, batch_size)
+    return [-one / max(1, masked_bytes(agent.tokenizer, piece)) for one, piece in zip(bits, pieces, strict=True)]
+
+
+def _preferences(model: Decoder, agent: Agent, folder: Path, batch_size: int) -> list[float]:
+    """Of each held-out pair the margin of the better answer, of each lone vote its log-probability, signed.
+
+    Not divided by length: DPO and KTO train these very sums.
+    """
+    sides = [
+        (number, 1.0 if role is Role.CHOSEN else -1.0, answer.piece())
+        for number, (_, answers) in enumerate(encode_preferences(agent.tokenizer, read_rows(folder, "test")))
+        if all(len(answer) <= agent.context_len for answer in answers.values())
+        for role, answer in answers.items()
+    ]
+    bits = piece_bits(model, agent.tokenizer, [piece for _, _, piece in sides], batch_size)
+    margins: dict[int, float] = defaultdict(float)
+    for (number, sign, _), needed in zip(sides, bits, strict=True):
+        margins[number] -= sign * needed * math.log(2)
+    return list(margins.values())
+
+
+def _known_answers(folder: Path, collected: Path, params: Params) -> list[Row] | None:
+    """What the model answered to these very suites when it was registered, as far as they are asked here."""
+    about = folder / ANSWERS_OF
+    if not about.is_file() or not (folder / ANSWERS).is_file():
+        return None
+    if json.loads(about.read_text(encoding="utf-8"))["held_out_digest"] != held_out_digest(collected, params):
+        return None
+    table = pq.read_table(folder / ANSWERS)
+    if not set(COLUMNS) <= set(table.column_names):
+        return None
+    seen: dict[str, int] = defaultdict(int)
+    rows = []
+    for row in table.to_pylist():
+        seen[row["suite"]] += 1
+        if "/" in row["suite"] and seen[row["suite"]] <= params.judge.max_questions:
+            rows.append(row)
+    return rows
+
+
+def _paired(slices: list[Slice]) -> pa.Table:
+    rows: list[dict[str, Any]] = [
+        {"skill": one.skill, "target": one.target, "champion": float(ours), "candidate": float(theirs)}
+        for one in slices
+        for ours, theirs in zip(one.champion, one.candidate, strict=True)
+    ]
+    names = ("skill", "target", "champion", "candidate")
+    return pa.table({name: [row[name] for row in rows] for name in names})

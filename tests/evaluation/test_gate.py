@@ -1,0 +1,150 @@
+"""The gate's statistics against scipy's, its rates by simulation, and what it says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, permutation_test
+
+from components.config import JudgeConfig
+from components.evaluation.gate import Slice, decide, holm, p_greater, report, wins_needed
+
+CONFIG = JudgeConfig(max_questions=120, false_promotion_rate=0.01, max_fall=0.01, fall_rate=0.05)
+
+
+def right(*counts: int) -> list[float]:
+    """Ones and zeros in turn: `right(3, 2)` is three right, then two wrong."""
+    return [float(1 - number % 2) for number, count in enumerate(counts) for _ in range(count)]
+
+
+def guard(champion: list[float], candidate: list[float], skill: str = "lookup") -> Slice:
+    return Slice(skill, False, champion, candidate)
+
+
+def target(champion: list[float], candidate: list[float], skill: str = "feedback/bases") -> Slice:
+    return Slice(skill, True, champion, candidate)
+
+
+def test_right_and_wrong_are_compared_by_the_sign_test() -> None:
+    differences = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 30)
+    assert p_greater(differences) == pytest.approx(binomtest(8, 10, alternative="greater").pvalue)
+
+
+def test_numbers_are_compared_by_flipping_signs() -> None:
+    differences = np.array([0.5, 1.25, -0.25, 2.0, 0.75, -0.5, 1.5])
+    theirs = permutation_test(
+        (differences,),
+        np.sum,
+        permutation_type="samples",
+        vectorized=False,
+        alternative="greater",
+        n_resamples=np.inf,
+    )
+    assert p_greater(differences) == pytest.approx(theirs.pvalue)
+
+
+def test_many_numbers_are_compared_by_drawn_signs() -> None:
+    differences = np.random.default_rng(1).normal(0.2, 1, 60)
+    # The normal approximation of the same test.
+    z = differences.sum() / np.sqrt((differences**2).sum())
+    assert p_greater(differences) == pytest.approx(0.5 * (1 - np.tanh(z * 0.7978845608)), abs=0.02)
+    assert p_greater(differences) == p_greater(differences), "the drawn signs are the same each time"
+
+
+def test_equal_answers_prove_nothing() -> None:
+    assert p_greater(np.zeros(40)) == 1.0
+
+
+def test_holm_corrects_step_by_step() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_a_real_gain_without_a_fall_is_promoted() -> None:
+    verdict = decide([target(right(0, 10), right(9, 1)), guard(right(300, 20), right(299, 21))], CONFIG)
+    assert verdict.promote
+    assert verdict.reason.startswith("gains: feedback/bases from 0.000 to 0.900 (9 won, 0 lost)")
+
+
+def test_a_gain_that_costs_another_skill_is_refused() -> None:
+    verdict = decide([target(right(0, 10), right(10)), guard(right(300, 20), right(280, 40))], CONFIG)
+    assert not verdict.promote
+    assert verdict.reason.startswith("falls: lookup from 0.938 to 0.875")
+
+
+def test_what_people_did_not_speak_about_is_no_gain() -> None:
+    verdict = decide([target(right(0, 10), right(0, 10)), guard(right(200, 100), right(300))], CONFIG)
+    assert not verdict.promote
+    assert "no gain is real: closest is feedback/bases" in verdict.reason
+
+
+def test_too_little_feedback_is_told_with_what_is_needed() -> None:
+    verdict = decide([target(right(0, 3), right(3))], CONFIG)
+    assert not verdict.promote
+    assert verdict.reason == "too little held-out feedback: feedback/bases has 3 prompts, a gain needs 7"
+    assert wins_needed(0.01) == 7
+
+
+def test_without_held_out_feedback_nothing_is_promoted() -> None:
+    assert not decide([guard(right(10), right(10))], CONFIG).promote
+
+
+def test_a_champion_that_must_go_is_replaced_by_what_is_no_worse() -> None:
+    slices = [target(right(8, 2), right(8, 2)), guard(right(300, 20), right(300, 20))]
+    assert not decide(slices, CONFIG).promote
+    assert decide(slices, CONFIG, "replace").promote
+    assert not decide([*slices, guard(right(100), right(80, 20), "search")], CONFIG, "replace").promote
+
+
+def test_a_new_run_may_gain_in_any_skill() -> None:
+    slices = [guard(right(280, 40), right(310, 10)), guard(right(100), right(100), "search")]
+    assert decide(slices, CONFIG, "any_gain").promote
+    assert not decide(slices[1:], CONFIG, "any_gain").promote
+
+
+def test_the_report_names_each_skill_and_the_rate() -> None:
+    page = report(
+        decide([target(right(0, 10), right(9, 1)), guard(right(10), right(10))], CONFIG), "agent/2", "agent/1"
+    )
+    assert "# agent/2 against agent/1: promoted" in page
+    assert "| lookup | must not fall | 10 |" in page
+    assert "at most 0.01" in page
+
+
+def noisy_pair(random: np.random.Generator, questions: int, share: float, gain: float = 0.0) -> tuple[list[float], ...]:
+    """Two models of the same strength that disagree by chance; `gain` of the wrong answers become right."""
+    champion, candidate = (random.random(questions) < share for _ in range(2))
+    candidate = candidate | (random.random(questions) < gain)
+    return champion.astype(float).tolist(), candidate.astype(float).tolist()
+
+
+def test_a_candidate_that_is_no_better_passes_no_oftener_than_stated() -> None:
+    random = np.random.default_rng(0)
+    trials = 600
+    promoted = 0
+    for _ in range(trials):
+        slices = [target(*noisy_pair(random, 30, 0.6), skill=f"feedback/{skill}") for skill in "abc"]
+        slices += [guard(*noisy_pair(random, 300, 0.9), skill=skill) for skill in "defgh"]
+        promoted += decide(slices, CONFIG).promote
+    assert binomtest(promoted, trials, CONFIG.false_promotion_rate, alternative="greater").pvalue > 0.001
+
+
+def test_votes_at_random_pass_no_oftener_than_stated() -> None:
+    random = np.random.default_rng(1)
+    trials = 300
+    promoted = sum(
+        decide([target([0.0] * 20, random.normal(0, 3, 20).tolist(), "feedback/preferences")], CONFIG).promote
+        for _ in range(trials)
+    )
+    assert binomtest(promoted, trials, CONFIG.false_promotion_rate, alternative="greater").pvalue > 0.001
+
+
+def test_a_gain_of_nine_in_ten_on_ten_prompts_nearly_always_passes() -> None:
+    random = np.random.default_rng(2)
+    trials = 300
+    promoted = 0
+    for _ in range(trials):
+        corrected = target([0.0] * 10, (random.random(10) < 0.93).astype(float).tolist())
+        guards = [guard(*noisy_pair(random, 300, 0.97), skill=skill) for skill in "defgh"]
+        promoted += decide([corrected, *guards], CONFIG).promote
+    assert promoted / trials > 0.9
