@@ -1,11 +1,17 @@
-"""The model registry: versions of a model, and the aliases champion, challenger and previous."""
+"""The model registry: versions of a model, and the aliases champion, challenger and previous.
+
+The three aliases move together though MLflow sets one a call: a move is first written down whole, as one
+tag of the registered model, and counts from then on. Whoever finds it unfinished finishes it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +19,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from components.config import InputError
+from components.process import only_one
 from components.tracking import connect, create_run, errors, is_missing, log_metrics, save_pyfunc
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+ALIASES = ("champion", "challenger", "previous")
+MOVE = "move"
+"""Tag of a registered model: the last move of its aliases."""
+_MOVE_SECONDS = 60.0
+"""A move waits this long for another one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,44 @@ class ModelVersion:
         return next((self.registry.files(self) / "data").iterdir())
 
 
+@dataclass(frozen=True)
+class _Move:
+    """Where the three aliases were, where they go, and what versions are told on the way."""
+
+    before: dict[str, int | None]
+    after: dict[str, int | None]
+    tags: dict[str, dict[str, str]]
+    """Tags to set, by version."""
+    done: bool = False
+
+    @classmethod
+    def read(cls, text: str | None) -> _Move | None:
+        return cls(**json.loads(text)) if text else None
+
+    def written(self, done: bool) -> str:
+        return json.dumps({"before": self.before, "after": self.after, "tags": self.tags, "done": done})
+
+
+@dataclass(frozen=True)
+class _Aliases:
+    """Where all aliases of a model point in MLflow, and the last move written down."""
+
+    set: dict[str, int]
+    move: _Move | None
+
+    @property
+    def unfinished(self) -> _Move | None:
+        return self.move if self.move and not self.move.done else None
+
+    @property
+    def meant(self) -> dict[str, int]:
+        """Where they point once the move is finished."""
+        if self.unfinished is None:
+            return self.set
+        meant = {**self.set, **self.unfinished.after}
+        return {alias: version for alias, version in meant.items() if version is not None}
+
+
 class Registry:
     """Registered models: versions, and the aliases champion, challenger and previous."""
 
@@ -66,10 +117,8 @@ class Registry:
         if name not in (names := self.names()):
             raise InputError(f"{name}: no such model in the registry; {_one_of(names)}")
         found = self.client.search_model_versions(f"name = '{name}'")
-        # A search leaves the aliases out.
-        aliases = self.client.get_registered_model(name).aliases
-        named = {row.version: [alias for alias, version in aliases.items() if version == row.version] for row in found}
-        return [self._version(row, named[row.version]) for row in sorted(found, key=lambda row: -int(row.version))]
+        aliases = self.aliases(name)
+        return [self._version(row, aliases) for row in sorted(found, key=lambda row: -int(row.version))]
 
     def resolve(self, wanted: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
@@ -86,16 +135,34 @@ class Registry:
     def find(self, wanted: str) -> ModelVersion | None:
         """`resolve`, or None where there is none."""
         name, version, alias = _parse(wanted)
+        aliases = self.aliases(name)
+        version = version or str(aliases.get(alias, ""))
+        if not version:
+            return None
         try:
-            if version:
-                row = self.client.get_model_version(name, version)
-            else:
-                row = self.client.get_model_version_by_alias(name, alias)
+            row = self.client.get_model_version(name, version)
         except errors() as error:
             if not is_missing(error):
                 raise
             return None
-        return self._version(row, row.aliases)
+        return self._version(row, aliases)
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """The version that each alias points at, in one call; none for an unknown name.
+
+        A move that a killed process left half done is seen as done, and finished.
+        """
+        try:
+            aliases = self._aliases(name)
+        except errors() as error:
+            if not is_missing(error):
+                raise
+            return {}
+        if aliases.unfinished:
+            # Held: its mover lives and finishes it.
+            with suppress(InputError), self._moving(name, patience=0.0):
+                pass
+        return aliases.meant
 
     def files(self, version: ModelVersion) -> Path:
         """The MLflow model (pyfunc) of a version, as a local folder."""
@@ -137,42 +204,97 @@ class Registry:
 
     def alias(self, name: str, alias: str, version: ModelVersion | None) -> None:
         """Point an alias at a version, or remove it."""
-        if version is not None:
-            self.client.set_registered_model_alias(name, alias, str(version.version))
-        elif self.find(f"{name}@{alias}"):
-            self.client.delete_registered_model_alias(name, alias)
+        with self._moving(name) as aliases:
+            self._move(name, aliases, {alias: version.version if version else None}, {})
 
     def promote(self, version: ModelVersion) -> None:
         """Make a version the champion; the old champion becomes `previous`."""
-        champion = self.find(f"{version.name}@champion")
-        if champion and champion.version == version.version:
-            raise InputError(f"{version}: is the champion already")
-        if champion:
-            self.alias(version.name, "previous", champion)
-        self.alias(version.name, "champion", version)
-        if "challenger" in version.aliases:
-            self.alias(version.name, "challenger", None)
-        if "rolled_back" in version.tags:
-            self.tag(version, {"rolled_back": "false"})
+        with self._moving(version.name) as aliases:
+            champion = aliases.get("champion")
+            if champion == version.version:
+                raise InputError(f"{version}: is the champion already")
+            self._move(version.name, aliases, _promotion(aliases, version.version), _cleared(version))
 
     def rollback(self, name: str) -> ModelVersion:
         """Give the championship back to `previous`: the same move backwards.
 
         Raises: InputError when there is no previous champion.
         """
-        previous = self.find(f"{name}@previous")
-        if previous is None:
+        if "previous" not in self.aliases(name):
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
-        beaten = self.resolve(f"{name}@champion")
-        self.promote(previous)
-        # Its files may still be what the pipeline made last: a run must not promote them again.
-        self.tag(beaten, {"rolled_back": "true"})
+        previous = self.resolve(f"{name}@previous")
+        with self._moving(name) as aliases:
+            if aliases.get("previous") != previous.version:
+                raise InputError(f"{name}@previous: moved meanwhile; look, and roll back again")
+            # Its files may still be what the pipeline made last: a run must not promote them again.
+            tags = {str(aliases["champion"]): {"rolled_back": "true"}, **_cleared(previous)}
+            self._move(name, aliases, _promotion(aliases, previous.version), tags)
         return self.resolve(f"{name}@champion")
 
-    def _version(self, row: Any, named: Iterable[str]) -> ModelVersion:
+    def withdraw(self, version: ModelVersion, reason: str) -> bool:
+        """Take back the promotion of a version that fails in service: every alias is again where it was before.
+
+        False when there is nothing to go back to, or another process was first; the version is marked all the same.
+        """
+        failed = {"smoke_failed": reason}
+        with self._moving(version.name) as aliases:
+            last = self._aliases(version.name).move
+            if aliases.get("champion") != version.version or "previous" not in aliases:
+                self.tag(version, failed)
+                return False
+            target: dict[str, int | None] = {"champion": aliases["previous"], "previous": None}
+            if last and last.after["champion"] == version.version:
+                target["previous"] = last.before["previous"]
+            if aliases.get("challenger") == version.version:
+                target["challenger"] = None
+            self._move(version.name, aliases, target, {str(version.version): {"rolled_back": "true", **failed}})
+            return True
+
+    def _aliases(self, name: str) -> _Aliases:
+        model = self.client.get_registered_model(name)
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        return _Aliases(aliases, _Move.read(model.tags.get(MOVE)))
+
+    @contextmanager
+    def _moving(self, name: str, patience: float = _MOVE_SECONDS) -> Iterator[dict[str, int]]:
+        """Keep others on this machine from moving, finish what is unfinished, and give the aliases as they are then.
+
+        Raises: InputError when another process moves for longer than `patience`.
+        """
+        with only_one(self.home / "mlflow", "aliases", patience):
+            aliases = self._aliases(name)
+            if aliases.unfinished:
+                self._finish(name, aliases.unfinished, aliases.set)
+            yield aliases.meant
+
+    def _move(
+        self,
+        name: str,
+        aliases: Mapping[str, int],
+        target: Mapping[str, int | None],
+        tags: dict[str, dict[str, str]],
+    ) -> None:
+        """Write the move down, then make it."""
+        before = {alias: aliases.get(alias) for alias in {**dict.fromkeys(ALIASES), **target}}
+        move = _Move(before, {**before, **target}, tags)
+        self.client.set_registered_model_tag(name, MOVE, move.written(done=False))
+        self._finish(name, move, aliases)
+
+    def _finish(self, name: str, move: _Move, aliases: Mapping[str, int]) -> None:
+        for version, tags in move.tags.items():
+            for key, value in tags.items():
+                self.client.set_model_version_tag(name, version, key, value)
+        for alias, target in move.after.items():
+            if target is not None and aliases.get(alias) != target:
+                self.client.set_registered_model_alias(name, alias, str(target))
+            elif target is None and alias in aliases:
+                self.client.delete_registered_model_alias(name, alias)
+        self.client.set_registered_model_tag(name, MOVE, move.written(done=True))
+
+    def _version(self, row: Any, named: Mapping[str, int]) -> ModelVersion:
         metrics = self.client.get_run(row.run_id).data.metrics
-        aliases = tuple(sorted(named))
+        aliases = tuple(sorted(alias for alias, version in named.items() if version == int(row.version)))
         created = row.creation_timestamp / 1000
         return ModelVersion(
             row.name, int(row.version), row.run_id, row.source, aliases, dict(row.tags), dict(metrics), created, self
@@ -196,6 +318,23 @@ def _parse(wanted: str) -> tuple[str, str, str]:
         return name, "", alias
     name, slash, version = name.partition("/")
     return (name, version, "") if slash else (name, "", "champion")
+
+
+def _promotion(aliases: Mapping[str, int], version: int) -> dict[str, int | None]:
+    """The move that makes a version champion."""
+    target: dict[str, int | None] = {"champion": version}
+    if "champion" in aliases:
+        target["previous"] = aliases["champion"]
+    if aliases.get("challenger") == version:
+        target["challenger"] = None
+    return target
+
+
+def _cleared(version: ModelVersion) -> dict[str, dict[str, str]]:
+    """What stands against a version no longer does once it is made champion."""
+    stale = {"rolled_back": "false", "smoke_failed": ""}
+    tags = {key: value for key, value in stale.items() if key in version.tags}
+    return {str(version.version): tags} if tags else {}
 
 
 def _one_of(names: list[str]) -> str:
