@@ -65,7 +65,7 @@ def show(
 
 @app.command()
 def add(
-    kind: Annotated[str, typer.Argument(help="documents or conversations.")],
+    kind: Annotated[str, typer.Argument(help="documents, conversations or preferences.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in data/README.md.")],
     name: Annotated[str, typer.Option(help="What the dataset shall be called.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
@@ -94,7 +94,7 @@ def add(
         return
     dropped = f" ({_counted(info.dropped)} dropped)" if info.dropped else ""
     print(f"{name}: {_counted(info.rows)} rows of kind {kind}{dropped}; valid")
-    print(f"train on it: loopwright run --set {_SECTIONS[info.kind]}.dataset={name}")
+    print(f"train on it: {_TRAIN_ON[info.kind].format(name)}")
 
 
 @app.command()
@@ -128,8 +128,12 @@ def validate(
         raise typer.Exit(3)
 
 
-_SECTIONS = {"documents": "pretrain", "conversations": "tune"}
-"""The stage that learns from each kind."""
+_TRAIN_ON = {
+    "documents": "loopwright run --set pretrain.dataset={}",
+    "conversations": "loopwright run --set tune.dataset={}",
+    "preferences": 'set align.dataset to {} in params.yaml, then run "loopwright improve --force"',
+}
+"""How the stage that learns from each kind is told to."""
 
 
 def _names(paths: Paths) -> list[str]:
@@ -237,9 +241,11 @@ def _counted(counts: Mapping[str, int]) -> str:
 def _lines(row: Mapping[str, Any]) -> Iterator[str]:
     """A row as a person reads it: one line per column, one per turn of a conversation."""
     for name, value in row.items():
-        if name != "messages":
+        if not isinstance(value, list):
             yield f"{name:<8} {_cut(value)}"
             continue
+        if name != "messages":
+            yield f"{name}:"
         for message in value:
             yield f"{message['role']:<10} {_cut(message['content'])}".rstrip()
             for call in message.get("tool_calls") or []:

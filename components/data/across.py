@@ -19,8 +19,9 @@ _ALL = "all shards"
 _CONTENT = {
     "documents": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
     "conversations": "[m.content for m in messages if m.role in ('system', 'user')]::VARCHAR",
+    "preferences": "[m.content for m in prompt if m.role in ('system', 'user')]::VARCHAR",
 }
-"""What may not stand in both splits: a document's text, what a conversation asks."""
+"""What may not stand in both splits: a document's text, what a conversation or a rated prompt asks."""
 
 
 def across_shards(files: list[Path], info: DatasetInfo) -> list[Check]:

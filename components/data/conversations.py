@@ -7,7 +7,7 @@ Alpaca `instruction`/`input`/`output`. What cannot be read is said with the plac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.config import InputError
@@ -43,20 +43,28 @@ def read_conversation(place: str, values: Mapping[str, Any]) -> tuple[list[Messa
     if isinstance(values.get("label"), bool) or values.get("rejected") is not None:
         rating = '"chosen" and "rejected"' if "rejected" in values else 'the boolean "label"'
         raise InputError(f"{place}: found {rating}: rated answers are of kind preferences, not conversations")
-    turns = _turns(place, values)
-    reader = _Reader(place)
-    for number, turn in enumerate(turns, 1):
-        reader.push(number, turn)
-    messages = reader.messages
+    messages = read_messages(place, turns_of(place, values))
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{place}: no assistant turn among {len(messages)}; there is nothing to learn from")
-    return messages, _tools(place, values.get("tools") or values.get("functions"))
+    return messages, read_tools(place, values.get("tools") or values.get("functions"))
 
 
-def _turns(place: str, values: Mapping[str, Any]) -> list[Any]:
+def read_messages(place: str, turns: Sequence[Any], before: Sequence[Any] = ()) -> list[Message]:
+    """Messages of the turns; `before` are those that they follow, whose tool calls they may answer."""
+    reader = _Reader(place)
+    for number, turn in enumerate(before, 1):
+        reader.push(number, turn)
+    known = len(reader.messages)
+    for number, turn in enumerate(turns, 1):
+        reader.push(number, turn)
+    return reader.messages[known:]
+
+
+def turns_of(place: str, values: Mapping[str, Any]) -> list[Any]:
+    """The turns of one record as they were written."""
     if values.get("messages") is not None or values.get("conversations") is not None:
         name = "messages" if values.get("messages") is not None else "conversations"
-        turns = _parsed(place, name, values[name])
+        turns = parsed(place, name, values[name])
         if not isinstance(turns, list):
             raise InputError(f"{place}: {name}: expected a list of turns, found {type(turns).__name__}")
         system = values.get("system")
@@ -141,7 +149,7 @@ class _Reader:
 
 def _called(place: str, value: Any) -> list[Any]:
     """The calls of a ShareGPT function_call turn: one, or a list of them."""
-    calls = _parsed(place, "function_call", value)
+    calls = parsed(place, "function_call", value)
     return [{"function": call} for call in (calls if isinstance(calls, list) else [calls])]
 
 
@@ -153,7 +161,7 @@ def _call(place: str, call: Any, number: int) -> Message:
         raise InputError(f"{place}: tool call without a function name: {str(call)[:60]!r}; expected name and arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = _parsed(place, f"arguments of {name}", arguments or "{}")
+        arguments = parsed(place, f"arguments of {name}", arguments or "{}")
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise InputError(f"{place}: arguments of {name}: expected a JSON object, found {str(arguments)[:40]!r}")
@@ -165,9 +173,9 @@ def _call(place: str, call: Any, number: int) -> Message:
     }
 
 
-def _tools(place: str, value: Any) -> str | None:
+def read_tools(place: str, value: Any) -> str | None:
     """OpenAI's list of tools as a JSON string, from it or from a bare list of functions."""
-    tools = _parsed(place, "tools", value or [])
+    tools = parsed(place, "tools", value or [])
     if not isinstance(tools, list):
         raise InputError(f"{place}: tools: expected a list, found {type(tools).__name__}")
     wrapped = []
@@ -197,7 +205,7 @@ def _text(place: str, name: str, content: Any) -> str:
     return "".join(texts)
 
 
-def _parsed(place: str, name: str, value: Any) -> Any:
+def parsed(place: str, name: str, value: Any) -> Any:
     """A value that may have been written as a JSON string."""
     if not isinstance(value, str):
         return value

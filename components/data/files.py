@@ -21,6 +21,7 @@ from components.data.conversations import read_conversation
 from components.data.datasets import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.data.duplicates import hash_text
 from components.data.findings import Findings, refusal
+from components.data.ratings import read_preference
 from components.data.records import Record
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -155,6 +156,11 @@ def _conversation(record: Record, file: str, columns: Columns) -> Row:
     return {**row, "id": _own_id(record.values, "conversations") or _content_id(row)}
 
 
+def _preference(record: Record, file: str, columns: Columns) -> Row:
+    row = read_preference(record.place, record.values)
+    return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
+
+
 def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
     """The id of a row that comes in our own schema."""
     own = set(values) == set(SCHEMAS[kind].names) and values["id"] is not None
@@ -165,6 +171,9 @@ def _content_id(row: Row) -> str | None:
     """The same for the same content, so that a row keeps its split when its file grows; None without content."""
     if "messages" in row:
         return row_id(json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
+    if "prompt" in row:
+        told = (json.dumps(row[name], ensure_ascii=False) for name in ("prompt", "chosen", "rejected"))
+        return row_id(*told, row["tools"] or "")
     return row_id(row["text"]) if row["text"] else None
 
 
@@ -205,6 +214,7 @@ def _document_formats(files: Sequence[Path]) -> Mapping[str, Reader]:
 _KINDS: Mapping[Kind, _Kind] = {
     "documents": _Kind(_document_formats, _document, frozenset({"text"})),
     "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, frozenset()),
+    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, frozenset()),
 }
 
 

@@ -1,4 +1,4 @@
-"""What can be checked of a conversation, as one flat row: the columns that its expectations name.
+"""What can be checked of a conversation or a rated answer, as one flat row: the columns that its expectations name.
 
 A column that tells of a fault is null where there is none, and else says which turn and why.
 """
@@ -6,10 +6,10 @@ A column that tells of a fault is null where there is none, and else says which 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from components.data.datasets import Row
+from components.data.datasets import Kind, Row
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -34,6 +34,53 @@ def conversation_traits(row: Row) -> Row:
         ),
         "characters": sum(len(message.get("content") or "") for message in messages) + len(messages),
     }
+
+
+_FAULTS = (
+    "empty_answers",
+    "unanswered_calls",
+    "uncalled_results",
+    "unreadable_calls",
+    "unreadable_tools",
+    "unknown_roles",
+)
+
+
+def preference_traits(row: Row) -> Row:
+    """One flat row of a pair or a lone vote; a fault says on which side it stands."""
+    prompt = row["prompt"] or []
+    asked = conversation_traits({"id": row["id"], "messages": prompt, "tools": None})
+    sides = {side: row[side] for side in ("chosen", "rejected") if row[side]}
+    whole = {
+        side: conversation_traits({"id": row["id"], "messages": [*prompt, *messages], "tools": row["tools"]})
+        for side, messages in sides.items()
+    }
+    faults = {
+        fault: next((f"{side}: {traits[fault]}" for side, traits in whole.items() if traits[fault] is not None), None)
+        for fault in _FAULTS
+    }
+    ends = (
+        f"{side}: {messages[0]['role']} to {messages[-1]['role']}"
+        for side, messages in sides.items()
+        if {messages[0]["role"], messages[-1]["role"]} != {"assistant"}
+    )
+    return {
+        "id": row["id"],
+        "prompt_roles": asked["roles"],
+        "question": asked["question"],
+        "answers": " ".join(sides),
+        "equal_answers": "chosen and rejected" if len(sides) == 2 and row["chosen"] == row["rejected"] else None,
+        "foreign_answers": next(ends, None),
+        **faults,
+        "characters": max((traits["characters"] for traits in whole.values()), default=0),
+    }
+
+
+TRAITS: Mapping[Kind, Callable[[Row], Row]] = {
+    "conversations": conversation_traits,
+    "preferences": preference_traits,
+}
+"""How a row of messages becomes flat; other kinds are flat as they are."""
 
 
 def _empty_answers(messages: Sequence[Row]) -> str | None:

@@ -20,7 +20,7 @@ from components.config import InputError, Refused
 from components.data.across import across_shards
 from components.data.datasets import SCHEMAS, Kind, read_info, shards, write_json
 from components.data.findings import Check, Example, Findings, refusal, shown
-from components.data.traits import conversation_traits
+from components.data.traits import TRAITS
 from components.data.validation_pages import offline, write_docs_index, write_page
 from components.stage import StageRun
 
@@ -257,8 +257,8 @@ def _frames(shard: Path, kind: Kind) -> Iterator[tuple[int, pd.DataFrame]]:
         batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * file.metadata.num_rows // max(size, 1)))
         offset = 0
         for batch in file.iter_batches(batch_size=batch_rows, columns=SCHEMAS[kind].names):
-            if kind == "conversations":
-                yield offset, pd.DataFrame([conversation_traits(row) for row in batch.to_pylist()])
+            if kind in TRAITS:
+                yield offset, pd.DataFrame([TRAITS[kind](row) for row in batch.to_pylist()])
             else:
                 yield offset, batch.to_pandas()
             offset += batch.num_rows

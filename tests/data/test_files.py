@@ -190,13 +190,13 @@ def test_second_file_that_does_not_fit_discards_the_first(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("kind", "columns", "message"),
     [
-        ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations"),
+        ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations, preferences"),
         (
-            "preferences",
+            "text_pairs",
             Columns(),
-            r"preferences: this version holds documents, conversations; datasets of kind preferences",
+            r"text_pairs: this version holds documents, conversations, preferences; datasets of kind text_pairs",
         ),
-        ("images", Columns(), r"images: this version holds documents, conversations"),
+        ("images", Columns(), r"images: this version holds documents, conversations, preferences"),
         (
             "conversations",
             Columns(text="t"),
