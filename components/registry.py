@@ -117,7 +117,7 @@ class Registry:
         if name not in (names := self.names()):
             raise InputError(f"{name}: no such model in the registry; {_one_of(names)}")
         found = self.client.search_model_versions(f"name = '{name}'")
-        aliases = self.aliases(name)
+        aliases = self._seen(name)
         return [self._version(row, aliases) for row in sorted(found, key=lambda row: -int(row.version))]
 
     def resolve(self, wanted: str) -> ModelVersion:
@@ -135,8 +135,8 @@ class Registry:
     def find(self, wanted: str) -> ModelVersion | None:
         """`resolve`, or None where there is none."""
         name, version, alias = _parse(wanted)
-        aliases = self.aliases(name)
-        version = version or str(aliases.get(alias, ""))
+        aliases = self._seen(name)
+        version = version or str(aliases.meant.get(alias, ""))
         if not version:
             return None
         try:
@@ -152,17 +152,20 @@ class Registry:
 
         A move that a killed process left half done is seen as done, and finished.
         """
+        return self._seen(name).meant
+
+    def _seen(self, name: str) -> _Aliases:
         try:
             aliases = self._aliases(name)
         except errors() as error:
             if not is_missing(error):
                 raise
-            return {}
+            return _Aliases({}, None)
         if aliases.unfinished:
             # Held: its mover lives and finishes it.
             with suppress(InputError), self._moving(name, patience=0.0):
                 pass
-        return aliases.meant
+        return aliases
 
     def files(self, version: ModelVersion) -> Path:
         """The MLflow model (pyfunc) of a version, as a local folder."""
@@ -244,7 +247,7 @@ class Registry:
                 self.tag(version, failed)
                 return False
             target: dict[str, int | None] = {"champion": aliases["previous"], "previous": None}
-            if last and last.after["champion"] == version.version:
+            if last and last.before["champion"] != last.after["champion"] == version.version:
                 target["previous"] = last.before["previous"]
             if aliases.get("challenger") == version.version:
                 target["challenger"] = None
@@ -292,12 +295,13 @@ class Registry:
                 self.client.delete_registered_model_alias(name, alias)
         self.client.set_registered_model_tag(name, MOVE, move.written(done=True))
 
-    def _version(self, row: Any, named: Mapping[str, int]) -> ModelVersion:
+    def _version(self, row: Any, seen: _Aliases) -> ModelVersion:
         metrics = self.client.get_run(row.run_id).data.metrics
-        aliases = tuple(sorted(alias for alias, version in named.items() if version == int(row.version)))
+        aliases = tuple(sorted(alias for alias, version in seen.meant.items() if version == int(row.version)))
+        tags = dict(row.tags) | (seen.unfinished.tags.get(str(row.version), {}) if seen.unfinished else {})
         created = row.creation_timestamp / 1000
         return ModelVersion(
-            row.name, int(row.version), row.run_id, row.source, aliases, dict(row.tags), dict(metrics), created, self
+            row.name, int(row.version), row.run_id, row.source, aliases, tags, dict(metrics), created, self
         )
 
 

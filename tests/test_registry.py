@@ -72,12 +72,14 @@ def test_kill_between_any_two_calls_leaves_a_whole_move(registry: Registry, regi
 def test_a_move_in_progress_is_seen_whole(registry: Registry, registered: Register) -> None:
     first, second = registered(0.5), registered(0.6)
     registry.promote(first)
+    registry.tag(second, {"rolled_back": "true"})
     with pytest.raises(Killed):
-        mortal(registry, 2).promote(second)
+        mortal(registry, 1).promote(registry.resolve("agent/2"))
     with only_one(registry.home / "mlflow", "aliases"):  # its mover lives: nobody else finishes it
         named = [str(registry.resolve(f"agent@{alias}")) for alias in ("champion", "previous")]
         assert named == ["agent/2", "agent/1"]
-        assert direct(registry) == {"champion": 2}
+        assert registry.resolve("agent@champion").tags["rolled_back"] == "false", "told with the move"
+        assert direct(registry) == {"champion": 1}
     registry.aliases("agent")
     assert direct(registry) == {"champion": 2, "previous": 1}
 
@@ -98,6 +100,15 @@ def test_withdrawal_restores_every_alias_and_happens_once(registry: Registry, re
     assert (tags["smoke_failed"], tags["rolled_back"]) == ("says nothing", "true")
     registry.promote(registry.resolve("agent/3"))
     assert registry.resolve("agent/3").tags["smoke_failed"] == "", "a person's word counts more"
+
+
+def test_withdrawal_behind_another_move_leaves_no_version_two_aliases(registry: Registry, registered: Register) -> None:
+    first, second, third = registered(0.4), registered(0.5), registered(0.6)
+    registry.promote(first)
+    registry.promote(second)
+    registry.alias("agent", "challenger", third)
+    assert registry.withdraw(second, "says nothing")
+    assert registry.aliases("agent") == {"champion": 1, "challenger": 3}
 
 
 def test_sole_champion_that_fails_stays(registry: Registry, registered: Register) -> None:
