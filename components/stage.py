@@ -35,6 +35,9 @@ ROOMS: Mapping[str, str] = {
     "pretrain": "components.training",
     "tune": "components.training",
     "evaluate": "components.evaluation",
+    "curate": "components.feedback",
+    "align": "components.training",
+    "judge": "components.evaluation",
 }
 """The room of each stage; its module and its function have the stage's name."""
 

@@ -238,6 +238,21 @@ def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, 
         client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
 
 
+def attach(client: MlflowClient, run_id: str, given: Path | str, text: str | None = None) -> None:
+    """Keep a file with a run, or a text under a name."""
+    if text is None:
+        client.log_artifact(run_id, str(given))
+    else:
+        client.log_text(run_id, text, str(given))
+
+
+def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path | None:
+    """Fetch a file that was kept with a run into a folder; None where there is none."""
+    if not any(found.path == name for found in client.list_artifacts(run_id)):
+        return None
+    return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
 def _name(key: str) -> str:
     """MLflow allows letters, digits and _-. :/ in names."""
     return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)

@@ -29,6 +29,8 @@ from flows.release import Release, current_release, release
 from flows.reproduce import StageResult, reproduce
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
+LOOP = ("curate", "align", "judge")
+"""Stages that flows/improve.py brings up to date; what a run makes ends before them."""
 _REASONS_SHOWN = 3
 
 
@@ -91,8 +93,8 @@ def configure(root: Path) -> None:
         local["remote"].setdefault("local", {})["url"] = url
 
 
-def look(root: Path, force: bool = False, until: str | None = None) -> list[StageState]:
-    """The stages in the order they run, each with the reasons why it is out of date.
+def look(root: Path, force: bool = False, until: str | None = None, loop: bool = False) -> list[StageState]:
+    """The stages in the order they run, each with the reasons why it is out of date; those of `LOOP` where asked.
 
     Raises: InputError when dvc.yaml cannot be read, or `until` is none of its stages.
     """
@@ -104,8 +106,9 @@ def look(root: Path, force: bool = False, until: str | None = None) -> list[Stag
     try:
         # DVC names stages and files as seen from the current folder.
         with chdir(root), Repo() as repo:
-            needs = _needs(repo, root)
-            changed = repo.status()
+            every = _needs(repo, root)
+            needs = {name: every[name] for name in every if (name in LOOP) == loop}
+            changed = repo.status(list(needs)) if needs else {}
     except DvcException as error:
         raise InputError(f"dvc.yaml: {' '.join(str(error).split())}") from error
     other_python = _other_python(root)
@@ -114,7 +117,7 @@ def look(root: Path, force: bool = False, until: str | None = None) -> list[Stag
         reasons = ["--force"] if force else list(_reasons(changed.get(name, [])))
         if name == "collect" and other_python:
             reasons.append(other_python)
-        reasons += [f"after {needed}" for needed in needs[name] if states[needed].reasons]
+        reasons += [f"after {needed}" for needed in needs[name] if needed in states and states[needed].reasons]
         again = force or (name == "collect" and bool(other_python))
         states[name] = StageState(name, tuple(needs[name]), tuple(reasons), again)
     return list(states.values())

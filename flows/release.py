@@ -1,44 +1,30 @@
 """From a trained model folder to a champion that serves: register, gate, package, try, promote.
 
-A model takes the alias only after its Bento has answered over HTTP; one that is not better
-than the champion on the same held-out sets stays a challenger.
+A model takes the alias only after its Bento has answered over HTTP; one that is not really better than the champion
+on the same held-out questions stays a challenger.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from components.config import Paths, Refused, load_params
 from components.journal import PARENT_RUN
-from components.process import ask_to_die_with_parent
 from components.registry import ModelVersion, Registry, is_empty
+from components.tracking import attach, attached
+from flows.bento import has_bento, package, smoke
 from flows.flow_run import Echo, effect
-from flows.server import free_port, stop
 
 NAME = "agent"
 QUESTION = "What does json.dumps do?"
-_SECONDS_TO_SERVE = 180.0
-_IN_A_BENTO = (
-    "/components/",
-    "/serving/",
-    "/loopwright/__init__.py",
-    "/params.yaml",
-    "/dvc.yaml",
-    "/requirements.lock",
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,7 @@ def current_release(paths: Paths) -> Release | None:
 
     Raises: Refused when the gate has said no to these very models and the champion is still the same.
     """
-    digest = _locked(paths).get(_agent_path(paths))
+    digest = locked(paths).get(_agent_path(paths))
     if digest is None or is_empty(paths.home):
         return None
     registry = Registry(paths.home)
@@ -71,9 +57,11 @@ def current_release(paths: Paths) -> Release | None:
     if champion is None or version is None:
         return None
     if version.version == champion.version:
-        return _released(champion, "up to date") if _has_bento(paths.home, champion.tags.get("bento", "")) else None
+        return _released(champion, "up to date") if has_bento(paths.home, champion.tags.get("bento", "")) else None
     if version.tags.get("rolled_back") == "true":
         return _released(champion, f"{version} was rolled back, {champion} stays")
+    if str(version) in ancestors(registry, champion):
+        return _released(champion, f"{champion} learned from people since {version}")
     if version.tags.get("gate") == "refused" and version.tags.get("gate_against") == str(champion):
         raise Refused(version.tags["gate_reason"])
     return None
@@ -82,16 +70,25 @@ def current_release(paths: Paths) -> Release | None:
 def release(paths: Paths, echo: Echo, flow_run: str) -> Release:
     """Release the model folder that `tune` made, each effect a task of the flow run.
 
-    Raises: Refused when the champion is at least as good.
+    Raises: Refused when no skill got really better, or one really fell.
     """
     current = current_release(paths)
     if current:
         return current
+    from components.evaluation.evaluate import flat_metrics
+
     registry = Registry(paths.home)
     figures = json.loads((paths.metrics / "evaluate.json").read_text(encoding="utf-8"))
-    version = effect(register, registry, paths, figures, flow_run)
+    tags = {"held_out_digest": figures["held_out_digest"]}
+    version = effect(register, registry, paths, paths.agent, flat_metrics(figures), tags, flow_run)
     echo(f"release: {version} registered, score {figures['score']:.4f}")
-    reason = effect(gate, registry, version, figures, paths, echo)
+    effect(keep_answers, registry, version, paths.evaluation)
+    reason = effect(gate, registry, version, paths, echo)
+    return publish(registry, version, reason, paths, echo)
+
+
+def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths, echo: Echo) -> Release:
+    """What follows on a gate that has passed: package, ask the Bento over HTTP, promote."""
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
     tag = effect(package, paths, str(version))
@@ -109,136 +106,104 @@ def find_digest(registry: Registry, digest: str) -> ModelVersion | None:
     return next((row for row in registry.versions(NAME) if row.tags.get("model_digest") == digest), None)
 
 
-def register(registry: Registry, paths: Paths, figures: Mapping[str, Any], flow_run: str) -> ModelVersion:
-    """Store the model folder with everything it came from; an interrupted release goes on with what it stored."""
-    from components.evaluation.evaluate import flat_metrics
+def ancestors(registry: Registry, version: ModelVersion) -> list[str]:
+    """The versions that a version was trained from, `NAME/VERSION`, nearest first."""
+    from components.feedback.lineage import ancestry
 
-    locked = _locked(paths)
-    known = find_digest(registry, locked[_agent_path(paths)])
+    return [str(one) for one in ancestry(registry, version)[1:]]
+
+
+def register(
+    registry: Registry,
+    paths: Paths,
+    folder: Path,
+    metrics: Mapping[str, float],
+    about: Mapping[str, str],
+    flow_run: str,
+) -> ModelVersion:
+    """Store a model folder with everything it came from; an interrupted release goes on with what it stored."""
+    hashes = locked(paths)
+    digest = hashes[folder.relative_to(paths.root).as_posix()]
+    known = find_digest(registry, digest)
     if known:
         return known
     tags = {
-        "model_digest": locked[_agent_path(paths)],
-        "held_out_digest": figures["held_out_digest"],
+        "model_digest": digest,
         "prefect_flow_run": flow_run,
         "python": sys.version.split()[0],
         "params": load_params(paths.params).model_dump_json(by_alias=True),
         "validation": _compact(paths.metrics / "validate.json"),
         **_git(paths.root),
-        **{f"dvc.{path}": digest for path, digest in locked.items()},
+        **{f"dvc.{path}": one for path, one in hashes.items()},
+        **about,
     }
-    return registry.register(paths.agent, NAME, flat_metrics(dict(figures)), tags, os.environ.get(PARENT_RUN))
+    return registry.register(folder, NAME, metrics, tags, os.environ.get(PARENT_RUN))
 
 
-def gate(registry: Registry, version: ModelVersion, figures: Mapping[str, Any], paths: Paths, echo: Echo) -> str:
+def keep_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
+    """Keep what a model answered to the suites beside it, so that its challengers need not ask it again."""
+    from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
+
+    for name in (ANSWERS, ANSWERS_OF):
+        if (folder / name).is_file():
+            attach(registry.client, version.run_id, folder / name)
+
+
+def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
+    """Put what `keep_answers` kept into a folder; nothing where nothing was kept."""
+    from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
+
+    for name in (ANSWERS, ANSWERS_OF):
+        attached(registry.client, version.run_id, name, folder)
+
+
+def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> str:
     """Why this version may become champion.
 
-    Raises: Refused when the champion answers the same held-out sets at least as well.
+    Raises: Refused when no skill got really better, or one really fell.
     """
     champion = registry.find(f"{NAME}@champion")
     if champion is None:
         return "there was no champion"
     if champion.version == version.version:
         return "it is the champion already"
-    theirs = score_of(champion, figures["held_out_digest"], paths, echo)
-    compared = f"score {figures['score']:.4f} against {theirs:.4f} of the champion {champion} on the same held-out sets"
-    if figures["score"] > theirs:
-        return compared
-    reason = f'{version}: refused: {compared}; overrule with "loopwright registry promote {NAME} {version.version}"'
-    registry.tag(version, {"gate": "refused", "gate_reason": reason, "gate_against": str(champion)})
-    registry.alias(NAME, "challenger", version)
-    raise Refused(reason)
+    from components.evaluation.gate import report
+    from components.evaluation.judge import Model, judge_folders
+
+    echo(f"release: the champion {champion} answers the same questions")
+    kept = paths.home / "answers" / str(champion.version)
+    kept.mkdir(parents=True, exist_ok=True)
+    fetch_answers(registry, champion, kept)
+    judged = judge_folders(
+        Model(version.folder, paths.evaluation),
+        Model(champion.folder, kept),
+        paths.collected,
+        paths.curated if (paths.curated / "curated.json").is_file() else None,
+        load_params(paths.params),
+        "any_gain",
+    )
+    page = report(judged.verdict, str(version), str(champion))
+    return conclude(registry, version, champion, judged.verdict.promote, judged.verdict.reason, page)
 
 
-def package(paths: Paths, wanted: str) -> str:
-    """Build the Bento of a registered version, weights included, and return its tag; an older build is replaced."""
-    os.environ.update(_bento_environment(paths.home))
-    import bentoml
+def conclude(
+    registry: Registry, version: ModelVersion, champion: ModelVersion, promote: bool, reason: str, page: str
+) -> str:
+    """Put the verdict where people look: the registry, MLflow, Prefect.
 
-    version = Registry(paths.home).resolve(wanted)
-    tag = f"{version.name}:v{version.version}"
-    for store in (bentoml.bentos, bentoml.models):
-        if any(str(kept.tag) == tag for kept in store.list()):
-            store.delete(tag)
-    facts = {"name": version.name, "version": version.version, "run_id": version.run_id}
-    with bentoml.models.create(tag, metadata={**facts, "tags": version.tags, "metrics": version.metrics}) as weights:
-        shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
-    # BentoML takes paths relative to the current folder only.
-    with chdir(paths.root):
-        bento = bentoml.build(
-            "serving.service:endpoint",
-            name=version.name,
-            version=f"v{version.version}",
-            labels={"model": str(version), "run_id": version.run_id},
-            include=list(_IN_A_BENTO),
-            python={"requirements_txt": "requirements.lock", "lock_packages": False},
-            models=[tag],
-            args={"weights": tag},
-        )
-    return str(bento.tag)
-
-
-def smoke(paths: Paths, tag: str, question: str) -> str:
-    """Serve a built Bento on a free port, ask it one question over HTTP, and return the answer.
-
-    Raises: RuntimeError with the server's log when it does not answer.
+    Raises: Refused when it is no.
     """
-    import httpx
+    from prefect.artifacts import create_markdown_artifact
 
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    log = paths.home / "logs" / "smoke.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # A state folder of its own: this question is no customer's.
-    with tempfile.TemporaryDirectory() as scratch, log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **_bento_environment(paths.home), "LOOPWRIGHT_HOME": scratch, "LOOPWRIGHT_API_KEYS": ""},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=ask_to_die_with_parent,
-        )
-        try:
-            _wait_until_ready(f"{address}/readyz", process, log)
-            asked = {"messages": [{"role": "user", "content": question}]}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=120).raise_for_status().json()
-        finally:
-            stop(process)
-    return str(reply["choices"][0]["message"]["content"])
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    import httpx
-
-    deadline = time.monotonic() + _SECONDS_TO_SERVE
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"the served Bento was not ready; {log} ends:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-def _bento_environment(home: Path) -> dict[str, str]:
-    (home / "bento").mkdir(parents=True, exist_ok=True)
-    return {"BENTOML_HOME": str(home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
-
-
-def _has_bento(home: Path, tag: str) -> bool:
-    name, _, version = tag.partition(":")
-    return bool(version) and (home / "bento" / "bentos" / name / version / "bento.yaml").exists()
-
-
-def score_of(champion: ModelVersion, held_out_digest: str, paths: Paths, echo: Echo) -> float:
-    """The champion's score on the candidate's held-out sets: known, or measured now."""
-    if champion.tags.get("held_out_digest") == held_out_digest:
-        return champion.metrics["score"]
-    from components.evaluation.evaluate import measure
-
-    echo(f"release: measuring the champion {champion} on the new held-out sets")
-    return float(measure(champion.folder, paths.collected, load_params(paths.params)).figures["score"])
+    create_markdown_artifact(page, key="gate", description=f"{version} against {champion}")
+    attach(registry.client, version.run_id, "gate.md", page)
+    if promote:
+        return f"against {champion}: {reason}"
+    overrule = f'overrule with "loopwright registry promote {NAME} {version.version}"'
+    told = f"{version}: refused against the champion {champion}: {reason}; {overrule}"
+    registry.tag(version, {"gate": "refused", "gate_reason": told, "gate_against": str(champion)})
+    registry.alias(NAME, "challenger", version)
+    raise Refused(told)
 
 
 def _released(champion: ModelVersion, outcome: str) -> Release:
@@ -251,7 +216,7 @@ def _agent_path(paths: Paths) -> str:
     return paths.agent.relative_to(paths.root).as_posix()
 
 
-def _locked(paths: Paths) -> dict[str, str]:
+def locked(paths: Paths) -> dict[str, str]:
     """DVC's hash of every dependency and output of every stage."""
     lock = paths.root / "dvc.lock"
     stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
@@ -263,8 +228,8 @@ def _git(root: Path) -> dict[str, str]:
     """The commit that ran, and whether files differed from it."""
     try:
         commit = _ask_git(root, "rev-parse", "HEAD")
-        # The run itself writes dvc.lock.
-        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock")
+        # Runs themselves write dvc.lock, and ingestion the version of the feedback.
+        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!data/feedback.dvc")
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "none"}

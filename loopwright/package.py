@@ -17,7 +17,7 @@ def package(
     as_json: Json = False,
 ) -> None:
     """Build the Bento of a registered model, weights included, and print its tag."""
-    from flows.release import package as build
+    from flows.bento import package as build
 
     paths = Paths(find_root())
     tag = build(paths, model)

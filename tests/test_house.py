@@ -26,13 +26,16 @@ ALLOWED = {
     DATA: {CONFIG, STAGE, DATA, REFERENCE},
     "components/training": {CONFIG, STAGE, MODELS, DATA, "components/training"},
     GENERATION: {CONFIG, MODELS, DATA, GENERATION},
-    "components/feedback": {CONFIG, DATA, "components/feedback", "components/registry.py"},
+    "components/feedback": {CONFIG, STAGE, DATA, "components/feedback", "components/registry.py"},
     "components/agent": {CONFIG, MODELS, DATA, REFERENCE, GENERATION, "components/agent"},
     "components": {"components"},
     "serving": {"components", "serving"},
     "flows": {"components", "flows"},
     "loopwright": {"components", "serving", "flows", "loopwright"},
 }
+
+# What effects of the loop put there for its stages: taken in from people, fetched from the registry.
+BROUGHT = {"data/feedback", "data/models/champion", "data/models/start"}
 
 DOORS = {
     "prefect": ("flows/",),
@@ -42,7 +45,8 @@ DOORS = {
     "sklearn": ("components/evaluation/", "components/data/"),
     "dvc": ("flows/",),
     # tracking.py catches what MLflow lets through from its database.
-    "sqlalchemy": ("components/feedback/store.py", "components/tracking.py"),
+    "sqlalchemy": ("components/feedback/", "components/tracking.py"),
+    "alembic": ("components/feedback/",),
 }
 
 
@@ -121,7 +125,7 @@ def test_every_dependency_of_the_pipeline_exists_or_is_an_out() -> None:
     outs = {out for stage in PIPELINE.values() for out in stage["outs"]}
     for stage in PIPELINE.values():
         for dependency in stage["deps"]:
-            assert (ROOT / dependency).exists() or within(dependency, outs), dependency
+            assert (ROOT / dependency).exists() or within(dependency, outs | BROUGHT), dependency
 
 
 def test_stages_declare_each_module_of_the_house_that_they_import() -> None:

@@ -31,6 +31,8 @@ from components.stage import StageRun
 
 Figures = dict[str, Any]
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
+ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
+"""What a model answered to the suites, and which held-out sets asked, up to how many questions of each suite."""
 FREE_TEXT_SAMPLES = 64
 
 
@@ -51,8 +53,8 @@ class Evaluation:
 
     figures: Figures
     """`score`, `held_out_digest`, `suites`, `documents`: the content of the metrics file."""
-    answers: dict[str, list[Any]]
-    """Columns `COLUMNS`, one entry per question."""
+    table: list[Row]
+    """One row of `COLUMNS` per question."""
 
 
 def evaluate(run: StageRun) -> None:
@@ -61,10 +63,11 @@ def evaluate(run: StageRun) -> None:
     figures = {**evaluation.figures, "seed": run.params.seed, "scale": run.params.scale}
     write_json(run.paths.metrics / "evaluate.json", figures)
     _write_plot(run.paths.metrics / "evaluate_suites.csv", figures["suites"])
-    run.paths.evaluation.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(evaluation.answers), run.paths.evaluation / "answers.parquet")
+    write_answers(
+        run.paths.evaluation, evaluation.table, run.paths.collected, run.params, run.params.evaluate.max_questions
+    )
     run.tracker.metrics(flat_metrics(figures))
-    run.tracker.table("evaluation_answers.json", evaluation.answers)
+    run.tracker.table("evaluation_answers.json", _columns(evaluation.table))
     run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
 
 
@@ -93,7 +96,7 @@ def measure(
         "suites": suites,
         "documents": documents,
     }
-    return Evaluation(figures, {column: [row[column] for row in table] for column in COLUMNS})
+    return Evaluation(figures, table)
 
 
 def answer_questions(
@@ -113,6 +116,17 @@ def answer_questions(
         lambda done: progress(done, len(questions), answered=done),
     )
     return [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def write_answers(folder: Path, table: list[Row], collected: Path, params: Params, most: int) -> None:
+    """Write `ANSWERS` and `ANSWERS_OF`: up to `most` questions of each suite were asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(_columns(table)), folder / ANSWERS)
+    write_json(folder / ANSWERS_OF, {"held_out_digest": held_out_digest(collected, params), "questions": most})
+
+
+def _columns(table: list[Row]) -> dict[str, list[Any]]:
+    return {column: [row[column] for row in table] for column in COLUMNS}
 
 
 def held_out_digest(collected: Path, params: Params) -> str:

@@ -24,11 +24,13 @@ from components.config import Params
 from components.data.datasets import Row, read_rows, write_json
 from components.data.preferences import Role, encode_preferences
 from components.evaluation.evaluate import (
-    COLUMNS,
+    ANSWERS,
+    ANSWERS_OF,
     answer_questions,
     held_out_digest,
     read_conversations,
     read_questions,
+    write_answers,
 )
 from components.evaluation.gate import Mode, Slice, Verdict, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
@@ -36,8 +38,6 @@ from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.stage import StageRun
 
-ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
-"""Beside a champion: what it answered to the suites, and the digest of the held-out sets that asked."""
 MODE = "gate.json"
 """Beside a champion: `{"mode": ...}` where the gate is to ask for something else than a gain."""
 FEEDBACK = "feedback/"
@@ -59,6 +59,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model folder, and where its answers to the suites lie, if they were kept."""
+
+    folder: Path
+    answers: Path | None = None
+
+
+@dataclass(frozen=True)
 class Judgement:
     """The verdict with what it was reached from."""
 
@@ -66,6 +74,8 @@ class Judgement:
     slices: list[Slice]
     score: float
     """Mean of the candidate's share of right answers over the skills."""
+    answers: list[Row]
+    """What the candidate answered to the suites."""
 
 
 def judge(run: StageRun) -> None:
@@ -73,13 +83,13 @@ def judge(run: StageRun) -> None:
     paths = run.paths
     mode_file = paths.champion / MODE
     mode: Mode = json.loads(mode_file.read_text(encoding="utf-8"))["mode"] if mode_file.is_file() else "gain"
-    judged = judge_folders(
-        paths.candidate, paths.champion, paths.collected, paths.curated, run.params, mode, run.progress
-    )
+    candidate, champion = Model(paths.candidate), Model(paths.champion, paths.champion)
+    judged = judge_folders(candidate, champion, paths.collected, paths.curated, run.params, mode, run.progress)
     page = report(judged.verdict, "candidate", "champion")
     paths.judged.mkdir(parents=True, exist_ok=True)
     (paths.judged / "report.md").write_text(page, encoding="utf-8")
     pq.write_table(_paired(judged.slices), paths.judged / "paired.parquet")
+    write_answers(paths.judged, judged.answers, paths.collected, run.params, run.params.judge.max_questions)
     write_json(paths.metrics / "judge.json", {"score": judged.score, **judged.verdict.to_json()})
     run.tracker.metrics(judged_metrics(judged))
     run.tracker.artifact(paths.judged / "report.md")
@@ -92,21 +102,31 @@ def judged_metrics(judged: Judgement) -> dict[str, float]:
 
 
 def judge_folders(
-    candidate: Path,
-    champion: Path,
+    candidate: Model,
+    champion: Model,
     collected: Path,
     curated: Path | None,
     params: Params,
     mode: Mode,
     progress: Callable[..., None] = lambda *args, **facts: None,
 ) -> Judgement:
-    """Ask two model folders the same questions and decide between them."""
-    theirs = _scores(candidate, collected, curated, params, None, progress)
-    ours = _scores(champion, collected, curated, params, _known_answers(champion, collected, params), progress)
+    """Ask two models the same questions and decide between them."""
+    theirs, answers = _scores(candidate, collected, curated, params, progress)
+    ours, _ = _scores(champion, collected, curated, params, progress)
     overruled = _overruled(curated)
     slices = list(_slices(ours, theirs, overruled))
+    if mode == "any_gain":
+        slices.append(_overall(slices))
     words = [sum(values) / len(values) for skill, values in theirs.words.items() if values and skill not in overruled]
-    return Judgement(decide(slices, params.judge, mode), slices, sum(words) / max(1, len(words)))
+    verdict = decide(slices, params.judge, mode)
+    return Judgement(verdict, slices, sum(words) / max(1, len(words)), answers)
+
+
+def _overall(slices: list[Slice]) -> Slice:
+    """All right and wrong answers as one: many small gains are one that can be told from chance."""
+    words = [one for one in slices if set(one.champion) | set(one.candidate) <= {0.0, 1.0}]
+    ours = [value for one in words for value in one.champion]
+    return Slice("overall", False, ours, [value for one in words for value in one.candidate])
 
 
 def _slices(ours: Scores, theirs: Scores, overruled: set[str]) -> Iterator[Slice]:
@@ -130,23 +150,23 @@ def _overruled(curated: Path | None) -> set[str]:
 
 
 def _scores(
-    folder: Path,
-    collected: Path,
-    curated: Path | None,
-    params: Params,
-    known: list[Row] | None,
-    progress: Callable[..., None],
-) -> Scores:
+    asked: Model, collected: Path, curated: Path | None, params: Params, progress: Callable[..., None]
+) -> tuple[Scores, list[Row]]:
+    """The scores, and the answers to the suites that they came from."""
     torch.manual_seed(params.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_decoder(folder, device=device)
-    agent = Agent.load(folder, model.config.max_seq_len)
-    most = min(params.judge.max_questions, params.evaluate.max_questions)
+    model = load_decoder(asked.folder, device=device)
+    agent = Agent.load(asked.folder, model.config.max_seq_len)
+    most = _most(params)
     folders = [collected / name for name in params.tune.datasets]
-    questions = [] if known is not None else [one for place in folders for one in read_questions(place, most)]
+    answers = _known_answers(asked.answers, collected, params) if asked.answers else None
+    if answers is None:
+        questions = [one for place in folders for one in read_questions(place, most)]
+        answers = answer_questions(model, agent, questions, params.evaluate, progress)
+    table = list(answers)
     if curated is not None:
-        questions += list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
-    table = (known or []) + answer_questions(model, agent, questions, params.evaluate, progress)
+        corrected = list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
+        table += answer_questions(model, agent, corrected, params.evaluate)
     words, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for row in table:
         if "/" in row["suite"]:  # a sample of free text has no right answer
@@ -156,7 +176,11 @@ def _scores(
     size = max(1, params.evaluate.batch_size // 4)
     texts = {place.name: _text_scores(model, agent, place, most, size) for place in folders}
     preferred = _preferences(model, agent, curated / "preferences", size) if curated is not None else []
-    return Scores(dict(words), dict(calls), texts, {f"{FEEDBACK}preferences": preferred})
+    return Scores(dict(words), dict(calls), texts, {f"{FEEDBACK}preferences": preferred}), answers
+
+
+def _most(params: Params) -> int:
+    return min(params.judge.max_questions, params.evaluate.max_questions)
 
 
 def _text_scores(model: Decoder, agent: Agent, folder: Path, most: int, batch_size: int) -> list[float]:
@@ -188,16 +212,14 @@ def _known_answers(folder: Path, collected: Path, params: Params) -> list[Row] |
     about = folder / ANSWERS_OF
     if not about.is_file() or not (folder / ANSWERS).is_file():
         return None
-    if json.loads(about.read_text(encoding="utf-8"))["held_out_digest"] != held_out_digest(collected, params):
-        return None
-    table = pq.read_table(folder / ANSWERS)
-    if not set(COLUMNS) <= set(table.column_names):
+    facts = json.loads(about.read_text(encoding="utf-8"))
+    if facts["held_out_digest"] != held_out_digest(collected, params) or facts["questions"] < _most(params):
         return None
     seen: dict[str, int] = defaultdict(int)
     rows = []
-    for row in table.to_pylist():
+    for row in pq.read_table(folder / ANSWERS).to_pylist():
         seen[row["suite"]] += 1
-        if "/" in row["suite"] and seen[row["suite"]] <= params.judge.max_questions:
+        if seen[row["suite"]] <= _most(params):
             rows.append(row)
     return rows
 

@@ -7,80 +7,24 @@ processes may use one database; a later vote replaces an earlier one and both st
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    Engine,
-    Float,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    func,
-    select,
-)
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy import Column, Connection, Table, func, select
+from sqlalchemy.exc import IntegrityError
 
 from components.config import InputError
+from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, shown
+from components.feedback.ledger import Ledger
+from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
+
+__all__ = ["Answered", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url"]
 
 Rating = Literal["up", "down"]
-
-BUSY_SECONDS = 30
-"""How long a write waits for another process's write."""
-
-_METADATA = MetaData()
-
-REQUESTS = Table(
-    "requests",
-    _METADATA,
-    Column("id", String(64), primary_key=True),
-    Column("created", Float, nullable=False, index=True),
-    Column("model", String(256), nullable=False),
-    Column("body", JSON, nullable=False),
-)
-ANSWERS = Table(
-    "answers",
-    _METADATA,
-    Column("request_id", ForeignKey("requests.id"), primary_key=True),
-    Column("created", Float, nullable=False),
-    Column("content", Text, nullable=False),
-    Column("steps", JSON, nullable=False),
-    Column("tool_calls", JSON, nullable=False),
-    Column("finish_reason", String(32), nullable=False),
-    Column("prompt_tokens", Integer, nullable=False),
-    Column("completion_tokens", Integer, nullable=False),
-    Column("seconds", Float, nullable=False),
-)
-FEEDBACK = Table(
-    "feedback",
-    _METADATA,
-    # Grows in the order of the commits, so that a reader can go on from the last number it saw.
-    Column("sequence", Integer, primary_key=True, autoincrement=True),
-    Column("id", String(64), nullable=False, unique=True),
-    Column("completion_id", ForeignKey("requests.id"), nullable=False, index=True),
-    Column("created", Float, nullable=False),
-    Column("rating", String(8), nullable=False),
-    Column("correction", Text),
-    Column("comment", Text),
-    Column("idempotency_key", String(256), unique=True),
-    Column("replaced_by", String(64)),
-    sqlite_autoincrement=True,
-)
 
 
 class UnknownCompletion(InputError):
@@ -101,36 +45,19 @@ class Answered:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-def database_url(home: Path) -> str:
-    """Address of the database: `LOOPWRIGHT_DATABASE_URL`, else SQLite in the state folder."""
-    return os.environ.get("LOOPWRIGHT_DATABASE_URL") or f"sqlite:///{home / 'feedback.db'}"
+class Store(Ledger):
+    """Requests, answers and feedback in one database, with what became of the feedback.
 
-
-class Store:
-    """Requests, answers and feedback in one database."""
-
-    def __init__(self, url: str) -> None:
-        """Open the database and create what it lacks.
-
-        Raises: InputError when the address cannot be used.
-        """
-        self._engine = _open(url)
-        try:
-            with self._write() as connection:
-                _METADATA.create_all(connection)
-        except OperationalError as error:
-            raise InputError(f"{_shown(url)}: cannot be opened: {error.orig}; check LOOPWRIGHT_DATABASE_URL") from error
+    Each method raises StoreUnavailable when the database is locked for too long, or gone.
+    """
 
     @classmethod
-    def of(cls, home: Path) -> Store:
+    def of(cls, home: Path, busy_seconds: float = BUSY_SECONDS) -> Store:
         """The store that belongs to a state folder."""
         url = database_url(home)
         if url.startswith("sqlite"):
             home.mkdir(parents=True, exist_ok=True)
-        return cls(url)
-
-    def close(self) -> None:
-        self._engine.dispose()
+        return cls(url, busy_seconds)
 
     def add_request(self, completion_id: str, model: str, body: Mapping[str, Any]) -> None:
         """Record what is about to be answered, and by which `NAME/VERSION`."""
@@ -153,12 +80,14 @@ class Store:
         correction: str | None = None,
         comment: str | None = None,
         idempotency_key: str | None = None,
+        voice: str = "",
     ) -> str:
-        """Record one vote and return its id; the same key returns the id of the first call with it.
+        """Record one vote of a `voice` and return its id; the same key returns the id of the first call with it.
 
         Raises: UnknownCompletion; InputError when the key was used for another completion.
         """
         vote = {"rating": rating, "correction": correction, "comment": comment, "idempotency_key": idempotency_key}
+        vote["voice"] = voice
         try:
             return self._vote(completion_id, vote)
         except IntegrityError:
@@ -198,7 +127,7 @@ class Store:
         with self._read() as connection:
             request = _one(connection, REQUESTS, REQUESTS.c.id, completion_id)
             if request is None:
-                raise UnknownCompletion(f"{completion_id}: no such completion in {_shown(str(self._engine.url))}")
+                raise UnknownCompletion(f"{completion_id}: no such completion in {shown(str(self._engine.url))}")
             answer = _one(connection, ANSWERS, ANSWERS.c.request_id, completion_id)
             votes = select(FEEDBACK).where(FEEDBACK.c.completion_id == completion_id).order_by(FEEDBACK.c.sequence)
             feedback = [dict(row) for row in connection.execute(votes).mappings()]
@@ -217,50 +146,6 @@ class Store:
                 "feedback": connection.scalar(standing) or 0,
             }
 
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(loopwright_read=True) as connection:
-            yield connection
-
-
-def _open(url: str) -> Engine:
-    try:
-        address = make_url(url)
-        engine = create_engine(address)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        raise InputError(
-            f"LOOPWRIGHT_DATABASE_URL: {_shown(url)!r} cannot be used ({error}); write it as sqlite:///FILE"
-        ) from error
-    if address.get_backend_name() == "sqlite":
-        _prepare_sqlite(engine)
-    return engine
-
-
-def _prepare_sqlite(engine: Engine) -> None:
-    """Durable commits, readers beside one writer, and writers that queue instead of failing."""
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions begin below, not in the driver
-        for pragma in (
-            f"busy_timeout={BUSY_SECONDS * 1000}",
-            "journal_mode=WAL",
-            "synchronous=FULL",
-            "foreign_keys=ON",
-        ):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A transaction that reads first and then writes cannot wait for another writer; it must start as a writer.
-        reads = connection.get_execution_options().get("loopwright_read")
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
 
 def _one(connection: Connection, table: Table, column: Column[Any], value: str) -> dict[str, Any] | None:
     row = connection.execute(select(table).where(column == value)).mappings().first()
@@ -269,12 +154,3 @@ def _one(connection: Connection, table: Table, column: Column[Any], value: str) 
 
 def _with_key(connection: Connection, key: str | None) -> dict[str, Any] | None:
     return None if key is None else _one(connection, FEEDBACK, FEEDBACK.c.idempotency_key, key)
-
-
-def _shown(url: str) -> str:
-    """The address without its password."""
-    try:
-        address: URL = make_url(url)
-    except ArgumentError:
-        return url
-    return address.render_as_string(hide_password=True)

@@ -21,8 +21,6 @@ from components.training.pretrain import describe, report
 
 ORIGIN = "origin.json"
 """Beside the model that training starts from: `{"version": "NAME/VERSION"}`."""
-LESSONS = "lessons.json"
-"""Beside the model that came of it: the model before it, and the ids of the feedback that it was trained on."""
 
 
 def align(run: StageRun) -> None:
@@ -61,4 +59,4 @@ def _agent_files(start: Path, lessons: str) -> dict[str, Path | str]:
     kept: dict[str, Path | str] = {
         name: start / name for name in ("agent.json", "knowledge.sqlite") if (start / name).is_file()
     }
-    return kept | {LESSONS: lessons}
+    return kept | {"lessons.json": lessons}

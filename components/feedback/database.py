@@ -1,0 +1,225 @@
+"""One database behind the store: SQLite in the state folder or PostgreSQL by address, at today's schema.
+
+A write has reached the disk when it returns. Any number of threads and processes may use one database.
+Opening one that is at today's schema imports no Alembic, so that a server starts quickly.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    InterfaceError,
+    NoSuchModuleError,
+    ProgrammingError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from components.config import InputError
+
+BUSY_SECONDS = 30.0
+"""How long a write waits for another process's write, where nobody says otherwise."""
+HEAD = "0002"
+"""The newest revision in migrations/."""
+FIRST = "0001"
+"""The revision that a database made before Alembic is at."""
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_LOCK = 0x6C6F6F70
+"""PostgreSQL's advisory lock: votes are numbered in the order in which they commit, migrations run one at a time."""
+
+
+class StoreUnavailable(InputError):
+    """The database is locked, or gone; nothing of what was asked of it has happened."""
+
+
+def database_url(home: Path) -> str:
+    """Address of the database: `LOOPWRIGHT_DATABASE_URL`, else SQLite in the state folder."""
+    return os.environ.get("LOOPWRIGHT_DATABASE_URL") or f"sqlite:///{home / 'feedback.db'}"
+
+
+def has_store(home: Path) -> bool:
+    """Whether a store was opened here before; asking creates none."""
+    return (home / "feedback.db").exists() or bool(os.environ.get("LOOPWRIGHT_DATABASE_URL"))
+
+
+class Database:
+    """Connections to one database, each in a transaction."""
+
+    def __init__(self, url: str, busy_seconds: float = BUSY_SECONDS) -> None:
+        """Open the database and bring it to today's schema.
+
+        Raises: InputError when the address cannot be used, StoreUnavailable when the database cannot be opened.
+        """
+        self.address = shown(url)
+        self._engine, self._file = _open(url, busy_seconds)
+        self._reopening = threading.Lock()
+        self._inode: int | None = None
+        with self._told("cannot be opened", "check LOOPWRIGHT_DATABASE_URL"):
+            self._prepare()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        """A transaction that is on disk when the block ends, or never was."""
+        with self._told("cannot be written", "send it again; nothing of it was kept"):
+            self._look()
+            with self._engine.begin() as connection:
+                yield connection
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with self._told("cannot be read", "try again"):
+            self._look()
+            with self._engine.connect().execution_options(loopwright_read=True) as connection:
+                yield connection
+
+    @property
+    def _is_postgres(self) -> bool:
+        return self._engine.dialect.name == "postgresql"
+
+    def _in_turn(self, connection: Connection) -> None:
+        """From here to the end of the transaction, no other one that asks for this goes on."""
+        if self._is_postgres:  # SQLite has one writer anyway
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+
+    @contextmanager
+    def _told(self, what: str, remedy: str) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, DataError):
+            raise
+        except ProgrammingError as error:
+            if not self._is_postgres or self._inode == 0:
+                raise
+            raise StoreUnavailable(f"{self.address}: {what}: {_line(error)}; {remedy}") from error
+        except (DatabaseError, InterfaceError, PoolTimeout) as error:
+            raise StoreUnavailable(f"{self.address}: {what}: {_line(error)}; {remedy}") from error
+
+    def _prepare(self) -> None:
+        with self._engine.connect().execution_options(loopwright_read=True) as connection:
+            found = _revision(connection)
+        if found != HEAD:
+            with self._engine.begin() as connection:
+                self._in_turn(connection)
+                _upgrade(connection, self.address)
+        if self._file is not None:
+            self._inode = self._file.stat().st_ino
+
+    def _look(self) -> None:
+        """SQLite would go on writing to a file that was deleted; one put in its place is opened anew."""
+        if self._file is None:
+            return
+        try:
+            inode = self._file.stat().st_ino
+        except OSError as error:
+            raise StoreUnavailable(f"{self.address}: gone: {error.strerror}; put the file back") from None
+        if inode != self._inode:
+            with self._reopening:
+                if inode != self._inode:
+                    self._engine.dispose()
+                    self._prepare()
+
+
+def shown(url: str) -> str:
+    """The address without its password."""
+    try:
+        address: URL = make_url(url)
+    except ArgumentError:
+        return url
+    return address.render_as_string(hide_password=True)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error).split())[:200]
+
+
+def _open(url: str, busy_seconds: float) -> tuple[Engine, Path | None]:
+    """The engine, and the file of an SQLite database."""
+    try:
+        address = make_url(url)
+        if address.drivername in ("postgresql", "postgres"):
+            address = address.set(drivername="postgresql+psycopg")
+        if address.get_backend_name() == "postgresql":
+            waits = f"-c lock_timeout={max(1, round(busy_seconds * 1000))}"
+            connect = {"connect_timeout": max(2, round(busy_seconds)), "options": waits}
+            engine = create_engine(address, connect_args=connect, pool_pre_ping=True, pool_timeout=busy_seconds)
+        else:
+            engine = create_engine(address)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise InputError(
+            f"LOOPWRIGHT_DATABASE_URL: {shown(url)!r} cannot be used ({error}); write it as sqlite:///FILE, or as "
+            'postgresql://USER:PASSWORD@HOST/NAME with "pip install loopwright[postgres]"'
+        ) from error
+    if address.get_backend_name() != "sqlite":
+        return engine, None
+    _prepare_sqlite(engine, busy_seconds)
+    in_memory = address.database in (None, "", ":memory:")
+    return engine, None if in_memory else Path(str(address.database))
+
+
+def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
+    """Durable commits, readers beside one writer, and writers that queue instead of failing."""
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # transactions begin below, not in the driver
+        for pragma in (
+            f"busy_timeout={round(busy_seconds * 1000)}",
+            "journal_mode=WAL",
+            "synchronous=FULL",
+            "foreign_keys=ON",
+        ):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and then writes cannot wait for another writer; it must start as a writer.
+        reads = connection.get_execution_options().get("loopwright_read")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _revision(connection: Connection) -> str | None:
+    """Of the schema; None when Alembic never saw this database."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return None if found is None else str(found)
+
+
+def _upgrade(connection: Connection, address: str) -> None:
+    """Run the migrations that are missing, all in the transaction that goes on."""
+    found = _revision(connection)
+    if found == HEAD:  # another process was quicker
+        return
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.script import ScriptDirectory
+
+    scripts = ScriptDirectory(str(_MIGRATIONS), version_locations=[str(_MIGRATIONS)])
+    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        raise InputError(
+            f"{address}: its schema {found} is newer than this version of Loopwright knows ({HEAD}); "
+            "update Loopwright, or name another database"
+        )
+
+    def steps(at: Any, _context: Any) -> Any:
+        return scripts._upgrade_revs(HEAD, at)
+
+    with EnvironmentContext(Config(), scripts, fn=steps, destination_rev=HEAD) as environment:
+        environment.configure(connection=connection)
+        if found is None and inspect(connection).has_table("requests"):
+            environment.get_context().stamp(scripts, FIRST)
+        environment.run_migrations()

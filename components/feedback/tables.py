@@ -1,0 +1,89 @@
+"""The tables of the store, as the code of today speaks to them; `migrations/` is how a database gets there."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+
+METADATA = MetaData()
+
+REQUESTS = Table(
+    "requests",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("created", Float, nullable=False, index=True),
+    Column("model", String(256), nullable=False),
+    Column("body", JSON, nullable=False),
+)
+ANSWERS = Table(
+    "answers",
+    METADATA,
+    Column("request_id", ForeignKey("requests.id"), primary_key=True),
+    Column("created", Float, nullable=False),
+    Column("content", Text, nullable=False),
+    Column("steps", JSON, nullable=False),
+    Column("tool_calls", JSON, nullable=False),
+    Column("finish_reason", String(32), nullable=False),
+    Column("prompt_tokens", Integer, nullable=False),
+    Column("completion_tokens", Integer, nullable=False),
+    Column("seconds", Float, nullable=False),
+)
+FEEDBACK = Table(
+    "feedback",
+    METADATA,
+    # Grows in the order of the commits, so that a reader can go on from the last number it saw.
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("completion_id", ForeignKey("requests.id"), nullable=False, index=True),
+    Column("created", Float, nullable=False),
+    Column("rating", String(8), nullable=False),
+    Column("correction", Text),
+    Column("comment", Text),
+    Column("idempotency_key", String(256), unique=True),
+    Column("replaced_by", String(64), index=True),
+    Column("voice", String(256), nullable=False, server_default=""),
+    sqlite_autoincrement=True,
+)
+PARTITIONS = Table(
+    "partitions",
+    METADATA,
+    Column("name", String(64), primary_key=True),
+    Column("first_sequence", Integer, nullable=False),
+    Column("last_sequence", Integer, nullable=False, index=True),
+    Column("created", Float, nullable=False),
+    Column("accepted", Integer, nullable=False),
+    Column("quarantined", Integer, nullable=False),
+    # sha256 of the file; empty when nothing was accepted, and so there is none.
+    Column("digest", String(64), nullable=False),
+    # Hash of data/feedback in DVC with this partition in it; null until that is done.
+    Column("dvc", String(64)),
+)
+OUTCOMES = Table(
+    "outcomes",
+    METADATA,
+    Column("feedback_id", ForeignKey("feedback.id"), primary_key=True),
+    Column("partition", ForeignKey("partitions.name"), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("reason", Text),
+    Column("voice", String(256), nullable=False),
+    Column("created", Float, nullable=False),
+    Column("content_digest", String(64), index=True),
+    Index("ix_outcomes_voice_created", "voice", "created"),
+)
+REVOCATIONS = Table(
+    "revocations",
+    METADATA,
+    Column("feedback_id", ForeignKey("feedback.id"), primary_key=True),
+    Column("created", Float, nullable=False),
+    Column("reason", Text),
+)
+IMPROVEMENTS = Table(
+    "improvements",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("created", Float, nullable=False),
+    Column("last_sequence", Integer, nullable=False),
+    Column("candidate", String(256)),
+    Column("outcome", String(16), nullable=False),
+    Column("reason", Text),
+    sqlite_autoincrement=True,
+)
