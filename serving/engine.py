@@ -180,8 +180,10 @@ class Engine:
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, ask: Ask, notify: Notify) -> Ticket:
+    def submit(self, ask: Ask, notify: Notify, first: bool = False) -> Ticket:
         """Queue a request; `notify` is called from the engine's threads, last with Finished or Failed.
+
+        `first` puts it before all that wait, however many they are.
 
         Raises: Full, Retired.
         """
@@ -190,9 +192,9 @@ class Engine:
             if self._retired:
                 raise Retired
             unfinished = len(self._waiting) + len(self._running)
-            if unfinished >= self._room:
+            if unfinished >= self._room and not first:
                 raise Full(max(1, math.ceil(self._seconds * unfinished / self.slots)))
-            self._waiting.append(ticket)
+            self._waiting.insert(0 if first else len(self._waiting), ticket)
             self._changed.notify()
         return ticket
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from serving.engine import (
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
-CONFIG = ServeConfig(max_body_bytes=2**20, max_new_tokens=64, max_steps=4, max_waiting=1, follow_seconds=1)
+CONFIG = ServeConfig(
+    max_body_bytes=2**20, max_new_tokens=64, max_steps=4, max_waiting=1, follow_seconds=1, max_correction_characters=100
+)
 
 
 def events(engine: Engine, content: str, **options: Any) -> list[Event]:
@@ -195,6 +198,17 @@ def test_full_queue_refuses_and_recovers(narrow: Engine) -> None:
     second.go.set()
     assert isinstance(iter_until_end(second.told.get)[-1], Finished)
     assert finished(narrow, "A story").content == STORY
+
+
+def test_first_passes_a_full_queue(narrow: Engine) -> None:
+    running, told = Held(), queue.Queue[str]()
+    narrow.submit(STORY_ASK, running)
+    assert running.reached.wait(60)
+    for name, first in (("waited", False), ("first", True)):
+        done = partial(lambda name, event: told.put(name) if isinstance(event, Finished) else None, name)
+        narrow.submit(STORY_ASK, done, first)
+    running.go.set()
+    assert [told.get(timeout=60) for _ in range(2)] == ["first", "waited"]
 
 
 def test_cancelling_frees_the_slot(narrow: Engine) -> None:
