@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from components.config import Paths, find_root
+from components.config import InputError, Paths, find_root
 from loopwright.output import Json
 
 
@@ -21,9 +21,15 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 3000,
+    challenger_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the users whom NAME@challenger answers, where there is one."),
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Serve the agent over OpenAI's chat API until Ctrl-C; follows agent@champion as it moves."""
+    if challenger_share and (bento is not None or not model.endswith("@champion")):
+        raise InputError(f"--challenger-share: {challenger_share} needs --model NAME@champion and no --bento")
     paths = Paths(find_root())
     os.chdir(paths.root)
     _environment(paths)
@@ -36,7 +42,7 @@ def serve(
         _become_bento(bento, listener.detach(), paths, as_json)
     file = server.log_to(paths.home / "logs")
     print(f"loading {model}; log: {file}", file=sys.stderr, flush=True)
-    server.serve_model(model, listener, server.announce_json if as_json else server.announce)
+    server.serve_model(model, challenger_share, listener, server.announce_json if as_json else server.announce)
 
 
 def _environment(paths: Paths) -> None:

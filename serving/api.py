@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,14 @@ from pydantic import BaseModel
 
 from components.config import ServeConfig
 from components.feedback.lineage import FactsOf, lineage, registry_facts
-from components.feedback.store import Store
+from components.feedback.store import Store, UnknownCompletion
 from components.registry import Registry
 from serving.engine import Ask, Engine, Finished, Full, Retired
 from serving.errors import ApiError, StrictRoute, error_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
-from serving.follow import Bundled, Follower, describe
+from serving.follow import Follower, describe
 from serving.metrics import CONTENT_TYPE, Metrics
+from serving.versions import Bundled, Registered
 from serving.wire import ChatRequest, FeedbackRequest
 
 MAX_KEY_CHARACTERS = 255
@@ -67,22 +69,25 @@ class Serving:
 
     @property
     def busy(self) -> bool:
-        engine = self.models.engine
-        return engine is not None and bool(engine.running or engine.waiting)
+        return any(engine.running or engine.waiting for engine in self.models.engines)
 
     @classmethod
-    def open(cls, home: Path, config: ServeConfig, model: str, bundled: Bundled | None = None) -> Serving:
+    def open(
+        cls, home: Path, config: ServeConfig, model: str, bundled: Bundled | None = None, share: float = 0.0
+    ) -> Serving:
         """Open the store and start loading: the `bundled` model, else what `model` names in the registry.
+
+        `share` of the requests go to the challenger, where there is one.
 
         Raises: InputError when the database cannot be opened.
         """
         load = partial(Engine.load, config=config)
         if bundled is None:
             seconds = config.follow_seconds if "@" in model else None
-            models = Follower(model, Registry(home).resolve, load, seconds)
+            models = Follower(model, Registered(Registry(home)), load, seconds, share)
             facts_of = registry_facts(home)
         else:
-            models = Follower(str(bundled), lambda _: bundled, load, None)
+            models = Follower(str(bundled), bundled, load, None)
             facts_of = {str(bundled): bundled.facts}.get
         serving = cls(models, Store.of(home), config, Metrics(), facts_of)
         models.start()
@@ -135,7 +140,7 @@ def _swagger_folder() -> Path:
 @router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
 async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
     """Answer a conversation; with `stream`, as server-sent events."""
-    exchange = await _begin(body, serving)
+    exchange = await _begin(body, serving, _who(request, body.user))
     if body.stream:
         return StreamingResponse(
             _chunks(exchange, body),
@@ -160,17 +165,26 @@ async def model(model: str, serving: Running) -> dict[str, Any]:
     """One model being served."""
     if serving.models.engine is None or not serving.models.answers_to(model):
         raise _unknown_model(model, serving)
-    return describe(serving.models)[0]
+    chosen = serving.models.choose(model, "")
+    return next(row for row in describe(serving.models) if chosen is not None and row["id"] == chosen.name)
 
 
 @router.post("/v1/feedback", status_code=202)
 async def feedback(
-    body: FeedbackRequest, serving: Running, idempotency_key: Annotated[str | None, Header()] = None
+    body: FeedbackRequest,
+    serving: Running,
+    request: Request,
+    idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, str]:
     """Take in a vote on an answer; it is on disk when the 202 is sent."""
     if len(idempotency_key or "") > MAX_KEY_CHARACTERS:
         message = f"Idempotency-Key: longer than {MAX_KEY_CHARACTERS} characters; send a shorter one"
         raise ApiError(400, message, "invalid_value", "Idempotency-Key")
+    _bound("correction", body.correction, serving.config.max_correction_characters)
+    _bound("comment", body.comment, serving.config.max_correction_characters)
+    asked: dict[str, Any] = {"model": "", "request": {}}
+    with suppress(UnknownCompletion):  # the vote itself says so
+        asked = await run_in_threadpool(serving.store.completion, body.completion_id)
     feedback_id = await run_in_threadpool(
         serving.store.add_feedback,
         body.completion_id,
@@ -179,8 +193,24 @@ async def feedback(
         body.comment,
         idempotency_key or None,
     )
-    serving.metrics.feedback.labels(body.rating).inc()
+    serving.metrics.vote(body.rating, serving.models.role(asked["model"]))
     return {"id": feedback_id}
+
+
+def _bound(where: str, text: str | None, limit: int) -> None:
+    if text is not None and len(text) > limit:
+        message = f"{where}: {len(text)} characters; send at most {limit} (serve.max_correction_characters)"
+        raise ApiError(413, message, "request_too_large", where)
+
+
+def _voice(request: Request, user: str | None) -> str:
+    """Who speaks: the API key, else the `user` that the request named, else whoever sits at this machine."""
+    return str(request.scope.get("voice") or (f"user:{user}" if user else "local"))
+
+
+def _who(request: Request, user: str | None) -> str:
+    """Whom a challenger is kept for: the `user` of the request, else its API key, else the client's address."""
+    return user or str(request.scope.get("voice") or (request.client.host if request.client else ""))
 
 
 @router.get("/v1/lineage/{completion_id}")
@@ -208,8 +238,10 @@ async def metrics(serving: Running) -> Response:
     """Counters for Prometheus."""
     engine = serving.models.engine
     if engine is not None:
-        serving.metrics.queue(engine.waiting, engine.running)
-        serving.metrics.model(engine.name)
+        engines = serving.models.engines
+        serving.metrics.queue(sum(one.waiting for one in engines), sum(one.running for one in engines))
+        challenger = serving.models.lineup.challenger
+        serving.metrics.model(engine.name, challenger.name if challenger else None)
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
 
 
@@ -232,12 +264,12 @@ async def docs() -> HTMLResponse:
     )
 
 
-async def _begin(body: ChatRequest, serving: Serving) -> Exchange:
+async def _begin(body: ChatRequest, serving: Serving, who: str) -> Exchange:
     """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
     ask = _ask(body)
     while True:
-        engine = _engine(body, serving)
-        exchange = Exchange(engine, body, serving.store, serving.metrics)
+        engine = _engine(body, serving, who)
+        exchange = Exchange(engine, body, serving.store, serving.metrics, serving.models.role(engine.name))
         try:
             exchange.submit(ask)
         except Retired:
@@ -248,18 +280,18 @@ async def _begin(body: ChatRequest, serving: Serving) -> Exchange:
         return exchange
 
 
-def _engine(body: ChatRequest, serving: Serving) -> Engine:
-    engine = serving.models.engine
-    if engine is None:
+def _engine(body: ChatRequest, serving: Serving, who: str) -> Engine:
+    engine = serving.models.choose(body.model, who)
+    if engine is not None:
+        return engine
+    if serving.models.engine is None:
         raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
-    if not serving.models.answers_to(body.model):
-        raise _unknown_model(body.model, serving)
-    return engine
+    raise _unknown_model(body.model, serving)
 
 
 def _unknown_model(model: str | None, serving: Serving) -> ApiError:
-    name = serving.models.engine.name if serving.models.engine else "none yet"
-    return ApiError(404, f"model: {model!r} is not served here; served: {name}", "model_not_found", "model")
+    served = ", ".join(row["id"] for row in describe(serving.models)) or "none yet"
+    return ApiError(404, f"model: {model!r} is not served here; served: {served}", "model_not_found", "model")
 
 
 def _ask(body: ChatRequest) -> Ask:

@@ -6,6 +6,7 @@ match no route never reach that app (BentoML 1.4).
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import ipaddress
 import os
@@ -28,6 +29,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 DRAINED_BYTES = 64 * 1024 * 1024
 """Of a body that is refused, this much is still read, so that its sender gets to read the answer."""
+VOICE_DIGITS = 16
+"""Of a key's digest, so many tell whose vote it is; the key itself is never stored."""
 STANDARD = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
 
 
@@ -82,19 +85,23 @@ class Edge:
         if not self._keys and not _on_loopback(scope):
             message = "without LOOPWRIGHT_API_KEYS this endpoint answers on loopback only; set it where the server runs"
             return error_response(401, message, "no_api_keys")
-        if self._keys and not self._key_is_known(scope):
+        key = self._key(scope)
+        if self._keys and key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        if key is not None:
+            scope["voice"] = f"key:{hashlib.sha256(key).hexdigest()[:VOICE_DIGITS]}"
         if serving.draining:
             return error_response(503, "the server is stopping; try another or later", "draining", headers=RETRY)
         return None
 
-    def _key_is_known(self, scope: Scope) -> bool:
+    def _key(self, scope: Scope) -> bytes | None:
+        """The known key that was presented."""
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, given = header.partition(b" ")
         # Every key is compared, each in constant time: timing tells nothing about any of them.
         same = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(same)
+        return self._keys[same.index(True)] if scheme.lower() == b"bearer" and any(same) else None
 
     def _route(self, path: str) -> str:
         """The label of a path: one of the known routes, so that a scanner cannot grow the metrics."""

@@ -35,10 +35,10 @@ class Broken(Exception):
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics, role: str) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.engine, self.body = engine, body
+        self.engine, self.body, self._role = engine, body, role
         self._store, self._metrics = store, metrics
         self._began = time.perf_counter()
         self._loop = asyncio.get_running_loop()
@@ -155,6 +155,7 @@ class Exchange:
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
+        self._metrics.role_answers.labels(self._role).inc()
 
 
 def sse(value: Mapping[str, Any]) -> bytes:

@@ -33,6 +33,15 @@ class Metrics:
         self.tokens = Counter("loopwright_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
         self.answers = Counter("loopwright_answers", "Finished answers.", ["finish_reason"], registry=self.registry)
         self.feedback = Counter("loopwright_feedback", "Votes taken in.", ["rating"], registry=self.registry)
+        self.role_answers = Counter(
+            "loopwright_role_answers", "Finished answers, by what the model was.", ["role"], registry=self.registry
+        )
+        self._role_feedback = Counter(
+            "loopwright_role_feedback",
+            "Votes taken in, by what the model they are about is: champion, challenger or former.",
+            ["role", "rating"],
+            registry=self.registry,
+        )
         self._queue = Gauge(
             "loopwright_queue",
             "Chat requests that wait for a slot or run in one.",
@@ -48,14 +57,27 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._challenger = Gauge(
+            "loopwright_challenger_version",
+            "Version of the model that has a share of the requests; 0: none has.",
+            ["name"],
+            multiprocess_mode="livemostrecent",
+            registry=self.registry,
+        )
+
+    def vote(self, rating: str, role: str) -> None:
+        self.feedback.labels(rating).inc()
+        self._role_feedback.labels(role, rating).inc()
+
     def queue(self, waiting: int, running: int) -> None:
         self._queue.labels("waiting").set(waiting)
         self._queue.labels("running").set(running)
 
-    def model(self, name: str) -> None:
-        """Say which `NAME/VERSION` answers."""
-        model, _, version = name.partition("/")
-        self._model.labels(model).set(float(version) if version.isdigit() else 0)
+    def model(self, champion: str, challenger: str | None) -> None:
+        """Say which `NAME/VERSION` answer."""
+        name = champion.partition("/")[0]
+        self._model.labels(name).set(_number(champion))
+        self._challenger.labels(name).set(_number(challenger or ""))
 
     def text(self) -> bytes:
         """Prometheus' text format, over all worker processes where a server runs several."""
@@ -64,3 +86,8 @@ class Metrics:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
+
+
+def _number(model: str) -> float:
+    version = model.partition("/")[2]
+    return float(version) if version.isdigit() else 0

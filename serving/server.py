@@ -78,14 +78,14 @@ def log_to(folder: Path) -> Path:
     return file
 
 
-def serve_model(model: str, listener: socket.socket, ready: Ready) -> None:
-    """Serve a model of the registry until a signal stops the process.
+def serve_model(model: str, share: float, listener: socket.socket, ready: Ready) -> None:
+    """Serve a model of the registry, and its challenger with a share of the requests, until a signal stops the process.
 
     Raises: InputError when the first model cannot be loaded.
     """
     from serving import service
 
-    service.arguments = service.Arguments(model=model)
+    service.arguments = service.Arguments(model=model, challenger_share=share)
     run(service.endpoint.to_asgi(), service.api, listener, ready)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from components.config import Paths, load_params
 from serving.api import Serving, new_api
 from serving.drain import drain_on_signals
 from serving.edge import Edge
-from serving.follow import Bundled
+from serving.versions import Bundled
 
 DAY_SECONDS = 86_400
 
@@ -27,6 +27,8 @@ class Arguments(BaseModel):
 
     model: str = "agent@champion"
     """`NAME@ALIAS`, followed, or `NAME/VERSION`, in the registry."""
+    challenger_share: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of the requests that the challenger answers, where there is one."""
     weights: str = ""
     """Tag in BentoML's model store, as `agent:v3`: the model that a Bento carries; wins over `model`."""
 
@@ -45,7 +47,8 @@ class Endpoint:
         paths = Paths(Path.cwd())
         config = load_params(paths.params).serve
         bundled = _bundled(self.weights) if arguments.weights else None
-        api.state.serving = self.serving = Serving.open(paths.home, config, arguments.model, bundled)
+        share = arguments.challenger_share
+        api.state.serving = self.serving = Serving.open(paths.home, config, arguments.model, bundled, share)
         drain_on_signals(self.serving)
 
     def __is_ready__(self) -> bool:

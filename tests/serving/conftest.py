@@ -28,7 +28,7 @@ from components.registry import Registry
 from serving.api import Serving, new_api
 from serving.edge import Edge
 from serving.engine import Engine
-from serving.follow import Bundled
+from serving.versions import Bundled
 
 ROOT = SCALES_FILE.parents[1]
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."

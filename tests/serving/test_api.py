@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from components.feedback.store import Store
+from serving.follow import Lineup
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
@@ -171,11 +172,11 @@ def test_bug_is_a_500_in_shape_without_its_details(agent_folder: Path, tmp_path:
 def test_loading_and_draining_answer_503(agent_folder: Path, tmp_path: Path, local_app: Any) -> None:
     with local_app(agent_folder, tmp_path) as app:
         assert app.client.get("/readyz").status_code == 200
-        engine, app.serving.models.engine = app.serving.models.engine, None
+        lineup, app.serving.models.lineup = app.serving.models.lineup, Lineup()
         assert app.client.get("/readyz").status_code == 503
         loading = app.ask("Hello")
         assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
-        app.serving.models.engine = engine
+        app.serving.models.lineup = lineup
         app.serving.draining = True
         draining = app.ask("Hello")
         assert (draining.status_code, draining.json()["error"]["code"]) == (503, "draining")

@@ -1,0 +1,79 @@
+"""Where model versions come from: the registry, whose aliases move, or the Bento, which carries one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.registry import Registry
+
+
+class Version(Protocol):
+    """A model version; its text is `NAME/VERSION`."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def tags(self) -> Mapping[str, str]: ...
+
+
+class Source(Protocol):
+    """What a follower looks at."""
+
+    def named(self, spec: str) -> tuple[str, str | None]:
+        """`NAME/VERSION` of the model that `spec` names now, and of the challenger beside it; one cheap call."""
+
+    def version(self, name: str) -> Version:
+        """The version `NAME/VERSION`."""
+
+    def withdraw(self, version: Version, reason: str) -> None:
+        """Note that a version failed; where it was just promoted, take that back."""
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """The model version that came with the Bento; a source that never changes."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    """What the registry knew of it when the Bento was built: name, version, run_id, tags, metrics."""
+
+    def __str__(self) -> str:
+        return f"{self.facts['name']}/{self.facts['version']}"
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        return self.facts.get("tags") or {}
+
+    def named(self, _spec: str) -> tuple[str, str | None]:
+        return str(self), None
+
+    def version(self, _name: str) -> Version:
+        return self
+
+    def withdraw(self, version: Version, reason: str) -> None:
+        """A Bento is what it is."""
+
+
+class Registered:
+    """The versions of the registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def named(self, spec: str) -> tuple[str, str | None]:
+        name, _, alias = spec.partition("@")
+        aliases = self._registry.aliases(name) if alias else {}
+        if alias not in aliases:
+            return str(self._registry.resolve(spec)), None
+        challenger = aliases.get("challenger")
+        return f"{name}/{aliases[alias]}", f"{name}/{challenger}" if challenger else None
+
+    def version(self, name: str) -> Version:
+        return self._registry.resolve(name)
+
+    def withdraw(self, version: Version, reason: str) -> None:
+        self._registry.withdraw(self._registry.resolve(str(version)), reason)
