@@ -1,4 +1,4 @@
-"""The tables of the store, as the code of today speaks to them; `migrations/` is how a database gets there."""
+"""The tables of the store, as the newest migration leaves them."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ FEEDBACK = Table(
     Column("correction", Text),
     Column("comment", Text),
     Column("idempotency_key", String(256), unique=True),
-    Column("replaced_by", String(64), index=True),
-    Column("voice", String(256), nullable=False, server_default=""),
+    Column("replaced_by", String(64)),
+    Column("voice", String(80), nullable=False, server_default=""),
+    Index("ix_feedback_replaced_by", "replaced_by"),
     sqlite_autoincrement=True,
 )
 PARTITIONS = Table(
@@ -48,26 +49,28 @@ PARTITIONS = Table(
     METADATA,
     Column("name", String(64), primary_key=True),
     Column("first_sequence", Integer, nullable=False),
-    Column("last_sequence", Integer, nullable=False, index=True),
+    Column("last_sequence", Integer, nullable=False, unique=True),
     Column("created", Float, nullable=False),
     Column("accepted", Integer, nullable=False),
     Column("quarantined", Integer, nullable=False),
-    # sha256 of the file; empty when nothing was accepted, and so there is none.
+    # SHA-256 of the file; empty where nothing was accepted and there is none.
     Column("digest", String(64), nullable=False),
-    # Hash of data/feedback in DVC with this partition in it; null until that is done.
+    # DVC's hash of data/feedback with this partition in it; null until it is versioned.
     Column("dvc", String(64)),
 )
 OUTCOMES = Table(
     "outcomes",
     METADATA,
     Column("feedback_id", ForeignKey("feedback.id"), primary_key=True),
+    Column("sequence", Integer, nullable=False, index=True),
     Column("partition", ForeignKey("partitions.name"), nullable=False),
     Column("status", String(16), nullable=False),
     Column("reason", Text),
-    Column("voice", String(256), nullable=False),
+    Column("voice", String(80), nullable=False),
     Column("created", Float, nullable=False),
-    Column("content_digest", String(64), index=True),
+    Column("content_digest", String(32), nullable=False, index=True),
     Index("ix_outcomes_voice_created", "voice", "created"),
+    Index("ix_outcomes_status_sequence", "status", "sequence"),
 )
 REVOCATIONS = Table(
     "revocations",
@@ -82,8 +85,7 @@ IMPROVEMENTS = Table(
     Column("id", Integer, primary_key=True, autoincrement=True),
     Column("created", Float, nullable=False),
     Column("last_sequence", Integer, nullable=False),
-    Column("candidate", String(256)),
+    Column("candidate", String(256), nullable=False),
     Column("outcome", String(16), nullable=False),
-    Column("reason", Text),
-    sqlite_autoincrement=True,
+    Column("reason", Text, nullable=False),
 )
