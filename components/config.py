@@ -211,6 +211,8 @@ class JudgeConfig(Section):
     """Held-out questions per suite at most."""
     false_promotion_rate: float = Field(gt=0, lt=0.5)
     """Chance that a candidate no better than the champion passes, over all skills together."""
+    min_corrected: float = Field(ge=0, le=1)
+    """Share of a skill's held-out corrections to be answered as corrected before they count as learned."""
     max_fall: float = Field(ge=0, lt=1)
     """Share of a skill's held-out questions that may be lost without more ado."""
     fall_rate: float = Field(gt=0, lt=0.5)

@@ -16,7 +16,20 @@ from typer.core import TyperGroup
 from components.config import InputError, Refused
 from loopwright.output import print_json, say
 
-COMMANDS = ("run", "status", "data", "registry", "serve", "chat", "trace", "package", "export", "doctor")
+COMMANDS = (
+    "run",
+    "status",
+    "data",
+    "registry",
+    "serve",
+    "chat",
+    "feedback",
+    "improve",
+    "trace",
+    "package",
+    "export",
+    "doctor",
+)
 """In the order in which `--help` lists them."""
 
 

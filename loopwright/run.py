@@ -18,6 +18,7 @@ from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
     from flows.pipeline import Report
+    from flows.reproduce import StageFailed
 
 
 def run(
@@ -32,8 +33,8 @@ def run(
 ) -> None:
     """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the model."""
     root = find_root()
-    signal.signal(signal.SIGTERM, _interrupt)
-    echo = _Terminal(as_json)
+    signal.signal(signal.SIGTERM, interrupt)
+    echo = Terminal(as_json)
     _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
     from flows.pipeline import Order, run_pipeline
     from flows.reproduce import StageFailed
@@ -41,7 +42,7 @@ def run(
     try:
         report = run_pipeline(Order(root, until, force, echo))
     except StageFailed as error:
-        raise (Refused if error.exit_code == 3 else InputError)(str(error)) from error
+        raise told(error) from error
     except KeyboardInterrupt:
         say('run: stopped; "loopwright run" goes on from the last checkpoint')
         sys.exit(130)
@@ -51,7 +52,12 @@ def run(
         _summarise(report)
 
 
-def _interrupt(*_: object) -> None:
+def told(failure: StageFailed) -> Exception:
+    """A stage's failure as the error whose exit code it has."""
+    return (Refused if failure.exit_code == 3 else InputError)(str(failure))
+
+
+def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
@@ -116,7 +122,7 @@ def _section(values: Any, name: str) -> Any:
     return section
 
 
-class _Terminal:
+class Terminal:
     """Prints what the run says; progress lines of a stage overwrite each other where a person looks on."""
 
     def __init__(self, as_json: bool) -> None:

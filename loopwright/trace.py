@@ -92,6 +92,9 @@ def _version_lines(version: Mapping[str, Any]) -> list[str]:
         return [*lines, _row("", "(not in this registry)")]
     lines.append(_row("aliases", ", ".join(version["aliases"]) or "none"))
     lines.append(_row("run", version["run_id"]))
+    for one in version.get("taught_by", ()):
+        lines.append(_row("learned", f"{one['version']}  run {one['run_id']}  {len(one['feedback'])} feedback items"))
+        lines += [_row("", f"{one['version']} learned from {item}") for item in one["feedback"]]
     lines += [_row("", f"{key} = {value}") for key, value in sorted(version["tags"].items())]
     lines += [_row("", f"{key} = {value:.4g}") for key, value in sorted(version["metrics"].items())]
     return lines

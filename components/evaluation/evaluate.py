@@ -192,7 +192,7 @@ def _judge(question: Question, answer: Answer | None) -> Row:
         "answer": said,
         "expected_calls": json.dumps(question.expected_calls, ensure_ascii=False),
         "calls": json.dumps(calls, ensure_ascii=False),
-        "correct": said == question.expected and (right_calls or not needs_calls),
+        "correct": " ".join(said.split()) == " ".join(question.expected.split()) and (right_calls or not needs_calls),
         "right_calls": right_calls,
     }
 

@@ -38,6 +38,13 @@ class Slice:
     """What people spoke about; other skills must merely not fall."""
     champion: Sequence[float]
     candidate: Sequence[float]
+    floor: float | None = None
+    """Mean below which a gain does not count: who learned the commonest of contradicting answers gains too."""
+
+    @property
+    def differences(self) -> Values:
+        moved: Values = np.asarray(self.candidate, float) - np.asarray(self.champion, float)
+        return moved
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,14 @@ class Verdict:
 def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") -> Verdict:
     """Judge a candidate by its paired scores; slices without questions are left out."""
     asked = [one for one in slices if len(one.champion)]
-    eligible = [one for one in asked if mode == "any_gain" or one.target]
-    gains = dict(zip(map(id, eligible), holm([p_greater(_differences(one)) for one in eligible]), strict=True))
-    falls = holm([p_greater(-_differences(one)) for one in asked])
+    needed = wins_needed(config.false_promotion_rate)
+    wanted = [one for one in asked if mode == "any_gain" or one.target]
+    # Skills with too few questions to ever pass must not make it harder for the others.
+    eligible = [one for one in wanted if len(one.champion) >= needed]
+    gains = dict(zip(map(id, eligible), holm([p_greater(one.differences) for one in eligible]), strict=True))
+    falls = holm([p_greater(-one.differences) for one in asked])
     findings = [_find(one, gains.get(id(one), 1.0), fall, config) for one, fall in zip(asked, falls, strict=True)]
-    promote, reason = _conclude(findings, eligible, config, mode)
+    promote, reason = _conclude(findings, {one.skill for one in wanted}, needed, mode)
     return Verdict(promote, reason, mode, config.false_promotion_rate, findings)
 
 
@@ -132,52 +142,34 @@ def wins_needed(rate: float) -> int:
     return math.ceil(math.log2(1 / rate))
 
 
-def _differences(one: Slice) -> Values:
-    moved: Values = np.asarray(one.candidate, float) - np.asarray(one.champion, float)
-    return moved
-
-
 def _find(one: Slice, p_gain: float, p_fall: float, config: JudgeConfig) -> Finding:
-    moved = _differences(one)
-    fell = p_fall <= config.fall_rate and (-moved.mean() > config.max_fall or not _is_right_or_wrong(one))
-    outcome = "worse" if fell else "better" if p_gain <= config.false_promotion_rate else "even"
-    return Finding(
-        one.skill,
-        one.target,
-        len(moved),
-        float(np.mean(one.champion)),
-        float(np.mean(one.candidate)),
-        int((moved > 0).sum()),
-        int((moved < 0).sum()),
-        p_gain,
-        p_fall,
-        outcome,
-    )
+    moved = one.differences
+    candidate = float(np.mean(one.candidate))
+    # What people spoke about may not really fall at all; elsewhere a fall within `max_fall` is let pass.
+    fell = p_fall <= config.fall_rate and (one.target or -moved.mean() > config.max_fall)
+    gained = p_gain <= config.false_promotion_rate and (one.floor is None or candidate >= one.floor)
+    wins, losses = int((moved > 0).sum()), int((moved < 0).sum())
+    outcome = "worse" if fell else "better" if gained else "even"
+    champion = float(np.mean(one.champion))
+    return Finding(one.skill, one.target, len(moved), champion, candidate, wins, losses, p_gain, p_fall, outcome)
 
 
-def _is_right_or_wrong(one: Slice) -> bool:
-    return set(one.champion) | set(one.candidate) <= {0, 1}
-
-
-def _conclude(
-    findings: Sequence[Finding], eligible: Sequence[Slice], config: JudgeConfig, mode: Mode
-) -> tuple[bool, str]:
+def _conclude(findings: Sequence[Finding], wanted: set[str], needed: int, mode: Mode) -> tuple[bool, str]:
     worse = sorted((one for one in findings if one.outcome == "worse"), key=lambda one: one.difference)
     better = [one for one in findings if one.outcome == "better"]
     if worse:
         return False, "falls: " + "; ".join(one.told for one in worse)
     if better:
         return True, "gains: " + "; ".join(one.told for one in better) + "; nothing falls"
-    if mode == "replace":
+    if mode == "replace" and findings:
         return True, "the champion learned from what was withdrawn; nothing falls without it"
-    if not eligible:
+    candidates = [one for one in findings if one.skill in wanted]
+    if not candidates:
         return False, "no held-out feedback to judge by; collect more"
-    needed = wins_needed(config.false_promotion_rate / len(eligible))
-    wanted = [one for one in findings if mode == "any_gain" or one.target]
-    if mode == "gain" and max(one.questions for one in wanted) < needed:
-        most = max(wanted, key=lambda one: one.questions)
+    most = max(candidates, key=lambda one: one.questions)
+    if most.questions < needed:
         return False, f"too little held-out feedback: {most.skill} has {most.questions} prompts, a gain needs {needed}"
-    closest = min(wanted, key=lambda one: (one.p_gain, -one.difference))
+    closest = min(candidates, key=lambda one: (one.p_gain, -one.difference))
     return False, f"no gain is real: closest is {closest.told}, p = {closest.p_gain:.2g}"
 
 

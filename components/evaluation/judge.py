@@ -22,7 +22,7 @@ import torch
 from components.agent.agent import Agent
 from components.config import Params
 from components.data.datasets import Row, read_rows, write_json
-from components.data.preferences import Role, encode_preferences
+from components.data.preferences import Answer, Role, encode_preferences
 from components.evaluation.evaluate import (
     ANSWERS,
     ANSWERS_OF,
@@ -53,9 +53,9 @@ class Scores:
     calls: dict[str, list[float]]
     """1 where the tool calls are exactly right."""
     texts: dict[str, list[float]]
-    """Minus the bits per byte of conversations that have no one right answer."""
+    """Mean probability of a byte in conversations that have no one right answer, 2 ** -bits per byte."""
     preferences: dict[str, list[float]]
-    """Log-probability of what people liked over what they did not, in nats."""
+    """Log-probability of what people liked less that of what they did not, in nats."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def judge_folders(
     theirs, answers = _scores(candidate, collected, curated, params, progress)
     ours, _ = _scores(champion, collected, curated, params, progress)
     overruled = _overruled(curated)
-    slices = list(_slices(ours, theirs, overruled))
+    slices = list(_slices(ours, theirs, overruled, params.judge.min_corrected))
     if mode == "any_gain":
         slices.append(_overall(slices))
     words = [sum(values) / len(values) for skill, values in theirs.words.items() if values and skill not in overruled]
@@ -129,12 +129,16 @@ def _overall(slices: list[Slice]) -> Slice:
     return Slice("overall", False, ours, [value for one in words for value in one.candidate])
 
 
-def _slices(ours: Scores, theirs: Scores, overruled: set[str]) -> Iterator[Slice]:
-    for skill in ours.words:
-        if skill not in overruled:
-            yield Slice(skill, skill.startswith(FEEDBACK), ours.words[skill], theirs.words[skill])
-        else:  # people want other words of it: its suites guard that the right tool is still asked the right thing
+def _slices(ours: Scores, theirs: Scores, overruled: set[str], min_corrected: float) -> Iterator[Slice]:
+    for skill, right in theirs.words.items():
+        corrected = theirs.words.get(f"{FEEDBACK}{skill}", [])
+        if skill.startswith(FEEDBACK):
+            yield Slice(skill, True, ours.words[skill], right, min_corrected)
+        elif skill in overruled and corrected and sum(corrected) / len(corrected) >= min_corrected:
+            # People want other words of it, and get them: its suites guard the calls alone.
             yield Slice(f"{skill} (calls)", False, ours.calls[skill], theirs.calls[skill])
+        else:
+            yield Slice(skill, False, ours.words[skill], right)
     for skill in ours.texts:
         yield Slice(skill, False, ours.texts[skill], theirs.texts[skill])
     for skill in ours.preferences:
@@ -186,25 +190,31 @@ def _most(params: Params) -> int:
 def _text_scores(model: Decoder, agent: Agent, folder: Path, most: int, batch_size: int) -> list[float]:
     pieces = read_conversations(agent, folder, most)
     bits = piece_bits(model, agent.tokenizer, pieces, batch_size)
-    return [-one / max(1, masked_bytes(agent.tokenizer, piece)) for one, piece in zip(bits, pieces, strict=True)]
+    sizes = [max(1, masked_bytes(agent.tokenizer, piece)) for piece in pieces]
+    return [2 ** -(one / size) for one, size in zip(bits, sizes, strict=True)]
 
 
 def _preferences(model: Decoder, agent: Agent, folder: Path, batch_size: int) -> list[float]:
-    """Of each held-out pair the margin of the better answer, of each lone vote its log-probability, signed.
+    """By how much each held-out answer that people liked is more probable than one they did not.
 
-    Not divided by length: DPO and KTO train these very sums.
+    A pair is its own comparison; lone votes are compared one liked with one disliked, in their order: a model that has
+    become surer of everything has learned nothing. Not divided by length: DPO and KTO train these very sums.
     """
-    sides = [
-        (number, 1.0 if role is Role.CHOSEN else -1.0, answer.piece())
-        for number, (_, answers) in enumerate(encode_preferences(agent.tokenizer, read_rows(folder, "test")))
-        if all(len(answer) <= agent.context_len for answer in answers.values())
-        for role, answer in answers.items()
-    ]
-    bits = piece_bits(model, agent.tokenizer, [piece for _, _, piece in sides], batch_size)
-    margins: dict[int, float] = defaultdict(float)
-    for (number, sign, _), needed in zip(sides, bits, strict=True):
-        margins[number] -= sign * needed * math.log(2)
-    return list(margins.values())
+    pairs: list[dict[Role, Answer]] = []
+    alone: dict[Role, list[Answer]] = {Role.CHOSEN: [], Role.REJECTED: []}
+    for _, answers in encode_preferences(agent.tokenizer, read_rows(folder, "test")):
+        if any(len(answer) > agent.context_len for answer in answers.values()):
+            continue
+        if len(answers) == 2:
+            pairs.append(answers)
+        else:
+            for role, answer in answers.items():
+                alone[role].append(answer)
+    liked, disliked = alone[Role.CHOSEN], alone[Role.REJECTED]
+    pairs += [{Role.CHOSEN: one, Role.REJECTED: other} for one, other in zip(liked, disliked, strict=False)]
+    pieces = [pair[role].piece() for pair in pairs for role in (Role.CHOSEN, Role.REJECTED)]
+    bits = piece_bits(model, agent.tokenizer, pieces, batch_size)
+    return [(bits[number + 1] - bits[number]) * math.log(2) for number in range(0, len(bits), 2)]
 
 
 def _known_answers(folder: Path, collected: Path, params: Params) -> list[Row] | None:

@@ -9,7 +9,7 @@ from scipy.stats import binomtest, permutation_test
 from components.config import JudgeConfig
 from components.evaluation.gate import Slice, decide, holm, p_greater, report, wins_needed
 
-CONFIG = JudgeConfig(max_questions=120, false_promotion_rate=0.01, max_fall=0.01, fall_rate=0.05)
+CONFIG = JudgeConfig(max_questions=120, false_promotion_rate=0.01, min_corrected=0.6, max_fall=0.01, fall_rate=0.05)
 
 
 def right(*counts: int) -> list[float]:
@@ -100,6 +100,29 @@ def test_a_new_run_may_gain_in_any_skill() -> None:
     slices = [guard(right(280, 40), right(310, 10)), guard(right(100), right(100), "search")]
     assert decide(slices, CONFIG, "any_gain").promote
     assert not decide(slices[1:], CONFIG, "any_gain").promote
+
+
+def test_nothing_asked_replaces_nobody() -> None:
+    assert not decide([], CONFIG, "replace").promote
+
+
+def test_the_commonest_of_contradicting_corrections_is_no_gain() -> None:
+    learned = Slice("feedback/bases", True, right(0, 40), right(14, 26), floor=0.6)
+    assert not decide([learned], CONFIG).promote
+    assert decide([Slice("feedback/bases", True, right(0, 40), right(30, 10), floor=0.6)], CONFIG).promote
+
+
+def test_a_skill_too_small_to_pass_costs_the_others_nothing() -> None:
+    gained = target(right(0, 7), right(7))
+    assert decide([gained, target(right(0, 2), right(2), "feedback/search")], CONFIG).promote
+
+
+def test_what_people_spoke_about_may_not_fall_at_all() -> None:
+    slices = [target(right(0, 10), right(10)), target(right(1600), right(1590, 10), "feedback/lookup")]
+    verdict = decide(slices, CONFIG)
+    assert not verdict.promote
+    assert "falls: feedback/lookup" in verdict.reason
+    assert decide([slices[0], guard(right(1600), right(1590, 10))], CONFIG).promote
 
 
 def test_the_report_names_each_skill_and_the_rate() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from components.config import InputError, load_params
-from loopwright.run import _overrides, _Terminal, _write_params
+from loopwright.run import Terminal, _overrides, _write_params
 
 PARAMS = """\
 # The dial.
@@ -68,7 +68,7 @@ def test_wrong_values_change_nothing(params: Path, scale: str | None, assignment
 
 
 def test_with_json_the_run_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    _Terminal(as_json=True)("tune  1/10  loss 2.3")
-    _Terminal(as_json=False)("tune  2/10  loss 2.2")
+    Terminal(as_json=True)("tune  1/10  loss 2.3")
+    Terminal(as_json=False)("tune  2/10  loss 2.2")
     said = capsys.readouterr()
     assert (said.err, said.out) == ("tune  1/10  loss 2.3\n", "tune  2/10  loss 2.2\n")
