@@ -26,7 +26,7 @@ from components.feedback.lineage import FactsOf, lineage, registry_facts
 from components.feedback.store import Store, UnknownCompletion
 from components.registry import Registry
 from serving.engine import Ask, Engine, Finished, Full, Retired
-from serving.errors import ApiError, StrictRoute, error_body, shape_errors
+from serving.errors import ApiError, StrictRoute, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
 from serving.follow import Follower, describe
 from serving.metrics import CONTENT_TYPE, Metrics
@@ -192,6 +192,7 @@ async def feedback(
         body.correction,
         body.comment,
         idempotency_key or None,
+        _voice(request, asked["request"].get("user")),
     )
     serving.metrics.vote(body.rating, serving.models.role(asked["model"]))
     return {"id": feedback_id}
@@ -327,7 +328,7 @@ async def _chunks(exchange: Exchange, body: ChatRequest) -> AsyncIterator[bytes]
             yield sse(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
             if finished and with_usage:
                 yield sse(head | {"choices": [], "usage": exchange.usage(finished)})
-    except Broken:
-        yield sse(error_body(500, "the server failed on this request; its log has the traceback"))
+    except Broken as broken:
+        yield sse(broken_body(broken.__cause__))
         return
     yield b"data: [DONE]\n\n"

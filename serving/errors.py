@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,17 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from components.config import InputError
-from components.feedback.store import UnknownCompletion
+from components.feedback.store import StoreUnavailable, UnknownCompletion
 
 SHOWN_CHARACTERS = 80
 """Of a wrong value, this much is quoted back."""
 
+logger = logging.getLogger("loopwright.errors")
+
+RETRY_SECONDS = "5"
+"""For whoever holds the database to let go of it."""
+UNRECORDED = "requests and feedback cannot be put on record now: the database is locked or gone; try again soon"
+BUG = "the server failed on this request; its log has the traceback"
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -90,6 +97,7 @@ def shape_errors(api: FastAPI) -> None:
     api.add_exception_handler(RequestValidationError, _validation_error)
     api.add_exception_handler(UnknownCompletion, _unknown_completion)
     api.add_exception_handler(InputError, _input_error)
+    api.add_exception_handler(StoreUnavailable, _store_unavailable)
     api.add_exception_handler(Exception, _bug)
 
 
@@ -115,9 +123,22 @@ def _input_error(_request: Request, error: Exception) -> Response:
     return error_response(400, str(error))
 
 
+def _store_unavailable(_request: Request, error: Exception) -> Response:
+    """What cannot be recorded is not acknowledged."""
+    logger.error("%s", error)
+    return error_response(503, UNRECORDED, "store_unavailable", headers={"Retry-After": RETRY_SECONDS})
+
+
 def _bug(_request: Request, _error: Exception) -> Response:
     """Starlette sends this and raises the error again, so that its traceback reaches the log."""
-    return error_response(500, "the server failed on this request; its log has the traceback")
+    return error_response(500, BUG)
+
+
+def broken_body(error: BaseException | None) -> dict[str, Any]:
+    """The last event of a stream that broke."""
+    if isinstance(error, StoreUnavailable):
+        return error_body(503, UNRECORDED, "store_unavailable")
+    return error_body(500, BUG)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str, str | None]:

@@ -159,12 +159,13 @@ def test_every_error_has_openais_shape(local: Any, method: str, path: str, statu
     assert path in error["message"] or "completion" in error["message"]
 
 
-def test_bug_is_a_500_in_shape_without_its_details(agent_folder: Path, tmp_path: Path, local_app: Any) -> None:
-    with local_app(agent_folder, tmp_path) as app:
-        app.serving.store.close()
-        (tmp_path / "feedback.db").unlink()
-        (tmp_path / "feedback.db").mkdir()
-        response = app.ask("Hello")
+def test_bug_is_a_500_in_shape_without_its_details(local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("what nobody should read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add_request", broken)
+        response = local.ask("Hello")
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "the server failed on this request; its log has the traceback"
 
