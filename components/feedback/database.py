@@ -1,12 +1,13 @@
-"""The database of the store: SQLite in the state folder or what LOOPWRIGHT_DATABASE_URL names, and its schema.
+"""One database behind the store: SQLite in the state folder or PostgreSQL by address, at today's schema.
 
-Alembic migrates what an older version left behind, in one transaction; a database that is up to date is opened
-without importing it.
+A write has reached the disk when it returns. Any number of threads and processes may use one database.
+Opening one that is at today's schema imports no Alembic, so that a server starts quickly.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,67 +15,118 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DatabaseError,
+    DataError,
+    IntegrityError,
+    InterfaceError,
+    NoSuchModuleError,
+    ProgrammingError,
+)
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from components.config import InputError
 
-HEAD = "0002"
-"""The newest migration."""
 BUSY_SECONDS = 30.0
-"""How long a write waits for another process's write."""
+"""How long a write waits for another process's write, where nobody says otherwise."""
+HEAD = "0002"
+"""The newest revision in migrations/."""
+FIRST = "0001"
+"""The revision that a database made before Alembic is at."""
 _MIGRATIONS = Path(__file__).with_name("migrations")
-_ADVISORY_LOCK = 0x100B
+_LOCK = 0x6C6F6F70
+"""PostgreSQL's advisory lock: votes are numbered in the order in which they commit, migrations run one at a time."""
 
 
-class StoreUnavailable(Exception):
-    """The database is locked by someone, or gone; nothing of the write was kept."""
+class StoreUnavailable(InputError):
+    """The database is locked, or gone; nothing of what was asked of it has happened."""
+
+
+def database_url(home: Path) -> str:
+    """Address of the database: `LOOPWRIGHT_DATABASE_URL`, else SQLite in the state folder."""
+    return os.environ.get("LOOPWRIGHT_DATABASE_URL") or f"sqlite:///{home / 'feedback.db'}"
+
+
+def has_store(home: Path) -> bool:
+    """Whether a store was opened here before; asking creates none."""
+    return (home / "feedback.db").exists() or bool(os.environ.get("LOOPWRIGHT_DATABASE_URL"))
 
 
 class Database:
-    """One database, opened and at the newest schema."""
+    """Connections to one database, each in a transaction."""
 
     def __init__(self, url: str, busy_seconds: float = BUSY_SECONDS) -> None:
-        """Open the database and bring its schema up to date.
+        """Open the database and bring it to today's schema.
 
-        Raises: InputError when the address cannot be used.
+        Raises: InputError when the address cannot be used, StoreUnavailable when the database cannot be opened.
         """
-        self._engine = _open(url, busy_seconds)
-        try:
-            with self._write() as connection:
-                _migrate(connection)
-        except StoreUnavailable as error:
-            raise InputError(f"{shown(url)}: cannot be opened: {error}; check LOOPWRIGHT_DATABASE_URL") from error
+        self.address = shown(url)
+        self._engine, self._file = _open(url, busy_seconds)
+        self._reopening = threading.Lock()
+        self._inode: int | None = None
+        with self._told("cannot be opened", "check LOOPWRIGHT_DATABASE_URL"):
+            self._prepare()
 
     def close(self) -> None:
         self._engine.dispose()
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        """One transaction: all of it is on disk when the block has ended, or nothing.
-
-        Raises: StoreUnavailable.
-        """
-        try:
+        """A transaction that is on disk when the block ends, or never was."""
+        with self._told("cannot be written", "send it again; nothing of it was kept"):
+            self._look()
             with self._engine.begin() as connection:
-                if self._engine.dialect.name == "postgresql":
-                    # Numbers are given out before the commit: a later one could be seen before an earlier one.
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
                 yield connection
-        except OperationalError as error:
-            raise StoreUnavailable(_said(error)) from error
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        try:
+        with self._told("cannot be read", "try again"):
+            self._look()
             with self._engine.connect().execution_options(loopwright_read=True) as connection:
                 yield connection
-        except OperationalError as error:
-            raise StoreUnavailable(_said(error)) from error
 
+    @property
+    def _is_postgres(self) -> bool:
+        return self._engine.dialect.name == "postgresql"
 
-def database_url(home: Path) -> str:
-    """Address of the database: `LOOPWRIGHT_DATABASE_URL`, else SQLite in the state folder."""
-    return os.environ.get("LOOPWRIGHT_DATABASE_URL") or f"sqlite:///{home / 'feedback.db'}"
+    def _in_turn(self, connection: Connection) -> None:
+        """From here to the end of the transaction, no other one that asks for this goes on."""
+        if self._is_postgres:  # SQLite has one writer anyway
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
+
+    @contextmanager
+    def _told(self, what: str, remedy: str) -> Iterator[None]:
+        try:
+            yield
+        except (IntegrityError, DataError, ProgrammingError):
+            raise  # of what was asked, not of the database
+        except (DatabaseError, InterfaceError, PoolTimeout) as error:
+            raise StoreUnavailable(f"{self.address}: {what}: {_line(error)}; {remedy}") from error
+
+    def _prepare(self) -> None:
+        with self._engine.connect().execution_options(loopwright_read=True) as connection:
+            found = _revision(connection)
+        if found != HEAD:
+            with self._engine.begin() as connection:
+                self._in_turn(connection)
+                _upgrade(connection, self.address)
+        if self._file is not None:
+            self._inode = self._file.stat().st_ino
+
+    def _look(self) -> None:
+        """SQLite would go on writing to a file that was deleted; one put in its place is opened anew."""
+        if self._file is None:
+            return
+        try:
+            inode = self._file.stat().st_ino
+        except OSError as error:
+            raise StoreUnavailable(f"{self.address}: gone: {error.strerror}; put the file back") from None
+        if inode != self._inode:
+            with self._reopening:
+                if inode != self._inode:
+                    self._engine.dispose()
+                    self._prepare()
 
 
 def shown(url: str) -> str:
@@ -86,18 +138,32 @@ def shown(url: str) -> str:
     return address.render_as_string(hide_password=True)
 
 
-def _open(url: str, busy_seconds: float) -> Engine:
+def _line(error: Exception) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error).split())[:200]
+
+
+def _open(url: str, busy_seconds: float) -> tuple[Engine, Path | None]:
+    """The engine, and the file of an SQLite database."""
     try:
         address = make_url(url)
-        engine = create_engine(address)
+        if address.drivername in ("postgresql", "postgres"):
+            address = address.set(drivername="postgresql+psycopg")
+        if address.get_backend_name() == "postgresql":
+            waits = f"-c lock_timeout={max(1, round(busy_seconds * 1000))}"
+            connect = {"connect_timeout": max(2, round(busy_seconds)), "options": waits}
+            engine = create_engine(address, connect_args=connect, pool_pre_ping=True, pool_timeout=busy_seconds)
+        else:
+            engine = create_engine(address)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise InputError(
-            f"LOOPWRIGHT_DATABASE_URL: {shown(url)!r} cannot be used ({error}); write it as sqlite:///FILE or"
-            " postgresql+psycopg://USER@HOST/NAME (with the extra postgres installed)"
+            f"LOOPWRIGHT_DATABASE_URL: {shown(url)!r} cannot be used ({error}); write it as sqlite:///FILE, or as "
+            'postgresql://USER:PASSWORD@HOST/NAME with "pip install loopwright[postgres]"'
         ) from error
-    if address.get_backend_name() == "sqlite":
-        _prepare_sqlite(engine, busy_seconds)
-    return engine
+    if address.get_backend_name() != "sqlite":
+        return engine, None
+    _prepare_sqlite(engine, busy_seconds)
+    in_memory = address.database in (None, "", ":memory:")
+    return engine, None if in_memory else Path(str(address.database))
 
 
 def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
@@ -121,22 +187,32 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
-def _migrate(connection: Connection) -> None:
-    """Bring the schema to `HEAD`; whoever opens it meanwhile waits for this transaction."""
-    tables = set(inspect(connection).get_table_names())
-    at = connection.scalar(text("SELECT version_num FROM alembic_version")) if "alembic_version" in tables else None
-    if at == HEAD:
+def _revision(connection: Connection) -> str | None:
+    """Of the schema; None when Alembic never saw this database."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return None if found is None else str(found)
+
+
+def _upgrade(connection: Connection, address: str) -> None:
+    """Run the migrations that are missing, all in the transaction that goes on."""
+    found = _revision(connection)
+    if found == HEAD:  # another process was quicker
         return
     from alembic import command
     from alembic.config import Config
+    from alembic.script import ScriptDirectory
 
     config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    if at is None and "requests" in tables:
-        command.stamp(config, "0001")  # made before there were migrations
-    command.upgrade(config, "head")
-
-
-def _said(error: DBAPIError) -> str:
-    return " ".join(str(error.orig).split())
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if found is not None and found not in known:
+        raise InputError(
+            f"{address}: its schema {found} is newer than this version of Loopwright knows ({HEAD}); "
+            "update Loopwright, or name another database"
+        )
+    if found is None and inspect(connection).has_table("requests"):
+        command.stamp(config, FIRST)
+    command.upgrade(config, HEAD)

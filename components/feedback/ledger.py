@@ -53,24 +53,25 @@ class Ledger(Database):
         """The next votes in order, each with the request and the answer (null while there is none) it is about."""
         with self._read() as connection:
             wanted = (
-                select(FEEDBACK, REQUESTS.c.model, REQUESTS.c.body, ANSWERS.c.content, ANSWERS.c.steps)
+                select(FEEDBACK, REQUESTS.c.model, REQUESTS.c.body, ANSWERS.c.content, ANSWERS.c.steps, *_MORE)
                 .join(REQUESTS, REQUESTS.c.id == FEEDBACK.c.completion_id)
                 .outerjoin(ANSWERS, ANSWERS.c.request_id == FEEDBACK.c.completion_id)
+                .outerjoin(REVOCATIONS, REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
                 .where(FEEDBACK.c.sequence > _watermark(connection))
                 .order_by(FEEDBACK.c.sequence)
                 .limit(most)
             )
             return [dict(row) for row in connection.execute(wanted).mappings()]
 
-    def said_before(self, digests: Iterable[str]) -> set[str]:
-        """Which of these contents were accepted before."""
+    def said_before(self, digests: Iterable[str]) -> dict[str, str]:
+        """Of these contents, those of accepted votes that still stand, with the vote's id."""
         wanted = list(digests)
-        found: set[str] = set()
+        found: dict[str, str] = {}
         with self._read() as connection:
             for start in range(0, len(wanted), 500):
                 here = OUTCOMES.c.content_digest.in_(wanted[start : start + 500])
-                asked = select(OUTCOMES.c.content_digest).where(here, OUTCOMES.c.status == "accepted")
-                found.update(connection.scalars(asked))
+                asked = _standing(0, OUTCOMES.c.content_digest, OUTCOMES.c.feedback_id).where(here)
+                found.update((str(digest), str(feedback_id)) for digest, feedback_id in connection.execute(asked))
         return found
 
     def accepted_of(self, voice: str, since: float, most: int) -> list[float]:
@@ -93,6 +94,7 @@ class Ledger(Database):
         accepted = sum(outcome.status == "accepted" for outcome in outcomes)
         row = {"name": name, "first_sequence": first, "last_sequence": last, "created": time.time(), "digest": digest}
         with self._write() as connection:
+            self._in_turn(connection)
             if _watermark(connection) >= first:
                 raise InputError(f"{name}: another ingestion has taken these votes; run it again for the next ones")
             counts = {"accepted": accepted, "quarantined": len(outcomes) - accepted}
@@ -104,6 +106,15 @@ class Ledger(Database):
         with self._read() as connection:
             asked = select(PARTITIONS).order_by(PARTITIONS.c.last_sequence)
             return [dict(row) for row in connection.execute(asked).mappings()]
+
+    def knows(self, feedback_id: str) -> bool:
+        """Whether this is a vote of this database."""
+        with self._read() as connection:
+            return connection.scalar(select(FEEDBACK.c.id).where(FEEDBACK.c.id == feedback_id)) is not None
+
+    def has_partition(self, name: str) -> bool:
+        with self._read() as connection:
+            return connection.scalar(select(PARTITIONS.c.name).where(PARTITIONS.c.name == name)) is not None
 
     def unversioned(self) -> list[str]:
         """Partitions with a file that no version of the data holds yet."""
@@ -138,9 +149,14 @@ class Ledger(Database):
             .join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id)
             .where(FEEDBACK.c.replaced_by.is_not(None), OUTCOMES.c.status == "accepted")
         )
+        revoked = (
+            select(OUTCOMES.c.feedback_id)
+            .join(REVOCATIONS, REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
+            .where(OUTCOMES.c.status == "accepted")
+        )
         with self._read() as connection:
             gone = dict.fromkeys(connection.scalars(replaced), "replaced")
-            return gone | dict.fromkeys(connection.scalars(select(REVOCATIONS.c.feedback_id)), "revoked")
+            return gone | dict.fromkeys(connection.scalars(revoked), "revoked")
 
     def fresh(self) -> int:
         """Votes that no ingestion has looked at."""
@@ -152,7 +168,7 @@ class Ledger(Database):
         """Accepted votes that stand and that came after what the last improvement learned from."""
         with self._read() as connection:
             learned = connection.scalar(select(func.max(IMPROVEMENTS.c.last_sequence))) or 0
-            return connection.scalar(_standing(learned)) or 0
+            return connection.scalar(_standing(learned, func.count())) or 0
 
     def last_accepted_sequence(self) -> int:
         """The newest accepted vote; 0 when there is none."""
@@ -201,6 +217,8 @@ class Ledger(Database):
             return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
         stands = FEEDBACK.c.replaced_by.is_(None)
+        gone = exists().where(REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
+        learned = select(func.coalesce(func.max(IMPROVEMENTS.c.last_sequence), 0)).scalar_subquery()
         asked = (
             select(
                 REQUESTS.c.model,
@@ -210,6 +228,9 @@ class Ledger(Database):
                 count(OUTCOMES.c.status == "accepted").label("accepted"),
                 count(OUTCOMES.c.status == "quarantined").label("quarantined"),
                 count(and_(stands, OUTCOMES.c.status.is_(None))).label("fresh"),
+                count(and_(stands, ~gone, OUTCOMES.c.status == "accepted", OUTCOMES.c.sequence > learned)).label(
+                    "waiting"
+                ),
             )
             .join(REQUESTS, REQUESTS.c.id == FEEDBACK.c.completion_id)
             .outerjoin(OUTCOMES, OUTCOMES.c.feedback_id == FEEDBACK.c.id)
@@ -240,10 +261,12 @@ class Ledger(Database):
             ~exists().where(FEEDBACK.c.completion_id == REQUESTS.c.id),
         )
         with self._write() as connection:
+            self._in_turn(connection)
             connection.execute(ANSWERS.delete().where(ANSWERS.c.request_id.in_(select(REQUESTS.c.id).where(old))))
             return int(connection.execute(REQUESTS.delete().where(old)).rowcount)
 
 
+_MORE = (REVOCATIONS.c.feedback_id.label("revoked"),)
 _SHOWN = ("id", "sequence", "completion_id", "created", "rating", "correction", "comment", "voice")
 
 
@@ -251,11 +274,11 @@ def _watermark(connection: Connection) -> int:
     return connection.scalar(select(func.max(PARTITIONS.c.last_sequence))) or 0
 
 
-def _standing(behind: int) -> Select[tuple[int]]:
-    """The number of accepted votes behind a sequence that were neither replaced nor revoked."""
+def _standing(behind: int, *columns: Any) -> Select[Any]:
+    """Accepted votes behind a sequence that were neither replaced nor revoked."""
     revoked = exists().where(REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
     return (
-        select(func.count())
+        select(*columns)
         .select_from(OUTCOMES.join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id))
         .where(OUTCOMES.c.sequence > behind, OUTCOMES.c.status == "accepted")
         .where(FEEDBACK.c.replaced_by.is_(None), ~revoked)

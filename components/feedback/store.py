@@ -1,8 +1,8 @@
 """The durable record of the endpoint: what was asked, what was answered, what people said of it.
 
 A write has reached the disk when its call returns, so whoever acknowledges after it never
-acknowledges what a crash could lose. The only door to SQLAlchemy. Any number of threads and
-processes may use one database; a later vote replaces an earlier one and both stay on record.
+acknowledges what a crash could lose. A later vote replaces an earlier one and both stay on
+record. What became of the votes is kept beside them (ledger.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Column, Connection, Table, func, select
+from sqlalchemy import Column, Connection, Table, bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 
 from components.config import InputError
-from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, shown
+from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.ledger import Ledger
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
 
-__all__ = ["Answered", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url"]
+__all__ = ["Answered", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
 
 Rating = Literal["up", "down"]
 
@@ -45,6 +45,23 @@ class Answered:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
+_VOTED = ("id", "created", "rating", "correction", "comment", "idempotency_key", "voice")
+_VOTE = FEEDBACK.insert().from_select(
+    [*_VOTED, "completion_id"],
+    select(*(bindparam(f"new_{name}", type_=FEEDBACK.c[name].type) for name in _VOTED), REQUESTS.c.id).where(
+        REQUESTS.c.id == bindparam("completion")
+    ),
+    include_defaults=False,
+)
+"""One vote, if its completion is on record."""
+_REPLACE = (
+    FEEDBACK.update()
+    .where(FEEDBACK.c.completion_id == bindparam("completion"), FEEDBACK.c.replaced_by.is_(None))
+    .where(FEEDBACK.c.id != bindparam("new_id"))
+    .values(replaced_by=bindparam("new_id"))
+)
+
+
 class Store(Ledger):
     """Requests, answers and feedback in one database, with what became of the feedback.
 
@@ -61,17 +78,16 @@ class Store(Ledger):
 
     def add_request(self, completion_id: str, model: str, body: Mapping[str, Any]) -> None:
         """Record what is about to be answered, and by which `NAME/VERSION`."""
+        row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
         with self._write() as connection:
-            connection.execute(
-                REQUESTS.insert(), {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
-            )
+            connection.execute(REQUESTS.insert(), row)
 
     def add_answer(self, completion_id: str, answer: Answered) -> None:
         """Record the answer to a recorded request."""
+        row = {"request_id": completion_id, "created": time.time(), **asdict(answer)}
+        row["content"] = answer.content.replace("\0", "\ufffd")  # PostgreSQL's text has no NUL
         with self._write() as connection:
-            connection.execute(
-                ANSWERS.insert(), {"request_id": completion_id, "created": time.time(), **asdict(answer)}
-            )
+            connection.execute(ANSWERS.insert(), row)
 
     def add_feedback(
         self,
@@ -86,36 +102,37 @@ class Store(Ledger):
 
         Raises: UnknownCompletion; InputError when the key was used for another completion.
         """
-        vote = {"rating": rating, "correction": correction, "comment": comment, "idempotency_key": idempotency_key}
-        vote["voice"] = voice
+        vote = {"rating": rating, "correction": correction, "comment": comment}
+        for name, value in vote.items():
+            if value and "\0" in value:
+                raise InputError(f"{name}: holds a NUL character; send text without it")
         try:
-            return self._vote(completion_id, vote)
+            return self._vote(completion_id, {**vote, "idempotency_key": idempotency_key, "voice": voice})
         except IntegrityError:
-            # Databases that let two writers run: the other one took the key between our look and our insert.
-            return self._vote(completion_id, vote)
+            with self._read() as connection:
+                known = _with_key(connection, idempotency_key)
+            if known is None:
+                raise
+        if known["completion_id"] != completion_id:
+            raise InputError(
+                f"Idempotency-Key: {idempotency_key!r} was used for {known['completion_id']}; "
+                "send a new key with each new feedback"
+            )
+        return str(known["id"])
 
     def _vote(self, completion_id: str, vote: Mapping[str, Any]) -> str:
+        """Two statements when all is well: the database's own constraints say when it is not."""
+        feedback_id = f"fb-{uuid.uuid4().hex}"
+        row = {f"new_{name}": value for name, value in vote.items()}
+        row |= {"completion": completion_id, "new_id": feedback_id, "new_created": time.time()}
         with self._write() as connection:
-            if known := _with_key(connection, vote["idempotency_key"]):
-                if known["completion_id"] != completion_id:
-                    raise InputError(
-                        f"Idempotency-Key: {vote['idempotency_key']!r} was used for {known['completion_id']}; "
-                        "send a new key with each new feedback"
-                    )
-                return str(known["id"])
-            if connection.scalar(select(REQUESTS.c.id).where(REQUESTS.c.id == completion_id)) is None:
+            self._in_turn(connection)
+            if not connection.execute(_VOTE, row).rowcount:
                 raise UnknownCompletion(
                     f"completion_id: {completion_id!r} is not a completion of this endpoint; send the id of an answer"
                 )
-            feedback_id = f"fb-{uuid.uuid4().hex}"
-            connection.execute(
-                FEEDBACK.update()
-                .where(FEEDBACK.c.completion_id == completion_id, FEEDBACK.c.replaced_by.is_(None))
-                .values(replaced_by=feedback_id)
-            )
-            row = {"id": feedback_id, "completion_id": completion_id, "created": time.time(), **vote}
-            connection.execute(FEEDBACK.insert(), row)
-            return feedback_id
+            connection.execute(_REPLACE, {"completion": completion_id, "new_id": feedback_id})
+        return feedback_id
 
     def completion(self, completion_id: str) -> dict[str, Any]:
         """Everything recorded about one completion: `id, created, model, request, answer, feedback`.
@@ -127,7 +144,7 @@ class Store(Ledger):
         with self._read() as connection:
             request = _one(connection, REQUESTS, REQUESTS.c.id, completion_id)
             if request is None:
-                raise UnknownCompletion(f"{completion_id}: no such completion in {shown(str(self._engine.url))}")
+                raise UnknownCompletion(f"{completion_id}: no such completion in {self.address}")
             answer = _one(connection, ANSWERS, ANSWERS.c.request_id, completion_id)
             votes = select(FEEDBACK).where(FEEDBACK.c.completion_id == completion_id).order_by(FEEDBACK.c.sequence)
             feedback = [dict(row) for row in connection.execute(votes).mappings()]
