@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from components.journal import PARENT_RUN
 from components.tracking import Courier, connect, create_run, end_killed_runs
-from flows.server import bury_the_dead, prefect_api, send_logs
+from flows.server import bury_the_dead, home_tag, living, prefect_api, send_logs
 
 Note = Callable[[Mapping[str, str]], None]
 Echo = Callable[[str], None]
@@ -37,19 +37,19 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
     server that PREFECT_API_URL names or on one of our own, which is ready when MLflow and Prefect are imported.
     """
     if flow_run := _current():
-        with _tracked(name, home) as note:
+        with living(home, flow_run), _tracked(name, home) as note:
             return _noted(FlowRun(flow_run, note), body)
     with prefect_api(home) as api, _tracked(name, home) as note:
-        from prefect import flow
+        from prefect import flow, tags
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         @flow(name=name, validate_parameters=False)
-        def started(**_: Any) -> T:
+        def started(**facts: Any) -> T:  # what the run is shown with
             return _noted(FlowRun(_current(), note), body)
 
-        with temporary_settings({PREFECT_API_URL: api.wait()}):
+        with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
             if api.process is not None:
-                bury_the_dead()
+                bury_the_dead(home)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
             try:
                 result: T = started(**parameters)
