@@ -25,6 +25,9 @@ setup: $(VENV)/ready  ## build .venv from requirements.lock
 run: setup  ## the reference pipeline: from the standard library's documentation to a registered, served agent
 	@$(BIN)/loopwright run
 
+up: setup  ## the platform in the foreground: MLflow, Prefect, worker, endpoint
+	@$(BIN)/loopwright up
+
 test: setup  ## the whole suite
 	$(BIN)/python -m pytest
 
@@ -42,4 +45,4 @@ lock: setup  ## requirements.lock from the ranges of pyproject.toml
 	@grep -vE '^(nvidia-[a-ln-z]|triton|cuda-)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
 	@rm requirements.lock.new
 
-.PHONY: help setup run test check bench lock
+.PHONY: help setup run up test check bench lock

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config import InputError
-from components.process import ask_to_die_with_parent
+from components.process import ask_to_die_with_parent, holder, only_one
+from components.services import running
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
@@ -40,12 +41,12 @@ class Api:
     log: Path
     process: subprocess.Popen[bytes] | None
 
-    def wait(self) -> str:
+    def wait(self, seconds: float = _SECONDS_TO_ANSWER) -> str:
         """Return the address once the server is healthy.
 
         Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
         """
-        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else _SECONDS_TO_ANSWER)
+        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else seconds)
         while not _healthy(self.url):
             late = time.monotonic() > deadline
             if self.process is None and late:
@@ -63,13 +64,13 @@ def settings(home: Path) -> Mapping[str, str]:
 
 @contextmanager
 def prefect_api(home: Path) -> Iterator[Api]:
-    """Start a server unless PREFECT_API_URL names one, and stop it at the end of the block."""
+    """The server that PREFECT_API_URL or a running `up` names; else one of our own, for the length of the block."""
     (home / "prefect").mkdir(parents=True, exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
     for variable, value in settings(home).items():
         os.environ.setdefault(variable, value)
     log = home / "logs" / "prefect-server.log"
-    given = os.environ.get("PREFECT_API_URL")
+    given = os.environ.get("PREFECT_API_URL") or running(home).get("prefect")
     if given:
         yield Api(given, log, None)
         return
@@ -89,17 +90,35 @@ def prefect_api(home: Path) -> Iterator[Api]:
         stop(process)
 
 
-def bury_the_dead() -> None:
-    """Mark flow runs whose process was killed: in a server of our own, none can be running at the start."""
+@contextmanager
+def living(home: Path, flow_run: str) -> Iterator[None]:
+    """Show for the length of the block that this flow run's process lives, by a lock that falls with it."""
+    with only_one(home / "flows", flow_run):
+        try:
+            yield
+        finally:
+            (home / "flows" / f"{flow_run}.lock").unlink(missing_ok=True)
+
+
+def home_tag(home: Path) -> str:
+    """The tag by which a server of several state folders tells their runs apart."""
+    return f"home:{home}"
+
+
+def bury_the_dead(home: Path) -> None:
+    """Mark flow runs of this state folder whose process was killed; what a living process runs stays."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
 
-    running = FlowRunFilter.model_validate({"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING]}}})
+    unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": unended}}})
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=running):
-            client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+            homes = [tag for tag in run.tags if tag.startswith("home:")]
+            if home_tag(home) in homes and holder(home / "flows", str(run.id)) is None:
+                client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 
 def send_logs() -> None:

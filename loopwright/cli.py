@@ -29,6 +29,8 @@ COMMANDS = (
     "package",
     "export",
     "doctor",
+    "up",
+    "deploy",
 )
 """In the order in which `--help` lists them."""
 

@@ -1,0 +1,123 @@
+"""The scheduled deployments: which flow runs when, by which event, and how many at a time.
+
+The functions with `@flow` below are what a worker calls; each joins the work itself to the flow run it is in.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Completed
+from prefect.types.entrypoint import EntrypointType
+
+from components.config import InputError, Paths, Refused, find_root
+from components.process import end_with_parent, holder
+from flows.pipeline import Order, run_pipeline
+from flows.server import home_tag
+
+POOL = "loopwright"
+ENOUGH = "loopwright.feedback.enough"
+"""Event with which the ingestion asks for an improvement."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a flow runs by itself."""
+
+    flow: Any
+    cron: str
+    event: str = ""
+
+
+@flow(name="pipeline", validate_parameters=False)
+def pipeline() -> Any:
+    """Bring every stage up to date, then release."""
+    return _alone(lambda root, echo: run_pipeline(Order(root, echo=echo)))
+
+
+@flow(name="ingest", validate_parameters=False)
+def ingest() -> Any:
+    """Take in what people said."""
+    end_with_parent()
+    importlib.import_module("flows.feedback").ingest(find_root(), get_run_logger().info)
+
+
+@flow(name="improve", validate_parameters=False)
+def improve() -> Any:
+    """Learn from what people said, once."""
+    module = importlib.import_module("flows.improve")
+    return _alone(lambda root, echo: module.improve(root, echo=echo))
+
+
+@flow(name="monitor", validate_parameters=False)
+def monitor() -> Any:
+    """Compare what people ask and say with what the model learned from."""
+    end_with_parent()
+    from flows.monitor import monitor as look
+
+    look(find_root(), get_run_logger().info)
+
+
+SCHEDULES = (
+    Schedule(pipeline, "0 3 * * 0"),
+    Schedule(ingest, "*/15 * * * *"),
+    Schedule(improve, "0 5 * * 1", ENOUGH),
+    Schedule(monitor, "0 6 * * *"),
+)
+
+
+def register(root: Path) -> list[dict[str, str]]:
+    """Register the work pool and the deployments on the server that PREFECT_API_URL names."""
+    # One at a time for those that train: `_alone` sees to it between the two of them.
+    limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(POOL)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        for entry in SCHEDULES:
+            made = entry.flow.to_deployment(
+                name="scheduled",
+                schedule=CronSchedule(cron=entry.cron),
+                triggers=[_trigger(entry.event)] if entry.event else [],
+                concurrency_limit=limit,
+                tags=[home_tag(Paths(root).home)],
+                work_pool_name=POOL,
+                entrypoint_type=EntrypointType.MODULE_PATH,
+                job_variables={"working_dir": str(root)},
+            )
+            made.apply()
+    return [
+        {"deployment": f"{entry.flow.name}/scheduled", "cron": entry.cron, "event": entry.event} for entry in SCHEDULES
+    ]
+
+
+def _trigger(event: str) -> DeploymentEventTrigger:
+    return DeploymentEventTrigger(name=event, expect={event}, match={"prefect.resource.id": "loopwright.feedback"})
+
+
+def _alone(body: Any) -> State[Any] | None:
+    """Run what trains and writes `data/`; skipped, not failed, while another such run goes on."""
+    end_with_parent()
+    root = find_root()
+    if pid := holder(Paths(root).home / "stages", "run"):
+        return Cancelled(name="Skipped", message=f"process {pid} trains already; the next schedule tries again")
+    try:
+        body(root, get_run_logger().info)
+    except Refused as error:
+        return Completed(name="Refused", message=str(error))
+    except InputError as error:
+        if str(error).startswith("run: already running"):
+            return Cancelled(name="Skipped", message=str(error))
+        raise
+    return None

@@ -1,0 +1,72 @@
+"""The services of `loopwright up`: how each is started, and when it counts as healthy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from components.supervise import Service, answers
+from flows.server import settings
+from flows.worker import HEALTH_FILE
+
+
+def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service]:
+    """MLflow, Prefect, worker and endpoint; what MLFLOW_TRACKING_URI or PREFECT_API_URL names is not started."""
+    mlflow = os.environ.get("MLFLOW_TRACKING_URI") or f"http://127.0.0.1:{ports['mlflow']}"
+    prefect = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{ports['prefect']}/api"
+    services = []
+    if "PREFECT_API_URL" not in os.environ:
+        services.append(_prefect(home, ports["prefect"], prefect))
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        services.append(_mlflow(home, ports["mlflow"], mlflow))
+    services.append(_worker(home, prefect, deploy))
+    services.append(_endpoint(ports["endpoint"], mlflow))
+    return services
+
+
+def _prefect(home: Path, port: int, url: str) -> Service:
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    return Service("prefect", _python(*command), url, answers(f"{url}/health"), settings(home))
+
+
+def _mlflow(home: Path, port: int, url: str) -> Service:
+    folder = home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    # The very files that commands beside the server read and write, under the same address.
+    command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
+    slim = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    return Service("mlflow", _python(*command), url, answers(f"{url}/health"), slim)
+
+
+def _worker(home: Path, prefect: str, deploy: bool) -> Service:
+    ready = home / HEALTH_FILE
+    ready.unlink(missing_ok=True)
+    command = _python("flows.worker", *([] if deploy else ["--no-deploy"]))
+    return Service("worker", command, "", ready.exists, {**settings(home), "PREFECT_API_URL": prefect})
+
+
+def _endpoint(port: int, mlflow: str) -> Service:
+    url = f"http://127.0.0.1:{port}"
+    champion = f"{mlflow}/api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
+    may_start: Callable[[], bool] = answers(champion) if mlflow.startswith("http") else lambda: True
+    return Service(
+        "endpoint",
+        _python("loopwright", "serve", "--port", str(port)),
+        url,
+        answers(f"{url}/readyz"),
+        may_start=may_start,
+        waits_for='a champion; "loopwright run" makes one',
+    )
+
+
+def _python(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]

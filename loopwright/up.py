@@ -1,0 +1,129 @@
+"""`loopwright up`: start the platform's services, keep them running, and end them all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from components.config import InputError, Paths, find_root
+from loopwright.output import Json, print_json, say
+
+if TYPE_CHECKING:
+    from components.supervise import Kept, Supervisor
+
+STOP_SECONDS = 7.0
+_TICK_SECONDS = 0.2
+_NAMES = ("prefect", "mlflow", "worker", "endpoint")
+Port = Annotated[int, typer.Option(min=1, max=65535)]
+
+
+def up(
+    endpoint_port: Port = 3000,
+    prefect_port: Port = 4200,
+    mlflow_port: Port = 5000,
+    deploy: Annotated[bool, typer.Option(help="Register the scheduled deployments.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Start MLflow, Prefect, a worker and the endpoint; supervise them until Ctrl-C."""
+    paths = Paths(find_root())
+    os.chdir(paths.root)
+    os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
+    paths.home.mkdir(parents=True, exist_ok=True)
+    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.set())
+    ports = {"endpoint": endpoint_port, "prefect": prefect_port, "mlflow": mlflow_port}
+
+    from components.process import only_one
+    from components.services import LOCK, publish, withdraw
+    from components.supervise import Supervisor
+    from flows.services import platform
+
+    with only_one(paths.home, LOCK):
+        _check_ports(ports)
+        for folder in ("prefect", "logs"):
+            (paths.home / folder).mkdir(exist_ok=True)
+        services = platform(paths.home, ports, deploy)
+        supervisor = Supervisor(services, paths.home / "logs", paths.root, _tell)
+        publish(paths.home, {service.name: service.address for service in services if service.address})
+        try:
+            _supervise(supervisor, asked, as_json)
+        finally:
+            started = time.monotonic()
+            supervisor.stop(STOP_SECONDS)
+            withdraw(paths.home)
+            say(f"stopped in {time.monotonic() - started:.1f} s")
+
+
+def _supervise(supervisor: Supervisor, asked: threading.Event, as_json: bool) -> None:
+    """Look after the services until asked to stop; say once when all that can run is healthy."""
+    started, told = time.monotonic(), False
+    while not asked.is_set():
+        supervisor.tick()
+        states = {kept.service.name: kept.state for kept in supervisor.kept}
+        # Only the endpoint may wait for longer: for a champion, which people make.
+        told_waiting = all(
+            kept.state == "healthy" or (kept.told_waiting and _others_healthy(states)) for kept in supervisor.kept
+        )
+        if told_waiting and not told:
+            told = True
+            seconds = time.monotonic() - started
+            if as_json:
+                print_json(_report(supervisor, seconds))
+                sys.stdout.flush()
+            say(f"up in {seconds:.1f} s; Ctrl-C stops everything")
+        asked.wait(_TICK_SECONDS)
+
+
+def _others_healthy(states: Mapping[str, str]) -> bool:
+    return all(state == "healthy" for name, state in states.items() if name != "endpoint")
+
+
+def _report(supervisor: Supervisor, seconds: float) -> dict[str, Any]:
+    rows = [
+        {
+            "name": kept.service.name,
+            "state": kept.state,
+            "address": kept.service.address or None,
+            "pid": kept.process.pid if kept.process else None,
+            "log": str(kept.log),
+        }
+        for kept in supervisor.kept
+    ]
+    return {"services": rows, "seconds": round(seconds, 1), "pid": os.getpid()}
+
+
+def _tell(kept: Kept) -> None:
+    """One line for each change."""
+    service = kept.service
+    facts = {
+        "healthy": f"healthy  {service.address.removesuffix('/api')}",
+        "waiting": f"waits for {service.waits_for}",
+        "pausing": f"ended; starts again in {max(0.0, kept.next_start - time.monotonic()):.0f} s; see {kept.log}",
+        "given up": f"GIVEN UP after {kept.deaths} quick deaths; see {kept.log}, then start up again",
+    }
+    say(f"{service.name:<9} {facts.get(kept.state, kept.state)}".rstrip())
+
+
+def _check_ports(ports: dict[str, int]) -> None:
+    given = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
+    for name, port in ports.items():
+        if given.get(name, "") in os.environ:
+            continue
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                option = f"--{name}-port"
+                raise InputError(
+                    f"{option}: {port}: {error.strerror}; stop what listens there or choose another"
+                ) from None
