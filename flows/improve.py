@@ -25,6 +25,7 @@ from flows.pipeline import Order, Report, bring_up_to_date, look
 from flows.release import (
     NAME,
     Release,
+    Ruling,
     conclude,
     fetch_answers,
     keep_answers,
@@ -103,9 +104,9 @@ class _Job:
             return self._done(sequence, version, "promoted", "it is the champion already", None)
         effect(keep_answers, self.registry, version, self.paths.judged)
         page = (self.paths.judged / "report.md").read_text(encoding="utf-8")
-        promote, reason = judged["promote"], judged["reason"]
+        ruling = Ruling(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
         try:
-            told = effect(conclude, self.registry, version, self.champion, promote, reason, page)
+            told = effect(conclude, self.registry, version, ruling)
         except Refused as refusal:
             self.store.add_improvement(sequence, str(version), "refused", str(refusal))
             raise

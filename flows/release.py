@@ -83,7 +83,8 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Release:
     version = effect(register, registry, paths, paths.agent, flat_metrics(figures), tags, flow_run)
     echo(f"release: {version} registered, score {figures['score']:.4f}")
     effect(keep_answers, registry, version, paths.evaluation)
-    reason = effect(gate, registry, version, paths, echo)
+    ruling = effect(gate, registry, version, paths, echo)
+    reason = effect(conclude, registry, version, ruling)
     return publish(registry, version, reason, paths, echo)
 
 
@@ -157,16 +158,22 @@ def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> No
         attached(registry.client, version.run_id, name, folder)
 
 
-def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> str:
-    """Why this version may become champion.
+@dataclass(frozen=True)
+class Ruling:
+    """What the gate says of a version, and the page that says why."""
 
-    Raises: Refused when no skill got really better, or one really fell.
-    """
+    promote: bool
+    reason: str
+    page: str = ""
+
+
+def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> Ruling:
+    """Whether some skill got really better and none really fell, against the champion on the same questions."""
     champion = registry.find(f"{NAME}@champion")
     if champion is None:
-        return "there was no champion"
+        return Ruling(True, "there was no champion")
     if champion.version == version.version:
-        return "it is the champion already"
+        return Ruling(True, "it is the champion already")
     from components.evaluation.gate import report
     from components.evaluation.judge import Model, judge_folders
 
@@ -174,36 +181,41 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     kept = paths.home / "answers" / str(champion.version)
     kept.mkdir(parents=True, exist_ok=True)
     fetch_answers(registry, champion, kept)
-    judged = judge_folders(
+    verdict = judge_folders(
         Model(version.folder, paths.evaluation),
         Model(champion.folder, kept),
         paths.collected,
         paths.curated if (paths.curated / "curated.json").is_file() else None,
         load_params(paths.params),
         "any_gain",
-    )
-    page = report(judged.verdict, str(version), str(champion))
-    return conclude(registry, version, champion, judged.verdict.promote, judged.verdict.reason, page)
+    ).verdict
+    page = report(verdict, str(version), str(champion))
+    return Ruling(verdict.promote, f"against {champion}: {verdict.reason}", page)
 
 
-def conclude(
-    registry: Registry, version: ModelVersion, champion: ModelVersion, promote: bool, reason: str, page: str
-) -> str:
-    """Put the verdict where people look: the registry, MLflow, Prefect.
+def conclude(registry: Registry, version: ModelVersion, ruling: Ruling) -> str:
+    """Put the ruling where people look, and return its reason.
 
-    Raises: Refused when it is no.
+    Raises: Refused when it is no; the version is then the challenger.
     """
-    from prefect.artifacts import create_markdown_artifact
-
-    create_markdown_artifact(page, key="gate", description=f"{version} against {champion}")
-    attach(registry.client, version.run_id, "gate.md", page)
-    if promote:
-        return f"against {champion}: {reason}"
+    if ruling.page:
+        _show(registry, version, ruling.page)
+    if ruling.promote:
+        return ruling.reason
     overrule = f'overrule with "loopwright registry promote {NAME} {version.version}"'
-    told = f"{version}: refused against the champion {champion}: {reason}; {overrule}"
+    told = f"{version}: refused {ruling.reason}; {overrule}"
+    champion = registry.resolve(f"{NAME}@champion")
     registry.tag(version, {"gate": "refused", "gate_reason": told, "gate_against": str(champion)})
     registry.alias(NAME, "challenger", version)
     raise Refused(told)
+
+
+def _show(registry: Registry, version: ModelVersion, page: str) -> None:
+    """The report beside the version in MLflow, and on the flow run in Prefect."""
+    from prefect.artifacts import create_markdown_artifact
+
+    attach(registry.client, version.run_id, "gate.md", page)
+    create_markdown_artifact(page, key="gate", description=f"Why {version} was promoted or refused")
 
 
 def _released(champion: ModelVersion, outcome: str) -> Release:

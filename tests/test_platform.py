@@ -16,9 +16,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.config import Paths, Refused
+from components.config import Paths, Refused, load_params
+from components.evaluation.judge import Model, judge_folders
 from components.registry import Registry
-from flows.release import score_of
+from flows.release import fetch_answers
 from flows.server import prefect_api
 from loopwright.cli import app
 from tests.conftest import Project, Released
@@ -247,13 +248,20 @@ def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(
     assert (kept["version"], kept["outcome"]) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
 
 
-def test_a_champion_without_figures_on_these_questions_is_measured_on_them(released: Released, here: Ask) -> None:
+def test_a_champions_answers_are_kept_for_its_challengers(
+    released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = Paths(released.project.root)
-    champion = Registry(paths.home).resolve("agent@champion")
-    told: list[str] = []
-    measured = score_of(champion, "questions nobody was asked", paths, told.append)
-    assert measured == pytest.approx(champion.metrics["score"]), "they are the very questions it was asked before"
-    assert told == ["release: measuring the champion agent/1 on the new held-out sets"]
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(paths.home))
+    registry = Registry(paths.home)
+    champion = registry.resolve("agent@champion")
+    fetch_answers(registry, champion, tmp_path)
+    params = load_params(paths.params)
+    asked, again = Model(champion.folder), Model(champion.folder, tmp_path)
+    judged = judge_folders(again, asked, paths.collected, None, params, "any_gain")
+    assert not judged.verdict.promote
+    assert all(one.wins == one.losses == 0 for one in judged.verdict.findings), "what was kept is what it answers"
+    assert (tmp_path / "answers.parquet").is_file()
 
 
 def test_doctor_finds_nothing_wrong(released: Released) -> None:

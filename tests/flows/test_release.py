@@ -9,10 +9,9 @@ import pytest
 
 from components.config import Paths, Refused
 from components.registry import ModelVersion, Registry
-from flows.release import current_release, gate
+from flows.release import Ruling, conclude, current_release, gate
 
 Register = Callable[..., ModelVersion]
-SAME = {"held_out_digest": "questions"}
 
 
 @pytest.fixture
@@ -26,30 +25,25 @@ def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     return Paths(root)
 
 
-def judge(registry: Registry, version: ModelVersion, paths: Paths, score: float) -> str:
-    return gate(registry, version, {"score": score, "held_out_digest": "questions"}, paths, print)
+def refuse(registry: Registry, version: ModelVersion) -> str:
+    with pytest.raises(Refused) as caught:
+        conclude(registry, version, Ruling(False, "against agent/1: falls: lookup from 0.938 to 0.875"))
+    return str(caught.value)
 
 
 def test_the_first_model_passes(registry: Registry, registered: Register, paths: Paths) -> None:
-    assert judge(registry, registered(0.1), paths, 0.1) == "there was no champion"
+    assert gate(registry, registered(0.1), paths, print) == Ruling(True, "there was no champion")
 
 
-def test_a_better_model_passes(registry: Registry, registered: Register, paths: Paths) -> None:
-    registry.promote(registered(0.5, **SAME))
-    reason = judge(registry, registered(0.6, **SAME), paths, 0.6)
-    assert reason == "score 0.6000 against 0.5000 of the champion agent/1 on the same held-out sets"
+def test_a_model_that_passes_is_told_why(registry: Registry, registered: Register) -> None:
+    registry.promote(registered(0.5))
+    assert conclude(registry, registered(0.6), Ruling(True, "against agent/1: gains")) == "against agent/1: gains"
 
 
-@pytest.mark.parametrize("score", [0.5, 0.4])
-def test_a_model_that_is_not_better_is_refused(
-    registry: Registry, registered: Register, paths: Paths, score: float
-) -> None:
-    registry.promote(registered(0.5, **SAME))
-    candidate = registered(score, model_digest="made.dir", **SAME)
-    with pytest.raises(Refused) as caught:
-        judge(registry, candidate, paths, score)
-    reason = str(caught.value)
-    assert reason.startswith(f"agent/2: refused: score {score:.4f} against 0.5000 of the champion agent/1")
+def test_a_model_that_is_refused_becomes_the_challenger(registry: Registry, registered: Register, paths: Paths) -> None:
+    registry.promote(registered(0.5))
+    reason = refuse(registry, registered(0.4, model_digest="made.dir"))
+    assert reason.startswith("agent/2: refused against agent/1: falls: lookup from 0.938 to 0.875; overrule with")
     assert 'overrule with "loopwright registry promote agent 2"' in reason
     assert registry.resolve("agent@challenger").version == 2
     assert registry.resolve("agent@champion").version == 1
@@ -58,11 +52,20 @@ def test_a_model_that_is_not_better_is_refused(
 
 
 def test_a_refusal_holds_only_against_the_same_champion(registry: Registry, registered: Register, paths: Paths) -> None:
-    registry.promote(registered(0.5, **SAME))
-    with pytest.raises(Refused):
-        judge(registry, registered(0.4, model_digest="made.dir", **SAME), paths, 0.4)
-    registry.promote(registered(0.3, **SAME))
+    registry.promote(registered(0.5))
+    refuse(registry, registered(0.4, model_digest="made.dir"))
+    registry.promote(registered(0.3))
     assert current_release(paths) is None, "to be judged again"
+
+
+def test_a_model_that_the_champion_was_trained_from_is_not_released_again(
+    registry: Registry, registered: Register, paths: Paths
+) -> None:
+    registry.promote(registered(0.5, model_digest="made.dir"))
+    registry.promote(registered(0.6, parent="agent/1"))
+    found = current_release(paths)
+    assert found is not None
+    assert (found.version, found.outcome) == ("agent/2", "agent/2 learned from people since agent/1")
 
 
 def test_nothing_registered_needs_a_release(paths: Paths, registered: Register) -> None:
