@@ -14,14 +14,15 @@ def status(as_json: Json = False) -> None:
     """Stages (up to date, or why not), champion versions, services, feedback waiting."""
     paths = Paths(find_root())
     params = load_params(paths.params)
-    running = _running(paths)
+    running, feedback = _running(paths), _feedback(paths.home)
     found = {
         "scale": params.scale,
         "run": running,
         "stages": _stages(paths.root) if running is None else [],
         "champions": _champions(paths.home),
-        "services": _services(),
-        "feedback_waiting": _feedback_waiting(paths.home),
+        "services": _services(paths.home),
+        "feedback_waiting": feedback["waiting"],
+        "feedback_fresh": feedback["fresh"],
     }
     if as_json:
         print_json(found)
@@ -58,12 +59,15 @@ def _champions(home: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _services() -> list[dict[str, Any]]:
-    """What answers on this machine: our own addresses, or those the environment names."""
+def _services(home: Path) -> list[dict[str, Any]]:
+    """What answers on this machine: those of the running `up`, or that the environment names, or the usual ones."""
+    from components.services import running
+
+    found = running(home)
     addresses = {
-        "endpoint": ("http://127.0.0.1:3000", "/livez"),
-        "prefect": (os.environ.get("PREFECT_API_URL", "http://127.0.0.1:4200/api"), "/health"),
-        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000"), "/health"),
+        "endpoint": (found.get("endpoint", "http://127.0.0.1:3000"), "/livez"),
+        "prefect": (os.environ.get("PREFECT_API_URL") or found.get("prefect", "http://127.0.0.1:4200/api"), "/health"),
+        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or found.get("mlflow", "http://127.0.0.1:5000"), "/health"),
     }
     return [
         {"name": name, "address": url, "answers": _answers(url + path)}
@@ -81,15 +85,15 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _feedback_waiting(home: Path) -> int:
-    """Feedback items that no run has learned from."""
-    from components.feedback.store import Store
+def _feedback(home: Path) -> dict[str, int]:
+    """Votes to be taken in, and accepted items that no model has learned from."""
+    from components.feedback.store import Store, has_store
 
-    if not (home / "feedback.db").exists() and "LOOPWRIGHT_DATABASE_URL" not in os.environ:
-        return 0
+    if not has_store(home):
+        return {"fresh": 0, "waiting": 0}
     store = Store.of(home)
     try:
-        return store.counts()["feedback"]
+        return {"fresh": store.fresh(), "waiting": store.waiting()}
     finally:
         store.close()
 
@@ -107,4 +111,6 @@ def _print(found: dict[str, Any]) -> None:
         ("service", "state", "address"),
         [(row["name"], "answers" if row["answers"] else "not running", row["address"]) for row in found["services"]],
     )
-    print(f"\nfeedback waiting: {found['feedback_waiting']}")
+    print(
+        f"\nfeedback: {found['feedback_waiting']} waiting to be learned from, {found['feedback_fresh']} to be taken in"
+    )
