@@ -123,8 +123,8 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
     return list(states.values())
 
 
-def version_data(root: Path, folder: Path) -> None:
-    """Put a user's dataset under DVC's version control (`NAME.dvc` beside it).
+def version_data(root: Path, folder: Path) -> str:
+    """Put a folder under DVC's version control (`NAME.dvc` beside it) and return its hash.
 
     Raises: InputError when DVC cannot, as while another process holds its lock.
     """
@@ -135,7 +135,8 @@ def version_data(root: Path, folder: Path) -> None:
     try:
         with Repo(str(root)) as repo:
             repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
-            repo.add([str(folder)])
+            added = repo.add([str(folder)])
+            return str(added[0].outs[0].hash_info.value)
     except DvcException as error:
         raise InputError(f"{folder.relative_to(root)}: DVC: {' '.join(str(error).split())}") from error
 

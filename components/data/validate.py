@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config import InputError, Refused
 from components.data.across import across_shards
-from components.data.datasets import SCHEMAS, Kind, read_info, shards, write_json
+from components.data.datasets import SCHEMAS, Kind, Row, read_info, shards, write_json
 from components.data.findings import Check, Example, Findings, refusal, shown
 from components.data.traits import TRAITS
 from components.data.validation_pages import offline, write_docs_index, write_page
@@ -67,7 +67,7 @@ class Validator:
     def __init__(self, expectations: Path, max_failed_share: float = 0.0) -> None:
         self._expectations = expectations
         self._max_failed_share = max_failed_share
-        self._suites: dict[Kind, Any] = {}
+        self._suites: dict[str, Any] = {}
         with _quiet():
             import great_expectations as gx
             from great_expectations.data_context.types.base import ProgressBarsConfig
@@ -97,6 +97,27 @@ class Validator:
             self._write_docs(docs, info.name, results)
         return findings
 
+    def failing(self, rows: Sequence[Row], suite: str) -> dict[int, str]:
+        """What is wrong with those of these flat rows that fail a suite, by their number.
+
+        Raises: Refused when the rows as a whole are not what the suite speaks of.
+        """
+        import pandas as pd
+
+        found: dict[int, str] = {}
+        for offset in range(0, len(rows), _BATCH_ROWS):
+            frame = pd.DataFrame(rows[offset : offset + _BATCH_ROWS], dtype=object)
+            with _quiet():
+                batch = self._batches.get_batch(batch_parameters={"dataframe": frame})
+                validated = batch.validate(self._suite(suite), result_format={"result_format": "COMPLETE"})
+            for result in validated.results:
+                what = result.expectation_config.description or result.expectation_config.type.replace("_", " ")
+                if "unexpected_index_list" not in result.result:
+                    _refuse_if_broken(result, suite, what)
+                for index in result.result.get("unexpected_index_list") or []:
+                    found.setdefault(offset + index, what)
+        return found
+
     def _run(self, shard: Path, kind: Kind) -> _ShardResult:
         """Run the suite over one shard, a few thousand rows in memory at a time."""
         suite = self._suite(kind)
@@ -107,7 +128,7 @@ class Validator:
                 result.merge(batch.validate(suite, result_format={"result_format": "COMPLETE"}), frame, offset)
         return result
 
-    def _suite(self, kind: Kind) -> Any:
+    def _suite(self, kind: str) -> Any:
         if kind not in self._suites:
             path = self._expectations / f"{kind}.json"
             with _quiet():
@@ -191,6 +212,13 @@ class _ShardResult:
                     f"data/expectations: {config.type} of {config.kwargs.get('column')}: cannot be run: "
                     f"{' '.join(str(cause.get('exception_message')).split())[:200]}"
                 )
+
+
+def _refuse_if_broken(result: Any, suite: str, what: str) -> None:
+    """Of a check that has no rows to name: whether it could be made, and what it said."""
+    if not result.success:
+        seen = result.result.get("observed_value") or result.exception_info
+        raise Refused(f"{suite}: data validation failed: {what}: found {shown(seen)}")
 
 
 def _read_suite(path: Path) -> Any:

@@ -266,7 +266,10 @@ class Ledger(Database):
             return int(connection.execute(REQUESTS.delete().where(old)).rowcount)
 
 
-_MORE = (REVOCATIONS.c.feedback_id.label("revoked"),)
+_MORE = (
+    ANSWERS.c.tool_calls,
+    REVOCATIONS.c.feedback_id.label("revoked"),
+)
 _SHOWN = ("id", "sequence", "completion_id", "created", "rating", "correction", "comment", "voice")
 
 

@@ -1,0 +1,388 @@
+"""Ingestion takes each vote exactly once, masks, quarantines with a reason, and survives kill -9 anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from components.config import FeedbackConfig, InputError, Refused
+from components.data.datasets import Row
+from components.data.validate import Validator
+from components.feedback.ingest import Taken, ingest, withdrawals_are_written, write_withdrawals
+from components.feedback.items import read_items
+from components.feedback.store import Answered, Store
+from components.feedback.votes import content_digest, item_of, traits
+
+ROOT = Path(__file__).parents[2]
+CONFIG = FeedbackConfig(max_items=100, max_per_voice=50, improve_after=5, keep_days=None)
+CALL = {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}}
+RESULT = {"type": "result", "name": "lookup", "content": "Serialize obj. Mail jane.doe@acme.io"}
+
+
+def passes(rows: Sequence[Row]) -> Mapping[int, str]:
+    return {}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store.of(tmp_path)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def validator() -> Validator:
+    return Validator(ROOT / "data/expectations")
+
+
+def said(
+    store: Store,
+    number: int,
+    rating: str = "down",
+    correction: str | None = None,
+    voice: str = "user:a",
+    question: str | None = None,
+    answer: str | None = "It is this.",
+    comment: str | None = None,
+    model: str = "agent/1",
+) -> str:
+    """A question, its answer and a vote on it; returns the vote's id."""
+    completion = f"chatcmpl-{number}"
+    messages = [{"role": "user", "content": question or f"What does f{number} do?"}]
+    store.add_request(completion, model, {"messages": messages})
+    if answer is not None:
+        store.add_answer(completion, Answered(answer, "stop", 5, 5, 0.1, [CALL, RESULT]))
+    assert rating in ("up", "down")
+    return store.add_feedback(completion, "up" if rating == "up" else "down", correction, comment, None, voice)
+
+
+def states(store: Store) -> dict[str, tuple[str, str | None]]:
+    return {vote["id"]: (vote["status"], vote["reason"]) for vote in store.votes(10_000)}
+
+
+def test_a_vote_becomes_one_row_with_the_answer_it_is_about(store: Store, tmp_path: Path) -> None:
+    vote = said(store, 1, correction="Better.", comment="hm")
+    assert ingest(store, tmp_path / "feedback", CONFIG, passes) == Taken("items-000000001-000000001", 1, {})
+    (item,) = read_items(tmp_path / "feedback")
+    assert (item.feedback_id, item.sequence, item.completion_id) == (vote, 1, "chatcmpl-1")
+    assert (item.model, item.answer, item.correction, item.comment) == ("agent/1", "It is this.", "Better.", "hm")
+    assert (item.rating, item.voice, item.skill, item.tools) == ("down", "user:a", "lookup", None)
+    assert item.messages[0]["content"] == "What does f1 do?"
+    assert json.loads(item.steps)[0] == CALL
+    assert "<EMAIL_ADDRESS>" in item.steps
+
+
+def test_each_run_takes_what_came_since_and_no_more_than_it_may(store: Store, tmp_path: Path) -> None:
+    votes = [said(store, number) for number in range(5)]
+    few = CONFIG.model_copy(update={"max_items": 2})
+    names = [ingest(store, tmp_path / "feedback", few, passes).partition for _ in range(4)]
+    assert names == ["items-000000001-000000002", "items-000000003-000000004", "items-000000005-000000005", None]
+    assert [item.feedback_id for item in read_items(tmp_path / "feedback")] == votes
+    assert (store.fresh(), store.waiting(), store.last_accepted_sequence()) == (0, 5, 5)
+    store.add_improvement(3, "agent/2", "promoted", "better")
+    assert store.waiting() == 2
+
+
+def test_content_parts_are_flattened_and_the_clients_tools_kept(store: Store) -> None:
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    body = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "this"}]}], "tools": [{"a": 1}]}
+    store.add_request("c", "agent/1", body)
+    store.add_answer("c", Answered("yes", "stop", 1, 1, 0.1))
+    store.add_feedback("c", "up")
+    (vote,) = store.behind_watermark(1)
+    item = item_of(vote)
+    assert item["messages"][0]["content"] == "see\nthis"
+    assert item["tools"] == '[{"a": 1}]'
+    assert item["skill"] == "conversation"
+
+
+def test_secrets_and_personal_data_never_reach_a_partition(store: Store, tmp_path: Path) -> None:
+    key = "AKIA" + "QYLPMN5HHHFPZAM2"
+    said(store, 1, question=f"my key {key}", answer=f"it is {key}", correction=f"say {key} no more", comment=key)
+    only = said(store, 2, correction=key)
+    taken = ingest(store, tmp_path / "feedback", CONFIG, passes)
+    assert taken.quarantined == {"The correction is nothing but a secret": 1}
+    assert states(store)[only] == ("quarantined", "The correction is nothing but a secret")
+    (item,) = read_items(tmp_path / "feedback")
+    assert item.correction == "say <SECRET> no more"
+    assert item.comment == "<SECRET>"
+    for file in (tmp_path / "feedback").iterdir():
+        assert key.encode() not in file.read_bytes()
+    assert key not in repr(item)
+
+
+def test_the_same_voice_saying_the_same_again_is_a_duplicate(store: Store, tmp_path: Path) -> None:
+    said(store, 1, correction="Better.", question="What does f do?")
+    again = said(store, 2, correction="Better.", question="what does f do")
+    other = said(store, 3, correction="Better.", question="What does f do?", voice="user:b")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    later = said(store, 4, correction="Better.", question="What does f do?")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    found = states(store)
+    for vote in (again, later):
+        assert found[vote] == ("quarantined", "The same voice has said the same before")
+    assert found[other] == ("accepted", None)
+
+
+def test_the_same_vote_sent_twice_leaves_the_later_one_standing(store: Store, tmp_path: Path) -> None:
+    first = said(store, 1, "up")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    second = store.add_feedback("chatcmpl-1", "up", voice="user:a")
+    assert ingest(store, tmp_path / "feedback", CONFIG, passes).accepted == 1
+    assert store.withdrawn() == {first: "replaced"}
+    assert states(store)[second] == ("accepted", None)
+    assert store.waiting() == 1
+
+
+def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"max_per_voice": 3})
+    loud = [said(store, number) for number in range(4)]
+    ingest(store, tmp_path / "feedback", config, passes)
+    louder, quiet = said(store, 10), said(store, 11, voice="user:b")
+    ingest(store, tmp_path / "feedback", config, passes)
+    found = states(store)
+    assert [found[vote][0] for vote in loud] == ["accepted"] * 3 + ["quarantined"]
+    assert found[louder] == ("quarantined", "The voice has had its 3 votes of 24 hours")
+    assert found[quiet] == ("accepted", None)
+
+
+def test_what_was_never_answered_replaced_or_revoked_is_quarantined(store: Store, tmp_path: Path) -> None:
+    unanswered = said(store, 1, answer=None)
+    replaced = said(store, 2)
+    standing = store.add_feedback("chatcmpl-2", "up", voice="user:a")
+    revoked = said(store, 3)
+    store.revoke(revoked, "poison")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    found = states(store)
+    assert found[unanswered] == ("quarantined", "The request was never answered")
+    assert found[replaced] == ("quarantined", "Replaced by a later vote before it was taken in")
+    assert found[revoked][0] == "revoked"
+    assert found[standing] == ("accepted", None)
+    assert [item.feedback_id for item in read_items(tmp_path / "feedback")] == [standing]
+    assert store.withdrawn() == {}
+
+
+def test_quarantine_alone_moves_the_watermark_and_writes_no_file(store: Store, tmp_path: Path) -> None:
+    said(store, 1, answer=None)
+    assert ingest(store, tmp_path / "feedback", CONFIG, passes).accepted == 0
+    assert list((tmp_path / "feedback").iterdir()) == []
+    assert (store.fresh(), store.unversioned()) == (0, [])
+
+
+def test_withdrawals_are_written_also_when_there_are_none(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "feedback"
+    assert withdrawals_are_written(store, folder)
+    first, second = said(store, 1), said(store, 2)
+    ingest(store, folder, CONFIG, passes)
+    assert not withdrawals_are_written(store, folder)
+    write_withdrawals(store, folder)
+    assert json.loads((folder / "withdrawn.json").read_text()) == {}
+    assert store.revoke(first, "poison")
+    assert not store.revoke(first)
+    changed = store.add_feedback("chatcmpl-2", "up", voice="user:a")
+    assert not withdrawals_are_written(store, folder)
+    write_withdrawals(store, folder)
+    assert json.loads((folder / "withdrawn.json").read_text()) == {first: "revoked", second: "replaced"}
+    assert changed not in store.withdrawn()
+    with pytest.raises(InputError, match="nope: no such feedback"):
+        store.revoke("nope")
+
+
+def test_the_suite_quarantines_rows_and_says_why(store: Store, tmp_path: Path, validator: Validator) -> None:
+    good = said(store, 1, correction="Better.")
+    bad = {
+        said(store, 2, correction=" \n"): "Fails: A correction says something",
+        said(store, 3, answer="  "): "Fails: There is an answer in words",
+        said(store, 4, question=" "): "Fails: A user asks something",
+        said(store, 5, model="agent@champion"): "Fails: The answering model is a registered version",
+        said(store, 6, correction="x<|call|>y"): (
+            "Fails: A correction holds no control characters and none of the template's own marks"
+        ),
+        said(store, 7, correction="x" * 100_001): "Fails: A correction is not longer than 100,000 characters",
+    }
+    ingest(store, tmp_path / "feedback", CONFIG, lambda rows: validator.failing(rows, "feedback"))
+    found = states(store)
+    assert found[good] == ("accepted", None)
+    assert {vote: found[vote][1] for vote in bad} == bad
+
+
+def test_rows_of_another_shape_are_refused(store: Store, validator: Validator) -> None:
+    said(store, 1)
+    row = traits(item_of(store.behind_watermark(1)[0]))
+    assert validator.failing([row], "feedback") == {}
+    with pytest.raises(Refused, match="feedback: data validation failed: The columns are those of a vote"):
+        validator.failing([{**row, "mood": "good"}], "feedback")
+
+
+def test_what_a_killed_run_left_is_written_again(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "feedback"
+    vote = said(store, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "commit_partition", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            ingest(store, folder, CONFIG, passes)
+    (folder / ".items-000000001-000000001.parquet.tmp").write_bytes(b"half")
+    assert len(list(folder.iterdir())) == 2
+    later = said(store, 2)
+    assert ingest(store, folder, CONFIG, passes).partition == "items-000000001-000000002"
+    assert [path.name for path in folder.iterdir()] == ["items-000000001-000000002.parquet"]
+    assert [item.feedback_id for item in read_items(folder)] == [vote, later]
+
+
+def test_partitions_of_another_store_are_left_alone(store: Store, tmp_path: Path) -> None:
+    said(store, 1)
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    other = Store.of(tmp_path / "other")
+    said(other, 1)
+    with pytest.raises(InputError, match="holds votes of another store"):
+        ingest(other, tmp_path / "feedback", CONFIG, passes)
+    other.close()
+    assert len(list(read_items(tmp_path / "feedback"))) == 1
+
+
+def test_a_missing_folder_is_not_started_over(store: Store, tmp_path: Path) -> None:
+    said(store, 1)
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    (tmp_path / "feedback").rename(tmp_path / "moved")
+    said(store, 2)
+    with pytest.raises(InputError, match='run "dvc checkout feedback"'):
+        ingest(store, tmp_path / "feedback", CONFIG, passes)
+
+
+def test_two_ingestions_of_the_same_votes_cannot_both_count(store: Store, tmp_path: Path) -> None:
+    said(store, 1)
+    racer = Store.of(tmp_path)
+
+    def race(rows: Sequence[Row]) -> Mapping[int, str]:
+        ingest(racer, tmp_path / "elsewhere", CONFIG, passes)
+        return {}
+
+    with pytest.raises(InputError, match="another ingestion"):
+        ingest(store, tmp_path / "feedback", CONFIG, race)
+    racer.close()
+    assert store.waiting() == 1
+
+
+def test_old_requests_without_feedback_are_forgotten(store: Store) -> None:
+    said(store, 1)
+    store.add_request("silent", "agent/1", {"messages": []})
+    store.add_answer("silent", Answered("yes", "stop", 1, 1, 0.1))
+    assert store.forget(1) == 0
+    with store._write() as connection:
+        connection.exec_driver_sql("UPDATE requests SET created = created - 200000")
+    assert store.forget(1) == 1
+    assert store.counts() == {"requests": 1, "answers": 1, "feedback": 1}
+
+
+def test_the_digest_of_content_tells_voices_votes_and_answers_apart(store: Store) -> None:
+    said(store, 1)
+    item = item_of(store.behind_watermark(1)[0])
+    changes: list[Row] = [{"voice": "b"}, {"rating": "up"}, {"answer": "other"}, {"correction": item["answer"]}]
+    assert len({content_digest(item | change) for change in [{}, *changes]}) == 5
+    corrected = item | {"correction": "x"}
+    assert content_digest(corrected) == content_digest(corrected | {"answer": "other", "comment": "c"})
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+from components.config import FeedbackConfig
+from components.feedback import ingest as module
+from components.feedback.store import Answered, Store
+
+home, rounds = Path(sys.argv[1]), int(sys.argv[2])
+chance = random.Random(7)
+config = FeedbackConfig(max_items=7, max_per_voice=10_000, improve_after=5, keep_days=None)
+
+def once(number):
+    store = Store.of(home)
+    module.ingest(store, home / "feedback", config, lambda rows: {})
+    module.write_withdrawals(store, home / "feedback")
+    store.close()
+
+def timed(number):
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        once(number)
+        os._exit(0)
+    return child, began
+
+number = 0
+def speak(count):
+    global number
+    store = Store.of(home)
+    for _ in range(count):
+        name = f"c{number}"
+        store.add_request(name, "agent/1", {"messages": [{"role": "user", "content": f"what is {number}?"}]})
+        store.add_answer(name, Answered("x", "stop", 1, 1, 0.1))
+        print(store.add_feedback(name, "down", f"it is {number}", voice="v"), flush=True)
+        number += 1
+    store.close()
+
+speak(3)
+child, began = timed(0)
+os.waitpid(child, 0)
+whole = time.monotonic() - began
+killed = 0
+for _ in range(rounds):
+    speak(5)
+    child, began = timed(0)
+    time.sleep(chance.random() * whole)
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+while True:
+    store = Store.of(home)
+    fresh = store.fresh()
+    store.close()
+    if not fresh:
+        break
+    child, began = timed(0)
+    assert os.waitpid(child, 0)[1] == 0
+print("killed", killed, flush=True)
+"""
+
+
+def test_killed_anywhere_nothing_acknowledged_is_lost_or_taken_twice(tmp_path: Path) -> None:
+    rounds = int(os.environ.get("LOOPWRIGHT_TEST_KILLS", "8"))
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(rounds)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    *acknowledged, told = ended.stdout.splitlines()
+    assert int(told.split()[1]) >= rounds // 2, "the kills came too late to tell anything"
+    taken = [item.feedback_id for item in read_items(tmp_path / "feedback")]
+    assert taken == acknowledged
+    store = Store.of(tmp_path)
+    assert {state for state, _ in states(store).values()} == {"accepted"}
+    files = {path.stem for path in (tmp_path / "feedback").glob("items-*.parquet")}
+    assert files == {row["name"] for row in store.partitions()}
+    for row in store.partitions():
+        assert pq.read_metadata(tmp_path / "feedback" / f"{row['name']}.parquet").num_rows == row["accepted"]
+    store.close()
+
+
+def test_a_thousand_new_votes_cost_the_same_behind_many_old_ones(tmp_path: Path) -> None:
+    """By what the database says it does: no query of an ingestion reads a whole table."""
+    store = Store.of(tmp_path)
+    said(store, 1)
+    plans: list[str] = []
+    from sqlalchemy import event
+
+    @event.listens_for(store._engine, "before_cursor_execute")
+    def explain(_connection, cursor, statement, parameters, *_):  # type: ignore[no-untyped-def]
+        if statement.lstrip().upper().startswith(("SELECT", "UPDATE", "DELETE")):
+            cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans.extend(f"{row[3]} :: {statement[:90]}" for row in cursor.fetchall())
+
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    store.waiting(), store.fresh(), store.unversioned(), store.withdrawn()
+    store.close()
+    scans = [plan for plan in plans if plan.startswith("SCAN") and "USING" not in plan]
+    assert not [plan for plan in scans if not plan.startswith(("SCAN partitions", "SCAN revocations", "SCAN imp"))]
