@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from components.process import alive
 from components.supervise import Service, answers
 from flows.server import settings
 from flows.worker import HEALTH_FILE
@@ -51,7 +52,12 @@ def _worker(home: Path, prefect: str, deploy: bool) -> Service:
     ready = home / HEALTH_FILE
     ready.unlink(missing_ok=True)
     command = _python("flows.worker", *([] if deploy else ["--no-deploy"]))
-    return Service("worker", command, "", ready.exists, {**settings(home), "PREFECT_API_URL": prefect})
+    return Service("worker", command, "", lambda: _lives(ready), {**settings(home), "PREFECT_API_URL": prefect})
+
+
+def _lives(ready: Path) -> bool:
+    """Whether the worker that wrote its process id there still runs; a killed one leaves the file."""
+    return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
 
 
 def _endpoint(port: int, mlflow: str) -> Service:
