@@ -46,12 +46,17 @@ class Answered:
 
 
 _VOTED = ("id", "created", "rating", "correction", "comment", "idempotency_key", "voice")
-_VOTE = FEEDBACK.insert().from_select(
-    [*_VOTED, "completion_id"],
-    select(*(bindparam(f"new_{name}", type_=FEEDBACK.c[name].type) for name in _VOTED), REQUESTS.c.id).where(
-        REQUESTS.c.id == bindparam("completion")
-    ),
-    include_defaults=False,
+_VOTE = (
+    FEEDBACK.insert()
+    .from_select(
+        [*_VOTED, "completion_id"],
+        select(*(bindparam(f"new_{name}", type_=FEEDBACK.c[name].type) for name in _VOTED), REQUESTS.c.id).where(
+            REQUESTS.c.id == bindparam("completion")
+        ),
+        include_defaults=False,
+    )
+    # PostgreSQL's driver does not keep it for an insert, and it is how an unknown completion is seen.
+    .execution_options(preserve_rowcount=True)
 )
 """One vote, if its completion is on record."""
 _REPLACE = (

@@ -1,0 +1,147 @@
+"""The store on a real PostgreSQL: `LOOPWRIGHT_TEST_POSTGRES` names one, with a database that may be written to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+
+from components.config import InputError
+from components.feedback.ledger import Outcome
+from components.feedback.store import Answered, Store, StoreUnavailable, UnknownCompletion
+
+ADDRESS = os.environ.get("LOOPWRIGHT_TEST_POSTGRES")
+pytestmark = pytest.mark.skipif(
+    ADDRESS is None,
+    reason="LOOPWRIGHT_TEST_POSTGRES is not set; name a server such as postgresql://user:password@localhost/name",
+)
+
+BODY = {"messages": [{"role": "user", "content": "37*12? \N{GREEK SMALL LETTER PI} \0"}]}
+ANSWER = Answered("444", "stop", 11, 7, 0.25, steps=[{"type": "call", "name": "calculate", "arguments": {}}])
+
+OPENER = """
+import sys
+from components.feedback.store import Store
+
+Store(sys.argv[1]).add_request(sys.argv[2], "agent/1", {})
+"""
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """A schema of its own, so that tests meet an empty database and leave nothing behind."""
+    assert ADDRESS is not None
+    schema = f"test_{uuid.uuid4().hex[:12]}"
+    owner = create_engine(make_url(ADDRESS).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:
+        role = connection.exec_driver_sql("SELECT current_user").scalar()
+        connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
+        connection.exec_driver_sql(f'ALTER ROLE "{role}" SET search_path = "{schema}"')
+    yield ADDRESS
+    with owner.connect() as connection:
+        connection.exec_driver_sql(f'ALTER ROLE "{role}" RESET search_path')
+        connection.exec_driver_sql(f'DROP SCHEMA "{schema}" CASCADE')
+    owner.dispose()
+
+
+@pytest.fixture
+def store(address: str) -> Iterator[Store]:
+    store = Store(address, busy_seconds=5)
+    yield store
+    store.close()
+
+
+def ask(store: Store, completion_id: str) -> str:
+    store.add_request(completion_id, "agent/1", BODY)
+    store.add_answer(completion_id, ANSWER)
+    return completion_id
+
+
+def test_completion_returns_what_was_recorded(store: Store) -> None:
+    first = store.add_feedback(ask(store, "chatcmpl-1"), "down", correction="444!", idempotency_key="k", voice="user:a")
+    assert store.add_feedback("chatcmpl-1", "down", correction="444!", idempotency_key="k", voice="user:a") == first
+    second = store.add_feedback("chatcmpl-1", "up")
+    found = store.completion("chatcmpl-1")
+    assert found["request"] == BODY
+    assert found["answer"]["steps"] == ANSWER.steps
+    assert [(vote["id"], vote["replaced_by"]) for vote in found["feedback"]] == [(first, second), (second, None)]
+    with pytest.raises(UnknownCompletion):
+        store.add_feedback("nope", "up")
+    with pytest.raises(InputError, match="Idempotency-Key"):
+        store.add_feedback(ask(store, "chatcmpl-2"), "up", idempotency_key="k")
+
+
+def test_votes_are_taken_in_once_and_withdrawn(store: Store) -> None:
+    ids = [store.add_feedback(ask(store, f"chatcmpl-{number}"), "up") for number in range(3)]
+    votes = store.behind_watermark(2)
+    assert [vote["id"] for vote in votes] == ids[:2]
+    outcomes = [
+        Outcome(vote["id"], vote["sequence"], "accepted", None, vote["voice"], vote["created"], vote["id"][:32])
+        for vote in votes
+    ]
+    store.commit_partition("items-1", "digest", outcomes)
+    with pytest.raises(InputError, match="another ingestion has taken these votes"):
+        store.commit_partition("items-2", "digest", outcomes)
+    assert (store.waiting(), store.fresh()) == (2, 1)
+    assert store.revoke(ids[0], "poisoned")
+    assert store.withdrawn() == {ids[0]: "revoked"}
+    store.add_improvement(store.last_accepted_sequence(), "agent/2", "promoted", "better")
+    assert store.waiting() == 0
+    assert store.said_before([ids[1][:32]]) == {ids[1][:32]: ids[1]}
+    assert [row["model"] for row in store.feedback_counts()] == ["agent/1"]
+    assert store.forget(1) == 0
+
+
+def test_no_vote_appears_behind_one_that_was_seen(store: Store) -> None:
+    """A reader that goes on from the last number it saw misses nothing, although many write at once."""
+    completions = [ask(store, f"chatcmpl-{number}") for number in range(160)]
+    writers = [
+        threading.Thread(target=lambda mine=completions[number::8]: [store.add_feedback(one, "up") for one in mine])
+        for number in range(8)
+    ]
+    for writer in writers:
+        writer.start()
+    seen: list[int] = []
+    while len(seen) < len(completions):
+        working = any(writer.is_alive() for writer in writers)
+        found = [int(vote["sequence"]) for vote in store.votes(len(completions))]
+        late = set(found) - set(seen)
+        assert not late or not seen or min(late) > max(seen)
+        seen = sorted(found)
+        assert working or len(seen) == len(completions)
+    for writer in writers:
+        writer.join()
+
+
+def test_processes_that_open_an_empty_database_at_once_migrate_it_once(address: str) -> None:
+    opened = [subprocess.Popen([sys.executable, "-c", OPENER, address, f"chatcmpl-{number}"]) for number in range(4)]
+    assert [process.wait() for process in opened] == [0] * 4
+    store = Store(address)
+    assert store.counts()["requests"] == 4
+    store.close()
+
+
+def test_a_server_that_is_gone_is_told_in_one_line(address: str) -> None:
+    gone = make_url(address).set(port=1).render_as_string(hide_password=False)
+    with pytest.raises(StoreUnavailable, match=r"\*\*\*.*cannot be opened: .*; check LOOPWRIGHT_DATABASE_URL"):
+        Store(gone, busy_seconds=1)
+
+
+def test_a_locked_table_is_told_after_the_wait_and_nothing_is_kept(store: Store, address: str) -> None:
+    ask(store, "chatcmpl-1")
+    other = create_engine(make_url(address).set(drivername="postgresql+psycopg"))
+    hasty = Store(address, busy_seconds=0.2)
+    with other.begin() as connection:
+        connection.exec_driver_sql("LOCK TABLE feedback IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(StoreUnavailable, match="send it again; nothing of it was kept"):
+            hasty.add_feedback("chatcmpl-1", "up")
+    assert hasty.completion("chatcmpl-1")["feedback"] == []
+    hasty.close()
+    other.dispose()
