@@ -13,7 +13,7 @@ from pathlib import Path
 
 from components.config import InputError, Params, Paths, load_params
 from components.data.datasets import Row
-from components.feedback.ingest import Taken, withdrawals_are_written, write_withdrawals
+from components.feedback.ingest import WITHDRAWN, Taken, withdrawals_are_written, write_withdrawals
 from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
 from components.process import only_one
@@ -108,15 +108,11 @@ class _Job:
 
     def version(self) -> str | None:
         """Write down what was withdrawn and put data/feedback under DVC as it is now; null when nothing changed."""
-        folder = self.paths.feedback
-        if not withdrawals_are_written(self.store, folder):
-            self._mark.parent.mkdir(parents=True, exist_ok=True)
-            self._mark.touch()
-            write_withdrawals(self.store, folder)
+        write_down_withdrawals(self.paths, self.store)
         names = self.store.unversioned()
         if not names and not self._mark.exists():
             return None
-        version = _patiently(self.paths.root, folder)
+        version = _patiently(self.paths.root, self.paths.feedback)
         self.store.mark_versioned(names, version)
         self._mark.unlink(missing_ok=True)
         return version
@@ -128,7 +124,7 @@ class _Job:
 
     @property
     def _mark(self) -> Path:
-        return self.paths.home / "stages" / _UNVERSIONED
+        return _mark(self.paths)
 
     def _gate(self, rows: Sequence[Row]) -> Mapping[int, str]:
         from components.data.validate import Validator
@@ -142,6 +138,19 @@ class _Job:
         rows = [{"outcome": "accepted", "reason": "", "votes": taken.accepted}]
         rows += [{"outcome": "quarantined", "reason": why, "votes": n} for why, n in taken.quarantined.items()]
         create_table_artifact(table=rows, key="feedback", description=f"Partition {taken.partition or 'none'}")
+
+
+def write_down_withdrawals(paths: Paths, store: Store) -> None:
+    """Bring `withdrawn.json` up to date; the next ingestion versions it if this one does not."""
+    if not (paths.feedback / WITHDRAWN).is_file() or not withdrawals_are_written(store, paths.feedback):
+        mark = _mark(paths)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        write_withdrawals(store, paths.feedback)
+
+
+def _mark(paths: Paths) -> Path:
+    return paths.home / "stages" / _UNVERSIONED
 
 
 def _patiently(root: Path, folder: Path) -> str:

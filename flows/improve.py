@@ -20,6 +20,7 @@ from components.feedback.store import Store
 from components.process import only_one
 from components.registry import ModelVersion, Registry, is_empty
 from components.stage import remove
+from flows.feedback import write_down_withdrawals
 from flows.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import Order, Report, bring_up_to_date, look
 from flows.release import (
@@ -115,6 +116,7 @@ class _Job:
 
     def fetch(self, start: ModelVersion) -> None:
         """Put the models that the stages read where they read them."""
+        write_down_withdrawals(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
         _place(self.champion, self.paths.champion, {"gate.json": {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)
