@@ -45,7 +45,9 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
 
         @flow(name=name, validate_parameters=False)
         def started(**facts: Any) -> T:  # what the run is shown with
-            return _noted(FlowRun(_current(), note), body)
+            flow_run = _current()
+            with living(home, flow_run):
+                return _noted(FlowRun(flow_run, note), body)
 
         with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
             if api.process is not None:

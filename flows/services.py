@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 from components.process import alive
@@ -23,7 +25,7 @@ def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service
     if "MLFLOW_TRACKING_URI" not in os.environ:
         services.append(_mlflow(home, ports["mlflow"], mlflow))
     services.append(_worker(home, prefect, deploy))
-    services.append(_endpoint(ports["endpoint"], mlflow))
+    services.append(_endpoint(home, ports["endpoint"]))
     return services
 
 
@@ -60,18 +62,29 @@ def _lives(ready: Path) -> bool:
     return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
 
 
-def _endpoint(port: int, mlflow: str) -> Service:
+def _endpoint(home: Path, port: int) -> Service:
     url = f"http://127.0.0.1:{port}"
-    champion = f"{mlflow}/api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
-    may_start: Callable[[], bool] = answers(champion) if mlflow.startswith("http") else lambda: True
     return Service(
         "endpoint",
         _python("loopwright", "serve", "--port", str(port)),
         url,
         answers(f"{url}/readyz"),
-        may_start=may_start,
+        may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
     )
+
+
+def has_champion(home: Path) -> bool:
+    """Whether there is something to serve, told without MLflow's import and before its server has started."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI", ""):
+        path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
+        return not given.startswith("http") or answers(f"{given}/{path}")()
+    try:
+        with closing(sqlite3.connect(f"file:{home / 'mlflow' / 'mlflow.db'}?mode=ro", uri=True)) as tables:
+            asked = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
+            return tables.execute(asked).fetchone() is not None
+    except sqlite3.Error:
+        return False
 
 
 def _python(*words: str) -> list[str]:
