@@ -351,7 +351,7 @@ print("killed", killed, flush=True)
 
 
 def test_killed_anywhere_nothing_acknowledged_is_lost_or_taken_twice(tmp_path: Path) -> None:
-    rounds = int(os.environ.get("LOOPWRIGHT_TEST_KILLS", "8"))
+    rounds = int(os.environ.get("LOOPWRIGHT_TEST_KILLS", "6"))
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(rounds)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ended.returncode == 0, ended.stderr
