@@ -72,11 +72,16 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        """A transaction that is on disk when the block ends, or never was."""
+    def _write(self, synced: bool = True) -> Iterator[Connection]:
+        """A transaction that is on disk when the block ends, or never was.
+
+        Not `synced`, SQLite leaves it to the next synced one to reach the disk with it: the death of this process loses
+        nothing, a power cut may lose it. (PostgreSQL syncs the commits of many at once by itself.)
+        """
         with self._told("cannot be written", "send it again; nothing of it was kept"):
             self._look()
-            with self._engine.begin() as connection:
+            options = {} if synced else {"loopwright_unsynced": True}
+            with self._engine.connect().execution_options(**options) as connection, connection.begin():
                 yield connection
 
     @contextmanager
@@ -183,8 +188,13 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         # A transaction that reads first and then writes cannot wait for another writer; it must start as a writer.
-        reads = connection.get_execution_options().get("loopwright_read")
-        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+        options = connection.get_execution_options()
+        if options.get("loopwright_read"):
+            connection.exec_driver_sql("BEGIN")
+            return
+        level = "NORMAL" if options.get("loopwright_unsynced") else "FULL"
+        connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _revision(connection: Connection) -> str | None:

@@ -82,9 +82,12 @@ class Store(Ledger):
         return cls(url, busy_seconds)
 
     def add_request(self, completion_id: str, model: str, body: Mapping[str, Any]) -> None:
-        """Record what is about to be answered, and by which `NAME/VERSION`."""
+        """Record what is about to be answered, and by which `NAME/VERSION`.
+
+        Not synced on its own: nothing is acknowledged before its answer, whose sync takes this along.
+        """
         row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
-        with self._write() as connection:
+        with self._write(synced=False) as connection:
             connection.execute(REQUESTS.insert(), row)
 
     def add_answer(self, completion_id: str, answer: Answered) -> None:
