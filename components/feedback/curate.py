@@ -53,12 +53,15 @@ def curate(run: StageRun) -> None:
 
     Raises: InputError when there is nothing to learn from.
     """
-    lessons = [lesson for name in run.params.align.datasets for lesson in _lessons(run, name)]
+    said = [lesson for name in run.params.align.datasets for lesson in _lessons(run, name)]
+    gone = _withdrawn(run.paths.feedback)
+    lessons = [lesson for lesson in said if lesson.id not in gone]
     if not lessons:
         raise InputError(
             f'{run.paths.feedback}: nothing to learn from; collect feedback and run "loopwright feedback ingest"'
         )
-    held_out = hold_out(lessons, run.params.curate.held_out_share, run.params.seed)
+    # What was withdrawn keeps its place in the order, so that no other prompt changes sides.
+    held_out = hold_out(said, run.params.curate.held_out_share, run.params.seed)
     run.paths.curated.mkdir(parents=True, exist_ok=True)
     train = [lesson for lesson in lessons if lesson.key not in held_out]
     test = [lesson for lesson in lessons if lesson.key in held_out]
@@ -95,7 +98,7 @@ def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> set[str]:
 
 def _lessons(run: StageRun, name: str) -> Iterator[Lesson]:
     if name == FEEDBACK:
-        yield from _of_people(run.paths.feedback)
+        yield from map(lesson_of, read_items(run.paths.feedback))
         return
     folder = run.paths.added / name
     info = read_info(folder)
@@ -105,12 +108,10 @@ def _lessons(run: StageRun, name: str) -> Iterator[Lesson]:
         yield Lesson(str(row["id"]), prompt_key(row["prompt"]), name, None, row)
 
 
-def _of_people(folder: Path) -> Iterator[Lesson]:
-    withdrawn = folder / "withdrawn.json"
-    gone = json.loads(withdrawn.read_text(encoding="utf-8")) if withdrawn.is_file() else {}
-    for item in read_items(folder):
-        if item.feedback_id not in gone:
-            yield lesson_of(item)
+def _withdrawn(folder: Path) -> set[str]:
+    """Ids of the items that people revoked, or replaced by a later vote."""
+    path = folder / "withdrawn.json"
+    return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
 
 def lesson_of(item: Item) -> Lesson:
