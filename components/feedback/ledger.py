@@ -69,9 +69,16 @@ class Ledger(Database):
         found: dict[str, str] = {}
         with self._read() as connection:
             for start in range(0, len(wanted), 500):
-                here = OUTCOMES.c.content_digest.in_(wanted[start : start + 500])
-                asked = _standing(0, OUTCOMES.c.content_digest, OUTCOMES.c.feedback_id).where(here)
-                found.update((str(digest), str(feedback_id)) for digest, feedback_id in connection.execute(asked))
+                # Only by digest: with the status beside it, SQLite would rather walk through all that was accepted.
+                asked = (
+                    select(OUTCOMES.c.content_digest, OUTCOMES.c.feedback_id, OUTCOMES.c.status)
+                    .join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id)
+                    .where(OUTCOMES.c.content_digest.in_(wanted[start : start + 500]))
+                    .where(FEEDBACK.c.replaced_by.is_(None), ~_revoked())
+                )
+                for digest, feedback_id, status in connection.execute(asked):
+                    if status == "accepted":
+                        found[str(digest)] = str(feedback_id)
         return found
 
     def accepted_of(self, voice: str, since: float, most: int) -> list[float]:
@@ -144,19 +151,15 @@ class Ledger(Database):
 
     def withdrawn(self) -> dict[str, str]:
         """Accepted votes that no longer count, and why: `revoked`, or `replaced` by a later vote."""
-        replaced = (
-            select(OUTCOMES.c.feedback_id)
-            .join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id)
-            .where(FEEDBACK.c.replaced_by.is_not(None), OUTCOMES.c.status == "accepted")
-        )
-        revoked = (
-            select(OUTCOMES.c.feedback_id)
-            .join(REVOCATIONS, REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
-            .where(OUTCOMES.c.status == "accepted")
-        )
+        voted = select(OUTCOMES.c.feedback_id, OUTCOMES.c.status)
+        replaced = voted.where(OUTCOMES.c.feedback_id.in_(select(FEEDBACK.c.id).where(FEEDBACK.c.replaced_by > "")))
+        revoked = voted.where(OUTCOMES.c.feedback_id.in_(select(REVOCATIONS.c.feedback_id)))
+        gone: dict[str, str] = {}
         with self._read() as connection:
-            gone = dict.fromkeys(connection.scalars(replaced), "replaced")
-            return gone | dict.fromkeys(connection.scalars(revoked), "revoked")
+            for why, asked in (("replaced", replaced), ("revoked", revoked)):
+                rows = connection.execute(asked)
+                gone.update((str(feedback_id), why) for feedback_id, status in rows if status == "accepted")
+        return gone
 
     def fresh(self) -> int:
         """Votes that no ingestion has looked at."""
@@ -168,7 +171,7 @@ class Ledger(Database):
         """Accepted votes that stand and that came after what the last improvement learned from."""
         with self._read() as connection:
             learned = connection.scalar(select(func.max(IMPROVEMENTS.c.last_sequence))) or 0
-            return connection.scalar(_standing(learned, func.count())) or 0
+            return connection.scalar(_standing(learned)) or 0
 
     def last_accepted_sequence(self) -> int:
         """The newest accepted vote; 0 when there is none."""
@@ -277,14 +280,17 @@ def _watermark(connection: Connection) -> int:
     return connection.scalar(select(func.max(PARTITIONS.c.last_sequence))) or 0
 
 
-def _standing(behind: int, *columns: Any) -> Select[Any]:
-    """Accepted votes behind a sequence that were neither replaced nor revoked."""
-    revoked = exists().where(REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
+def _revoked() -> Any:
+    return exists().where(REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
+
+
+def _standing(behind: int) -> Select[tuple[int]]:
+    """The number of accepted votes behind a sequence that were neither replaced nor revoked."""
     return (
-        select(*columns)
+        select(func.count())
         .select_from(OUTCOMES.join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id))
         .where(OUTCOMES.c.sequence > behind, OUTCOMES.c.status == "accepted")
-        .where(FEEDBACK.c.replaced_by.is_(None), ~revoked)
+        .where(FEEDBACK.c.replaced_by.is_(None), ~_revoked())
     )
 
 
