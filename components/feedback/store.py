@@ -7,6 +7,7 @@ record. What became of the votes is kept beside them (ledger.py).
 
 from __future__ import annotations
 
+import hashlib
 import time
 import uuid
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from sqlalchemy.exc import IntegrityError
 from components.config import InputError
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.ledger import Ledger
-from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
+from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 
 __all__ = ["Answered", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
 
@@ -110,12 +111,12 @@ class Store(Ledger):
 
         Raises: UnknownCompletion; InputError when the key was used for another completion.
         """
-        vote = {"rating": rating, "correction": correction, "comment": comment}
+        vote = {"rating": rating, "correction": correction, "comment": comment, "idempotency_key": idempotency_key}
         for name, value in vote.items():
             if value and "\0" in value:
                 raise InputError(f"{name}: holds a NUL character; send text without it")
         try:
-            return self._vote(completion_id, {**vote, "idempotency_key": idempotency_key, "voice": voice})
+            return self._vote(completion_id, {**vote, "voice": _voice(voice)})
         except IntegrityError:
             with self._read() as connection:
                 known = _with_key(connection, idempotency_key)
@@ -135,7 +136,7 @@ class Store(Ledger):
         row |= {"completion": completion_id, "new_id": feedback_id, "new_created": time.time()}
         with self._write() as connection:
             self._in_turn(connection)
-            if not connection.execute(_VOTE, row).rowcount:
+            if "\0" in completion_id or not connection.execute(_VOTE, row).rowcount:
                 raise UnknownCompletion(
                     f"completion_id: {completion_id!r} is not a completion of this endpoint; send the id of an answer"
                 )
@@ -150,7 +151,8 @@ class Store(Ledger):
         Raises: UnknownCompletion.
         """
         with self._read() as connection:
-            request = _one(connection, REQUESTS, REQUESTS.c.id, completion_id)
+            known = "\0" not in completion_id  # which PostgreSQL would not even be asked for
+            request = _one(connection, REQUESTS, REQUESTS.c.id, completion_id) if known else None
             if request is None:
                 raise UnknownCompletion(f"{completion_id}: no such completion in {self.address}")
             answer = _one(connection, ANSWERS, ANSWERS.c.request_id, completion_id)
@@ -170,6 +172,14 @@ class Store(Ledger):
                 "answers": connection.scalar(select(func.count()).select_from(ANSWERS)) or 0,
                 "feedback": connection.scalar(standing) or 0,
             }
+
+
+def _voice(voice: str) -> str:
+    """A voice that fits its column: what a client says of itself may be of any length."""
+    if len(voice) <= VOICE_CHARACTERS and "\0" not in voice:
+        return voice
+    digest = hashlib.sha256(voice.encode(errors="surrogatepass")).hexdigest()[:32]
+    return f"{voice.partition(':')[0][:16]}:{digest}".replace("\0", "")
 
 
 def _one(connection: Connection, table: Table, column: Column[Any], value: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
 
 METADATA = MetaData()
+VOICE_CHARACTERS = 80
 
 REQUESTS = Table(
     "requests",
@@ -40,7 +41,7 @@ FEEDBACK = Table(
     Column("comment", Text),
     Column("idempotency_key", String(256), unique=True),
     Column("replaced_by", String(64)),
-    Column("voice", String(80), nullable=False, server_default=""),
+    Column("voice", String(VOICE_CHARACTERS), nullable=False, server_default=""),
     Index("ix_feedback_replaced_by", "replaced_by"),
     sqlite_autoincrement=True,
 )
@@ -66,7 +67,7 @@ OUTCOMES = Table(
     Column("partition", ForeignKey("partitions.name"), nullable=False),
     Column("status", String(16), nullable=False),
     Column("reason", Text),
-    Column("voice", String(80), nullable=False),
+    Column("voice", String(VOICE_CHARACTERS), nullable=False),
     Column("created", Float, nullable=False),
     Column("content_digest", String(32), nullable=False, index=True),
     Index("ix_outcomes_voice_created", "voice", "created"),

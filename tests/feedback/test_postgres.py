@@ -78,6 +78,18 @@ def test_completion_returns_what_was_recorded(store: Store) -> None:
         store.add_feedback(ask(store, "chatcmpl-2"), "up", idempotency_key="k")
 
 
+def test_what_postgresql_cannot_hold_is_no_fault_of_the_database(store: Store) -> None:
+    ask(store, "chatcmpl-1")
+    with pytest.raises(UnknownCompletion):
+        store.add_feedback("chat\0", "up")
+    with pytest.raises(UnknownCompletion):
+        store.completion("chat\0")
+    with pytest.raises(InputError, match="correction: holds a NUL character"):
+        store.add_feedback("chatcmpl-1", "up", "a\0b")
+    store.add_feedback("chatcmpl-1", "up", voice="user:" + "n" * 300)
+    assert store.completion("chatcmpl-1")["feedback"][0]["voice"].startswith("user:")
+
+
 def test_votes_are_taken_in_once_and_withdrawn(store: Store) -> None:
     ids = [store.add_feedback(ask(store, f"chatcmpl-{number}"), "up") for number in range(3)]
     votes = store.behind_watermark(2)

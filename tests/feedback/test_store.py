@@ -189,3 +189,19 @@ def test_database_url_comes_from_the_environment(tmp_path: Path, monkeypatch: py
 def test_unusable_database_is_refused(url: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Store(url)
+
+
+def test_long_voices_are_told_apart_in_few_characters(store: Store) -> None:
+    for number, voice in enumerate(("user:" + "n" * 300, "user:" + "n" * 299 + "m", "user:\0", "local")):
+        store.add_feedback(ask(store, f"chatcmpl-{number}"), "up", voice=voice)
+    voices = [store.completion(f"chatcmpl-{number}")["feedback"][0]["voice"] for number in range(4)]
+    assert len(set(voices)) == 4
+    assert all(len(voice) <= 80 and voice.startswith("user:") for voice in voices[:3])
+    assert voices[3] == "local"
+
+
+def test_a_completion_with_a_nul_in_its_name_is_unknown(store: Store) -> None:
+    with pytest.raises(UnknownCompletion):
+        store.add_feedback("chat\0", "up")
+    with pytest.raises(UnknownCompletion):
+        store.completion("chat\0")
