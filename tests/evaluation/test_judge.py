@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from components.config import Paths
 from components.data.datasets import Row
@@ -20,6 +22,15 @@ from components.feedback.curate import curate
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 
 KEPT = ("answers.parquet", "answers.json")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another where others use the cores make tiny products slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

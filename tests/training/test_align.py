@@ -35,6 +35,15 @@ LONG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for one another where others use the cores make tiny products slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
     """A project with corrections, likes and dislikes, curated."""
