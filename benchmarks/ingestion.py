@@ -19,6 +19,7 @@ from pathlib import Path
 from components.config import FeedbackConfig
 from components.data.validate import Validator
 from components.feedback.ingest import ingest, write_withdrawals
+from components.feedback.ledger import DAY_SECONDS
 from components.feedback.store import Answered, Store
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
 
@@ -82,8 +83,11 @@ def ingestions(folder: Path, old: int, new: int, runs: int = 5) -> tuple[list[fl
         store.close()
 
     full = folder / "full"
-    speak(full, 0, old)
+    speak(full, 0, old, time.time() - 30 * DAY_SECONDS)
     take(full)
+    store = Store.of(full)
+    store.add_improvement(store.last_accepted_sequence(), "agent/2", "promoted", "learned")
+    store.close()
     few, many = [], []
     for run in range(runs + 1):
         empty = folder / f"empty-{run}"
@@ -94,10 +98,10 @@ def ingestions(folder: Path, old: int, new: int, runs: int = 5) -> tuple[list[fl
     return few[1:], many[1:]
 
 
-def speak(home: Path, first: int, count: int) -> None:
+def speak(home: Path, first: int, count: int, when: float | None = None) -> None:
     """So many requests with answers and votes, of a thousand voices, written at once."""
     store = Store.of(home)
-    now = time.time()
+    now = time.time() if when is None else when
     for start in range(first, first + count, 10_000):
         numbers = range(start, min(start + 10_000, first + count))
         with store._write() as connection:
