@@ -40,9 +40,11 @@ def traits(item: Row) -> Row:
     """One flat row of what the suite `feedback` checks of an item."""
     messages = item["messages"]
     said = [message["content"] or "" for message in messages]
-    same = ("sequence", "model", "answer", "rating", "correction", "comment", "voice", "skill")
+    same = ("sequence", "model", "rating", "correction", "comment", "voice", "skill")
     return {
         "id": item["feedback_id"],
+        # An answer without words can be corrected, not rated.
+        "answer": item["answer"] if item["answer"].strip() else item["correction"] or "",
         **{name: item[name] for name in same},
         "roles": " ".join("call" if message["tool_calls"] else str(message["role"]) for message in messages),
         "question": " ".join(message["content"] or "" for message in messages if message["role"] == "user")[:200],

@@ -199,7 +199,7 @@ def test_the_suite_quarantines_rows_and_says_why(store: Store, tmp_path: Path, v
     good = said(store, 1, correction="Better.")
     bad = {
         said(store, 2, correction=" \n"): "Fails: A correction says something",
-        said(store, 3, answer="  "): "Fails: There is an answer in words",
+        said(store, 3, answer="  "): "Fails: There is an answer in words, or its correction",
         said(store, 4, question=" "): "Fails: A user asks something",
         said(store, 5, model="agent@champion"): "Fails: The answering model is a registered version",
         said(store, 6, correction="x<|call|>y"): (
