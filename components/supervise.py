@@ -27,10 +27,14 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 QUICK_DEATH_SECONDS = 60.0
 """A service that lived longer starts again with the first pause."""
+SECONDS_BETWEEN_ASKS = 10.0
+UNANSWERED_ASKS = 6
+"""So many in a row, and a healthy service counts as hung: it is killed, and starts again. Generous, for training
+takes every core."""
 QUICK_DEATHS = 5
 """So many quick deaths in a row, and it is given up."""
 
-State = Literal["waiting", "starting", "healthy", "pausing", "given up"]
+State = Literal["waiting", "starting", "healthy", "hung", "pausing", "given up"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Service:
     """Not started before this is true."""
     waits_for: str = ""
     """What `may_start` waits for, for people."""
+    lives: Callable[[], bool] = lambda: True
+    """Asked now and then of a healthy service; may take two seconds."""
 
 
 @dataclass
@@ -62,6 +68,8 @@ class Kept:
     """Quick ones in a row."""
     next_start: float = 0.0
     told_waiting: bool = False
+    next_ask: float = 0.0
+    unanswered: int = 0
 
 
 class Supervisor:
@@ -78,7 +86,10 @@ class Supervisor:
             if kept.process is not None and kept.process.poll() is not None:
                 self._died(kept)
             elif kept.process is not None and kept.state == "starting" and kept.service.health():
+                kept.unanswered = 0
                 self._change(kept, "healthy")
+            elif kept.state == "healthy" and time.monotonic() >= kept.next_ask:
+                self._ask(kept)
             elif kept.process is None and kept.state != "given up" and time.monotonic() >= kept.next_start:
                 self._start(kept)
 
@@ -117,11 +128,16 @@ class Supervisor:
         kept.started = time.monotonic()
         kept.state, kept.told_waiting = "starting", False
 
+    def _ask(self, kept: Kept) -> None:
+        kept.unanswered = 0 if kept.service.lives() else kept.unanswered + 1
+        kept.next_ask = time.monotonic() + SECONDS_BETWEEN_ASKS
+        if kept.unanswered >= UNANSWERED_ASKS:
+            self._change(kept, "hung")
+            _kill_session(kept)
+
     def _died(self, kept: Kept) -> None:
-        assert kept.process is not None
         # The rest of its session must not hold its port, nor train on.
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(kept.process.pid, signal.SIGKILL)
+        _kill_session(kept)
         quick = time.monotonic() - kept.started < QUICK_DEATH_SECONDS
         kept.deaths = kept.deaths + 1 if quick else 1
         kept.next_start = time.monotonic() + min(FIRST_PAUSE_SECONDS * 2 ** (kept.deaths - 1), LONGEST_PAUSE_SECONDS)
@@ -146,6 +162,21 @@ def answers(url: str) -> Callable[[], bool]:
     return ask
 
 
+def lives(url: str) -> Callable[[], bool]:
+    """Whether a GET of the address is answered at all, be it with a refusal."""
+
+    def ask() -> bool:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+        except urllib.error.HTTPError as refusal:
+            refusal.close()
+        except OSError:
+            return False
+        return True
+
+    return ask
+
+
 def family(pid: int) -> list[psutil.Process]:
     """A process and everything below it."""
     try:
@@ -153,6 +184,12 @@ def family(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _kill_session(kept: Kept) -> None:
+    assert kept.process is not None
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(kept.process.pid, signal.SIGKILL)
 
 
 def _end(members: list[psutil.Process], seconds: float) -> None:

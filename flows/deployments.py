@@ -24,6 +24,7 @@ from components.config import InputError, Paths, Refused, find_root
 from components.process import end_with_parent, holder
 from flows.pipeline import Order, run_pipeline
 from flows.server import home_tag
+from flows.services import has_champion
 
 POOL = "loopwright"
 ENOUGH = "loopwright.feedback.enough"
@@ -54,7 +55,9 @@ def ingest() -> Any:
 
 @flow(name="improve", validate_parameters=False)
 def improve() -> Any:
-    """Learn from what people said, once."""
+    """Learn from what people said, once; skipped, not failed, while there is no model to improve."""
+    if not has_champion(Paths(find_root()).home):
+        return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
     module = importlib.import_module("flows.improve")
     return _alone(lambda root, echo: module.improve(root, echo=echo))
 

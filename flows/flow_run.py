@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from components.config import InputError, Refused
 from components.journal import PARENT_RUN
 from components.tracking import Courier, connect, create_run, end_killed_runs
 from flows.server import bury_the_dead, home_tag, living, prefect_api, send_logs
@@ -18,6 +19,9 @@ from flows.server import bury_the_dead, home_tag, living, prefect_api, send_logs
 Note = Callable[[Mapping[str, str]], None]
 Echo = Callable[[str], None]
 T = TypeVar("T")
+
+RETRIES = 2
+SECONDS_BETWEEN_TRIES = 2.0
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,29 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
                 send_logs()
 
 
-def effect(function: Callable[..., T], *values: Any) -> T:
-    """Call `function` as a task of the flow run, under its own name."""
+def effect(function: Callable[..., T], *values: Any, retries: int = RETRIES) -> T:
+    """Call `function` as a task of the flow run, under its own name.
+
+    It is tried again, for a registry or a network may come back; what computes asks for no `retries`.
+    """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
     name = getattr(function, "__name__", "effect")
-    return task(name=name, task_run_name=name, cache_policy=NO_CACHE)(lambda: function(*values))()
+    made = task(
+        name=name,
+        task_run_name=name,
+        cache_policy=NO_CACHE,
+        retries=retries,
+        retry_delay_seconds=SECONDS_BETWEEN_TRIES,
+        retry_condition_fn=_may_come_back,
+    )
+    return made(lambda: function(*values))()
+
+
+def _may_come_back(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether another try could end otherwise: wrong input stays wrong, a refusal stays no."""
+    return not isinstance(state.data, InputError | Refused)
 
 
 def _current() -> str:

@@ -83,7 +83,7 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Release:
     version = effect(register, registry, paths, paths.agent, flat_metrics(figures), tags, flow_run)
     echo(f"release: {version} registered, score {figures['score']:.4f}")
     effect(keep_answers, registry, version, paths.evaluation)
-    ruling = effect(gate, registry, version, paths, echo)
+    ruling = effect(gate, registry, version, paths, echo, retries=0)
     reason = effect(conclude, registry, version, ruling)
     return publish(registry, version, reason, paths, echo)
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 from components.process import alive
-from components.supervise import Service, answers
+from components.supervise import Service, answers, lives
 from flows.server import settings
 from flows.worker import HEALTH_FILE
 
@@ -31,7 +31,8 @@ def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service
 
 def _prefect(home: Path, port: int, url: str) -> Service:
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    return Service("prefect", _python(*command), url, answers(f"{url}/health"), settings(home))
+    health = f"{url}/health"
+    return Service("prefect", _python(*command), url, answers(health), settings(home), lives=lives(health))
 
 
 def _mlflow(home: Path, port: int, url: str) -> Service:
@@ -47,11 +48,13 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         "DO_NOT_TRACK": "1",
         "GIT_PYTHON_REFRESH": "quiet",
     }
-    return Service("mlflow", _python(*command), url, answers(f"{url}/health"), slim)
+    health = f"{url}/health"
+    return Service("mlflow", _python(*command), url, answers(health), slim, lives=lives(health))
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
     ready = home / HEALTH_FILE
+    # The worker does so at each start; until then a number of before a reboot could be another program's.
     ready.unlink(missing_ok=True)
     command = _python("flows.worker", *([] if deploy else ["--no-deploy"]))
     return Service("worker", command, "", lambda: _lives(ready), {**settings(home), "PREFECT_API_URL": prefect})
@@ -69,6 +72,7 @@ def _endpoint(home: Path, port: int) -> Service:
         _python("loopwright", "serve", "--port", str(port)),
         url,
         answers(f"{url}/readyz"),
+        lives=lives(f"{url}/livez"),
         may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
     )

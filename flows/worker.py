@@ -22,6 +22,7 @@ def main() -> None:
     end_with_parent()
     root = find_root()
     home = Paths(root).home
+    (home / HEALTH_FILE).unlink(missing_ok=True)
     for variable, value in settings(home).items():
         os.environ.setdefault(variable, value)
     # What the worker starts ends with it, also when it is killed while they still import.

@@ -106,6 +106,7 @@ def _tell(kept: Kept) -> None:
     service = kept.service
     facts = {
         "healthy": f"healthy  {service.address.removesuffix('/api')}",
+        "hung": f"does not answer any more; killed; see {kept.log}",
         "waiting": f"waits for {service.waits_for}",
         "pausing": f"ended; starts again in {max(0.0, kept.next_start - time.monotonic()):.0f} s; see {kept.log}",
         "given up": f"GIVEN UP after {kept.deaths} quick deaths; see {kept.log}, then start up again",

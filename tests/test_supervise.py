@@ -1,13 +1,16 @@
 """A supervisor on real processes: restart after a death, giving up, ending children."""
 
+import signal
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from components import supervise
-from components.supervise import Kept, Service, Supervisor, family
+from components.supervise import Kept, Service, Supervisor, answers, family, lives
+from flows.server import free_port
 
 
 def until(supervisor: Supervisor, state: str) -> Kept:
@@ -53,3 +56,24 @@ def test_a_service_that_dies_at_once_again_and_again_is_given_up(tmp_path: Path)
             break
         supervisor.kept[0].state = "waiting"
     assert supervisor.kept[0].deaths == supervise.QUICK_DEATHS
+
+
+def test_a_service_that_no_longer_answers_is_killed_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "SECONDS_BETWEEN_ASKS", 0.0)
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    service = Service("x", command, address, answers(address), lives=lives(f"{address}/missing"))
+    supervisor = Supervisor([service], tmp_path, tmp_path, lambda kept: None)
+    first = until(supervisor, "healthy").process
+    assert first is not None
+    for _ in range(supervise.UNANSWERED_ASKS + 1):
+        supervisor.tick()
+    assert supervisor.kept[0].state == "healthy", "a refusal is an answer"
+    monkeypatch.setattr(supervise, "UNANSWERED_ASKS", 2)
+    first.send_signal(signal.SIGSTOP)
+    until(supervisor, "pausing")
+    until(supervisor, "healthy")
+    supervisor.stop(5)
