@@ -198,8 +198,12 @@ class CurateConfig(Section):
 class AlignConfig(TrainConfig):
     """Learning from people: corrections by instruction tuning, preferences by DPO, lone votes by KTO."""
 
+    trained_share: float = Field(gt=0, le=1)
+    """Share of the blocks that learn, the last ones; below 1 the embeddings stay too. Fewer change old skills less."""
     beta: float = Field(gt=0)
     """Strength of the tie to the frozen reference model in DPO and KTO."""
+    replay_weight: float = Field(gt=0)
+    """How many learned tokens one token of an earlier conversation counts for in the mean loss."""
     preference_weight: float = Field(ge=0)
     """How many learned tokens one preference counts for in the mean loss."""
 

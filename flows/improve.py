@@ -15,6 +15,7 @@ from typing import Any
 
 from components.config import InputError, Paths, Refused, load_params
 from components.feedback.curate import FEEDBACK
+from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
 from components.feedback.store import Store
 from components.process import only_one
@@ -34,6 +35,8 @@ from flows.release import (
     register,
 )
 
+_PATIENCE_SECONDS = 120.0
+"""For an ingestion that goes on."""
 SEQUENCE = "feedback_sequence"
 """Tag of a version: the last item that was there to learn from when it was trained."""
 
@@ -116,7 +119,9 @@ class _Job:
 
     def fetch(self, start: ModelVersion) -> None:
         """Put the models that the stages read where they read them."""
-        write_down_withdrawals(self.paths, self.store)
+        with only_one(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS):
+            clear_orphans(self.store, self.paths.feedback)
+            write_down_withdrawals(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
         _place(self.champion, self.paths.champion, {"gate.json": {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)

@@ -116,6 +116,13 @@ def _outcome(vote: Mapping[str, Any], reason: str | None, digest: str) -> Outcom
     return Outcome(vote["id"], vote["sequence"], status, reason, vote["voice"], vote["created"], digest)
 
 
+def clear_orphans(store: Store, folder: Path) -> None:
+    """Remove a partition that a killed run left without its record: before it has one, nothing may learn from it."""
+    following = store.behind_watermark(1)
+    if following:
+        _clear(store, folder, following[0]["sequence"])
+
+
 def _clear(store: Store, folder: Path, first: int) -> None:
     """Remove what a killed run left: half a file, or a whole one whose votes were never recorded as taken in."""
     for half in folder.glob(".*.tmp"):

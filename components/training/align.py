@@ -14,6 +14,7 @@ import torch
 from components.data.batches import TokenRows
 from components.data.preferences import AlignRows, PreferenceRows
 from components.models.checkpoint import load_decoder, save_decoder
+from components.models.decoder import Decoder
 from components.stage import StageRun, digest
 from components.training.loop import best_device, compute_dtype, refuse_bad_masks, settle_cpu, train
 from components.training.preferences import align_objective, reference_log_probs
@@ -39,11 +40,22 @@ def align(run: StageRun) -> None:
     reference_log_probs(reference, preferences, config.micro_batch_size)
     rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
     model = load_decoder(run.paths.start)
+    freeze(model, config.trained_share)
     torch.manual_seed(run.params.seed)
     describe(run, model, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
     save_decoder(model, run.paths.candidate, run.paths.start, _agent_files(run.paths.start, _lessons(run)))
     report(run, config, model, measured, run.paths.candidate, None)
+
+
+def freeze(model: Decoder, trained_share: float) -> None:
+    """Let only the last blocks learn, and the final norm; a share of 1 trains everything."""
+    if trained_share == 1:
+        return
+    model.requires_grad_(False)
+    model.norm.requires_grad_(True)
+    for block in model.blocks[-max(1, round(len(model.blocks) * trained_share)) :]:
+        block.requires_grad_(True)
 
 
 def _lessons(run: StageRun) -> str:

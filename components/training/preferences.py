@@ -67,7 +67,8 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective:
             with torch.no_grad():
                 known = reference.hidden(*inputs, rows=learned[kept]) @ reference.head.weight.T
             said = F.log_softmax((stream[kept] @ model.head.weight.T).float(), dim=-1)
-            loss = plus(loss, -(F.softmax(known.float(), dim=-1) * said).sum(), kept.sum())
+            distance = -(F.softmax(known.float(), dim=-1) * said).sum()
+            loss = plus(loss, config.replay_weight * distance, config.replay_weight * kept.sum())
         voted = ~(told | kept)
         if voted.any():
             losses = target_nll(stream[voted], model.head.weight, labels[learned][voted])
