@@ -182,7 +182,7 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            "cache_size=-65536",  # KiB; behind a long history an ingestion touches more index pages than the default holds
+            "cache_size=-65536",  # KiB; behind a long history, ingestion touches more pages than the default holds
         ):
             connection.execute(f"PRAGMA {pragma}").close()
 
