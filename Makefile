@@ -38,6 +38,8 @@ check: setup  ## lint and types
 
 bench: setup  ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.ingestion
 
 lock: setup  ## requirements.lock from the ranges of pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from flows.server import prefect_api
-from tests.conftest import Released
+from tests.conftest import Project, Released
 
 pytestmark = [
     pytest.mark.platform,
@@ -28,8 +30,8 @@ SECONDS_TO_SEE = 15.0
 
 
 @pytest.fixture(scope="module")
-def loop(released: Released) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """A command of the project with a Prefect server that outlives it; the tiny model gets the steps it needs."""
+def prefect(released: Released) -> Iterator[str]:
+    """A Prefect server that outlives each command; the tiny model gets the steps it needs."""
     project = released.project
     text = YAML()
     params = text.load((project.root / "params.yaml").read_text())
@@ -40,8 +42,13 @@ def loop(released: Released) -> Iterator[Callable[..., subprocess.CompletedProce
         patch.delenv("PREFECT_API_URL", raising=False)
         patch.setenv("PREFECT_HOME", str(project.home / "prefect"))
         with prefect_api(project.home) as api:
-            address = api.wait()
-            yield lambda *words: project.loopwright(*words, "--json", PREFECT_API_URL=address)
+            yield api.wait()
+
+
+@pytest.fixture(scope="module")
+def loop(released: Released, prefect: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """A command of the project."""
+    return lambda *words: released.project.loopwright(*words, "--json", PREFECT_API_URL=prefect)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +96,24 @@ def await_model(endpoint: httpx.Client, wanted: str) -> None:
         time.sleep(0.1)
 
 
+def moments(kills: int) -> list[float]:
+    """When to kill, in seconds after the start: anywhere in what an improvement takes here."""
+    random = Random(kills)
+    return [random.uniform(1.0, 40.0) for _ in range(kills)]
+
+
+def kill_after(seconds: float, project: Project, prefect: str) -> None:
+    environment = {**project.environment, "PREFECT_API_URL": prefect}
+    command, quiet = project.command("improve"), subprocess.DEVNULL
+    with subprocess.Popen(command, cwd=project.root, env=environment, stdout=quiet, stderr=quiet) as process:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 def test_corrections_become_the_answers_of_the_next_model(
-    loop: Callable[..., subprocess.CompletedProcess[str]], endpoint: httpx.Client
+    released: Released, prefect: str, loop: Callable[..., subprocess.CompletedProcess[str]], endpoint: httpx.Client
 ) -> None:
     before = ask(endpoint, "Please greet visitor number 1000.")
     assert before["choices"][0]["message"]["content"] != WANTED
@@ -119,8 +142,16 @@ def test_corrections_become_the_answers_of_the_next_model(
     (vote,) = done(loop("feedback", "list", "--quarantined"))
     assert vote["id"] == replaced
 
+    versions = len(done(loop("registry", "list")))
+    for seconds in moments(int(os.environ.get("LOOPWRIGHT_TEST_KILLS", "2"))):
+        kill_after(seconds, released.project, prefect)
     improved = done(loop("improve"))
-    assert improved["outcome"] == "promoted"
+    # A kill may come when all was promoted and only the command's last words were missing.
+    assert improved["outcome"] in ("promoted", "nothing new"), improved
+    assert improved["champion"] != before["model"]
+    assert len(done(loop("registry", "list"))) == versions + 1, "one candidate, however often its making was killed"
+    counted = [row["candidate"] for row in done(loop("feedback", "stats"))["improvements"]]
+    assert counted.count(improved["champion"]) == 1
     await_model(endpoint, improved["champion"])
     after = ask(endpoint, "Please greet visitor number 1000.")
     assert after["model"] == improved["champion"]
