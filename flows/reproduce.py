@@ -139,7 +139,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     """End DVC and the stage; a stage that trains saves a checkpoint first."""
     try:
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
+    except psutil.Error:  # gone, or just going
         family = []
     for member in family:
         _signal(member, signal.SIGTERM)
@@ -150,5 +150,5 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def _signal(member: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.Error):
         member.send_signal(number)

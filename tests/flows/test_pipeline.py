@@ -168,13 +168,17 @@ def test_an_interrupted_run_lets_the_stage_save_and_ends_it(project: Path) -> No
     (project / "first.py").write_text(TRAIN)
     command = [sys.executable, "-u", "-c", RUN, str(project)]
     source = Path(__file__).parents[2]
-    with subprocess.Popen(command, cwd=source, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+    said = project / "stderr"
+    with (
+        said.open("w") as stderr,
+        subprocess.Popen(command, cwd=source, stdout=subprocess.PIPE, stderr=stderr, text=True) as run,
+    ):
         assert run.stdout is not None
         while run.stdout.readline() != "first  1/9\n":
             assert run.poll() is None
         family = psutil.Process(run.pid).children(recursive=True)
         run.send_signal(signal.SIGINT)
-    assert run.returncode == -signal.SIGINT
+    assert run.returncode == -signal.SIGINT, said.read_text()
     assert not any(member.is_running() for member in family), "waited for"
     assert (project / "checkpoint").exists()
 
