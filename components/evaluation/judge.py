@@ -40,6 +40,8 @@ from components.stage import StageRun
 
 MODE = "gate.json"
 """Beside a champion: `{"mode": ...}` where the gate is to ask for something else than a gain."""
+NO_CALL = "conversation"
+"""The skill of what is answered without a tool, as feedback knows it."""
 FEEDBACK = "feedback/"
 """Skills that people spoke about are called so, and then as their tool."""
 
@@ -54,6 +56,8 @@ class Scores:
     """1 where the tool calls are exactly right."""
     texts: dict[str, list[float]]
     """Mean probability of a byte in conversations that have no one right answer, 2 ** -bits per byte."""
+    tools: dict[str, str]
+    """What a skill's questions should call: corrections are known by the tool, suites by a name of their own."""
     preferences: dict[str, list[float]]
     """Log-probability of what people liked less that of what they did not, in nats."""
 
@@ -117,7 +121,11 @@ def judge_folders(
     slices = list(_slices(ours, theirs, overruled, params.judge.min_corrected))
     if mode == "any_gain":
         slices.append(_overall(slices))
-    words = [sum(values) / len(values) for skill, values in theirs.words.items() if values and skill not in overruled]
+    words = [
+        sum(values) / len(values)
+        for skill, values in theirs.words.items()
+        if values and theirs.tools[skill] not in overruled
+    ]
     verdict = decide(slices, params.judge, mode)
     return Judgement(verdict, slices, sum(words) / max(1, len(words)), answers)
 
@@ -131,10 +139,10 @@ def _overall(slices: list[Slice]) -> Slice:
 
 def _slices(ours: Scores, theirs: Scores, overruled: set[str], min_corrected: float) -> Iterator[Slice]:
     for skill, right in theirs.words.items():
-        corrected = theirs.words.get(f"{FEEDBACK}{skill}", [])
+        corrected = theirs.words.get(f"{FEEDBACK}{theirs.tools[skill]}", [])
         if skill.startswith(FEEDBACK):
             yield Slice(skill, True, ours.words[skill], right, min_corrected)
-        elif skill in overruled and corrected and sum(corrected) / len(corrected) >= min_corrected:
+        elif theirs.tools[skill] in overruled and corrected and sum(corrected) / len(corrected) >= min_corrected:
             # People want other words of it, and get them: its suites guard the calls alone.
             yield Slice(f"{skill} (calls)", False, ours.calls[skill], theirs.calls[skill])
         else:
@@ -172,15 +180,18 @@ def _scores(
         corrected = list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
         table += answer_questions(model, agent, corrected, params.evaluate)
     words, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    tools: dict[str, str] = {}
     for row in table:
         if "/" in row["suite"]:  # a sample of free text has no right answer
             skill = row["suite"] if row["suite"].startswith(FEEDBACK) else row["suite"].partition("/")[0]
+            expected = json.loads(row["expected_calls"])
+            tools.setdefault(skill, expected[0]["name"] if expected else NO_CALL)
             words[skill].append(float(row["correct"]))
             calls[skill].append(float(row["right_calls"]))
     size = max(1, params.evaluate.batch_size // 4)
     texts = {place.name: _text_scores(model, agent, place, most, size) for place in folders}
     preferred = _preferences(model, agent, curated / "preferences", size) if curated is not None else []
-    return Scores(dict(words), dict(calls), texts, {f"{FEEDBACK}preferences": preferred}), answers
+    return Scores(dict(words), dict(calls), texts, tools, {f"{FEEDBACK}preferences": preferred}), answers
 
 
 def _most(params: Params) -> int:
