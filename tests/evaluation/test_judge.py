@@ -17,7 +17,7 @@ import torch
 from components.config import Paths
 from components.data.datasets import Row
 from components.evaluation.evaluate import COLUMNS, held_out_digest
-from components.evaluation.judge import judge
+from components.evaluation.judge import Scores, _slices, judge
 from components.feedback.curate import curate
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 
@@ -168,3 +168,13 @@ def test_the_mode_lies_beside_the_champion(paths: Paths) -> None:
     assert verdict(paths)["mode"] == "any_gain"
     (overall,) = (one for one in verdict(paths)["findings"] if one["skill"] == "overall")
     assert overall["questions"] == 29
+
+
+def test_a_suite_is_known_by_the_tool_it_calls_and_not_by_its_name() -> None:
+    tools = {"arithmetic": "calculate", "feedback/calculate": "calculate"}
+    right, wrong = [1.0, 1.0], [0.0, 0.0]
+    ours = Scores({"arithmetic": right, "feedback/calculate": wrong}, {"arithmetic": right}, {}, tools, {})
+    theirs = Scores({"arithmetic": wrong, "feedback/calculate": right}, {"arithmetic": right}, {}, tools, {})
+    judged = [one.skill for one in _slices(ours, theirs, {"calculate"}, 0.6)]
+    assert judged == ["arithmetic (calls)", "feedback/calculate"]
+    assert [one.skill for one in _slices(ours, ours, {"calculate"}, 0.6)] == ["arithmetic", "feedback/calculate"]
