@@ -34,14 +34,13 @@ from components.evaluation.evaluate import (
 )
 from components.evaluation.gate import Mode, Slice, Verdict, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
+from components.feedback.items import NO_CALL
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.stage import StageRun
 
 MODE = "gate.json"
 """Beside a champion: `{"mode": ...}` where the gate is to ask for something else than a gain."""
-NO_CALL = "conversation"
-"""The skill of what is answered without a tool, as feedback knows it."""
 FEEDBACK = "feedback/"
 """Skills that people spoke about are called so, and then as their tool."""
 
