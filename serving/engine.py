@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from components.agent.agent import Agent, Answer, ContextTooLong, openai_call
+from components.agent.agent import Agent, Answer, ContextTooLong, Prompt, openai_call
 from components.config import ServeConfig
 from components.data.tokenizer import ChatTokenizer
 from components.generation.decode import Sampling, stream
@@ -240,7 +240,7 @@ class Engine:
     def _answer(self, ticket: Ticket) -> Finished:
         return _Reply(self, ticket).run()
 
-    def generate(self, prompt: Sequence[int], ask: Ask, limit: int, turn: int) -> Iterator[int]:
+    def generate(self, prompt: Prompt, ask: Ask, limit: int, turn: int) -> Iterator[int]:
         """Ids of one model turn, the end token included when it is reached."""
         greedy = ask.temperature < COLD or ask.top_p == 0
         sampling = Sampling(
@@ -250,7 +250,7 @@ class Engine:
             seed=None if ask.seed is None else ask.seed + turn,
             stop_ids=(self.agent.tokenizer.end_id,),
         )
-        return stream(self.model, list(prompt), sampling)
+        return stream(self.model, prompt.ids, sampling, prompt.constraint)
 
 
 class _Reply:
@@ -295,11 +295,11 @@ class _Reply:
                     self.ticket.notify(Stepped(step))
             turn += 1
 
-    def _turn(self, prompt: Sequence[int], turn: int) -> list[int]:
+    def _turn(self, prompt: Prompt, turn: int) -> list[int]:
         """Generate one turn, telling its words as they come."""
-        self.prompt_tokens = len(prompt)
+        self.prompt_tokens = len(prompt.ids)
         left = self.engine.max_new_tokens if self.ask.max_tokens is None else self.ask.max_tokens - self.written
-        left = min(left, self.agent.context_len - len(prompt))
+        left = min(left, self.agent.context_len - len(prompt.ids))
         speech = Speech(self.agent.tokenizer, self.ask.stops)
         ids: list[int] = []
         if left > 0:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from components.agent.tools import Tool, call, reference_tools
 from components.config import InputError
 from components.data.tokenizer import Call, ChatTokenizer, Turn
+from components.generation.constrained import Constraint
 
 Message = Mapping[str, Any]
 Step = dict[str, Any]
@@ -44,8 +45,16 @@ class Answer:
     """Over all turns of the model."""
 
 
-Conversation = Generator[list[int], Sequence[int], Answer]
-"""Yields the next prompt (ids), is sent the generated ids (with the end token when one was reached)."""
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is to continue, and what its continuation is held to."""
+
+    ids: list[int]
+    constraint: Constraint | None = None
+
+
+Conversation = Generator[Prompt, Sequence[int], Answer]
+"""Yields the next prompt, is sent the generated ids (with the end token when one was reached)."""
 
 
 class Agent:
@@ -87,7 +96,7 @@ class Agent:
         written = 0
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(said, tools)
-            generated = yield prompt
+            generated = yield Prompt(prompt)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
             ended = self.tokenizer.end_id in generated

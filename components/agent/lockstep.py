@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from components.agent.agent import Agent, Answer, ContextTooLong, Conversation
+from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
 from components.generation.decode import Sampling, generate
 from components.models.decoder import Decoder
 
@@ -23,7 +23,7 @@ def answer_all(
 ) -> list[Answer | None]:
     """The agent's answers, in order; None where the chat does not fit the context."""
     answers: list[Answer | None] = [None] * len(chats)
-    waiting: dict[int, tuple[Conversation, list[int]]] = {}
+    waiting: dict[int, tuple[Conversation, Prompt]] = {}
     upcoming = iter(range(len(chats)))
     done = 0
     while True:
@@ -35,7 +35,8 @@ def answer_all(
                 done += 1
         if not waiting:
             return answers
-        turns = generate(model, [prompt for _, prompt in waiting.values()], sampling)
+        prompts = [prompt for _, prompt in waiting.values()]
+        turns = generate(model, [prompt.ids for prompt in prompts], sampling, [prompt.constraint for prompt in prompts])
         for (index, (conversation, _)), turn in zip(list(waiting.items()), turns, strict=True):
             try:
                 waiting[index] = (conversation, conversation.send(turn))

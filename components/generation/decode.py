@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from components.config import InputError
+from components.generation.constrained import Constraint, mask_logits
 from components.models.decoder import Decoder
 
 PREFILL_TOKENS = 1024
@@ -38,24 +39,33 @@ class Sampling:
     """Tokens that end a row; the one that did is the row's last."""
 
 
-def generate(model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+def generate(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    constraints: Sequence[Constraint | None] | None = None,
+) -> list[list[int]]:
     """What follows each prompt: at most `max_new_tokens`, or as many as the model's context has room for.
+
+    Each row keeps to its constraint, where it has one, and ends where that is finished.
 
     Raises: InputError when a prompt is empty or longer than the context.
     """
     if not prompts or sampling.max_new_tokens < 1:
         return [[] for _ in prompts]
-    batch = _Batch(model, prompts, sampling)
+    batch = _Batch(model, prompts, sampling, constraints or [None] * len(prompts))
     while batch.unfinished:
         batch.step()
     return batch.generated
 
 
-def stream(model: Decoder, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+def stream(
+    model: Decoder, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None = None
+) -> Iterator[int]:
     """The tokens of `generate` for one prompt, each as soon as it is known."""
     if sampling.max_new_tokens < 1:
         return
-    batch = _Batch(model, [prompt], sampling)
+    batch = _Batch(model, [prompt], sampling, [constraint])
     while batch.unfinished:
         batch.step()
         yield batch.generated[0][-1]
@@ -65,8 +75,14 @@ class _Batch:
     """Rows being continued: the cache, and the logits of each one's next token."""
 
     @torch.inference_mode()
-    def __init__(self, model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
-        self.model, self.sampling = model, sampling
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        constraints: Sequence[Constraint | None],
+    ) -> None:
+        self.model, self.sampling, self.constraints = model, sampling, constraints
         self.device = model.embed.weight.device
         self.context = model.config.max_seq_len
         lengths = [len(prompt) for prompt in prompts]
@@ -116,13 +132,18 @@ class _Batch:
         """Add a token to each unfinished row."""
         if self.drawn:
             self._advance()
+        self._constrain()
         self.tokens = self._pick()
         self.drawn += 1
         for row, token in zip(self.rows, self.tokens.tolist(), strict=True):
             if row not in self.unfinished:
                 continue
             self.generated[row].append(token)
-            if token in self.sampling.stop_ids or len(self.generated[row]) == self.limits[row]:
+            constraint = self.constraints[row]
+            if constraint is not None:
+                constraint.advance(token)
+            ended = token in self.sampling.stop_ids or (constraint is not None and constraint.finished)
+            if ended or len(self.generated[row]) == self.limits[row]:
                 self.unfinished.remove(row)
         if 0 < len(self.unfinished) <= CROWDED * len(self.rows):
             self._drop_finished()
@@ -134,6 +155,12 @@ class _Batch:
         logits = self.model(self.tokens.unsqueeze(1), position_ids=positions, cache=self.cache, attention_mask=mask)
         self.logits = logits[:, -1].float()
         self.positions += 1
+
+    def _constrain(self) -> None:
+        """Forbid what the constraints of unfinished rows forbid."""
+        constraints = [self.constraints[row] if row in self.unfinished else None for row in self.rows]
+        left = [self.limits[row] - len(self.generated[row]) for row in self.rows]
+        self.logits = mask_logits(self.logits, constraints, left)
 
     def _pick(self) -> Tensor:
         if self.random is None:

@@ -53,7 +53,7 @@ def drive(agent: Agent, turns: Sequence[list[int]], tools: Any = None) -> tuple[
         try:
             prompts.append(conversation.send(turn))
         except StopIteration as stop:
-            return stop.value, [agent.tokenizer.decode(prompt) for prompt in prompts]
+            return stop.value, [agent.tokenizer.decode(prompt.ids) for prompt in prompts]
     raise AssertionError("the agent asked for one more turn")
 
 
