@@ -14,6 +14,7 @@ from pathlib import Path
 from components.config import Paths
 from components.process import ask_to_die_with_parent
 from components.registry import Registry
+from flows.candidates import Asking
 from flows.server import free_port, stop
 
 _SECONDS_TO_SERVE = 180.0
@@ -55,8 +56,8 @@ def package(paths: Paths, wanted: str) -> str:
     return str(bento.tag)
 
 
-def smoke(paths: Paths, tag: str, question: str) -> str:
-    """Serve a built Bento on a free port, ask it one question over HTTP, and return the answer.
+def smoke(paths: Paths, tag: str, asking: Asking) -> str:
+    """Serve a built Bento on a free port, ask it its question over HTTP, and return the answer.
 
     Raises: RuntimeError with the server's log when it does not answer.
     """
@@ -77,11 +78,11 @@ def smoke(paths: Paths, tag: str, question: str) -> str:
         )
         try:
             _wait_until_ready(f"{address}/readyz", process, log)
-            asked = {"messages": [{"role": "user", "content": question}]}
-            reply = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=120).raise_for_status().json()
+            asked = asking.body(asking.question)
+            reply = httpx.post(f"{address}{asking.path}", json=asked, timeout=120).raise_for_status().json()
         finally:
             stop(process)
-    return str(reply["choices"][0]["message"]["content"])
+    return asking.answer(reply)
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -64,8 +64,8 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
                 send_logs()
 
 
-def effect(function: Callable[..., T], *values: Any, retries: int = RETRIES) -> T:
-    """Call `function` as a task of the flow run, under its own name.
+def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int = RETRIES) -> T:
+    """Call `function` as a task of the flow run, under its own name and that of the model it is an effect `of`.
 
     It is tried again, for a registry or a network may come back; what computes asks for no `retries`.
     """
@@ -75,7 +75,7 @@ def effect(function: Callable[..., T], *values: Any, retries: int = RETRIES) -> 
     name = getattr(function, "__name__", "effect")
     made = task(
         name=name,
-        task_run_name=name,
+        task_run_name=f"{name} {of}".strip(),
         cache_policy=NO_CACHE,
         retries=retries,
         retry_delay_seconds=SECONDS_BETWEEN_TRIES,

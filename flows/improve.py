@@ -102,7 +102,7 @@ class _Job:
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
         metrics = {"score": judged["score"]} | {f"{one['skill']}/score": one["candidate"] for one in judged["findings"]}
-        version = effect(register, self.registry, self.paths, self.paths.candidate, metrics, about, run.id)
+        version = effect(register, self.registry, self.paths, NAME, self.paths.candidate, metrics, about, run.id)
         self.echo(f"improve: {version} registered, trained from {start}")
         if version.version == self.champion.version:
             return self._done(sequence, version, "promoted", "it is the champion already", None)

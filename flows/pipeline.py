@@ -21,11 +21,11 @@ from uuid import UUID
 
 import yaml
 
-from components.config import InputError, Paths, load_params
+from components.config import InputError, Paths, Refused, load_params
 from components.process import only_one
 from components.stage import PROGRESS
 from flows.flow_run import FlowRun, run_flow
-from flows.release import Release, current_release, release
+from flows.release import Release, Releases, look_at_releases, release
 from flows.reproduce import StageResult, reproduce
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
@@ -52,11 +52,21 @@ class Report:
     """What a run did."""
 
     stages: list[StageResult] = field(default_factory=list)
-    release: Release | None = None
-    """None when the run stopped at an earlier stage."""
+    releases: list[Release] = field(default_factory=list)
+    """The champion of each model that the stages make; none when the run stopped at an earlier stage."""
+    refusals: list[str] = field(default_factory=list)
+    """What the gate said of the models that it refused."""
     flow_run: str | None = None
     """Prefect's id; None when nothing was to do."""
     seconds: float = 0.0
+
+
+class ReleaseRefused(Refused):
+    """The gate refused some of the models; the others were released."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("; ".join(report.refusals))
+        self.report = report
 
 
 @dataclass(frozen=True)
@@ -142,25 +152,44 @@ def version_data(root: Path, folder: Path) -> str:
 
 
 def run_pipeline(order: Order) -> Report:
-    """Bring every stage up to date as one Prefect flow run, then release the model.
+    """Bring every stage up to date as one Prefect flow run, then release the models.
 
-    Raises: InputError, StageFailed, Refused.
+    Raises: InputError, StageFailed, ReleaseRefused.
     """
-    started = time.monotonic()
+    report, started = Report(), time.monotonic()
     if not _has_git(order.root):
         order.echo('no git here: models will not know their commit; run "git init" and commit to change that')
-    with only_one(order.paths.home / "stages", "run"):
-        states = look(order.root, order.force, order.until)
-        released = None if order.until else current_release(order.paths)
-        if not any(state.reasons for state in states) and (released or order.until):
-            report = Report([StageResult(state.name, "up to date", 0.0) for state in states], released)
-        else:
-            report = Report()
-            scale = load_params(order.paths.params).scale
-            body = partial(_bring_and_release, order, states, report)
-            run_flow("pipeline", order.paths.home, order.echo, body, scale=scale, until=order.until, force=order.force)
-    report.seconds = time.monotonic() - started
+    try:
+        with only_one(order.paths.home / "stages", "run"):
+            states = look(order.root, order.force, order.until)
+            if any(state.reasons for state in states) or not _all_released(order, report):
+                _run_as_flow(order, states, report)
+            else:
+                report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
+                _end(report)
+    finally:
+        report.seconds = time.monotonic() - started
     return report
+
+
+def _run_as_flow(order: Order, states: list[StageState], report: Report) -> None:
+    scale = load_params(order.paths.params).scale
+    body = partial(_bring_and_release, order, states, report)
+    run_flow("pipeline", order.paths.home, order.echo, body, scale=scale, until=order.until, force=order.force)
+
+
+def _end(report: Report) -> None:
+    """Raises: ReleaseRefused where a model was refused."""
+    if report.refusals:
+        raise ReleaseRefused(report)
+
+
+def _all_released(order: Order, report: Report) -> bool:
+    """Whether no model waits for its release; the report then says what became of them."""
+    found = Releases() if order.until else look_at_releases(order.paths)
+    if not found.pending:
+        report.releases, report.refusals = found.champions, found.refusals
+    return not found.pending
 
 
 def _has_git(root: Path) -> bool:
@@ -219,7 +248,9 @@ def _other_python(root: Path) -> str:
 def _bring_and_release(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:
     bring_up_to_date(order, states, report, run)
     if order.until is None:
-        report.release = release(order.paths, order.echo, run.id)
+        found = release(order.paths, order.echo, run.id)
+        report.releases, report.refusals = found.champions, found.refusals
+        _end(report)
 
 
 def bring_up_to_date(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:

@@ -1,7 +1,8 @@
 """From a trained model folder to a champion that serves: register, gate, package, try, promote.
 
 A model takes the alias only after its Bento has answered over HTTP; one that is not really better than the champion
-on the same held-out questions stays a challenger.
+on the same held-out questions stays a challenger. What a run makes is released one model after another, and a refusal
+of one is no business of the others'.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from components.journal import PARENT_RUN
 from components.registry import ModelVersion, Registry, is_empty
 from components.tracking import attach, attached
 from flows.bento import has_bento, package, smoke
+from flows.candidates import CANDIDATES, Candidate, Contestant, candidate
 from flows.flow_run import Echo, effect
 
 NAME = "agent"
-QUESTION = "What does json.dumps do?"
+"""The model that people talk to, and that learns from them."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +45,50 @@ class Release:
     """What the served Bento answered to `question`."""
 
 
-def current_release(paths: Paths) -> Release | None:
-    """The champion, when the models on disk need no release; None when they do.
+@dataclass
+class Releases:
+    """What became of the models that the stages made."""
 
-    Raises: Refused when the gate has said no to these very models and the champion is still the same.
+    champions: list[Release] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    """What the gate said of the models that it refused."""
+    pending: list[str] = field(default_factory=list)
+    """Names of those that need a release."""
+
+
+def look_at_releases(paths: Paths) -> Releases:
+    """Which of the models on disk are released or refused already, and which need a release."""
+    found = Releases()
+    for one in made(paths):
+        try:
+            release = current_release(paths, one.name)
+        except Refused as refusal:
+            found.refusals.append(str(refusal))
+            continue
+        if release:
+            found.champions.append(release)
+        else:
+            found.pending.append(one.name)
+    return found
+
+
+def made(paths: Paths) -> list[Candidate]:
+    """The models that the stages have made."""
+    outs = locked(paths)
+    return [one for one in CANDIDATES if one.out(paths) in outs]
+
+
+def current_release(paths: Paths, name: str = NAME) -> Release | None:
+    """The champion, when the model on disk needs no release; None when it does.
+
+    Raises: Refused when the gate has said no to this very model and the champion is still the same.
     """
-    digest = locked(paths).get(_agent_path(paths))
+    digest = locked(paths).get(candidate(name).out(paths))
     if digest is None or is_empty(paths.home):
         return None
     registry = Registry(paths.home)
-    champion = registry.find(f"{NAME}@champion")
-    version = find_digest(registry, digest)
+    champion = registry.find(f"{name}@champion")
+    version = find_digest(registry, name, digest)
     if champion is None or version is None:
         return None
     if version.version == champion.version:
@@ -67,24 +102,32 @@ def current_release(paths: Paths) -> Release | None:
     return None
 
 
-def release(paths: Paths, echo: Echo, flow_run: str) -> Release:
-    """Release the model folder that `tune` made, each effect a task of the flow run.
+def release(paths: Paths, echo: Echo, flow_run: str) -> Releases:
+    """Release what the stages made, each effect a task of the flow run; a refusal does not stop the other models."""
+    found = Releases()
+    for one in made(paths):
+        try:
+            found.champions.append(_release_one(one, paths, echo, flow_run))
+        except Refused as refusal:
+            echo(f"release: {refusal}")
+            found.refusals.append(str(refusal))
+    return found
 
-    Raises: Refused when no skill got really better, or one really fell.
-    """
-    current = current_release(paths)
+
+def _release_one(one: Candidate, paths: Paths, echo: Echo, flow_run: str) -> Release:
+    """Raises: Refused when nothing got really better, or something really fell."""
+    current = current_release(paths, one.name)
     if current:
         return current
-    from components.evaluation.evaluate import flat_metrics
-
     registry = Registry(paths.home)
-    figures = json.loads((paths.metrics / "evaluate.json").read_text(encoding="utf-8"))
-    tags = {"held_out_digest": figures["held_out_digest"]}
-    version = effect(register, registry, paths, paths.agent, flat_metrics(figures), tags, flow_run)
-    echo(f"release: {version} registered, score {figures['score']:.4f}")
-    effect(keep_answers, registry, version, paths.evaluation)
-    ruling = effect(gate, registry, version, paths, echo, retries=0)
-    reason = effect(conclude, registry, version, ruling)
+    measured = one.measured(paths)
+    tags = {"held_out_digest": measured.held_out_digest}
+    facts = (one.name, one.folder(paths), measured.metrics, tags, flow_run)
+    version = effect(register, registry, paths, *facts, of=one.name)
+    echo(f"release: {version} registered, score {measured.metrics['score']:.4f}")
+    effect(keep_answers, registry, version, paths.evaluation, of=one.name)
+    ruling = effect(gate, registry, version, paths, echo, of=one.name, retries=0)
+    reason = effect(conclude, registry, version, ruling, of=one.name)
     return publish(registry, version, reason, paths, echo)
 
 
@@ -92,19 +135,20 @@ def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths
     """What follows on a gate that has passed: package, ask the Bento over HTTP, promote."""
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
-    tag = effect(package, paths, str(version))
-    answer = effect(smoke, paths, tag, QUESTION)
-    registry.tag(version, {"bento": tag, "smoke_question": QUESTION, "smoke_answer": answer})
-    if (champion := registry.find(f"{NAME}@champion")) is None or champion.version != version.version:
-        effect(registry.promote, version)
+    tag = effect(package, paths, str(version), of=version.name)
+    asking = candidate(version.name).asking
+    answer = effect(smoke, paths, tag, asking, of=version.name)
+    registry.tag(version, {"bento": tag, "smoke_question": asking.question, "smoke_answer": answer})
+    if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
+        effect(registry.promote, version, of=version.name)
     return _released(registry.resolve(str(version)), "promoted")
 
 
-def find_digest(registry: Registry, digest: str) -> ModelVersion | None:
-    """The version that holds these very files."""
-    if NAME not in registry.names():
+def find_digest(registry: Registry, name: str, digest: str) -> ModelVersion | None:
+    """The version of a model that holds these very files."""
+    if name not in registry.names():
         return None
-    return next((row for row in registry.versions(NAME) if row.tags.get("model_digest") == digest), None)
+    return next((row for row in registry.versions(name) if row.tags.get("model_digest") == digest), None)
 
 
 def ancestors(registry: Registry, version: ModelVersion) -> list[str]:
@@ -117,6 +161,7 @@ def ancestors(registry: Registry, version: ModelVersion) -> list[str]:
 def register(
     registry: Registry,
     paths: Paths,
+    name: str,
     folder: Path,
     metrics: Mapping[str, float],
     about: Mapping[str, str],
@@ -125,7 +170,7 @@ def register(
     """Store a model folder with everything it came from; an interrupted release goes on with what it stored."""
     hashes = locked(paths)
     digest = hashes[folder.relative_to(paths.root).as_posix()]
-    known = find_digest(registry, digest)
+    known = find_digest(registry, name, digest)
     if known:
         return known
     tags = {
@@ -138,23 +183,19 @@ def register(
         **{f"dvc.{path}": one for path, one in hashes.items()},
         **about,
     }
-    return registry.register(folder, NAME, metrics, tags, os.environ.get(PARENT_RUN))
+    return registry.register(folder, name, metrics, tags, os.environ.get(PARENT_RUN))
 
 
 def keep_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
-    """Keep what a model answered to the suites beside it, so that its challengers need not ask it again."""
-    from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
-
-    for name in (ANSWERS, ANSWERS_OF):
+    """Keep what a model answered when it was measured beside it, so that its challengers need not ask it again."""
+    for name in candidate(version.name).kept:
         if (folder / name).is_file():
             attach(registry.client, version.run_id, folder / name)
 
 
 def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
     """Put what `keep_answers` kept into a folder; nothing where nothing was kept."""
-    from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
-
-    for name in (ANSWERS, ANSWERS_OF):
+    for name in candidate(version.name).kept:
         attached(registry.client, version.run_id, name, folder)
 
 
@@ -168,27 +209,20 @@ class Ruling:
 
 
 def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> Ruling:
-    """Whether some skill got really better and none really fell, against the champion on the same questions."""
-    champion = registry.find(f"{NAME}@champion")
+    """Whether a model got really better and nowhere really fell, against the champion on the same questions."""
+    champion = registry.find(f"{version.name}@champion")
     if champion is None:
         return Ruling(True, "there was no champion")
     if champion.version == version.version:
         return Ruling(True, "it is the champion already")
     from components.evaluation.gate import report
-    from components.evaluation.judge import Model, judge_folders
 
     echo(f"release: the champion {champion} answers the same questions")
-    kept = paths.home / "answers" / str(champion.version)
+    kept = paths.home / "answers" / version.name / str(champion.version)
     kept.mkdir(parents=True, exist_ok=True)
     fetch_answers(registry, champion, kept)
-    verdict = judge_folders(
-        Model(version.folder, paths.evaluation),
-        Model(champion.folder, kept),
-        paths.collected,
-        paths.curated if (paths.curated / "curated.json").is_file() else None,
-        load_params(paths.params),
-        "any_gain",
-    ).verdict
+    ours = Contestant(version.folder, paths.evaluation)
+    verdict = candidate(version.name).judged(ours, Contestant(champion.folder, kept), paths)
     page = report(verdict, str(version), str(champion))
     return Ruling(verdict.promote, f"against {champion}: {verdict.reason}", page)
 
@@ -202,11 +236,11 @@ def conclude(registry: Registry, version: ModelVersion, ruling: Ruling) -> str:
         _show(registry, version, ruling.page)
     if ruling.promote:
         return ruling.reason
-    overrule = f'overrule with "loopwright registry promote {NAME} {version.version}"'
+    overrule = f'overrule with "loopwright registry promote {version.name} {version.version}"'
     told = f"{version}: refused {ruling.reason}; {overrule}"
-    champion = registry.resolve(f"{NAME}@champion")
+    champion = registry.resolve(f"{version.name}@champion")
     registry.tag(version, {"gate": "refused", "gate_reason": told, "gate_against": str(champion)})
-    registry.alias(NAME, "challenger", version)
+    registry.alias(version.name, "challenger", version)
     raise Refused(told)
 
 
@@ -222,10 +256,6 @@ def _released(champion: ModelVersion, outcome: str) -> Release:
     scores = {name[: -len("/score")]: value for name, value in champion.metrics.items() if name.endswith("/score")}
     told = {key: champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")}
     return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, *told.values())
-
-
-def _agent_path(paths: Paths) -> str:
-    return paths.agent.relative_to(paths.root).as_posix()
 
 
 def locked(paths: Paths) -> dict[str, str]:

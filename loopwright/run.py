@@ -1,4 +1,4 @@
-"""`loopwright run`: bring every stage up to date as one Prefect flow run, then release the model."""
+"""`loopwright run`: bring every stage up to date as one Prefect flow run, then release the models."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
     from flows.pipeline import Report
+    from flows.release import Release
     from flows.reproduce import StageFailed
 
 
@@ -31,18 +32,22 @@ def run(
     force: Annotated[bool, typer.Option(help="Run every stage, although up to date.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the model."""
+    """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the models."""
     root = find_root()
     signal.signal(signal.SIGTERM, interrupt)
     echo = Terminal(as_json)
     _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
-    from flows.pipeline import Order, run_pipeline
+    from flows.pipeline import Order, ReleaseRefused, run_pipeline
     from flows.reproduce import StageFailed
 
     try:
         report = run_pipeline(Order(root, until, force, echo))
     except StageFailed as error:
         raise told(error) from error
+    except ReleaseRefused as refused:
+        if not as_json:
+            _summarise(refused.report)
+        raise
     except KeyboardInterrupt:
         say('run: stopped; "loopwright run" goes on from the last checkpoint')
         sys.exit(130)
@@ -146,13 +151,19 @@ def _summarise(report: Report) -> None:
         ("stage", "outcome", "seconds"), [(row.name, row.outcome, f"{row.seconds:.1f}") for row in report.stages]
     )
     print()
-    release = report.release
-    if release:
-        print_table(("held-out suite", "score"), release.scores.items())
-        print(f"\nchampion  {release.version} ({release.outcome}), score {release.score:.4f}")
-        print(f"bento     {release.bento}")
-        print(f"asked     {release.question}\nanswered  {release.answer}\n")
-        print('Next: "loopwright serve" and "loopwright chat", or "loopwright registry show agent@champion"')
-    else:
+    for release in report.releases:
+        _present(release)
+    for refusal in report.refusals:
+        print(f"refused   {refusal}\n")
+    if report.releases:
+        print('Next: "loopwright serve" and "loopwright chat", or "loopwright registry list"')
+    elif not report.refusals:
         print('Next: "loopwright run" for the stages that follow and the release')
     print(f"Done in {report.seconds:.1f} s")
+
+
+def _present(release: Release) -> None:
+    print_table(("held-out suite", "score"), release.scores.items())
+    print(f"\nchampion  {release.version} ({release.outcome}), score {release.score:.4f}")
+    print(f"bento     {release.bento}")
+    print(f"asked     {release.question}\nanswered  {release.answer}\n")

@@ -63,11 +63,11 @@ def here(released: Released, monkeypatch: pytest.MonkeyPatch) -> Ask:
 def test_one_command_runs_every_stage_and_releases_a_champion(released: Released) -> None:
     report = released.report
     assert [(stage["name"], stage["outcome"]) for stage in report["stages"]] == [(name, "ran") for name in STAGES]
-    assert report["release"]["version"] == "agent/1"
-    assert report["release"]["outcome"] == "promoted"
-    assert report["release"]["bento"] == "agent:v1"
-    assert isinstance(report["release"]["answer"], str)
-    assert report["release"]["scores"]
+    (agent,) = report["releases"]
+    assert (agent["version"], agent["outcome"], agent["bento"]) == ("agent/1", "promoted", "agent:v1")
+    assert isinstance(agent["answer"], str)
+    assert agent["scores"]
+    assert report["refusals"] == []
     assert "params.yaml: scale: laptop → smoke" in released.said
     assert "pretrain  30/30  loss" in released.said
 
@@ -77,7 +77,7 @@ def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Releas
     states = dict(rows(database, "SELECT name, state_name FROM task_run"))
     stages = {name.split("-")[0]: state for name, state in states.items()}
     assert {name: stages[name] for name in STAGES} == dict.fromkeys(STAGES, "Ran")
-    assert {"register", "gate", "package", "smoke", "promote"} <= stages.keys()
+    assert {f"{effect} agent" for effect in ("register", "gate", "package", "smoke", "promote")} <= stages.keys()
     (flow,) = rows(database, "SELECT id, state_type FROM flow_run")
     assert flow[1] == "COMPLETED"
     assert released.report["flow_run"].replace("-", "") in flow[0].replace("-", "")
@@ -105,8 +105,8 @@ def test_a_second_run_finds_everything_up_to_date(released: Released) -> None:
     report = released.project.ask("run")
     assert {stage["outcome"] for stage in report["stages"]} == {"up to date"}
     assert report["flow_run"] is None, "nothing to do starts no server and no flow run"
-    assert report["release"]["outcome"] == "up to date"
-    assert report["release"]["answer"] == released.report["release"]["answer"]
+    assert {one["outcome"] for one in report["releases"]} == {"up to date"}
+    assert [one["answer"] for one in report["releases"]] == [one["answer"] for one in released.report["releases"]]
 
 
 def test_status_agrees_with_the_run(here: Ask) -> None:
@@ -211,7 +211,7 @@ def test_the_run_after_a_killed_one_restores_what_was_made_before(released: Rele
     outcomes = {stage["name"]: stage["outcome"] for stage in report["stages"]}
     assert outcomes["pretrain"] in ("restored from cache", "up to date")
     assert outcomes["evaluate"] == "up to date"
-    assert report["release"]["version"] == "agent/1"
+    assert report["releases"][0]["version"] == "agent/1"
 
 
 def test_a_failed_stage_stops_what_follows_with_its_own_message(released: Released, prefect: str) -> None:
@@ -243,7 +243,7 @@ def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(
     assert "score" in {row["metric"] for row in compared["metrics"]}
     assert here("registry", "promote", "agent", "2") == {"champion": "agent/2", "previous": "agent/1"}
     assert here("registry", "rollback", "agent") == {"champion": "agent/1", "previous": "agent/2"}
-    kept = here("run")["release"]
+    kept = here("run")["releases"][0]
     assert (kept["version"], kept["outcome"]) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
 
 
