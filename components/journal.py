@@ -3,12 +3,13 @@
 `components/tracking.py` carries journals to MLflow, from another thread or process; what it
 could not deliver stays here and goes with the next run.
 
-    STAGE-TIME-PID/lines.jsonl   one JSON object per line: {"kind", "time", ...}
+    STAGE-TIME-PID/lines.jsonl   one JSON object per line: {"kind", "time", ...}, of a child run also "child"
     STAGE-TIME-PID/0003/...      files that line 3 speaks of
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -27,11 +28,8 @@ class Journal:
     """The tracker a stage talks to. A context manager: leaving it says how the stage ended."""
 
     def __init__(self, folder: Path, stage: str, key: str) -> None:
-        self.folder = folder / f"{stage}-{time.time_ns()}-{os.getpid()}"
-        self._lock = threading.Lock()
-        self._count = 0
-        self._broken = False
-        self._try(lambda: self.folder.mkdir(parents=True))
+        self._lines = _Lines(folder / f"{stage}-{time.time_ns()}-{os.getpid()}")
+        self._child: dict[str, int] = {}
         parent = os.environ.get(PARENT_RUN)
         self._say("start", name=stage, tags={"stage": stage, "key": key}, parent=parent, pid=os.getpid())
 
@@ -41,6 +39,13 @@ class Journal:
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         stopped = exc_type is not None and not issubclass(exc_type, Exception)
         self._say("end", status="KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
+
+    def child(self, name: str) -> Journal:
+        """A run within this one, such as a trial of a search; a context manager too."""
+        child = copy.copy(self)
+        child._child = {"child": self._lines.number()}
+        child._say("start", name=name, tags={})
+        return child
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._say("params", values=dict(values))
@@ -63,22 +68,40 @@ class Journal:
 
     def _file(self, kind: str, name: str, write: Callable[[Path], Any]) -> None:
         """Keep a copy, because a later run of the stage may remove the original before it is carried."""
-        with self._lock:
-            self._count += 1
-            target = self.folder / f"{self._count:04d}" / name
-        self._try(target.parent.mkdir)
-        self._try(lambda: write(target))
-        self._say(kind, path=target.relative_to(self.folder).as_posix())
+        target = self._lines.folder / f"{self._lines.number():04d}" / name
+        self._lines.attempt(target.parent.mkdir)
+        self._lines.attempt(lambda: write(target))
+        self._say(kind, path=target.relative_to(self._lines.folder).as_posix())
 
     def _say(self, kind: str, **fields: Any) -> None:
-        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **fields}, default=str)
-        self._try(lambda: self._append(line))
+        line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **self._child, **fields}, default=str)
+        self._lines.append(line)
+
+
+class _Lines:
+    """The file that a journal and its children write into."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._count = 0
+        self._broken = False
+        self.attempt(lambda: folder.mkdir(parents=True))
+
+    def number(self) -> int:
+        """One that nothing else in this journal has."""
+        with self._lock:
+            self._count += 1
+            return self._count
+
+    def append(self, line: str) -> None:
+        self.attempt(lambda: self._append(line))
 
     def _append(self, line: str) -> None:
         with self._lock, (self.folder / "lines.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _try(self, action: Callable[[], Any]) -> None:
+    def attempt(self, action: Callable[[], Any]) -> None:
         """A full disk must not end training: say it once, then go on untracked."""
         try:
             action()

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +76,9 @@ class Tracker(Protocol):
     def artifact(self, path: Path) -> None: ...
 
     def figure(self, figure: Any, name: str) -> None: ...
+
+    def child(self, name: str) -> AbstractContextManager[Tracker]:
+        """A run within this one, such as a trial of a search."""
 
 
 @dataclass(frozen=True)

@@ -154,28 +154,47 @@ def errors() -> tuple[type[Exception], ...]:
 def _carry(client: MlflowClient, folder: Path) -> None:
     """Send the lines of one journal that were not sent yet; a finished journal is removed."""
     memory = folder / "delivered.json"
-    sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0}
+    sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0, "children": {}}
     if memory.exists():
         sent = json.loads(memory.read_text())
     with (folder / "lines.jsonl").open("rb") as file:
         file.seek(sent["offset"])
         whole = file.read().rpartition(b"\n")[0]
     events = [event for line in whole.splitlines() if (event := _parsed(line))]
-    if events and events[0]["kind"] == "start":
+    if events and events[0]["kind"] == "start" and "child" not in events[0]:
         start = events[0]
         sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
         sent["pid"] = start["pid"]
         memory.write_text(json.dumps(sent))
     if not sent["run_id"]:
         return
-    _send(client, sent["run_id"], events, folder)
+    own = [event for event in events if "child" not in event]
+    _send(client, sent["run_id"], own, folder)
+    _carry_children(client, sent, [event for event in events if "child" in event], folder)
     sent["offset"] += len(whole) + 1 if whole else 0
     memory.write_text(json.dumps(sent))
-    ends = [event for event in events if event["kind"] == "end"]
+    ends = [event for event in own if event["kind"] == "end"]
     if ends or not alive(sent["pid"]):
         end = ends[-1] if ends else {"status": "KILLED", "time": None}
-        client.set_terminated(sent["run_id"], end["status"], end["time"])
+        for run_id in (*sent["children"].values(), sent["run_id"]):
+            client.set_terminated(run_id, end["status"], end["time"])
         shutil.rmtree(folder)
+
+
+def _carry_children(client: MlflowClient, sent: dict[str, Any], events: list[dict[str, Any]], folder: Path) -> None:
+    """Send what is of runs within the run; `sent["children"]` are those that have not ended, by their number."""
+    for number in dict.fromkeys(str(event["child"]) for event in events):
+        told = [event for event in events if str(event["child"]) == number]
+        if told[0]["kind"] == "start":
+            start = told[0]
+            sent["children"][number] = create_run(client, start["name"], start["tags"], sent["run_id"], start["time"])
+        run_id = sent["children"].get(number)
+        if run_id is None:  # its beginning was torn off by a full disk
+            continue
+        _send(client, run_id, told, folder)
+        if told[-1]["kind"] == "end":
+            client.set_terminated(run_id, told[-1]["status"], told[-1]["time"])
+            del sent["children"][number]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -77,6 +77,39 @@ def test_a_stage_is_a_child_of_the_run_it_belongs_to(home: Path, monkeypatch: py
     assert run_named("collect", home).data.tags["mlflow.parentRunId"] == parent
 
 
+def test_trials_of_a_stage_are_runs_within_its_run(home: Path) -> None:
+    with Journal(home / "tracking", "finetune", "key") as journal:
+        for number in range(2):
+            with journal.child(f"trial-{number}") as trial:
+                trial.params({"learning_rate": 0.1 * number})
+                trial.metrics({"macro_f1": 0.5}, 1)
+                if number:
+                    deliver(home)
+                    assert run_named("trial-1", home).info.status == "RUNNING"
+                trial.metrics({"macro_f1": 0.6 + number / 10}, 2)
+        journal.metrics({"macro_f1": 0.9})
+    deliver(home)
+    parent = run_named("finetune", home)
+    assert parent.data.metrics == {"macro_f1": 0.9}
+    for number in range(2):
+        trial_run = run_named(f"trial-{number}", home)
+        assert trial_run.info.status == "FINISHED"
+        assert trial_run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        history = connect(home).get_metric_history(trial_run.info.run_id, "macro_f1")
+        assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.6 + number / 10)]
+
+
+def test_a_trial_of_a_killed_stage_is_closed_with_it(home: Path) -> None:
+    said = "journal.child('trial').metrics({'loss': 1.5}); os.kill(os.getpid(), 9)"
+    made = "import os, pathlib, sys; from components.journal import Journal"
+    program = f"{made}; journal = Journal(pathlib.Path(sys.argv[1]), 'finetune', 'key'); {said}"
+    subprocess.run([sys.executable, "-c", program, str(home / "tracking")], cwd=SOURCE)
+    deliver(home)
+    for name in ("finetune", "trial"):
+        assert run_named(name, home).info.status == "KILLED"
+    assert run_named("trial", home).data.metrics == {"loss": 1.5}
+
+
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_stage_that_ends_early_is_told_apart(home: Path, error: type[BaseException], status: str) -> None:
     def end_early() -> None:

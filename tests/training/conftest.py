@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.children: dict[str, Recorder] = {}
 
     def params(self, values: Mapping[str, Any]) -> None: ...
 
@@ -109,6 +111,10 @@ class Recorder:
     def artifact(self, path: Path) -> None: ...
 
     def figure(self, figure: Any, name: str) -> None: ...
+
+    @contextmanager
+    def child(self, name: str) -> Iterator[Recorder]:
+        yield self.children.setdefault(name, Recorder())
 
 
 NewRun = Callable[..., StageRun]
