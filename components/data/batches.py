@@ -31,7 +31,17 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Indices) -> Batch: ...
+    def batch(self, indices: Indices, step: int = 0) -> Batch:
+        """The rows of these numbers as drawn in a step: what is random about one is a function of seed, step and row."""
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that a batch gives to read, padding left out."""
+    return sum(int((batch[name] != 0).sum()) for name in _REAL if name in batch)
+
+
+_REAL = ("segment_ids", "attention_mask", "decoder_attention_mask")
+"""Not zero where a token is no padding; a batch has the first, or the others."""
 
 
 class TokenRows:
@@ -63,7 +73,7 @@ class TokenRows:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices: Indices) -> Batch:
+    def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, segment_ids and position_ids, each (B, T) int64.
 
         labels[t] is the token after t where both are of one document and that one is to be learned, else IGNORED.

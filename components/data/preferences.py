@@ -167,7 +167,7 @@ class AlignRows:
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self._packed) + len(self._units)
 
-    def batch(self, indices: Indices) -> Batch:
+    def batch(self, indices: Indices, step: int = 0) -> Batch:
         """The units of these numbers, a pair's rows one after the other, no wider than the longest row needs."""
         parts: list[Batch] = []
         first = 0

@@ -42,10 +42,10 @@ def align(run: StageRun) -> None:
     model = load_decoder(run.paths.start)
     freeze(model, config.trained_share)
     torch.manual_seed(run.params.seed)
-    describe(run, model, rows)
+    describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
     save_decoder(model, run.paths.candidate, run.paths.start, _agent_files(run.paths.start, _lessons(run)))
-    report(run, config, model, measured, run.paths.candidate, None)
+    report(run, config, model, measured, run.paths.candidate, {})
 
 
 def freeze(model: Decoder, trained_share: float) -> None:

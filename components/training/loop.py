@@ -14,20 +14,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from components.config import InputError, TrainConfig
-from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows
-from components.models.decoder import Decoder
+from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints, Saved
-from components.training.objectives import Objective
+from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 
 
@@ -45,20 +45,50 @@ class Measured:
     window_targets: float = 0
 
 
-class Training:
+class Watch(Protocol):
+    """Looks at a model in training every so many steps, remembers its best weights, and may end the training."""
+
+    every: int
+    """Steps between two looks; one is also taken behind the last step."""
+    over: bool
+    """Whether there is nothing more to be hoped for."""
+
+    def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Measure the model, which is in evaluation mode, and remember its fp32 `weights` if it is the best so far."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The best weights, and everything else that the next look depends on (JSON)."""
+
+    def restore(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+    def best(self) -> Mapping[str, Tensor]:
+        """The weights to deliver; none where it never looked."""
+
+
+class Training(Generic[M]):
     """One model being trained: everything that a step changes."""
 
-    def __init__(self, model: Decoder, objective: Objective, config: TrainConfig, seed: int) -> None:
+    def __init__(
+        self, model: M, objective: Objective[M], config: TrainConfig, seed: int, watch: Watch | None = None
+    ) -> None:
         self.model, self.objective, self.config, self.seed = model, objective, config, seed
-        self.device = model.embed.weight.device
+        self.watch = watch
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
         self.masters = Masters(model)
-        self.optimizers = build_optimizers(model, self.masters, config, model.embed.weight.dtype)
+        self.optimizers = build_optimizers(model, self.masters, config, self.dtype)
         self.trained = list(self.masters.trained().values())
         self.step = 0
         self.rate = 0.0
         """Learning rate of the last step."""
         self.measured = Measured()
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    @property
+    def over(self) -> bool:
+        """Whether every step is done, or its watch has seen enough."""
+        return self.step >= self.config.max_steps or (self.watch is not None and self.watch.over)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches."""
@@ -75,6 +105,10 @@ class Training:
         if targets:
             self._update(targets)
         self.step += 1
+        if self.watch is not None and (self.step % self.watch.every == 0 or self.step == self.config.max_steps):
+            self.model.eval()
+            self.watch.look(self.step, self.masters.trained())
+            self.model.train()
 
     def _update(self, targets: float) -> None:
         config = self.config
@@ -107,7 +141,11 @@ class Training:
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        return Saved(self.step, tensors, {"measured": vars(self.measured), "inputs": self.inputs()})
+        facts = {"measured": vars(self.measured), "inputs": self.inputs()}
+        if self.watch is not None:
+            best, facts["watch"] = self.watch.state()
+            tensors |= {f"best.{name}": weight.cpu() for name, weight in best.items()}
+        return Saved(self.step, tensors, facts)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"weights.{name}": weight for name, weight in self.masters.trained().items()}
@@ -130,26 +168,33 @@ class Training:
         self.step = saved.step
         facts = saved.facts["measured"]
         self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
+        if self.watch is not None:
+            best = {name[5:]: weight for name, weight in saved.tensors.items() if name.startswith("best.")}
+            self.watch.restore(best, saved.facts["watch"])
         return True
 
     def inputs(self) -> str:
         """A digest of what decides the result, as far as the loop knows it."""
         config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
         shapes = {name: list(weight.shape) for name, weight in self.masters.trained().items()}
-        dtype = str(self.model.embed.weight.dtype)
-        facts = [config, shapes, dtype, self.device.type, self.seed]
+        facts = [config, shapes, str(self.dtype), self.device.type, self.seed]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def train(run: StageRun, config: TrainConfig, model: Decoder, rows: Rows, objective: Objective) -> Measured:
-    """Train `model` in place for `config.max_steps`, going on from the last checkpoint where there is one."""
+def train(
+    run: StageRun, config: TrainConfig, model: M, rows: Rows, objective: Objective[M], watch: Watch | None = None
+) -> Measured:
+    """Train `model` in place, going on from the last checkpoint where there is one.
+
+    It ends at `config.max_steps`, or earlier where `watch` says so; then the model has the watch's best weights.
+    """
     device = best_device()
     dtype = compute_dtype(config.precision, device)
     model.to(device=device, dtype=dtype).train()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        for block in model.blocks:
+        for block in model.get_submodule("blocks").children():
             block.compile()
-    training = Training(model, objective, config, run.params.seed)
+    training = Training(model, objective, config, run.params.seed, watch)
     checkpoints = Checkpoints(run.state)
     saved = checkpoints.load()
     if saved:
@@ -158,24 +203,25 @@ def train(run: StageRun, config: TrainConfig, model: Decoder, rows: Rows, object
         print(f"{run.name}  {said} step {saved.step}", flush=True)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
+    best = watch.best() if watch is not None else {}
     with torch.no_grad():  # deliver what was trained, not its rounding
         model.float()
         for name, weight in training.masters.trained().items():
-            dict(model.named_parameters())[name].copy_(weight)
+            dict(model.named_parameters())[name].copy_(best.get(name, weight))
     model.eval()
     return training.measured
 
 
-def _run_steps(run: StageRun, training: Training, rows: Rows, checkpoints: Checkpoints, stopped: list[int]) -> None:
+def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Checkpoints, stopped: list[int]) -> None:
     config, measured = training.config, training.measured
     sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
     seen = measured.tokens
-    while training.step < config.max_steps:
+    while not training.over:
         batches = _micro_batches(rows, sampler, training.step, config)
-        measured.tokens += sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
+        measured.tokens += sum(count_tokens(batch) for batch in batches)
         training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
-        last = training.step == config.max_steps
+        last = training.over
         if training.step % config.log_steps == 0 or last:
             loss, now = training.read_loss(), time.monotonic()
             if not math.isfinite(loss):
@@ -196,10 +242,10 @@ def _run_steps(run: StageRun, training: Training, rows: Rows, checkpoints: Check
 
 def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
     order = sampler.step(step, config.global_batch_size).reshape(-1, config.micro_batch_size)
-    return [rows.batch(part) for part in order]
+    return [rows.batch(part, step) for part in order]
 
 
-def _report(run: StageRun, training: Training, loss: float, speed: float) -> None:
+def _report(run: StageRun, training: Training[M], loss: float, speed: float) -> None:
     config, step = training.config, training.step
     tokens_per_step = training.measured.tokens / step
     left = round((config.max_steps - step) * tokens_per_step / max(speed, 1e-9))
@@ -224,10 +270,10 @@ def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
 
 
 @torch.no_grad()
-def measure_loss(model: Decoder, rows: TokenRows, objective: Objective, batch_size: int, max_rows: int) -> float | None:
+def measure_loss(model: M, rows: Rows, objective: Objective[M], batch_size: int, max_rows: int) -> float | None:
     """Mean loss on the first rows of a split; None where it has no targets."""
     total, targets = 0.0, 0.0
-    device = model.embed.weight.device
+    device = next(model.parameters()).device
     count = min(len(rows), max_rows)
     for start in range(0, count, batch_size):
         batch = rows.batch(np.arange(start, min(start + batch_size, count)))

@@ -7,10 +7,10 @@ to what one large batch would give.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.data.batches import IGNORED, Batch
@@ -29,7 +29,8 @@ class Loss(NamedTuple):
     """A count; a preference may count for several."""
 
 
-Objective = Callable[[Decoder, Batch], Loss]
+M = TypeVar("M", bound=nn.Module)
+Objective = Callable[[M, Batch], Loss]
 
 
 def causal_lm(model: Decoder, batch: Batch) -> Loss:

@@ -197,20 +197,25 @@ class Masters:
 
 
 def build_optimizers(model: nn.Module, masters: Masters, config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
-    """The optimizers of `config.optimizer`; products of Newton-Schulz are made in `dtype`."""
+    """The optimizers of `config.optimizer`; products of Newton-Schulz are made in `dtype`.
+
+    Muon takes the matrices of the blocks alone, not what reads tokens or names classes.
+    """
     weights = masters.trained()
     parts = {
         f"{name}.weight": module.parts if isinstance(module, FusedLinear) else (module.out_features,)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in weights and name != "head"
     }
-    by_muon = {name: weights[name] for name in parts} if config.optimizer == "muon" else {}
+    in_blocks = [name for name in parts if "blocks" in name.split(".")]
+    by_muon = {name: weights[name] for name in in_blocks} if config.optimizer == "muon" else {}
     by_adamw = {name: weight for name, weight in weights.items() if name not in by_muon}
     decayed = frozenset(parts)
     adamw = AdamW(by_adamw, config.learning_rate, weight_decay=config.weight_decay, decayed=decayed)
     if not by_muon:
         return [adamw]
-    muon = Muon(by_muon, config.muon_learning_rate, weight_decay=config.weight_decay, parts=parts, dtype=dtype)
+    heights = {name: parts[name] for name in in_blocks}
+    muon = Muon(by_muon, config.muon_learning_rate, weight_decay=config.weight_decay, parts=heights, dtype=dtype)
     return [muon, adamw]
 
 

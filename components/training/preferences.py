@@ -44,7 +44,7 @@ def preference_loss(log_probs: Tensor, batch: Batch, beta: float) -> tuple[Tenso
     return pairs.sum() + lone.sum(), len(pairs) + len(lone)
 
 
-def align_objective(config: AlignConfig, reference: Decoder) -> Objective:
+def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decoder]:
     """What people said, without unlearning the rest.
 
     Cross-entropy on demonstrations; on earlier conversations the cross-entropy to the frozen `reference` (Hinton et

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from components.config import InputError, TrainConfig
 from components.data.batches import Rows, TokenRows
@@ -32,43 +34,52 @@ def pretrain(run: StageRun) -> None:
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
     model = Decoder(DecoderConfig.from_params(run.params.model, rows.vocab_size))
-    describe(run, model, rows)
+    describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, run.params.pretrain, model, rows, causal_lm)
     save_decoder(model, run.paths.base, run.paths.tokenizer)
-    report(run, run.params.pretrain, model, measured, run.paths.base, TokenRows(rows.folder, "test"))
+    test = measure_loss(
+        model, TokenRows(rows.folder, "test"), causal_lm, run.params.pretrain.micro_batch_size, TEST_ROWS
+    )
+    report(run, run.params.pretrain, model, measured, run.paths.base, {"test_loss": test})
 
 
-def describe(run: StageRun, model: Decoder, rows: Rows) -> None:
+def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:
     """Check that the rows fit the model, and tell the tracker their sizes."""
-    if rows.seq_len > model.config.max_seq_len:
-        raise InputError(
-            f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {model.config.max_seq_len} tokens of the model"
-        )
-    run.tracker.params({"parameters": model.num_parameters, "rows": len(rows), "seq_len": rows.seq_len})
+    if rows.seq_len > max_seq_len:
+        raise InputError(f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model")
+    run.tracker.params({"parameters": count_parameters(model), "rows": len(rows), "seq_len": rows.seq_len})
 
 
 def report(
-    run: StageRun, config: TrainConfig, model: Decoder, measured: Measured, folder: Path, test: TokenRows | None
+    run: StageRun,
+    config: TrainConfig,
+    model: nn.Module,
+    measured: Measured,
+    folder: Path,
+    more: Mapping[str, float | int | str | None],
 ) -> None:
-    """Write the stage's metrics and its loss curve; then its checkpoints have served."""
+    """Write the stage's metrics, with `more` of its own that is not None, and its loss curve; then its checkpoints
+    have served."""
     steps = len(measured.losses)
-    test_loss = measure_loss(model, test, causal_lm, config.micro_batch_size, TEST_ROWS) if test else None
     values: dict[str, float | int | str | None] = {
         "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
-        "test_loss": test_loss,
-        "steps": config.max_steps,
+        "steps": measured.losses[-1][0],
         "tokens": measured.tokens,
         "targets": measured.targets,
-        "parameters": model.num_parameters,
+        "parameters": count_parameters(model),
         "weights_sha256": file_digest(folder / "model.safetensors"),
     }
-    values = {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in {**values, **more}.items() if value is not None}
     write_json(run.paths.metrics / f"{run.name}.json", values)
     with (run.paths.metrics / f"{run.name}_loss.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([("step", "loss"), *measured.losses])
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
     run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
     Checkpoints(run.state).clear()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def file_digest(path: Path) -> str:

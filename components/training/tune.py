@@ -11,9 +11,9 @@ from components.config import InputError
 from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
 from components.stage import StageRun
-from components.training.loop import refuse_bad_masks, settle_cpu, train
+from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
 from components.training.objectives import causal_lm
-from components.training.pretrain import describe, report
+from components.training.pretrain import TEST_ROWS, describe, report
 
 REFERENCE_CONVERSATIONS = "stdlib-conversations"
 REFERENCE_TOOLS = ("lookup", "bases", "calculate", "search")
@@ -37,10 +37,11 @@ def tune(run: StageRun) -> None:
             f' {rows.folder}; run "loopwright run --until pretrain"'
         )
     torch.manual_seed(run.params.seed)
-    describe(run, model, rows)
+    describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, run.params.tune, model, rows, causal_lm)
     save_decoder(model, run.paths.agent, run.paths.base, _agent_files(run))
-    report(run, run.params.tune, model, measured, run.paths.agent, TokenRows(rows.folder, "test"))
+    test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, run.params.tune.micro_batch_size, TEST_ROWS)
+    report(run, run.params.tune, model, measured, run.paths.agent, {"test_loss": test})
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:
