@@ -112,6 +112,54 @@ class ModelConfig(Section):
         return self
 
 
+class EncoderModelConfig(Section):
+    """Shape of the encoder."""
+
+    embed_dim: int = Field(ge=8)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Blocks."""
+    num_heads: int = Field(ge=1)
+    """Attention heads; they share embed_dim."""
+    hidden_dim: int = Field(ge=8)
+    """Inner width of the feed-forward."""
+    max_seq_len: int = Field(ge=32)
+    """Longest text in tokens, both segments together."""
+    dropout: float = Field(ge=0, lt=1)
+    """Share of what blocks add that training leaves out."""
+    attention_dropout: float = Field(ge=0, lt=1)
+    """Share of attention's weights that training leaves out; above 0 training on a CPU takes a slower path."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> EncoderModelConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        return self
+
+
+class EncoderDecoderModelConfig(Section):
+    """Shape of the encoder-decoder."""
+
+    embed_dim: int = Field(ge=8)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Blocks of the encoder."""
+    num_decoder_layers: int = Field(ge=1)
+    """Blocks of the decoder."""
+    num_heads: int = Field(ge=1)
+    """Attention heads."""
+    head_dim: int = Field(ge=4)
+    """Width of one head."""
+    hidden_dim: int = Field(ge=8)
+    """Inner width of the gated feed-forward."""
+    max_seq_len: int = Field(ge=32)
+    """Longest source, and longest target, in tokens."""
+    dropout: float = Field(ge=0, lt=1)
+    """Share of what blocks add, and of attention's weights, that training leaves out."""
+    tie_embeddings: bool
+    """One matrix for embedding and output head."""
+
+
 class TrainConfig(Section):
     """What every training stage of the one loop shares."""
 

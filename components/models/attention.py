@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from components.models.fused import RMSNorm, pays, self_attention
 from components.models.positions import Rotary, rotate
 
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, each (B, K, S, D)."""
 SHORT = 1024 * 1024
 """Scores per head up to which plain batched products beat the fused kernel on a CPU."""
 
@@ -20,9 +22,14 @@ SHORT = 1024 * 1024
 class FusedLinear(nn.Linear):
     """Several projections of one input as one product; `parts` are their output widths."""
 
-    def __init__(self, in_features: int, parts: tuple[int, ...]) -> None:
-        super().__init__(in_features, sum(parts), bias=False)
+    def __init__(self, in_features: int, parts: tuple[int, ...], bias: bool = False) -> None:
+        super().__init__(in_features, sum(parts), bias=bias)
         self.parts = parts
+
+    def some(self, x: Tensor, first: int, stop: int) -> Tensor:
+        """The projections from `first` to before `stop` alone."""
+        rows = slice(sum(self.parts[:first]), sum(self.parts[:stop]))
+        return F.linear(x, self.weight[rows], self.bias[rows] if self.bias is not None else None)
 
 
 class LayerCache:
@@ -75,7 +82,10 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Queries from x; keys and values from x, or from `context` (cross-attention)."""
+    """Multi-head attention (Vaswani et al. 2017, section 3.2.2): queries from x; keys and values from x or `context`.
+
+    MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O, head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V).
+    """
 
     def __init__(
         self,
@@ -85,19 +95,24 @@ class Attention(nn.Module):
         head_dim: int,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        bias: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
+        """`scale` of the scores: 1 / sqrt(D) unless given. `dropout`: share of the weights left out in training."""
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale, self.dropout = scale if scale is not None else head_dim**-0.5, dropout
         kv_dim = num_kv_heads * head_dim
-        self.qkv = FusedLinear(embed_dim, (num_heads * head_dim, kv_dim, kv_dim))
-        self.out = nn.Linear(num_heads * head_dim, embed_dim, bias=False)
+        self.qkv = FusedLinear(embed_dim, (num_heads * head_dim, kv_dim, kv_dim), bias)
+        self.out = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
         self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
         self,
         x: Tensor,
-        context: Tensor | None = None,
+        context: Tensor | Pair | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
@@ -106,20 +121,25 @@ class Attention(nn.Module):
 
         `mask` broadcasts to (B, H, T, S): boolean (true: may attend) or added to the scores; without it every
         query sees every key. `rotary` turns queries and keys. `cache` is extended by this call's keys and values.
+        `context` may be what `remember` made of it, so that decoding reads a context once.
         """
         if pays(x) and context is None and cache is None and mask is not None and rotary is not None:
             return self._train_on_cpu(x, mask, rotary)
-        queries, keys, values = self._project(x, context)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        if rotary is not None:
-            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
-        queries, keys, values = (each.transpose(1, 2) for each in (queries, keys, values))  # (B, H, T, D)
-        if cache is not None:
-            keys, values = cache.extend(keys, values)
-        mixed = attend(queries, keys, values, mask)
+        if context is None:
+            queries, keys, values = self._project(x, rotary)
+            if cache is not None:
+                keys, values = cache.extend(keys, values)
+        else:
+            queries = self._normed(self._heads(self.qkv.some(x, 0, 1)), self.q_norm).transpose(1, 2)
+            keys, values = self.remember(context) if isinstance(context, Tensor) else context
+        mixed = attend(queries, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
         added: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return added
+
+    def remember(self, context: Tensor) -> Pair:
+        """Keys and values (B, K, S, D) of a context (B, S, E) to attend to."""
+        keys, values = self._heads(self.qkv.some(context, 1, 3)).chunk(2, dim=2)
+        return self._normed(keys, self.k_norm).transpose(1, 2), values.transpose(1, 2)
 
     def _train_on_cpu(self, x: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
         gains, eps = None, 0.0
@@ -129,34 +149,42 @@ class Attention(nn.Module):
         added: Tensor = self.out(mixed)
         return added
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if context is None:
-            projected = self._heads(self.qkv(x))  # (B, T, H + 2K, D)
-            queries, keys, values = torch.split(
-                projected, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2
-            )
-            return queries, keys, values
-        q_dim = self.qkv.parts[0]
-        queries = self._heads(F.linear(x, self.qkv.weight[:q_dim]))
-        keys, values = self._heads(F.linear(context, self.qkv.weight[q_dim:])).chunk(2, dim=2)
-        return queries, keys, values
+    def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D), the former two normed and turned."""
+        heads = self._heads(self.qkv(x))  # (B, T, H + 2K, D)
+        queries, keys, values = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)
+        if rotary is not None:
+            queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _normed(self, heads: Tensor, norm: RMSNorm | None) -> Tensor:
+        return norm(heads) if norm is not None else heads
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of scaled products over keys: queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D)."""
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1): softmax(Q K^T * scale + mask) V.
+
+    Queries (B, H, T, D), keys and values (B, K, S, D) -> (B, H, T, D).
+    """
     batch, heads, length, head_dim = queries.shape
     kv_heads, span = keys.shape[1], keys.shape[2]
     if queries.is_cuda or length * span > SHORT:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=heads != kv_heads)
-    grouped = (queries * head_dim**-0.5).reshape(batch, kv_heads, -1, head_dim)  # query heads of one key head in a row
-    scores = (grouped @ keys.transpose(-1, -2)).view(batch, kv_heads, -1, length, span)
+        grouped = heads != kv_heads
+        return F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scale, enable_gqa=grouped)
+    grouped_queries = (queries * scale).reshape(batch, kv_heads, -1, head_dim)  # of one key head in a row
+    scores = (grouped_queries @ keys.transpose(-1, -2)).view(batch, heads, length, span)
     if mask is not None:
-        scores = scores + additive(mask, scores.dtype).unsqueeze(2)
-    weights = scores.softmax(-1).view(batch, kv_heads, -1, span)
-    mixed: Tensor = (weights @ values).view(batch, heads, length, head_dim)
+        scores = scores + additive(mask, scores.dtype)
+    weights = scores.softmax(-1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    mixed: Tensor = (weights.view(batch, kv_heads, -1, span) @ values).view(batch, heads, length, head_dim)
     return mixed
 
 
@@ -170,6 +198,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def causal_mask(length: int, span: int, device: torch.device) -> Tensor:
     """(T, S) true where query t, the last of which is key S - 1, may see key s."""
     return torch.ones(length, span, dtype=torch.bool, device=device).tril(span - length)
+
+
+def padding_mask(attention_mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, S), true at tokens that are not padding, as numbers to add to scores: (B, 1, 1, S)."""
+    return additive(attention_mask.bool()[:, None, None, :], dtype)
 
 
 def segment_mask(segment_ids: Tensor) -> Tensor:

@@ -1,12 +1,27 @@
-"""The transformer block: attention and a gated feed-forward, each behind a norm and added to the stream."""
+"""The transformer block: attention and a feed-forward, each behind a norm and added to the stream.
+
+Shapes: B batch, T tokens, S tokens of the context, E embed_dim, N rows asked for.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from collections.abc import Callable
+from functools import partial
 
-from components.models.attention import Attention, FusedLinear, LayerCache
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from components.models.attention import Attention, FusedLinear, LayerCache, Pair
 from components.models.fused import RMSNorm, swiglu
 from components.models.positions import Rotary
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+"""Under Hugging Face's names."""
 
 
 class SwiGLU(nn.Module):
@@ -22,15 +37,58 @@ class SwiGLU(nn.Module):
         return added
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+class FeedForward(nn.Module):
+    """Position-wise feed-forward (Vaswani et al. 2017, eq. 2): FFN(x) = max(0, x W1 + b1) W2 + b2, for any activation.
 
-    def __init__(self, attention: Attention, embed_dim: int, hidden_dim: int, norm_eps: float) -> None:
+    Gated (arXiv 2002.05202, eq. 6): (activation(x W) * x V) W2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        activation: str,
+        gated: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.activation, self.gated, self.dropout = ACTIVATIONS[activation], gated, dropout
+        self.up = FusedLinear(embed_dim, (hidden_dim,) * (2 if gated else 1), bias)
+        self.down = nn.Linear(hidden_dim, embed_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        added: Tensor = self.down(dropped(inner, self.dropout, self.training))
+        return added
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), where there is a context x + attention(norm(x), context), x + feed-forward(norm(x))."""
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: nn.Module,
+        embed_dim: int,
+        norm_eps: float,
+        cross_attention: Attention | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
         self.attention_norm = RMSNorm(embed_dim, eps=norm_eps)
         self.attention = attention
+        if cross_attention is not None:
+            self.cross_attention_norm = RMSNorm(embed_dim, eps=norm_eps)
+            self.cross_attention = cross_attention
         self.mlp_norm = RMSNorm(embed_dim, eps=norm_eps)
-        self.mlp = SwiGLU(embed_dim, hidden_dim)
+        self.mlp = mlp
 
     def forward(
         self,
@@ -39,11 +97,49 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
         rows: Tensor | None = None,
+        context: Tensor | Pair | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
         attended = self.attention(self.attention_norm(x), mask=mask, cache=cache, rotary=rotary)
+        if context is not None:
+            x = x + dropped(attended, self.dropout, self.training)
+            attended = self.cross_attention(self.cross_attention_norm(x), context=context, mask=context_mask)
         if rows is not None:
-            x, attended = (each.flatten(0, 1).index_select(0, rows) for each in (x, attended))
-        x = x + attended
-        added: Tensor = self.mlp(self.mlp_norm(x))
+            x, attended = taken(x, rows), taken(attended, rows)
+        x = x + dropped(attended, self.dropout, self.training)
+        added: Tensor = dropped(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
         return x + added
+
+
+class PostNormBlock(nn.Module):
+    """norm(x + attention(x)), then norm(x + feed-forward(x)): as in Vaswani et al. 2017, section 3.1, and BERT."""
+
+    def __init__(
+        self, attention: Attention, mlp: nn.Module, embed_dim: int, norm_eps: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.mlp = mlp
+        self.mlp_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
+        attended = self.attention(x, mask=mask)
+        if rows is not None:
+            x, attended = taken(x, rows), taken(attended, rows)
+        x = self.attention_norm(x + dropped(attended, self.dropout, self.training))
+        normed: Tensor = self.mlp_norm(x + dropped(self.mlp(x), self.dropout, self.training))
+        return normed
+
+
+def dropped(x: Tensor, share: float, training: bool) -> Tensor:
+    """x with a random share of its numbers left out, the rest scaled up to make up for it; x itself where none are."""
+    return F.dropout(x, share) if share and training else x
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """These of the B * T positions of x (B, T, E): (N, E)."""
+    return x.flatten(0, 1).index_select(0, rows)

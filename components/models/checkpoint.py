@@ -1,45 +1,52 @@
-"""Hugging Face model folders in and out: Llama's format, and Qwen3's where queries and keys are normed.
+"""Hugging Face model folders in and out, for every family: `formats.py` says what is called how.
 
-One table maps names; the products that we fuse (query-key-value, gate-up) are written apart and read together.
+Weights are safetensors, one file or shards with an index; pickles are refused, for to read one is to run it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from components.config import InputError
 from components.models.attention import FusedLinear
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.formats import FORMATS, Fields, Format, architecture_of
 
-ARCHITECTURES = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
-"""Formats we read and write, and whether each norms queries and keys."""
-_BLOCK = {
-    "input_layernorm": ("attention_norm",),
-    "self_attn.{}_proj": ("attention.qkv", "q", "k", "v"),
-    "self_attn.q_norm": ("attention.q_norm",),
-    "self_attn.k_norm": ("attention.k_norm",),
-    "self_attn.o_proj": ("attention.out",),
-    "post_attention_layernorm": ("mlp_norm",),
-    "mlp.{}_proj": ("mlp.gate_up", "gate", "up"),
-    "mlp.down_proj": ("mlp.down",),
-}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SHARD_BYTES = 5 * 10**9
+"""Weights above this are written as several files."""
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Beside the tokenizer's files where its template is no field of tokenizer_config.json."""
 
 
-def save_decoder(
-    model: Decoder, folder: Path, tokenizer_folder: Path | None = None, files: Mapping[str, Path | str] | None = None
+class Stored(NamedTuple):
+    """Where a tensor lies, and what it is called there."""
+
+    file: Path
+    name: str
+
+
+def save_model(
+    model: nn.Module,
+    folder: Path,
+    tokenizer_folder: Path | None = None,
+    files: Mapping[str, Path | str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
 
@@ -47,7 +54,6 @@ def save_decoder(
 
     Raises: InputError when the disk is full or the folder cannot be written.
     """
-    weights = {name: part.detach().float().contiguous().cpu() for name, part in hub_tensors(model)}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f".{folder.name}-*"):  # by a process that was killed while it saved
@@ -55,12 +61,12 @@ def save_decoder(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
             temporary = Path(name) / folder.name
             temporary.mkdir()
-            (temporary / "model.safetensors").write_bytes(safetensors_bytes(weights, {"format": "pt"}))
-            for filename in _TOKENIZER_FILES if tokenizer_folder else ():
+            _write_weights(model, temporary, shard_bytes)
+            for filename in TOKENIZER_FILES if tokenizer_folder else ():
                 shutil.copyfile(Path(tokenizer_folder or "") / filename, temporary / filename)
-            special = _special_ids(temporary)
-            _write_json(temporary / "config.json", _hub_config(model.config) | special)
-            _write_json(temporary / "generation_config.json", special | {"do_sample": False})
+            if tokenizer_folder and (tokenizer_folder / CHAT_TEMPLATE).is_file():
+                shutil.copyfile(tokenizer_folder / CHAT_TEMPLATE, temporary / CHAT_TEMPLATE)
+            _write_configs(model, temporary)
             for filename, source in (files or {}).items():
                 if isinstance(source, Path):
                     shutil.copyfile(source, temporary / filename)
@@ -74,23 +80,106 @@ def save_decoder(
         ) from error
 
 
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Decoder:
-    """Read a Llama- or Qwen3-format folder, sharded or not.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> nn.Module:
+    """Read a folder of any architecture in `FORMATS`, sharded or not.
 
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
-    config = read_config(folder)
+    architecture, fields = _read_fields(folder)
+    form = FORMATS[architecture]
+    config = form.read(fields)
+    files = weight_files(folder)
+    found = {_today(name): Stored(file, name) for file in files for name in _names_in(file)}
+    config = form.settle(config, found)
     with torch.device(device or "cpu"), _Undrawn():
-        model = Decoder(config).to(dtype)
-    wanted = dict(hub_tensors(model))
-    files = _weight_files(folder)
-    found = {name: file for file in files for name in _names_in(file)}
-    ignored = {name for name in found if name.endswith("rotary_emb.inv_freq")}
-    ignored |= {"lm_head.weight"} if config.tie_embeddings else set()
-    _compare(folder, set(wanted), set(found) - ignored)
+        model = form.model(config).to(dtype)
+    wanted = dict(_hub_tensors(model, form))
+    absent = {name for name in wanted.keys() - found.keys() if name.startswith(form.optional)}
+    extra = {name for name in found.keys() - wanted.keys() if name.endswith((*form.ignored, *_tied(model)))}
+    _compare(folder, wanted.keys() - absent, found.keys() - extra)
+    there = [name for name in wanted if name not in absent]
     for file in files:
-        _read_into(file, {name: wanted[name] for name in wanted if found[name] == file})
+        _read_into(file, {found[name].name: wanted[name] for name in there if found[name].file == file})
+    _draw([wanted[name] for name in sorted(absent)])
     return model
+
+
+def save_decoder(
+    model: Decoder, folder: Path, tokenizer_folder: Path | None = None, files: Mapping[str, Path | str] | None = None
+) -> None:
+    """`save_model` of a decoder."""
+    save_model(model, folder, tokenizer_folder, files)
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Decoder:
+    """`load_model` of a folder that must hold a decoder."""
+    read_config(folder)
+    model = load_model(folder, dtype, device)
+    assert isinstance(model, Decoder)
+    return model
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Shape of the decoder in a folder.
+
+    Raises: InputError when its config.json is missing, broken or asks for what our decoder does not do.
+    """
+    architecture, fields = _read_fields(folder)
+    form = FORMATS[architecture]
+    if form.model is not Decoder:
+        decoders = [name for name, each in FORMATS.items() if each.model is Decoder]
+        raise InputError(f"{fields.path}: architecture {architecture} is no decoder; one of {', '.join(decoders)}")
+    config = form.read(fields)
+    assert isinstance(config, DecoderConfig)
+    return config
+
+
+def read_architecture(folder: Path) -> tuple[str, Any]:
+    """The architecture of a model folder and our configuration of it, without its weights.
+
+    Raises: InputError as `load_model` does for config.json.
+    """
+    architecture, fields = _read_fields(folder)
+    return architecture, FORMATS[architecture].read(fields)
+
+
+def hub_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
+    return _hub_tensors(model, FORMATS[architecture_of(model)])
+
+
+def _hub_tensors(model: nn.Module, form: Format) -> Iterator[tuple[str, Tensor]]:
+    names = form.names(model.config)
+    for name, weight in model.named_parameters():
+        place, _, leaf = name.rpartition(".")
+        number = "".join(re.findall(r"\.(\d+)\.", place))
+        pattern = re.sub(r"\.\d+\.", ".{n}.", place)
+        theirs = names.get(f"{pattern}.{leaf}")
+        if isinstance(theirs, str):
+            yield theirs, weight.data
+            continue
+        theirs = names[pattern]
+        if isinstance(theirs, str):
+            yield f"{theirs.format(n=number)}.{leaf}", weight.data
+            continue
+        fused = model.get_submodule(place)
+        assert isinstance(fused, FusedLinear)
+        for part, rows in zip(theirs, torch.split(weight.data, list(fused.parts)), strict=True):
+            yield f"{part.format(n=number)}.{leaf}", rows
+
+
+def _tied(model: nn.Module) -> tuple[str, ...]:
+    """What a folder may hold though it repeats the embedding."""
+    head = getattr(model, "head", None)
+    return ("lm_head.weight",) if head is not None and head.weight is model.get_parameter("embed.weight") else ()
+
+
+def _draw(weights: Sequence[Tensor]) -> None:
+    """Weights that a folder lacks, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        std = 0.0 if weight.dim() == 1 else 0.02
+        weight.copy_(torch.empty(weight.shape).normal_(generator=generator) * std)
 
 
 class _Undrawn(TorchFunctionMode):
@@ -102,124 +191,86 @@ class _Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def hub_tensors(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
-    weights = dict(model.named_parameters())
-    yield "model.embed_tokens.weight", weights["embed.weight"].data
-    for index in range(model.config.num_layers):
-        for theirs, (ours, *parts) in _BLOCK.items():
-            weight = weights.get(f"blocks.{index}.{ours}.weight")
-            if weight is None:
-                continue
-            if not parts:
-                yield f"model.layers.{index}.{theirs}.weight", weight.data
-                continue
-            fused = model.get_submodule(f"blocks.{index}.{ours}")
-            assert isinstance(fused, FusedLinear)
-            for part, rows in zip(parts, torch.split(weight.data, list(fused.parts)), strict=True):
-                yield f"model.layers.{index}.{theirs.format(part)}.weight", rows
-    yield "model.norm.weight", weights["norm.weight"].data
-    if not model.config.tie_embeddings:
-        yield "lm_head.weight", weights["head.weight"].data
-
-
-def read_config(folder: Path) -> DecoderConfig:
-    """Shape of the model in a folder.
-
-    Raises: InputError when its config.json is missing, broken or asks for what this decoder does not do.
-    """
+def _read_fields(folder: Path) -> tuple[str, Fields]:
     path = folder / "config.json"
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         architecture = (given.get("architectures") or ["none"])[0]
-        if architecture not in ARCHITECTURES:
-            raise InputError(f"{path}: architecture {architecture} is not one of {', '.join(ARCHITECTURES)}")
-        _refuse_variants(path, given)
-        heads = int(given["num_attention_heads"])
-        rope = given.get("rope_parameters") or {}
-        return DecoderConfig(
-            vocab_size=int(given["vocab_size"]),
-            embed_dim=int(given["hidden_size"]),
-            num_layers=int(given["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(given.get("num_key_value_heads") or heads),
-            head_dim=int(given.get("head_dim") or given["hidden_size"] // heads),
-            hidden_dim=int(given["intermediate_size"]),
-            max_seq_len=int(given["max_position_embeddings"]),
-            rope_theta=float(rope.get("rope_theta") or given.get("rope_theta") or 10_000.0),
-            norm_eps=float(given.get("rms_norm_eps", 1e-6)),
-            qk_norm=ARCHITECTURES[architecture],
-            tie_embeddings=bool(given.get("tie_word_embeddings", False)),
-        )
     except FileNotFoundError:
-        raise InputError(f"{path}: not found; a model folder has config.json and model.safetensors") from None
-    except KeyError as error:
-        raise InputError(f"{path}: {error.args[0]} is missing") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
+        raise InputError(f"{path}: not found; a model folder has config.json and {WEIGHTS}") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(f"{path}: not a readable model configuration: {error}") from None
+    if architecture not in FORMATS:
+        raise InputError(f"{path}: architectures: {architecture} is not supported; one of {', '.join(FORMATS)}")
+    fields = Fields(path, given)
+    if given.get("quantization_config"):
+        raise InputError(f"{path}: quantization_config: quantized weights are not supported; use the unquantized model")
+    return architecture, fields
 
 
-def _refuse_variants(path: Path, given: dict[str, Any]) -> None:
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    refused = {
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "hidden_act": (given.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (bool(given.get("attention_bias")), False),
-        "mlp_bias": (bool(given.get("mlp_bias")), False),
-        "use_sliding_window": (bool(given.get("use_sliding_window")), False),
-    }
-    for key, (value, allowed) in refused.items():
-        if value != allowed:
-            raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: {allowed!r}")
-
-
-def _hub_config(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden_dim,
-        "max_position_embeddings": config.max_seq_len,
-        # Newer readers want the first of these, older ones and other engines the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "torch_dtype": "float32",
-    }
+def _write_configs(model: nn.Module, folder: Path) -> None:
+    architecture = architecture_of(model)
+    special = _special_ids(folder)
+    config = {"architectures": [architecture], "torch_dtype": "float32"} | FORMATS[architecture].write(model.config)
+    _write_json(folder / "config.json", config | special)
+    if not architecture.startswith("Bert"):
+        start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
+        _write_json(folder / "generation_config.json", special | start | {"do_sample": False})
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
     """`eos_token_id` and `pad_token_id` as the tokenizer files of this folder have them."""
-    if not all((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not all((folder / name).is_file() for name in TOKENIZER_FILES):
         return {}
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
     ids = {token["content"]: int(token["id"]) for token in added}
-    return {f"{name}_id": ids[config[name]] for name in ("eos_token", "pad_token") if config.get(name) in ids}
+    special = {}
+    for name in ("eos_token", "pad_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            special[f"{name}_id"] = ids[token]
+    return special
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> None:
+    tensors = dict(hub_tensors(model))
+    shards: list[list[str]] = [[]]
+    sizes = [0]
+    for name, tensor in tensors.items():
+        size = tensor.numel() * 4
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(name)
+        sizes[-1] += size
+    files = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        part = {name: tensors[name].detach().float().contiguous().cpu() for name in names}
+        (folder / file).write_bytes(safetensors_bytes(part, {"format": "pt"}))
+    if len(files) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model folder's weights, in order of name.
+
+    Raises: InputError when one is missing, or weights are pickles.
+    """
+    index = folder / INDEX
+    files = [folder / WEIGHTS]
     if index.is_file():
         try:
-            files = sorted(
-                {folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-            )
-        except (ValueError, KeyError, AttributeError) as error:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = sorted(folder / Path(name).name for name in names)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"{index}: not a readable shard index: {error}") from None
-    else:
-        files = [single]
     for file in files:
         if not file.is_file():
             pickled = any(folder.glob("pytorch_model*.bin"))
@@ -236,6 +287,11 @@ def _names_in(file: Path) -> list[str]:
         raise InputError(f"{file}: corrupt: {error}; fetch or train it again") from None
 
 
+def _today(name: str) -> str:
+    """What a tensor is called now: the first BERTs have TensorFlow's names of a norm's two vectors."""
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+
+
 def _read_into(file: Path, wanted: Mapping[str, Tensor]) -> None:
     with safe_open(str(file), framework="pt") as tensors:
         for name, target in wanted.items():
@@ -247,7 +303,7 @@ def _read_into(file: Path, wanted: Mapping[str, Tensor]) -> None:
             target.copy_(tensors.get_tensor(name))
 
 
-def _compare(folder: Path, wanted: set[str], found: set[str]) -> None:
+def _compare(folder: Path, wanted: Any, found: Any) -> None:
     for problem, names in (("missing", wanted - found), ("unknown", found - wanted)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

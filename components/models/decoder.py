@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from components.config import ModelConfig
 from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
-from components.models.blocks import Block
+from components.models.blocks import Block, SwiGLU
 from components.models.fused import RMSNorm
 from components.models.positions import RotaryPositions
 
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
     def _block(self) -> Block:
         c = self.config
         attention = Attention(c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.norm_eps)
-        return Block(attention, c.embed_dim, c.hidden_dim, c.norm_eps)
+        return Block(attention, SwiGLU(c.embed_dim, c.hidden_dim), c.embed_dim, c.norm_eps)
 
     def init_weights(self) -> None:
         """Draw weights from torch's random state; as in GPT-2, what adds to the stream starts smaller with depth."""

@@ -1,10 +1,13 @@
-"""Rotary positions (arXiv 2104.09864) in the half-split layout that Llama and Qwen3 use.
+"""Where a token stands: rotary positions, and T5's bias by distance.
 
-A head's width is split in two halves; pair (i, i + D/2) turns by an angle that grows
-with the position, so that a product of query and key sees only their distance.
+Rotary positions (arXiv 2104.09864) in the half-split layout that Llama and Qwen3 use: a head's width is split in
+two halves; pair (i, i + D/2) turns by an angle that grows with the position, so that a product of query and key sees
+only their distance. T5 (arXiv 1910.10683, section 2.1) adds to each score a learned number for the distance.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +51,34 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., :half].addcmul_(x[..., half:], sin[..., :half])
     out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out
+
+
+class RelativeBias(nn.Module):
+    """One learned number per head and bucket of distances, added to the scores of every layer.
+
+    Half of the buckets hold one near distance each, the others ranges that grow with it up to `max_distance`; a
+    bidirectional bias has as many for the keys before a query as for those behind.
+    """
+
+    def __init__(self, num_buckets: int, max_distance: int, num_heads: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
+        self.table = nn.Embedding(num_buckets, num_heads)
+
+    def forward(self, length: int, span: int) -> Tensor:
+        """(1, H, T, S) for T = `length` queries, the last of which is key S - 1 where there are `span` = S keys."""
+        device = self.table.weight.device
+        keys = torch.arange(span, device=device)
+        distance = keys - keys[span - length :].unsqueeze(1)
+        bias: Tensor = self.table(self._bucket(distance))  # (T, S, H)
+        return bias.permute(2, 0, 1).unsqueeze(0)
+
+    def _bucket(self, distance: Tensor) -> Tensor:
+        count = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        first = (distance > 0) * count if self.bidirectional else 0
+        distance = distance.abs() if self.bidirectional else (-distance).clamp(min=0)
+        near = count // 2
+        # How far between `near` and `max_distance`, on a scale of logarithms.
+        far = (distance.clamp(min=1).float() / near).log() / math.log(self.max_distance / near) * (count - near)
+        far = (near + far.long()).clamp(max=count - 1)
+        return first + torch.where(distance < near, distance, far)

@@ -243,14 +243,17 @@ def test_pickles_are_refused(folder: Path) -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "architecture GPT2LMHeadModel is not one of LlamaForCausalLM, Qwen3For",
+            "architectures: GPT2LMHeadModel is not supported; one of LlamaForCausalLM, Qwen3For",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: 'yarn' is not supported; allowed: 'default'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type: 'linear' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; allowed: 'silu'"),
         ({"attention_bias": True}, "attention_bias: True is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window: True is not supported"),
-        ({"hidden_size": "wide"}, "not a readable model configuration"),
+        ({"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
+        ({"rope_theta": [1], "rope_parameters": None}, r"rope_theta: \[1\] is not a number"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: quantized weights are not supported"),
+        ({"architectures": ["BertForMaskedLM"]}, "architecture BertForMaskedLM is no decoder; one of LlamaFor"),
     ],
 )
 def test_a_configuration_we_cannot_run_is_refused(folder: Path, values: dict[str, Any], message: str) -> None:

@@ -1,0 +1,356 @@
+"""Hugging Face's formats of our families: which architectures there are, what config.json says, how tensors are called.
+
+One table of names per family, ours to theirs; what we compute as one product (query-key-value, gate-up) has the
+several names that its parts have there. `checkpoint.py` reads and writes by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from components.config import InputError
+from components.models.blocks import ACTIVATIONS
+from components.models.decoder import Decoder, DecoderConfig
+from components.models.encoder import Classifier, Encoder, EncoderConfig, EncoderForPretraining
+from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+
+Names = Mapping[str, str | tuple[str, ...]]
+"""Our module or weight, `{n}` for the number of its block, to theirs; several for the parts of a fused product."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a config.json, read with their name in every complaint."""
+
+    path: Path
+    values: dict[str, Any]
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number, at least 0."""
+        value = self._value(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise InputError(f"{self.path}: {name}: {value!r} is not a whole number")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self._value(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise InputError(f"{self.path}: {name}: {value!r} is not a number")
+        return float(value)
+
+    def choice(self, name: str, default: Any, allowed: Collection[Any]) -> Any:
+        """A value out of `allowed`; whatever else asks for what we do not compute."""
+        value = self._value(name, default)
+        if value not in allowed:
+            said = ", ".join(repr(each) for each in allowed)
+            raise InputError(f"{self.path}: {name}: {value!r} is not supported; allowed: {said}")
+        return value
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None and default is None:
+            raise InputError(f"{self.path}: {name} is missing")
+        return default if value is None else value
+
+
+@dataclass(frozen=True)
+class Format:
+    """One architecture: how its configuration and its tensors become ours and back."""
+
+    model: Callable[[Any], nn.Module]
+    read: Callable[[Fields], Any]
+    write: Callable[[Any], dict[str, Any]]
+    names: Callable[[Any], Names]
+    ignored: tuple[str, ...] = ()
+    """Ends of the names of tensors that repeat others, or that are computed."""
+    optional: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that a folder may lack; they are drawn afresh."""
+    settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    """The configuration once the names of the tensors there are known."""
+
+
+def _read_decoder(fields: Fields, qk_norm: bool) -> DecoderConfig:
+    rope = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
+    nested = Fields(fields.path, rope if isinstance(rope, dict) else {"rope_type": rope})
+    nested.choice("rope_type", rope.get("type", "default"), ["default"])
+    fields.choice("hidden_act", "silu", ["silu"])
+    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        fields.choice(name, False, [False])
+    heads = fields.whole("num_attention_heads")
+    return DecoderConfig(
+        vocab_size=fields.whole("vocab_size"),
+        embed_dim=fields.whole("hidden_size"),
+        num_layers=fields.whole("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=fields.whole("num_key_value_heads", heads),
+        head_dim=fields.whole("head_dim", fields.whole("hidden_size") // heads),
+        hidden_dim=fields.whole("intermediate_size"),
+        max_seq_len=fields.whole("max_position_embeddings"),
+        rope_theta=nested.number("rope_theta", fields.number("rope_theta", 10_000.0)),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        qk_norm=qk_norm,
+        tie_embeddings=fields.choice("tie_word_embeddings", False, [True, False]),
+    )
+
+
+def _write_decoder(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden_dim,
+        "max_position_embeddings": config.max_seq_len,
+        # Newer readers want the first of these, older ones and other engines the second.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+
+
+_DECODER: Names = {
+    "embed": "model.embed_tokens",
+    "blocks.{n}.attention_norm": "model.layers.{n}.input_layernorm",
+    "blocks.{n}.attention.qkv": tuple(f"model.layers.{{n}}.self_attn.{part}_proj" for part in "qkv"),
+    "blocks.{n}.attention.q_norm": "model.layers.{n}.self_attn.q_norm",
+    "blocks.{n}.attention.k_norm": "model.layers.{n}.self_attn.k_norm",
+    "blocks.{n}.attention.out": "model.layers.{n}.self_attn.o_proj",
+    "blocks.{n}.mlp_norm": "model.layers.{n}.post_attention_layernorm",
+    "blocks.{n}.mlp.gate_up": ("model.layers.{n}.mlp.gate_proj", "model.layers.{n}.mlp.up_proj"),
+    "blocks.{n}.mlp.down": "model.layers.{n}.mlp.down_proj",
+    "norm": "model.norm",
+    "head": "lm_head",
+}
+
+
+def _decoder(qk_norm: bool) -> Format:
+    return Format(
+        Decoder,
+        lambda fields: _read_decoder(fields, qk_norm),
+        _write_decoder,
+        lambda config: _DECODER,
+        ignored=("rotary_emb.inv_freq",),
+    )
+
+
+def _read_encoder(fields: Fields) -> EncoderConfig:
+    given = {name for name, value in fields.values.items() if value is not None}
+    fields.choice("position_embedding_type", "absolute", ["absolute"])
+    for name, allowed in (("is_decoder", False), ("add_cross_attention", False), ("tie_word_embeddings", True)):
+        fields.choice(name, allowed, [allowed])
+    embed_dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    if not heads or embed_dim % heads:
+        raise InputError(f"{fields.path}: num_attention_heads: {heads} does not divide hidden_size {embed_dim}")
+    return EncoderConfig(
+        vocab_size=fields.whole("vocab_size"),
+        embed_dim=embed_dim,
+        num_layers=fields.whole("num_hidden_layers"),
+        num_heads=heads,
+        hidden_dim=fields.whole("intermediate_size"),
+        max_seq_len=fields.whole("max_position_embeddings"),
+        num_segments=fields.whole("type_vocab_size", 2),
+        dropout=fields.number("hidden_dropout_prob", 0.1),
+        attention_dropout=fields.number("attention_probs_dropout_prob", 0.1),
+        head_dropout=fields.number("classifier_dropout", 0) if "classifier_dropout" in given else None,
+        activation=fields.choice("hidden_act", "gelu", list(ACTIVATIONS)),
+        norm_eps=fields.number("layer_norm_eps", 1e-12),
+    )
+
+
+def _read_classifier(fields: Fields) -> EncoderConfig:
+    fields.choice("problem_type", "single_label_classification", ["single_label_classification"])
+    given = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(given, dict) or sorted(given) != sorted(map(str, range(len(given)))) or len(given) < 2:
+        raise InputError(f"{fields.path}: id2label: {given!r} does not number two or more labels from 0")
+    labels = tuple(str(given[str(number)]) for number in range(len(given)))
+    return replace(_read_encoder(fields), labels=labels)
+
+
+def _write_encoder(config: EncoderConfig) -> dict[str, Any]:
+    numbers = {label: number for number, label in enumerate(config.labels)}
+    names = {str(number): label for label, number in numbers.items()}
+    labels: dict[str, Any] = {"id2label": names, "label2id": numbers} if numbers else {}
+    return labels | {
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.hidden_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "type_vocab_size": config.num_segments,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.head_dropout,
+        "hidden_act": config.activation,
+        "layer_norm_eps": config.norm_eps,
+        "position_embedding_type": "absolute",
+        "tie_word_embeddings": True,
+    }
+
+
+_ENCODER: Names = {
+    "embed": "embeddings.word_embeddings",
+    "position_embed": "embeddings.position_embeddings",
+    "segment_embed": "embeddings.token_type_embeddings",
+    "embed_norm": "embeddings.LayerNorm",
+    "blocks.{n}.attention.qkv": tuple(
+        f"encoder.layer.{{n}}.attention.self.{part}" for part in ("query", "key", "value")
+    ),
+    "blocks.{n}.attention.out": "encoder.layer.{n}.attention.output.dense",
+    "blocks.{n}.attention_norm": "encoder.layer.{n}.attention.output.LayerNorm",
+    "blocks.{n}.mlp.up": "encoder.layer.{n}.intermediate.dense",
+    "blocks.{n}.mlp.down": "encoder.layer.{n}.output.dense",
+    "blocks.{n}.mlp_norm": "encoder.layer.{n}.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+_WITH_HEADS: Names = {
+    ours: tuple(f"bert.{each}" for each in theirs) if isinstance(theirs, tuple) else f"bert.{theirs}"
+    for ours, theirs in _ENCODER.items()
+}
+_PRETRAINING: Names = {
+    **_WITH_HEADS,
+    "transform": "cls.predictions.transform.dense",
+    "transform_norm": "cls.predictions.transform.LayerNorm",
+    "head.bias": "cls.predictions.bias",
+    "next_sentence": "cls.seq_relationship",
+}
+
+
+def _encoder(model: type[Encoder], names: Names, read: Callable[[Fields], EncoderConfig] = _read_encoder) -> Format:
+    return Format(
+        model,
+        read,
+        _write_encoder,
+        lambda config: names,
+        ignored=("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+        optional=("bert.pooler.", "pooler.", "cls.seq_relationship."),
+    )
+
+
+def _read_encoder_decoder(fields: Fields) -> EncoderDecoderConfig:
+    fields.choice("is_decoder", False, [False])
+    allowed = [prefix + name for prefix in ("", "gated-") for name in ACTIVATIONS]
+    *gate, activation = fields.choice("feed_forward_proj", "relu", allowed).split("-")
+    layers, buckets = fields.whole("num_layers"), fields.whole("relative_attention_num_buckets", 32)
+    if buckets < 4:
+        raise InputError(f"{fields.path}: relative_attention_num_buckets: {buckets} is too few; at least 4")
+    tied = fields.choice("tie_word_embeddings", True, [True, False])
+    return EncoderDecoderConfig(
+        vocab_size=fields.whole("vocab_size"),
+        embed_dim=fields.whole("d_model"),
+        num_layers=layers,
+        num_decoder_layers=fields.whole("num_decoder_layers", layers),
+        num_heads=fields.whole("num_heads"),
+        head_dim=fields.whole("d_kv"),
+        hidden_dim=fields.whole("d_ff"),
+        # Of no effect in T5, whose positions are distances; kept as what the model was trained for.
+        max_seq_len=fields.whole("n_positions", 512),
+        dropout=fields.number("dropout_rate", 0.1),
+        tie_embeddings=tied,
+        # `gated-gelu` has meant GELU by tanh since T5 1.1.
+        activation="gelu_new" if gate and activation == "gelu" else activation,
+        gated=bool(gate),
+        scale_outputs=fields.choice("scale_decoder_outputs", tied, [True, False]),
+        num_buckets=buckets,
+        max_distance=fields.whole("relative_attention_max_distance", 128),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-6),
+        start_id=fields.whole("decoder_start_token_id", fields.whole("pad_token_id", 0)),
+    )
+
+
+def _write_encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
+    activation = config.activation.removesuffix("_new") if config.gated else config.activation
+    return {
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.embed_dim,
+        "num_layers": config.num_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "d_ff": config.hidden_dim,
+        "n_positions": config.max_seq_len,
+        "dropout_rate": config.dropout,
+        "feed_forward_proj": f"gated-{activation}" if config.gated else activation,
+        # Readers before version 5 of transformers take the one for the other.
+        "tie_word_embeddings": config.tie_embeddings,
+        "scale_decoder_outputs": config.scale_outputs,
+        "relative_attention_num_buckets": config.num_buckets,
+        "relative_attention_max_distance": config.max_distance,
+        "layer_norm_epsilon": config.norm_eps,
+        "decoder_start_token_id": config.start_id,
+    }
+
+
+def _encoder_decoder_names(config: EncoderDecoderConfig) -> Names:
+    names: dict[str, str | tuple[str, ...]] = {"embed": "shared", "head": "lm_head"}
+    for side in ("encoder", "decoder"):
+        ours, theirs = f"{side}_blocks.{{n}}", f"{side}.block.{{n}}.layer"
+        last = f"{theirs}.{1 if side == 'encoder' else 2}"
+        gate = tuple(f"{last}.DenseReluDense.{part}" for part in (("wi_0", "wi_1") if config.gated else ("wi",)))
+        names |= {
+            f"{side}_bias.table": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias",
+            f"{ours}.attention_norm": f"{theirs}.0.layer_norm",
+            f"{ours}.attention.qkv": tuple(f"{theirs}.0.SelfAttention.{part}" for part in "qkv"),
+            f"{ours}.attention.out": f"{theirs}.0.SelfAttention.o",
+            f"{ours}.cross_attention_norm": f"{theirs}.1.layer_norm",
+            f"{ours}.cross_attention.qkv": tuple(f"{theirs}.1.EncDecAttention.{part}" for part in "qkv"),
+            f"{ours}.cross_attention.out": f"{theirs}.1.EncDecAttention.o",
+            f"{ours}.mlp_norm": f"{last}.layer_norm",
+            f"{ours}.mlp.up": gate,
+            f"{ours}.mlp.down": f"{last}.DenseReluDense.wo",
+            f"{side}_norm": f"{side}.final_layer_norm",
+        }
+    return names
+
+
+def _tied_where_no_head(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
+    """Newer versions of transformers write `tie_word_embeddings: true` whatever the weights are."""
+    return replace(config, tie_embeddings=config.tie_embeddings and "lm_head.weight" not in names)
+
+
+FORMATS: dict[str, Format] = {
+    "LlamaForCausalLM": _decoder(qk_norm=False),
+    "Qwen3ForCausalLM": _decoder(qk_norm=True),
+    "BertModel": _encoder(Encoder, _ENCODER),
+    "BertForPreTraining": _encoder(EncoderForPretraining, _PRETRAINING),
+    "BertForMaskedLM": _encoder(EncoderForPretraining, _PRETRAINING),
+    "BertForSequenceClassification": _encoder(Classifier, {**_WITH_HEADS, "head": "classifier"}, _read_classifier),
+    "T5ForConditionalGeneration": Format(
+        EncoderDecoder,
+        _read_encoder_decoder,
+        _write_encoder_decoder,
+        _encoder_decoder_names,
+        ignored=(
+            "coder.embed_tokens.weight",
+            "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+        ),
+        settle=_tied_where_no_head,
+    ),
+}
+"""By the name of the architecture in config.json."""
+
+
+def architecture_of(model: nn.Module) -> str:
+    """The architecture that a model of ours is written as."""
+    if isinstance(model, Decoder):
+        return "Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM"
+    return {
+        Encoder: "BertModel",
+        EncoderForPretraining: "BertForPreTraining",
+        Classifier: "BertForSequenceClassification",
+        EncoderDecoder: "T5ForConditionalGeneration",
+    }[type(model)]
