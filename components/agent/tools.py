@@ -41,7 +41,7 @@ class Tool:
 
 
 def reference_tools(knowledge_path: Path) -> list[Tool]:
-    """The four tools of the reference agent.
+    """The five tools of the reference agent.
 
     Raises: InputError when the knowledge file is missing or broken.
     """
@@ -49,6 +49,7 @@ def reference_tools(knowledge_path: Path) -> list[Tool]:
     return [
         _tool("lookup", "What a symbol of the standard library is or does.", "symbol", knowledge.lookup),
         _tool("bases", "The direct base classes of a class.", "symbol", knowledge.bases),
+        _tool("module", "The module that a symbol is in.", "symbol", knowledge.module),
         _tool("calculate", "The value of an arithmetic expression.", "expression", calculate),
         _tool("search", "The symbol of the standard library that fits a description.", "query", knowledge.search),
     ]

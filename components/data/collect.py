@@ -26,11 +26,12 @@ from components.data.datasets import (
     write_json,
 )
 from components.data.duplicates import Splits, split
+from components.reference.conversations import training_conversations
 from components.reference.dialogue import asked
 from components.reference.facts import build
 from components.reference.held_out import HeldOut, hold_out
 from components.reference.knowledge import Knowledge
-from components.reference.questions import Asker, training_conversations
+from components.reference.questions import Asker
 from components.reference.stdlib import Symbol, library_symbols
 from components.reference.suites import suites
 from components.stage import StageRun

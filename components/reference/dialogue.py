@@ -4,29 +4,53 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from components.data.datasets import Row, row_id
 from components.reference.knowledge import NOT_FOUND
 
 Message = dict[str, Any]
 
-ARGUMENTS = {"lookup": "symbol", "bases": "symbol", "calculate": "expression", "search": "query"}
+ARGUMENTS = {
+    "lookup": "symbol",
+    "bases": "symbol",
+    "module": "symbol",
+    "calculate": "expression",
+    "search": "query",
+}
 """The one argument of each tool."""
 ERROR = "error: "
+
+
+class Hop(NamedTuple):
+    """One call on the way to an answer, and what the tool answers."""
+
+    tool: str
+    argument: str
+    result: str
+
+    @property
+    def found(self) -> str:
+        """The one name that the result gives, for the next call; empty where it gives none, or several."""
+        if self.result.startswith((NOT_FOUND, ERROR)) or (self.tool == "bases" and " and " in self.result):
+            return ""
+        return self.result.partition(": ")[0] if self.tool == "search" else self.result
 
 
 def said(role: str, content: str) -> Message:
     return {"role": role, "content": content, "tool_calls": None, "tool_call_id": None, "name": None}
 
 
-def exchange(question: str, tool: str, argument: str, result: str, number: int = 1) -> list[Message]:
-    """A question, the call it wants, the tool's result and the answer."""
-    call_id = f"call_{number}"
-    function = {"name": tool, "arguments": json.dumps({ARGUMENTS[tool]: argument}, ensure_ascii=False)}
-    call = {**said("assistant", ""), "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
-    shown = {**said("tool", result), "tool_call_id": call_id, "name": tool}
-    return [said("user", question), call, shown, said("assistant", answer(tool, result))]
+def exchange(question: str, hops: Sequence[Hop], number: int = 1) -> list[Message]:
+    """A question, the calls it wants with their results, and the answer; `number` is that of the first call."""
+    messages = [said("user", question)]
+    for place, hop in enumerate(hops):
+        call_id = f"call_{number + place}"
+        arguments = json.dumps({ARGUMENTS[hop.tool]: hop.argument}, ensure_ascii=False)
+        call = {"id": call_id, "type": "function", "function": {"name": hop.tool, "arguments": arguments}}
+        messages.append({**said("assistant", ""), "tool_calls": [call]})
+        messages.append({**said("tool", hop.result), "tool_call_id": call_id, "name": hop.tool})
+    return [*messages, said("assistant", answer(hops[-1].tool, hops[-1].result))]
 
 
 def answer(tool: str, result: str) -> str:
@@ -38,6 +62,8 @@ def answer(tool: str, result: str) -> str:
         return f"I could not do that: {reason}" + ("" if reason.endswith(".") else ".")
     if tool == "bases":
         return f"It extends {result}."
+    if tool == "module":
+        return f"It is in {result}."
     return f"The result is {result}." if tool == "calculate" else result
 
 

@@ -1,4 +1,4 @@
-"""Write the agent's facts into the one file that `Knowledge` reads: symbols, their bases and a search index (FTS5)."""
+"""Write the agent's facts into the one file that `Knowledge` reads: symbols, their relations and a search index (FTS5)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from components.reference.stdlib import Symbol
 from components.reference.summaries import first_sentence, shortened
 
 _SCHEMA = """
-CREATE TABLE symbols (name TEXT PRIMARY KEY, kind TEXT, summary TEXT, bases TEXT, same TEXT) WITHOUT ROWID;
+CREATE TABLE symbols (name TEXT PRIMARY KEY, kind TEXT, summary TEXT, bases TEXT, module TEXT, same TEXT) WITHOUT ROWID;
 CREATE TABLE endings (ending TEXT COLLATE NOCASE, name TEXT, PRIMARY KEY (ending, name)) WITHOUT ROWID;
 CREATE VIRTUAL TABLE texts USING fts5 (name UNINDEXED, words, summary, tokenize = 'porter unicode61');
 """
@@ -29,8 +29,8 @@ def build(path: Path, symbols: Iterable[Symbol]) -> None:
         for symbol in sorted(symbols, key=lambda symbol: (symbol.name.count("."), symbol.name)):
             same = f"{symbol.family} {symbol.name.rpartition('.')[2]}"
             said = shortened(symbol.docstring)
-            row = (symbol.name, symbol.kind, said, listed(symbol.bases), same)
-            connection.execute("INSERT INTO symbols VALUES (?, ?, ?, ?, ?)", row)
+            row = (symbol.name, symbol.kind, said, listed(symbol.bases), symbol.module, same)
+            connection.execute("INSERT INTO symbols VALUES (?, ?, ?, ?, ?, ?)", row)
             parts = symbol.name.split(".")
             endings = [(".".join(parts[start:]), symbol.name) for start in range(1, len(parts))]
             connection.executemany("INSERT INTO endings VALUES (?, ?)", endings)

@@ -49,6 +49,14 @@ def dotted_name(rng: random.Random, last: str) -> str:
     return ".".join([*before, last])
 
 
+def module_name(rng: random.Random, name: str) -> str:
+    """A module that a made-up name could be in: what stands before it, or another."""
+    before = name.rpartition(".")[0]
+    if before.islower() and rng.random() < 0.5:
+        return before
+    return ".".join(word(rng) for _ in range(rng.choice((1, 1, 2))))
+
+
 def any_name(rng: random.Random) -> str:
     return dotted_name(rng, class_name(rng) if rng.random() < 0.4 else function_name(rng))
 

@@ -1,4 +1,4 @@
-"""The agent's facts: symbols, their bases and a search index, in one read-only SQLite file.
+"""The agent's facts: a graph of symbols, their bases and modules, and a search index, in one read-only SQLite file.
 
 Every answer is one line. A user's text reaches SQL as a parameter and the index as quoted words, never as syntax.
 """
@@ -56,7 +56,7 @@ class Knowledge:
         found = self._find(symbol)
         if isinstance(found, str):
             return found
-        name, _, summary, _ = found
+        name, _, summary, _, _ = found
         if not summary:
             return f"{name} has no docstring."
         return summary if name == bare(symbol) else f"{name}: {summary}"
@@ -69,12 +69,25 @@ class Knowledge:
         found = self._find(symbol)
         if isinstance(found, str):
             return found
-        name, kind, _, bases = found
+        name, kind, _, bases, _ = found
         if kind != "class":
             raise InputError(f"{name} is a {kind}, not a class")
         if not bases:
             raise InputError(f"{name} has no bases that are written down")
         return bases
+
+    def module(self, symbol: str) -> str:
+        """The public module that a symbol is in: `collections` for OrderedDict, `builtins` for dict.
+
+        Raises: InputError for a module itself and for a short name that several symbols have.
+        """
+        found = self._find(symbol)
+        if isinstance(found, str):
+            return found
+        name, kind, _, _, module = found
+        if kind == "module":
+            raise InputError(f"{name} is a module itself")
+        return module
 
     def search(self, query: str) -> str:
         """The symbol that a description fits best, and its summary."""
@@ -85,17 +98,18 @@ class Knowledge:
                 return f"{name}: {summary}"
         return NOT_FOUND + one_line(query)
 
-    def means_one(self, short: str) -> bool:
-        """Whether a short name is that of one symbol."""
+    def full_name(self, symbol: str) -> str:
+        """The full name of the one symbol meant; empty where there is none, or several."""
         try:
-            return not isinstance(self._find(short), str)
+            found = self._find(symbol)
         except InputError:
-            return False
+            return ""
+        return "" if isinstance(found, str) else found[0]
 
-    def _find(self, symbol: str) -> tuple[str, str, str, str] | str:
-        """(name, kind, summary, bases) of the one symbol meant; else what to say instead."""
+    def _find(self, symbol: str) -> tuple[str, str, str, str, str] | str:
+        """(name, kind, summary, bases, module) of the one symbol meant; else what to say instead."""
         written = bare(symbol)
-        chosen = "SELECT name, kind, summary, bases, same FROM symbols WHERE name"
+        chosen = "SELECT name, kind, summary, bases, module, same FROM symbols WHERE name"
         rows = self._rows(f"{chosen} = ?", written)
         if not rows:
             ending = f"{chosen} IN (SELECT name FROM endings WHERE ending = ?)"
@@ -105,12 +119,12 @@ class Knowledge:
             rows = [row for row in rows if f".{row[0]}".endswith(f".{written}")] or rows
         if not rows:
             return NOT_FOUND + one_line(written)
-        different = {row[4]: row[0] for row in reversed(rows)}
+        different = {row[5]: row[0] for row in reversed(rows)}
         if len(different) > 1:
             names = sorted(different.values(), key=lambda name: (len(name), name))
             raise InputError(f"{written} may be {listed(names[:MAX_SHOWN], 'or')}")
-        name, kind, summary, bases, _ = rows[0]
-        return name, kind, summary, bases
+        name, kind, summary, bases, module, _ = rows[0]
+        return name, kind, summary, bases, module
 
     def _rows(self, statement: str, *values: str) -> list[tuple[str, ...]]:
         with self._lock:

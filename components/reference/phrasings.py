@@ -28,8 +28,9 @@ def templates(section: str) -> list[str]:
 
 def template_groups(section: str) -> dict[str, list[str]]:
     """The templates of a section of phrasings.yaml that is parted further."""
-    groups: dict[str, list[str]] = _read("phrasings")[section]
-    return groups
+    file = _read("phrasings")
+    groups: dict[str, list[str]] = file[section]
+    return {name: [_filled(template, file["words"]) for template in group] for name, group in groups.items()}
 
 
 def talks() -> list[Talk]:

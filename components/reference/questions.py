@@ -1,21 +1,16 @@
-"""The reference conversations: questions that want a tool, and small talk that wants none.
-
-Half of the training conversations about symbols are of made-up names with made-up results, so that arguments and
-answers can only be copied.
-"""
+"""Questions that want one tool, about symbols, sums and descriptions, real or made up; and talk that wants none."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from components.config import InputError
-from components.data.datasets import Row
 from components.reference import inventions
 from components.reference.arithmetic import calculate
-from components.reference.dialogue import ERROR, Message, asked, exchange, row, said
+from components.reference.dialogue import ERROR, Hop, Message, exchange, said
 from components.reference.held_out import HeldOut
 from components.reference.knowledge import NOT_FOUND, Knowledge, listed
 from components.reference.phrasings import Talk, talks, template_groups, templates, words
@@ -25,31 +20,29 @@ from components.reference.sums import Sums
 from components.reference.tasks import about, as_task, task
 from components.reference.wordings import Wordings, quoted, typed
 
-KINDS = {"question": 70, "small_talk": 9, "off_topic": 9, "two": 5, "chat_first": 3, "follow_up": 4}
-"""Conversations of each kind, in a hundred."""
-TOOLS = {"lookup": 37, "bases": 31, "search": 9, "calculate": 23}
+TOOLS = {"lookup": 34, "bases": 28, "module": 8, "search": 9, "calculate": 21}
 """Questions that want each tool, in a hundred."""
 MADE_UP_SHARE = 0.5
-DISTURBED_SHARE = 0.25
+SYMBOL_TOOLS = ("lookup", "bases", "module")
+"""Those whose argument is a symbol."""
 OFF_TOPIC = "off_topic"
 """The intent of requests for something else than the agent is for."""
-MAX_CHARACTERS = 420
-"""Of a conversation: some 200 tokens, so that it fits one row of training."""
-TRIES = 50
-"""Draws for a question that was not asked before."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the user types, the call it wants and what the tool answers."""
+    """What the user types, the calls it wants and what the tools answer."""
 
     text: str
-    tool: str
-    argument: str
-    result: str
+    hops: tuple[Hop, ...]
+
+    @classmethod
+    def of(cls, text: str, tool: str, argument: str, result: str) -> Question:
+        """One that a single call answers."""
+        return cls(text, (Hop(tool, argument, result),))
 
     def messages(self, number: int = 1) -> list[Message]:
-        return exchange(self.text, self.tool, self.argument, self.result, number)
+        return exchange(self.text, self.hops, number)
 
 
 @dataclass(frozen=True)
@@ -75,8 +68,7 @@ class Asker:
         self.knowledge = knowledge
         self.sums = Sums(held_out_share, seed)
         self.arithmetic = Wordings(templates("arithmetic"), seed)
-        self.lookup = Wordings(templates("lookup"), seed)
-        self.bases = Wordings(templates("bases"), seed)
+        self.about = {tool: Wordings(templates(tool), seed) for tool in SYMBOL_TOOLS}
         self.search = Wordings(templates("search"), seed)
         self.search_about = Wordings(templates("search_about"), seed)
         self.follow_ups = {tool: Wordings(group, seed) for tool, group in template_groups("follow_ups").items()}
@@ -93,14 +85,16 @@ class Asker:
     def about_symbol(self, manner: Manner, tool: str, symbol: Symbol) -> Question:
         """A question whose answer is the tool's own."""
         name = written(manner.rng, symbol, self.knowledge)
-        text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
-        return Question(text, tool, name, self.said_by(tool, name))
+        text = manner.put(self.about[tool], x=quoted(manner.rng, name))
+        return Question.of(text, tool, name, self.said_by(tool, name))
 
     @lru_cache(maxsize=20_000)  # noqa: B019 - one asker lives as long as the stage
-    def said_by(self, tool: str, name: str) -> str:
+    def said_by(self, tool: str, argument: str) -> str:
         """What the tool really answers."""
+        knowledge = self.knowledge
+        ask = {"lookup": knowledge.lookup, "bases": knowledge.bases, "module": knowledge.module}
         try:
-            return self.knowledge.lookup(name) if tool == "lookup" else self.knowledge.bases(name)
+            return ask[tool](argument) if tool in ask else knowledge.search(argument)
         except InputError as error:
             return f"{ERROR}{error}"
 
@@ -108,22 +102,20 @@ class Asker:
         rng = manner.rng
         typical = tool == "bases" and rng.random() < 0.7
         name = inventions.dotted_name(rng, inventions.class_name(rng)) if typical else inventions.any_name(rng)
-        text = manner.put(self.lookup if tool == "lookup" else self.bases, x=quoted(manner.rng, name))
-        return Question(text, tool, name, self._made_up_result(manner.rng, tool, name))
+        text = manner.put(self.about[tool], x=quoted(manner.rng, name))
+        return Question.of(text, tool, name, self.made_up_result(manner.rng, tool, name))
 
-    def _made_up_result(self, rng: random.Random, tool: str, name: str, found: bool = False) -> str:
+    def made_up_result(self, rng: random.Random, tool: str, name: str, found: bool = False) -> str:
+        """What a tool might answer about a name that does not exist; `found`: neither that nor an error."""
         luck = 1.0 if found else rng.random()
         if luck < 0.1:
             return NOT_FOUND + name
         if luck < 0.15:
-            kind = rng.choice(("function", "method", "module"))
-            reasons = (f"{name} is a {kind}, not a class", f"{name} has no bases that are written down")
-            other = (
-                f"{name} may be {listed([f'{inventions.word(rng)}.{name}' for _ in range(rng.choice((2, 3)))], 'or')}"
-            )
-            return ERROR + rng.choice((*reasons, other) if tool == "bases" else (other, _mishap(rng)))
+            return ERROR + _made_up_error(rng, tool, name)
         if tool == "bases":
             return listed(inventions.base_names(rng))
+        if tool == "module":
+            return inventions.module_name(rng, name)
         if luck < 0.18:
             return f"{name} has no docstring."
         summary = inventions.sentence(rng, self.summaries)
@@ -140,9 +132,9 @@ class Asker:
         query = subject or wanted
         text = manner.put(self.search_about, k=subject) if subject else manner.put(self.search, q=wanted)
         if real:
-            return Question(text, "search", query, self.knowledge.search(query))
+            return Question.of(text, "search", query, self.said_by("search", query))
         found = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
-        return Question(text, "search", query, found)
+        return Question.of(text, "search", query, found)
 
     def calculation(self, manner: Manner, held_out: bool = False, by_hand: Sequence[str] = ()) -> Question:
         """A sum, `held_out` with numbers that training never sees together; wordings `by_hand` are used as they are."""
@@ -152,10 +144,10 @@ class Asker:
             text = typed(manner.rng, wording, drawn.slots, manner.disturbed)
             text = manner.rng.choice(by_hand).format(**drawn.slots) if by_hand else text
             try:
-                return Question(text, "calculate", drawn.expression, calculate(drawn.expression))
+                return Question.of(text, "calculate", drawn.expression, calculate(drawn.expression))
             except InputError as error:
                 if not held_out:
-                    return Question(text, "calculate", drawn.expression, f"{ERROR}{error}")
+                    return Question.of(text, "calculate", drawn.expression, f"{ERROR}{error}")
 
     def talk(self, manner: Manner, talk: Talk) -> list[Message]:
         return [said("user", manner.chat(self.talks[talk])), said("assistant", talk.reply)]
@@ -176,51 +168,11 @@ class Asker:
         return self.about_symbol(manner, kind, rng.choice(pool))
 
     def follow_up(self, manner: Manner, first: Question) -> Question:
-        """The other question about the symbol of the first, as `it`."""
-        tool = "bases" if first.tool == "lookup" else "lookup"
-        result = self._made_up_result(manner.rng, tool, first.argument, found=True)
-        return Question(manner.put(self.follow_ups[tool]), tool, first.argument, result)
-
-
-def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str]) -> Iterator[Row]:
-    """Exactly `count` conversations, no two asking the same, none asking what is in `avoid`."""
-    rng = random.Random(f"{seed}:train")
-    seen = set(avoid)
-    for number in range(count):
-        for _ in range(TRIES):
-            messages = _conversation(asker, rng)
-            if asked(messages) not in seen and sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
-                break
-        else:
-            raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
-        seen.add(asked(messages))
-        yield row(messages)
-
-
-def _conversation(asker: Asker, rng: random.Random) -> list[Message]:
-    manner = Manner(rng, disturbed=rng.random() < DISTURBED_SHARE)
-    kind = rng.choices(("question", "small_talk", "off_topic", "two", "chat_first", "follow_up"), (70, 9, 9, 5, 3, 4))[
-        0
-    ]
-    if kind == "small_talk":
-        return asker.talk(manner, rng.choice(asker.small_talk))
-    if kind == "off_topic":
-        return asker.talk(manner, rng.choice(asker.off_topic))
-    if kind == "chat_first":
-        return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
-    if kind == "follow_up":
-        first = asker.made_up(manner, rng.choice(("lookup", "bases")))
-        if first.result.startswith((NOT_FOUND, ERROR)):
-            return first.messages()
-        return first.messages() + asker.follow_up(manner, first).messages(2)
-    question = asker.any_question(manner).messages()
-    return question + _second(asker, manner) if kind == "two" else question
-
-
-def _second(asker: Asker, manner: Manner) -> list[Message]:
-    if manner.rng.random() < 0.3:
-        return asker.talk(manner, manner.rng.choice(list(asker.talks)))
-    return asker.any_question(manner).messages(2)
+        """Another question about the symbol of the first, as `it`."""
+        tool = manner.rng.choice([tool for tool in SYMBOL_TOOLS if tool != first.hops[0].tool])
+        name = first.hops[0].argument
+        result = self.made_up_result(manner.rng, tool, name, found=True)
+        return Question.of(manner.put(self.follow_ups[tool]), tool, name, result)
 
 
 def written(rng: random.Random, symbol: Symbol, knowledge: Knowledge) -> str:
@@ -229,8 +181,18 @@ def written(rng: random.Random, symbol: Symbol, knowledge: Knowledge) -> str:
     name = symbol.name
     if len(parts) > 1 and rng.random() < 0.22:
         short = ".".join(parts[-2:]) if symbol.kind == "method" else parts[-1]
-        name = short if knowledge.means_one(short) else name
+        name = short if knowledge.full_name(short) else name
     return f"{name}()" if symbol.kind in ("function", "method") and rng.random() < 0.04 else name
+
+
+def _made_up_error(rng: random.Random, tool: str, name: str) -> str:
+    several = f"{name} may be {listed([f'{inventions.word(rng)}.{name}' for _ in range(rng.choice((2, 3)))], 'or')}"
+    if tool == "lookup":
+        return rng.choice((several, _mishap(rng)))
+    if tool == "module":
+        return rng.choice((several, f"{name} is a module itself"))
+    kind = rng.choice(("function", "method", "module"))
+    return rng.choice((f"{name} is a {kind}, not a class", f"{name} has no bases that are written down", several))
 
 
 def _mishap(rng: random.Random) -> str:

@@ -104,8 +104,7 @@ def _is_public(name: str) -> bool:
 def _symbols_of(names: Namespaces, module: str, shown_as: str) -> Iterator[Symbol]:
     source = names.source(module)
     docstring = ast.get_docstring(source.tree) if source else inspect.getdoc(names.extension(module))
-    if module != "builtins":
-        yield Symbol(shown_as, "module", shown_as, f"{module}:", docstring or "")
+    yield Symbol(shown_as, "module", shown_as, f"{module}:", docstring or "")
     for name in names.exports(module):
         target = names.target(module, name)
         qualified = name if module == "builtins" else f"{shown_as}.{name}"

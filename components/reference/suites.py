@@ -6,13 +6,15 @@ The name of a suite is SKILL/WHAT_IS_HELD_OUT. The expected answer is the last m
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from components.data.datasets import Row
-from components.reference.dialogue import Message, asked, exchange, row, said
+from components.reference.chains import CHAINS, Chain, Chains
+from components.reference.dialogue import Hop, Message, asked, exchange, row, said
 from components.reference.held_out import is_askable_class
 from components.reference.phrasings import hand_written
-from components.reference.questions import Asker, Manner, written
+from components.reference.questions import SYMBOL_TOOLS, Asker, Manner, written
 from components.reference.stdlib import Symbol
 from components.reference.tasks import task
 from components.reference.wordings import quoted
@@ -23,7 +25,7 @@ Maker = Callable[[random.Random, int], list[Message]]
 
 def suites(asker: Asker, count: int, seed: int) -> Iterator[Row]:
     """Up to `count` questions per suite, no two asking the same; no suite where there is nothing to ask about."""
-    for name, make in _makers(asker).items():
+    for name, make in _makers(asker, seed).items():
         rng = random.Random(f"{seed}:{name}")
         seen: set[str] = set()
         for number in range(count * 3):
@@ -35,9 +37,9 @@ def suites(asker: Asker, count: int, seed: int) -> Iterator[Row]:
                 break
 
 
-def _makers(asker: Asker) -> dict[str, Maker]:
+def _makers(asker: Asker, seed: int) -> dict[str, Maker]:
     makers: dict[str, Maker] = {}
-    for tool in ("lookup", "bases"):
+    for tool in SYMBOL_TOOLS:
         for part, held_out in (("symbols", asker.held_out.symbols), ("modules", asker.held_out.modules)):
             if pool := _fit(asker, tool, held_out):
                 makers[f"{tool}/held_out_{part}"] = _about_symbols(asker, tool, pool)
@@ -49,13 +51,15 @@ def _makers(asker: Asker) -> dict[str, Maker]:
             Manner(rng), tasks[number % len(tasks)], real=True
         ).messages()
         makers["search/held_out_symbols_hand_written"] = _hand_written_search(asker, tasks)
-    return makers | _arithmetic(asker) | _talks(asker)
+    return makers | _multi_hop(Chains(asker, seed)) | _arithmetic(asker) | _talks(asker)
 
 
 def _fit(asker: Asker, tool: str, pool: Sequence[Symbol]) -> list[Symbol]:
     """Symbols worth asking about, in a fixed disorder; none whose summary training has, for another symbol."""
     if tool == "bases":
         fit = [symbol for symbol in pool if is_askable_class(symbol)]
+    elif tool == "module":
+        fit = [symbol for symbol in pool if symbol.kind != "module"]
     else:
         known = set(asker.summaries)
         fit = [symbol for symbol in pool if symbol.summary and symbol.summary not in known]
@@ -72,7 +76,7 @@ def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
         name = written(rng, pool[number % len(pool)], asker.knowledge)
         text = rng.choice(hand_written(tool)).format(x=quoted(rng, name))
-        return exchange(text, tool, name, asker.said_by(tool, name))
+        return exchange(text, [Hop(tool, name, asker.said_by(tool, name))])
 
     return make
 
@@ -81,7 +85,36 @@ def _hand_written_search(asker: Asker, pool: Sequence[Symbol]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
         wanted = task(pool[number % len(pool)])
         text = rng.choice(hand_written("search")).format(q=wanted)
-        return exchange(text, "search", wanted, asker.knowledge.search(wanted))
+        return exchange(text, [Hop("search", wanted, asker.said_by("search", wanted))])
+
+    return make
+
+
+def _multi_hop(chains: Chains) -> dict[str, Maker]:
+    """Questions of two and three calls, in the proportions of training."""
+    held_out = chains.asker.held_out
+    makers: dict[str, Maker] = {}
+    for part, pool in (("symbols", held_out.symbols), ("modules", held_out.modules)):
+        about = {chain: random.Random(len(fit)).sample(fit, len(fit)) for chain in CHAINS if (fit := chains.whole(chain, pool))}
+        if about:
+            makers[f"multi_hop/held_out_{part}"] = _chained(chains, about)
+    if about:
+        makers["multi_hop/held_out_modules_phrasings"] = _chained(chains, about, held_out_wording=True)
+        by_hand = {tuple(tools.split()): texts for tools, texts in hand_written("multi_hop").items()}
+        makers["multi_hop/held_out_modules_hand_written"] = _chained(chains, about, by_hand=by_hand)
+    return makers
+
+
+def _chained(
+    chains: Chains,
+    about: Mapping[Chain, Sequence[Symbol]],
+    held_out_wording: bool = False,
+    by_hand: Mapping[Chain, Sequence[str]] = MappingProxyType({}),
+) -> Maker:
+    def make(rng: random.Random, number: int) -> list[Message]:
+        chain = rng.choices(list(about), [CHAINS[chain] for chain in about])[0]
+        symbol = about[chain][number % len(about[chain])]
+        return chains.about(Manner(rng, held_out_wording), chain, symbol, by_hand.get(chain, ())).messages()
 
     return make
 

@@ -16,9 +16,9 @@ from components.training.objectives import causal_lm
 from components.training.pretrain import TEST_ROWS, describe, report
 
 REFERENCE_CONVERSATIONS = "stdlib-conversations"
-REFERENCE_TOOLS = ("lookup", "bases", "calculate", "search")
+REFERENCE_TOOLS = ("lookup", "bases", "module", "calculate", "search")
 """The tools that the reference conversations teach."""
-AGENT_STEPS = 4
+AGENT_STEPS = 6
 """Turns that an agent may take for one answer."""
 
 

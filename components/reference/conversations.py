@@ -1,0 +1,66 @@
+"""The reference conversations that the agent is trained on: questions of one call and of several, and small talk.
+
+Half of those about symbols are of made-up names with made-up results, so that arguments and answers can only be copied.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from components.config import InputError
+from components.data.datasets import Row
+from components.reference.chains import Chains
+from components.reference.dialogue import ERROR, Message, asked, row
+from components.reference.knowledge import NOT_FOUND
+from components.reference.questions import SYMBOL_TOOLS, Asker, Manner
+
+KINDS = {"question": 62, "chain": 11, "small_talk": 9, "off_topic": 9, "two": 4, "chat_first": 2, "follow_up": 3}
+"""Conversations of each kind, in a hundred."""
+DISTURBED_SHARE = 0.25
+MAX_CHARACTERS = 420
+"""Of a conversation: some 200 tokens, so that it fits one row of training."""
+TRIES = 50
+"""Draws for a question that was not asked before."""
+
+
+def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str]) -> Iterator[Row]:
+    """Exactly `count` conversations, no two asking the same, none asking what is in `avoid`."""
+    rng = random.Random(f"{seed}:train")
+    chains = Chains(asker, seed)
+    seen = set(avoid)
+    for number in range(count):
+        for _ in range(TRIES):
+            messages = _conversation(asker, chains, rng)
+            if asked(messages) not in seen and sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
+                break
+        else:
+            raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
+        seen.add(asked(messages))
+        yield row(messages)
+
+
+def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Message]:
+    manner = Manner(rng, disturbed=rng.random() < DISTURBED_SHARE)
+    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    if kind == "chain":
+        return chains.any_question(manner).messages()
+    if kind == "small_talk":
+        return asker.talk(manner, rng.choice(asker.small_talk))
+    if kind == "off_topic":
+        return asker.talk(manner, rng.choice(asker.off_topic))
+    if kind == "chat_first":
+        return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
+    if kind == "follow_up":
+        first = asker.made_up(manner, rng.choice(SYMBOL_TOOLS))
+        if first.hops[0].result.startswith((NOT_FOUND, ERROR)):
+            return first.messages()
+        return first.messages() + asker.follow_up(manner, first).messages(2)
+    question = asker.any_question(manner).messages()
+    return question + _second(asker, manner) if kind == "two" else question
+
+
+def _second(asker: Asker, manner: Manner) -> list[Message]:
+    if manner.rng.random() < 0.3:
+        return asker.talk(manner, manner.rng.choice(list(asker.talks)))
+    return asker.any_question(manner).messages(2)
