@@ -1,27 +1,28 @@
-"""What the agent can do besides talk: tools, their JSON schemas, and one way to call them that always gives text."""
+"""What the agent can do besides talk: typed functions as tools, and one way to call them that always gives text.
+
+`Tool.of(function)` reads name, description and JSON schema off the function; a tool of any other origin states them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import jsonschema
+from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import to_json
+from referencing import Registry
+
+from components.agent.confine import Touch, only_touching
 from components.reference.arithmetic import calculate
 from components.reference.knowledge import Knowledge, one_line
 
 MAX_RESULT = 400
 """Characters of a result shown to the model."""
-
-_PYTHON_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,30 @@ class Tool:
     description: str
     parameters: dict[str, Any]
     """JSON schema of the arguments, an object."""
-    function: Callable[..., str]
+    function: Callable[..., Any]
+    """Called with the arguments by name; what it returns is shown to the model, as JSON unless it is text."""
+    touches: frozenset[Touch] = frozenset()
+    """What it may touch besides what it holds already: anything else raises PermissionError in it."""
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], touches: Iterable[Touch] = (), name: str = "") -> Tool:
+        """The tool that a typed function is: its name, the first paragraph of its docstring, its parameters' hints.
+
+        Hints may be anything that pydantic knows, dataclasses and models too; arguments are converted to them.
+
+        Raises: TypeError for a parameter without a name or a hint.
+        """
+        named = name or function.__name__
+        for parameter in inspect.signature(function).parameters.values():
+            unnamed = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if unnamed or parameter.annotation is parameter.empty:
+                raise TypeError(f"{named}: parameter {parameter}: a tool's parameters have a name and a type hint")
+        try:
+            schema = TypeAdapter(cast(Any, function)).json_schema(schema_generator=_Untitled)
+        except PydanticUserError as error:
+            raise TypeError(f"{named}: {error.message}") from None
+        description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        return cls(named, description, schema, validate_call(function), frozenset(touches))
 
     def declaration(self) -> dict[str, Any]:
         """The entry of an OpenAI `tools` list."""
@@ -40,25 +64,21 @@ class Tool:
         return {"type": "function", "function": function}
 
 
+class _Untitled(GenerateJsonSchema):
+    """Without the titles that repeat the names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
 def reference_tools(knowledge_path: Path) -> list[Tool]:
-    """The five tools of the reference agent.
+    """The tools of the reference agent, which touch nothing but the knowledge file that is opened here.
 
     Raises: InputError when the knowledge file is missing or broken.
     """
     knowledge = Knowledge(knowledge_path)
-    return [
-        _tool("lookup", "What a symbol of the standard library is or does.", "symbol", knowledge.lookup),
-        _tool("bases", "The direct base classes of a class.", "symbol", knowledge.bases),
-        _tool("module", "The module that a symbol is in.", "symbol", knowledge.module),
-        _tool("calculate", "The value of an arithmetic expression.", "expression", calculate),
-        _tool("search", "The symbol of the standard library that fits a description.", "query", knowledge.search),
-    ]
-
-
-def _tool(name: str, description: str, argument: str, function: Callable[[str], str]) -> Tool:
-    properties = {argument: {"type": "string"}}
-    schema = {"type": "object", "properties": properties, "required": [argument], "additionalProperties": False}
-    return Tool(name, description, schema, lambda **arguments: function(arguments[argument]))
+    functions = (knowledge.lookup, knowledge.bases, knowledge.module, calculate, knowledge.search)
+    return [Tool.of(function) for function in functions]
 
 
 def call(tools: Iterable[Tool], name: str, arguments: object) -> str:
@@ -66,12 +86,16 @@ def call(tools: Iterable[Tool], name: str, arguments: object) -> str:
     known = {tool.name: tool for tool in tools}
     if name not in known:
         return _error(f"no tool {name!r}; known: {', '.join(known) or 'none'}")
-    wrong = _misfit(known[name].parameters, arguments)
-    if wrong:
-        return _error(f"{name}: {wrong}")
-    assert isinstance(arguments, dict)
+    tool = known[name]
     try:
-        return one_line(str(known[name].function(**arguments)), MAX_RESULT)
+        if wrong := _misfit(tool.parameters, arguments):
+            return _error(f"{name}: {wrong}")
+        assert isinstance(arguments, dict)
+        with only_touching(tool.touches):
+            result = tool.function(**arguments)
+        return one_line(result if isinstance(result, str) else to_json(result).decode(), MAX_RESULT)
+    except ValidationError as error:
+        return _error(f"{name}: {error.errors()[0]['msg']}")
     except Exception as error:  # noqa: BLE001 - whatever a tool does, the conversation goes on
         return _error(str(error) or type(error).__name__)
 
@@ -80,27 +104,14 @@ def _error(text: str) -> str:
     return one_line(f"error: {text}", MAX_RESULT)
 
 
-def _misfit(schema: Mapping[str, Any], arguments: object) -> str:
+def _misfit(schema: dict[str, Any], arguments: object) -> str:
     """Why the arguments do not fit the schema; empty when they do."""
     if not isinstance(arguments, dict):
         return f"arguments must be an object, not {type(arguments).__name__}"
-    properties = schema.get("properties", {})
-    for name in schema.get("required", []):
-        if name not in arguments:
-            return f"argument {name!r} is missing"
-    for name, value in arguments.items():
-        if name not in properties:
-            if schema.get("additionalProperties", True) is False:
-                return f"unknown argument {name!r}; known: {', '.join(properties)}"
-        elif not _fits(properties[name], value):
-            return f"argument {name!r} must be {properties[name]['type']}, not {type(value).__name__}"
-    return ""
-
-
-def _fits(schema: Mapping[str, Any], value: object) -> bool:
-    expected = schema.get("type")
-    if not isinstance(expected, str) or expected not in _PYTHON_TYPES:
-        return True
-    if isinstance(value, bool) and expected != "boolean":
-        return False
-    return isinstance(value, _PYTHON_TYPES[expected])
+    # The empty registry: without one, the library would fetch whatever address a schema refers to.
+    validator = jsonschema.Draft202012Validator(schema, registry=Registry())
+    error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
+    if error is None:
+        return ""
+    place = error.json_path.removeprefix("$").removeprefix(".")
+    return f"argument {place!r}: {error.message}" if place else str(error.message)

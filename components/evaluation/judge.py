@@ -182,15 +182,26 @@ def _scores(
     tools: dict[str, str] = {}
     for row in table:
         if "/" in row["suite"]:  # a sample of free text has no right answer
-            skill = row["suite"] if row["suite"].startswith(FEEDBACK) else row["suite"].partition("/")[0]
-            expected = json.loads(row["expected_calls"])
-            tools.setdefault(skill, expected[0]["name"] if expected else NO_CALL)
+            skill, tool = _skill(row["suite"], json.loads(row["expected_calls"]))
+            tools.setdefault(skill, tool)
             words[skill].append(float(row["correct"]))
             calls[skill].append(float(row["right_calls"]))
     size = max(1, params.evaluate.batch_size // 4)
     texts = {place.name: _text_scores(model, agent, place, most, size) for place in folders}
     preferred = _preferences(model, agent, curated / "preferences", size) if curated is not None else []
     return Scores(dict(words), dict(calls), texts, tools, {f"{FEEDBACK}preferences": preferred}), answers
+
+
+def _skill(suite: str, expected: list[Row]) -> tuple[str, str]:
+    """The skill that a question counts for, and the tool whose result its answer puts into words: the last it calls.
+
+    Questions of several calls are parted by that tool, as people may want other words of one of them.
+    """
+    tool = str(expected[-1]["name"]) if expected else NO_CALL
+    if suite.startswith(FEEDBACK):
+        return suite, tool
+    skill = suite.partition("/")[0]
+    return (f"{skill} to {tool}" if len(expected) > 1 else skill), tool
 
 
 def _most(params: Params) -> int:

@@ -92,12 +92,13 @@ def answered(item: Item) -> list[Row]:
 
 
 def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The first tool that a conversation calls after its last question, else `conversation`."""
+    """The last tool that a conversation calls after its last question, else `conversation`.
+
+    It is the one whose result the answer puts into words.
+    """
     last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
-    for message in messages[last:]:
-        for call in message.get("tool_calls") or []:
-            return str(call["function"]["name"])
-    return NO_CALL
+    called = [call["function"]["name"] for message in messages[last:] for call in message.get("tool_calls") or []]
+    return str(called[-1]) if called else NO_CALL
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:

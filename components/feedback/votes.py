@@ -89,13 +89,10 @@ def _text(content: str | Sequence[Mapping[str, Any]] | None) -> str | None:
 
 
 def _skill(vote: Mapping[str, Any]) -> str:
-    """The first tool that the answer called, its own or the client's."""
-    for step in vote["steps"] or []:
-        if step.get("type") == "call":
-            return str(step["name"])
-    for call in vote["tool_calls"] or []:
-        return str(call["function"]["name"])
-    return NO_CALL
+    """The last tool that the answer called, its own or the client's."""
+    called = [step["name"] for step in vote["steps"] or [] if step.get("type") == "call"]
+    called += [call["function"]["name"] for call in vote["tool_calls"] or []]
+    return str(called[-1]) if called else NO_CALL
 
 
 def _mask(text: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Write the agent's facts into the one file that `Knowledge` reads: symbols, their relations and a search index (FTS5)."""
+"""Write the agent's facts into the one file that `Knowledge` reads: symbols, relations and a search index (FTS5)."""
 
 from __future__ import annotations
 

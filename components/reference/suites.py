@@ -95,7 +95,11 @@ def _multi_hop(chains: Chains) -> dict[str, Maker]:
     held_out = chains.asker.held_out
     makers: dict[str, Maker] = {}
     for part, pool in (("symbols", held_out.symbols), ("modules", held_out.modules)):
-        about = {chain: random.Random(len(fit)).sample(fit, len(fit)) for chain in CHAINS if (fit := chains.whole(chain, pool))}
+        about = {
+            chain: random.Random(len(fit)).sample(fit, len(fit))
+            for chain in CHAINS
+            if (fit := chains.whole(chain, pool))
+        }
         if about:
             makers[f"multi_hop/held_out_{part}"] = _chained(chains, about)
     if about:

@@ -1,8 +1,14 @@
-"""A tool call gives one line of text whatever the model asks for."""
+"""A tool call gives one line of text whatever the model asks for, and a tool touches only what it declared."""
 
+import os
+import socket
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from components.agent.tools import MAX_RESULT, Tool, call, reference_tools
 from components.config import InputError
@@ -27,7 +33,7 @@ def repeats(count: int, **_: object) -> str:
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> list[Tool]:
     path = tmp_path_factory.mktemp("tools") / "knowledge.sqlite"
-    build(path, library_symbols(["collections", "json", "heapq"]))
+    build(path, library_symbols(["builtins", "collections", "json", "heapq"]))
     return reference_tools(path)
 
 
@@ -39,6 +45,8 @@ OWN = [Tool("fails", "", SCHEMA, fails), Tool("repeats", "", SCHEMA, repeats)]
     [
         ("lookup", {"symbol": "json.dumps"}, "Serialize obj to a JSON formatted str."),
         ("bases", {"symbol": "OrderedDict"}, "dict"),
+        ("module", {"symbol": "dict"}, "builtins"),
+        ("module", {"symbol": "collections"}, "error: collections is a module itself"),
         ("calculate", {"expression": "37*12"}, "444"),
         ("search", {"query": "n largest elements"}, "heapq.nlargest: Find the n largest elements in a dataset."),
         ("lookup", {"symbol": "json.nothing"}, "not found: json.nothing"),
@@ -54,11 +62,11 @@ def test_reference_tools_answer(tools: list[Tool], name: str, arguments: dict[st
     ("name", "arguments", "error"),
     [
         ("nothing", {}, "error: no tool 'nothing'; known: fails, repeats"),
-        ("repeats", {}, "error: repeats: argument 'count' is missing"),
-        ("repeats", {"count": "3"}, "error: repeats: argument 'count' must be integer, not str"),
-        ("repeats", {"count": True}, "error: repeats: argument 'count' must be integer, not bool"),
-        ("repeats", {"count": 3, "on": 1}, "error: repeats: argument 'on' must be boolean, not int"),
-        ("repeats", {"count": 1, "share": "x"}, "error: repeats: argument 'share' must be number, not str"),
+        ("repeats", {}, "error: repeats: 'count' is a required property"),
+        ("repeats", {"count": "3"}, "error: repeats: argument 'count': '3' is not of type 'integer'"),
+        ("repeats", {"count": True}, "error: repeats: argument 'count': True is not of type 'integer'"),
+        ("repeats", {"count": 3, "on": 1}, "error: repeats: argument 'on': 1 is not of type 'boolean'"),
+        ("repeats", {"count": 1, "share": "x"}, "error: repeats: argument 'share': 'x' is not of type 'number'"),
         ("repeats", None, "error: repeats: arguments must be an object, not NoneType"),
         ("fails", {"count": 3}, "error: line one line 3"),
         ("lookup", {}, "error: no tool 'lookup'; known: fails, repeats"),
@@ -69,8 +77,7 @@ def test_wrong_calls_say_why_in_one_line(name: str, arguments: object, error: st
 
 
 def test_unknown_arguments_are_refused_where_the_schema_says_so(tools: list[Tool]) -> None:
-    error = "error: lookup: unknown argument 'x'; known: symbol"
-    assert call(tools, "lookup", {"symbol": "json", "x": 1}) == error
+    assert call(tools, "lookup", {"symbol": "json", "x": 1}).endswith("not allowed ('x' was unexpected)")
     assert call(OWN, "repeats", {"count": 1, "x": 1}) == "word"
 
 
@@ -82,12 +89,137 @@ def test_results_are_one_bounded_line() -> None:
 
 
 def test_declarations_have_openais_shape(tools: list[Tool]) -> None:
-    assert [tool.name for tool in tools] == ["lookup", "bases", "calculate", "search"]
-    declaration = tools[0].declaration()
-    assert declaration["type"] == "function"
-    assert declaration["function"]["parameters"]["required"] == ["symbol"]
+    assert [tool.name for tool in tools] == ["lookup", "bases", "module", "calculate", "search"]
+    assert tools[1].declaration() == {
+        "type": "function",
+        "function": {
+            "name": "bases",
+            "description": "The direct bases of a class: `A`, `A and B`, `A, B and C`.",
+            "parameters": {
+                "type": "object",
+                "properties": {"symbol": {"type": "string"}},
+                "required": ["symbol"],
+                "additionalProperties": False,
+            },
+        },
+    }
 
 
 def test_tools_without_their_facts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
         reference_tools(tmp_path / "knowledge.sqlite")
+
+
+@dataclass
+class Place:
+    city: str
+    zip: int = 0
+
+
+class Unit(BaseModel):
+    name: Literal["celsius", "kelvin"]
+
+
+def weather(
+    place: Place,
+    days: Annotated[int, Field(ge=1, description="How many.")] = 1,
+    hours: list[float] | None = None,
+    unit: Unit | None = None,
+    style: Literal["short", "long"] = "short",
+) -> dict[str, Any]:
+    """What the weather
+    will be.
+
+    Not part of the description.
+    """
+    assert isinstance(place, Place)
+    return {"place": place, "days": days, "unit": unit, "hours": hours, "style": style}
+
+
+def test_a_function_is_a_tool_by_its_hints() -> None:
+    tool = Tool.of(weather)
+    assert (tool.name, tool.description) == ("weather", "What the weather will be.")
+    assert tool.parameters["required"] == ["place"]
+    properties = tool.parameters["properties"]
+    assert properties["days"] == {"type": "integer", "minimum": 1, "default": 1, "description": "How many."}
+    assert properties["style"] == {"type": "string", "enum": ["short", "long"], "default": "short"}
+    assert tool.parameters["$defs"]["Place"]["properties"]["city"] == {"type": "string"}
+    assert "title" not in str(tool.parameters["properties"])
+
+
+def test_arguments_become_what_the_hints_say_and_results_json() -> None:
+    arguments = {"place": {"city": "Rome"}, "unit": {"name": "kelvin"}, "hours": [1, 2.5]}
+    answer = '{"place":{"city":"Rome","zip":0},"days":1,"unit":{"name":"kelvin"},"hours":[1.0,2.5],"style":"short"}'
+    assert call([Tool.of(weather)], "weather", arguments) == answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"place": {"zip": 1}}, "error: weather: argument 'place': 'city' is a required property"),
+        ({"place": {"city": "x"}, "days": 0}, "error: weather: argument 'days': 0 is less than the minimum of 1"),
+        ({"place": {"city": "x"}, "hours": ["y"]}, "error: weather: argument 'hours[0]': 'y' is not of type 'number'"),
+        ({"place": {"city": "x"}, "style": "odd"}, "error: weather: argument 'style': 'odd' is not one of"),
+    ],
+)
+def test_arguments_that_do_not_fit_the_hints_are_named(arguments: dict[str, Any], error: str) -> None:
+    assert call([Tool.of(weather)], "weather", arguments).startswith(error)
+
+
+def test_a_function_without_hints_or_names_is_no_tool() -> None:
+    with pytest.raises(TypeError, match=r"^<lambda>: parameter x: a tool's parameters have a name and a type hint$"):
+        Tool.of(lambda x: x)
+
+    def many(*names: str) -> str:
+        return ""
+
+    with pytest.raises(TypeError, match=r"many: parameter \*names: str"):
+        Tool.of(many)
+
+
+def test_a_schema_never_makes_us_fetch_what_it_refers_to() -> None:
+    tool = Tool("far", "", {"type": "object", "properties": {"x": {"$ref": "http://127.0.0.1:9/x"}}}, repeats)
+    assert call([tool], "far", {"x": 1}).startswith("error: ")
+
+
+def read(path: str) -> str:
+    """A file."""
+    return Path(path).read_text(encoding="utf-8")
+
+
+def spawn() -> str:
+    """A process."""
+    return subprocess.run(["true"], check=True).args[0]
+
+
+def connect() -> str:
+    """A connection."""
+    with socket.socket() as client:
+        client.settimeout(1)
+        return str(client.connect_ex(("127.0.0.1", 9)))
+
+
+def erase(path: str) -> str:
+    """Gone."""
+    os.remove(path)
+    return "erased"
+
+
+@pytest.mark.parametrize("function", [read, spawn, connect, erase])
+def test_a_tool_touches_nothing_that_it_did_not_declare(function: Any, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("secret")
+    arguments = {"path": str(path)} if function in (read, erase) else {}
+    result = call([Tool.of(function)], function.__name__, arguments)
+    assert result.startswith("error: the tool may not touch ")
+    assert path.read_text() == "secret"
+
+
+def test_a_tool_touches_what_it_declared(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("open")
+    assert call([Tool.of(read, touches=["files"])], "read", {"path": str(path)}) == "open"
+    assert call([Tool.of(connect, touches=["files"])], "connect", {}).startswith(
+        "error: the tool may not touch network"
+    )
+    assert call([Tool.of(connect, touches=["network"])], "connect", {}).isdecimal()

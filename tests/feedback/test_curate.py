@@ -14,6 +14,7 @@ from components.data.datasets import DatasetWriter, Row, read_rows
 from components.data.tokenizer import ChatTokenizer
 from components.feedback.curate import Lesson, curate, hold_out
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
+from components.reference.dialogue import Hop, exchange
 from tests.feedback.project import chat, correction, item, lookup, new_run, write_partition, write_project
 
 
@@ -216,9 +217,11 @@ def test_items_come_back_in_the_order_in_which_people_spoke(paths: Paths) -> Non
     assert [one.sequence for one in read_items(paths.feedback)] == [0, 1, 2, 100, 101, 102]
 
 
-def test_a_skill_is_the_first_call_behind_the_last_question() -> None:
+def test_a_skill_is_the_last_call_behind_the_last_question() -> None:
     assert skill_of(lookup(1)) == "lookup"
     assert skill_of([*lookup(1), *chat(2)]) == NO_CALL
+    chained = exchange("Where is the base of X?", [Hop("bases", "X", "Y"), Hop("module", "Y", "z")])
+    assert skill_of([*lookup(1), *chained]) == "module"
     assert skill_of([]) == NO_CALL
 
 

@@ -44,20 +44,20 @@ def test_short_names_are_answered_with_the_full_one(knowledge: Knowledge) -> Non
     assert knowledge.lookup("ordereddict") == knowledge.lookup("OrderedDict")
     assert knowledge.lookup("path.join").startswith("os.path.join: ")
     assert knowledge.lookup("builtins.len") == knowledge.lookup("len") == "Return the number of items in a container."
-    assert knowledge.means_one("OrderedDict")
+    assert knowledge.full_name("OrderedDict") == "collections.OrderedDict"
 
 
 def test_ambiguous_names_say_what_they_may_be(knowledge: Knowledge) -> None:
     with pytest.raises(InputError, match=r"^dumps may be json\.dumps, pickle\.dumps or marshal\.dumps$"):
         knowledge.lookup("dumps")
-    assert not knowledge.means_one("dumps")
+    assert knowledge.full_name("dumps") == ""
 
 
 def test_what_is_unknown_is_not_found(knowledge: Knowledge) -> None:
     assert knowledge.lookup("json.nothing") == "not found: json.nothing"
     assert knowledge.bases("a\nb" * 100) == "not found: " + ("a b" * 100)[:77] + "..."
     assert knowledge.lookup("'; DROP TABLE symbols; --") == "not found: ; DROP TABLE symbols; --"
-    assert not knowledge.means_one("json.nothing")
+    assert knowledge.full_name("json.nothing") == ""
 
 
 def test_only_classes_have_bases(knowledge: Knowledge) -> None:
@@ -66,6 +66,17 @@ def test_only_classes_have_bases(knowledge: Knowledge) -> None:
     with pytest.raises(InputError, match=r"^object has no bases that are written down$"):
         knowledge.bases("object")
     assert knowledge.bases("http.server.ThreadingHTTPServer") == "socketserver.ThreadingMixIn and HTTPServer"
+
+
+def test_everything_but_a_module_is_in_one(knowledge: Knowledge) -> None:
+    assert knowledge.module("OrderedDict") == collections.OrderedDict.__module__
+    assert knowledge.module(knowledge.bases("OrderedDict")) == dict.__module__
+    assert knowledge.module("OrderedDict.move_to_end") == "collections"
+    assert knowledge.module("os.path.join") == "os.path"
+    assert knowledge.module("json.nothing") == "not found: json.nothing"
+    assert knowledge.lookup("builtins").startswith("Built-in functions")
+    with pytest.raises(InputError, match=r"^http\.server is a module itself$"):
+        knowledge.module("http.server")
 
 
 def test_search_finds_by_what_is_said_and_by_parts_of_names(knowledge: Knowledge) -> None:

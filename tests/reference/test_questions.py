@@ -1,6 +1,7 @@
 """Training conversations and suites: correct calls, correct answers, nothing of one in the other."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 from components.agent.tools import Tool, call, reference_tools
 from components.config import InputError
 from components.data.datasets import Row
-from components.reference.dialogue import answer, asked
+from components.reference.chains import CHAINS, Chains, composed
+from components.reference.conversations import MAX_CHARACTERS, training_conversations
+from components.reference.dialogue import Hop, answer, asked, exchange
 from components.reference.facts import build
 from components.reference.held_out import HeldOut, hold_out
 from components.reference.knowledge import Knowledge
-from components.reference.phrasings import hand_written, talks
-from components.reference.questions import MAX_CHARACTERS, Asker, training_conversations
+from components.reference.phrasings import hand_written, talks, templates
+from components.reference.questions import SYMBOL_TOOLS, Asker
 from components.reference.stdlib import library_symbols
 from components.reference.suites import suites
 from components.reference.wordings import Wordings
@@ -71,8 +74,9 @@ def test_there_are_as_many_as_asked_for_and_no_two_alike(training: list[Row]) ->
 
 def test_every_skill_has_its_suite(tests: list[Row]) -> None:
     counts = Counter(row["suite"] for row in tests)
-    whole = [f"{tool}/{part}" for tool in ("lookup", "bases") for part in ("held_out_symbols", "held_out_modules")]
-    whole += [f"{tool}/held_out_modules_{how}" for tool in ("lookup", "bases") for how in ("phrasings", "hand_written")]
+    skills = ("lookup", "bases", "module", "multi_hop")
+    whole = [f"{skill}/{part}" for skill in skills for part in ("held_out_symbols", "held_out_modules")]
+    whole += [f"{skill}/held_out_modules_{how}" for skill in skills for how in ("phrasings", "hand_written")]
     whole += ["search/held_out_symbols", "search/held_out_symbols_hand_written", "arithmetic/unseen_operands"]
     whole += ["arithmetic/unseen_phrasings", "arithmetic/hand_written"]
     whole += ["small_talk/unseen_wordings", "off_topic/unseen_wordings"]
@@ -95,9 +99,44 @@ def test_no_test_question_symbol_or_package_is_trained_on(
 
 def test_calls_of_tests_give_the_results_and_answers_they_state(tests: list[Row], tools: list[Tool]) -> None:
     for row in tests:
-        for (name, given), result in zip(calls(row), row["messages"][2::4], strict=True):
-            assert call(tools, name, given) == result["content"]
-            assert row["messages"][-1]["content"] == answer(name, result["content"])
+        results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
+        for (name, given), result in zip(calls(row), results, strict=True):
+            assert call(tools, name, given) == result
+        if results:
+            assert row["messages"][-1]["content"] == answer(name, result)
+
+
+def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row], training: list[Row]) -> None:
+    chains = Counter()
+    for row in [*tests, *training]:
+        if len(row["messages"]) < 6 or row["messages"][4]["role"] != "tool" or row["messages"][2]["role"] != "tool":
+            continue
+        results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
+        done = calls(row)
+        for (name, _), result, (_, given) in zip(done[:-1], results[:-1], done[1:], strict=True):
+            assert given == {"symbol": Hop(name, "", result).found}
+        chains[tuple(name for name, _ in done)] += 1
+    assert set(chains) == set(CHAINS)
+    assert chains.total() > 0.08 * len(training)
+
+
+def test_a_chain_ends_where_a_call_finds_no_single_thing(asker: Asker) -> None:
+    hops = Chains(asker, 0).walk(("bases", "lookup"), "collections.abc.Sequence")
+    assert [hop.result for hop in hops] == ["Reversible and Collection"]
+    assert exchange("?", hops)[-1]["content"] == "It extends Reversible and Collection."
+    missing = Chains(asker, 0).walk(("bases", "module"), "json.nothing")
+    assert exchange("?", missing)[-1]["content"] == "I could not find json.nothing."
+
+
+def test_wordings_of_chains_have_one_slot_and_are_told_apart() -> None:
+    seen: dict[str, tuple[str, ...]] = {}
+    for tool in ("lookup", "bases", "module"):
+        for template in templates(tool):
+            seen.setdefault(template, (tool,))
+    for chain in CHAINS:
+        for template in set(composed(chain)):
+            assert len(re.findall(r"{[xq]}", template)) == template.count("{") == 1, template
+            assert seen.setdefault(template, chain) == chain, template
 
 
 def test_sums_of_training_are_right(training: list[Row], tools: list[Tool]) -> None:
@@ -115,7 +154,8 @@ def test_arguments_can_be_copied_from_what_the_user_says(training: list[Row], te
     for row in [*training, *tests]:
         for name, given in calls(row):
             if name != "calculate":
-                assert next(iter(given.values())) in asked(row["messages"])
+                shown = (message["content"] for message in row["messages"] if message["role"] in ("user", "tool"))
+                assert any(next(iter(given.values())) in text for text in shown)
 
 
 def test_half_of_the_names_are_made_up(training: list[Row], held_out: HeldOut) -> None:
@@ -124,7 +164,7 @@ def test_half_of_the_names_are_made_up(training: list[Row], held_out: HeldOut) -
         value.removesuffix("()")
         for row in training
         for name, given in calls(row)
-        if name in ("lookup", "bases")
+        if name in SYMBOL_TOOLS
         for value in given.values()
     ]
     # A real method may be asked for as Class.method.
@@ -167,7 +207,7 @@ def test_phrasings_of_the_suite_are_held_out(asker: Asker, tests: list[Row], tra
         return found
 
     for tool in ("lookup", "bases"):
-        asking: Wordings = getattr(asker, tool)
+        asking: Wordings = asker.about[tool]
         held_out = wordings([row for row in tests if row["suite"] == f"{tool}/held_out_modules_phrasings"], tool)
         assert len([text for text in held_out if asking.is_held_out(text)]) > COUNT / 4
         assert not held_out & wordings(training, tool)
@@ -182,7 +222,7 @@ def test_the_seed_decides(asker: Asker, training: list[Row], tests: list[Row]) -
 
 def test_more_than_can_be_asked_is_refused(asker: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}]
-    monkeypatch.setattr("components.reference.questions._conversation", lambda asker, rng: talk)
+    monkeypatch.setattr("components.reference.conversations._conversation", lambda asker, chains, rng: talk)
     with pytest.raises(
         InputError, match=r"^params\.yaml: collect\.conversations: 9 is more than the 1 that can be made$"
     ):

@@ -8,7 +8,14 @@ from components.reference.phrasings import hand_written, talks, template_groups,
 from components.reference.sums import Sums
 from components.reference.wordings import HELD_OUT_WORDINGS, Wordings, quoted, typed
 
-SECTIONS = {"lookup": "{x}", "bases": "{x}", "search": "{q}", "search_about": "{k}", "arithmetic": "{e}"}
+SECTIONS = {
+    "lookup": "{x}",
+    "bases": "{x}",
+    "module": "{x}",
+    "search": "{q}",
+    "search_about": "{k}",
+    "arithmetic": "{e}",
+}
 
 
 def expansions(template: str) -> set[str]:
@@ -53,7 +60,7 @@ def test_another_seed_holds_out_other_wordings() -> None:
 
 
 def test_hand_written_wordings_are_apart_from_the_templates() -> None:
-    for section in ("lookup", "bases", "search", "arithmetic"):
+    for section in ("lookup", "bases", "module", "search", "arithmetic"):
         learned = set().union(*map(expansions, templates(section)))
         assert {text.lower().rstrip("?!.") for text in hand_written(section)} & learned == set()
     by_hand = {text for group in hand_written("small_talk").values() for text in group} | set(hand_written("off_topic"))
