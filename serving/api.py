@@ -25,6 +25,7 @@ from components.config import ServeConfig
 from components.feedback.lineage import FactsOf, lineage, registry_facts
 from components.feedback.store import Store, UnknownCompletion
 from components.registry import Registry
+from serving import page
 from serving.engine import Ask, Engine, Finished, Full, Retired
 from serving.errors import ApiError, StrictRoute, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
@@ -34,21 +35,6 @@ from serving.versions import Bundled, Registered
 from serving.wire import ChatRequest, FeedbackRequest
 
 MAX_KEY_CHARACTERS = 255
-
-HOME_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Loopwright</title>
-<body style="font: 16px/1.5 system-ui, sans-serif; max-width: 40rem; margin: 4rem auto; padding: 0 1rem">
-<h1>Loopwright</h1>
-<p>{model}</p>
-<ul>
-<li><code>POST /v1/chat/completions</code>: OpenAI's chat API; point any client's base URL at <code>/v1</code></li>
-<li><a href="/v1/models">/v1/models</a>: what is being served</li>
-<li><code>POST /v1/feedback</code>: say whether an answer was good</li>
-<li><code>GET /v1/lineage/ID</code>: everything behind one answer</li>
-<li><a href="/docs">/docs</a>, <a href="/openapi.json">/openapi.json</a>: every route and field</li>
-<li><a href="/metrics">/metrics</a>, <a href="/livez">/livez</a>, <a href="/readyz">/readyz</a></li>
-</ul></body></html>
-"""
 
 
 @dataclass
@@ -118,12 +104,15 @@ class Error(BaseModel):
 
 Running = Annotated[Serving, Depends(_serving)]
 router = APIRouter(route_class=StrictRoute, responses={"4XX": {"model": Error}, "5XX": {"model": Error}})
+ROUTERS = (router, page.router)
+"""Every public route is in one of these."""
 
 
 def new_api() -> FastAPI:
     """The app; whoever runs it sets `state.serving` before the first request."""
     api = FastAPI(title="Loopwright", version="1", docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
-    api.include_router(router)
+    for one in ROUTERS:
+        api.include_router(one)
     api.mount("/docs/assets", StaticFiles(directory=_swagger_folder()))
     shape_errors(api)
     return api
@@ -244,13 +233,6 @@ async def metrics(serving: Running) -> Response:
         challenger = serving.models.lineup.challenger
         serving.metrics.model(engine.name, challenger.name if challenger else None)
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
-
-
-@router.get("/", response_class=HTMLResponse)
-async def home(serving: Running) -> str:
-    """Where things are."""
-    engine = serving.models.engine
-    return HOME_PAGE.format(model=f"<b>{engine.name}</b> answers." if engine else "The model is loading.")
 
 
 @router.get("/docs", response_class=HTMLResponse, include_in_schema=False)

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-from serving.api import Serving, router
+from serving.api import ROUTERS, Serving
 from serving.errors import error_response
 
 Message = MutableMapping[str, Any]
@@ -43,7 +43,8 @@ class Edge:
 
     def __init__(self, app: App, api: FastAPI) -> None:
         self.app, self.api = app, api
-        paths = ["/openapi.json", *(route.path for route in router.routes if isinstance(route, APIRoute))]
+        routes = [route for router in ROUTERS for route in router.routes]
+        paths = ["/openapi.json", *(route.path for route in routes if isinstance(route, APIRoute))]
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = [

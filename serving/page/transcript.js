@@ -1,0 +1,51 @@
+// Where the questions and answers stand, and how the page scrolls with an answer that grows.
+
+import { byId, make } from "./dom.js";
+
+const NEAR_PIXELS = 60;
+
+/** The list of turns, one element each. */
+export class Transcript {
+  #list = byId("turns");
+  #scroll = byId("scroll");
+  #following = true;
+  /** Whether an answer is being written, which the page then follows. */
+  writing = false;
+
+  constructor() {
+    this.#scroll.addEventListener("scroll", () => this.#look(), { passive: true });
+    byId("latest").addEventListener("click", () => this.toEnd());
+    const grown = new ResizeObserver(() => (this.writing && this.#following ? this.toEnd() : this.#look()));
+    grown.observe(this.#list);
+    grown.observe(this.#scroll);
+  }
+
+  clear() {
+    this.#list.replaceChildren();
+    byId("welcome").hidden = false;
+  }
+
+  /**
+   * @param {string} question
+   * @returns {HTMLElement} the place for the answer
+   */
+  add(question) {
+    byId("welcome").hidden = true;
+    const place = make("div", { class: "place" });
+    const asked = make("div", { class: "question" }, make("span", { class: "unseen" }, "You asked: "), question);
+    this.#list.append(make("li", { class: "turn" }, asked, place));
+    return place;
+  }
+
+  toEnd() {
+    this.#scroll.scrollTop = this.#scroll.scrollHeight;
+    this.#following = true;
+    byId("latest").hidden = true;
+  }
+
+  #look() {
+    const left = this.#scroll.scrollHeight - this.#scroll.scrollTop - this.#scroll.clientHeight;
+    this.#following = left < NEAR_PIXELS;
+    byId("latest").hidden = this.#following;
+  }
+}
