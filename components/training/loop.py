@@ -14,14 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from components.config import InputError, TrainConfig
 from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
@@ -192,7 +192,7 @@ def train(
     dtype = compute_dtype(config.precision, device)
     model.to(device=device, dtype=dtype).train()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        for block in model.get_submodule("blocks").children():
+        for block in cast(Iterable[nn.Module], model.blocks):
             block.compile()
     training = Training(model, objective, config, run.params.seed, watch)
     checkpoints = Checkpoints(run.state)

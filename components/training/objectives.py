@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from components.data.batches import IGNORED, Batch
 from components.models.decoder import Decoder
+from components.models.encoder import Classifier, EncoderForPretraining
+from components.models.encoder_decoder import EncoderDecoder
 
 CHUNK = 1024
 """Rows of logits in memory at a time on a CPU; a GPU wants larger products."""
@@ -34,9 +36,9 @@ Objective = Callable[[M, Batch], Loss]
 
 
 def causal_lm(model: Decoder, batch: Batch) -> Loss:
-    """Cross-entropy of the next token where `labels` names one; attention stays within `segment_ids`.
+    """Causal language modelling: -sum_t log p(x_t | x_<t), where `labels` names x_t; attention stays in `segment_ids`.
 
-    With the mask of the chat template in the labels this is instruction tuning.
+    (GPT, Radford et al. 2018, eq. 1.) With the mask of the chat template in the labels this is instruction tuning.
     """
     labels = batch["labels"].flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
@@ -44,38 +46,88 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
     return Loss(linear_cross_entropy(stream, model.head.weight, labels[rows]), len(rows))
 
 
-def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
+    """BERT's pretraining loss (arXiv 1810.04805, appendix A.2): -log p(x_t | x with t masked), the mean over the masked
+    tokens, which `labels` names, plus -log p(whether B follows A), the mean over the pairs.
+
+    The sum counts masked tokens, so each pair weighs as much as its share of them. A pair whose
+    `next_sentence_labels` (B,) is IGNORED, for it has no second segment, is left out of the second mean.
+    """
+    labels, follows = batch["labels"].flatten(), batch["next_sentence_labels"]
+    count, length = batch["input_ids"].shape
+    masked = (labels != IGNORED).nonzero().squeeze(1)
+    firsts = torch.arange(0, count * length, length, device=labels.device)
+    rows = torch.cat([masked, firsts])
+    stream = model.hidden(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], rows=rows)
+    guessed = model.transformed(stream[: len(masked)])
+    tokens = linear_cross_entropy(guessed, model.head.weight, labels[masked], model.head.bias)
+    told = model.next_sentence(model.pooled(stream[len(masked) :])).float()
+    pairs = F.cross_entropy(told, follows, ignore_index=IGNORED, reduction="sum")
+    weight = len(masked) / (follows != IGNORED).sum().clamp(min=1)
+    return Loss(tokens + weight * pairs, len(masked))
+
+
+def sequence_to_sequence(model: EncoderDecoder, batch: Batch) -> Loss:
+    """-sum_t log p(y_t | y_<t, x): targets from sources; on corrupted spans it is T5's pretraining (arXiv 1910.10683).
+
+    `input_ids` and `attention_mask` (B, S); `decoder_input_ids` and `labels` (B, T), IGNORED at padding.
+    """
+    labels = batch["labels"].flatten()
+    rows = (labels != IGNORED).nonzero().squeeze(1)
+    context = model.encode(batch["input_ids"], batch["attention_mask"])
+    stream = model.decode(batch["decoder_input_ids"], context, batch["attention_mask"], rows=rows)
+    return Loss(linear_cross_entropy(stream * model.head.scale, model.head.weight, labels[rows]), len(rows))
+
+
+def classification(weights: Tensor, label_smoothing: float) -> Objective[Classifier]:
+    """Cross-entropy of each text's label, which counts as its weight (L,) says; `label_smoothing` of it goes to all
+    labels alike (arXiv 1512.00567, section 7)."""
+
+    def classify(model: Classifier, batch: Batch) -> Loss:
+        labels = batch["labels"]
+        logits = model.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]).float()
+        total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=label_smoothing)
+        return Loss(total, float(weights[labels].sum()))
+
+    return classify
+
+
+def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum of cross-entropies of stream (N, E) against weight (V, E); logits are made a chunk of rows at a time."""
     if not torch.is_grad_enabled():
         size = CUDA_CHUNK if stream.is_cuda else CHUNK
         chunks = zip(torch.split(stream, size), torch.split(labels, size), strict=True)
-        parts = [F.cross_entropy((rows @ weight.T).float(), wanted, reduction="sum") for rows, wanted in chunks]
+        logits = ((F.linear(rows, weight, bias).float(), wanted) for rows, wanted in chunks)
+        parts = [F.cross_entropy(rows, wanted, reduction="sum") for rows, wanted in logits]
         return torch.stack(parts).sum() if parts else stream.sum() * 0
     apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
-    return apply(stream, weight, labels)
+    return apply(stream, weight, labels, bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward pass, so that logits are made once and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=stream.device)
         stream_grad, weight_grad = torch.empty_like(stream), torch.zeros_like(weight)
+        bias_grad = torch.zeros_like(bias) if bias is not None else None
         size = CUDA_CHUNK if stream.is_cuda else CHUNK
         for start in range(0, len(labels), size):
             rows, wanted = stream[start : start + size], labels[start : start + size].unsqueeze(1)
-            chances = torch.softmax(rows @ weight.T, dim=-1, dtype=torch.float32)
+            chances = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)
             total -= chances.gather(1, wanted).clamp_(min=1e-37).log_().sum()
             # d loss / d logits = probabilities, less one at the label.
             logits_grad = chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0)).to(stream.dtype)
             torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
             weight_grad.addmm_(logits_grad.T, rows)
-        ctx.save_for_backward(stream_grad, weight_grad)
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(0)
+        ctx.save_for_backward(stream_grad, weight_grad, bias_grad)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        stream_grad, weight_grad = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        stream_grad, weight_grad, bias_grad = ctx.saved_tensors
         scale = grads[0].to(stream_grad.dtype)
-        return stream_grad * scale, weight_grad * scale, None
+        return stream_grad * scale, weight_grad * scale, None, bias_grad * scale if bias_grad is not None else None

@@ -207,7 +207,7 @@ def build_optimizers(model: nn.Module, masters: Masters, config: TrainConfig, dt
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in weights and name != "head"
     }
-    in_blocks = [name for name in parts if "blocks" in name.split(".")]
+    in_blocks = [name for name in parts if "blocks." in name]
     by_muon = {name: weights[name] for name in in_blocks} if config.optimizer == "muon" else {}
     by_adamw = {name: weight for name, weight in weights.items() if name not in by_muon}
     decayed = frozenset(parts)
