@@ -299,6 +299,16 @@ class ServeConfig(Section):
     """Time between looks at the registry alias."""
     max_correction_characters: int = Field(ge=1)
     """Longer corrections and comments are answered with 413."""
+    max_prompt_characters: int = Field(ge=1)
+    """Longer conversations are refused before anything is made of them."""
+    requests_per_minute: int = Field(ge=1)
+    """Requests that one API key may send, where the key has no limit of its own; more are answered with 429."""
+    allowed_origins: list[str]
+    """Web pages of these origins (`https://host`) may call the endpoint from a browser; others may not."""
+    traces: Literal["off", "mlflow"]
+    """Where the steps of answers are traced, beside their record in the store."""
+    trace_share: float = Field(ge=0, le=1)
+    """Share of the answers that are traced."""
 
 
 class Params(Section):

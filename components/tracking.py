@@ -27,6 +27,8 @@ from components.process import alive, only_one
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from components.traces import Trace
+
 EXPERIMENT = "loopwright"
 COURIER = "LOOPWRIGHT_COURIER"
 """Environment variable with the process that carries journals for everyone."""
@@ -39,6 +41,8 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # They are written from a thread of our own, which shall know that they are.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
@@ -275,6 +279,32 @@ def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path
 def _name(key: str) -> str:
     """MLflow allows letters, digits and _-. :/ in names."""
     return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
+
+
+def write_trace(client: MlflowClient, trace: Trace) -> None:
+    """Keep the steps of one answer, with the times they took."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see save_pyfunc
+        import mlflow.pyfunc  # which starting a trace imports
+
+    whole, parts, facts = trace
+    # Traces go where the process's own address says, whatever the client's.
+    if mlflow.get_tracking_uri() != client.tracking_uri:
+        mlflow.set_tracking_uri(client.tracking_uri)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    root = client.start_trace(
+        whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)
+    )
+    for part in parts:
+        span = client.start_span(
+            part.name, root.trace_id, root.span_id, part.kind, part.inputs, start_time_ns=_ns(part.start)
+        )
+        client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
+    client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
 
 
 def save_pyfunc(folder: Path, path: Path) -> None:

@@ -23,6 +23,7 @@ COMMANDS = (
     "registry",
     "serve",
     "chat",
+    "keys",
     "feedback",
     "improve",
     "trace",

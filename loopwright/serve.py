@@ -17,7 +17,7 @@ def serve(
         str, typer.Option("--model", metavar="NAME@ALIAS|NAME/VERSION", help="Which model; an alias is followed.")
     ] = "agent@champion",
     bento: Annotated[str | None, typer.Option(metavar="TAG", help="Serve a built Bento instead.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need LOOPWRIGHT_API_KEYS.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need an API key.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 3000,
@@ -34,13 +34,13 @@ def serve(
     os.chdir(paths.root)
     _environment(paths)
 
-    from serving import server
+    from serving import logs, server
 
-    server.check_host(host)
+    server.check_host(host, paths.home)
     listener = server.listen(host, port)
     if bento is not None:
         _become_bento(bento, listener.detach(), paths, as_json)
-    file = server.log_to(paths.home / "logs")
+    file = logs.log_to(paths.home / "logs")
     print(f"loading {model}; log: {file}", file=sys.stderr, flush=True)
     server.serve_model(model, challenger_share, listener, server.announce_json if as_json else server.announce)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -25,6 +25,7 @@ from components.config import ServeConfig
 from components.feedback.lineage import FactsOf, lineage, registry_facts
 from components.feedback.store import Store, UnknownCompletion
 from components.registry import Registry
+from components.traces import Traces
 from serving import page
 from serving.engine import Ask, Engine, Finished, Full, Retired
 from serving.errors import ApiError, StrictRoute, broken_body, shape_errors
@@ -35,6 +36,7 @@ from serving.versions import Bundled, Registered
 from serving.wire import ChatRequest, FeedbackRequest
 
 MAX_KEY_CHARACTERS = 255
+MAX_LISTED = 1000
 
 
 @dataclass
@@ -46,6 +48,8 @@ class Serving:
     config: ServeConfig
     metrics: Metrics
     facts_of: FactsOf
+    traces: Traces | None = None
+    """None: steps are not traced."""
     draining: bool = False
     """True once the server was asked to stop: what runs is finished, nothing new is taken."""
 
@@ -75,12 +79,15 @@ class Serving:
         else:
             models = Follower(str(bundled), bundled, load, None)
             facts_of = {str(bundled): bundled.facts}.get
-        serving = cls(models, Store.of(home), config, Metrics(), facts_of)
+        traces = Traces(home, config.trace_share) if config.traces == "mlflow" else None
+        serving = cls(models, Store.of(home), config, Metrics(), facts_of, traces)
         models.start()
         return serving
 
     def close(self) -> None:
         self.models.close()
+        if self.traces is not None:
+            self.traces.close()
         self.store.close()
 
 
@@ -129,6 +136,9 @@ def _swagger_folder() -> Path:
 @router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
 async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
     """Answer a conversation; with `stream`, as server-sent events."""
+    if body.characters > (limit := serving.config.max_prompt_characters):
+        message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
+        raise ApiError(400, message, "context_length_exceeded", "messages")
     exchange = await _begin(body, serving, _who(request, body.user))
     if body.stream:
         return StreamingResponse(
@@ -193,6 +203,15 @@ def _bound(where: str, text: str | None, limit: int) -> None:
         raise ApiError(413, message, "request_too_large", where)
 
 
+@router.get("/v1/feedback")
+async def votes(
+    serving: Running,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="How many, the newest first.")] = 20,
+) -> dict[str, Any]:
+    """The newest votes and what became of each; with keys, for those that open `admin`."""
+    return {"object": "list", "data": await run_in_threadpool(serving.store.votes, limit)}
+
+
 def _voice(request: Request, user: str | None) -> str:
     """Who speaks: the API key, else the `user` that the request named, else whoever sits at this machine."""
     return str(request.scope.get("voice") or (f"user:{user}" if user else "local"))
@@ -252,7 +271,8 @@ async def _begin(body: ChatRequest, serving: Serving, who: str) -> Exchange:
     ask = _ask(body)
     while True:
         engine = _engine(body, serving, who)
-        exchange = Exchange(engine, body, serving.store, serving.metrics, serving.models.role(engine.name))
+        role = serving.models.role(engine.name)
+        exchange = Exchange(engine, body, serving.store, serving.metrics, role, serving.traces)
         try:
             exchange.submit(ask)
         except Retired:

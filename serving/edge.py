@@ -1,4 +1,5 @@
-"""What every request passes before any route: keys, body limit, draining; and on the way out error shape and counts.
+"""What every request passes before any route: address, key, pace, body limit, draining; and on the way out error shape
+and counts.
 
 An ASGI middleware on the BentoML service rather than on the mounted app, because paths that
 match no route never reach that app (BentoML 1.4).
@@ -6,20 +7,24 @@ match no route never reach that app (BentoML 1.4).
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
 
+from components.feedback.keys import ApiKey
+from components.feedback.store import StoreUnavailable
 from serving.api import ROUTERS, Serving
-from serving.errors import error_response
+from serving.errors import error_response, store_unavailable
+from serving.keys import Keyring, Pace, wanted_scope
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -47,14 +52,22 @@ class Edge:
         paths = ["/openapi.json", *(route.path for route in routes if isinstance(route, APIRoute))]
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
-        self._keys = [
-            key.strip().encode() for key in os.environ.get("LOOPWRIGHT_API_KEYS", "").split(",") if key.strip()
-        ]
+        self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
+        self._pace = Pace()
+        self._open_to: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        serving: Serving = self.api.state.serving
+        # Closed to the pages of other sites unless they are named: then a browser is told so.
+        origins = tuple(serving.config.allowed_origins)
+        if origins and origins not in self._open_to:
+            self._open_to[origins] = _open_to(self._answer, origins)
+        await self._open_to.get(origins, self._answer)(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = self.api.state.serving
         shaped = _Shaped(scope, send)
         started = time.perf_counter()
@@ -66,7 +79,7 @@ class Edge:
             serving.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     async def _pass(self, serving: Serving, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(serving, scope)
+        refusal = await self._refusal(serving, scope)
         receive = body = _Body(receive)
         limit = serving.config.max_body_bytes
         if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
@@ -80,29 +93,30 @@ class Edge:
         await body.discard()
         await refusal(scope, receive, send)
 
-    def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
+    async def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         if scope["path"] != "/v1" and not scope["path"].startswith("/v1/"):
             return None
-        if not self._keys and not _on_loopback(scope):
-            message = "without LOOPWRIGHT_API_KEYS this endpoint answers on loopback only; set it where the server runs"
-            return error_response(401, message, "no_api_keys")
-        key = self._key(scope)
-        if self._keys and key is None:
+        if not self._keys.is_fresh:
+            try:
+                await run_in_threadpool(self._keys.refresh, serving.store)
+            except StoreUnavailable as error:
+                return store_unavailable(error)
+        refusal = self._key_refusal(serving, scope) if self._keys else _stranger(scope, serving.config.allowed_origins)
+        if refusal is None and serving.draining:
+            return error_response(503, "the server is stopping; try another or later", "draining", headers=RETRY)
+        return refusal
+
+    def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
+        key = self._keys.find(_header(scope, b"authorization"))
+        if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if key is not None:
-            scope["voice"] = f"key:{hashlib.sha256(key).hexdigest()[:VOICE_DIGITS]}"
-        if serving.draining:
-            return error_response(503, "the server is stopping; try another or later", "draining", headers=RETRY)
-        return None
-
-    def _key(self, scope: Scope) -> bytes | None:
-        """The known key that was presented."""
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, given = header.partition(b" ")
-        # Every key is compared, each in constant time: timing tells nothing about any of them.
-        same = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return self._keys[same.index(True)] if scheme.lower() == b"bearer" and any(same) else None
+        scope["voice"] = f"key:{key.digest[:VOICE_DIGITS]}"
+        limit = key.requests_per_minute or serving.config.requests_per_minute
+        if seconds := self._pace.wait(key, limit):
+            message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
+            return error_response(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+        return _closed(key, scope)
 
     def _route(self, path: str) -> str:
         """The label of a path: one of the known routes, so that a scanner cannot grow the metrics."""
@@ -112,6 +126,47 @@ class Edge:
 
 
 RETRY = {"Retry-After": "1"}
+
+
+def _closed(key: ApiKey, scope: Scope) -> JSONResponse | None:
+    """A key opens what its scopes say."""
+    wanted = wanted_scope(scope["method"], scope["path"])
+    if key.opens(wanted):
+        return None
+    message = f"this key opens {', '.join(sorted(key.scopes))}; {scope['method']} {scope['path']} wants {wanted}"
+    return error_response(403, message, "insufficient_scope")
+
+
+def _stranger(scope: Scope, origins: list[str]) -> JSONResponse | None:
+    """Without keys whoever sits at this machine may ask, and nobody else: no other host, no page of another site.
+
+    A page can make a browser send requests to a loopback address, and make a name of its own mean one.
+    """
+    here = _on_loopback((scope.get("server") or ("", None))[0])
+    if here is False:
+        message = "without LOOPWRIGHT_API_KEYS this endpoint answers on loopback only; set it where the server runs"
+        return error_response(401, message, "no_api_keys")
+    host, origin = (_header(scope, name).decode("latin-1") for name in (b"host", b"origin"))
+    named = urlsplit(f"//{host}").hostname or ""
+    if here and named != "localhost" and not _on_loopback(named):
+        message = f"Host: {host!r} is no name of this machine; without LOOPWRIGHT_API_KEYS ask http://127.0.0.1"
+        return error_response(403, message, "foreign_host")
+    if origin and origin not in origins and urlsplit(origin).netloc != host:
+        message = f"Origin: {origin!r} is another site; name it in serve.allowed_origins, or set LOOPWRIGHT_API_KEYS"
+        return error_response(403, message, "foreign_origin")
+    return None
+
+
+def _open_to(app: App, origins: tuple[str, ...]) -> CORSMiddleware:
+    headers = ["Authorization", "Content-Type", "Idempotency-Key"]
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers, expose_headers=["Retry-After"]
+    )
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    value: bytes = next((value for key, value in scope["headers"] if key == name), b"")
+    return value
 
 
 class _Shaped:
@@ -182,12 +237,11 @@ async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
     return again
 
 
-def _on_loopback(scope: Scope) -> bool:
-    """Whether the connection came in on a loopback address (or on none: a socket file, a test)."""
-    host = (scope.get("server") or ("", None))[0]
+def _on_loopback(host: str) -> bool | None:
+    """Whether an address is a loopback one; None for what is no address: a name, a socket file, a test."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return True
+        return None
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback

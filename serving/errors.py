@@ -29,6 +29,7 @@ BUG = "the server failed on this request; its log has the traceback"
 TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     413: "invalid_request_error",
@@ -124,6 +125,10 @@ def _input_error(_request: Request, error: Exception) -> Response:
 
 
 def _store_unavailable(_request: Request, error: Exception) -> Response:
+    return store_unavailable(error)
+
+
+def store_unavailable(error: Exception) -> JSONResponse:
     """What cannot be recorded is not acknowledged."""
     logger.error("%s", error)
     return error_response(503, UNRECORDED, "store_unavailable", headers={"Retry-After": RETRY_SECONDS})

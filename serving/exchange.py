@@ -18,9 +18,11 @@ from fastapi import Request
 
 from components.agent.agent import ContextTooLong
 from components.feedback.store import Answered, Store
+from components.traces import Traces
 from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text, Ticket
 from serving.errors import ApiError
 from serving.metrics import Metrics
+from serving.watch import Watch
 from serving.wire import ChatRequest
 
 
@@ -35,16 +37,18 @@ class Broken(Exception):
 class Exchange:
     """One request and its answer."""
 
-    def __init__(self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics, role: str) -> None:
+    def __init__(
+        self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics, role: str, traces: Traces | None = None
+    ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.engine, self.body, self._role = engine, body, role
-        self._store, self._metrics = store, metrics
-        self._began = time.perf_counter()
+        self._store, self._metrics, self._traces = store, metrics, traces
+        self._watch = Watch(self.id, engine.name, {tool.name for tool in engine.agent.tools}, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ticket: Ticket | None = None
-        self._recorded = self._spoke = False
+        self._recorded = False
 
     def submit(self, ask: Ask) -> None:
         """Raises: Full, Retired."""
@@ -126,12 +130,10 @@ class Exchange:
 
     def _notify(self, event: Event) -> None:
         """Called by the engine's thread: record first, then tell."""
+        self._watch.see(event)
         if isinstance(event, Started):
             self._store.add_request(self.id, self.engine.name, self.body.model_dump(exclude_unset=True))
             self._recorded = True
-        elif isinstance(event, Text) and not self._spoke:
-            self._spoke = True
-            self._metrics.first_text_seconds.observe(time.perf_counter() - self._began)
         elif isinstance(event, Finished) and self._recorded:
             self._record(event)
         if isinstance(event, Text | Stepped) and not self.body.stream:
@@ -141,13 +143,12 @@ class Exchange:
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def _record(self, finished: Finished) -> None:
-        seconds = time.perf_counter() - self._began
         answer = Answered(
             content=finished.content,
             finish_reason=finished.finish_reason,
             prompt_tokens=finished.prompt_tokens,
             completion_tokens=finished.completion_tokens,
-            seconds=seconds,
+            seconds=self._watch.seconds,
             steps=finished.steps,
             tool_calls=finished.tool_calls,
         )
@@ -156,6 +157,8 @@ class Exchange:
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
         self._metrics.role_answers.labels(self._role).inc()
+        if self._traces is not None:
+            self._watch.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
 
 
 def sse(value: Mapping[str, Any]) -> bytes:

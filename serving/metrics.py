@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -28,6 +29,24 @@ class Metrics:
             "loopwright_first_text_seconds",
             "Wall time from a chat request to the first text of its answer.",
             buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.inter_token_seconds = Histogram(
+            "loopwright_inter_token_seconds",
+            "Wall time between two pieces of text of an answer; a piece is nearly always a token.",
+            buckets=TOKEN_SECONDS,
+            registry=self.registry,
+        )
+        self.queue_seconds = Histogram(
+            "loopwright_queue_seconds",
+            "Wall time from a chat request to the slot in which it is answered.",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.tool_calls = Counter(
+            "loopwright_tool_calls",
+            "Tools that models called: the agent's own by name, other for what is none, client for the client's.",
+            ["tool"],
             registry=self.registry,
         )
         self.tokens = Counter("loopwright_tokens", "Tokens read and written.", ["kind"], registry=self.registry)

@@ -10,27 +10,27 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from components.config import InputError
+from components.feedback.store import Store, has_store
+from serving.keys import has_keys
+from serving.logs import log_to
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from serving.api import Serving
 
-LOG_BYTES = 20_000_000
 PATIENCE_SECONDS = 30
 """For connections that are still open when the answers are finished."""
 
@@ -58,24 +58,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def check_host(host: str) -> None:
-    """Only loopback without keys.
+def check_host(host: str, home: Path) -> None:
+    """Only loopback without keys, of the environment or of the state folder's store.
 
     Raises: InputError.
     """
-    if os.environ.get("LOOPWRIGHT_API_KEYS", "").strip(", ") or host in ("127.0.0.1", "::1", "localhost"):
+    if host in ("127.0.0.1", "::1", "localhost"):
         return
-    raise InputError(f"--host: {host} is open to others; set LOOPWRIGHT_API_KEYS=KEY,... first, or leave --host out")
-
-
-def log_to(folder: Path) -> Path:
-    """Send every log record to `folder/serve.log`, kept short; returns the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "serve.log"
-    handler = RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=3, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    return file
+    if not has_keys(os.environ.get("LOOPWRIGHT_API_KEYS", ""), lambda: Store.of(home) if has_store(home) else None):
+        remedy = 'run "loopwright keys create NAME" or set LOOPWRIGHT_API_KEYS=KEY,... first, or leave --host out'
+        raise InputError(f"--host: {host} is open to others; {remedy}")
 
 
 def serve_model(model: str, share: float, listener: socket.socket, ready: Ready) -> None:

@@ -218,6 +218,11 @@ class ChatRequest(Wire):
         return self
 
     @property
+    def characters(self) -> int:
+        """About how much text the template makes of this; a message without words counts too."""
+        return sum(len(str(message.plain())) for message in self.messages) + sum(map(len, map(str, self.tools or ())))
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

@@ -30,7 +30,7 @@ from components.config import InputError
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process's write, where nobody says otherwise."""
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in migrations/."""
 FIRST = "0001"
 """The revision that a database made before Alembic is at."""

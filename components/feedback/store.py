@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from components.config import InputError
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
+from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 
@@ -68,8 +69,8 @@ _REPLACE = (
 )
 
 
-class Store(Ledger):
-    """Requests, answers and feedback in one database, with what became of the feedback.
+class Store(Ledger, Keys):
+    """Requests, answers and feedback in one database, with what became of the feedback and who may ask.
 
     Each method raises StoreUnavailable when the database is locked for too long, or gone.
     """

@@ -90,3 +90,17 @@ IMPROVEMENTS = Table(
     Column("outcome", String(16), nullable=False),
     Column("reason", Text, nullable=False),
 )
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(64), nullable=False),
+    # SHA-256 of the key, which itself is nowhere on record.
+    Column("digest", String(64), nullable=False, unique=True),
+    # Words of Scope, separated by spaces.
+    Column("scopes", String(64), nullable=False),
+    # Null: the endpoint's own limit.
+    Column("requests_per_minute", Integer),
+    Column("created", Float, nullable=False),
+    Column("revoked", Float),
+)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from components.config import InputError
+from components.feedback.store import Store
 from serving.server import check_host, listen
 
 
@@ -36,11 +38,23 @@ def test_address_of_another_machine_is_refused() -> None:
 
 
 @pytest.mark.parametrize("keys", ["", " , "])
-def test_other_hosts_need_keys(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_hosts_need_keys(keys: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOOPWRIGHT_API_KEYS", keys)
-    check_host("127.0.0.1")
-    check_host("localhost")
-    with pytest.raises(InputError, match=r"--host: 0.0.0.0 is open to others; set LOOPWRIGHT_API_KEYS"):
-        check_host("0.0.0.0")
+    check_host("127.0.0.1", tmp_path)
+    check_host("localhost", tmp_path)
+    with pytest.raises(InputError, match=r"--host: 0.0.0.0 is open to others; run \"loopwright keys create NAME\""):
+        check_host("0.0.0.0", tmp_path)
+    assert not list(tmp_path.iterdir())  # to ask made no database
     monkeypatch.setenv("LOOPWRIGHT_API_KEYS", "key")
-    check_host("0.0.0.0")
+    check_host("0.0.0.0", tmp_path)
+
+
+def test_a_key_on_record_opens_other_hosts_until_it_is_revoked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
+    store = Store.of(tmp_path)
+    key_id, _ = store.create_key("laptop", ["predict"])
+    check_host("0.0.0.0", tmp_path)
+    store.revoke_key(key_id)
+    with pytest.raises(InputError, match="is open to others"):
+        check_host("0.0.0.0", tmp_path)
+    store.close()

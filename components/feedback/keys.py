@@ -1,0 +1,108 @@
+"""API keys on record: a digest, what it opens and how often, never the key.
+
+A key is 32 random bytes, so that its plain SHA-256 cannot be searched for: a slow hash, which
+every request would have to wait for, protects only what people choose themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sqlalchemy import select
+
+from components.config import InputError
+from components.feedback.database import Database
+from components.feedback.tables import API_KEYS
+
+Scope = Literal["predict", "feedback", "admin"]
+"""predict: ask, and trace answers; feedback: vote; admin: both, and read what others said."""
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+PREFIX = "lw-"
+"""Of every key made here, so that people and scanners for secrets know one when they see it."""
+NAME_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """A key as the endpoint knows it."""
+
+    id: str
+    digest: str
+    """SHA-256, in hexadecimal."""
+    scopes: frozenset[str]
+    requests_per_minute: int | None = None
+    """None: the endpoint's own limit, `serve.requests_per_minute`."""
+
+    def opens(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+
+def key_digest(key: str | bytes) -> str:
+    """What is kept of a key."""
+    return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
+
+
+class Keys(Database):
+    """The store as the endpoint's door sees it."""
+
+    def create_key(self, name: str, scopes: Sequence[str], requests_per_minute: int | None = None) -> tuple[str, str]:
+        """Record a new key and return its id and the key, which cannot be had again.
+
+        Raises: InputError.
+        """
+        if not name.strip() or len(name) > NAME_CHARACTERS or "\0" in name:
+            raise InputError(
+                f"name: {name[:80]!r} is empty or longer than {NAME_CHARACTERS} characters; say whose key it is"
+            )
+        unknown = [scope for scope in scopes if scope not in SCOPES]
+        if unknown or not scopes:
+            raise InputError(f"scope: {unknown[0] if unknown else 'none'!r} is not one of {', '.join(SCOPES)}")
+        if requests_per_minute is not None and requests_per_minute < 1:
+            raise InputError(
+                f"requests_per_minute: {requests_per_minute} is below 1; revoke a key that may ask nothing"
+            )
+        key = PREFIX + secrets.token_urlsafe(32)
+        key_id = f"key-{uuid.uuid4().hex[:12]}"
+        row = {
+            "id": key_id,
+            "name": name,
+            "digest": key_digest(key),
+            "scopes": " ".join(scope for scope in SCOPES if scope in scopes),
+            "requests_per_minute": requests_per_minute,
+            "created": time.time(),
+        }
+        with self._write() as connection:
+            connection.execute(API_KEYS.insert(), row)
+        return key_id, key
+
+    def keys(self) -> list[dict[str, Any]]:
+        """Every key that was ever made, oldest first; `revoked` is null where it still opens."""
+        shown = [column for column in API_KEYS.c if column.name != "digest"]
+        with self._read() as connection:
+            rows = connection.execute(select(*shown).order_by(API_KEYS.c.created)).mappings()
+            return [{**row, "scopes": row["scopes"].split()} for row in rows]
+
+    def open_keys(self) -> list[ApiKey]:
+        """The keys that open."""
+        with self._read() as connection:
+            rows = connection.execute(select(API_KEYS).where(API_KEYS.c.revoked.is_(None))).mappings()
+            return [
+                ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"])
+                for row in rows
+            ]
+
+    def revoke_key(self, key_id: str) -> None:
+        """Let a key open nothing any more.
+
+        Raises: InputError when there is no such key, or it was revoked before.
+        """
+        revoke = API_KEYS.update().where(API_KEYS.c.id == key_id, API_KEYS.c.revoked.is_(None))
+        with self._write() as connection:
+            if not connection.execute(revoke.values(revoked=time.time())).rowcount:
+                raise InputError(f'{key_id}: no key with this id opens; run "loopwright keys list"')
