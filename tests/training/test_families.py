@@ -162,7 +162,7 @@ def test_a_bias_in_the_head_is_learned_as_in_all_logits(monkeypatch: pytest.Monk
     [
         (lambda: EncoderForPretraining(ENCODER), masked_lm_next_sentence, pairs, 250, 1.6),
         (lambda: EncoderDecoder(ENCODER_DECODER), sequence_to_sequence, spans, 120, 1.0),
-        (lambda: Classifier(ENCODER), classification(torch.ones(3), 0.0), texts, 60, 0.2),
+        (lambda: Classifier(ENCODER), classification(torch.ones(3), 0.0), texts, 120, 0.2),
     ],
     ids=["masked_lm_next_sentence", "span_corruption", "classification"],
 )
