@@ -293,8 +293,12 @@ class ServeConfig(Section):
     """Tokens per model turn where the request sets no limit."""
     max_steps: int = Field(ge=1)
     """Model turns per answer; the last one may not call a tool."""
+    max_running: int = Field(ge=1)
+    """Requests that are answered at the same time, a step of the model for all of them."""
     max_waiting: int = Field(ge=1)
     """Requests that may wait for a slot before 429."""
+    request_seconds: float = Field(gt=0)
+    """Time for one answer: one that has no slot by then is answered with 503, one that is being written ends there."""
     follow_seconds: float = Field(gt=0)
     """Time between looks at the registry alias."""
     max_correction_characters: int = Field(ge=1)

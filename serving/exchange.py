@@ -19,7 +19,7 @@ from fastapi import Request
 from components.agent.agent import ContextTooLong
 from components.feedback.store import Answered, Store
 from components.traces import Traces
-from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text, Ticket
+from serving.engine import Ask, Engine, Event, Failed, Finished, Late, Started, Stepped, Text, Ticket
 from serving.errors import ApiError
 from serving.metrics import Metrics
 from serving.watch import Watch
@@ -169,6 +169,8 @@ def sse(value: Mapping[str, Any]) -> bytes:
 def _failure(error: Exception) -> Exception:
     if isinstance(error, ContextTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, Late):
+        return ApiError(503, str(error), "timeout", headers={"Retry-After": "1"})
     return error
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.config import InputError
 from components.generation.constrained import Constraint, mask_logits
+from components.generation.sampling import drawn, likeliest, random_stream
 from components.models.decoder import Decoder
 
 PREFILL_TOKENS = 1024
@@ -164,27 +165,18 @@ class _Batch:
 
     def _pick(self) -> Tensor:
         if self.random is None:
-            # numpy's argmax is twenty times as fast as torch's on a CPU.
-            return torch.from_numpy(self.logits.cpu().numpy().argmax(-1)).to(self.device)
-        probabilities = (self.logits / self.sampling.temperature).softmax(-1)
-        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        reached = ordered.cumsum(-1)
-        # A token stays while those before it have less than top_p; the likeliest always does.
-        kept = ordered * (reached - ordered < self.sampling.top_p)
-        sums = kept.cumsum(-1)
-        wanted = self.random[:, self.drawn, None] * sums[:, -1:]
-        place = torch.searchsorted(sums, wanted, right=True).clamp_(max=sums.shape[1] - 1)
-        tokens: Tensor = ids.gather(1, place).squeeze(1)
-        return tokens
+            return likeliest(self.logits)
+        numbers = self.random[:, self.drawn, None]
+        return drawn(self.logits, self.sampling.temperature, self.sampling.top_p, numbers)
 
     def _random(self, rows: int) -> Tensor | None:
         """A number in [0, 1) for each token that each row may get."""
         if self.sampling.temperature <= 0:
             return None
-        seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed % 2**64
+        seed = secrets.randbits(64) if self.sampling.seed is None else self.sampling.seed
+        streams = [random_stream(seed, row) for row in range(rows)]
         count = max(self.limits)
-        drawn = [np.random.default_rng([seed, row]).random(count, dtype=np.float32) for row in range(rows)]
-        return torch.from_numpy(np.stack(drawn)).to(self.device)
+        return torch.from_numpy(np.stack([each.random(count, dtype=np.float32) for each in streams])).to(self.device)
 
     def _drop_finished(self) -> None:
         alive = [place for place, row in enumerate(self.rows) if row in self.unfinished]

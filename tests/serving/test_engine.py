@@ -22,16 +22,23 @@ from serving.engine import (
     Finished,
     Full,
     Retired,
-    Speech,
     Started,
     Stepped,
     Text,
 )
+from serving.speech import Speech
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
 CONFIG = ServeConfig(
-    max_body_bytes=2**20, max_new_tokens=64, max_steps=4, max_waiting=1, follow_seconds=1, max_correction_characters=100
+    max_body_bytes=2**20,
+    max_new_tokens=64,
+    max_steps=4,
+    max_running=4,
+    max_waiting=1,
+    request_seconds=60,
+    follow_seconds=1,
+    max_correction_characters=100,
 )
 
 

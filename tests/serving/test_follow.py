@@ -18,7 +18,14 @@ from serving.versions import Bundled, Version
 USER = {"role": "user", "content": "Hello"}
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 CONFIG = ServeConfig(
-    max_body_bytes=2**20, max_new_tokens=64, max_steps=4, max_waiting=1, follow_seconds=1, max_correction_characters=100
+    max_body_bytes=2**20,
+    max_new_tokens=64,
+    max_steps=4,
+    max_running=4,
+    max_waiting=1,
+    request_seconds=60,
+    follow_seconds=1,
+    max_correction_characters=100,
 )
 
 
