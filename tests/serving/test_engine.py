@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from components.agent.agent import ContextTooLong
-from components.config import ServeConfig
+from components.config import load_params
 from components.data.tokenizer import ChatTokenizer
 from serving.engine import (
     Ask,
@@ -30,15 +30,8 @@ from serving.speech import Speech
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
-CONFIG = ServeConfig(
-    max_body_bytes=2**20,
-    max_new_tokens=64,
-    max_steps=4,
-    max_running=4,
-    max_waiting=1,
-    request_seconds=60,
-    follow_seconds=1,
-    max_correction_characters=100,
+CONFIG = load_params(Path(__file__).parents[2] / "params.yaml").serve.model_copy(
+    update={"max_new_tokens": 64, "max_running": 4, "max_waiting": 1, "follow_seconds": 1}
 )
 
 

@@ -10,22 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.config import InputError, ServeConfig
+from components.config import InputError, load_params
 from serving.engine import Ask, Engine, Finished, Notify, Retired, Ticket
 from serving.follow import Follower, Unfit, describe
 from serving.versions import Bundled, Version
 
 USER = {"role": "user", "content": "Hello"}
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
-CONFIG = ServeConfig(
-    max_body_bytes=2**20,
-    max_new_tokens=64,
-    max_steps=4,
-    max_running=4,
-    max_waiting=1,
-    request_seconds=60,
-    follow_seconds=1,
-    max_correction_characters=100,
+CONFIG = load_params(Path(__file__).parents[2] / "params.yaml").serve.model_copy(
+    update={"max_new_tokens": 64, "max_running": 4, "max_waiting": 1, "follow_seconds": 1}
 )
 
 
