@@ -190,6 +190,7 @@ def train(
     """
     device = best_device()
     dtype = compute_dtype(config.precision, device)
+    frozen = {name: weight.data for name, weight in model.named_parameters() if not weight.requires_grad}
     model.to(device=device, dtype=dtype).train()
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for block in cast(Iterable[nn.Module], model.blocks):
@@ -204,10 +205,10 @@ def train(
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     best = watch.best() if watch is not None else {}
-    with torch.no_grad():  # deliver what was trained, not its rounding
-        model.float()
-        for name, weight in training.masters.trained().items():
-            dict(model.named_parameters())[name].copy_(best.get(name, weight))
+    with torch.no_grad():  # deliver what was trained and what was not, without their rounding
+        weights = dict(model.float().named_parameters())
+        for name, weight in (frozen | training.masters.trained() | dict(best)).items():
+            weights[name].copy_(weight)
     model.eval()
     return training.measured
 

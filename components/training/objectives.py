@@ -110,7 +110,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=stream.device)
-        stream_grad, weight_grad = torch.empty_like(stream), torch.zeros_like(weight)
+        stream_grad = torch.empty_like(stream)
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA leaves the head as it is
         bias_grad = torch.zeros_like(bias) if bias is not None else None
         size = CUDA_CHUNK if stream.is_cuda else CHUNK
         for start in range(0, len(labels), size):
@@ -120,14 +121,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # d loss / d logits = probabilities, less one at the label.
             logits_grad = chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0)).to(stream.dtype)
             torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
-            weight_grad.addmm_(logits_grad.T, rows)
+            if weight_grad is not None:
+                weight_grad.addmm_(logits_grad.T, rows)
             if bias_grad is not None:
                 bias_grad += logits_grad.sum(0)
         ctx.save_for_backward(stream_grad, weight_grad, bias_grad)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
-        stream_grad, weight_grad, bias_grad = ctx.saved_tensors
-        scale = grads[0].to(stream_grad.dtype)
-        return stream_grad * scale, weight_grad * scale, None, bias_grad * scale if bias_grad is not None else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0].to(ctx.saved_tensors[0].dtype)
+        stream, weight, bias = (grad * scale if grad is not None else None for grad in ctx.saved_tensors)
+        return stream, weight, None, bias

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from components.config import InputError
 from components.models.attention import FusedLinear
-from components.models.checkpoint import load_decoder, read_config, save_decoder
+from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model
 from components.models.decoder import Decoder, DecoderConfig
 
 TINY = DecoderConfig(
@@ -112,6 +112,19 @@ def test_a_sharded_folder_loads(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     with torch.no_grad():
         torch.testing.assert_close(load_decoder(tmp_path)(ids()), theirs(ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_model_is_written_as_shards_that_both_read(tmp_path: Path) -> None:
+    model = randomised(TINY)
+    save_model(model, tmp_path / "model", shard_bytes=20_000)
+    names = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(names) > 3
+    assert names == [f"model-{number + 1:05d}-of-{len(names):05d}.safetensors" for number in range(len(names))]
+    assert all((tmp_path / "model" / name).stat().st_size < 22_000 for name in names)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids()), theirs(ids()).logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(load_decoder(tmp_path / "model")(ids()), model(ids()))
 
 
 @pytest.mark.parametrize("config", SHAPES)
