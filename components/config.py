@@ -284,6 +284,29 @@ class EvaluateConfig(Section):
     """Held-out tokens read for bits per byte."""
 
 
+class McpServer(Section):
+    """An MCP server whose tools the agent may call: started here by `command`, or reached at `url`."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")
+    """Its tools are called NAME_TOOL."""
+    command: str | None = None
+    """Program to start, that speaks on its standard input and output."""
+    args: list[str] | None = None
+    """The program's arguments."""
+    env: dict[str, str] | None = None
+    """Environment of the program beside PATH, HOME and the like; $NAME stands for a variable of ours."""
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    """Address of a server that speaks streamable HTTP."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> McpServer:
+        if (self.command is None) == (self.url is None):
+            raise ValueError(f"{self.name}: give either command (with args, env) or url")
+        if self.url is not None and (self.args or self.env):
+            raise ValueError(f"{self.name}: args and env belong to command, not to url")
+        return self
+
+
 class ServeConfig(Section):
     """The prediction endpoint."""
 
@@ -301,6 +324,10 @@ class ServeConfig(Section):
     """Time for one answer: one that has no slot by then is answered with 503, one that is being written ends there."""
     follow_seconds: float = Field(gt=0)
     """Time between looks at the registry alias."""
+    mcp_servers: list[McpServer]
+    """Servers whose tools the agent may call beside its own; needs the extra `mcp`."""
+    mcp_call_seconds: float = Field(gt=0)
+    """Longest wait for a tool of theirs; then the model is told so."""
     max_correction_characters: int = Field(ge=1)
     """Longer corrections and comments are answered with 413."""
     max_prompt_characters: int = Field(ge=1)

@@ -58,13 +58,14 @@ def _answers(url: str) -> bool:
     import httpx
 
     try:
-        models = httpx.get(f"{url}/v1/models", headers=_headers(), timeout=5)
+        models = httpx.get(f"{url}/v1/models", headers=headers(), timeout=5)
         return models.status_code == 401 or models.json()["data"][0]["owned_by"] == "loopwright"
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
         return False
 
 
-def _headers() -> dict[str, str]:
+def headers() -> dict[str, str]:
+    """Of every request: the key, where the environment has one."""
     key = os.environ.get("LOOPWRIGHT_API_KEYS", "").partition(",")[0].strip()
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -74,7 +75,7 @@ def _whole(address: str, prompt: str) -> dict[str, Any]:
     import httpx
 
     body = {"messages": [{"role": "user", "content": prompt}]}
-    response = httpx.post(f"{address}/v1/chat/completions", json=body, headers=_headers(), timeout=None)
+    response = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers(), timeout=None)
     _check(response)
     completion: dict[str, Any] = response.json()
     return completion
@@ -136,7 +137,7 @@ def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
 
     body = {"messages": messages, "stream": True}
     path = f"{address}/v1/chat/completions"
-    with httpx.stream("POST", path, json=body, headers=_headers(), timeout=None) as response:
+    with httpx.stream("POST", path, json=body, headers=headers(), timeout=None) as response:
         _check(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":

@@ -23,6 +23,7 @@ COMMANDS = (
     "registry",
     "serve",
     "chat",
+    "mcp",
     "keys",
     "feedback",
     "improve",

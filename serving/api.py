@@ -21,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
+from components.agent.mcp_servers import McpServers
 from components.config import ServeConfig
 from components.feedback.lineage import FactsOf, lineage, registry_facts
 from components.feedback.store import Store, UnknownCompletion
@@ -48,6 +49,8 @@ class Serving:
     config: ServeConfig
     metrics: Metrics
     facts_of: FactsOf
+    mcp: McpServers
+    """Whose tools the agent may call."""
     traces: Traces | None = None
     """None: steps are not traced."""
     draining: bool = False
@@ -69,9 +72,10 @@ class Serving:
 
         `share` of the requests go to the challenger, where there is one.
 
-        Raises: InputError when the database cannot be opened.
+        Raises: InputError when the database cannot be opened, or MCP servers are named and the extra is missing.
         """
-        load = partial(Engine.load, config=config)
+        mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
+        load = partial(Engine.load, config=config, guests=mcp.tools)
         if bundled is None:
             seconds = config.follow_seconds if "@" in model else None
             models = Follower(model, Registered(Registry(home)), load, seconds, share)
@@ -80,12 +84,13 @@ class Serving:
             models = Follower(str(bundled), bundled, load, None)
             facts_of = {str(bundled): bundled.facts}.get
         traces = Traces(home, config.trace_share) if config.traces == "mlflow" else None
-        serving = cls(models, Store.of(home), config, Metrics(), facts_of, traces)
+        serving = cls(models, Store.of(home), config, Metrics(), facts_of, mcp, traces)
         models.start()
         return serving
 
     def close(self) -> None:
         self.models.close()
+        self.mcp.close()
         if self.traces is not None:
             self.traces.close()
         self.store.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from components.agent.agent import Agent
+from components.agent.tools import Tool
 from components.config import ServeConfig
 from components.generation.slots import Slots
 from components.models.checkpoint import load_decoder
@@ -83,14 +84,16 @@ class Engine:
         self.pool = ThreadPoolExecutor(self._room, f"{name}-reply")
 
     @classmethod
-    def load(cls, folder: Path, name: str, config: ServeConfig) -> Engine:
+    def load(cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Engine:
         """Load a model folder and answer one throw-away request, so that the first real one is not slow.
+
+        `guests` are tools that its agent may call beside its own, asked for at each request.
 
         Raises: InputError when the folder holds no usable model.
         """
         model = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
-        agent = Agent.load(folder, model.config.max_seq_len)
+        agent = Agent.load(folder, model.config.max_seq_len, guests)
         agent.max_steps = min(agent.max_steps, config.max_steps)
         engine = cls(model, agent, name, config)
         engine.warm()

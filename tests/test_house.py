@@ -47,6 +47,7 @@ DOORS = {
     # tracking.py catches what MLflow lets through from its database.
     "sqlalchemy": ("components/feedback/", "components/tracking.py"),
     "alembic": ("components/feedback/",),
+    "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
 }
 
 

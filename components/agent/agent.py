@@ -7,7 +7,7 @@ that evaluation drives hundreds side by side and serving drives each through its
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,8 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 GAVE_UP = "I could not finish this within {steps} steps."
 MAX_RESULT_CHARACTERS = 2_000
+MAX_STEPS = 6
+"""Turns for one answer of a model whose folder does not say how many."""
 
 
 class ContextTooLong(InputError):
@@ -60,14 +62,28 @@ Conversation = Generator[Prompt, Sequence[int], Answer]
 class Agent:
     """The agent of one model folder."""
 
-    def __init__(self, tokenizer: ChatTokenizer, tools: Sequence[Tool], max_steps: int, context_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        tools: Sequence[Tool],
+        max_steps: int,
+        context_len: int,
+        guests: Callable[[], Sequence[Tool]] = tuple,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.tools = tuple(tools)
+        self.own_tools = tuple(tools)
+        """Those that it was trained on, and knows without being told."""
+        self.guests = guests
+        """Tools of others that are there now; while there are any, each prompt declares all tools."""
         self.max_steps = max_steps
         self.context_len = context_len
 
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return (*self.own_tools, *self.guests())
+
     @classmethod
-    def load(cls, folder: Path, context_len: int) -> Agent:
+    def load(cls, folder: Path, context_len: int, guests: Callable[[], Sequence[Tool]] = tuple) -> Agent:
         """The agent of a model folder: its tokenizer, and the tools that `agent.json` names.
 
         Raises: InputError when a file is missing or names an unknown tool.
@@ -76,12 +92,12 @@ class Agent:
         try:
             settings = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            settings = {"tools": [], "max_steps": 1}
+            settings = {"tools": [], "max_steps": MAX_STEPS}
         known = {tool.name: tool for tool in reference_tools(folder / "knowledge.sqlite")} if settings["tools"] else {}
         unknown = [name for name in settings["tools"] if name not in known]
         if unknown:
             raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
-        return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len)
+        return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len, guests)
 
     def answer(self, messages: Sequence[Message], tools: Any = None, steps: list[Step] | None = None) -> Conversation:
         """Answer the last message.
@@ -94,8 +110,9 @@ class Agent:
         said = list(messages)
         steps = [] if steps is None else steps
         written = 0
+        declared = tools or self._declared()
         for turns_left in reversed(range(self.max_steps)):
-            prompt = self._prompt(said, tools)
+            prompt = self._prompt(said, declared)
             generated = yield Prompt(prompt)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
@@ -104,6 +121,11 @@ class Agent:
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
             said += self._call(turn, steps)
         raise AssertionError("the last turn returns")
+
+    def _declared(self) -> list[dict[str, Any]] | None:
+        """What a prompt says of the tools: nothing, as the model was trained, unless some are not its own."""
+        guests = self.guests()
+        return [tool.declaration() for tool in (*self.own_tools, *guests)] if guests else None
 
     def _prompt(self, messages: Sequence[Message], tools: Any) -> list[int]:
         ids, _ = self.tokenizer.encode_chat(messages, tools, add_generation_prompt=True)

@@ -1,0 +1,184 @@
+"""Tools of MCP servers (Model Context Protocol, https://modelcontextprotocol.io), for the agent to call beside its own.
+
+One thread keeps a connection to each server that `serve.mcp_servers` names, asks again for its tools now and then, and
+connects anew when it is gone. A server that is down costs its tools and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import os
+import re
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+
+from components.agent.tools import Tool
+from components.config import InputError, McpServer
+
+if TYPE_CHECKING:
+    from mcp import Client
+
+REFRESH_SECONDS = 30.0
+"""Time between looks at a server's tools, which also tell whether it lives."""
+MAX_PAUSE_SECONDS = 60.0
+"""Between tries to connect; the first pause is a second, then they double."""
+MAX_NAME = 64
+"""Characters of a function's name in OpenAI's API."""
+
+logger = logging.getLogger("loopwright.mcp")
+
+
+class McpServers:
+    """The connections to all servers, on a thread of their own."""
+
+    def __init__(self, servers: Sequence[McpServer], call_seconds: float) -> None:
+        """Begin to connect, and wait for nothing.
+
+        Raises: InputError where the extra is not installed.
+        """
+        if servers and importlib.util.find_spec("mcp") is None:
+            names = ", ".join(server.name for server in servers)
+            raise InputError(
+                f"params.yaml: serve.mcp_servers: {names}: the package mcp is missing;"
+                ' run pip install "loopwright[mcp]"'
+            )
+        self._call_seconds = call_seconds
+        self._tools: dict[str, list[Tool]] = {}
+        self._loop = asyncio.new_event_loop()
+        self._broken = {server.name: asyncio.Event() for server in servers}
+        self._tried = {server.name: threading.Event() for server in servers}
+        self._thread = threading.Thread(target=self._run, args=(list(servers),), name="mcp", daemon=True)
+        if servers:
+            self._thread.start()
+
+    def tools(self) -> list[Tool]:
+        """Those of every server that is connected now, called `SERVER_TOOL`."""
+        return [tool for tools in list(self._tools.values()) for tool in tools]
+
+    def wait(self, seconds: float) -> None:
+        """Until each server has been connected to or has failed once, or the time is over."""
+        for tried in self._tried.values():
+            tried.wait(seconds)
+
+    def close(self) -> None:
+        """Disconnect; servers that were started here end."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop)
+            self._thread.join(10)
+        elif not self._loop.is_closed():
+            self._loop.close()
+
+    def _stop(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _run(self, servers: Sequence[McpServer]) -> None:
+        async def keep_all() -> None:
+            await asyncio.gather(*(self._keep(server) for server in servers))
+
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
+            runner.run(keep_all())
+
+    async def _keep(self, server: McpServer) -> None:
+        pause = 1.0
+        while True:
+            try:
+                await self._connected(server)
+                pause = 1.0
+            except Exception as error:  # noqa: BLE001 - whatever a server does, the endpoint goes on
+                reason = " ".join(str(_first(error)).split()) or type(_first(error)).__name__
+                said = "serve.mcp_servers: %s: %s; without its tools, next try in %.0f s"
+                logger.warning(said, server.name, reason, pause)
+            finally:
+                self._tools.pop(server.name, None)
+                self._tried[server.name].set()
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+    async def _connected(self, server: McpServer) -> None:
+        """Offer the server's tools for as long as it answers."""
+        from mcp import Client
+
+        broken = self._broken[server.name]
+        broken.clear()
+        async with Client(_address(server), read_timeout_seconds=self._call_seconds) as client:
+            while not broken.is_set():
+                tools = [tool for tool in await _listed(client) if _is_usable(server, tool)]
+                if server.name not in self._tools:
+                    logger.info("serve.mcp_servers: %s: %s tools", server.name, len(tools))
+                self._tools[server.name] = [self._tool(server, client, tool) for tool in tools]
+                self._tried[server.name].set()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(broken.wait(), REFRESH_SECONDS)
+
+    def _tool(self, server: McpServer, client: Client, tool: Any) -> Tool:
+        function = partial(self._call, server, client, tool.name)
+        # Here it only waits for an answer; what it touches, it touches in the server's process.
+        return Tool(_name(server, tool.name), tool.description or "", tool.input_schema, function)
+
+    def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
+        """Raises: InputError with what the server says is wrong, or that it does not answer."""
+        asked = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
+        try:
+            result = asked.result(self._call_seconds)
+        except TimeoutError:
+            asked.cancel()
+            raise InputError(f"{server.name} did not answer within {self._call_seconds:g} s") from None
+        except Exception as error:
+            self._loop.call_soon_threadsafe(self._broken[server.name].set)
+            raise InputError(f"{server.name} failed: {_first(error)}") from error
+        text = _text(result)
+        if result.is_error:
+            raise InputError(text or f"{server.name} failed")
+        return text
+
+
+def _address(server: McpServer) -> Any:
+    from mcp import StdioServerParameters
+
+    if server.url is not None:
+        return server.url
+    env = {name: os.path.expandvars(value) for name, value in (server.env or {}).items()}
+    return StdioServerParameters(command=server.command or "", args=server.args or [], env=env)
+
+
+async def _listed(client: Client) -> list[Any]:
+    """Every page of the server's tools."""
+    page = await client.list_tools(cache_mode="refresh")
+    tools = list(page.tools)
+    while page.next_cursor:
+        page = await client.list_tools(cursor=page.next_cursor, cache_mode="refresh")
+        tools += page.tools
+    return tools
+
+
+def _is_usable(server: McpServer, tool: Any) -> bool:
+    try:
+        jsonschema.Draft202012Validator.check_schema(tool.input_schema)
+    except jsonschema.exceptions.SchemaError as error:
+        logger.warning("serve.mcp_servers: %s: %s has no valid schema: %s", server.name, tool.name, error.message)
+        return False
+    return True
+
+
+def _name(server: McpServer, tool: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{server.name}_{tool}")[:MAX_NAME]
+
+
+def _text(result: Any) -> str:
+    """What the model is shown of a result: its texts, and of anything else the kind."""
+    return "\n".join(part.text if part.type == "text" else f"[{part.type}]" for part in result.content)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The cause inside the groups that task groups raise."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

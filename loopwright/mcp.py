@@ -1,0 +1,89 @@
+"""`loopwright mcp`: the agent as a tool of other agents (Model Context Protocol), in front of a running endpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import BaseModel, Field
+
+from components.config import InputError
+from loopwright.chat import ADDRESS, headers
+
+INSTRUCTIONS = "An agent served by Loopwright. Ask it, then say how good its answer was: it learns from that."
+
+
+class Answered(BaseModel):
+    """What the agent answered."""
+
+    answer: str
+    completion_id: str
+    """Names this answer in `feedback`."""
+    model: str
+    """`NAME/VERSION` that answered."""
+    steps: list[dict[str, Any]]
+    """The calls that the agent made on the way, and what its tools answered."""
+
+
+class Thanked(BaseModel):
+    """A vote that was stored."""
+
+    id: str
+
+
+def mcp(
+    url: Annotated[str, typer.Option(help="Address of the running endpoint.")] = ADDRESS,
+) -> None:
+    """Offer the agent to other agents: an MCP server on standard input and output, with the tools ask and feedback."""
+    try:
+        from mcp.server import MCPServer
+    except ImportError:
+        raise InputError('mcp: the package mcp is missing; run pip install "loopwright[mcp]"') from None
+    server = MCPServer("loopwright", instructions=INSTRUCTIONS, log_level="WARNING")
+    endpoint = Endpoint(url.rstrip("/"))
+    server.add_tool(endpoint.ask)
+    server.add_tool(endpoint.feedback)
+    server.run("stdio")
+
+
+class Endpoint:
+    """The running endpoint, as the functions that become tools; its key is taken as `loopwright chat` takes it."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    async def ask(self, question: Annotated[str, Field(description="In words, as to a person.")]) -> Answered:
+        """Ask the agent one question; it plans, calls its own tools and answers in words."""
+        completion = await self._post("chat/completions", {"messages": [{"role": "user", "content": question}]})
+        message = completion["choices"][0]["message"]
+        return Answered(
+            answer=message["content"] or "",
+            completion_id=completion["id"],
+            model=completion["model"],
+            steps=message.get("steps") or [],
+        )
+
+    async def feedback(
+        self,
+        completion_id: str,
+        rating: Literal["up", "down"],
+        correction: Annotated[str | None, Field(description="What it should have said.")] = None,
+    ) -> Thanked:
+        """Say whether an answer was good, or what would have been right; the next model learns from it."""
+        vote = {"completion_id": completion_id, "rating": rating, "correction": correction}
+        return Thanked.model_validate(await self._post("feedback", vote))
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        import httpx
+        from mcp.server.mcpserver.exceptions import ToolError
+
+        try:
+            async with httpx.AsyncClient(timeout=None, headers=headers()) as client:
+                response = await client.post(f"{self._url}/v1/{path}", json=body)
+            answer = response.json()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            why = f'{self._url}: no endpoint answers ({error}); start one with "loopwright serve"'
+            raise ToolError(why) from None
+        if response.is_error:
+            raise ToolError(answer["error"]["message"])
+        return answer
