@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 import typer
@@ -9,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from components.config import InputError
 from loopwright.chat import ADDRESS, headers
+from loopwright.output import print_json
 
 INSTRUCTIONS = "An agent served by Loopwright. Ask it, then say how good its answer was: it learns from that."
 
@@ -33,6 +35,7 @@ class Thanked(BaseModel):
 
 def mcp(
     url: Annotated[str, typer.Option(help="Address of the running endpoint.")] = ADDRESS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tools that it offers, and end.")] = False,
 ) -> None:
     """Offer the agent to other agents: an MCP server on standard input and output, with the tools ask and feedback."""
     try:
@@ -43,6 +46,10 @@ def mcp(
     endpoint = Endpoint(url.rstrip("/"))
     server.add_tool(endpoint.ask)
     server.add_tool(endpoint.feedback)
+    if as_json:
+        offered = asyncio.run(server.list_tools())
+        print_json({"tools": [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in offered]})
+        return
     server.run("stdio")
 
 
