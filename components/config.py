@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 Scale = Literal["smoke", "laptop", "gpu", "cluster"]
+Family = Literal["decoder", "encoder", "encoder_decoder"]
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
 
@@ -410,17 +411,16 @@ class Paths:
     def validation(self) -> Path:
         return self.root / "data/validation"
 
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "data/tokenizer"
+    def tokenizer(self, family: Family) -> Path:
+        return self.root / "data/tokenizer" / family
 
-    @property
-    def tokens(self) -> Path:
-        return self.root / "data/tokens"
+    def tokens(self, family: Family) -> Path:
+        """One folder of rows per objective, written by `prepare`."""
+        return self.root / "data/tokens" / family
 
-    @property
-    def base(self) -> Path:
-        return self.root / "data/models/base"
+    def base(self, family: Family) -> Path:
+        """The pretrained model of a family."""
+        return self.root / "data/models/base" / family
 
     @property
     def agent(self) -> Path:
@@ -475,7 +475,7 @@ def find_root(start: Path | None = None) -> Path:
 def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     """Read `params.yaml` over the values of its scale.
 
-    `overrides` maps `section.key` (or `scale`, `seed`) to a value that wins over the file.
+    `overrides` maps `section.key` (or `section.family.key`, `scale`, `seed`) to a value that wins over the file.
 
     Raises: InputError naming the file, the key and its value.
     """
@@ -506,21 +506,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
-    section, _, key = dotted.partition(".")
-    if not key:
-        values[section] = value
-        return
-    known = values.get(section)
-    values[section] = {**(known if isinstance(known, dict) else {}), key: value}
+    *sections, key = dotted.split(".")
+    for section in sections:
+        known = values.get(section)
+        values[section] = dict(known) if isinstance(known, dict) else {}
+        values = values[section]
+    values[key] = value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml") -> dict[str, Any]:
+    """`over` wins key by key, in sections and their sub-sections."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(base.get(key), dict):
             if value is not None and not isinstance(value, dict):
                 raise InputError(f"{where}: {key}: expected a section, found {value!r}")
-            merged[key] = {**base[key], **(value or {})}
+            merged[key] = _merge(base[key], value or {}, where)
         else:
             merged[key] = value
     return merged

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 
 from components.config import InputError
 from components.process import only_one
-from components.tracking import connect, create_run, errors, is_missing, log_metrics, save_pyfunc
+from components.tracking import connect, create_run, errors, is_missing, log_metrics, mlflow_name, save_pyfunc
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -193,7 +193,9 @@ class Registry:
         self.client.set_terminated(run_id)
         if name not in self.names():
             self.client.create_registered_model(name)
-        row = self.client.create_model_version(name, f"runs:/{run_id}/{name}", run_id, tags=dict(tags))
+        row = self.client.create_model_version(
+            name, f"runs:/{run_id}/{name}", run_id, tags={mlflow_name(key): tag for key, tag in tags.items()}
+        )
         return self.resolve(f"{name}/{row.version}")
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""Run one stage of dvc.yaml by name: `python -m components.stage NAME`.
+"""Run one stage of dvc.yaml by name: `python -m components.stage NAME`, `STAGE@ITEM` where it has a matrix.
 
 A stage is a pure function of its inputs. This file gives it what is around that: a
 digest of those inputs, a folder for checkpoints named by it, a lock, a tracker, an end
@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import yaml
 
-from components.config import InputError, Params, Paths, Refused, find_root, load_params
+from components.config import Family, InputError, Params, Paths, Refused, find_root, load_params
 from components.process import end_on_signals, end_with_parent, only_one
 from components.tracking import open_tracker
 
@@ -53,7 +54,17 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """Set before a stage imports its libraries, unless its caller set them."""
 
-PROGRESS = re.compile(r"(?P<stage>\w+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
+FAMILIES: tuple[Family, ...] = get_args(Family)
+LEARNERS: Mapping[str, Family] = {
+    "tune": "decoder",
+    "classifier": "encoder",
+    "summarizer": "encoder_decoder",
+}
+"""Sections of params.yaml that one family alone reads."""
+SHARED = ("train_tokenizer", "prepare", "model", "pretrain")
+"""Sections that hold the decoder's values and, in sub-sections named as they are, the other families'."""
+
+PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
 """A line of `StageRun.progress`, as the orchestrator reads it."""
 
 FORCE = "LOOPWRIGHT_FORCE"
@@ -86,11 +97,30 @@ class StageRun:
     """Everything a stage function is given."""
 
     name: str
+    """As `--until` takes it: the stage, and behind an @ what of its matrix it runs for."""
     params: Params
     paths: Paths
     state: Path
     """Folder for resumable checkpoints, keyed by the stage's inputs; outlives a killed or failed run."""
     tracker: Tracker
+
+    @property
+    def item(self) -> str:
+        """What of its matrix the stage runs for, such as `encoder`; empty for a stage without one."""
+        return self.name.partition("@")[2]
+
+    @property
+    def family(self) -> Family:
+        """The family of models that the stage works for."""
+        return family_of(self.name) or "decoder"
+
+    @property
+    def section(self) -> str:
+        """Where its values stand in params.yaml, such as `pretrain.encoder`."""
+        stage, _, item = self.name.partition("@")
+        if item in LEARNERS:
+            return item
+        return f"{stage}.{item}" if item and item != "decoder" else stage
 
     def progress(self, done: int, total: int, **facts: float | str) -> None:
         """Say how far the stage is, in one line that a person and the orchestrator can read."""
@@ -127,13 +157,58 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
     stages = read_stages(paths.root)
     deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
     resolved = params.model_dump(mode="json", by_alias=True)
-    return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
+    family = family_of(name)
+    values = {
+        dotted: part
+        for dotted in _declared_params(stages[name])
+        if (part := family_part(dotted, _look_up(resolved, dotted), family)) is not None
+    }
+    return Inputs(deps, values)
 
 
 def read_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The `stages` of dvc.yaml."""
-    stages: dict[str, dict[str, Any]] = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    return stages
+    """The `stages` of dvc.yaml by the names DVC gives them: one with a matrix once per combination."""
+    declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
+
+
+def _instances(base: str, template: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    stage = {key: value for key, value in template.items() if key != "matrix"}
+    axes = template.get("matrix", {})
+    for values in product(*axes.values()):
+        item = {f"${{item.{axis}}}": str(value) for axis, value in zip(axes, values, strict=True)}
+        yield "@".join([base, *(["-".join(item.values())] if item else [])]), _filled(stage, item)
+
+
+def _filled(value: Any, item: Mapping[str, str]) -> Any:
+    """The value with `${item.AXIS}` resolved in every text of it."""
+    if isinstance(value, str):
+        for axis, given in item.items():
+            value = value.replace(axis, given)
+        return value
+    if isinstance(value, Mapping):
+        return {_filled(key, item): _filled(one, item) for key, one in value.items()}
+    return [_filled(one, item) for one in value] if isinstance(value, list) else value
+
+
+def family_of(name: str) -> Family | None:
+    """The family that a stage with a matrix runs for; None where it has none: it may read of all."""
+    item = name.partition("@")[2]
+    return LEARNERS.get(item) or next((family for family in FAMILIES if family == item), None)
+
+
+def family_part(dotted: str, value: Any, family: Family | None) -> Any:
+    """What of a parameter a stage of this family reads; None when it is another family's alone."""
+    section, *keys = dotted.split(".")
+    if family is None or section not in (*LEARNERS, *SHARED):
+        return value
+    if section in LEARNERS:
+        return value if LEARNERS[section] == family else None
+    if keys:
+        return value if (keys[0] if keys[0] in FAMILIES else "decoder") == family else None
+    if family == "decoder":
+        return {key: one for key, one in (value or {}).items() if key not in FAMILIES}
+    return (value or {}).get(family, {})
 
 
 def outs(stage: Mapping[str, Any]) -> list[str]:
@@ -194,7 +269,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stage_function(name: str) -> Any:
-    return getattr(importlib.import_module(f"{ROOMS[name]}.{name}"), name)
+    stage = name.partition("@")[0]
+    return getattr(importlib.import_module(f"{ROOMS[stage]}.{stage}"), stage)
 
 
 def run_stage(name: str, root: Path) -> int:
@@ -264,11 +340,11 @@ def main() -> None:
     end_on_signals()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    name = sys.argv[1] if len(sys.argv) == 2 else ""
-    if name not in ROOMS:
-        print(f"components.stage: {name!r} is no stage; one of {', '.join(ROOMS)}", file=sys.stderr)
+    name, root = sys.argv[1] if len(sys.argv) == 2 else "", find_root()
+    if name not in (stages := read_stages(root)):
+        print(f"components.stage: {name!r} is no stage; one of {', '.join(stages)}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(run_stage(name, find_root()))
+    sys.exit(run_stage(name, root))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folde
 
     match event["kind"]:
         case "params":
-            values = [Param(_name(key), str(value)[:_MAX_PARAM]) for key, value in event["values"].items()]
+            values = [Param(mlflow_name(key), str(value)[:_MAX_PARAM]) for key, value in event["values"].items()]
             for first in range(0, len(values), 100):
                 client.log_batch(run_id, params=values[first : first + 100])
         case "dataset":
@@ -256,7 +256,7 @@ def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, 
     """Log `(name, value, time in ms, step)` entries in as few requests as MLflow takes."""
     from mlflow.entities import Metric
 
-    metrics = [Metric(_name(key), *rest) for key, *rest in entries]
+    metrics = [Metric(mlflow_name(key), *rest) for key, *rest in entries]
     for first in range(0, len(metrics), _MAX_BATCH):
         client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
 
@@ -276,8 +276,8 @@ def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path
     return Path(client.download_artifacts(run_id, name, str(folder)))
 
 
-def _name(key: str) -> str:
-    """MLflow allows letters, digits and _-. :/ in names."""
+def mlflow_name(key: str) -> str:
+    """A name, or a tag's key, in the letters, digits and _-. :/ that MLflow allows."""
     return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
 
 

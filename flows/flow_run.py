@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from components.config import InputError, Refused
 from components.journal import PARENT_RUN
-from components.tracking import Courier, connect, create_run, end_killed_runs
+from components.tracking import Courier, connect, create_run, end_killed_runs, mlflow_name
 from flows.server import bury_the_dead, home_tag, living, prefect_api, send_logs
 
 Note = Callable[[Mapping[str, str]], None]
@@ -116,7 +116,7 @@ def _tracked(name: str, home: Path) -> Iterator[Note]:
 
     def note(tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
-            client.set_tag(run_id, key, value)
+            client.set_tag(run_id, mlflow_name(key), value)
 
     status = "FAILED"
     try:

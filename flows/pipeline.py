@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import yaml
-
-from components.config import InputError, Paths, Refused, load_params
+from components.config import SCALES_FILE, Family, InputError, Paths, Refused, load_params
 from components.process import only_one
-from components.stage import PROGRESS
+from components.stage import PROGRESS, family_of, family_part, read_stages
 from flows.flow_run import FlowRun, run_flow
 from flows.release import Release, Releases, look_at_releases, release
 from flows.reproduce import StageResult, reproduce
@@ -117,6 +116,7 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
         # DVC names stages and files as seen from the current folder.
         with chdir(root), Repo() as repo:
             every = _needs(repo, root)
+            _pass_over_other_families(repo)
             needs = {name: every[name] for name in every if (name in LOOP) == loop}
             changed = repo.status(list(needs)) if needs else {}
     except DvcException as error:
@@ -201,7 +201,7 @@ def _needs(repo: Any, root: Path) -> dict[str, list[str]]:
     from dvc.stage import PipelineStage
 
     graph = repo.index.graph
-    declared = list(yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+    declared = list(read_stages(root))
     stages = {stage.addressing: stage for stage in graph if isinstance(stage, PipelineStage)}
     needs = {
         name: [needed.addressing for needed in graph.successors(stages[name]) if needed.addressing in stages]
@@ -210,12 +210,43 @@ def _needs(repo: Any, root: Path) -> dict[str, list[str]]:
     return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
 
 
+def _pass_over_other_families(repo: Any) -> None:
+    """Let dvc.lock know the present parameters of stages of which only another family's part changed.
+
+    DVC watches whole sections of params.yaml and scales.yaml, a stage with a matrix reads its family's part.
+    """
+    from dvc.dependency import ParamsDependency
+    from dvc.stage import PipelineStage
+
+    for stage in repo.index.stages:
+        if not isinstance(stage, PipelineStage) or (family := family_of(stage.addressing)) is None:
+            continue
+        params = [dep for dep in stage.deps if isinstance(dep, ParamsDependency) and dep.hash_info.value]
+        others = [dep for dep in params if dep.status() and _reads_the_same(dep, family)]
+        for dep in others:
+            dep.hash_info = dep.get_hash()
+        if others:
+            with repo.lock:
+                stage.dump(update_pipeline=False)
+
+
+def _reads_the_same(dep: Any, family: Family) -> bool:
+    """Whether the family's part of every parameter of a file is what dvc.lock has of it."""
+    before, now = dep.hash_info.value, dep.read_params()
+    scaled = Path(dep.fs_path).name == SCALES_FILE.name  # there, a scale stands before the section
+    return before.keys() == now.keys() and all(
+        family_part(name.partition(".")[2] if scaled else name, before[name], family)
+        == family_part(name.partition(".")[2] if scaled else name, now[name], family)
+        for name in now
+    )
+
+
 def _until(needs: Mapping[str, list[str]], until: str | None) -> list[str]:
     if until is None:
         return list(needs)
-    if until not in needs:
+    wanted = {name for name in needs if until in (name, name.partition("@")[0])}
+    if not wanted:
         raise InputError(f"--until: {until!r} is no stage of dvc.yaml; one of {', '.join(needs)}")
-    wanted = {until}
     for name in reversed(list(needs)):
         if name in wanted:
             wanted.update(needs[name])
@@ -301,7 +332,7 @@ class _Ear:
 
         self._echo = echo
         self._log = get_run_logger()
-        made = create_progress_artifact(0.0, key=f"{stage.replace('_', '-')}-progress", description=stage)
+        made = create_progress_artifact(0.0, key=f"{re.sub('[_@]', '-', stage)}-progress", description=stage)
         assert isinstance(made, UUID)
         self._artifact = made
         self._next_update = 0.0

@@ -93,14 +93,15 @@ def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], N
     values = text.load(path.read_text(encoding="utf-8"))
     changed = False
     for dotted in overrides:
-        section, _, key = dotted.partition(".")
+        *sections, key = dotted.split(".")
         # As validated: YAML reads 1e-3 as text, the configuration as a number.
-        value = valid[section][key] if key else valid[section]
-        holder = _section(values, section) if key else values
-        before = holder.get(key or section, "unset")
+        value, holder = valid, values
+        for section in sections:
+            value, holder = value[section], _section(holder, section)
+        value, before = value[key], holder.get(key, "unset")
         if before != value:
             echo(f"params.yaml: {dotted}: {before} → {value}")
-            holder[key or section] = _on_one_line(value)
+            holder[key] = _on_one_line(value)
             changed = True
     if changed:
         with path.open("w", encoding="utf-8") as file:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from components.config import Paths, Refused, load_params
 from components.evaluation.judge import Model, judge_folders
 from components.registry import Registry
+from components.tracking import mlflow_name
 from flows.release import fetch_answers
 from flows.server import prefect_api
 from loopwright.cli import app
@@ -31,7 +32,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning"),
 ]
 
-STAGES = ["collect", "validate", "train_tokenizer", "prepare", "pretrain", "tune", "evaluate"]
+STAGES = [
+    "collect",
+    "validate",
+    *(f"{name}@decoder" for name in ("train_tokenizer", "prepare", "pretrain")),
+    "tune",
+    "evaluate",
+]
 
 
 def rows(database: Path, query: str) -> list[Any]:
@@ -69,7 +76,7 @@ def test_one_command_runs_every_stage_and_releases_a_champion(released: Released
     assert agent["scores"]
     assert report["refusals"] == []
     assert "params.yaml: scale: laptop → smoke" in released.said
-    assert "pretrain  30/30  loss" in released.said
+    assert "pretrain@decoder  30/30  loss" in released.said
 
 
 def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Released) -> None:
@@ -84,7 +91,7 @@ def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Releas
     kinds = {kind for (kind,) in rows(database, "SELECT DISTINCT type FROM artifact")}
     assert {"progress", "table"} <= kinds
     said = {message for (message,) in rows(database, "SELECT message FROM log")}
-    assert any(message.startswith("pretrain  30/30  loss") for message in said)
+    assert any(message.startswith("pretrain@decoder  30/30  loss") for message in said)
 
 
 def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(released: Released) -> None:
@@ -95,10 +102,10 @@ def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(release
     assert set(parents.values()) == {runs["pipeline"]}
     assert set(parents) == {runs[name] for name in runs if name != "pipeline"}
     assert {status for (status,) in rows(database, "SELECT status FROM runs")} == {"FINISHED"}
-    losses = f"SELECT COUNT(*) FROM metrics WHERE run_uuid = '{runs['pretrain']}' AND key LIKE '%loss%'"
+    losses = f"SELECT COUNT(*) FROM metrics WHERE run_uuid = '{runs['pretrain@decoder']}' AND key LIKE '%loss%'"
     assert rows(database, losses)[0][0] > 1
     used = f"SELECT name FROM datasets JOIN inputs ON dataset_uuid = source_id WHERE destination_id = '{runs['tune']}'"
-    assert {"data/tokens/tune", "data/models/base"} <= {name for (name,) in rows(database, used)}
+    assert {"data/tokens/decoder/tune", "data/models/base/decoder"} <= {name for (name,) in rows(database, used)}
 
 
 def test_a_second_run_finds_everything_up_to_date(released: Released) -> None:
@@ -129,7 +136,7 @@ def test_the_version_carries_its_lineage(released: Released, here: Ask) -> None:
     locked = yaml.safe_load((released.project.root / "dvc.lock").read_text())["stages"]
     for stage in locked.values():
         for entry in [*stage["deps"], *stage["outs"]]:
-            assert tags[f"dvc.{entry['path']}"] == entry["md5"]
+            assert tags[mlflow_name(f"dvc.{entry['path']}")] == entry["md5"]
     assert tags["model_digest"] == tags["dvc.data/models/agent"]
     evaluated = json.loads((released.project.root / "data/metrics/evaluate.json").read_text())
     assert tags["held_out_digest"] == evaluated["held_out_digest"]
@@ -191,7 +198,7 @@ def test_a_killed_run_leaves_no_orphan_and_keeps_its_checkpoint(released: Releas
     ) as run:
         assert run.stdout is not None
         for line in run.stdout:
-            if line.startswith("pretrain  ") and checkpoints(project):
+            if line.startswith("pretrain@decoder  ") and checkpoints(project):
                 break
         family = psutil.Process(run.pid).children(recursive=True)
         run.kill()
@@ -203,13 +210,13 @@ def test_a_killed_run_leaves_no_orphan_and_keeps_its_checkpoint(released: Releas
 
 
 def checkpoints(project: Project) -> list[Path]:
-    return list((project.home / "checkpoints/pretrain").glob("*/step-*"))
+    return list((project.home / "checkpoints/pretrain@decoder").glob("*/step-*"))
 
 
 def test_the_run_after_a_killed_one_restores_what_was_made_before(released: Released, prefect: str) -> None:
     report = released.project.ask("run", PREFECT_API_URL=prefect)
     outcomes = {stage["name"]: stage["outcome"] for stage in report["stages"]}
-    assert outcomes["pretrain"] in ("restored from cache", "up to date")
+    assert outcomes["pretrain@decoder"] in ("restored from cache", "up to date")
     assert outcomes["evaluate"] == "up to date"
     assert report["releases"][0]["version"] == "agent/1"
 

@@ -17,6 +17,7 @@ import pytest
 
 from components import stage
 from components.config import InputError, Paths, Refused, load_params
+from components.journal import Journal
 from components.process import RUN_PID, holder, only_one
 from components.stage import StageRun, digest, flat, run_stage, stage_inputs
 from components.tracking import COURIER
@@ -52,18 +53,68 @@ def act(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[StageRun], None]
 
 
 def test_key_follows_dependencies_and_declared_params_alone(project: Paths) -> None:
-    key = key_of("pretrain", project)
-    assert key == key_of("pretrain", project)
-    assert key == key_of("pretrain", project, tune__max_steps=7)
-    assert key != key_of("pretrain", project, pretrain__max_steps=7)
-    assert key != key_of("pretrain", project, model__num_layers=3)
-    assert key != key_of("pretrain", project, seed=1)
-    (project.tokens / "pretrain" / "file").write_text("other content")
-    assert key != key_of("pretrain", project)
+    key = key_of("pretrain@decoder", project)
+    assert key == key_of("pretrain@decoder", project)
+    assert key == key_of("pretrain@decoder", project, tune__max_steps=7)
+    assert key != key_of("pretrain@decoder", project, pretrain__max_steps=7)
+    assert key != key_of("pretrain@decoder", project, model__num_layers=3)
+    assert key != key_of("pretrain@decoder", project, seed=1)
+    (project.tokens("decoder") / "pretrain" / "file").write_text("other content")
+    assert key != key_of("pretrain@decoder", project)
 
 
 def test_key_holds_resolved_values_not_spelling(project: Paths) -> None:
-    assert key_of("pretrain", project) == key_of("pretrain", project, pretrain__max_steps=30), "30 is smoke's own value"
+    assert key_of("pretrain@decoder", project) == key_of("pretrain@decoder", project, pretrain__max_steps=30), (
+        "30 is smoke's own value"
+    )
+
+
+def test_a_stage_with_a_matrix_is_one_stage_per_item(tmp_path: Path) -> None:
+    (tmp_path / "dvc.yaml").write_text("""
+stages:
+  one: {cmd: a}
+  many:
+    matrix: {family: [decoder, encoder]}
+    cmd: run many@${item.family}
+    outs: ["data/${item.family}"]
+    plots: [{"${item.family}_loss.csv": {x: step}}]
+""")
+    stages = stage.read_stages(tmp_path)
+    assert list(stages) == ["one", "many@decoder", "many@encoder"]
+    assert stages["many@encoder"]["cmd"] == "run many@encoder"
+    assert stage.outs(stages["many@encoder"]) == ["data/encoder", "encoder_loss.csv"]
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "parts"),
+    [
+        ("pretrain", {"steps": 1, "encoder": {"steps": 2}}, ({"steps": 1}, {"steps": 2}, {})),
+        ("pretrain.dataset", "a", ("a", None, None)),
+        ("pretrain.encoder.dataset", "a", (None, "a", None)),
+        ("classifier.dataset", "a", (None, "a", None)),
+        ("tune", {}, ({}, None, None)),
+        ("seed", 0, (0, 0, 0)),
+    ],
+)
+def test_a_family_reads_its_own_part_of_a_section(dotted: str, value: Any, parts: tuple[Any, ...]) -> None:
+    assert tuple(stage.family_part(dotted, value, family) for family in stage.FAMILIES) == parts
+    assert stage.family_part(dotted, value, None) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "family", "section"),
+    [
+        ("tune", "", "decoder", "tune"),
+        ("pretrain@decoder", "decoder", "decoder", "pretrain"),
+        ("pretrain@encoder_decoder", "encoder_decoder", "encoder_decoder", "pretrain.encoder_decoder"),
+        ("finetune@classifier", "classifier", "encoder", "classifier"),
+    ],
+)
+def test_a_run_knows_its_family_and_where_its_values_stand(
+    name: str, item: str, family: str, section: str, project: Paths
+) -> None:
+    run = StageRun(name, load_params(project.params), project, project.home, Journal(project.home, name, ""))
+    assert (run.item, run.family, run.section) == (item, family, section)
 
 
 def test_digest_sees_names_and_contents_but_no_bytecode(tmp_path: Path) -> None:
@@ -78,9 +129,11 @@ def test_digest_sees_names_and_contents_but_no_bytecode(tmp_path: Path) -> None:
 
 
 def test_missing_dependency_names_the_stage_that_makes_it(project: Paths) -> None:
-    shutil.rmtree(project.tokens)
-    with pytest.raises(InputError, match=r'data/tokens/pretrain: not found; run "loopwright run --until prepare"'):
-        key_of("pretrain", project)
+    shutil.rmtree(project.tokens("decoder"))
+    with pytest.raises(
+        InputError, match=r'data/tokens/decoder/pretrain: not found; run "loopwright run --until prepare@decoder"'
+    ):
+        key_of("pretrain@decoder", project)
 
 
 def test_flat_joins_sections() -> None:
@@ -90,10 +143,10 @@ def test_flat_joins_sections() -> None:
 def test_stage_gets_its_params_paths_and_a_state_folder(project: Paths, act: Callable[..., None]) -> None:
     runs: list[StageRun] = []
     act(runs.append)
-    assert run_stage("pretrain", project.root) == 0
+    assert run_stage("pretrain@decoder", project.root) == 0
     (run,) = runs
-    assert (run.name, run.paths, run.params.scale) == ("pretrain", project, "smoke")
-    assert run.state == project.home / "checkpoints" / "pretrain" / key_of("pretrain", project)
+    assert (run.name, run.paths, run.params.scale) == ("pretrain@decoder", project, "smoke")
+    assert run.state == project.home / "checkpoints" / "pretrain@decoder" / key_of("pretrain@decoder", project)
     assert run.state.is_dir()
 
 
@@ -109,7 +162,7 @@ def test_state_outlives_a_failed_run_and_only_two_are_kept(project: Paths, act: 
     act(fail)
     for seed in (0, 0, 1, 2):
         project.params.write_text(f"scale: smoke\nseed: {seed}\n")
-        assert run_stage("pretrain", project.root) == 3
+        assert run_stage("pretrain@decoder", project.root) == 3
     assert states[0] == states[1]
     assert sorted(states[0].parent.iterdir()) == sorted(states[2:])
 
@@ -124,19 +177,19 @@ def test_force_starts_without_earlier_checkpoints(
         (run.state / "checkpoint").write_text("")
 
     act(look)
-    run_stage("pretrain", project.root)
-    run_stage("pretrain", project.root)
+    run_stage("pretrain@decoder", project.root)
+    run_stage("pretrain@decoder", project.root)
     monkeypatch.setenv(stage.FORCE, "1")
-    run_stage("pretrain", project.root)
+    run_stage("pretrain@decoder", project.root)
     assert [len(files) for files in found] == [0, 1, 0]
 
 
 def test_leftovers_of_a_killed_writer_are_removed_first(project: Paths, act: Callable[..., None]) -> None:
-    project.base.mkdir(parents=True, exist_ok=True)
-    (project.base / "half").write_text("")
-    act(lambda run: run.paths.base.mkdir())
-    assert run_stage("pretrain", project.root) == 0
-    assert list(project.base.iterdir()) == []
+    project.base("decoder").mkdir(parents=True, exist_ok=True)
+    (project.base("decoder") / "half").write_text("")
+    act(lambda run: run.paths.base("decoder").mkdir())
+    assert run_stage("pretrain@decoder", project.root) == 0
+    assert list(project.base("decoder").iterdir()) == []
 
 
 @pytest.mark.parametrize(("error", "code"), [(InputError("a: b; c"), 1), (Refused("rows are bad"), 3)])
@@ -170,11 +223,16 @@ def test_progress_line_is_what_the_orchestrator_reads(
     project: Paths, act: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     act(lambda run: run.progress(3, 10, loss=2.34567, phase="warm up"))
-    run_stage("pretrain", project.root)
+    run_stage("pretrain@decoder", project.root)
     line = capsys.readouterr().out.strip()
     said = stage.PROGRESS.fullmatch(line)
     assert said is not None
-    assert said.groupdict() == {"stage": "pretrain", "done": "3", "total": "10", "facts": "loss 2.346  phase warm up"}
+    assert said.groupdict() == {
+        "stage": "pretrain@decoder",
+        "done": "3",
+        "total": "10",
+        "facts": "loss 2.346  phase warm up",
+    }
 
 
 def test_a_lock_has_one_holder_and_names_it(tmp_path: Path) -> None:

@@ -63,18 +63,18 @@ class RowWriter:
 
 
 def prepare(run: StageRun) -> None:
-    """Write `data/tokens/pretrain` and `data/tokens/tune`.
+    """Write the folders `pretrain` and `tune` of `data/tokens/FAMILY`.
 
     Raises: InputError when a dataset is of the wrong kind or leaves nothing to learn.
     """
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer(run.family))
     documents = _folders(run, "pretrain", "documents")
     conversations = _folders(run, "tune", "conversations")
     metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
     run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
     metrics["tune"] = _prepare_conversations(run, tokenizer, conversations)
     run.progress(2, 2, rows=metrics["tune"]["train_rows"])
-    write_json(run.paths.metrics / "prepare.json", metrics)
+    write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})
 
 
@@ -202,7 +202,7 @@ class _Rows:
     """The writers of one objective's folder and, at the end, its `rows.json`."""
 
     def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str) -> None:
-        self._folder = run.paths.tokens / objective
+        self._folder = run.paths.tokens(run.family) / objective
         self._folder.mkdir(parents=True, exist_ok=True)
         self._objective, self._tokenizer, self._seq_len = objective, tokenizer, run.params.prepare.seq_len
         self._writers: dict[str, RowWriter] = {}

@@ -13,7 +13,7 @@ from components.stage import StageRun
 
 
 def train_tokenizer(run: StageRun) -> None:
-    """Write `data/tokenizer`.
+    """Write `data/tokenizer/FAMILY`.
 
     Raises: InputError when the datasets hold no text.
     """
@@ -23,12 +23,13 @@ def train_tokenizer(run: StageRun) -> None:
         raise InputError('data/collected: no text to learn a tokenizer from; run "loopwright data list"')
     run.progress(0, 1, documents=len(texts))
     trained = bpe.train(texts, config.vocab_size)
-    bpe.save(trained, run.paths.tokenizer)
-    tokenizer = bpe.ChatTokenizer.load(run.paths.tokenizer)
+    folder = run.paths.tokenizer(run.family)
+    bpe.save(trained, folder)
+    tokenizer = bpe.ChatTokenizer.load(folder)
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     metrics = {"vocab_size": tokenizer.vocab_size, "documents": len(texts), "bytes_per_token": round(size / tokens, 4)}
-    write_json(run.paths.metrics / "train_tokenizer.json", metrics)
+    write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({key: float(value) for key, value in metrics.items()})
     run.progress(1, 1, **metrics)
 

@@ -226,7 +226,7 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
         if training.step % config.log_steps == 0 or last:
             loss, now = training.read_loss(), time.monotonic()
             if not math.isfinite(loss):
-                where = f"params.yaml: {run.name}.learning_rate"
+                where = f"params.yaml: {run.section}.learning_rate"
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
             speed = (measured.tokens - seen) / max(1e-9, now - clock)
             _report(run, training, loss, speed)

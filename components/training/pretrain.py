@@ -25,22 +25,23 @@ TEST_ROWS = 128
 
 
 def pretrain(run: StageRun) -> None:
-    """Train on data/tokens/pretrain, save data/models/base.
+    """Train on data/tokens/FAMILY/pretrain, save data/models/base/FAMILY.
 
     Raises: InputError when there is nothing to learn, or when saving fails.
     """
     settle_cpu()
-    rows = TokenRows(run.paths.tokens / "pretrain", "train")
+    rows = TokenRows(run.paths.tokens(run.family) / "pretrain", "train")
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
     model = Decoder(DecoderConfig.from_params(run.params.model, rows.vocab_size))
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, run.params.pretrain, model, rows, causal_lm)
-    save_decoder(model, run.paths.base, run.paths.tokenizer)
+    base = run.paths.base(run.family)
+    save_decoder(model, base, run.paths.tokenizer(run.family))
     test = measure_loss(
         model, TokenRows(rows.folder, "test"), causal_lm, run.params.pretrain.micro_batch_size, TEST_ROWS
     )
-    report(run, run.params.pretrain, model, measured, run.paths.base, {"test_loss": test})
+    report(run, run.params.pretrain, model, measured, base, {"test_loss": test})
 
 
 def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:

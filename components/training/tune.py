@@ -23,23 +23,24 @@ AGENT_STEPS = 6
 
 
 def tune(run: StageRun) -> None:
-    """Train data/models/base on data/tokens/tune, save data/models/agent with its tools and facts.
+    """Train data/models/base/decoder on data/tokens/decoder/tune, save data/models/agent with its tools and facts.
 
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
     settle_cpu()
-    rows = TokenRows(run.paths.tokens / "tune", "train")
+    rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
-    model = load_decoder(run.paths.base)
+    base = run.paths.base("decoder")
+    model = load_decoder(base)
     if model.config.vocab_size != rows.vocab_size:
         raise InputError(
-            f"{run.paths.base}: vocab_size {model.config.vocab_size} differs from the {rows.vocab_size} of"
+            f"{base}: vocab_size {model.config.vocab_size} differs from the {rows.vocab_size} of"
             f' {rows.folder}; run "loopwright run --until pretrain"'
         )
     torch.manual_seed(run.params.seed)
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, run.params.tune, model, rows, causal_lm)
-    save_decoder(model, run.paths.agent, run.paths.base, _agent_files(run))
+    save_decoder(model, run.paths.agent, base, _agent_files(run))
     test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, run.params.tune.micro_batch_size, TEST_ROWS)
     report(run, run.params.tune, model, measured, run.paths.agent, {"test_loss": test})
 

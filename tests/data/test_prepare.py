@@ -41,8 +41,8 @@ def run(tmp_path: Path) -> StageRun:
         for number in range(20):
             row = chat(f"what is {number}?", "long " * 99 if number == 7 else f"it is {number}")
             writer.write("train", {"id": str(number), **row})
-    bpe.save(bpe.train(TEXTS, 400), paths.tokenizer)
-    return StageRun("prepare", load_params(ROOT / "params.yaml", overrides), paths, tmp_path / "state", Silent())
+    bpe.save(bpe.train(TEXTS, 400), paths.tokenizer("decoder"))
+    return StageRun("prepare@decoder", load_params(ROOT / "params.yaml", overrides), paths, tmp_path / "state", Silent())
 
 
 def read(folder: Path, split: str) -> dict[str, np.ndarray]:
@@ -54,8 +54,8 @@ def read(folder: Path, split: str) -> dict[str, np.ndarray]:
 
 def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
     prepare(run)
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
-    rows = read(run.paths.tokens / "pretrain", "test")
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    rows = read(run.paths.tokens("decoder") / "pretrain", "test")
     ids = rows["ids"][rows["segments"] > 0].tolist()
     assert tokenizer.decode(ids) == "".join(TEXTS[::8])
     assert ids.count(tokenizer.document_id) == ids.count(tokenizer.end_id) == len(TEXTS[::8])
@@ -63,8 +63,8 @@ def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
 
 def test_conversations_are_whole_and_learned_where_the_template_says(run: StageRun) -> None:
     prepare(run)
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
-    rows = read(run.paths.tokens / "tune", "train")
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    rows = read(run.paths.tokens("decoder") / "tune", "train")
     found = []
     for ids, segments, mask in zip(rows["ids"], rows["segments"], rows["mask"], strict=True):
         for number in range(1, segments.max() + 1):
@@ -76,14 +76,14 @@ def test_conversations_are_whole_and_learned_where_the_template_says(run: StageR
 
 def test_conversations_too_long_for_a_row_are_counted(run: StageRun) -> None:
     prepare(run)
-    assert json.loads((run.paths.metrics / "prepare.json").read_text())["tune"]["too_long"] == 1
+    assert json.loads((run.paths.metrics / "prepare@decoder.json").read_text())["tune"]["too_long"] == 1
 
 
 def test_preparing_twice_gives_the_same_bytes(run: StageRun) -> None:
     prepare(run)
-    first = {path: path.read_bytes() for path in run.paths.tokens.rglob("*.*")}
+    first = {path: path.read_bytes() for path in run.paths.tokens("decoder").rglob("*.*")}
     prepare(run)
-    assert first == {path: path.read_bytes() for path in run.paths.tokens.rglob("*.*")}
+    assert first == {path: path.read_bytes() for path in run.paths.tokens("decoder").rglob("*.*")}
 
 
 def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
@@ -91,7 +91,7 @@ def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
     with pytest.raises(
         InputError, match=r"pretrain.dataset: 'chats' holds conversations; pretrain learns from documents"
     ):
-        prepare(StageRun("prepare", params, run.paths, run.state, run.tracker))
+        prepare(StageRun("prepare@decoder", params, run.paths, run.state, run.tracker))
 
 
 def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> None:
@@ -99,7 +99,7 @@ def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> Non
     with DatasetWriter(run.paths.collected / "long", "long", "conversations") as writer:
         writer.write("train", {"id": "1", **chat("why?", "because " * 500)})
     with pytest.raises(InputError, match=r"tune.dataset: nothing to learn in its rows of 256 tokens \(1 too_long\)"):
-        prepare(StageRun("prepare", load_params(ROOT / "params.yaml", overrides), run.paths, run.state, run.tracker))
+        prepare(StageRun("prepare@decoder", load_params(ROOT / "params.yaml", overrides), run.paths, run.state, run.tracker))
 
 
 def test_a_long_document_goes_on_in_the_next_row(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_packing_wastes_little(tmp_path: Path) -> None:
 
 
 def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
     for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
             for place in (place for place, learned in enumerate(mask) if learned):
@@ -130,7 +130,7 @@ def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
 
 
 def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
     call = {"function": {"name": "lookup", "arguments": {"symbol": "value.name_3"}}}
     messages = [
         {"role": "user", "content": "what is value.name_3"},
@@ -153,6 +153,6 @@ def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
 
 
 def test_a_conversation_that_copies_nothing_has_no_noisy_twin(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer)
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
     ids, _ = tokenizer.encode_chat(chat("how are you?", "fine")["messages"])
     assert with_noise(ids, np.random.default_rng(0), tokenizer) is None

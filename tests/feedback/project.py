@@ -110,7 +110,7 @@ def write_partition(paths: Paths, rows: Sequence[Row]) -> None:
 
 def write_model(paths: Paths, folder: Path, seed: int = 0) -> None:
     """An agent without tools that has learned nothing yet."""
-    vocab_size = ChatTokenizer.load(paths.tokenizer).vocab_size
+    vocab_size = ChatTokenizer.load(paths.tokenizer("decoder")).vocab_size
     model_config: ModelConfig = load_params(SOURCE / "params.yaml", SETTINGS).model
     torch.manual_seed(seed)
     model = Decoder(DecoderConfig.from_params(model_config, vocab_size))
@@ -118,7 +118,7 @@ def write_model(paths: Paths, folder: Path, seed: int = 0) -> None:
         "agent.json": json.dumps({"tools": [], "max_steps": 2}),
         "origin.json": json.dumps({"version": "agent/1"}),
     }
-    save_decoder(model, folder, paths.tokenizer, files)
+    save_decoder(model, folder, paths.tokenizer("decoder"), files)
 
 
 def write_project(root: Path) -> Paths:
@@ -136,7 +136,7 @@ def write_project(root: Path) -> Paths:
             writer.write("test", {"id": f"e{number}", "messages": chat(number)})
     paths.added.mkdir(parents=True)
     texts = [f"where is name_{n}? in module_{n}. hello number {n}, you are no idea, lookup" for n in range(100)]
-    bpe.save(bpe.train(texts, 340), paths.tokenizer)
+    bpe.save(bpe.train(texts, 340), paths.tokenizer("decoder"))
     write_model(paths, paths.start)
     return paths
 

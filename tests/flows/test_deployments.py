@@ -196,8 +196,8 @@ def test_runs_of_a_killed_worker_are_marked_and_those_that_live_stay(at: Platfor
 
 def test_cancelling_a_run_ends_its_training_and_leaves_a_checkpoint(at: Platform) -> None:
     run = at.start("pipeline")
-    checkpoints = at.project.home / "checkpoints/pretrain"
-    at.until(lambda: any(line.startswith("pretrain  ") for line in at.said(run)))
+    checkpoints = at.project.home / "checkpoints/pretrain@decoder"
+    at.until(lambda: any(line.startswith("pretrain@decoder  ") for line in at.said(run)))
     assert at.stages()
     assert not list(checkpoints.glob("*/step-*"))
     at.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -96,6 +97,48 @@ def test_stages_come_in_the_order_they_run(project: Path) -> None:
     names = list(reasons(project))
     assert sorted(names) == sorted(STAGES)
     assert names.index("first") < names.index("last")
+
+
+MATRIX = {
+    "make": {
+        "matrix": {"family": ["decoder", "encoder"]},
+        "cmd": "cp source.txt ${item.family}.txt",
+        "params": ["model", "tune.dataset", {"components/scales.yaml": ["all.model"]}],
+        "outs": ["${item.family}.txt"],
+    }
+}
+
+
+def test_a_family_is_not_restaled_by_anothers_parameters(project: Path) -> None:
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": MATRIX}))
+    (project / "components").mkdir()
+    params: dict[str, Any] = {"model": {"width": 1, "encoder": {"width": 1}}, "tune": {"dataset": "a"}}
+    scales: dict[str, Any] = {"all": {"model": {"depth": 1, "encoder": {"depth": 1}}}}
+
+    def written() -> dict[str, tuple[str, ...]]:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+        (project / "components/scales.yaml").write_text(yaml.safe_dump(scales))
+        return reasons(project)
+
+    assert list(written()) == ["make@decoder", "make@encoder"]
+    for name in written():
+        assert run(name, project) == "ran"
+    params["model"]["encoder"]["width"] = 2
+    assert written() == {"make@decoder": (), "make@encoder": ("params.yaml: model modified",)}
+    assert run("make@decoder", project) == "up to date", "DVC has learned of it too"
+    assert run("make@encoder", project) == "ran"
+    params["tune"]["dataset"] = "b"
+    assert written() == {"make@decoder": ("params.yaml: tune.dataset modified",), "make@encoder": ()}
+    assert run("make@decoder", project) == "ran"
+    scales["all"]["model"]["encoder"]["depth"] = 2
+    assert written() == {"make@decoder": (), "make@encoder": ("components/scales.yaml: all.model modified",)}
+
+
+def test_until_takes_all_of_a_stage_with_a_matrix(project: Path) -> None:
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {**STAGES, **MATRIX}}))
+    (project / "params.yaml").write_text("a: 1\nmodel: {}\ntune: {dataset: a}\n")
+    assert set(reasons(project, until="make")) == {"make@decoder", "make@encoder"}
+    assert set(reasons(project, until="make@encoder")) == {"make@encoder"}
 
 
 def test_until_takes_a_stage_and_what_it_needs(project: Path) -> None:

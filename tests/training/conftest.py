@@ -79,13 +79,14 @@ def project(tmp_path: Path, write_rows: WriteRows) -> Paths:
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(SOURCE / name, tmp_path / name)
     paths = Paths(tmp_path)
-    write_rows(paths.tokens / "pretrain")
-    write_rows(paths.tokens / "tune")
-    paths.tokenizer.mkdir(parents=True)
-    (paths.tokenizer / "tokenizer.json").write_text(
+    write_rows(paths.tokens("decoder") / "pretrain")
+    write_rows(paths.tokens("decoder") / "tune")
+    tokenizer = paths.tokenizer("decoder")
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 0, "content": "<|pad|>"}, {"id": 1, "content": "<|end|>"}]})
     )
-    (paths.tokenizer / "tokenizer_config.json").write_text(
+    (tokenizer / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": ""})
     )
     paths.knowledge.write_bytes(b"facts")
@@ -127,6 +128,7 @@ def new_run(project: Paths) -> NewRun:
     def new(stage: str = "pretrain", seed: int = 0, **changes: Any) -> StageRun:
         overrides = TINY | {f"{stage}.{key}": value for key, value in changes.items()} | {"seed": seed}
         params = load_params(project.params, overrides)
-        return StageRun(stage, params, project, project.root / "state" / stage, Recorder())
+        name = "pretrain@decoder" if stage == "pretrain" else stage
+        return StageRun(name, params, project, project.root / "state" / name, Recorder())
 
     return new

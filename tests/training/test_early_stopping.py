@@ -38,7 +38,12 @@ class Seen:
 
 def trained(run: StageRun, seen: Seen) -> Seen:
     train(
-        run, run.params.pretrain, seen.model, TokenRows(run.paths.tokens / "pretrain", "train"), causal_lm, seen.watch
+        run,
+        run.params.pretrain,
+        seen.model,
+        TokenRows(run.paths.tokens("decoder") / "pretrain", "train"),
+        causal_lm,
+        seen.watch,
     )
     return seen
 

@@ -32,7 +32,7 @@ def trained(run: StageRun) -> tuple[Decoder, Any]:
 
 
 def rows(run: StageRun, split: str = "train") -> TokenRows:
-    return TokenRows(run.paths.tokens / "pretrain", split)
+    return TokenRows(run.paths.tokens("decoder") / "pretrain", split)
 
 
 def batches(run: StageRun, *parts: list[int]) -> list[Batch]:

@@ -38,17 +38,22 @@ def metrics(paths: Paths, stage: str) -> dict[str, Any]:
 def test_the_stages_leave_a_base_and_an_agent(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run("pretrain"))
     tune(new_run("tune"))
-    shapes = {name: load_decoder(folder).config for name, folder in (("base", project.base), ("agent", project.agent))}
+    shapes = {
+        name: load_decoder(folder).config
+        for name, folder in (("base", project.base("decoder")), ("agent", project.agent))
+    }
     assert shapes["base"] == shapes["agent"]
     assert json.loads((project.agent / "agent.json").read_text()) == {
         "tools": ["lookup", "bases", "calculate", "search"],
         "max_steps": 4,
     }
     assert (project.agent / "knowledge.sqlite").read_bytes() == b"facts"
-    for folder in (project.base, project.agent):
-        assert (folder / "tokenizer.json").read_bytes() == (project.tokenizer / "tokenizer.json").read_bytes()
+    for folder in (project.base("decoder"), project.agent):
+        assert (folder / "tokenizer.json").read_bytes() == (
+            project.tokenizer("decoder") / "tokenizer.json"
+        ).read_bytes()
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 1
-    for stage in ("pretrain", "tune"):
+    for stage in ("pretrain@decoder", "tune"):
         read = metrics(project, stage)
         with (project.metrics / f"{stage}_loss.csv").open() as file:
             curve = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
@@ -57,22 +62,24 @@ def test_the_stages_leave_a_base_and_an_agent(project: Paths, new_run: NewRun) -
         assert (read["steps"], read["tokens"]) == (24, 24 * 4 * 30)
         assert 0 < read["test_loss"] < 4
         assert list(new_run(stage).state.iterdir()) == []
-    assert metrics(project, "tune")["loss"] < metrics(project, "pretrain")["loss"]
+    assert metrics(project, "tune")["loss"] < metrics(project, "pretrain@decoder")["loss"]
 
 
 def test_transformers_loads_what_pretrain_leaves(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run())
-    theirs = AutoModelForCausalLM.from_pretrained(project.base)
+    theirs = AutoModelForCausalLM.from_pretrained(project.base("decoder"))
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
-        torch.testing.assert_close(load_decoder(project.base)(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(load_decoder(project.base("decoder"))(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_metrics_hold_nothing_that_changes_between_equal_runs(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run())
-    first = [(project.metrics / name).read_bytes() for name in ("pretrain.json", "pretrain_loss.csv")]
+    first = [(project.metrics / name).read_bytes() for name in ("pretrain@decoder.json", "pretrain@decoder_loss.csv")]
     pretrain(new_run())
-    assert [(project.metrics / name).read_bytes() for name in ("pretrain.json", "pretrain_loss.csv")] == first
+    assert [
+        (project.metrics / name).read_bytes() for name in ("pretrain@decoder.json", "pretrain@decoder_loss.csv")
+    ] == first
 
 
 def test_an_agent_of_other_conversations_has_no_tools(project: Paths, new_run: NewRun) -> None:
@@ -86,33 +93,35 @@ def test_an_agent_of_other_conversations_has_no_tools(project: Paths, new_run: N
 def test_a_stage_refuses_a_mask_that_teaches_nothing(
     stage: str, mask: int, project: Paths, new_run: NewRun, write_rows: Callable[..., Path]
 ) -> None:
-    write_rows(project.tokens / stage, mask=mask)
-    with pytest.raises(InputError, match=f"tokens/{stage}: mask: {600 * mask} of 600 tokens are to be learned"):
+    write_rows(project.tokens("decoder") / stage, mask=mask)
+    with pytest.raises(InputError, match=f"tokens/decoder/{stage}: mask: {600 * mask} of 600 tokens are to be learned"):
         {"pretrain": pretrain, "tune": tune}[stage](new_run(stage))
 
 
 def test_tune_refuses_a_base_of_another_vocabulary(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run())
-    info = json.loads((project.tokens / "tune/rows.json").read_text())
-    (project.tokens / "tune/rows.json").write_text(json.dumps(info | {"vocab_size": 50}))
-    with pytest.raises(InputError, match=r"base: vocab_size 48 differs from the 50 of .*tokens/tune; run"):
+    info = json.loads((project.tokens("decoder") / "tune/rows.json").read_text())
+    (project.tokens("decoder") / "tune/rows.json").write_text(json.dumps(info | {"vocab_size": 50}))
+    with pytest.raises(
+        InputError, match=r"base/decoder: vocab_size 48 differs from the 50 of .*tokens/decoder/tune; run"
+    ):
         tune(new_run("tune"))
 
 
 def test_tune_refuses_rows_longer_than_the_base_takes(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run())
-    model = load_decoder(project.base)
+    model = load_decoder(project.base("decoder"))
     model.config = replace(model.config, max_seq_len=16)
-    save_decoder(model, project.base, project.tokenizer)
+    save_decoder(model, project.base("decoder"), project.tokenizer("decoder"))
     with pytest.raises(InputError, match=r"prepare\.seq_len: 32 exceeds the 16 tokens of the model"):
         tune(new_run("tune"))
 
 
 def test_a_corrupt_base_is_an_input_error(project: Paths, new_run: NewRun) -> None:
     pretrain(new_run())
-    weights = project.base / "model.safetensors"
+    weights = project.base("decoder") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"base/model\.safetensors: corrupt"):
+    with pytest.raises(InputError, match=r"base/decoder/model\.safetensors: corrupt"):
         tune(new_run("tune"))
 
 
@@ -203,7 +212,7 @@ def processes(project: Paths, tiny_settings: dict[str, Any]) -> Iterator[Process
 
 def test_killed_runs_end_at_the_weights_of_an_unbroken_one(processes: Processes) -> None:
     """SIGKILL at random steps, also of the run that went on; then SIGTERM, which saves and says how to go on."""
-    for stage in ("pretrain", "tune"):
+    for stage in ("pretrain@decoder", "tune"):
         expected, _ = processes.finish(stage, "unbroken")
         steps = [random.randint(2, 9) for _ in range(2)]
         for step in steps:
@@ -215,10 +224,10 @@ def test_killed_runs_end_at_the_weights_of_an_unbroken_one(processes: Processes)
 
 
 def test_a_stopped_run_saves_and_says_how_to_go_on(processes: Processes) -> None:
-    code, lines = processes.run("pretrain", "stopped", kill_after=3, by=signal.SIGTERM)
+    code, lines = processes.run("pretrain@decoder", "stopped", kill_after=3, by=signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
     (said,) = (line for line in lines if "stopped at step" in line)
     step = int(said.split("stopped at step ")[1].split(";")[0])
-    digest, lines = processes.finish("pretrain", "stopped")
-    assert f"pretrain  resumed at step {step}" in lines
-    assert digest == processes.finish("pretrain", "unbroken")[0]
+    digest, lines = processes.finish("pretrain@decoder", "stopped")
+    assert f"pretrain@decoder  resumed at step {step}" in lines
+    assert digest == processes.finish("pretrain@decoder", "unbroken")[0]
