@@ -44,8 +44,8 @@ def test_the_stages_leave_a_base_and_an_agent(project: Paths, new_run: NewRun) -
     }
     assert shapes["base"] == shapes["agent"]
     assert json.loads((project.agent / "agent.json").read_text()) == {
-        "tools": ["lookup", "bases", "calculate", "search"],
-        "max_steps": 4,
+        "tools": ["lookup", "bases", "module", "calculate", "search"],
+        "max_steps": 6,
     }
     assert (project.agent / "knowledge.sqlite").read_bytes() == b"facts"
     for folder in (project.base("decoder"), project.agent):
