@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import httpx
 
     from components.feedback.store import Store
-    from serving.api import Serving
+    from serving.state import Serving
 
 ROUNDS = 300
 WARM = 20
@@ -78,15 +78,13 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
     import httpx
 
     from components.config import SCALES_FILE, load_params
-    from serving.api import Serving
     from serving.metrics import Metrics
+    from serving.state import Serving
     from serving.versions import Bundled
 
     config = load_params(SCALES_FILE.parents[1] / "params.yaml").serve
     kept = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
-    kept.models.first.wait()
-    if kept.models.error is not None:
-        raise kept.models.error
+    kept.wait()
     with ExitStack() as stack:
         stack.callback(kept.close)
         store = forgetful(home)

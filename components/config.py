@@ -329,6 +329,8 @@ class ServeConfig(Section):
     """Servers whose tools the agent may call beside its own; needs the extra `mcp`."""
     mcp_call_seconds: float = Field(gt=0)
     """Longest wait for a tool of theirs; then the model is told so."""
+    max_texts: int = Field(ge=1)
+    """Texts of one request to classify or embed; more are answered with 413."""
     max_correction_characters: int = Field(ge=1)
     """Longer corrections and comments are answered with 413."""
     max_prompt_characters: int = Field(ge=1)

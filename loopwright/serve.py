@@ -14,8 +14,13 @@ from loopwright.output import Json
 
 def serve(
     model: Annotated[
-        str, typer.Option("--model", metavar="NAME@ALIAS|NAME/VERSION", help="Which model; an alias is followed.")
-    ] = "agent@champion",
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME@ALIAS|NAME/VERSION",
+            help="Which model; an alias is followed. May be given again for other tasks; default: every champion.",
+        ),
+    ] = None,
     bento: Annotated[str | None, typer.Option(metavar="TAG", help="Serve a built Bento instead.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need an API key.")] = (
         "127.0.0.1"
@@ -27,22 +32,24 @@ def serve(
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Serve the agent over OpenAI's chat API until Ctrl-C; follows agent@champion as it moves."""
-    if challenger_share and (bento is not None or not model.endswith("@champion")):
+    """Serve the champions over OpenAI's API until Ctrl-C; follows agent@champion and the others as they move."""
+    if challenger_share and (bento is not None or not all(one.endswith("@champion") for one in model or ())):
         raise InputError(f"--challenger-share: {challenger_share} needs --model NAME@champion and no --bento")
     paths = Paths(find_root())
     os.chdir(paths.root)
     _environment(paths)
 
     from serving import logs, server
+    from serving.versions import DEFAULT
 
+    wanted = ",".join(model) if model else DEFAULT
     server.check_host(host, paths.home)
     listener = server.listen(host, port)
     if bento is not None:
         _become_bento(bento, listener.detach(), paths, as_json)
     file = logs.log_to(paths.home / "logs")
-    print(f"loading {model}; log: {file}", file=sys.stderr, flush=True)
-    server.serve_model(model, challenger_share, listener, server.announce_json if as_json else server.announce)
+    print(f"loading {wanted}; log: {file}", file=sys.stderr, flush=True)
+    server.serve_model(wanted, challenger_share, listener, server.announce_json if as_json else server.announce)
 
 
 def _environment(paths: Paths) -> None:

@@ -9,114 +9,32 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
 
-from components.agent.mcp_servers import McpServers
-from components.config import ServeConfig
-from components.feedback.lineage import FactsOf, lineage, registry_facts
-from components.feedback.store import Store, UnknownCompletion
-from components.registry import Registry
-from components.traces import Traces
-from serving import page
-from serving.engine import Ask, Engine, Finished, Full, Retired
-from serving.errors import ApiError, StrictRoute, broken_body, shape_errors
+from components.feedback.lineage import lineage
+from components.feedback.store import UnknownCompletion
+from serving import classify, page
+from serving.engine import Ask, Finished, Full, Retired
+from serving.errors import ERRORS, ApiError, StrictRoute, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
-from serving.follow import Follower, describe
-from serving.metrics import CONTENT_TYPE, Metrics
-from serving.versions import Bundled, Registered
+from serving.follow import describe
+from serving.metrics import CONTENT_TYPE
+from serving.state import Running, Serving, who
 from serving.wire import ChatRequest, FeedbackRequest
 
 MAX_KEY_CHARACTERS = 255
 MAX_LISTED = 1000
 
 
-@dataclass
-class Serving:
-    """What the routes share while the server runs."""
-
-    models: Follower
-    store: Store
-    config: ServeConfig
-    metrics: Metrics
-    facts_of: FactsOf
-    mcp: McpServers
-    """Whose tools the agent may call."""
-    traces: Traces | None = None
-    """None: steps are not traced."""
-    draining: bool = False
-    """True once the server was asked to stop: what runs is finished, nothing new is taken."""
-
-    @property
-    def ready(self) -> bool:
-        return self.models.engine is not None and not self.draining
-
-    @property
-    def busy(self) -> bool:
-        return any(engine.running or engine.waiting for engine in self.models.engines)
-
-    @classmethod
-    def open(
-        cls, home: Path, config: ServeConfig, model: str, bundled: Bundled | None = None, share: float = 0.0
-    ) -> Serving:
-        """Open the store and start loading: the `bundled` model, else what `model` names in the registry.
-
-        `share` of the requests go to the challenger, where there is one.
-
-        Raises: InputError when the database cannot be opened, or MCP servers are named and the extra is missing.
-        """
-        mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
-        load = partial(Engine.load, config=config, guests=mcp.tools)
-        if bundled is None:
-            seconds = config.follow_seconds if "@" in model else None
-            models = Follower(model, Registered(Registry(home)), load, seconds, share)
-            facts_of = registry_facts(home)
-        else:
-            models = Follower(str(bundled), bundled, load, None)
-            facts_of = {str(bundled): bundled.facts}.get
-        traces = Traces(home, config.trace_share) if config.traces == "mlflow" else None
-        serving = cls(models, Store.of(home), config, Metrics(), facts_of, mcp, traces)
-        models.start()
-        return serving
-
-    def close(self) -> None:
-        self.models.close()
-        self.mcp.close()
-        if self.traces is not None:
-            self.traces.close()
-        self.store.close()
-
-
-async def _serving(request: Request) -> Serving:
-    serving: Serving = request.app.state.serving
-    return serving
-
-
-class ErrorFacts(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    """Every error, in OpenAI's shape."""
-
-    error: ErrorFacts
-
-
-Running = Annotated[Serving, Depends(_serving)]
-router = APIRouter(route_class=StrictRoute, responses={"4XX": {"model": Error}, "5XX": {"model": Error}})
-ROUTERS = (router, page.router)
+router = APIRouter(route_class=StrictRoute, responses=ERRORS)
+ROUTERS = (router, classify.router, page.router)
 """Every public route is in one of these."""
 
 
@@ -144,7 +62,7 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
     if body.characters > (limit := serving.config.max_prompt_characters):
         message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
         raise ApiError(400, message, "context_length_exceeded", "messages")
-    exchange = await _begin(body, serving, _who(request, body.user))
+    exchange = await _begin(body, serving, who(request, body.user))
     if body.stream:
         return StreamingResponse(
             _chunks(exchange, body),
@@ -161,16 +79,16 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
 @router.get("/v1/models")
 async def models(serving: Running) -> dict[str, Any]:
     """The models being served."""
-    return {"object": "list", "data": describe(serving.models)}
+    return {"object": "list", "data": [row for one in serving.followers for row in describe(one)]}
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, serving: Running) -> dict[str, Any]:
     """One model being served."""
-    if serving.models.engine is None or not serving.models.answers_to(model):
-        raise _unknown_model(model, serving)
-    chosen = serving.models.choose(model, "")
-    return next(row for row in describe(serving.models) if chosen is not None and row["id"] == chosen.name)
+    for follower in serving.followers:
+        if (chosen := follower.choose(model, "")) is not None:
+            return next(row for row in describe(follower) if row["id"] == chosen.name)
+    raise serving.unknown(model)
 
 
 @router.post("/v1/feedback", status_code=202)
@@ -222,11 +140,6 @@ def _voice(request: Request, user: str | None) -> str:
     return str(request.scope.get("voice") or (f"user:{user}" if user else "local"))
 
 
-def _who(request: Request, user: str | None) -> str:
-    """Whom a challenger is kept for: the `user` of the request, else its API key, else the client's address."""
-    return user or str(request.scope.get("voice") or (request.client.host if request.client else ""))
-
-
 @router.get("/v1/lineage/{completion_id}")
 async def completion_lineage(completion_id: str, serving: Running) -> dict[str, Any]:
     """Everything behind one answer, as `loopwright trace` prints it."""
@@ -250,12 +163,11 @@ async def readyz(serving: Running) -> Response:
 @router.get("/metrics", response_class=Response)
 async def metrics(serving: Running) -> Response:
     """Counters for Prometheus."""
-    engine = serving.models.engine
-    if engine is not None:
-        engines = serving.models.engines
-        serving.metrics.queue(sum(one.waiting for one in engines), sum(one.running for one in engines))
-        challenger = serving.models.lineup.challenger
-        serving.metrics.model(engine.name, challenger.name if challenger else None)
+    engines = serving.models.engines
+    serving.metrics.queue(sum(one.waiting for one in engines), sum(one.running for one in engines))
+    for lineup in (follower.lineup for follower in serving.followers):
+        if lineup.champion is not None:
+            serving.metrics.model(lineup.champion.name, lineup.challenger.name if lineup.challenger else None)
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
 
 
@@ -271,11 +183,11 @@ async def docs() -> HTMLResponse:
     )
 
 
-async def _begin(body: ChatRequest, serving: Serving, who: str) -> Exchange:
+async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
     """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
     ask = _ask(body)
     while True:
-        engine = _engine(body, serving, who)
+        engine = serving.choose(serving.models, body.model, asker)
         role = serving.models.role(engine.name)
         exchange = Exchange(engine, body, serving.store, serving.metrics, role, serving.traces)
         try:
@@ -286,20 +198,6 @@ async def _begin(body: ChatRequest, serving: Serving, who: str) -> Exchange:
             raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
         await exchange.started()
         return exchange
-
-
-def _engine(body: ChatRequest, serving: Serving, who: str) -> Engine:
-    engine = serving.models.choose(body.model, who)
-    if engine is not None:
-        return engine
-    if serving.models.engine is None:
-        raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
-    raise _unknown_model(body.model, serving)
-
-
-def _unknown_model(model: str | None, serving: Serving) -> ApiError:
-    served = ", ".join(row["id"] for row in describe(serving.models)) or "none yet"
-    return ApiError(404, f"model: {model!r} is not served here; served: {served}", "model_not_found", "model")
 
 
 def _ask(body: ChatRequest) -> Ask:

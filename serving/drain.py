@@ -7,7 +7,7 @@ import threading
 import time
 from types import FrameType
 
-from serving.api import Serving
+from serving.state import Serving
 
 NOTICE_SECONDS = 1.0
 """Between saying "not ready" and closing the door, for whoever routes requests here to notice."""

@@ -22,9 +22,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from components.feedback.keys import ApiKey
 from components.feedback.store import StoreUnavailable
-from serving.api import ROUTERS, Serving
+from serving.api import ROUTERS
 from serving.errors import error_response, store_unavailable
 from serving.keys import Keyring, Pace, wanted_scope
+from serving.state import Serving
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]

@@ -109,6 +109,11 @@ class Engine:
         done.wait()
 
     @property
+    def context_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.agent.context_len
+
+    @property
     def waiting(self) -> int:
         return len(self._waiting)
 

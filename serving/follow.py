@@ -13,11 +13,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from components.config import InputError
-from serving.engine import Engine
-from serving.smoke import smoke_fault
+from serving.smoke import Loaded, smoke_fault
 from serving.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
@@ -27,27 +26,31 @@ Role = Literal["champion", "challenger", "former"]
 logger = logging.getLogger("loopwright.follow")
 
 
+M = TypeVar("M", bound=Loaded)
+"""What answers: an engine that chats, a reader that classifies."""
+
+
 class Unfit(InputError):
     """A version that cannot be loaded, or fails its smoke test."""
 
 
 @dataclass(frozen=True)
-class Lineup:
+class Lineup(Generic[M]):
     """Who answers now; replaced as a whole, so that each request sees one state."""
 
-    champion: Engine | None = None
+    champion: M | None = None
     """None while the first one loads."""
-    challenger: Engine | None = None
+    challenger: M | None = None
 
 
-class Follower:
+class Follower(Generic[M]):
     """Keeps the lineup at what `source` names for `spec`, looking again every `seconds` (None: loads once)."""
 
     def __init__(
         self,
         spec: str,
         source: Source,
-        load: Callable[[Path, str], Engine],
+        load: Callable[[Path, str], M],
         seconds: float | None,
         share: float = 0.0,
     ) -> None:
@@ -61,8 +64,8 @@ class Follower:
         """Versions that are not tried again."""
         self._unsaid: dict[str, tuple[Version, str]] = {}
         """Versions that failed, of which the registry could not be told yet, and why they did."""
-        self._retiring: list[Engine] = []
-        self.lineup = Lineup()
+        self._retiring: list[M] = []
+        self.lineup: Lineup[M] = Lineup()
         self.first = threading.Event()
         """Set when the first load is over, well or not."""
         self.error: Exception | None = None
@@ -71,12 +74,12 @@ class Follower:
         """Every `NAME/VERSION` that answered since this process started."""
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> M | None:
         """The champion; None while the first one loads."""
         return self.lineup.champion
 
     @property
-    def engines(self) -> list[Engine]:
+    def engines(self) -> list[M]:
         """All that may still be answering."""
         lineup = self.lineup
         return [engine for engine in (lineup.champion, lineup.challenger, *self._retiring) if engine is not None]
@@ -101,7 +104,7 @@ class Follower:
         challenged = self.lineup.challenger is not None and model == f"{self.name}@challenger"
         return challenged or model in (None, self.name, self.spec) or model in self.served
 
-    def choose(self, model: str | None, who: str) -> Engine | None:
+    def choose(self, model: str | None, who: str) -> M | None:
         """The engine that answers `who` on a request for `model`; None where `answers_to` is false, or all load.
 
         The challenger gets its share of those who leave the choice to us, and always the same people
@@ -213,7 +216,7 @@ class Follower:
             self._refused.add(name)
             raise
 
-    def _loaded(self, version: Version) -> Engine:
+    def _loaded(self, version: Version) -> M:
         """Raises: InputError."""
         try:
             return self._load(version.folder, str(version))
@@ -240,7 +243,7 @@ class Follower:
             else:
                 del self._unsaid[name]
 
-    def _switch(self, lineup: Lineup, keep: Engine | None = None) -> None:
+    def _switch(self, lineup: Lineup[M], keep: M | None = None) -> None:
         """Change who answers; who no longer does is retired, but for `keep`."""
         before, self.lineup = self.lineup, lineup
         now = (lineup.champion, lineup.challenger)
@@ -252,7 +255,7 @@ class Follower:
             if engine is not None and engine is not keep and engine not in now:
                 self._end(engine)
 
-    def _end(self, engine: Engine) -> None:
+    def _end(self, engine: M) -> None:
         """Retire an engine that no longer answers."""
         lineup = self.lineup
         if engine not in (lineup.champion, lineup.challenger):
@@ -266,7 +269,7 @@ def _portion(challenger: str, who: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def describe(follower: Follower) -> list[dict[str, Any]]:
+def describe(follower: Follower[Any]) -> list[dict[str, Any]]:
     """The models of `GET /v1/models`."""
     lineup = follower.lineup
     return [
@@ -276,7 +279,7 @@ def describe(follower: Follower) -> list[dict[str, Any]]:
     ]
 
 
-def _described(engine: Engine, role: str) -> dict[str, Any]:
+def _described(engine: Loaded, role: str) -> dict[str, Any]:
     name, _, version = engine.name.partition("/")
     return {
         "id": engine.name,
@@ -286,5 +289,5 @@ def _described(engine: Engine, role: str) -> dict[str, Any]:
         "name": name,
         "version": version,
         "role": role,
-        "context_length": engine.agent.context_len,
+        "context_length": engine.context_len,
     }

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import uvicorn
 
 from components.config import Paths, load_params
-from serving.api import Serving, new_api
+from serving.api import new_api
 from serving.edge import Edge
 from serving.server import listen
+from serving.state import Serving
 
 
 @contextmanager
@@ -23,9 +24,7 @@ def local_endpoint(paths: Paths, model: str) -> Iterator[str]:
     api = new_api()
     api.state.serving = serving = Serving.open(paths.home, load_params(paths.params).serve, model)
     try:
-        serving.models.first.wait()
-        if serving.models.error is not None:
-            raise serving.models.error
+        serving.wait()
         listener = listen("127.0.0.1", 0)
         server = uvicorn.Server(uvicorn.Config(Edge(api, api), log_config=None, access_log=False, lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="endpoint", daemon=True)

@@ -10,6 +10,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
@@ -52,6 +53,25 @@ class Metrics:
         self.tokens = Counter("loopwright_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
         self.answers = Counter("loopwright_answers", "Finished answers.", ["finish_reason"], registry=self.registry)
         self.feedback = Counter("loopwright_feedback", "Votes taken in.", ["rating"], registry=self.registry)
+        self.texts = Counter("loopwright_texts", "Texts read.", ["route"], registry=self.registry)
+        self.truncated = Counter(
+            "loopwright_truncated_texts",
+            "Texts of which only the beginning was read: they are longer than the model reads.",
+            ["route"],
+            registry=self.registry,
+        )
+        self.classify_batch = Histogram(
+            "loopwright_classify_batch_size",
+            "Texts that were classified in one go.",
+            buckets=BATCHES,
+            registry=self.registry,
+        )
+        self.embed_batch = Histogram(
+            "loopwright_embed_batch_size",
+            "Texts that were embedded in one go.",
+            buckets=BATCHES,
+            registry=self.registry,
+        )
         self.role_answers = Counter(
             "loopwright_role_answers", "Finished answers, by what the model was.", ["role"], registry=self.registry
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import gc
+import json
 import os
 import signal
 import socket
@@ -29,13 +30,13 @@ from serving.logs import log_to
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serving.api import Serving
+    from serving.state import Serving
 
 PATIENCE_SECONDS = 30
 """For connections that are still open when the answers are finished."""
 
-Ready = Callable[[str, str], None]
-"""Told the address and the `NAME/VERSION` once it answers."""
+Ready = Callable[[str, list[str]], None]
+"""Told the address and each `NAME/VERSION` once they answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -128,12 +129,13 @@ class _FirstModel(threading.Thread):
             if self.ended.wait(0.02):
                 return
         serving: Serving = self._api.state.serving
-        serving.models.first.wait()
-        self.error = serving.models.error
-        if serving.models.engine is not None:
-            self._ready(self._url, serving.models.engine.name)
-        else:
+        try:
+            serving.wait()
+        except Exception as error:  # noqa: BLE001 (raised by `run`, in the thread that is to end)
+            self.error = error
             self._server.should_exit = True
+        else:
+            self._ready(self._url, serving.served)
 
 
 def main() -> None:
@@ -151,12 +153,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def announce(url: str, model: str) -> None:
-    print(f"{model} answers on {url}  (chat API: {url}/v1, Ctrl-C stops)", flush=True)
+def announce(url: str, models: list[str]) -> None:
+    answer = "answers" if len(models) == 1 else "answer"
+    print(f"{', '.join(models)} {answer} on {url}  (OpenAI's API: {url}/v1, Ctrl-C stops)", flush=True)
 
 
-def announce_json(url: str, model: str) -> None:
-    print(f'{{"url": "{url}", "model": "{model}", "pid": {os.getpid()}}}', flush=True)
+def announce_json(url: str, models: list[str]) -> None:
+    print(json.dumps({"url": url, "model": models[0], "models": models, "pid": os.getpid()}), flush=True)
 
 
 if __name__ == "__main__":

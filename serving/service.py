@@ -14,19 +14,22 @@ import bentoml
 from pydantic import BaseModel, Field
 
 from components.config import Paths, load_params
-from serving.api import Serving, new_api
+from serving.api import new_api
+from serving.batching import CLOSED, MAX_BATCH_SIZE, MAX_LATENCY_MS, Batching, embed_all, label_all
 from serving.drain import drain_on_signals
 from serving.edge import Edge
-from serving.versions import Bundled
+from serving.state import Serving
+from serving.versions import DEFAULT, Bundled
 
 DAY_SECONDS = 86_400
+ADAPTIVE: dict[str, Any] = {"batchable": True, "max_batch_size": MAX_BATCH_SIZE, "max_latency_ms": MAX_LATENCY_MS}
 
 
 class Arguments(BaseModel):
     """What a Bento was built with, or `--arg` says."""
 
-    model: str = "agent@champion"
-    """`NAME@ALIAS`, followed, or `NAME/VERSION`, in the registry."""
+    model: str = DEFAULT
+    """`NAME@ALIAS`, followed, or `NAME/VERSION`, in the registry; several between commas, one for each task."""
     challenger_share: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the requests that the challenger answers, where there is one."""
     weights: str = ""
@@ -38,7 +41,7 @@ arguments = bentoml.use_arguments(Arguments)
 
 
 class Endpoint:
-    """Answers chats with the agent, and keeps what people say about the answers."""
+    """Answers chats, reads texts, and keeps what people say about the answers."""
 
     if arguments.weights:
         weights = bentoml.models.BentoModel(arguments.weights)
@@ -50,6 +53,14 @@ class Endpoint:
         share = arguments.challenger_share
         api.state.serving = self.serving = Serving.open(paths.home, config, arguments.model, bundled, share)
         drain_on_signals(self.serving)
+
+    @bentoml.api(route=CLOSED["classify"], **ADAPTIVE)  # type: ignore[untyped-decorator]
+    def classify(self, asked: list[Any]) -> list[Any]:
+        return label_all(asked, self.serving.metrics)
+
+    @bentoml.api(route=CLOSED["embed"], **ADAPTIVE)  # type: ignore[untyped-decorator]
+    def embed(self, asked: list[Any]) -> list[Any]:
+        return embed_all(asked, self.serving.metrics)
 
     def __is_ready__(self) -> bool:
         return self.serving.ready
@@ -72,3 +83,4 @@ endpoint = bentoml.service(
     metrics={"enabled": False, "namespace": "bentoml_service"},
 )
 endpoint.add_asgi_middleware(Edge, api=api)
+endpoint.add_asgi_middleware(Batching, api=api)

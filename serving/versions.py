@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from components.config import InputError
 from components.registry import Registry
+
+Task = Literal["chat", "classify"]
+TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify"}
+"""What the models that a run makes do; another name's folder is asked."""
+DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
+"""Served where nothing is asked for: the champion of each, where there is one."""
 
 
 class Version(Protocol):
@@ -77,3 +84,21 @@ class Registered:
 
     def withdraw(self, version: Version, reason: str) -> None:
         self._registry.withdraw(self._registry.resolve(str(version)), reason)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """The source of a task that this server leaves to others."""
+
+    task: str
+    others: list[str]
+    """The models that are served."""
+
+    def named(self, _spec: str) -> tuple[str, str | None]:
+        raise InputError(f"no model that can {self.task} is served here; served: {', '.join(self.others)}")
+
+    def version(self, name: str) -> Version:
+        raise InputError(f"{name}: not served here")
+
+    def withdraw(self, version: Version, reason: str) -> None:
+        """Nothing fails where nothing is."""

@@ -133,3 +133,55 @@ def registered(registry: Registry) -> Callable[..., ModelVersion]:
         return registry.register(folder, "agent", {"score": score, "lookup/score": score}, tags, None)
 
     return register
+
+
+TOPICS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cat", "dog", "cow"]}
+
+
+@pytest.fixture(scope="session")
+def classifier_maker() -> Callable[..., Path]:
+    """Writes a model folder that tells fruit, metal and animal apart; `turned` shifts what it says by one label."""
+
+    def make(folder: Path, turned: int = 0, max_seq_len: int = 16) -> Path:
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+        from components.models.checkpoint import save_model
+        from components.models.encoder import Classifier, EncoderConfig
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(word for topic in TOPICS.values() for word in topic)]
+        tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        tokenizer.add_special_tokens(words[:4])
+        spelled = folder.parent / f"{folder.name}-tokenizer"
+        spelled.mkdir(parents=True)
+        tokenizer.save(str(spelled / "tokenizer.json"))
+        (spelled / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]"})
+        )
+        torch.manual_seed(0)
+        labels = tuple(TOPICS)
+        model = Classifier(EncoderConfig(len(words), 32, 2, 2, 64, max_seq_len, labels=labels))
+        torch.nn.init.normal_(model.embed.weight, std=0.3)
+        texts = [(word, index) for index, topic in enumerate(TOPICS.values()) for word in topic]
+        ids = torch.tensor([tokenizer.encode(word).ids for word, _ in texts])
+        wanted = torch.tensor([(index + turned) % len(labels) for _, index in texts])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for _ in range(120):
+            loss = torch.nn.functional.cross_entropy(model.logits(ids), wanted)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert loss < 0.1
+        save_model(model, folder, spelled)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(classifier_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return classifier_maker(tmp_path_factory.mktemp("model") / "classifier")

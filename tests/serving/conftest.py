@@ -25,9 +25,10 @@ from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.reference import facts
 from components.registry import Registry
-from serving.api import Serving, new_api
+from serving.api import new_api
 from serving.edge import Edge
 from serving.engine import Engine
+from serving.state import Serving
 from serving.versions import Bundled
 
 ROOT = SCALES_FILE.parents[1]
@@ -148,12 +149,12 @@ class Local:
 
 
 @contextmanager
-def open_local(folder: Path, home: Path) -> Iterator[Local]:
-    """The routes with everything around them, answering with a tiny agent as if out of a Bento."""
+def open_local(folder: Path, home: Path, name: str = "agent") -> Iterator[Local]:
+    """The routes with everything around them, answering with one tiny model as if out of a Bento."""
     api = new_api()
-    bundled = Bundled(folder, {"name": "agent", "version": 1, "run_id": "r1", "tags": {"git_commit": "c0ffee"}})
+    bundled = Bundled(folder, {"name": name, "version": 1, "run_id": "r1", "tags": {"git_commit": "c0ffee"}})
     api.state.serving = serving = Serving.open(home, load_params(ROOT / "params.yaml").serve, "", bundled)
-    serving.models.first.wait()
+    serving.wait()
     try:
         yield Local(TestClient(Edge(api, api), raise_server_exceptions=False), serving)
     finally:
@@ -167,7 +168,7 @@ def local(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def local_app() -> Callable[[Path, Path], AbstractContextManager[Local]]:
+def local_app() -> Callable[..., AbstractContextManager[Local]]:
     """For tests that need an app of their own."""
     return open_local
 
@@ -213,7 +214,7 @@ class Project:
 
 
 @pytest.fixture(scope="session")
-def project(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(agent_folder: Path, classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp("project")
     for name in ("params.yaml", "dvc.yaml"):
         (root / name).write_bytes((ROOT / name).read_bytes())
@@ -222,4 +223,5 @@ def project(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pro
     project = Project(root)
     registry = Registry(project.home)
     registry.promote(registry.register(agent_folder, "agent", {"score": 0.5}, {"git_commit": "c0ffee"}, None))
+    registry.promote(registry.register(classifier_folder, "classifier", {"score": 0.9}, {}, None))
     return project

@@ -93,7 +93,52 @@ def test_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
 
 
 def test_openai_client_lists_the_served_version(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["agent/1"]
+    assert [model.id for model in client.models.list()] == ["agent/1", "classifier/1"]
+
+
+def test_openai_client_gets_embeddings(client: openai.OpenAI) -> None:
+    answer = client.embeddings.create(model="classifier", input=["iron", "tin", "cow"])  # as base64, its own choice
+    iron, tin, cow = (one.embedding for one in answer.data)
+    assert len(iron) == 32
+    assert sum(a * b for a, b in zip(iron, tin, strict=True)) > sum(a * b for a, b in zip(iron, cow, strict=True))
+    assert answer.usage.total_tokens == 9
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="classifier", input=[1, 2, 3])
+    assert "token ids are not supported" in refused.value.message
+
+
+def test_texts_that_come_at_once_are_read_together(url: str) -> None:
+    words = ["iron", "cow", "apple"] * 16
+    found: dict[int, str] = {}
+    with httpx.Client(limits=httpx.Limits(max_connections=48), timeout=60) as http:
+
+        def ask(number: int) -> None:
+            answer = http.post(f"{url}/v1/classify", json={"input": words[number]})
+            found[number] = answer.json()["results"][0]["label"]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(words))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [found[number] for number in range(len(words))] == ["metal", "animal", "fruit"] * 16
+    told = httpx.get(f"{url}/metrics").text.splitlines()
+    batches = {
+        row.split()[0]: float(row.split()[1]) for row in told if row.startswith("loopwright_classify_batch_size")
+    }
+    assert batches["loopwright_classify_batch_size_sum"] >= len(words)
+    assert batches["loopwright_classify_batch_size_count"] < batches["loopwright_classify_batch_size_sum"]
+
+
+def test_a_request_of_many_texts_is_split_and_put_together_again(url: str) -> None:
+    answer = httpx.post(f"{url}/v1/classify", json={"input": ["iron", "cow", "apple"] * 60}, timeout=60).json()
+    assert [one["label"] for one in answer["results"]] == ["metal", "animal", "fruit"] * 60
+
+
+def test_the_routes_of_bentoml_itself_are_shut(url: str) -> None:
+    for path in ("/batches/classify", "/batches/embed"):
+        answer = httpx.post(f"{url}{path}", json={"asked": ["iron"]})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
 def test_many_clients_at_once_get_their_own_answers(client: openai.OpenAI) -> None:

@@ -1,0 +1,160 @@
+"""The routes that read texts, in one process: their shapes, what they refuse, what they count, and how they swap."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.follow import Follower, Unfit
+from serving.readers import Reader
+from serving.versions import Bundled, Version
+
+TOPICS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cat", "dog", "cow"]}
+
+
+@pytest.fixture(scope="module")
+def texts(classifier_folder: Path, tmp_path_factory: pytest.TempPathFactory, local_app: Any) -> Iterator[Any]:
+    """An endpoint that serves a classifier alone."""
+    with local_app(classifier_folder, tmp_path_factory.mktemp("home"), "classifier") as app:
+        yield app
+
+
+def classify(app: Any, body: Any, path: str = "/v1/classify") -> Any:
+    return app.client.post(path, json=body)
+
+
+def test_every_text_gets_its_label_and_the_scores_of_all(texts: Any) -> None:
+    words = [word for topic in TOPICS.values() for word in topic]
+    answer = classify(texts, {"input": words}).json()
+    assert answer["model"] == "classifier/1"
+    assert [one["label"] for one in answer["results"]] == [topic for topic, many in TOPICS.items() for _ in many]
+    for one in answer["results"]:
+        assert set(one["scores"]) == set(TOPICS)
+        assert sum(one["scores"].values()) == pytest.approx(1)
+        assert one["truncated"] is False
+    (alone,) = classify(texts, {"input": "apple"}).json()["results"]
+    assert alone["scores"] == pytest.approx(answer["results"][0]["scores"]), "a text alone is a list of one"
+
+
+def test_a_cut_text_is_said_and_counted(texts: Any) -> None:
+    def count(what: str) -> float:
+        line = next(row for row in texts.client.get("/metrics").text.splitlines() if row.startswith(what))
+        return float(line.rpartition(" ")[2])
+
+    classify(texts, {"input": ["iron"]})
+    before = count('loopwright_truncated_texts_total{route="/v1/classify"}')
+    found = classify(texts, {"input": ["iron", "iron " * 50]}).json()["results"]
+    assert [one["truncated"] for one in found] == [False, True]
+    assert count('loopwright_truncated_texts_total{route="/v1/classify"}') == before + 1
+
+
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings"])
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({}, 400, "input: missing; it is required"),
+        ({"input": []}, 400, "input: []: List should have at least 1 item"),
+        ({"input": ""}, 400, 'input: "": an empty text; send words'),
+        ({"input": ["iron", " \n"]}, 400, 'input[1]: " \\n": an empty text; send words'),
+        ({"input": [1, 2]}, 400, "input: [1, 2]: token ids are not supported; send texts"),
+        ({"input": [[1, 2]]}, 400, "input: [[1, 2]]: token ids are not supported; send texts"),
+        ({"input": [{"text": "iron"}]}, 400, "expected texts"),
+        ({"input": ["iron", 3]}, 400, "input[1]: 3: Input should be a valid string"),
+        ({"input": 3}, 400, "input: 3: expected a text or a list of texts"),
+        ({"input": ["iron"] * 257}, 413, "input: 257 texts; send at most 256 (serve.max_texts)"),
+        ({"input": "x" * 2_000_000}, 413, "body: larger than 1048576 bytes; send less"),
+        ({"input": "iron", "model": "gpt-5"}, 404, "model: 'gpt-5' is not served here; served: classifier/1"),
+    ],
+)
+def test_bad_input_is_told_what_to_send(texts: Any, path: str, body: Any, status: int, said: str) -> None:
+    answer = classify(texts, body, path)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (
+        status,
+        "not_found_error" if status == 404 else "invalid_request_error",
+    )
+    assert said in answer.json()["error"]["message"]
+
+
+def test_embeddings_have_openais_shape_in_both_encodings(texts: Any) -> None:
+    answer = classify(texts, {"input": ["iron", "cow"], "model": "classifier"}, "/v1/embeddings").json()
+    assert (answer["object"], answer["model"]) == ("list", "classifier/1")
+    assert [(one["object"], one["index"]) for one in answer["data"]] == [("embedding", 0), ("embedding", 1)]
+    assert answer["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    packed = classify(texts, {"input": "iron", "encoding_format": "base64"}, "/v1/embeddings").json()
+    vector = struct.unpack("<32f", base64.b64decode(packed["data"][0]["embedding"]))
+    assert vector == pytest.approx(answer["data"][0]["embedding"], abs=1e-6)
+
+
+def test_only_the_models_own_number_of_dimensions_is_given(texts: Any) -> None:
+    given = classify(texts, {"input": "iron", "dimensions": 32}, "/v1/embeddings")
+    assert given.status_code == 200
+    refused = classify(texts, {"input": "iron", "dimensions": 8}, "/v1/embeddings")
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "dimensions: 8: classifier/1 has 32; send that or leave it out"
+
+
+def test_routes_without_a_model_say_what_is_missing(texts: Any, local: Any) -> None:
+    chat = texts.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hello"}]})
+    assert chat.status_code == 404
+    assert "no model that can chat is served here; served: classifier/1" in chat.json()["error"]["message"]
+    labels = local.client.post("/v1/classify", json={"input": "iron"})
+    assert (labels.status_code, labels.json()["error"]["code"]) == (404, "model_not_found")
+    assert "no model that can classify is served here; served: agent/1" in labels.json()["error"]["message"]
+
+
+def test_a_classifier_alone_is_ready_and_listed(texts: Any) -> None:
+    assert texts.client.get("/readyz").status_code == 200
+    listed = texts.client.get("/v1/models").json()["data"]
+    assert [(one["id"], one["role"], one["context_length"]) for one in listed] == [("classifier/1", "champion", 16)]
+    assert texts.client.get("/v1/models/classifier").json()["id"] == "classifier/1"
+    assert 'loopwright_model_version{name="classifier"} 1.0' in texts.client.get("/metrics").text
+
+
+class Alias:
+    """An alias that a test moves by hand."""
+
+    def __init__(self, folders: dict[int, Path]) -> None:
+        self.folders, self.number = folders, 1
+        self.answers: dict[int, str] = {}
+        self.withdrawn: list[str] = []
+
+    def named(self, _spec: str) -> tuple[str, str | None]:
+        return f"classifier/{self.number}", None
+
+    def version(self, name: str) -> Bundled:
+        number = int(name.partition("/")[2])
+        tags = {"smoke_question": "iron", "smoke_answer": self.answers.get(number, "metal")}
+        return Bundled(self.folders[number], {"name": "classifier", "version": number, "tags": tags})
+
+    def withdraw(self, version: Version, reason: str) -> None:
+        self.withdrawn.append(f"{version}: {reason}")
+
+
+def test_a_classifier_is_swapped_after_its_smoke_test_alone(
+    classifier_folder: Path, classifier_maker: Callable[..., Path], tmp_path: Path
+) -> None:
+    turned = classifier_maker(tmp_path / "turned", turned=1)
+    alias = Alias({1: classifier_folder, 2: turned, 3: turned})
+    alias.answers = {3: "animal"}
+    follower = Follower("classifier@champion", alias, Reader.load, None)
+    follower.look()
+    alias.number = 2
+    with pytest.raises(
+        Unfit, match="classifier/2: failed its smoke test: 'iron': answered 'animal' instead of 'metal'"
+    ):
+        follower.look()
+    assert follower.engine is not None
+    assert follower.engine.name == "classifier/1"
+    assert alias.withdrawn == ["classifier/2: 'iron': answered 'animal' instead of 'metal'"]
+    with follower.engine.held():
+        alias.number = 3
+        follower.look()
+        assert [(one.name, one.running) for one in follower.engines] == [("classifier/3", 0), ("classifier/1", 1)]
+    follower.look()
+    assert [one.name for one in follower.engines] == ["classifier/3"], "whoever held the old one is done"
+    follower.close()
