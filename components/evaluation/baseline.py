@@ -1,4 +1,4 @@
-"""What a classifier must be worth its while against: TF-IDF and logistic regression, from scikit-learn."""
+"""What a model must be worth its while against, from scikit-learn: TF-IDF with a regression, or with a look at the nearest."""
 
 from __future__ import annotations
 
@@ -27,3 +27,15 @@ def tfidf_probabilities(
     probabilities = np.zeros((len(asked), len(names)))
     probabilities[:, columns] = model.predict_proba(list(asked))
     return probabilities
+
+
+def nearest_targets(sources: Sequence[str], targets: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """For each text of `asked`, the target of the source that is most like it by TF-IDF's cosine; the first of equals."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"[A-Za-z0-9]+")
+    known = vectorizer.fit_transform(list(sources))
+    index = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute").fit(known)
+    places = index.kneighbors(vectorizer.transform(list(asked)), return_distance=False)
+    return [targets[place] for place in places[:, 0]]
