@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -283,6 +283,10 @@ class EvaluateConfig(Section):
     """Tokens per model turn at most."""
     documents_tokens: int = Field(ge=256)
     """Held-out tokens read for bits per byte."""
+    shots: list[Annotated[int, Field(ge=0)]]
+    """Numbers of solved examples before a question at which the agent is measured too."""
+    shot_questions: int = Field(ge=0)
+    """Questions per suite asked so; 0: none."""
 
 
 class McpServer(Section):

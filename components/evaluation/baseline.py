@@ -1,4 +1,4 @@
-"""What a model must be worth its while against, from scikit-learn: TF-IDF with a regression, or with a look at the nearest."""
+"""What a model must be worth its while against, from scikit-learn: TF-IDF with a regression or the nearest text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tfidf_probabilities(
 
 
 def nearest_targets(sources: Sequence[str], targets: Sequence[str], asked: Sequence[str]) -> list[str]:
-    """For each text of `asked`, the target of the source that is most like it by TF-IDF's cosine; the first of equals."""
+    """For each text of `asked`, the target of the source that is most like it by TF-IDF's cosine."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.neighbors import NearestNeighbors
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,32 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from components.agent.agent import Agent, Answer
-from components.agent.lockstep import answer_all
+from components.agent.agent import Agent
 from components.config import EvaluateConfig, Params
 from components.data.datasets import Row, read_rows, shards, write_json
+from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
-from components.generation.decode import Sampling
+from components.evaluation.questions import COLUMNS, answer_questions, read_questions
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.stage import StageRun
 
 Figures = dict[str, Any]
-COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
 ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
 """What a model answered to the suites, and which held-out sets asked, up to how many questions of each suite."""
-FREE_TEXT_SAMPLES = 64
-
-
-@dataclass(frozen=True)
-class Question:
-    """One held-out question and what a right answer is."""
-
-    suite: str
-    messages: list[Row]
-    tools: str | None
-    expected: str
-    expected_calls: list[Row]
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,8 @@ class Evaluation:
 def evaluate(run: StageRun) -> None:
     """Write `data/metrics/evaluate.json`, the plots and `data/evaluation/answers.parquet`."""
     evaluation = measure(run.paths.agent, run.paths.collected, run.params, run.progress)
-    figures = {**evaluation.figures, "seed": run.params.seed, "scale": run.params.scale}
+    shots = _measure_shots(run)
+    figures = {**evaluation.figures, "few_shot": shots, "seed": run.params.seed, "scale": run.params.scale}
     write_json(run.paths.metrics / "evaluate.json", figures)
     _write_plot(run.paths.metrics / "evaluate_suites.csv", figures["suites"])
     write_answers(
@@ -99,23 +86,13 @@ def measure(
     return Evaluation(figures, table)
 
 
-def answer_questions(
-    model: Decoder,
-    agent: Agent,
-    questions: Sequence[Question],
-    config: EvaluateConfig,
-    progress: Callable[..., None] = lambda *args, **facts: None,
-) -> list[Row]:
-    """One row of `COLUMNS` for each question, in order: what the agent said, and whether that is right."""
-    answers = answer_all(
-        model,
-        agent,
-        [(question.messages, question.tools) for question in questions],
-        Sampling(max_new_tokens=config.max_new_tokens, stop_ids=(agent.tokenizer.end_id,)),
-        config.batch_size,
-        lambda done: progress(done, len(questions), answered=done),
-    )
-    return [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+def _measure_shots(run: StageRun) -> dict[str, Figures]:
+    """How examples in the prompt change what the agent gets right."""
+    config, folders = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
+    model = load_decoder(run.paths.agent, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    agent = Agent.load(run.paths.agent, model.config.max_seq_len)
+    questions = [question for folder in folders for question in read_questions(folder, config.shot_questions)]
+    return few_shot(model, agent, folders, questions, config, run.params.seed, run.progress)
 
 
 def write_answers(folder: Path, table: list[Row], collected: Path, params: Params, most: int) -> None:
@@ -131,7 +108,8 @@ def _columns(table: list[Row]) -> dict[str, list[Any]]:
 
 def held_out_digest(collected: Path, params: Params) -> str:
     """Identity of what is asked: two evaluations compare only when theirs are equal."""
-    digest = hashlib.blake2b(params.evaluate.model_dump_json().encode(), digest_size=16)
+    settings = params.evaluate.model_dump_json(exclude={"shots", "shot_questions"})
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
     for name in [*params.pretrain.datasets, *params.tune.datasets]:
         for shard in shards(collected / name, "test"):
             digest.update(f"{name}/{shard.name}".encode())
@@ -143,58 +121,11 @@ def held_out_digest(collected: Path, params: Params) -> str:
 def flat_metrics(figures: Figures) -> dict[str, float]:
     """The figures under the names the tracker shows."""
     flat = {"score": float(figures["score"])}
-    for group in ("suites", "documents"):
-        for name, values in figures[group].items():
-            flat.update(
-                {f"{name}/{key}": float(value) for key, value in values.items() if isinstance(value, (int, float))}
-            )
+    for group, place in (("suites", ""), ("documents", ""), ("few_shot", "few_shot/")):
+        for name, values in figures.get(group, {}).items():
+            numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+            flat.update({f"{place}{name}/{key}": value for key, value in numbers.items()})
     return flat
-
-
-def read_questions(folder: Path, most: int) -> Iterator[Question]:
-    """The first `most` held-out questions of each suite; of conversations without suites, a sample to look at."""
-    counts: dict[str, int] = {}
-    for row in read_rows(folder, "test"):
-        suite = row["suite"] or folder.name
-        limit = most if row["suite"] else min(FREE_TEXT_SAMPLES, most)
-        counts[suite] = counts.get(suite, 0) + 1
-        if counts[suite] <= limit:
-            yield _question(suite, row)
-
-
-def _question(suite: str, row: Row) -> Question:
-    messages = row["messages"]
-    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
-    rest = [message for message in messages[last_user + 1 :] if message["role"] == "assistant"]
-    # A client's tools are run by the client: the model's first turn is its whole answer.
-    rest = rest[:1] if row["tools"] else rest
-    calls = [call["function"] for message in rest for call in message["tool_calls"] or []]
-    expected_calls = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
-    expected = (rest[-1]["content"] or "") if rest else ""
-    return Question(suite, messages[: last_user + 1], row["tools"], expected, expected_calls)
-
-
-def _judge(question: Question, answer: Answer | None) -> Row:
-    calls: list[Row] = []
-    if answer is not None:
-        calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
-        calls += [
-            {"name": step["name"], "arguments": step["arguments"]} for step in answer.steps if step["type"] == "call"
-        ]
-    said = answer.content if answer is not None else ""
-    right_calls = calls == question.expected_calls
-    # Small talk must go without a call; elsewhere the answer in words is what counts.
-    needs_calls = bool(question.tools) or not question.expected_calls
-    return {
-        "suite": question.suite,
-        "question": next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), "") or "",
-        "expected": question.expected,
-        "answer": said,
-        "expected_calls": json.dumps(question.expected_calls, ensure_ascii=False),
-        "calls": json.dumps(calls, ensure_ascii=False),
-        "correct": " ".join(said.split()) == " ".join(question.expected.split()) and (right_calls or not needs_calls),
-        "right_calls": right_calls,
-    }
 
 
 def _figures(table: list[Row]) -> dict[str, Figures]:

@@ -26,14 +26,13 @@ from components.data.preferences import Answer, Role, encode_preferences
 from components.evaluation.evaluate import (
     ANSWERS,
     ANSWERS_OF,
-    answer_questions,
     held_out_digest,
     read_conversations,
-    read_questions,
     write_answers,
 )
 from components.evaluation.gate import Mode, Slice, Verdict, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
+from components.evaluation.questions import answer_questions, read_questions
 from components.feedback.items import NO_CALL
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder

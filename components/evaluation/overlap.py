@@ -14,7 +14,7 @@ class Overlap:
     """F-measure of words, stemmed; mean over texts (Lin 2004)."""
     rouge2: float
     """The same of pairs of words."""
-    rougeL: float  # noqa: N815 - its name in the field
+    rougeL: float
     """The same of the longest common subsequence of words."""
     chrf: float
     """F-measure of runs of up to six characters over all texts together (Popović 2015)."""
@@ -28,7 +28,9 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> Overlap:
     Raises: ValueError when there are not as many of one as of the other, or none.
     """
     if len(texts) != len(references) or not texts:
-        raise ValueError(f"texts: {len(texts)} with {len(references)} references; give as many of each, and at least one")
+        raise ValueError(
+            f"texts: {len(texts)} with {len(references)} references; give as many of each, and at least one"
+        )
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics import CHRF
 

@@ -1,4 +1,4 @@
-"""Targets out of an encoder-decoder: the likeliest token each time, or beam search (Wu et al. 2016, eq. 14, simplified).
+"""Targets out of an encoder-decoder: the likeliest token each time, or beam search (Wu et al. 2016, section 7).
 
 A target's score is the sum of its tokens' log-probabilities, its end included, divided by its number of tokens to the
 power `length_penalty`; a search ends when no running beam can still beat the worst of the kept targets.

@@ -16,8 +16,9 @@ import torch
 
 from components.config import Paths
 from components.data.datasets import Row
-from components.evaluation.evaluate import COLUMNS, held_out_digest
+from components.evaluation.evaluate import held_out_digest
 from components.evaluation.judge import Scores, _slices, judge
+from components.evaluation.questions import COLUMNS
 from components.feedback.curate import curate
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 

@@ -1,0 +1,94 @@
+"""Held-out questions put to an agent, and whether each was answered right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.agent.agent import Agent, Answer
+from components.agent.lockstep import answer_all
+from components.config import EvaluateConfig
+from components.data.datasets import Row, read_rows
+from components.generation.decode import Sampling
+from components.models.decoder import Decoder
+
+COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
+FREE_TEXT_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """One held-out question and what a right answer is."""
+
+    suite: str
+    messages: list[Row]
+    tools: str | None
+    expected: str
+    expected_calls: list[Row]
+
+
+def answer_questions(
+    model: Decoder,
+    agent: Agent,
+    questions: Sequence[Question],
+    config: EvaluateConfig,
+    progress: Callable[..., None] = lambda *args, **facts: None,
+) -> list[Row]:
+    """One row of `COLUMNS` for each question, in order: what the agent said, and whether that is right."""
+    answers = answer_all(
+        model,
+        agent,
+        [(question.messages, question.tools) for question in questions],
+        Sampling(max_new_tokens=config.max_new_tokens, stop_ids=(agent.tokenizer.end_id,)),
+        config.batch_size,
+        lambda done: progress(done, len(questions), answered=done),
+    )
+    return [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+
+
+def read_questions(folder: Path, most: int) -> Iterator[Question]:
+    """The first `most` held-out questions of each suite; of conversations without suites, a sample to look at."""
+    counts: dict[str, int] = {}
+    for row in read_rows(folder, "test"):
+        suite = row["suite"] or folder.name
+        limit = most if row["suite"] else min(FREE_TEXT_SAMPLES, most)
+        counts[suite] = counts.get(suite, 0) + 1
+        if counts[suite] <= limit:
+            yield _question(suite, row)
+
+
+def _question(suite: str, row: Row) -> Question:
+    messages = row["messages"]
+    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
+    rest = [message for message in messages[last_user + 1 :] if message["role"] == "assistant"]
+    # A client's tools are run by the client: the model's first turn is its whole answer.
+    rest = rest[:1] if row["tools"] else rest
+    calls = [call["function"] for message in rest for call in message["tool_calls"] or []]
+    expected_calls = [{"name": call["name"], "arguments": json.loads(call["arguments"])} for call in calls]
+    expected = (rest[-1]["content"] or "") if rest else ""
+    return Question(suite, messages[: last_user + 1], row["tools"], expected, expected_calls)
+
+
+def _judge(question: Question, answer: Answer | None) -> Row:
+    calls: list[Row] = []
+    if answer is not None:
+        calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
+        calls += [
+            {"name": step["name"], "arguments": step["arguments"]} for step in answer.steps if step["type"] == "call"
+        ]
+    said = answer.content if answer is not None else ""
+    right_calls = calls == question.expected_calls
+    # Small talk must go without a call; elsewhere the answer in words is what counts.
+    needs_calls = bool(question.tools) or not question.expected_calls
+    return {
+        "suite": question.suite,
+        "question": next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), "") or "",
+        "expected": question.expected,
+        "answer": said,
+        "expected_calls": json.dumps(question.expected_calls, ensure_ascii=False),
+        "calls": json.dumps(calls, ensure_ascii=False),
+        "correct": " ".join(said.split()) == " ".join(question.expected.split()) and (right_calls or not needs_calls),
+        "right_calls": right_calls,
+    }
