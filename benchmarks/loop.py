@@ -74,7 +74,7 @@ def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
         "correction": correction,
         "comment": None,
         "voice": "local",
-        "skill": next((step["name"] for step in steps if step["type"] == "call"), "conversation"),
+        "skill": next((step["name"] for step in reversed(steps) if step["type"] == "call"), "conversation"),
     }
 
 

@@ -29,6 +29,8 @@ REFRESH_SECONDS = 30.0
 """Time between looks at a server's tools, which also tell whether it lives."""
 MAX_PAUSE_SECONDS = 60.0
 """Between tries to connect; the first pause is a second, then they double."""
+CLOSE_SECONDS = 10.0
+"""Servers that were started here get so long to end."""
 MAX_NAME = 64
 """Characters of a function's name in OpenAI's API."""
 
@@ -51,12 +53,14 @@ class McpServers:
             )
         self._call_seconds = call_seconds
         self._tools: dict[str, list[Tool]] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._running = threading.Event()
         self._broken = {server.name: asyncio.Event() for server in servers}
         self._tried = {server.name: threading.Event() for server in servers}
         self._thread = threading.Thread(target=self._run, args=(list(servers),), name="mcp", daemon=True)
         if servers:
             self._thread.start()
+            self._running.wait()
 
     def tools(self) -> list[Tool]:
         """Those of every server that is connected now, called `SERVER_TOOL`."""
@@ -69,22 +73,22 @@ class McpServers:
 
     def close(self) -> None:
         """Disconnect; servers that were started here end."""
-        if self._thread.is_alive():
+        if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop)
-            self._thread.join(10)
-        elif not self._loop.is_closed():
-            self._loop.close()
+            self._thread.join(CLOSE_SECONDS)
 
     def _stop(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
+        for task in asyncio.all_tasks():
             task.cancel()
 
     def _run(self, servers: Sequence[McpServer]) -> None:
         async def keep_all() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._running.set()
             await asyncio.gather(*(self._keep(server) for server in servers))
 
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
-            runner.run(keep_all())
+        with suppress(asyncio.CancelledError):
+            asyncio.run(keep_all())
 
     async def _keep(self, server: McpServer) -> None:
         pause = 1.0
@@ -125,6 +129,8 @@ class McpServers:
 
     def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
         """Raises: InputError with what the server says is wrong, or that it does not answer."""
+        if self._loop is None or not self._thread.is_alive():
+            raise InputError(f"{server.name} is no longer connected")
         asked = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
         try:
             result = asked.result(self._call_seconds)

@@ -117,9 +117,11 @@ def test_a_server_that_dies_comes_back() -> None:
         servers.wait(WAIT)
         assert call(servers.tools(), "shop_die", {}).startswith("error: shop ")
         assert call(_until_there(servers), "shop_price", {"article": "pear"}) == "pear costs 4 eur"
+        last = servers.tools()
     finally:
         servers.close()
     assert servers.tools() == []
+    assert call(last, "shop_price", {"article": "pear"}) == "error: shop is no longer connected"
 
 
 def _until_there(servers: McpServers, name: str = "shop_price") -> list[Tool]:
