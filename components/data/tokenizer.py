@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from components.config import InputError
+from components.data.templates import compile_template, defused, marked_pieces, plain_message, read_template
 
 SPECIAL_TOKENS = (
     "<|pad|>",
@@ -47,9 +45,6 @@ SPLIT = (
     rf"{_SPACE}\p{{Lu}}+(?!\p{{Ll}})|{_SPACE}\p{{Lu}}?[\p{{Ll}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+|\p{{N}}"
     r"|\s+(?!\S)|\s|[^\s\p{L}\p{N}]"
 )
-# Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-_SPECIAL = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
 
 
 @dataclass(frozen=True)
@@ -66,20 +61,6 @@ class Turn:
 
     content: str
     calls: tuple[Call, ...] = ()
-
-
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the model writes."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 reads this attribute of the class
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -119,14 +100,18 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 class ChatTokenizer:
     """The tokenizer of a model folder together with its chat template."""
 
+    native = True
+    """Of this project's make: calls are tokens and text that a grammar can hold to their schema."""
+    _special = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
+    """The beginning of a special token spelled out."""
+    _variables: Mapping[str, str] = {}
+    """What the template may name beside the chat."""
+
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
         self._tokenizer = tokenizer
         # Text never turns into a special token: rendered chats name theirs explicitly (see _parts).
         self._tokenizer.encode_special_tokens = True
-        self._template = _compile(template)
-        missing = [token for token in SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
-        if missing:
-            raise InputError(f"tokenizer.json: special tokens {missing} are missing; train it with this project")
+        self._template = compile_template(template)
         self._ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in SPECIAL_TOKENS}
         self._names = {number: token for token, number in self._ids.items()}
         self.vocab_size: int = tokenizer.get_vocab_size()
@@ -135,7 +120,6 @@ class ChatTokenizer:
         self.document_id: int = self._ids["<|document|>"]
         self.value_id: int = self._ids["<|value|>"]
         self.tool_id: int = self._ids["<|tool|>"]
-        self.assistant_id: int = self._ids["<|assistant|>"]
 
     @classmethod
     def load(cls, folder: Path) -> ChatTokenizer:
@@ -150,15 +134,20 @@ class ChatTokenizer:
                 raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         except Exception as error:
             raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
-        return cls(tokenizer, template)
+        template = read_template(folder, config)
+        if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
+            return ChatTokenizer(tokenizer, template)
+        from components.data.foreign import ForeignTokenizer  # it builds on this module
+
+        return ForeignTokenizer(tokenizer, template, config, folder)
 
     @cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token id; empty for special tokens."""
-        alphabet = _byte_of_character()
+        alphabet = byte_of_character()
         table = [b""] * self.vocab_size
         for text, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
             if number not in self._names:
@@ -246,16 +235,16 @@ class ChatTokenizer:
         """`(text, the model writes it)` in order."""
         if isinstance(tools, str):
             tools = json.loads(tools)
-        rendered = self._template.render(
-            messages=[_plain(message) for message in messages],
-            tools=_defused(tools) or None,
-            add_generation_prompt=prompt,
-        )
-        pieces = []
-        for index, text in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", rendered)):
-            if text:
-                pieces.append((text, index % 2 == 1))
-        return pieces
+        try:
+            rendered = self._template.render(
+                messages=[plain_message(message, self._special) for message in messages],
+                tools=defused(tools, self._special) or None,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
+        return list(marked_pieces(rendered))
 
     def _parts(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool
@@ -288,46 +277,6 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the template wants it: text content, parsed arguments, no special token in anyone's text."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content)
-    calls = []
-    for call in message.get("tool_calls") or []:
-        function = call["function"]
-        arguments = function["arguments"]
-        calls.append(
-            {
-                "name": _defused(function["name"]),
-                "arguments": _defused(json.loads(arguments) if isinstance(arguments, str) else arguments),
-            }
-        )
-    return {"role": message["role"], "content": _defused(content), "tool_calls": calls}
-
-
-def _defused(value: Any) -> Any:
-    """The value with a space put into every spelled-out special token, so that no text can open a turn."""
-    if isinstance(value, str):
-        return _SPECIAL.sub("<| ", value).replace(_OPEN, "").replace(_CLOSE, "")
-    if isinstance(value, Mapping):
-        return {_defused(key): _defused(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_defused(item) for item in value]
-    return value
-
-
 def _read_value(text: str) -> Any:
     """The inverse of the template's rule for argument values."""
     if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
@@ -346,7 +295,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The printable stand-in of each byte in byte-level BPE (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}

@@ -175,7 +175,7 @@ def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Lesson]
     random = np.random.default_rng(run.params.seed)
     replay = list(_replay(run, tokenizer, overruled, random))
     chats = [(row["messages"], row["tools"]) for lesson in train if (row := lesson.demonstration)]
-    demonstrations = [_last_turn(tokenizer, *piece) for piece in tokenizer.encode_chats(chats)]
+    demonstrations = [_last_turn(*piece) for piece in tokenizer.encode_chats(chats)]
     told = list(_told(demonstrations, replay, run, tokenizer, random))
     too_long = _pack(run, "sft", tokenizer, told, random) + _pack(run, "replay", tokenizer, replay, random)
     preferences = (lesson.preference for lesson in train if lesson.preference is not None)
@@ -214,7 +214,7 @@ def _replay(
     encoded = tokenizer.encode_chats([(row["messages"], row["tools"]) for row in rows])
     for row, (ids, mask) in zip(rows, encoded, strict=True):
         if skill_of(row["messages"]) in overruled:
-            mask = _but_last_turn(tokenizer, ids, mask)
+            mask = _but_last_turn(mask)
         yield ids, mask
         noisy = with_noise(ids, random, tokenizer) if random.random() < run.params.prepare.noise_share else None
         if noisy:
@@ -247,16 +247,18 @@ def _told(
             yield noisy or ids, mask
 
 
-def _last_turn(tokenizer: ChatTokenizer, ids: list[int], mask: list[int]) -> Piece:
+def _last_turn(ids: list[int], mask: list[int]) -> Piece:
     """Only the last turn is learned: a correction says what should be answered, not that the calls were right."""
-    start = _last_start(tokenizer, ids)
-    return ids, [learned if place > start else 0 for place, learned in enumerate(mask)]
+    start = _last_start(mask)
+    return ids, [learned if place >= start else 0 for place, learned in enumerate(mask)]
 
 
-def _but_last_turn(tokenizer: ChatTokenizer, ids: list[int], mask: list[int]) -> list[int]:
-    start = _last_start(tokenizer, ids)
-    return [learned if place <= start else 0 for place, learned in enumerate(mask)]
+def _but_last_turn(mask: list[int]) -> list[int]:
+    start = _last_start(mask)
+    return [learned if place < start else 0 for place, learned in enumerate(mask)]
 
 
-def _last_start(tokenizer: ChatTokenizer, ids: list[int]) -> int:
-    return max(place for place, token in enumerate(ids) if token == tokenizer.assistant_id)
+def _last_start(mask: list[int]) -> int:
+    """Where the last run of learned tokens begins: the model's last turn, whatever opens one."""
+    stop = max((place for place, learned in enumerate(mask) if learned), default=-1)
+    return 1 + max((place for place in range(stop) if not mask[place]), default=-1)
