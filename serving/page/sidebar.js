@@ -31,8 +31,10 @@ export class Sidebar {
       const drop = iconButton(`Delete: ${name}`, "bin", () => this.remove(conversation.id));
       return make("li", {}, link, drop);
     });
+    const here = this.#focused();
     byId("past").replaceChildren(...rows);
     byId("none-past").hidden = rows.length > 0;
+    if (here >= 0) (this.#links()[Math.min(here, rows.length - 1)] ?? byId("new")).focus();
   }
 
   /** @returns {boolean} whether it lies over the page now */
@@ -57,8 +59,8 @@ export class Sidebar {
    * @param {KeyboardEvent} event
    */
   #key(event) {
-    const links = [...byId("past").querySelectorAll("a")];
-    const here = links.findIndex((link) => link.parentElement?.contains(document.activeElement));
+    const links = this.#links();
+    const here = this.#focused();
     const targets = /** @type {Record<string, number>} */ ({
       ArrowDown: here + 1,
       ArrowUp: here - 1,
@@ -69,5 +71,13 @@ export class Sidebar {
     if (!wanted) return;
     event.preventDefault();
     wanted.focus();
+  }
+  #links() {
+    return [...byId("past").querySelectorAll("a")];
+  }
+
+  /** @returns {number} which row holds the focus; -1 for none */
+  #focused() {
+    return this.#links().findIndex((link) => link.parentElement?.contains(document.activeElement));
   }
 }

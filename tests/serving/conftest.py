@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -225,3 +226,13 @@ def project(agent_folder: Path, classifier_folder: Path, tmp_path_factory: pytes
     registry.promote(registry.register(agent_folder, "agent", {"score": 0.5}, {"git_commit": "c0ffee"}, None))
     registry.promote(registry.register(classifier_folder, "classifier", {"score": 0.9}, {}, None))
     return project
+
+
+@pytest.fixture(scope="session")
+def url(project: Project) -> Iterator[str]:
+    """The address of `loopwright serve` in that project."""
+    process, url = project.serve()
+    yield url
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0

@@ -41,13 +41,6 @@ def end(process: subprocess.Popen[str], how: signal.Signals = signal.SIGTERM) ->
 
 
 @pytest.fixture(scope="session")
-def url(project: Any) -> Iterator[str]:
-    process, url = project.serve()
-    yield url
-    assert end(process, signal.SIGINT) == 0
-
-
-@pytest.fixture(scope="session")
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         yield client
