@@ -23,7 +23,7 @@ from components.tracking import mlflow_name
 from flows.release import fetch_answers
 from flows.server import prefect_api
 from loopwright.cli import app
-from tests.conftest import Project, Released
+from tests.conftest import SOURCE, Project, Released
 
 pytestmark = [
     pytest.mark.platform,
@@ -77,6 +77,11 @@ def test_one_command_runs_every_stage_and_releases_a_champion(released: Released
     assert report["refusals"] == []
     assert "params.yaml: scale: laptop → smoke" in released.said
     assert "pretrain@decoder  30/30  loss" in released.said
+
+
+def test_the_bento_carries_the_page(released: Released) -> None:
+    carried = released.project.home / "bento/bentos/agent/v1/src/serving/page"
+    assert {path.name for path in carried.iterdir()} == {path.name for path in (SOURCE / "serving/page").iterdir()}
 
 
 def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Released) -> None:
