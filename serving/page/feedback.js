@@ -80,7 +80,7 @@ export class FeedbackView {
     const vote = this.answer.vote;
     const form = make("form", { class: "opinion", submit: (/** @type {Event} */ event) => this.#submit(event) });
     if (rating === "down")
-      form.append(...field("correction", "What it should have said", vote?.correction ?? this.answer.content));
+      form.append(...field("correction", "What it should have said", vote?.correction ?? this.answer.content.trim()));
     form.append(...field("comment", "Comment (optional)", vote?.comment ?? ""));
     const cancel = make("button", { type: "button", class: "plain", click: () => this.#close() }, "Cancel");
     form.append(make("div", { class: "row" }, make("button", { type: "submit", class: "filled" }, "Send"), cancel));

@@ -97,7 +97,7 @@ function elementOf({ kind, source }, copy) {
   if (kind === "code") return codeBlock(source, copy);
   if (kind === "heading") return make("p", { class: "heading" }, ...inline(source.replace(HEADING, "$1")));
   if (kind === "list") return list(source.split("\n"));
-  return make("p", {}, ...inline(source));
+  return make("p", {}, ...inline(source.trim()));
 }
 
 /**

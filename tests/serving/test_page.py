@@ -366,6 +366,7 @@ def test_phone_width_needs_no_sideways_scrolling(site: Site, visit: Visit) -> No
     assert page.evaluate(wider) <= 0
     visitor.correct("long" * 80, "comment" * 40)
     assert page.evaluate(wider) <= 0
+    expect(page.locator("#bar")).to_be_in_viewport(ratio=1)
     page.locator(".model").click()
     expect(page.get_by_role("heading", name="In a terminal")).to_be_visible()
     assert page.evaluate("document.querySelector('#lineage').matches(':modal')")
