@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config import InputError
+from serving.readers import Reader
 from serving.smoke import Loaded, smoke_fault
 from serving.versions import Source, Version
 
@@ -289,5 +290,6 @@ def _described(engine: Loaded, role: str) -> dict[str, Any]:
         "name": name,
         "version": version,
         "role": role,
+        "task": "classify" if isinstance(engine, Reader) else "chat",
         "context_length": engine.context_len,
     }

@@ -231,7 +231,7 @@ class Chat {
     if (answer.id) this.#finish(view, turn);
     else this.#show(turn);
     if (problem) refused(problem, () => this.#answer(turn));
-    else if (answer.model) served();
+    else if (answer.model && !byId("served").textContent?.includes(answer.model)) served();
   }
 }
 

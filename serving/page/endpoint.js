@@ -67,11 +67,13 @@ async function refusal(response) {
 }
 
 /**
- * @typedef {{id: string, name: string, version: string, role?: string, context_length?: number}} Model
- * @returns {Promise<Model[]>} what is being served; empty while it loads
+ * @typedef {{id: string, role?: string, task?: string, context_length?: number}} Model
+ * @returns {Promise<Model[]>} which models answer chats; empty while they load
  */
 export async function models() {
-  return (await (await call("v1/models")).json()).data;
+  /** @type {Model[]} */
+  const served = (await (await call("v1/models")).json()).data;
+  return served.filter((model) => model.task === "chat");
 }
 
 /**

@@ -3,8 +3,7 @@
 import { Refused } from "./endpoint.js";
 import { byId, make } from "./dom.js";
 
-const FULL = "Too many questions are being answered right now.";
-const MAYBE = "There may be room again now.";
+const MAYBE = "It may be answered now.";
 /** @type {ReturnType<typeof setInterval> | undefined} */
 let counting;
 
@@ -40,18 +39,21 @@ export function failed(error, again) {
     notice("Something in this page broke; the browser's console says what.", offer);
     throw error;
   }
-  if (error.status === 429 && error.retrySeconds !== null) countDown(error.retrySeconds, offer);
+  if (error.status === 429 && error.retrySeconds !== null) countDown(error, error.retrySeconds, offer);
   else notice(error.message, offer);
 }
 
 /**
  * Count down for the eye; the ear is told once.
  *
+ * @param {Refused} error
  * @param {number} seconds
  * @param {{label: string, act: () => void}} [offer]
  */
-function countDown(seconds, offer) {
-  const text = (/** @type {number} */ left) => (left > 0 ? `${FULL} Try again in ${left} s.` : MAYBE);
+function countDown(error, seconds, offer) {
+  const busy = error.code === "queue_full";
+  const why = busy ? "Too many questions are being answered right now." : "Too many requests were made with this key.";
+  const text = (/** @type {number} */ left) => (left > 0 ? `${why} Try again in ${left} s.` : MAYBE);
   notice(text(Math.ceil(seconds)), offer);
   const line = byId("notice").querySelector("span");
   const seen = make("span", { "aria-hidden": "true" }, line?.textContent ?? "");

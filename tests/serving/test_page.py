@@ -155,7 +155,7 @@ def site(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     config = load_params(ROOT / "params.yaml").serve
     serving = Serving.open(tmp_path_factory.mktemp("page"), config, "", Bundled(agent_folder, FACTS))
     api.state.serving = serving
-    serving.models.first.wait()
+    serving.wait()
     pace, deltas = Pace(), Exchange.deltas
 
     async def paced(exchange: Exchange) -> Any:
