@@ -289,6 +289,10 @@ class EvaluateConfig(Section):
     """Questions per suite asked so; 0: none."""
 
 
+ModelTool = Literal["classifier"]
+"""Registered models that can be tools of the agent."""
+
+
 class McpServer(Section):
     """An MCP server whose tools the agent may call: started here by `command`, or reached at `url`."""
 
@@ -329,6 +333,8 @@ class ServeConfig(Section):
     """Time for one answer: one that has no slot by then is answered with 503, one that is being written ends there."""
     follow_seconds: float = Field(gt=0)
     """Time between looks at the registry alias."""
+    model_tools: list[ModelTool]
+    """Registered models that the agent may call, each while it has a champion."""
     mcp_servers: list[McpServer]
     """Servers whose tools the agent may call beside its own; needs the extra `mcp`."""
     mcp_call_seconds: float = Field(gt=0)

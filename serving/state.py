@@ -21,6 +21,7 @@ from serving.engine import Engine
 from serving.errors import ApiError
 from serving.follow import Follower, M, describe
 from serving.metrics import Metrics
+from serving.model_tools import ModelTools
 from serving.readers import Reader
 from serving.versions import TASKS, Bundled, Nothing, Registered, Source, Task
 
@@ -104,6 +105,7 @@ class Serving:
         the extra is missing.
         """
         mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
+        own = ModelTools(Registry(home), config.model_tools, config.follow_seconds)
         source: Source = bundled or Registered(Registry(home))
         specs = _by_task([str(bundled)] if bundled else model.split(","), source)
 
@@ -115,7 +117,7 @@ class Serving:
             return Follower(spec, source, load, seconds, share)
 
         serving = cls(
-            models=follow("chat", partial(Engine.load, config=config, guests=mcp.tools)),
+            models=follow("chat", partial(Engine.load, config=config, guests=lambda: [*own.tools(), *mcp.tools()])),
             readers=follow("classify", Reader.load),
             store=Store.of(home),
             config=config,
