@@ -30,6 +30,7 @@ COMMANDS = (
     "trace",
     "package",
     "export",
+    "harness",
     "doctor",
     "up",
     "deploy",

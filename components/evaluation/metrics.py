@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from components.models.decoder import Decoder
 
 Encoded = tuple[list[int], list[int]]
 """Ids and mask of one text or chat."""
+
+
+class Scored(NamedTuple):
+    """What a model makes of a piece's masked tokens."""
+
+    bits: float
+    """That it needs for them."""
+    greedy: bool
+    """Whether each is the token that it finds likeliest."""
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -46,11 +56,16 @@ def masked_bytes(tokenizer: ChatTokenizer, piece: Encoded) -> int:
     )
 
 
-@torch.inference_mode()
 def piece_bits(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int) -> list[float]:
     """Bits that the model needs for the masked tokens of each piece, in order."""
+    return [scored.bits for scored in score_pieces(model, tokenizer, pieces, batch_size)]
+
+
+@torch.inference_mode()
+def score_pieces(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int) -> list[Scored]:
+    """What the model makes of the masked tokens of each piece, in order."""
     device = next(model.parameters()).device
-    bits = [0.0] * len(pieces)
+    scored = [Scored(0.0, True)] * len(pieces)
     by_length = sorted(range(len(pieces)), key=lambda number: len(pieces[number][0]))
     for start in range(0, len(pieces), batch_size):
         numbers = by_length[start : start + batch_size]
@@ -63,6 +78,8 @@ def piece_bits(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encode
         learned = mask[:, 1:].bool()
         losses = torch.zeros(learned.shape, device=device)
         losses[learned] = F.cross_entropy(logits[learned], ids[:, 1:][learned], reduction="none")
-        for number, loss in zip(numbers, losses.sum(dim=1, dtype=torch.float64).tolist(), strict=True):
-            bits[number] = loss / math.log(2)
-    return bits
+        greedy = ((logits.argmax(-1) == ids[:, 1:]) | ~learned).all(dim=1)
+        sums = losses.sum(dim=1, dtype=torch.float64)
+        for number, loss, likeliest in zip(numbers, sums.tolist(), greedy.tolist(), strict=True):
+            scored[number] = Scored(loss / math.log(2), likeliest)
+    return scored
