@@ -80,39 +80,6 @@ class PrepareConfig(Section):
     """Share of conversations told once more with random tokens in the names and results that they copy."""
 
 
-class ModelConfig(Section):
-    """Shape of the decoder."""
-
-    embed_dim: int = Field(ge=8)
-    """Width of the residual stream."""
-    num_layers: int = Field(ge=1)
-    """Blocks."""
-    num_heads: int = Field(ge=1)
-    """Query heads."""
-    num_kv_heads: int = Field(ge=1)
-    """Key and value heads; fewer than num_heads is grouped-query attention."""
-    head_dim: int = Field(ge=4)
-    """Width of one head."""
-    hidden_dim: int = Field(ge=8)
-    """Inner width of the SwiGLU feed-forward."""
-    max_seq_len: int = Field(ge=32)
-    """Longest context in tokens, prompt and answer together."""
-    rope_theta: float = Field(gt=1)
-    """Base of the rotary position frequencies."""
-    qk_norm: bool
-    """RMSNorm on queries and keys: Qwen3's format; without it the format is Llama's."""
-    tie_embeddings: bool
-    """One matrix for embedding and output head."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
-        return self
-
-
 class EncoderModelConfig(Section):
     """Shape of the encoder."""
 
@@ -159,6 +126,43 @@ class EncoderDecoderModelConfig(Section):
     """Share of what blocks add, and of attention's weights, that training leaves out."""
     tie_embeddings: bool
     """One matrix for embedding and output head."""
+
+
+class ModelConfig(Section):
+    """Shape of the decoder, and in sub-sections of the other families."""
+
+    embed_dim: int = Field(ge=8)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=1)
+    """Blocks."""
+    num_heads: int = Field(ge=1)
+    """Query heads."""
+    num_kv_heads: int = Field(ge=1)
+    """Key and value heads; fewer than num_heads is grouped-query attention."""
+    head_dim: int = Field(ge=4)
+    """Width of one head."""
+    hidden_dim: int = Field(ge=8)
+    """Inner width of the SwiGLU feed-forward."""
+    max_seq_len: int = Field(ge=32)
+    """Longest context in tokens, prompt and answer together."""
+    rope_theta: float = Field(gt=1)
+    """Base of the rotary position frequencies."""
+    qk_norm: bool
+    """RMSNorm on queries and keys: Qwen3's format; without it the format is Llama's."""
+    tie_embeddings: bool
+    """One matrix for embedding and output head."""
+    encoder: EncoderModelConfig
+    """Shape of the encoder."""
+    encoder_decoder: EncoderDecoderModelConfig
+    """Shape of the encoder-decoder."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
+        return self
 
 
 class TrainConfig(Section):
@@ -208,8 +212,67 @@ class TrainConfig(Section):
         return _names(self.dataset)
 
 
+class EncoderPretrainConfig(TrainConfig):
+    """Masked language modelling and next-sentence prediction from scratch."""
+
+    masked_share: float = Field(gt=0, lt=1)
+    """Share of the tokens that are to be guessed."""
+    whole_words: bool
+    """Whether the tokens of a word are masked together."""
+
+
+class EncoderDecoderPretrainConfig(TrainConfig):
+    """Span corruption from scratch."""
+
+    corrupted_share: float = Field(gt=0, lt=1)
+    """Share of the tokens that lie in hidden spans."""
+    span_length: float = Field(ge=1)
+    """Mean tokens of a hidden span."""
+
+
 class PretrainConfig(TrainConfig):
-    """Causal language modelling from scratch."""
+    """Causal language modelling from scratch, and in sub-sections what the other families are pretrained with."""
+
+    encoder: EncoderPretrainConfig
+    """Masked language modelling and next-sentence prediction."""
+    encoder_decoder: EncoderDecoderPretrainConfig
+    """Span corruption."""
+
+
+class ClassifierConfig(TrainConfig):
+    """Fine-tuning of the pretrained encoder into a classifier."""
+
+    validation_share: float = Field(gt=0, lt=0.5)
+    """Share of each label's training texts set aside to search, to stop early and to calibrate by."""
+    validation_steps: int = Field(ge=1)
+    """Steps between two looks at them."""
+    patience: int = Field(ge=1)
+    """Looks without a better macro-F1 after which training stops."""
+    class_weight_power: float = Field(ge=0, le=1)
+    """1: all labels weigh alike however rare, 0: all texts alike, between: between."""
+    label_smoothing: float = Field(ge=0, lt=1)
+    """Share of each text's label that goes to all labels alike."""
+    hidden_share: float = Field(ge=0, lt=1)
+    """Share of the tokens shown as [MASK] in training, other ones each time."""
+    dropout: float = Field(ge=0, lt=1)
+    """Share of what blocks add, and of the pooled vector, that training leaves out."""
+    adapt_steps: int = Field(ge=0)
+    """Steps of masked language modelling on the training texts before (arXiv 2004.10964); 0: none."""
+    trials: int = Field(ge=0)
+    """Short trainings to search learning rates and regularisation by; 0: none, the values here are taken."""
+    trial_steps: int = Field(ge=1)
+    """Steps of each at most; the median rule ends those that fall behind."""
+
+
+class SummarizerConfig(TrainConfig):
+    """Fine-tuning of the pretrained encoder-decoder on sources and what is to be written of them."""
+
+
+class AssessConfig(Section):
+    """What classifier and summarizer are measured on."""
+
+    max_texts: int = Field(ge=1)
+    """Held-out texts asked at most."""
 
 
 class TuneConfig(TrainConfig):
@@ -369,6 +432,9 @@ class Params(Section):
     model: ModelConfig
     pretrain: PretrainConfig
     tune: TuneConfig
+    classifier: ClassifierConfig
+    summarizer: SummarizerConfig
+    assess: AssessConfig
     evaluate: EvaluateConfig
     feedback: FeedbackConfig
     curate: CurateConfig
@@ -439,8 +505,20 @@ class Paths:
         return self.root / "data/models/agent"
 
     @property
+    def classifier(self) -> Path:
+        return self.root / "data/models/classifier"
+
+    @property
+    def summarizer(self) -> Path:
+        return self.root / "data/models/summarizer"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "data/evaluation"
+
+    def assessment(self, name: str) -> Path:
+        """What `assess` asked a model, and what it said."""
+        return self.root / "data/assessment" / name
 
     @property
     def feedback(self) -> Path:

@@ -36,7 +36,7 @@ class DecoderConfig:
 
     @classmethod
     def from_params(cls, model: ModelConfig, vocab_size: int) -> DecoderConfig:
-        return cls(vocab_size=vocab_size, **model.model_dump())
+        return cls(vocab_size=vocab_size, **model.model_dump(exclude={"encoder", "encoder_decoder"}))
 
 
 class Decoder(nn.Module):

@@ -21,14 +21,14 @@ def mask_tokens(
     choosable: Marks,
     random: np.random.Generator,
     mask_id: int,
-    regular: range,
+    regular: Ids,
     share: float,
     words: Ids | None,
 ) -> tuple[Ids, Ids]:
     """Section 3.1, task 1 of the BERT paper: ids (T,) as the model sees them, and labels (T,), else IGNORED.
 
     `share` of the `choosable` tokens (T,), at least one, is to be guessed: 80 % of them are shown as `mask_id`, 10 %
-    as a token drawn from `regular`, 10 % as they are. With `words` (T,), the number of each token's word, whole words
+    as one of `regular` (R,), 10 % as they are. With `words` (T,), the number of each token's word, whole words
     are chosen, as many as fit.
     """
     shown, labels = ids.copy(), np.full_like(ids, IGNORED)
@@ -41,7 +41,7 @@ def mask_tokens(
     fate = random.random(len(chosen))
     shown[chosen[fate < MASKED_SHARE]] = mask_id
     others = chosen[(fate >= MASKED_SHARE) & (fate < MASKED_SHARE + RANDOM_SHARE)]
-    shown[others] = random.integers(regular.start, regular.stop, len(others))
+    shown[others] = regular[random.integers(len(regular), size=len(others))]
     return shown, labels
 
 

@@ -10,7 +10,7 @@ import pytest
 from components.data.batches import IGNORED
 from components.training.corruption import corrupt_spans, mask_tokens
 
-MASK, REGULAR = 3, range(5, 100)
+MASK, REGULAR = 3, np.arange(5, 100)
 
 
 class Drawn:
@@ -26,9 +26,9 @@ class Drawn:
         assert count == len(self.fates)
         return np.array(self.fates)
 
-    def integers(self, low: int, high: int, count: int) -> np.ndarray[Any, Any]:
-        assert (low, high, count) == (5, 100, len(self.replacements))
-        return np.array(self.replacements)
+    def integers(self, high: int, size: int) -> np.ndarray[Any, Any]:
+        assert (high, size) == (len(REGULAR), len(self.replacements))
+        return np.array(self.replacements, np.int64)
 
 
 def masked(ids: list[int], choosable: list[int], drawn: Any, share: float, words: Any = None) -> tuple[Any, Any]:
@@ -41,7 +41,7 @@ def masked(ids: list[int], choosable: list[int], drawn: Any, share: float, words
 def test_masking_equals_a_case_by_hand() -> None:
     """Of eight tokens that may be chosen, 0.4 are three: masked, replaced, and left as it is, in the order drawn."""
     ids = [1, 20, 21, 22, 23, 24, 25, 26, 27, 2]
-    drawn = Drawn([6, 2, 4, 1, 3, 5, 7, 8], [0.79, 0.85, 0.95], [77])
+    drawn = Drawn([6, 2, 4, 1, 3, 5, 7, 8], [0.79, 0.85, 0.95], [72])
     shown, labels = masked(ids, list(range(1, 9)), drawn, 0.4)
     assert shown == [1, 20, 77, 22, 23, 24, MASK, 26, 27, 2]
     ignored = IGNORED

@@ -45,7 +45,7 @@ def pairs(count: int, seed: int = 0) -> Batch:
         first = np.arange(start, start + 7)
         second = np.arange(7) + (random.integers(5, 50) if other else start + 7)
         ids = np.concatenate([[1], first, [2], second, [2], [0]])
-        shown, labels = mask_tokens(ids, ids > 4, random, 3, range(5, VOCAB), 0.25, None)
+        shown, labels = mask_tokens(ids, ids > 4, random, 3, np.arange(5, VOCAB), 0.25, None)
         for name, value in zip(rows, (shown, labels, (np.arange(18) > 8), ids != 0), strict=True):
             rows[name].append(value.astype(np.int64))
     batch = {name: torch.from_numpy(np.stack(value)) for name, value in rows.items()}
