@@ -62,7 +62,16 @@ class Retired(Exception):
 class Engine:
     """One model, its agent, and who answers with them."""
 
-    def __init__(self, model: Decoder, agent: Agent, name: str, config: ServeConfig, slots: int = 0) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        agent: Agent,
+        name: str,
+        config: ServeConfig,
+        slots: int = 0,
+        stepped: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        """`stepped` is told of each step of the model how many requests wrote a token in it."""
         self.name = name
         """`NAME/VERSION`."""
         self.loaded = int(time.time())
@@ -80,12 +89,19 @@ class Engine:
         self._retired = False
         self._seconds = 1.0
         """Running mean of what one request takes, for `Retry-After`."""
-        self.scheduler = Scheduler(Slots(model, self.slots), name)
+        self.scheduler = Scheduler(Slots(model, self.slots), name, stepped)
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self._room, f"{name}-reply")
 
     @classmethod
-    def load(cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Engine:
+    def load(
+        cls,
+        folder: Path,
+        name: str,
+        config: ServeConfig,
+        guests: Callable[[], Sequence[Tool]] = tuple,
+        stepped: Callable[[int], None] = lambda rows: None,
+    ) -> Engine:
         """Load a model folder and answer one throw-away request, so that the first real one is not slow.
 
         `guests` are tools that its agent may call beside its own, asked for at each request.
@@ -96,7 +112,7 @@ class Engine:
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
         agent = Agent.load(folder, model.config.max_seq_len, guests)
         agent.max_steps = min(agent.max_steps, config.max_steps)
-        engine = cls(model, agent, name, config)
+        engine = cls(model, agent, name, config, stepped=stepped)
         engine.warm()
         return engine
 

@@ -60,6 +60,12 @@ class Metrics:
             ["route"],
             registry=self.registry,
         )
+        self.chat_batch = Histogram(
+            "loopwright_chat_batch_size",
+            "Chat requests that wrote a token in one step of the model.",
+            buckets=BATCHES,
+            registry=self.registry,
+        )
         self.classify_batch = Histogram(
             "loopwright_classify_batch_size",
             "Texts that were classified in one go.",

@@ -39,8 +39,9 @@ class Turn:
 class Scheduler:
     """Continues turns on slots until it is told to end."""
 
-    def __init__(self, slots: Slots, name: str) -> None:
-        self._slots = slots
+    def __init__(self, slots: Slots, name: str, stepped: Callable[[int], None] = lambda rows: None) -> None:
+        """`stepped` is told of each step how many rows wrote a token in it."""
+        self._slots, self._stepped = slots, stepped
         self._turns: dict[Row, Turn] = {}
         """Those that hold a slot."""
         self._waiting: deque[Turn] = deque()
@@ -87,7 +88,9 @@ class Scheduler:
         if slots.reading:
             self._tell(slots.read())
         if slots.writing:
-            self._tell(slots.step())
+            rows = slots.step()
+            self._stepped(len(rows))
+            self._tell(rows)
 
     def _admit(self) -> None:
         """Give slots to those who wait, when nobody else's prompt is being read."""

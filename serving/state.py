@@ -116,12 +116,19 @@ class Serving:
             seconds = config.follow_seconds if "@" in spec and bundled is None else None
             return Follower(spec, source, load, seconds, share)
 
+        metrics = Metrics()
+        load = partial(
+            Engine.load,
+            config=config,
+            guests=lambda: [*own.tools(), *mcp.tools()],
+            stepped=metrics.chat_batch.observe,
+        )
         serving = cls(
-            models=follow("chat", partial(Engine.load, config=config, guests=lambda: [*own.tools(), *mcp.tools()])),
+            models=follow("chat", load),
             readers=follow("classify", Reader.load),
             store=Store.of(home),
             config=config,
-            metrics=Metrics(),
+            metrics=metrics,
             facts_of={str(bundled): bundled.facts}.get if bundled else registry_facts(home),
             mcp=mcp,
             traces=Traces(home, config.trace_share) if config.traces == "mlflow" else None,

@@ -80,3 +80,13 @@ def test_none_of_the_answers_is_traced_at_share_zero(tmp_path: Path) -> None:
     traces.add(Span("answer", "AGENT", 0.0, 1.0), [], {})
     traces.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_endpoint_counts_the_rows_of_each_step(local: Any) -> None:
+    def steps() -> float:
+        read = local.client.get("/metrics").text
+        return float(read.partition("loopwright_chat_batch_size_count ")[2].partition("\n")[0])
+
+    before = steps()
+    answer = local.ask("Hello", max_tokens=3).json()
+    assert steps() - before >= answer["usage"]["completion_tokens"] - 1
