@@ -19,13 +19,14 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from components.config import load_params
 from components.feedback.store import Store
-from serving.api import Serving, new_api
+from serving.api import new_api
 from serving.edge import Edge
 from serving.engine import Full
 from serving.exchange import Exchange
 from serving.follow import Lineup
 from serving.page import POLICY
 from serving.server import listen
+from serving.state import Serving
 from serving.versions import Bundled
 
 pytestmark = pytest.mark.platform
