@@ -48,7 +48,7 @@ class Chat {
 
   /** Start anew. */
   async begin() {
-    history.pushState(null, "", location.pathname + location.search);
+    if (location.hash) history.pushState(null, "", location.pathname + location.search);
     await this.open(null);
     this.#sidebar.slide(false);
     this.#composer.focus();

@@ -120,7 +120,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
     for url, visitor in visitors:
         visitor.page.context.close()
         assert visitor.complaints == []
-        assert [address for address in visitor.addresses if not address.startswith(f"{url}/")] == []
+        assert [address for address in visitor.addresses if not address.startswith(url)] == []
 
 
 class Pace:
@@ -474,6 +474,20 @@ def test_endpoint_with_keys_is_given_one_for_this_tab(
         visitor.page.context.close()
     assert all("401" in said for said in visitor.complaints), visitor.complaints
     visitor.complaints.clear()
+
+
+def test_page_works_below_a_path_of_a_proxy(site: Site, visit: Visit) -> None:
+    async def below(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["path"].startswith("/team/agent/")
+        await site.app({**scope, "path": scope["path"].removeprefix("/team/agent")}, receive, send)
+
+    with listening(below) as url:
+        visitor = visit(f"{url}/team/agent/")
+        visitor.ask("What is 6*7?")
+        visitor.answered("That is 42.")
+        visitor.page.locator(".model").click()
+        expect(visitor.page.get_by_role("heading", name="In a terminal")).to_be_visible()
+        visitor.page.context.close()
 
 
 def test_full_queue_says_when_to_try_again(site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
