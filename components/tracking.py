@@ -6,6 +6,7 @@ Run ids are always passed explicitly; MLflow is imported when it is first needed
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from components.config import InputError
 from components.journal import Journal
 from components.process import alive, only_one
+from components.tasks import Task, task_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,6 +48,11 @@ _SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
+_LOADERS: Mapping[Task, str] = {
+    "chat": "components.agent.pyfunc",
+    "classify": "components.prediction.pyfunc",
+}
+"""The module that loads a model folder for MLflow, by what the model is for."""
 _MAX_BATCH = 1000
 _MAX_PARAM = 500
 _DATABASE_SECONDS = 120.0
@@ -317,20 +324,19 @@ def save_pyfunc(folder: Path, path: Path) -> None:
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
     from mlflow.types.schema import AnyType
 
-    from components.agent.pyfunc import DEFAULTS
-
+    loader = importlib.import_module(_LOADERS[task_of(folder)])
     logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # wants to know pip's version
     kinds = {int: DataType.long, float: DataType.double}
-    settings = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in DEFAULTS.items()])
-    # One unnamed column of any type: strings, or a frame with a column `prompt` or `messages`.
+    settings = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in loader.DEFAULTS.items()])
+    # One unnamed column of any type: strings, or a frame with a column of texts or of messages.
     signature = ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec(DataType.string)]), settings)
     mlflow.pyfunc.save_model(
         path,
-        loader_module="components.agent.pyfunc",
+        loader_module=loader.__name__,
         data_path=str(folder),
         code_paths=[str(Path(__file__).parent)],
         signature=signature,
-        input_example=["What does json.dumps do?"],
+        input_example=[loader.EXAMPLE],
         pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDED],
     )
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
-from components.config import InputError, Paths, find_root
+from components.config import InputError
+from loopwright.endpoint import ADDRESS, ContextTooLong, check, endpoint, headers, post
 from loopwright.output import Json, print_json, say
 
-ADDRESS = "http://127.0.0.1:3000"
 Messages = list[dict[str, Any]]
 
 
@@ -29,56 +27,14 @@ def chat(
     """Talk to the endpoint, or to the registered agent in this process where none runs; Ctrl-C stops a reply."""
     if as_json and prompt is None:
         raise InputError("--json: needs a PROMPT; give one, or leave --json out")
-    with _endpoint(url, model) as address:
+    with endpoint(url, model) as address:
         if prompt is None:
             _converse(address)
         elif as_json:
-            print_json(_whole(address, prompt))
+            body = {"messages": [{"role": "user", "content": prompt}]}
+            print_json(post(f"{address}/v1/chat/completions", body))
         else:
             _say_streamed(address, [{"role": "user", "content": prompt}])
-
-
-@contextmanager
-def _endpoint(url: str, model: str) -> Iterator[str]:
-    """The running endpoint's address, or that of one started in this process."""
-    if _answers(url):
-        yield url
-        return
-    if url != ADDRESS:
-        raise InputError(f'--url: nothing answers on {url}; start it with "loopwright serve", or leave --url out')
-    paths = Paths(find_root())
-    say(f"no endpoint on {url}: loading {model} into this process")
-    from serving.local import local_endpoint
-
-    with local_endpoint(paths, model) as address:
-        yield address
-
-
-def _answers(url: str) -> bool:
-    import httpx
-
-    try:
-        models = httpx.get(f"{url}/v1/models", headers=headers(), timeout=5)
-        return models.status_code == 401 or models.json()["data"][0]["owned_by"] == "loopwright"
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
-        return False
-
-
-def headers() -> dict[str, str]:
-    """Of every request: the key, where the environment has one."""
-    key = os.environ.get("LOOPWRIGHT_API_KEYS", "").partition(",")[0].strip()
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _whole(address: str, prompt: str) -> dict[str, Any]:
-    """The whole completion, as the endpoint gives it."""
-    import httpx
-
-    body = {"messages": [{"role": "user", "content": prompt}]}
-    response = httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers(), timeout=None)
-    _check(response)
-    completion: dict[str, Any] = response.json()
-    return completion
 
 
 def _converse(address: str) -> None:
@@ -111,10 +67,6 @@ def _within_context(address: str, messages: Messages) -> str:
             del messages[:2]
 
 
-class ContextTooLong(InputError):
-    """The conversation outgrew the model."""
-
-
 def _say_streamed(address: str, messages: Messages) -> str:
     """Print the answer as it comes, tool calls in dim lines; returns its text."""
     said = ""
@@ -138,7 +90,7 @@ def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
     body = {"messages": messages, "stream": True}
     path = f"{address}/v1/chat/completions"
     with httpx.stream("POST", path, json=body, headers=headers(), timeout=None) as response:
-        _check(response)
+        check(response)
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
@@ -146,17 +98,6 @@ def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
             if "error" in event:
                 raise InputError(f"{address}: {event['error']['message']}")
             yield event["choices"][0]["delta"]
-
-
-def _check(response: Any) -> None:
-    if response.status_code == 200:
-        return
-    response.read()
-    try:
-        error = response.json()["error"]
-    except (ValueError, LookupError, TypeError):
-        raise InputError(f"{response.url}: answered {response.status_code}; is it a Loopwright endpoint?") from None
-    raise (ContextTooLong if error.get("code") == "context_length_exceeded" else InputError)(error["message"])
 
 
 def _step(step: dict[str, Any]) -> str:

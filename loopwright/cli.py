@@ -23,6 +23,7 @@ COMMANDS = (
     "registry",
     "serve",
     "chat",
+    "classify",
     "mcp",
     "keys",
     "feedback",

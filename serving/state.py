@@ -14,8 +14,8 @@ from components.agent.mcp_servers import McpServers
 from components.config import InputError, ServeConfig
 from components.feedback.lineage import FactsOf, registry_facts
 from components.feedback.store import Store
-from components.models.checkpoint import read_architecture
 from components.registry import Registry
+from components.tasks import Task, task_of
 from components.traces import Traces
 from serving.engine import Engine
 from serving.errors import ApiError
@@ -23,7 +23,7 @@ from serving.follow import Follower, M, describe
 from serving.metrics import Metrics
 from serving.model_tools import ModelTools
 from serving.readers import Reader
-from serving.versions import TASKS, Bundled, Nothing, Registered, Source, Task
+from serving.versions import TASKS, Bundled, Nothing, Registered, Source
 
 
 @dataclass
@@ -162,10 +162,9 @@ def _task(spec: str, source: Source) -> Task:
     if name in TASKS:
         return TASKS[name]
     try:
-        architecture, _ = read_architecture(source.version(source.named(spec)[0]).folder)
+        return task_of(source.version(source.named(spec)[0]).folder)
     except InputError:
         return "chat"
-    return "classify" if architecture == "BertForSequenceClassification" else "chat"
 
 
 async def _serving(request: Request) -> Serving:

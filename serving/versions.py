@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from components.config import InputError
 from components.registry import Registry
+from components.tasks import Task
 
-Task = Literal["chat", "classify"]
 TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify"}
 """What the models that a run makes do; another name's folder is asked."""
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)

@@ -1,4 +1,4 @@
-"""`loopwright chat` and `export`, run in this process on a registered model."""
+"""`loopwright chat`, `classify` and `export`, run in this process on registered models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 
 from components.config import InputError
 from loopwright import chat as chatting
+from loopwright import endpoint
+from loopwright.classify import classify
 from loopwright.export import export
 
 pytestmark = pytest.mark.platform
@@ -23,7 +25,8 @@ def in_project(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(project.root)
     monkeypatch.setenv("LOOPWRIGHT_HOME", "var")
     # The default port of this machine may belong to someone.
-    monkeypatch.setattr(chatting, "ADDRESS", "http://127.0.0.1:9")
+    for module in (chatting, endpoint):
+        monkeypatch.setattr(module, "ADDRESS", "http://127.0.0.1:9")
     return project
 
 
@@ -50,6 +53,24 @@ def test_chat_answers_in_this_process_where_no_endpoint_runs(
         "→ calculate(expression='6*7')",
         "← 42",
     ]
+
+
+def test_texts_are_classified_in_this_process_where_no_endpoint_runs(
+    in_project: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classify(["iron", "cow " * 40], url=endpoint.ADDRESS, model="classifier@champion", as_json=False)
+    out, err = capsys.readouterr()
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["text", "label", "score"]
+    assert rows[1][:2] == ["iron", "metal"]
+    assert {row[0] for row in rows[2:4]} == {"fruit", "animal"}
+    assert rows[4][-2] == "animal"
+    assert err.splitlines() == [
+        "no endpoint on http://127.0.0.1:9: loading classifier@champion into this process",
+        "1 of 2 texts are longer than classifier/1 reads: only their beginning counted",
+    ]
+    with pytest.raises(InputError, match=r'input\[1\]: " ": an empty text; send words'):
+        classify(["iron", " "], url=endpoint.ADDRESS, model="classifier@champion", as_json=False)
 
 
 def test_conversation_outgrows_the_context_by_forgetting(

@@ -224,6 +224,13 @@ def test_chat_streams_from_the_running_endpoint(url: str, project: Any) -> None:
     assert json.loads(out)["choices"][0]["message"]["content"] == "That is 42."
 
 
+def test_classify_asks_the_running_endpoint(url: str, project: Any) -> None:
+    code, out, err = project.run("classify", "iron", "cow", "--url", url, "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert (answer["model"], [one["label"] for one in answer["results"]]) == ("classifier/1", ["metal", "animal"])
+
+
 def test_chat_names_an_address_where_nothing_answers(project: Any) -> None:
     code, _, err = project.run("chat", "Hello", "--url", "http://127.0.0.1:9")
     assert code == 1
