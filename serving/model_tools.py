@@ -17,6 +17,8 @@ class ModelTools:
 
     def __init__(self, registry: Registry, names: Sequence[ModelTool], seconds: float) -> None:
         self._registry, self._names, self._seconds = registry, tuple(names), seconds
+        # A model's folder is read, and fetched where the registry is a server.
+        self._tools = {"classifier": Tool.of(self.classify, touches=("files", "network"))}
         self._looked = -seconds
         self._champions: dict[str, ModelVersion] = {}
         self._readers: dict[str, TextReader] = {}
@@ -29,9 +31,7 @@ class ModelTools:
             found = {name: self._registry.find(f"{name}@champion") for name in self._names}
             self._champions = {name: version for name, version in found.items() if version is not None}
             self._looked = time.monotonic()
-        # The folder is read, and fetched where the registry is a server.
-        known = {"classifier": self.classify}
-        return [Tool.of(known[name], touches=("files", "network")) for name in self._champions]
+        return [self._tools[name] for name in self._champions]
 
     def classify(self, text: str) -> str:
         """The label of a text, as the registered classifier was taught to give it."""
