@@ -1,0 +1,189 @@
+"""A classifier is measured as scikit-learn would, beside its baseline, and judged text by text against a champion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from sklearn import metrics
+
+from components.config import InputError, Params, Paths, load_params
+from components.evaluation.assess import (
+    Asked,
+    Said,
+    assess,
+    flat_metrics,
+    held_out_digest,
+    measure,
+    read_asked,
+)
+from components.evaluation.calibration import expected_calibration_error, reliability
+from components.evaluation.judge_classifier import judge_classifier, judge_guesses
+from components.stage import StageRun
+
+SOURCE = Path(__file__).parents[2]
+WORDS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cow", "dog", "cat"]}
+SUITES = ("areas/held_out_symbols", "areas/held_out_modules")
+
+
+def rows(count: int, suites: tuple[str | None, ...]) -> list[dict[str, Any]]:
+    random = np.random.default_rng(count)
+    labels = [list(WORDS)[place % 3] for place in range(count)]
+    texts = [" ".join(random.choice(WORDS[label], 3)) for label in labels]
+    return [
+        {"id": str(place), "text": text, "label": label, "suite": suites[place % len(suites)]}
+        for place, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+
+
+@pytest.fixture
+def collected(tmp_path: Path) -> Path:
+    folder = tmp_path / "data/collected/stdlib-areas"
+    folder.mkdir(parents=True)
+    for split, held in (("train", rows(30, (None,))), ("test", rows(48, SUITES))):
+        columns = {name: pa.array([row[name] for row in held], pa.string()) for name in held[0]}
+        pq.write_table(pa.table(columns), folder / f"{split}-00000.parquet")
+    return folder.parent
+
+
+@pytest.fixture
+def params() -> Params:
+    return load_params(SOURCE / "params.yaml", {"scale": "smoke", "classifier.dataset": "stdlib-areas"})
+
+
+class Told:
+    """What a stage tells its tracker."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.figures: list[str] = []
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        self.values.update(values)
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None: ...
+
+    def table(self, name: str, columns: Mapping[str, list[Any]]) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def figure(self, figure: Any, name: str) -> None:
+        figure.draw_without_rendering()
+        self.figures.append(name)
+
+    @contextmanager
+    def child(self, name: str) -> Iterator[Told]:
+        yield self
+
+
+def test_ece_is_that_of_the_paper_by_hand() -> None:
+    """Two bins: (0.8, 0.867] holds two guesses, one right; (0.933, 1] holds two, both right."""
+    confidences = np.array([0.82, 0.86, 0.95, 1.0])
+    right = np.array([True, False, True, True])
+    assert [(one.texts, one.accuracy) for one in reliability(confidences, right)] == [(2, 0.5), (2, 1.0)]
+    expected = (2 * abs(0.5 - 0.84) + 2 * abs(1.0 - 0.975)) / 4
+    assert expected_calibration_error(confidences, right) == pytest.approx(expected)
+
+
+def test_figures_are_those_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    names = list("abcd")
+    asked = Asked([{"label": names[one], "text": "", "suite": None} for one in random.integers(0, 4, 200)])
+    said, base = (Said([names[one] for one in random.integers(0, 4, 200)], random.random(200)) for _ in range(2))
+    figures = measure(asked, said, base, names)
+    suite = figures["suites"]["test"]
+    assert suite["accuracy"] == pytest.approx(metrics.accuracy_score(asked.labels, said.labels), abs=1e-4)
+    for prefix, one in (("", said), ("baseline_", base)):
+        scores = metrics.f1_score(asked.labels, one.labels, average=None)
+        assert suite[f"{prefix}macro_f1"] == pytest.approx(scores.mean(), abs=1e-4)
+        assert [label[f"{prefix}f1"] for label in figures["labels"].values()] == pytest.approx(scores, abs=1e-4)
+    assert suite["baseline_is_better"] == (suite["baseline_macro_f1"] > suite["macro_f1"])
+    assert sum(label["texts"] for label in figures["labels"].values()) == 200
+
+
+def test_the_stage_measures_each_suite_beside_the_baseline(
+    collected: Path, classifier_folder: Path, params: Params, tmp_path: Path
+) -> None:
+    paths = Paths(tmp_path)
+    paths.classifier.parent.mkdir(parents=True)
+    paths.classifier.symlink_to(classifier_folder)
+    paths.metrics.mkdir(parents=True)
+    told = Told()
+    assess(StageRun("assess@classifier", params, paths, tmp_path / "state", told))
+    figures = json.loads((paths.metrics / "assess@classifier.json").read_text())
+    assert set(figures["suites"]) == set(SUITES)
+    for suite in figures["suites"].values():
+        assert (suite["texts"], suite["accuracy"], suite["baseline_accuracy"]) == (24, 1.0, 1.0)
+        assert 0 <= suite["ece"] < 0.2
+        assert not suite["baseline_is_better"]
+    assert (figures["score"], figures["truncated"]) == (1.0, 0)
+    assert figures["held_out_digest"] == held_out_digest(collected, params)
+    assert told.figures == ["confusion_matrix.png", "reliability.png", "f1_per_label.png"]
+    assert told.values == flat_metrics(figures)
+    kept = pq.read_table(paths.assessment("classifier") / "predictions.parquet").to_pylist()
+    assert [row["predicted"] for row in kept] == [row["label"] for row in kept]
+    lines = (paths.metrics / "assess@classifier_f1.csv").read_text().splitlines()
+    assert lines[0] == "label,f1,baseline_f1,texts"
+    assert lines[1:] == ["fruit,1.0,1.0,16", "metal,1.0,1.0,16", "animal,1.0,1.0,16"]
+
+
+def test_a_dataset_without_held_out_texts_is_refused(collected: Path, params: Params, tmp_path: Path) -> None:
+    (collected / "stdlib-areas/test-00000.parquet").unlink()
+    with pytest.raises(InputError, match=r"classifier\.dataset: no held-out texts in it; add rows"):
+        assess(StageRun("assess@classifier", params, Paths(tmp_path), tmp_path / "state", Told()))
+
+
+def test_a_better_classifier_is_promoted_and_a_worse_one_refused(
+    collected: Path, classifier_folder: Path, classifier_maker: Callable[..., Path], params: Params, tmp_path: Path
+) -> None:
+    wrong = classifier_maker(tmp_path / "wrong", turned=1)
+    verdict = judge_classifier(classifier_folder, wrong, collected, params)
+    assert verdict.promote
+    assert "areas/held_out_symbols from 0.000 to 1.000 (24 won, 0 lost)" in verdict.reason
+    assert "the TF-IDF baseline is no better: 1.000 against 1.000" in verdict.reason
+    verdict = judge_classifier(wrong, classifier_folder, collected, params)
+    assert not verdict.promote
+    assert verdict.reason.startswith("falls: ")
+    assert verdict.reason.endswith("the TF-IDF baseline is better: 1.000 against 0.000 of all texts right")
+    assert not judge_classifier(classifier_folder, classifier_folder, collected, params).promote
+
+
+def test_kept_predictions_are_not_asked_for_again(
+    collected: Path, classifier_folder: Path, params: Params, tmp_path: Path
+) -> None:
+    paths = Paths(tmp_path)
+    paths.classifier.parent.mkdir(parents=True)
+    paths.classifier.symlink_to(classifier_folder)
+    paths.metrics.mkdir(parents=True)
+    assess(StageRun("assess@classifier", params, paths, tmp_path / "state", Told()))
+    kept, nowhere = paths.assessment("classifier"), tmp_path / "nowhere"
+    verdict = judge_classifier(nowhere, nowhere, collected, params, kept, kept)
+    assert verdict.reason.startswith("no gain is real")
+    other = load_params(SOURCE / "params.yaml", {"scale": "smoke", "assess.max_texts": 7})
+    with pytest.raises(InputError, match="nowhere"):
+        judge_classifier(nowhere, nowhere, collected, other, kept, kept)
+
+
+def test_a_real_gain_over_all_texts_together_promotes(params: Params) -> None:
+    """Each suite alone has too few texts to tell."""
+    asked = Asked([{"label": "a", "text": "", "suite": f"s{place % 3}"} for place in range(24)])
+    champion = ["b"] * 12 + ["a"] * 12
+    verdict = judge_guesses(asked, ["a"] * 24, champion, ["a"] * 24, params)
+    assert verdict.promote
+    assert "overall from 0.500 to 1.000 (12 won, 0 lost)" in verdict.reason
+    assert not judge_guesses(asked, champion, champion, champion, params).promote
+
+
+def test_texts_are_taken_suite_by_suite(collected: Path, params: Params) -> None:
+    few = params.model_copy(update={"assess": params.assess.model_copy(update={"max_texts": 5})})
+    asked = read_asked(collected, few)
+    assert {suite: len(places) for suite, places in asked.suites.items()} == dict.fromkeys(SUITES, 5)
