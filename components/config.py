@@ -242,10 +242,8 @@ class PretrainConfig(TrainConfig):
 class ClassifierConfig(TrainConfig):
     """Fine-tuning of the pretrained encoder into a classifier."""
 
-    validation_share: float = Field(gt=0, lt=0.5)
-    """Share of each label's training texts set aside to search, to stop early and to calibrate by."""
     validation_steps: int = Field(ge=1)
-    """Steps between two looks at them."""
+    """Steps between two looks at the validation texts."""
     patience: int = Field(ge=1)
     """Looks without a better macro-F1 after which training stops."""
     class_weight_power: float = Field(ge=0, le=1)

@@ -24,16 +24,6 @@ def class_weights(numbers: Numbers, count: int, power: float) -> Floats:
     return weights
 
 
-def stratified(numbers: Numbers, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Marks (N,) of the texts to set aside: `share` of each label's, chosen by the seed; of a label's only text, none."""
-    chosen = np.zeros(len(numbers), bool)
-    for label in np.unique(numbers):
-        places = np.flatnonzero(numbers == label)
-        count = min(max(1, round(len(places) * share)), len(places) - 1)
-        chosen[np.random.default_rng([seed, int(label)]).permutation(places)[:count]] = True
-    return chosen
-
-
 def confusion_matrix(labels: Numbers, guesses: Numbers, count: int) -> Numbers:
     """How many texts of each label (row) were taken for each (column): (L, L)."""
     counted = np.bincount(labels * count + guesses, minlength=count * count)

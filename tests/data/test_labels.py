@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight
 
-from components.data.labels import class_weights, confusion_matrix, f1_scores, macro_f1, numbered, stratified
+from components.data.labels import class_weights, confusion_matrix, f1_scores, macro_f1, numbered
 
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.choice(6, 400, p=[0.5, 0.2, 0.15, 0.1, 0.05, 0.0])
@@ -28,20 +28,6 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     assert class_weights(labels, 5, 1.0) == pytest.approx(balanced)
     assert class_weights(labels, 5, 0.0).tolist() == [1.0] * 5
     assert class_weights(labels, 5, 0.5) == pytest.approx(np.sqrt(balanced))
-
-
-def test_a_share_of_each_label_is_set_aside() -> None:
-    chosen = stratified(LABELS, 0.1, seed=0)
-    for label in range(5):
-        assert chosen[LABELS == label].sum() == max(1, round(0.1 * (LABELS == label).sum()))
-    assert (stratified(LABELS, 0.1, seed=0) == chosen).all()
-    assert (stratified(LABELS, 0.1, seed=1) != chosen).any()
-
-
-def test_the_only_text_of_a_label_is_learned_from() -> None:
-    chosen = stratified(np.array([0, 0, 0, 0, 1, 2, 2]), 0.9, seed=0)
-    assert not chosen[4]
-    assert (chosen[:4].sum(), chosen[5:].sum()) == (3, 1)
 
 
 def test_labels_have_the_numbers_of_their_names() -> None:
