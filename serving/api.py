@@ -20,8 +20,9 @@ from fastapi.staticfiles import StaticFiles
 
 from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
+from components.generation.schemas import SchemaError
 from serving import classify, page
-from serving.engine import Ask, Finished, Full, Retired
+from serving.engine import Ask, Engine, Finished, Full, Retired
 from serving.errors import ERRORS, ApiError, StrictRoute, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
 from serving.follow import describe
@@ -185,9 +186,9 @@ async def docs() -> HTMLResponse:
 
 async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
     """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
-    ask = _ask(body)
     while True:
         engine = serving.choose(serving.models, body.model, asker)
+        ask = await _ask(body, engine)
         role = serving.models.role(engine.name)
         exchange = Exchange(engine, body, serving.store, serving.metrics, role, serving.traces)
         try:
@@ -200,13 +201,20 @@ async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
         return exchange
 
 
-def _ask(body: ChatRequest) -> Ask:
+async def _ask(body: ChatRequest, engine: Engine) -> Ask:
     may_call = body.tool_choice != "none"
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
+    try:
+        # Compiling grammars would keep the other requests waiting here.
+        rules = await run_in_threadpool(engine.agent.rules, tools, body.wish)
+    except SchemaError as error:
+        raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
     return Ask(
         messages=[message.plain() for message in body.messages],
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None,
+        tools=tools,
         may_call=may_call,
         one_call=body.parallel_tool_calls is False,
+        rules=rules,
         max_tokens=body.token_limit,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -24,7 +24,7 @@ from components.config import ServeConfig
 from components.generation.slots import Slots
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from serving.reply import Ask, Event, Failed, Finished, Late, Notify, Reply, Started, Stepped, Text, Ticket
+from serving.reply import Ask, Called, Event, Failed, Finished, Late, Notify, Reply, Started, Stepped, Text, Ticket
 from serving.scheduler import Scheduler
 
 SMALL_MODEL = 50_000_000
@@ -32,6 +32,7 @@ SMALL_MODEL = 50_000_000
 
 __all__ = [
     "Ask",
+    "Called",
     "Engine",
     "Event",
     "Failed",
@@ -119,7 +120,7 @@ class Engine:
     def warm(self) -> None:
         done = threading.Event()
         self.submit(
-            Ask([{"role": "user", "content": "Hello"}], may_call=False, max_tokens=2),
+            Ask([{"role": "user", "content": "Hello"}], rules=self.agent.rules(), max_tokens=2),
             lambda event: done.set() if isinstance(event, Finished | Failed) else None,
         )
         done.wait()

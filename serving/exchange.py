@@ -19,7 +19,7 @@ from fastapi import Request
 from components.agent.agent import ContextTooLong
 from components.feedback.store import Answered, Store
 from components.traces import Traces
-from serving.engine import Ask, Engine, Event, Failed, Finished, Late, Started, Stepped, Text, Ticket
+from serving.engine import Ask, Called, Engine, Event, Failed, Finished, Late, Started, Stepped, Text, Ticket
 from serving.errors import ApiError
 from serving.metrics import Metrics
 from serving.watch import Watch
@@ -98,10 +98,9 @@ class Exchange:
                     yield {"content": event.text}, None
                 elif isinstance(event, Stepped):
                     yield {"steps": [event.step]}, None
+                elif isinstance(event, Called):
+                    yield {"tool_calls": [event.delta]}, None
                 elif isinstance(event, Finished):
-                    if event.tool_calls:
-                        calls = [{"index": index, **call} for index, call in enumerate(event.tool_calls)]
-                        yield {"tool_calls": calls}, None
                     yield {}, event
                     return
                 elif isinstance(event, Failed):
@@ -132,11 +131,11 @@ class Exchange:
         """Called by the engine's thread: record first, then tell."""
         self._watch.see(event)
         if isinstance(event, Started):
-            self._store.add_request(self.id, self.engine.name, self.body.model_dump(exclude_unset=True))
+            self._store.add_request(self.id, self.engine.name, self.body.model_dump(exclude_unset=True, by_alias=True))
             self._recorded = True
         elif isinstance(event, Finished) and self._recorded:
             self._record(event)
-        if isinstance(event, Text | Stepped) and not self.body.stream:
+        if isinstance(event, Text | Called | Stepped) and not self.body.stream:
             return  # nobody listens: the finished answer holds it all
         # The loop is closed when the server ended without waiting for us.
         with suppress(RuntimeError):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt, openai_call
+from components.agent.turns import Rules
 from components.generation.slots import Row
+from serving.calls import CallStream
 from serving.scheduler import Turn
 from serving.speech import Speech
 
@@ -37,6 +38,8 @@ class Ask:
     may_call: bool = True
     one_call: bool = False
     """Hand back the first call of a turn only."""
+    rules: Rules | None = None
+    """What each turn keeps to (`Agent.rules`); without, the model writes what it likes."""
     max_tokens: int | None = None
     """Over all turns; None: the configured number for each turn."""
     temperature: float = 0.0
@@ -55,6 +58,13 @@ class Text:
     """More of the answer, whole characters."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Called:
+    """More of a call of the client's tools: OpenAI's delta, one of `tool_calls`."""
+
+    delta: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Failed:
     error: Exception
 
 
-Event = Started | Text | Stepped | Finished | Failed
+Event = Started | Text | Called | Stepped | Finished | Failed
 Notify = Callable[[Event], None]
 
 
@@ -124,9 +134,10 @@ class Reply:
         self.engine, self.ask, self.ticket = engine, ticket.ask, ticket
         agent = engine.agent
         self.agent = agent if self.ask.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
+        self.calls = CallStream(agent.tokenizer)
         self.said: list[str] = []
         self.steps: list[dict[str, Any]] = []
-        self.conversation = self.agent.answer(self.ask.messages, self.ask.tools, self.steps)
+        self.conversation = self.agent.answer(self.ask.messages, self.ask.tools, self.steps, self.ask.rules)
         self.speech = Speech(agent.tokenizer, self.ask.stops)
         self.turn = -1
         self.row: Row | None = None
@@ -186,6 +197,8 @@ class Reply:
         """Tell the words that a token makes whole; false when no more are wanted."""
         self.written += 1
         self._tell(self.speech.push(number))
+        for delta in self.calls.push(number) if self.ask.tools else ():
+            self.ticket.notify(Called(delta))
         return not self.speech.stopped
 
     def _ended(self, error: Exception | None) -> None:
@@ -251,7 +264,7 @@ class Reply:
         calls: list[dict[str, Any]] = []
         if answer is not None:
             reason = "stop" if self.stopped else answer.finish_reason
-            calls = [openai_call(call, f"call_{uuid.uuid4().hex[:24]}") for call in answer.tool_calls]
+            calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
             if not self.said and not self.stopped:
                 self._tell(answer.content)  # the agent's own words, when the model ended on a call
         return Finished(

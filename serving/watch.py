@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from components.traces import Span, Traces
-from serving.engine import Event, Failed, Finished, Started, Stepped, Text
+from serving.engine import Called, Event, Failed, Finished, Started, Stepped, Text
 from serving.logs import FACTS
 from serving.metrics import Metrics
 
@@ -35,7 +35,7 @@ class Watch:
 
     def see(self, event: Event) -> None:
         """Count an event, and remember what a trace tells of it."""
-        if isinstance(event, Text):
+        if isinstance(event, Text | Called):
             self._text()
         elif isinstance(event, Started):
             self._queued = self.seconds

@@ -9,8 +9,21 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from components.agent.turns import ANY_OBJECT, Wish
 
 MAX_STOPS = 4
 MAX_TOOLS = 128
@@ -132,7 +145,9 @@ class Function(Wire):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments."""
+    """JSON schema of the arguments, an object; without it the function takes none."""
+    strict: bool | None = None
+    """Arguments fit their schema either way."""
 
     @model_validator(mode="after")
     def _properties_can_be_shown(self) -> Function:
@@ -159,23 +174,70 @@ class StreamOptions(Wire):
     """Send one more chunk with the token counts before `[DONE]`."""
 
 
-class ResponseFormat(Wire):
-    type: str
+class TextFormat(Wire):
+    """Words, the default."""
 
-    @model_validator(mode="after")
-    def _is_text(self) -> ResponseFormat:
-        if self.type != "text":
-            raise PydanticCustomError("unsupported_parameter", "not supported yet; leave it out or send type 'text'")
-        return self
+    type: Literal["text"]
 
 
-def _known_choice(value: Any) -> Any:
-    if value in (None, "none", "auto"):
-        return value
-    raise PydanticCustomError("unsupported_parameter", "not supported; send 'auto' or 'none'")
+class ObjectFormat(Wire):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
 
 
-ToolChoice = Annotated[Any, AfterValidator(_known_choice), WithJsonSchema({"enum": ["none", "auto", None]})]
+class SchemaOfAnswer(Wire):
+    model_config = ConfigDict(validate_by_name=True)
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    """JSON schema of the answer; without it, any JSON object."""
+    strict: bool | None = None
+    """Answers fit their schema either way."""
+
+
+class SchemaFormat(Wire):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: SchemaOfAnswer
+
+
+def _format_tag(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return f"~{kind}" if kind in ("text", "json_object", "json_schema") else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("~text")]
+    | Annotated[ObjectFormat, Tag("~json_object")]
+    | Annotated[SchemaFormat, Tag("~json_schema")],
+    Discriminator(_format_tag, "wrong_type", "expected an object of type 'text', 'json_object' or 'json_schema'"),
+]
+
+
+class NamedFunction(Wire):
+    name: str
+
+
+class NamedTool(Wire):
+    """The one tool to call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _word_or_tool(value: Any) -> str | None:
+    return "~word" if isinstance(value, str) else "~tool" if isinstance(value, dict | NamedTool) else None
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("~word")] | Annotated[NamedTool, Tag("~tool")],
+    Discriminator(
+        _word_or_tool, "wrong_type", "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name'}}"
+    ),
+]
 
 
 class ChatRequest(Wire):
@@ -197,9 +259,12 @@ class ChatRequest(Wire):
     n: Literal[1] | None = None
     tools: Annotated[list[ClientTool], Field(max_length=MAX_TOOLS)] | None = None
     """Tools that the client runs. Without any, the agent uses its own and answers."""
-    tool_choice: ToolChoice = None
+    tool_choice: ToolChoice | None = None
+    """auto, the default: words or calls. none: words. required: calls. Or the one tool to call."""
     parallel_tool_calls: bool | None = None
+    """Several calls in one answer, the default."""
     response_format: ResponseFormat | None = None
+    """What the words of the answer are held to."""
     user: str | None = None
     frequency_penalty: Unsupported = None
     presence_penalty: Unsupported = None
@@ -216,6 +281,37 @@ class ChatRequest(Wire):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed with stream true")
         return self
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_have_names_of_their_own(cls, tools: list[ClientTool] | None) -> list[ClientTool] | None:
+        names = [tool.function.name for tool in tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name; give each its own")
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _chooses_among_the_tools(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        if choice == "required" and not names:
+            raise ValueError("needs tools; send them, or leave it out")
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"is not one of the tools; sent are {names}")
+        return choice
+
+    @property
+    def wish(self) -> Wish:
+        """What the answer may be."""
+        one = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        calls = self.tool_choice if isinstance(self.tool_choice, str) else "required" if one else "auto"
+        return Wish(calls, one, self.parallel_tool_calls is not False and one is None, self._schema())
+
+    def _schema(self) -> dict[str, Any] | None:
+        if isinstance(self.response_format, SchemaFormat):
+            given = self.response_format.json_schema.json_schema
+            return ANY_OBJECT if given is None else given
+        return ANY_OBJECT if isinstance(self.response_format, ObjectFormat) else None
 
     @property
     def characters(self) -> int:

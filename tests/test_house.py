@@ -48,6 +48,7 @@ DOORS = {
     "sqlalchemy": ("components/feedback/", "components/tracking.py"),
     "alembic": ("components/feedback/",),
     "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
+    "llguidance": ("components/generation/grammar.py",),
 }
 
 

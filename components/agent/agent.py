@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.agent.tools import Tool, call, reference_tools
+from components.agent.turns import Rules, Wish, followable, turn_rules
 from components.config import InputError
 from components.data.tokenizer import Call, ChatTokenizer, Turn
 from components.generation.constrained import Constraint
@@ -25,6 +26,7 @@ GAVE_UP = "I could not finish this within {steps} steps."
 MAX_RESULT_CHARACTERS = 2_000
 MAX_STEPS = 6
 """Turns for one answer of a model whose folder does not say how many."""
+AS_IT_LIKES = Wish()
 
 
 class ContextTooLong(InputError):
@@ -77,6 +79,8 @@ class Agent:
         """Tools of others that are there now; while there are any, each prompt declares all tools."""
         self.max_steps = max_steps
         self.context_len = context_len
+        self._usual: tuple[tuple[Tool, ...], Rules] | None = None
+        """The rules of most answers, and the tools that they are of."""
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -99,11 +103,31 @@ class Agent:
             raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
         return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len, guests)
 
-    def answer(self, messages: Sequence[Message], tools: Any = None, steps: list[Step] | None = None) -> Conversation:
+    def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, wish: Wish = AS_IT_LIKES) -> Rules:
+        """What the turns of an answer may be; `tools` are the client's. Takes milliseconds, and less when asked again.
+
+        Raises: InputError when a schema is wrong or cannot be held to.
+        """
+        if tools:
+            return turn_rules(self.tokenizer, tools, wish, runs_tools=False)
+        own = self.tools
+        if wish != AS_IT_LIKES:
+            return turn_rules(self.tokenizer, followable(self.tokenizer, own), wish, runs_tools=True)
+        if self._usual is None or self._usual[0] != own:
+            self._usual = own, turn_rules(self.tokenizer, followable(self.tokenizer, own), wish, runs_tools=True)
+        return self._usual[1]
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        tools: Any = None,
+        steps: list[Step] | None = None,
+        rules: Rules | None = None,
+    ) -> Conversation:
         """Answer the last message.
 
         `tools` are the client's (OpenAI's list): then the model's calls are handed back instead of run.
-        Steps are appended to `steps` as they happen.
+        Steps are appended to `steps` as they happen. Every turn keeps to the `rules`, where there are any.
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
@@ -113,10 +137,11 @@ class Agent:
         declared = tools or self._declared()
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(said, declared)
-            generated = yield Prompt(prompt)
+            constraint = rules.follow(last=not turns_left) if rules else None
+            generated = yield Prompt(prompt, constraint)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
-            ended = self.tokenizer.end_id in generated
+            ended = self.tokenizer.end_id in generated and not (constraint is not None and constraint.cut)
             if not turn.calls or not ended or tools or not turns_left:
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
             said += self._call(turn, steps)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
+from components.agent.turns import Rules
 from components.generation.decode import Sampling, generate
+from components.generation.schemas import SchemaError
 from components.models.decoder import Decoder
 
 Chat = tuple[Sequence[Any], Any]
@@ -28,7 +31,8 @@ def answer_all(
     done = 0
     while True:
         while len(waiting) < batch_size and (index := next(upcoming, None)) is not None:
-            conversation = agent.answer(*chats[index])
+            messages, tools = chats[index]
+            conversation = agent.answer(messages, tools, rules=_rules(agent, tools))
             try:
                 waiting[index] = (conversation, next(conversation))
             except ContextTooLong:
@@ -45,3 +49,11 @@ def answer_all(
                 del waiting[index]
                 done += 1
         progress(done)
+
+
+def _rules(agent: Agent, tools: Any) -> Rules | None:
+    """What serving holds the answer to; None where a dataset's tools have schemas that serving would refuse."""
+    try:
+        return agent.rules(json.loads(tools) if isinstance(tools, str) else tools)
+    except SchemaError:
+        return None

@@ -11,6 +11,7 @@ import codecs
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,6 +145,11 @@ class ChatTokenizer:
 
         return ForeignTokenizer(tokenizer, template, config, folder)
 
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The special tokens of chats and their ids."""
+        return self._ids
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token id; empty for special tokens."""
@@ -215,7 +221,7 @@ class ChatTokenizer:
             elif kind == "<|argument|>":
                 key = text
             elif kind == "<|value|>" and calls:
-                calls[-1].arguments[key] = _read_value(text)
+                calls[-1].arguments[key] = read_value(text)
         return Turn(content, tuple(calls))
 
     def _fields(self, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
@@ -277,14 +283,29 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-def _read_value(text: str) -> Any:
+def stands_bare(text: str) -> bool:
+    """Whether the template writes this string as it stands: nothing reads it as JSON."""
+    return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
+
+
+def read_value(text: str) -> Any:
     """The inverse of the template's rule for argument values."""
     if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
         try:
-            return json.loads(text)
+            return json.loads(text, parse_float=_finite, parse_int=_integer)
         except ValueError:
             return text
     return text
+
+
+def _finite(text: str) -> float:
+    """A number, at most the largest there is: infinity is no JSON."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
+
+
+def _integer(text: str) -> int:
+    """A whole number of any length, also where Python would refuse to read one so long."""
+    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
 
 
 def _is_number(text: str) -> bool:

@@ -18,6 +18,14 @@ def with_message(**message: Any) -> dict[str, Any]:
     return {"messages": [message]}
 
 
+def tool(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def answer_as(schema: dict[str, Any]) -> dict[str, Any]:
+    return with_user(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+
+
 BAD_BODIES: list[tuple[Any, str | None, str]] = [
     ([], None, "body: []: "),
     ("text", None, "body: "),
@@ -85,9 +93,38 @@ BAD_BODIES: list[tuple[Any, str | None, str]] = [
         "tools[0].function",
         "parameters.properties.a.description: expected a string",
     ),
-    (with_user(tool_choice="required"), "tool_choice", "not supported; send 'auto' or 'none'"),
-    (with_user(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice", "not supported"),
-    (with_user(response_format={"type": "json_schema", "json_schema": {}}), "response_format", "not supported yet"),
+    (with_user(tool_choice="required"), "tool_choice", 'tool_choice: "required": needs tools'),
+    (with_user(tool_choice="any"), "tool_choice", "Input should be 'none', 'auto' or 'required'"),
+    (with_user(tool_choice=5), "tool_choice", "tool_choice: 5: expected 'none', 'auto', 'required' or {'type'"),
+    (with_user(tool_choice={"type": "function", "function": {"name": "f"}}), "tool_choice", "is not one of the tools"),
+    (with_user(tools=[tool("f"), tool("f")]), "tools", "two tools have the same name"),
+    (with_user(tools=[tool("f", type="array")]), "tools[0].function.parameters", "type 'array' is not supported here"),
+    (with_user(tools=[tool("f", oneOf=[])]), "tools[0].function.parameters", "the keyword 'oneOf' is not supported"),
+    (
+        with_user(tools=[tool("e"), tool("f", properties={"a": {"type": "array", "uniqueItems": True}})]),
+        "tools[1].function.parameters.properties.a.uniqueItems",
+        "the keyword 'uniqueItems' is not supported; leave it out",
+    ),
+    (
+        with_user(tools=[tool("f"), tool("g", properties={"a": {"type": "string", "pattern": "(?=a)b"}})]),
+        "tools[1].function.parameters",
+        "look-ahead and look-behind, is not supported (tool 'g')",
+    ),
+    (
+        with_user(response_format={"type": "json_schema", "json_schema": {}}),
+        "response_format.json_schema.name",
+        "missing",
+    ),
+    (with_user(response_format={"type": "xml"}), "response_format", "expected an object of type 'text', 'json_object'"),
+    (with_user(response_format="json"), "response_format", "expected an object of type"),
+    (answer_as({"not": {}}), "response_format.json_schema.schema.not", "the keyword 'not' is not supported"),
+    (
+        answer_as({"type": "strin"}),
+        "response_format.json_schema.schema.type",
+        "expected one or a list of null, boolean",
+    ),
+    (answer_as({"minimum": 3, "maximum": 1, "type": "integer"}), "response_format.json_schema.schema", "Unsatisfiable"),
+    (answer_as({"$ref": "#"}), "response_format.json_schema.schema", "too large to follow, or nothing fits it"),
     (with_user(logprobs=True), "logprobs", "logprobs: true: not supported by this endpoint; leave it out"),
     (with_user(frequency_penalty=0.5), "frequency_penalty", "not supported"),
     (with_user(stream_options={"include_usage": True}), None, "stream_options: only allowed with stream true"),

@@ -1,0 +1,257 @@
+"""Whatever is picked among what a turn allows, the calls are whole and fit their schemas, and so do the words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from components.agent.tools import Tool
+from components.agent.turns import ANY_OBJECT, Rules, Wish, followable, turn_rules
+from components.config import InputError
+from components.data import tokenizer as bpe
+from components.data.tokenizer import ChatTokenizer
+from components.generation.schemas import SchemaError
+
+SEEDS = range(12)
+CLOSED = {"type": "object", "additionalProperties": False}
+ADDRESS = {
+    **CLOSED,
+    "properties": {"street": {"type": "string"}, "zip": {"type": "string", "pattern": r"^\d{5}$"}},
+    "required": ["street", "zip"],
+}
+NODE = {
+    **CLOSED,
+    "properties": {"v": {"type": "boolean"}, "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}},
+    "required": ["v", "next"],
+}
+
+
+def closed(*required: str, **properties: Any) -> dict[str, Any]:
+    return {**CLOSED, "properties": properties, "required": list(required or properties)}
+
+
+OBJECTS: dict[str, dict[str, Any]] = {
+    "no arguments": closed(),
+    "a string": closed(city={"type": "string"}),
+    "optional": closed("a", a={"type": "integer"}, b={"type": "boolean"}, c={"type": "null"}),
+    "integers": closed(n={"type": "integer", "minimum": -3, "maximum": 12}, m={"type": "integer", "multipleOf": 5}),
+    "numbers": closed(x={"type": "number"}, y={"type": "number", "exclusiveMinimum": 0, "maximum": 2.5}),
+    "lengths": closed(s={"type": "string", "minLength": 3, "maxLength": 5}, t={"type": "string", "maxLength": 2}),
+    "enum": closed(u={"enum": ["C", "F", "true", "12", " x", "", 'a"b', None, 3, 2.5, [1], {"a": 1}]}),
+    "typed enum": closed(u={"type": "string", "enum": ["celsius", "fahrenheit"]}, v={"const": "on"}, w={"const": 1}),
+    "union": closed(s={"type": ["string", "null", "integer"]}),
+    "anyOf": closed(t={"anyOf": [{"type": "string", "minLength": 3, "maxLength": 6}, {"type": "boolean"}]}),
+    "anything": closed(a={}, b={"description": "whatever", "default": 3}),
+    "pattern": closed(p={"type": "string", "pattern": "^[a-f]{2,4}-\\d+$"}),
+    "formats": closed(**{name: {"type": "string", "format": name} for name in ("time", "ipv4", "uuid")}),
+    "array": closed(tags={"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 1, "maxItems": 3}),
+    "tuple": closed(p={"type": "array", "prefixItems": [{"type": "integer"}, {"type": "boolean"}], "items": False}),
+    "nested": closed(o=closed(x={"type": "number"}, deep=closed(y={"type": "array", "items": ADDRESS}))),
+    "references": {**closed(n={"$ref": "#/$defs/Node"}), "$defs": {"Node": NODE}},
+    "a reference as root": {
+        "$ref": "#/$defs/A",
+        "$defs": {"A": closed(b={"$ref": "#/$defs/B"}), "B": {"type": "null"}},
+    },
+    "allOf": closed(a={"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 4}]}),
+    "oneOf": closed(a={"oneOf": [closed(k={"const": "a"}), closed(k={"const": "b"}, n={"type": "integer"})]}),
+    "a map": {"type": "object", "additionalProperties": {"type": "integer"}},
+    "open": {"type": "object"},
+    "more": {"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "boolean"}},
+    "required beyond": {"type": "object", "properties": {}, "required": ["b"], "additionalProperties": {"const": 7}},
+    "odd names": closed(**{"a b": {"type": "integer"}, 'q"uote': {"type": "null"}, "日本": {"type": "boolean"}}),
+}
+VALUES: dict[str, Any] = {
+    "object": {"type": "object"},
+    "true": True,
+    "numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 2},
+    "literals": {"enum": [1, "a", None, [], {"b": False}]},
+    "a string": {"type": "string", "minLength": 4},
+    "a range": {"type": "number", "minimum": 0.5, "maximum": 2.5},
+    "steps": {"type": "number", "multipleOf": 0.25, "minimum": 0, "maximum": 9},
+    "keys": {"type": "object", "patternProperties": {"^n_": {"type": "integer"}}, "additionalProperties": False},
+    "counted": {"type": "object", "additionalProperties": {"type": "null"}, "minProperties": 1},
+    "draft 7": {"$schema": "http://json-schema.org/draft-07/schema#", "type": "array", "items": [{"type": "null"}]},
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    text = ["Weather of Paris, true or null: 12.5 {} [] json.dumps camelCase some_name celsius street"]
+    return ChatTokenizer(bpe.train(text * 9, 420), bpe.TEMPLATE_FILE.read_text())
+
+
+def tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def written(rule: Rules, seed: int, limit: int = 160, last: bool = False) -> tuple[list[int], bool]:
+    """A turn of a model that picks evenly among what it may, and whether it was closed for its limit."""
+    chance = np.random.default_rng(seed)
+    follower = rule.follow(last)
+    ids: list[int] = []
+    while len(ids) < limit and not follower.finished:
+        mask = follower.allowed(limit - len(ids))
+        assert mask.any()
+        ids.append(int(chance.choice(np.flatnonzero(mask))))
+        follower.advance(ids[-1])
+    return ids, follower.cut
+
+
+def fits(value: Any, schema: Any) -> None:
+    cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    cls.check_schema(schema)
+    cls(schema, format_checker=cls.FORMAT_CHECKER).validate(value)
+    json.dumps(value).encode()  # no half of a surrogate pair
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_calls_name_a_declared_tool_and_fit_its_schema(tokenizer: ChatTokenizer, name: str) -> None:
+    schema = OBJECTS[name]
+    rule = turn_rules(tokenizer, [tool("first", schema), tool("other.one-2", None)], Wish("required"), runs_tools=False)
+    whole = 0
+    for seed in SEEDS:
+        ids, _ = written(rule, seed)
+        if ids[-1] != tokenizer.end_id:
+            continue
+        turn = tokenizer.parse_turn(ids)
+        assert turn.calls
+        assert not turn.content
+        for call in turn.calls:
+            fits(call.arguments, schema if call.name == "first" else {"maxProperties": 0})
+            json.dumps(call.arguments, allow_nan=False)
+            assert call.name in ("first", "other.one-2")
+            whole += call.name == "first"
+    assert whole
+
+
+@pytest.mark.parametrize("name", [*OBJECTS, *VALUES])
+@pytest.mark.parametrize("limit", [16, 40, 160])
+def test_structured_answers_fit_their_schema_however_short_they_must_be(
+    tokenizer: ChatTokenizer, name: str, limit: int
+) -> None:
+    schema = {**OBJECTS, **VALUES}[name]
+    rule = turn_rules(tokenizer, [], Wish(schema=schema), runs_tools=False)
+    ended = 0
+    for seed in SEEDS[:4]:
+        ids, _ = written(rule, seed, limit)
+        if ids[-1] == tokenizer.end_id:
+            fits(json.loads(tokenizer.parse_turn(ids).content), schema)
+            ended += 1
+    assert ended == 4 or limit < 160
+
+
+def test_an_answer_is_closed_before_its_limit_and_says_that_it_was_cut(tokenizer: ChatTokenizer) -> None:
+    rule = turn_rules(tokenizer, [], Wish(schema=closed(story={"type": "string"})), runs_tools=False)
+    for seed in SEEDS:
+        ids, cut = written(rule, seed, limit=30)
+        story = json.loads(tokenizer.parse_turn(ids).content)["story"]
+        assert ids[-1] == tokenizer.end_id
+        assert cut == (len(ids) > 30 - 8) or not story
+
+
+def test_what_needs_more_than_the_limit_is_not_ended(tokenizer: ChatTokenizer) -> None:
+    rule = turn_rules(tokenizer, [], Wish(schema={"type": "string", "minLength": 100}), runs_tools=False)
+    ids, cut = written(rule, 0, limit=20)
+    assert len(ids) == 20
+    assert not cut
+
+
+@pytest.mark.parametrize("wish", [Wish("auto"), Wish("auto", parallel=False), Wish("none")])
+def test_free_words_stay_free(tokenizer: ChatTokenizer, wish: Wish) -> None:
+    rule = turn_rules(tokenizer, [tool("first", closed())], wish, runs_tools=False)
+    said = [{"role": "assistant", "content": 'Well: {"a": <|call|> "日本" \n "unclosed'}]
+    ids = tokenizer.encode_chat(said)[0][1:]
+    follower = rule.follow(last=False)
+    for left, number in zip(range(len(ids), 0, -1), ids, strict=True):
+        assert follower.allowed(left)[number]
+        follower.advance(number)
+    assert follower.finished
+    assert not follower.cut
+
+
+def first_tokens(rule: Rules, last: bool = False) -> np.ndarray[Any, Any]:
+    return rule.follow(last).allowed(100)
+
+
+def test_the_choice_of_tools_decides_what_a_turn_begins_with(tokenizer: ChatTokenizer) -> None:
+    call, end = tokenizer.special_ids["<|call|>"], tokenizer.end_id
+    tools = [tool("first", closed()), tool("second", closed())]
+    for wish, may_call, may_end in (
+        (Wish("auto"), True, True),
+        (Wish("none"), False, True),
+        (Wish("required"), True, False),
+        (Wish("auto", schema=True), True, False),
+        (Wish("none", schema=True), False, False),
+    ):
+        mask = first_tokens(turn_rules(tokenizer, tools, wish, runs_tools=False))
+        assert (mask[call], mask[end]) == (may_call, may_end), wish
+    assert not first_tokens(turn_rules(tokenizer, tools, Wish(schema=True), runs_tools=True), last=True)[call]
+
+
+def test_one_tool_can_be_asked_for_and_one_call(tokenizer: ChatTokenizer) -> None:
+    tools = [tool("first", closed()), tool("second", closed())]
+    for seed in SEEDS:
+        ids, _ = written(turn_rules(tokenizer, tools, Wish("required", tool="second"), runs_tools=False), seed)
+        assert {call.name for call in tokenizer.parse_turn(ids).calls} == {"second"}
+        ids, _ = written(turn_rules(tokenizer, tools, Wish("required", parallel=False), runs_tools=False), seed)
+        assert len(tokenizer.parse_turn(ids).calls) == 1
+
+
+def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer) -> None:
+    """What a model learned must stay possible, token by token."""
+    schema = closed(s={"type": "string"}, a={}, n={"type": ["string", "integer"]}, o={"type": "object"})
+    rule = turn_rules(tokenizer, [tool("first", schema)], Wish("auto"), runs_tools=False)
+    for text in (
+        "Paris",
+        "json.dumps",
+        "12",
+        "12 apples",
+        "true",
+        "",
+        " led",
+        '"quoted"',
+        "[x]",
+        "日本",
+        "nan",
+        "a\nb",
+    ):
+        arguments = {"s": text, "a": text, "n": text, "o": {"k": [1, None, 2.5, text]}}
+        call = {"function": {"name": "first", "arguments": arguments}}
+        ids = tokenizer.encode_chat([{"role": "assistant", "content": "Well.", "tool_calls": [call]}])[0][1:]
+        follower = rule.follow(last=False)
+        for number in ids:
+            assert follower.allowed(99)[number], (text, tokenizer.decode([number]))
+            follower.advance(number)
+        assert follower.finished
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"type": "array"}, r"tools\[1\].function.parameters: type 'array' is not supported here"),
+        ({"anyOf": [{}]}, r"parameters: the keyword 'anyOf' is not supported here; an object with 'properties'"),
+        (closed(a={"not": {}}), r"parameters.properties.a.not: the keyword 'not' is not supported; leave it out"),
+        (closed(a=False), r"parameters.properties.a: no value fits this schema"),
+        (closed(a={"$ref": "#/$defs/Lost"}), r"parameters.properties.a.\$ref: '#/\$defs/Lost': no such schema"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}, "references lead in a circle"),
+        (closed(a={"enum": []}), r"a.enum: \[\]: expected a list of values"),
+        (closed(a={"type": "integer", "minimum": 2, "maximum": 1}), r"Unsatisfiable schema.*\(tool 'second'\)"),
+    ],
+)
+def test_a_tool_that_cannot_be_held_to_is_named(tokenizer: ChatTokenizer, parameters: Any, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
+        turn_rules(tokenizer, [tool("first", closed()), tool("second", parameters)], Wish(), runs_tools=False)
+    assert issubclass(SchemaError, InputError)
+
+
+def test_an_own_tool_that_cannot_be_held_to_is_called_with_anything(tokenizer: ChatTokenizer) -> None:
+    closed_tool = Tool("first", "", closed(), str)
+    odd = Tool("odd", "", closed(a={"type": "array", "uniqueItems": True}), str)
+    beyond = Tool("beyond", "", closed(a={"type": "string", "pattern": "(?=a)b"}), str)
+    declared = followable(tokenizer, [closed_tool, odd, beyond])
+    assert [tool["function"]["parameters"] for tool in declared] == [closed(), ANY_OBJECT, ANY_OBJECT]
+    assert [tool["function"]["name"] for tool in declared] == ["first", "odd", "beyond"]
