@@ -25,11 +25,14 @@ class CallStream:
         self._told: int | None = None
         """Characters of this value that were told as a string; None: it is not certain to be one."""
         self._arguments = 0
+        self._read: list[int] = []
         self.ids: list[str] = []
         """Of the calls so far."""
 
     def push(self, number: int) -> list[dict[str, Any]]:
         """What can be told now."""
+        if not self._tokenizer.native:
+            return self._whole(number)
         if number not in self._names:
             self._text += self._stream.push(number)
             return self._part() if self._kind == "<|value|>" else []
@@ -41,14 +44,30 @@ class CallStream:
             self._arguments = -1  # this call is whole
         return deltas
 
+    def _whole(self, number: int) -> list[dict[str, Any]]:
+        """Calls of another family's format, each when it is whole."""
+        self._read.append(number)
+        if number not in self._names:
+            return []
+        calls = self._tokenizer.parse_turn(self._read).calls[len(self.ids) :]
+        return [
+            delta
+            for call in calls
+            for delta in (self._head(call.name), self._piece(json.dumps(call.arguments, ensure_ascii=False)))
+        ]
+
+    def _head(self, name: str) -> dict[str, Any]:
+        """The first delta of a new call."""
+        self.ids.append(f"call_{uuid.uuid4().hex[:24]}")
+        function = {"name": name, "arguments": ""}
+        return {"index": len(self.ids) - 1, "id": self.ids[-1], "type": "function", "function": function}
+
     def _field(self) -> list[dict[str, Any]]:
         """What the field that ends here adds."""
         text = self._text.removeprefix(" ")
         if self._kind == "<|call|>":
-            self.ids.append(f"call_{uuid.uuid4().hex[:24]}")
             self._arguments = 0
-            function = {"name": text, "arguments": ""}
-            return [{"index": len(self.ids) - 1, "id": self.ids[-1], "type": "function", "function": function}]
+            return [self._head(text)]
         if self._kind == "<|argument|>":
             self._key = text
         elif self._kind == "<|value|>" and self.ids:

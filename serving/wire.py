@@ -23,7 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from components.agent.turns import ANY_OBJECT, Wish
+from components.agent.turn_grammar import Wish
+from components.agent.turns import ANY_OBJECT
 
 MAX_STOPS = 4
 MAX_TOOLS = 128

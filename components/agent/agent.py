@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.agent.tools import Tool, call, reference_tools
-from components.agent.turns import Rules, Wish, followable, turn_rules
+from components.agent.turn_grammar import Wish
+from components.agent.turns import Rules, followable, turn_rules
 from components.config import InputError
 from components.data.tokenizer import Call, ChatTokenizer, Turn
 from components.generation.constrained import Constraint

@@ -68,6 +68,8 @@ class Vocabulary:
         self.eos_token_id, self.bos_token_id = tokenizer.end_id, None
         self.special_token_ids = list(tokenizer.special_ids.values())
         self.tokens = [tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)]
+        self._numbers = {token: number for number, token in enumerate(self.tokens) if token}
+        self._longest_token = max(map(len, self.tokens))
         for name, number in tokenizer.special_ids.items():
             self.tokens[number] = name.encode()
         self._encode = tokenizer.encode
@@ -82,7 +84,21 @@ class Vocabulary:
     is_tokenizer_wrapper = True
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text)
+        """Ids whose bytes are the text: the tokenizer's, or the longest that fit where it would put a space before."""
+        given = text.encode() if isinstance(text, str) else text
+        ids = self._encode(given.decode("utf-8", errors="replace"))
+        if b"".join(self.tokens[number] for number in ids) == given:
+            return ids
+        ids = []
+        while given and (number := self._longest(given)) is not None:
+            ids.append(number)
+            given = given[len(self.tokens[number]) :]
+        return ids
+
+    def _longest(self, text: bytes) -> int | None:
+        """The longest token that the text begins with."""
+        sizes = range(min(len(text), self._longest_token), 0, -1)
+        return next((self._numbers[text[:size]] for size in sizes if text[:size] in self._numbers), None)
 
     def compile(self, source: str) -> Grammar:
         """The grammar of a source text, compiled or kept from before.

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from components.agent.tools import Tool
-from components.agent.turns import ANY_OBJECT, Rules, Wish, followable, turn_rules
+from components.agent.turn_grammar import Wish
+from components.agent.turns import ANY_OBJECT, Rules, followable, turn_rules
 from components.config import InputError
 from components.data import tokenizer as bpe
 from components.data.tokenizer import ChatTokenizer
 from components.generation.schemas import SchemaError
+from tests.data.foreign_tokenizers import chatml, llama, sentencepiece
 
 SEEDS = range(12)
 CLOSED = {"type": "object", "additionalProperties": False}
@@ -255,3 +257,39 @@ def test_an_own_tool_that_cannot_be_held_to_is_called_with_anything(tokenizer: C
     declared = followable(tokenizer, [closed_tool, odd, beyond])
     assert [tool["function"]["parameters"] for tool in declared] == [closed(), ANY_OBJECT, ANY_OBJECT]
     assert [tool["function"]["name"] for tool in declared] == ["first", "odd", "beyond"]
+
+
+@pytest.fixture(scope="module", params=[chatml, llama, sentencepiece])
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer.load(request.param(tmp_path_factory.mktemp("foreign")))
+
+
+@pytest.mark.parametrize("name", ["optional", "references", "pattern", "no arguments"])
+def test_calls_and_answers_in_the_formats_of_other_families_fit_too(foreign: ChatTokenizer, name: str) -> None:
+    tools = [tool("first", OBJECTS[name]), tool("second", None)]
+    required = turn_rules(foreign, tools, Wish("required"), runs_tools=False)
+    answer = turn_rules(foreign, tools, Wish("none", schema=OBJECTS[name]), runs_tools=False)
+    called = ended = 0
+    for seed in SEEDS:
+        ids, _ = written(required, seed, limit=300)
+        if ids[-1] == foreign.end_id:
+            calls = foreign.parse_turn(ids).calls
+            assert calls
+            for call in calls:
+                fits(call.arguments, OBJECTS[name] if call.name == "first" else {"maxProperties": 0})
+                called += call.name == "first"
+        ids, _ = written(answer, seed, limit=300)
+        if ids[-1] == foreign.end_id:
+            fits(json.loads(foreign.decode(ids)), OBJECTS[name])
+            ended += 1
+    assert called
+    assert ended
+
+
+def test_words_of_other_families_stay_free(foreign: ChatTokenizer) -> None:
+    rule = turn_rules(foreign, [tool("first", closed())], Wish(), runs_tools=False)
+    follower = rule.follow(last=False)
+    for number in [*foreign.encode("Well, then: hello?"), foreign.end_id]:
+        assert follower.allowed(99)[number]
+        follower.advance(number)
+    assert follower.finished

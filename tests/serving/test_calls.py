@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from components.agent.agent import openai_call
-from components.agent.turns import Wish, turn_rules
+from components.agent.turn_grammar import Wish
+from components.agent.turns import turn_rules
 from components.data import tokenizer as bpe
 from components.data.tokenizer import ChatTokenizer
 from serving.calls import CallStream

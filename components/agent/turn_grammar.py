@@ -1,0 +1,234 @@
+"""The grammar of one turn of the model, in the dialect of `components/generation/grammar.py`.
+
+Our own template writes a call as `<|call|> name<|argument|> key<|value|> value`, so a tool's JSON schema becomes one
+rule for each argument. Strings stand as they are unless they could be read as JSON; all else is JSON. Other families
+write the whole call as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from components.data.foreign import CALL_MARKS
+from components.data.tokenizer import ChatTokenizer, stands_bare
+from components.generation.grammar import json_rule
+from components.generation.schemas import Schema, SchemaError, checked
+
+MAX_RESOLVED = 20
+"""References that lead to references."""
+NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Of a function without parameters."""
+
+# A string that no reader takes for JSON: see the tokenizer's `stands_bare`.
+_TERMINALS = r"""
+WORDS: /(?s:.+)/
+NO_OBJECT: /(?s:[^\s\{].*)/
+NAME: /[A-Za-z_][A-Za-z0-9_.-]{0,63}/
+JSON_LIKE: /(true|false|null|NaN|-?Infinity|-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?)[ \t\n\r]*/
+BARE: /(?s:[^ \t\n\r"\[\{].*)/ & ~JSON_LIKE
+"""
+_ANNOTATIONS = {"$schema", "$defs", "definitions"}
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request wants its answer to be."""
+
+    calls: Literal["auto", "none", "required"] = "auto"
+    """auto: words or calls; none: words; required: calls alone, at least one."""
+    tool: str | None = None
+    """The only one that may be called."""
+    parallel: bool = True
+    """A turn may hold several calls."""
+    schema: Schema | bool | None = None
+    """JSON schema of the answer's words; None: any words."""
+
+
+def turn_grammar(
+    tokenizer: ChatTokenizer, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None
+) -> str:
+    """The grammar of a turn that may call `functions` (of OpenAI's tools) and whose words are of any or one form.
+
+    Raises: SchemaError.
+    """
+    turn = _Turn() if tokenizer.native else _ForeignTurn(tokenizer)
+    return turn.grammar(wish, functions, schema)
+
+
+class _Turn:
+    """A turn as our own chat template writes it."""
+
+    space = '" "'
+    """Before all words."""
+    between = ""
+    """Between two calls."""
+    words = "WORDS"
+    """Any words."""
+
+    def __init__(self) -> None:
+        self._rules: list[str] = []
+
+    def grammar(self, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
+        calls = " | ".join(
+            self._call(function, f"tools[{place}].function.parameters")
+            for place, function in enumerate(functions)
+            if wish.tool in (None, function["name"])
+        )
+        words = f"{self.space} {self.words if schema is None else self._rule(json_rule(schema))}"
+        one = self._one(calls)
+        several = f"{one} ({self.between} {one})*" if wish.parallel else one
+        if not functions:
+            start = words if schema is not None else f"({words})?"
+        elif wish.calls == "required":
+            start = several
+        elif schema is None:
+            start = f"({words})? ({several})?"
+        else:
+            start = f"{words} | {several}"
+        return "\n".join([f"start: {start}", *self._rules, _TERMINALS])
+
+    def _one(self, calls: str) -> str:
+        """One call, any of these."""
+        return f"({calls})"
+
+    def _rule(self, body: str) -> str:
+        """A new rule; its name."""
+        self._rules.append(f"r{len(self._rules)}: {body}")
+        return f"r{len(self._rules) - 1}"
+
+    def _terminal(self, body: str) -> str:
+        """A new terminal, which is one regular expression; its name."""
+        self._rules.append(f"T{len(self._rules)}: {body}")
+        return f"T{len(self._rules) - 1}"
+
+    def _call(self, function: Mapping[str, Any], where: str) -> str:
+        given = function.get("parameters")
+        parameters = _resolved(checked(NO_ARGUMENTS if given is None else given, where), where)
+        misplaced = sorted(set(parameters) - _ANNOTATIONS - {"type", "properties", "required", "additionalProperties"})
+        if misplaced or parameters.get("type", "object") != "object":
+            wrong = f"the keyword {misplaced[0]!r}" if misplaced else f"type {parameters['type']!r}"
+            raise SchemaError(f"{where}: {wrong} is not supported here; an object with 'properties' is expected")
+        definitions = {key: value for key, value in parameters.items() if key in _ANNOTATIONS}
+        properties: dict[str, Any] = dict(parameters.get("properties", {}))
+        required = parameters.get("required", [])
+        extra = parameters.get("additionalProperties", not properties)
+        for name in required:
+            properties.setdefault(name, extra)
+        body = [f"<|call|> {_literal(' ' + str(function['name']))}"]
+        for name, schema in properties.items():
+            if schema is False and name not in required:
+                continue
+            argument = self._argument(_literal(" " + name), schema, definitions, f"{where}.properties.{name}")
+            body.append(argument if name in required else f"({argument})?")
+        if extra is not False:
+            others = f"NAME & ~({' | '.join(map(_literal, properties))})" if properties else "NAME"
+            key = f'" " {self._terminal(others)}'
+            body.append(f"({self._argument(key, extra, definitions, f'{where}.additionalProperties')})*")
+        return self._rule(" ".join(body))
+
+    def _argument(self, key: str, schema: Any, definitions: Schema, where: str) -> str:
+        value = " | ".join(self._values(schema, definitions, where))
+        return f'<|argument|> {key} <|value|> " " ({value})'
+
+    def _values(self, schema: Any, definitions: Schema, where: str, branch: bool = False) -> Iterator[str]:
+        """Alternatives for the text of an argument's value; `branch`: of one of its alternatives."""
+        if schema is False:
+            raise SchemaError(f"{where}: no value fits this schema")
+        schema = _resolved({} if schema is True else schema, where, definitions)
+        kinds = schema.get("type", [])
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        if "enum" in schema or "const" in schema:
+            yield from self._choices(schema, definitions)
+        elif set(schema) == {"anyOf"} and not branch:
+            for place, part in enumerate(schema["anyOf"]):
+                yield from self._values(part, definitions, f"{where}.anyOf[{place}]", branch=True)
+        else:
+            if "string" in kinds or not schema:
+                yield from self._bare(schema)
+            yield self._rule(json_rule({**definitions, **schema}))
+
+    def _choices(self, schema: Schema, definitions: Schema) -> Iterator[str]:
+        """An enumeration as the template would write it; with other keywords beside it, as JSON."""
+        if set(schema) - {"enum", "const", "type"} or {"enum", "const"} <= set(schema):
+            yield self._rule(json_rule({**definitions, **schema}))
+            return
+        kinds = schema.get("type", [])
+        for value in schema.get("enum", [schema.get("const")]):
+            if not kinds or any(_is(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+                bare = isinstance(value, str) and stands_bare(value)
+                yield _literal(value if bare else json.dumps(value, ensure_ascii=False))
+
+    def _bare(self, schema: Schema) -> Iterator[str]:
+        """A string that stands as it is, where the schema bounds nothing but its length."""
+        if {"pattern", "format", "anyOf", "oneOf", "allOf"} & set(schema):
+            return
+        shortest, longest = max(1, schema.get("minLength", 0)), schema.get("maxLength")
+        if longest is not None and longest < shortest:
+            return
+        if longest is None and shortest == 1:
+            yield "BARE"
+            return
+        yield self._terminal(f"BARE & /(?s:.{{{shortest},{'' if longest is None else longest}}})/")
+
+
+class _ForeignTurn(_Turn):
+    """A turn of another family: a call is a JSON object, between marks where the tokenizer has them."""
+
+    space = '" "?'
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        super().__init__()
+        ids = [tokenizer.special_ids.get(mark) for mark in CALL_MARKS]
+        self._marks = None if None in ids else ids
+        self.between = '"\\n"' if self._marks else ""
+        self.words = "WORDS" if self._marks else "NO_OBJECT"
+        self._arguments = "arguments" if self._marks else "parameters"  # as Hermes and Qwen, or as Llama has it
+
+    def grammar(self, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
+        # Without marks only a turn that is one call and nothing else can be told from words.
+        return super().grammar(wish if self._marks else replace(wish, parallel=False), functions, schema)
+
+    def _one(self, calls: str) -> str:
+        return f'<[{self._marks[0]}]> "\\n" ({calls}) "\\n" <[{self._marks[1]}]>' if self._marks else f"({calls})"
+
+    def _call(self, function: Mapping[str, Any], where: str) -> str:
+        parameters = checked(NO_ARGUMENTS if function.get("parameters") is None else function["parameters"], where)
+        if parameters.setdefault("type", "object") != "object":
+            raise SchemaError(f"{where}: type {parameters['type']!r} is not supported here; expected an object")
+        definitions = {key: parameters.pop(key) for key in _ANNOTATIONS & set(parameters)}
+        properties = {"name": {"const": function["name"]}, self._arguments: parameters}
+        whole = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        return self._rule(json_rule({**definitions, **whole}))
+
+
+def _resolved(schema: Schema, where: str, definitions: Schema | None = None) -> Schema:
+    """The schema that a bare `$ref` leads to."""
+    definitions = schema if definitions is None else definitions
+    for _ in range(MAX_RESOLVED):
+        if set(schema) - _ANNOTATIONS != {"$ref"}:
+            return schema
+        path = str(schema["$ref"]).split("/")
+        if len(path) != 3 or path[0] != "#" or path[1] not in ("$defs", "definitions"):
+            raise SchemaError(f"{where}.$ref: {schema['$ref']!r} is not supported here; '#/$defs/NAME' is")
+        target = definitions.get(path[1], {}).get(path[2])
+        if not isinstance(target, dict):
+            raise SchemaError(f"{where}.$ref: {schema['$ref']!r}: no such schema")
+        schema = {**{key: value for key, value in schema.items() if key in _ANNOTATIONS}, **target}
+    raise SchemaError(f"{where}.$ref: references lead in a circle")
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of a schema's type."""
+    if isinstance(value, bool) or value is None:
+        return kind == ("null" if value is None else "boolean")
+    if isinstance(value, int | float):
+        return kind == "number" or (kind == "integer" and value == int(value))
+    return kind == ("string" if isinstance(value, str) else "array" if isinstance(value, list) else "object")
+
+
+def _literal(text: str) -> str:
+    """A text in a grammar."""
+    return json.dumps(text, ensure_ascii=False)
