@@ -19,6 +19,7 @@ import { Transcript } from "./transcript.js";
 /** @typedef {import("./conversations.js").Turn} Turn */
 
 const LOOK_AGAIN_MILLISECONDS = 2000;
+const UNKEPT = "This browser does not keep the conversation: it has no room left for it, or is told to keep nothing.";
 /** The first answer is the likeliest; a further one has to be another. */
 const ANOTHER = { temperature: 0.8 };
 
@@ -109,7 +110,7 @@ class Chat {
 
   #keep() {
     this.#conversation.updated = Date.now() / 1000;
-    if (!save(this.#conversation)) notice("This browser has no room to keep the conversation; delete some old ones.");
+    if (!save(this.#conversation)) notice(UNKEPT);
     this.#sidebar.show(this.#conversation.id);
   }
 

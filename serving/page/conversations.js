@@ -1,6 +1,7 @@
 // Past conversations, kept in this browser's localStorage: one entry each, so that two tabs do not undo each other.
 
 import { uniqueId } from "./endpoint.js";
+import { local } from "./kept.js";
 
 /**
  * What was voted on an answer, once the endpoint has it.
@@ -18,8 +19,6 @@ import { uniqueId } from "./endpoint.js";
  */
 
 const PREFIX = "loopwright.conversation.";
-/** @type {Map<string, string>} where the browser lets us keep nothing */
-const memory = new Map();
 
 /** @returns {Conversation} */
 export function newConversation() {
@@ -28,7 +27,9 @@ export function newConversation() {
 
 /** @returns {Conversation[]} the latest first */
 export function listed() {
-  return keys()
+  return local
+    .keys()
+    .filter((key) => key.startsWith(PREFIX))
     .map((key) => read(key))
     .filter((found) => found !== null)
     .sort((a, b) => b.updated - a.updated);
@@ -46,29 +47,15 @@ export function load(id) {
  * Keep a conversation as it is now.
  *
  * @param {Conversation} conversation
- * @returns {boolean} false when the browser has no room for it
+ * @returns {boolean} false when the browser does not let us, or has no room for it
  */
 export function save(conversation) {
-  const key = PREFIX + conversation.id;
-  const text = JSON.stringify(conversation);
-  try {
-    localStorage.setItem(key, text);
-    memory.delete(key);
-    return true;
-  } catch {
-    memory.set(key, text);
-    return false;
-  }
+  return local.write(PREFIX + conversation.id, JSON.stringify(conversation));
 }
 
 /** @param {string} id */
 export function remove(id) {
-  memory.delete(PREFIX + id);
-  try {
-    localStorage.removeItem(PREFIX + id);
-  } catch {
-    // Nothing can be kept here, so nothing was.
-  }
+  local.remove(PREFIX + id);
 }
 
 /**
@@ -94,22 +81,11 @@ export function messages(turns) {
   });
 }
 
-/** @param {(id: string) => void} changed is told when another tab kept or deleted a conversation */
+/** @param {() => void} changed is called when another tab kept or deleted a conversation */
 export function watch(changed) {
   addEventListener("storage", (event) => {
-    if (event.key === null || event.key.startsWith(PREFIX)) changed(event.key?.slice(PREFIX.length) ?? "");
+    if (event.key === null || event.key.startsWith(PREFIX)) changed();
   });
-}
-
-/** @returns {string[]} */
-function keys() {
-  const found = new Set(memory.keys());
-  try {
-    for (const key of Object.keys(localStorage)) if (key.startsWith(PREFIX)) found.add(key);
-  } catch {
-    // No storage: what this tab remembers is all there is.
-  }
-  return [...found];
 }
 
 /**
@@ -118,7 +94,7 @@ function keys() {
  */
 function read(key) {
   try {
-    const found = JSON.parse(memory.get(key) ?? localStorage.getItem(key) ?? "null");
+    const found = JSON.parse(local.read(key) ?? "null");
     return found && Array.isArray(found.turns) ? found : null;
   } catch {
     return null;

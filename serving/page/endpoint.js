@@ -1,5 +1,7 @@
 // The endpoint's routes. Addresses are relative to the page, so that it also works below a path of a proxy.
 
+import { session } from "./kept.js";
+
 const KEY = "loopwright.key";
 const VOTE_TRIES = 2;
 
@@ -21,13 +23,13 @@ export class Refused extends Error {
 
 /** The API key that this tab sends, "" without one; it is forgotten when the tab is closed. */
 export function apiKey() {
-  return sessionStorage.getItem(KEY) ?? "";
+  return session.read(KEY) ?? "";
 }
 
 /** @param {string} key */
 export function setApiKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  if (key) session.write(KEY, key);
+  else session.remove(KEY);
 }
 
 /**

@@ -113,8 +113,16 @@ export class FeedbackView {
       ...(correction && correction !== this.answer.content.trim() ? { correction } : {}),
       ...(comment ? { comment } : {}),
     };
-    if (await this.#send(opinion)) this.#close();
+    if (same(opinion, this.answer.vote) || (await this.#send(opinion))) this.#close();
   }
+}
+
+/**
+ * @param {Opinion} opinion
+ * @param {Vote | null} vote
+ */
+function same(opinion, vote) {
+  return opinion.rating === vote?.rating && opinion.correction === vote.correction && opinion.comment === vote.comment;
 }
 
 /**

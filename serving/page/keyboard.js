@@ -1,6 +1,7 @@
 // Keys that work everywhere on the page, and the list of them.
 
 import { byId } from "./dom.js";
+import { local } from "./kept.js";
 
 const OFF = "loopwright.single-keys-off";
 
@@ -10,10 +11,10 @@ const OFF = "loopwright.single-keys-off";
  */
 export function listen(deeds, escape) {
   const box = /** @type {HTMLInputElement} */ (byId("single-keys"));
-  box.checked = localStorage.getItem(OFF) === null;
+  box.checked = local.read(OFF) === null;
   box.addEventListener("change", () => {
-    if (box.checked) localStorage.removeItem(OFF);
-    else localStorage.setItem(OFF, "yes");
+    if (box.checked) local.remove(OFF);
+    else local.write(OFF, "yes");
   });
   byId("open-keys").addEventListener("click", showKeys);
   document.addEventListener("keydown", (event) => {

@@ -1,5 +1,7 @@
 // Dark or light: as the system has it, until somebody chooses. Runs before the first paint.
 
+import { local } from "./kept.js";
+
 const KEY = "loopwright.theme";
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -16,17 +18,9 @@ export function switchTheme() {
   const asSystem = (wanted === "dark") === dark.matches;
   if (asSystem) delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = wanted;
-  try {
-    if (asSystem) localStorage.removeItem(KEY);
-    else localStorage.setItem(KEY, wanted);
-  } catch {
-    // It then holds until the page is left.
-  }
+  if (asSystem) local.remove(KEY);
+  else local.write(KEY, wanted);
 }
 
-try {
-  const kept = localStorage.getItem(KEY);
-  if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
-} catch {
-  // The system's.
-}
+const kept = local.read(KEY);
+if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;

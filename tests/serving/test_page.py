@@ -106,8 +106,9 @@ def visit(browser: Browser) -> Iterator[Visit]:
     """Opens a page in a browser that knows nothing yet; nothing may be complained of, nor fetched from elsewhere."""
     visitors: list[tuple[str, Visitor]] = []
 
-    def open_page(url: str, **options: Any) -> Visitor:
+    def open_page(url: str, script: str = "", **options: Any) -> Visitor:
         page = browser.new_context(**options).new_page()
+        page.add_init_script(script)
         visitor = Visitor(page)
         visitors.append((url, visitor))
         page.on("console", lambda said: visitor.complaints.append(said.text) if said.type != "log" else None)
@@ -215,6 +216,10 @@ def test_correction_is_stored_and_stays_visible(url: str, visit: Visit, project:
 def test_answer_is_seen_while_it_is_written(site: Site, visit: Visit) -> None:
     visitor = visit(site.url)
     words = visitor.page.locator(".words")
+    visitor.page.evaluate("""() => {
+      window.told = 0;
+      new MutationObserver(() => (window.told += 1)).observe(document.querySelector("#said"), { childList: true });
+    }""")
     site.pace.allowed = 4
     visitor.ask("A story")
     expect(words).to_have_text(re.compile("^One"))
@@ -228,6 +233,7 @@ def test_answer_is_seen_while_it_is_written(site: Site, visit: Visit) -> None:
     assert second.startswith(first)
     assert len(second) < len(STORY)
     expect(visitor.page.locator("#said")).to_contain_text("words.")
+    assert visitor.page.evaluate("window.told") <= 4, "that it begins, two sentences at most, and the rest"
 
 
 @pytest.mark.parametrize("how", ["button", "escape", "another conversation"])
@@ -306,6 +312,20 @@ def test_past_conversations_survive_and_are_deleted_only_here(site: Site, visit:
     page.reload()
     expect(past).to_have_text(["Hello"])
     expect(page.locator("#conversations")).to_contain_text("kept in this browser only")
+
+
+def test_browser_that_keeps_nothing_still_chats(site: Site, visit: Visit) -> None:
+    forbidden = "throw new DOMException('not here', 'SecurityError')"
+    forbid = "".join(
+        f"Object.defineProperty(window, '{place}', {{ get() {{ {forbidden} }} }});"
+        for place in ("localStorage", "sessionStorage")
+    )
+    visitor = visit(site.url, script=forbid)
+    visitor.ask("What is 6*7?")
+    visitor.answered("That is 42.")
+    expect(visitor.page.locator("#notice")).to_contain_text("This browser does not keep the conversation")
+    expect(visitor.page.locator("#past .title")).to_have_text(["What is 6*7?"])
+    visitor.page.get_by_label("Switch between dark and light").click()
 
 
 def test_everything_can_be_done_with_the_keyboard(site: Site, visit: Visit) -> None:
