@@ -230,6 +230,17 @@ class EncoderDecoderPretrainConfig(TrainConfig):
     """Mean tokens of a hidden span."""
 
 
+class FineTuneConfig(TrainConfig):
+    """What the stages share that start from a model: which one, and how much of it learns."""
+
+    base: str
+    """A registered model (NAME@ALIAS, NAME/VERSION) or a model folder to start from; empty: the pretrained one."""
+    lora_rank: int = Field(ge=0)
+    """Rank of the pairs that learn beside every product of the blocks, all else frozen (LoRA); 0: all weights learn."""
+    lora_alpha: float = Field(gt=0)
+    """What the pairs add is scaled by lora_alpha / lora_rank."""
+
+
 class PretrainConfig(TrainConfig):
     """Causal language modelling from scratch, and in sub-sections what the other families are pretrained with."""
 
@@ -239,7 +250,7 @@ class PretrainConfig(TrainConfig):
     """Span corruption."""
 
 
-class ClassifierConfig(TrainConfig):
+class ClassifierConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder into a classifier."""
 
     validation_steps: int = Field(ge=1)
@@ -262,7 +273,7 @@ class ClassifierConfig(TrainConfig):
     """Steps of each at most; the median rule ends those that fall behind."""
 
 
-class SummarizerConfig(TrainConfig):
+class SummarizerConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder-decoder on sources and what is to be written of them."""
 
 
@@ -273,7 +284,7 @@ class AssessConfig(Section):
     """Held-out texts asked at most."""
 
 
-class TuneConfig(TrainConfig):
+class TuneConfig(FineTuneConfig):
     """Instruction tuning of the pretrained base into the agent."""
 
 
@@ -497,6 +508,15 @@ class Paths:
     def base(self, family: Family) -> Path:
         """The pretrained model of a family."""
         return self.root / "data/models/base" / family
+
+    def imported(self, family: Family) -> Path:
+        """Where a run puts the model that `tune.base` and its like name; the folder is there without one too."""
+        return self.root / "data/imported" / family
+
+    def start_of(self, family: Family) -> Path:
+        """The model that fine-tuning starts from: the imported one where one was named, or the pretrained one."""
+        imported = self.imported(family)
+        return imported if (imported / "config.json").is_file() else self.base(family)
 
     @property
     def agent(self) -> Path:

@@ -23,6 +23,7 @@ from uuid import UUID
 from components.config import SCALES_FILE, Family, InputError, Paths, Refused, load_params
 from components.process import only_one
 from components.stage import PROGRESS, family_of, family_part, read_stages
+from flows.bases import bring_bases
 from flows.flow_run import FlowRun, run_flow
 from flows.release import Release, Releases, look_at_releases, release
 from flows.reproduce import StageResult, reproduce
@@ -161,6 +162,7 @@ def run_pipeline(order: Order) -> Report:
         order.echo('no git here: models will not know their commit; run "git init" and commit to change that')
     try:
         with only_one(order.paths.home / "stages", "run"):
+            bring_bases(order.paths, order.echo)
             states = look(order.root, order.force, order.until)
             if any(state.reasons for state in states) or not _all_released(order, report):
                 _run_as_flow(order, states, report)

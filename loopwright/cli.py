@@ -1,6 +1,6 @@
 """The command `loopwright`: arguments in, calls out.
 
-Each command is a module of this folder with its name: a group has a typer `app`, a single
+Each command is a module of this folder with its name (`import_` for import): a group has a typer `app`, a single
 command a function. Modules are imported when asked for, and import what is heavy inside.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -30,6 +31,7 @@ COMMANDS = (
     "improve",
     "trace",
     "package",
+    "import",
     "export",
     "harness",
     "doctor",
@@ -46,11 +48,12 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"loopwright.{cmd_name}")
+        name = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        module = importlib.import_module(f"loopwright.{name}")
         app = getattr(module, "app", None)
         if app is None:
             app = typer.Typer(add_completion=False)
-            app.command(cmd_name)(getattr(module, cmd_name))
+            app.command(cmd_name)(getattr(module, name))
         command = typer.main.get_command(app)
         command.name = cmd_name
         return command

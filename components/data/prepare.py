@@ -72,7 +72,9 @@ def prepare(run: StageRun) -> None:
     conversations = _folders(run, "tune", "conversations")
     metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
     run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
-    metrics["tune"] = _prepare_conversations(run, tokenizer, conversations)
+    imported = run.paths.imported(run.family)
+    spoken = ChatTokenizer.load(imported) if (imported / "config.json").is_file() else tokenizer
+    metrics["tune"] = _prepare_conversations(run, spoken, conversations)
     run.progress(2, 2, rows=metrics["tune"]["train_rows"])
     write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})

@@ -85,6 +85,27 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
 
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
+    model, pairs, absent = _opened(folder, dtype, device)
+    for file, targets in pairs.items():
+        _read_into(file, targets)
+    _draw([absent[name] for name in sorted(absent)])
+    return model
+
+
+def check_model(folder: Path) -> nn.Module:
+    """The model of a folder without its weights, once each is found to be there and of the right shape.
+
+    Its memory is taken and never touched, so that a model larger than the machine's can be looked at.
+
+    Raises: InputError as `load_model`.
+    """
+    return _opened(folder, torch.float32, None)[0]
+
+
+def _opened(
+    folder: Path, dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[nn.Module, dict[Path, dict[str, Tensor]], dict[str, Tensor]]:
+    """A model without weights; for each file, what to read into where; and what the folder may lack and does."""
     architecture, fields = _read_fields(folder)
     form = FORMATS[architecture]
     config = form.read(fields)
@@ -94,14 +115,16 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     with torch.device(device or "cpu"), _Undrawn():
         model = form.model(config).to(dtype)
     wanted = dict(_hub_tensors(model, form))
-    absent = {name for name in wanted.keys() - found.keys() if name.startswith(form.optional)}
+    absent = {name: wanted[name] for name in wanted.keys() - found.keys() if name.startswith(form.optional)}
     extra = {name for name in found.keys() - wanted.keys() if name.endswith((*form.ignored, *_tied(model)))}
-    _compare(folder, wanted.keys() - absent, found.keys() - extra)
-    there = [name for name in wanted if name not in absent]
-    for file in files:
-        _read_into(file, {found[name].name: wanted[name] for name in there if found[name].file == file})
-    _draw([wanted[name] for name in sorted(absent)])
-    return model
+    _compare(folder, wanted.keys() - absent.keys(), found.keys() - extra)
+    pairs: dict[Path, dict[str, Tensor]] = {file: {} for file in files}
+    for name, target in wanted.items():
+        if name not in absent:
+            pairs[found[name].file][found[name].name] = target
+    for file, targets in pairs.items():
+        _compare_shapes(file, targets)
+    return model, pairs, absent
 
 
 def save_decoder(
@@ -295,12 +318,17 @@ def _today(name: str) -> str:
 def _read_into(file: Path, wanted: Mapping[str, Tensor]) -> None:
     with safe_open(str(file), framework="pt") as tensors:
         for name, target in wanted.items():
+            target.copy_(tensors.get_tensor(name))
+
+
+def _compare_shapes(file: Path, wanted: Mapping[str, Tensor]) -> None:
+    with safe_open(str(file), framework="pt") as tensors:
+        for name, target in wanted.items():
             shape = tuple(tensors.get_slice(name).get_shape())
             if shape != tuple(target.shape):
                 raise InputError(
                     f"{file}: {name}: shape {shape} does not fit config.json, which asks for {tuple(target.shape)}"
                 )
-            target.copy_(tensors.get_tensor(name))
 
 
 def _compare(folder: Path, wanted: Any, found: Any) -> None:

@@ -1,4 +1,4 @@
-"""Stage: the pretrained base into the agent, by learning the model's own turns of conversations."""
+"""Stage: a base, pretrained here or imported, into the agent, by learning the model's own turns of conversations."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from components.config import InputError
 from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
+from components.models.lora import add_lora, merge_lora
 from components.stage import StageRun
 from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
 from components.training.objectives import causal_lm
@@ -23,26 +24,36 @@ AGENT_STEPS = 6
 
 
 def tune(run: StageRun) -> None:
-    """Train data/models/base/decoder on data/tokens/decoder/tune, save data/models/agent with its tools and facts.
+    """Train the base on data/tokens/decoder/tune, save data/models/agent with its tools and facts.
 
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
     settle_cpu()
     rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
-    base = run.paths.base("decoder")
+    config, base = run.params.tune, run.paths.start_of("decoder")
     model = load_decoder(base)
-    if model.config.vocab_size != rows.vocab_size:
+    padded = base != run.paths.base("decoder") and model.config.vocab_size > rows.vocab_size
+    if model.config.vocab_size != rows.vocab_size and not padded:
         raise InputError(
             f"{base}: vocab_size {model.config.vocab_size} differs from the {rows.vocab_size} of"
             f' {rows.folder}; run "loopwright run --until pretrain"'
         )
     torch.manual_seed(run.params.seed)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
     describe(run, model, model.config.max_seq_len, rows)
-    measured = train(run, run.params.tune, model, rows, causal_lm)
-    save_decoder(model, run.paths.agent, base, _agent_files(run))
-    test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, run.params.tune.micro_batch_size, TEST_ROWS)
-    report(run, run.params.tune, model, measured, run.paths.agent, {"test_loss": test})
+    measured = train(run, config, model, rows, causal_lm)
+    merge_lora(model)
+    save_decoder(model, run.paths.agent, base, _agent_files(run) | _kept(base))
+    test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, config.micro_batch_size, TEST_ROWS)
+    report(run, config, model, measured, run.paths.agent, {"test_loss": test})
+
+
+def _kept(base: Path) -> dict[str, Path | str]:
+    """What ends a generation may be more than the tokenizer says."""
+    path = base / "generation_config.json"
+    return {path.name: path} if path.is_file() else {}
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:

@@ -83,6 +83,7 @@ def project(tmp_path: Path, write_rows: WriteRows) -> Paths:
     write_rows(paths.tokens("decoder") / "tune")
     tokenizer = paths.tokenizer("decoder")
     tokenizer.mkdir(parents=True)
+    paths.imported("decoder").mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 0, "content": "<|pad|>"}, {"id": 1, "content": "<|end|>"}]})
     )
@@ -116,6 +117,11 @@ class Recorder:
     @contextmanager
     def child(self, name: str) -> Iterator[Recorder]:
         yield self.children.setdefault(name, Recorder())
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
 
 
 NewRun = Callable[..., StageRun]

@@ -1,0 +1,34 @@
+"""`loopwright import`: a Hugging Face model folder into the registry."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from components.config import InputError, Paths, find_root
+from loopwright.output import Json, print_json
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Llama-, Qwen3-, BERT- or T5-format model folder.")],
+    name: Annotated[str, typer.Option(help="Name in the registry.")],
+    as_json: Json = False,
+) -> None:
+    """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"--name: {name!r}: letters, digits, '.', '_' and '-' make a name")
+    from components.hub import bring_in, look_at
+    from components.registry import Registry
+
+    found = look_at(folder)
+    version = bring_in(folder, found, name, Registry(Paths(find_root()).home))
+    if as_json:
+        print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
+        return
+    section = {"decoder": "tune", "encoder": "classifier", "encoder_decoder": "summarizer"}[found.family]
+    print(f"{version}: {found.architecture}, {found.parameters:,} parameters, {found.vocab_size:,} tokens")
+    print(f'Next: "loopwright run --set {section}.base={version} --set {section}.lora_rank=8"')
