@@ -361,7 +361,7 @@ class EvaluateConfig(Section):
     """Questions per suite asked so; 0: none."""
 
 
-ModelTool = Literal["classifier"]
+ModelTool = Literal["classifier", "summarizer"]
 """Registered models that can be tools of the agent."""
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from components.agent.tools import Tool
 from components.config import ModelTool
 from components.prediction.texts import TextReader
+from components.prediction.writing import TextWriter
 from components.registry import ModelVersion, Registry
 
 
@@ -17,12 +19,13 @@ class ModelTools:
 
     def __init__(self, registry: Registry, names: Sequence[ModelTool], seconds: float) -> None:
         self._registry, self._names, self._seconds = registry, tuple(names), seconds
+        functions = {"classifier": self.classify, "summarizer": self.summarize}
         # A model's folder is read, and fetched where the registry is a server.
-        self._tools = {"classifier": Tool.of(self.classify, touches=("files", "network"))}
+        self._tools = {name: Tool.of(function, touches=("files", "network")) for name, function in functions.items()}
         self._looked = -seconds
-        self._champions: dict[str, ModelVersion] = {}
-        self._readers: dict[str, TextReader] = {}
-        """By `NAME/VERSION`; one of each name."""
+        self._champions: dict[ModelTool, ModelVersion] = {}
+        self._loaded: dict[ModelTool, tuple[str, Any]] = {}
+        """`NAME/VERSION` and the model."""
         self._loading = threading.Lock()
 
     def tools(self) -> list[Tool]:
@@ -35,10 +38,17 @@ class ModelTools:
 
     def classify(self, text: str) -> str:
         """The label of a text, as the registered classifier was taught to give it."""
-        return self._reader(self._champions["classifier"]).classify([text])[0].label
+        reader: TextReader = self._model("classifier", TextReader)
+        return reader.classify([text])[0].label
 
-    def _reader(self, version: ModelVersion) -> TextReader:
+    def summarize(self, code: str) -> str:
+        """What a function does, in one line, from its source text."""
+        writer: TextWriter = self._model("summarizer", TextWriter)
+        return writer.write([code])[0]
+
+    def _model(self, name: ModelTool, kind: Any) -> Any:
+        version = self._champions[name]
         with self._loading:
-            if str(version) not in self._readers:
-                self._readers = {str(version): TextReader.load(version.folder)}
-            return self._readers[str(version)]
+            if name not in self._loaded or self._loaded[name][0] != str(version):
+                self._loaded[name] = (str(version), kind.load(version.folder))
+            return self._loaded[name][1]

@@ -185,3 +185,37 @@ def classifier_maker() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def classifier_folder(classifier_maker: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return classifier_maker(tmp_path_factory.mktemp("model") / "classifier")
+
+
+SUMMARY_WORDS = ["<pad>", "</s>", "<unk>", "def", "add", "a", "b", "return", "the", "sum", "of", "and", "+"]
+
+
+@pytest.fixture(scope="session")
+def summarizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random encoder-decoder whose targets depend on their sources."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    from components.models.checkpoint import save_model
+    from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+
+    root = tmp_path_factory.mktemp("writer")
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(SUMMARY_WORDS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(SUMMARY_WORDS[:3])
+    (root / "tokenizer").mkdir()
+    tokenizer.save(str(root / "tokenizer" / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (root / "tokenizer" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names, "model_max_length": 32})
+    )
+    torch.manual_seed(3)
+    model = EncoderDecoder(
+        EncoderDecoderConfig(len(SUMMARY_WORDS), 32, 2, 2, 2, 8, 32, 32, num_buckets=8, max_distance=12)
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.5 + (weight.dim() == 1))
+    save_model(model, root / "model", root / "tokenizer")
+    return root / "model"

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from components.agent.tools import call
+from components.agent.tools import MAX_RESULT, call
+from components.prediction.writing import TextWriter
+from components.reference.knowledge import one_line
 from components.registry import Registry
 from serving.model_tools import ModelTools
 
 
 def test_the_champion_is_called_and_followed(classifier_folder: Path, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    models = ModelTools(registry, ["classifier"], seconds=0.0)
+    models = ModelTools(registry, ["classifier", "summarizer"], seconds=0.0)
     assert models.tools() == []
     registry.promote(registry.register(classifier_folder, "classifier", {"score": 0.9}, {}, None))
     (tool,) = models.tools()
     assert (tool.name, tool.parameters["required"]) == ("classify", ["text"])
-    assert not models._readers
+    assert not models._loaded
     said = [call([tool], "classify", {"text": text}) for text in ("apple", "zinc", "cow")]
     assert said == ["fruit", "metal", "animal"]
-    assert list(models._readers) == ["classifier/1"]
+    assert models._loaded["classifier"][0] == "classifier/1"
     registry.promote(registry.register(classifier_folder, "classifier", {"score": 0.9}, {}, None))
     assert call(models.tools(), "classify", {"text": "pear"}) == "fruit"
-    assert list(models._readers) == ["classifier/2"]
+    assert models._loaded["classifier"][0] == "classifier/2"
+
+
+def test_a_summarizer_writes_what_its_folder_writes(summarizer_folder: Path) -> None:
+    known = {"summarizer@champion": SimpleNamespace(folder=summarizer_folder)}
+    registry: Any = SimpleNamespace(find=known.get)
+    models = ModelTools(registry, ["classifier", "summarizer"], seconds=9.0)
+    code = "def add a b return a + b"
+    written = TextWriter.load(summarizer_folder).write([code])[0]
+    assert call(models.tools(), "summarize", {"code": code}) == one_line(written, MAX_RESULT)
 
 
 def test_without_a_name_the_registry_is_not_asked(tmp_path: Path) -> None:

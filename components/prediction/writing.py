@@ -1,0 +1,45 @@
+"""An encoder-decoder folder as a writer: a text in, the text that it was taught to make of it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from components.config import InputError
+from components.generation.transduce import Search, transduce
+from components.models.checkpoint import load_model
+from components.models.encoder_decoder import EncoderDecoder
+from components.prediction.texts import load_tokenizer
+
+END = "</s>"
+"""Ends a source and a target, in our tokenizers and in T5's own."""
+MAX_NEW_TOKENS = 64
+
+
+class TextWriter:
+    """An encoder-decoder and its tokenizer."""
+
+    def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer) -> None:
+        end_id = tokenizer.token_to_id(END)
+        if end_id is None:
+            raise InputError(f"tokenizer.json: {END} is missing; an encoder-decoder's targets end with it")
+        self.model, self._tokenizer, self._end_id = model.eval(), tokenizer, end_id
+        tokenizer.enable_truncation(model.config.max_seq_len)
+        tokenizer.no_padding()
+
+    @classmethod
+    def load(cls, folder: Path) -> TextWriter:
+        """Raises: InputError when the folder holds no encoder-decoder with its tokenizer."""
+        model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
+        if not isinstance(model, EncoderDecoder):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} writes no target; give an encoder-decoder's")
+        return cls(model, load_tokenizer(folder))
+
+    def write(self, sources: Sequence[str], beams: int = 1) -> list[str]:
+        """What each source is turned into, in order; only the beginning is read of one that is too long."""
+        read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
+        search = Search(MAX_NEW_TOKENS, self._end_id, beams)
+        return [self._tokenizer.decode(target.ids).strip() for target in transduce(self.model, read, search)]
