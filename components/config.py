@@ -281,7 +281,9 @@ class AssessConfig(Section):
     """What classifier and summarizer are measured on."""
 
     max_texts: int = Field(ge=1)
-    """Held-out texts asked at most."""
+    """Held-out texts of each suite asked at most."""
+    beams: int = Field(ge=1)
+    """Targets that the summarizer follows side by side; 1: always the likeliest token."""
 
 
 class TuneConfig(FineTuneConfig):

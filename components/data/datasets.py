@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -164,6 +164,17 @@ def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Ite
         with pq.ParquetFile(shard) as file:
             for batch in file.iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()
+
+
+def split_digest(folders: Iterable[Path], split: Split, settings: str) -> str:
+    """Identity of a split of several datasets together with the settings by which it is read."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for folder in folders:
+        for shard in shards(folder, split):
+            digest.update(f"{folder.name}/{shard.name}".encode())
+            with shard.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def in_test_split(key: str, share: float, seed: int = 0) -> bool:

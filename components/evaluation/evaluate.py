@@ -7,7 +7,6 @@ tokenizer, so that candidate and champion answer the very same sets.
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +19,7 @@ import torch
 
 from components.agent.agent import Agent
 from components.config import EvaluateConfig, Params
-from components.data.datasets import Row, read_rows, shards, write_json
+from components.data.datasets import Row, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
 from components.evaluation.questions import COLUMNS, answer_questions, read_questions
@@ -108,14 +107,8 @@ def _columns(table: list[Row]) -> dict[str, list[Any]]:
 
 def held_out_digest(collected: Path, params: Params) -> str:
     """Identity of what is asked: two evaluations compare only when theirs are equal."""
-    settings = params.evaluate.model_dump_json(exclude={"shots", "shot_questions"})
-    digest = hashlib.blake2b(settings.encode(), digest_size=16)
-    for name in [*params.pretrain.datasets, *params.tune.datasets]:
-        for shard in shards(collected / name, "test"):
-            digest.update(f"{name}/{shard.name}".encode())
-            with shard.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    folders = [collected / name for name in [*params.pretrain.datasets, *params.tune.datasets]]
+    return split_digest(folders, "test", params.evaluate.model_dump_json(exclude={"shots", "shot_questions"}))
 
 
 def flat_metrics(figures: Figures) -> dict[str, float]:

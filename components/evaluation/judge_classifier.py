@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from components.config import Params
-from components.evaluation.assess import (
+from components.evaluation.assess_classifier import (
     PREDICTIONS,
     PREDICTIONS_OF,
     Asked,

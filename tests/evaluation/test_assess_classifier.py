@@ -15,10 +15,10 @@ import pytest
 from sklearn import metrics
 
 from components.config import InputError, Params, Paths, load_params
-from components.evaluation.assess import (
+from components.evaluation.assess import assess
+from components.evaluation.assess_classifier import (
     Asked,
     Said,
-    assess,
     flat_metrics,
     held_out_digest,
     measure,

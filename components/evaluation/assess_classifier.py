@@ -1,0 +1,194 @@
+"""What a run's classifier is worth on held-out texts, always beside the baseline that learned from the same.
+
+`predict` takes any classifier's folder, so that candidate and champion are asked the very same texts.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.config import InputError, Params
+from components.data.datasets import Row, read_rows, split_digest, write_json
+from components.data.labels import confusion_matrix, f1_scores, macro_f1, numbered
+from components.evaluation.baseline import tfidf_probabilities
+from components.evaluation.calibration import expected_calibration_error
+from components.evaluation.classifier_plots import draw_confusion, draw_f1, draw_reliability
+from components.prediction.texts import TextReader
+from components.stage import StageRun
+
+PREDICTIONS, PREDICTIONS_OF = "predictions.parquet", "predictions.json"
+"""What a classifier said of each held-out text, and which texts these were."""
+TEST = "test"
+"""Suite of rows that name none: a user's own held-out texts."""
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one model says of all texts, in their order."""
+
+    labels: list[str]
+    """The likeliest of each."""
+    confidences: npt.NDArray[np.float64]
+    """Its probability (N,)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The held-out texts."""
+
+    rows: list[Row]
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["text"] for row in self.rows]
+
+    @property
+    def labels(self) -> list[str]:
+        return [row["label"] for row in self.rows]
+
+    @property
+    def suites(self) -> dict[str, list[int]]:
+        """The places of each suite's texts."""
+        places: dict[str, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            places.setdefault(row.get("suite") or TEST, []).append(place)
+        return dict(sorted(places.items()))
+
+
+def assess_classifier(run: StageRun) -> None:
+    """Ask data/models/classifier and the baseline every held-out text; write data/assessment, metrics and plots."""
+    params, collected = run.params, run.paths.collected
+    asked = read_asked(collected, params)
+    if not asked.rows:
+        raise InputError("params.yaml: classifier.dataset: no held-out texts in it; add rows")
+    reader = TextReader.load(run.paths.classifier)
+    run.progress(0, 2, texts=len(asked.rows))
+    said, truncated = predict(reader, asked.texts)
+    run.progress(1, 2, accuracy=accuracy(asked.labels, said.labels))
+    base = baseline(collected, params, reader.labels, asked.texts)
+    run.progress(2, 2, baseline_accuracy=accuracy(asked.labels, base.labels))
+    figures = measure(asked, said, base, reader.labels)
+    figures |= {"held_out_digest": held_out_digest(collected, params), "truncated": truncated}
+    write_json(run.paths.metrics / f"{run.name}.json", figures)
+    _write_plot(run.paths.metrics / f"{run.name}_f1.csv", figures["labels"])
+    write_predictions(run.paths.assessment(run.item), asked, said, base, figures["held_out_digest"])
+    run.tracker.metrics(flat_metrics(figures))
+    run.tracker.figure(draw_confusion(_confusion(asked, said, reader.labels), reader.labels), "confusion_matrix.png")
+    right = np.array(asked.labels) == np.array(said.labels)
+    run.tracker.figure(draw_reliability(said.confidences, right), "reliability.png")
+    run.tracker.figure(draw_f1(figures["labels"]), "f1_per_label.png")
+
+
+def read_asked(collected: Path, params: Params) -> Asked:
+    """The first `assess.max_texts` held-out texts of each suite of the classifier's datasets."""
+    most = params.assess.max_texts
+    rows = chain.from_iterable(read_rows(collected / name, "test") for name in params.classifier.datasets)
+    asked = Asked(list(rows))
+    chosen = sorted(place for places in asked.suites.values() for place in places[:most])
+    return Asked([asked.rows[place] for place in chosen])
+
+
+def predict(reader: TextReader, texts: Sequence[str], batch_size: int = 1024) -> tuple[Said, int]:
+    """What a classifier says of texts, and how many were longer than it reads."""
+    upcoming = iter(texts)
+    found = []
+    while batch := list(islice(upcoming, batch_size)):
+        found += reader.classify(batch)
+    confidences = np.array([one.scores[one.label] for one in found], float)
+    return Said([one.label for one in found], confidences), sum(one.truncated for one in found)
+
+
+def baseline(collected: Path, params: Params, names: Sequence[str], texts: Sequence[str]) -> Said:
+    """What TF-IDF with logistic regression says, having learned from the texts that the classifier trains on."""
+    known = [row for name in params.classifier.datasets for row in read_rows(collected / name, "train")]
+    labels = sorted({row["label"] for row in known} | set(names))
+    learned = ([row["text"] for row in known], [row["label"] for row in known])
+    probabilities = tfidf_probabilities(*learned, labels, texts, params.seed)
+    return Said([labels[place] for place in probabilities.argmax(1)], probabilities.max(1))
+
+
+def measure(asked: Asked, said: Said, base: Said, names: Sequence[str]) -> Figures:
+    """The figures of every suite, and of every label over all of them."""
+    suites = {suite: _suite_figures(asked, said, base, places) for suite, places in asked.suites.items()}
+    ours, theirs = (f1_scores(_confusion(asked, one, names)) for one in (said, base))
+    counts = np.bincount(np.maximum(numbered(asked.labels, names), 0), minlength=len(names))
+    labels = {
+        name: {"f1": _number(ours[place]), "baseline_f1": _number(theirs[place]), "texts": int(counts[place])}
+        for place, name in enumerate(names)
+    }
+    score = sum(one["macro_f1"] for one in suites.values()) / len(suites)
+    return {"score": round(score, 6), "suites": suites, "labels": labels}
+
+
+def _suite_figures(asked: Asked, said: Said, base: Said, places: list[int]) -> Figures:
+    wanted = [asked.labels[place] for place in places]
+    figures: Figures = {"texts": len(places)}
+    for prefix, one in (("", said), ("baseline_", base)):
+        guesses = [one.labels[place] for place in places]
+        names = sorted({*wanted, *guesses})
+        labels, taken = numbered(wanted, names), numbered(guesses, names)
+        figures |= {
+            f"{prefix}accuracy": round(accuracy(wanted, guesses), 4),
+            f"{prefix}macro_f1": round(macro_f1(labels, taken, len(names)), 4),
+            f"{prefix}ece": round(expected_calibration_error(one.confidences[places], labels == taken), 4),
+        }
+    figures["baseline_is_better"] = figures["baseline_macro_f1"] > figures["macro_f1"]
+    return figures
+
+
+def _confusion(asked: Asked, said: Said, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """Counts (L, L); texts of labels that the classifier does not know are left out."""
+    wanted, guesses = numbered(asked.labels, names), numbered(said.labels, names)
+    known = (wanted >= 0) & (guesses >= 0)
+    return confusion_matrix(wanted[known], guesses[known], len(names))
+
+
+def accuracy(wanted: Sequence[str], guesses: Sequence[str]) -> float:
+    return sum(map(str.__eq__, wanted, guesses)) / max(1, len(wanted))
+
+
+def _number(value: float) -> float | None:
+    """None for the F1 of a label that neither occurs nor is guessed."""
+    return None if np.isnan(value) else round(float(value), 4)
+
+
+def held_out_digest(collected: Path, params: Params) -> str:
+    """Identity of what is asked: two assessments compare only when theirs are equal."""
+    folders = [collected / name for name in params.classifier.datasets]
+    return split_digest(folders, "test", params.assess.model_dump_json())
+
+
+def flat_metrics(figures: Figures) -> dict[str, float]:
+    """The figures under the names the tracker and the registry show."""
+    flat = {"score": float(figures["score"])}
+    for suite, values in figures["suites"].items():
+        flat |= {f"{suite}/{key}": float(value) for key, value in values.items()}
+        flat[f"{suite}/score"] = float(values["macro_f1"])
+    return flat
+
+
+def write_predictions(folder: Path, asked: Asked, said: Said, base: Said, digest: str) -> None:
+    """Write `PREDICTIONS` and `PREDICTIONS_OF`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, Any] = {name: [row.get(name) for row in asked.rows] for name in ("id", "suite", "text", "label")}
+    guesses: dict[str, Any] = {"predicted": said.labels, "confidence": said.confidences, "baseline": base.labels}
+    pq.write_table(pa.table({**columns, **guesses}), folder / PREDICTIONS)
+    write_json(folder / PREDICTIONS_OF, {"held_out_digest": digest})
+
+
+def _write_plot(path: Path, labels: dict[str, Figures]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["label", "f1", "baseline_f1", "texts"])
+        writer.writerows([name, one["f1"], one["baseline_f1"], one["texts"]] for name, one in labels.items())
