@@ -50,20 +50,21 @@ export class AnswerView {
   /** Say that the first word is still to come. */
   wait() {
     this.element.setAttribute("aria-busy", "true");
-    this.#state.replaceChildren(make("span", { class: "waiting" }), "Thinking");
+    this.waitFor("Thinking");
     say("Answering");
   }
 
-  /** @param {string} line what is waited for; "" for nothing but the answer */
+  /** @param {string} line what is waited for */
   waitFor(line) {
-    if (line) this.#state.replaceChildren(make("span", { class: "waiting" }), line);
+    this.#state.replaceChildren(make("span", { class: "waiting" }), line);
   }
 
   /** @param {import("./stream.js").Chunk} chunk */
   grow(chunk) {
     this.#steps.add(chunk.steps);
     const called = chunk.steps.findLast((step) => step.type === "call");
-    if (called) this.#state.replaceChildren(make("span", { class: "waiting" }), `Asked ${called.name}`);
+    if (called) this.waitFor(`Asked ${called.name}`);
+    else if (!this.answer.content) this.waitFor("Thinking");
     if (!chunk.text) return;
     this.#state.replaceChildren();
     this.element.classList.add("writing");
@@ -100,8 +101,7 @@ export class AnswerView {
    */
   #actions(index, count, deeds) {
     const { id, model, content } = this.answer;
-    const known = id !== "";
-    const feedback = known ? new FeedbackView(this.answer, deeds.changed, deeds.refused) : null;
+    const feedback = new FeedbackView(this.answer, deeds.changed, deeds.refused);
     const turning =
       count > 1 &&
       make(
@@ -111,25 +111,23 @@ export class AnswerView {
         make("span", { "aria-label": `Answer ${index + 1} of ${count}` }, `${index + 1}/${count}`),
         iconButton("Later answer", "right", () => deeds.turnTo(index + 1), { disabled: index === count - 1 }),
       );
-    const about =
-      known &&
-      make(
-        "button",
-        { type: "button", class: "model", title: "Everything behind this answer", click: () => openLineage(id) },
-        icon("lineage"),
-        make("span", { class: "unseen" }, "Lineage: answered by "),
-        model,
-      );
+    const about = make(
+      "button",
+      { type: "button", class: "model", title: "Everything behind this answer", click: () => openLineage(id) },
+      icon("lineage"),
+      make("span", { class: "unseen" }, "Lineage: answered by "),
+      model,
+    );
     const row = make(
       "div",
       { class: "actions" },
       turning,
-      ...(feedback?.buttons ?? []),
+      ...feedback.buttons,
       content !== "" && iconButton("Copy answer", "copy", () => copy(content)),
       iconButton("Answer again", "again", deeds.again, { class: "quiet again" }),
       about,
     );
-    return feedback ? [row, feedback.element] : [row];
+    return [row, feedback.element];
   }
 
   #render() {

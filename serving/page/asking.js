@@ -16,7 +16,7 @@ const WAITED_FOR = new Set(["loading", "draining", "not_ready"]);
  * @param {Message[]} messages
  * @param {{temperature?: number, seed?: number}} options
  * @param {AbortSignal} signal
- * @param {(said: string) => void} tell is given a line while there is something to wait for, "" when that is over
+ * @param {(said: string) => void} tell is given a line when there is something to wait for
  * @param {(count: number) => void} forgot is given how many messages the model no longer reads
  * @returns {AsyncGenerator<Chunk, void, void>}
  * @throws {Refused}
@@ -25,10 +25,7 @@ export async function* ask(messages, options, signal, tell, forgot) {
   let kept = messages;
   for (;;) {
     try {
-      for await (const chunk of completion(kept, options, signal)) {
-        tell("");
-        yield chunk;
-      }
+      yield* completion(kept, options, signal);
       return;
     } catch (error) {
       if (!(error instanceof Refused)) throw error;

@@ -15,9 +15,8 @@ export class Transcript {
   constructor() {
     this.#scroll.addEventListener("scroll", () => this.#look(), { passive: true });
     byId("latest").addEventListener("click", () => this.toEnd());
-    const grown = new ResizeObserver(() => (this.writing && this.#following ? this.toEnd() : this.#look()));
-    grown.observe(this.#list);
-    grown.observe(this.#scroll);
+    new ResizeObserver(() => this.#keep(this.writing)).observe(this.#list);
+    new ResizeObserver(() => this.#keep(true)).observe(this.#scroll);
   }
 
   clear() {
@@ -41,6 +40,12 @@ export class Transcript {
     this.#scroll.scrollTop = this.#scroll.scrollHeight;
     this.#following = true;
     byId("latest").hidden = true;
+  }
+
+  /** @param {boolean} still whether whoever was at the end is to stay there */
+  #keep(still) {
+    if (still && this.#following) this.toEnd();
+    else this.#look();
   }
 
   #look() {
