@@ -65,6 +65,11 @@ class ForeignTokenizer(ChatTokenizer):
     def encode_chats(
         self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
+        if not self._reads_calls and any(said.get("tool_calls") for messages, _ in chats for said in messages):
+            raise InputError(
+                f"{self._where}: chat_template: the tool calls that it writes cannot be read back; known are JSON alone"
+                " and between <tool_call> and </tool_call>; use conversations without calls, or another template"
+            )
         return [self._encode(self._render(messages, tools, add_generation_prompt)) for messages, tools in chats]
 
     def parse_turn(self, ids: Iterable[int]) -> Turn:
@@ -80,6 +85,18 @@ class ForeignTokenizer(ChatTokenizer):
         if not marked and (call := _read_call(text)) is not None:
             return Turn("", (call,))
         return Turn(_CALL.sub("", text).strip() if marked else text.removeprefix(" "), tuple(calls))
+
+    @cached_property
+    def _reads_calls(self) -> bool:
+        """Whether a call comes back from the template as it was."""
+        wanted = Call("probe", {"key": "value"})
+        function = {"name": wanted.name, "arguments": wanted.arguments}
+        said = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        try:
+            ids, mask = self._encode(self._render([PROBE[0], said], None, False))
+        except InputError:
+            return False
+        return self.parse_turn(number for number, learned in zip(ids, mask, strict=True) if learned).calls == (wanted,)
 
     @cached_property
     def _plain(self) -> Tokenizer:

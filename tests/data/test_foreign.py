@@ -116,6 +116,13 @@ def test_a_call_may_stand_alone_as_llama_writes_it(key: str, tmp_path: Path) -> 
     assert not tokenizer.parse_turn(tokenizer.encode('{"name": 3}')).calls
 
 
+@pytest.mark.parametrize("make", [llama, sentencepiece])
+def test_calls_that_the_template_drops_are_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """To learn an empty turn where a call stood would teach nothing, in silence."""
+    with pytest.raises(InputError, match="chat_template: the tool calls that it writes cannot be read back; known are"):
+        ChatTokenizer.load(make(tmp_path)).encode_chat(CALLING)
+
+
 def test_a_template_may_mark_what_the_model_writes(tmp_path: Path) -> None:
     marked = CHATML.replace(
         "  {{- '<|im_start|>' + message.role + '\\n' + message.content }}",
