@@ -12,7 +12,7 @@ import jsonschema
 import openai
 import pytest
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from components.data import tokenizer as bpe
 from components.data.tokenizer import ChatTokenizer
@@ -53,6 +53,8 @@ HOT: Any = {"temperature": 2.0, "max_tokens": 250}
 
 
 class Verdict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     fine: bool
     score: Annotated[int, Field(ge=0, le=10)]
 
@@ -197,7 +199,7 @@ def test_a_tool_is_called_and_its_result_taken(client: openai.OpenAI) -> None:
 def test_the_agents_own_tools_and_a_form_go_together(client: openai.OpenAI) -> None:
     form: Any = {"type": "json_schema", "json_schema": {"name": "v", "schema": Verdict.model_json_schema()}}
     answer = asked(client, "What is 6*7?", response_format=form).choices[0]
-    assert answer.finish_reason == "stop", answer
+    assert answer.finish_reason == "stop", answer.message.content
     Verdict.model_validate_json(answer.message.content)
 
 
