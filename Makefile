@@ -38,6 +38,7 @@ check: setup  ## lint and types
 
 bench: setup  ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.constrained
 	$(BIN)/python -m benchmarks.ingestion

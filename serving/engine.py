@@ -21,6 +21,7 @@ import torch
 from components.agent.agent import Agent
 from components.agent.tools import Tool
 from components.config import ServeConfig
+from components.generation.packed import pack
 from components.generation.slots import Slots
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
@@ -110,6 +111,7 @@ class Engine:
         Raises: InputError when the folder holds no usable model.
         """
         model = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
+        pack(model)
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
         agent = Agent.load(folder, model.config.max_seq_len, guests)
         agent.max_steps = min(agent.max_steps, config.max_steps)

@@ -1,9 +1,9 @@
 """Continuous batching: rows that come and go, each with keys and values in a slot of one dense cache.
 
-A row's tokens do not depend on what else is in the batch, bit for bit on a CPU: every product has a
-multiple of `EVEN_ROWS` rows, and then gives each row the same numbers. So it makes no difference
-either whether a position's keys and values were read in a prompt, alone or beside others, or written
-token by token: a later prompt with the same beginning takes them over.
+A row's tokens do not depend on what else is in the batch, bit for bit on a CPU: every product has a multiple of
+`EVEN_ROWS` rows, and then gives each row the same numbers, whichever part of a prompt it is read with. So a later
+prompt with the same beginning takes over what was read; what was written token by token went through other
+products (`steps.py`) and is read again.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from components.config import InputError
 from components.generation.constrained import Constraint, mask_logits
 from components.generation.sampling import drawn, likeliest, random_stream
-from components.models.attention import EVEN_ROWS, SHORT, KVCache, LayerCache
+from components.generation.steps import Step
+from components.models.attention import SHORT, KVCache, LayerCache
+from components.models.blocks import Block, SwiGLU
 from components.models.decoder import Decoder
 
+EVEN_ROWS = 4
+"""Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
+chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
 PREFILL_TOKENS = 512
 """Prompt tokens read between two steps of the rows that already write, padding counted."""
 SEEN = 16
@@ -175,6 +179,7 @@ class Slots:
         # Where the rows of a product do depend on how many there are, every step has all of them.
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count))
+        self._step = Step(model, self._cache.whole)
         self._kept = Kept(count * self.context)
         self._dtype = model.embed.weight.dtype
         # Longer products of scores would go through another kernel.
@@ -243,12 +248,11 @@ class Slots:
         """One more token for each row that writes; returns them."""
         self._settle()
         rows = self.writing
-        batch = _up(len(rows), self._multiple)
-        tokens = np.zeros((batch, 1), dtype=np.int64)
-        tokens[: len(rows), 0] = [row.ids[-1] for row in rows]
-        starts = [row.read for row in rows] + [0] * (batch - len(rows))
-        counts = [1] * len(rows) + [0] * (batch - len(rows))
-        hidden = self._pass(0, tokens, starts, counts, max(starts) + 1, None)
+        padding = [0] * (_up(len(rows), self._multiple) - len(rows))
+        tokens = np.array([row.ids[-1] for row in rows] + padding)
+        positions = np.array([row.read for row in rows] + padding)
+        places = np.array([row.read for row in rows] + [self.context for _ in padding])
+        hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN))
         for row in rows:
             row.read += 1
         self._pick(rows, hidden)
@@ -257,8 +261,9 @@ class Slots:
     def drop(self, row: Row) -> None:
         """Take a row out; what it has read is kept for others."""
         (self.writing if row in self.writing else self.reading).remove(row)
-        if row.read >= MIN_SHARED:
-            self._kept.keep(row.ids[: row.read], self._cache.whole[:, :, row.slot, :, : row.read])
+        known = min(row.read, len(row.prompt))
+        if known >= MIN_SHARED:
+            self._kept.keep(row.ids[:known], self._cache.whole[:, :, row.slot, :, :known])
 
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
@@ -266,12 +271,9 @@ class Slots:
         self._kept = Kept(self.count * self.context)
 
     def _pass(
-        self, first: int, tokens: np.ndarray, starts: list[int], counts: list[int], seen: int, newest: list[int] | None
+        self, first: int, tokens: np.ndarray, starts: list[int], counts: list[int], seen: int, newest: list[int]
     ) -> Tensor:
-        """Run tokens (B, T), `counts` of them real, from position `starts` on; the stream at `newest`, or of all.
-
-        Rows beyond the real ones are padding, here and in the result.
-        """
+        """Read tokens (B, T), `counts` of them real, from position `starts` on; the stream at `newest` and padding."""
         steps = torch.arange(tokens.shape[1], device=self.device)
         positions = torch.tensor(starts, device=self.device).unsqueeze(1) + steps
         real = steps < torch.tensor(counts, device=self.device).unsqueeze(1)
@@ -280,17 +282,14 @@ class Slots:
         hidden = torch.arange(seen, device=self.device) > positions.unsqueeze(2)
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self.device)
         mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
-        rows = None
-        if newest is not None:
-            rows = torch.tensor(newest + newest[-1:] * (_up(len(newest)) - len(newest)), device=self.device)
-        stream = self.model.hidden(
+        newest = newest + newest[-1:] * (_up(len(newest)) - len(newest))
+        return self.model.hidden(
             torch.from_numpy(tokens).to(self.device),
             position_ids=positions.clamp(max=self.context - 1),
             cache=self._cache,
             attention_mask=mask,
-            rows=rows,
+            rows=torch.tensor(newest, device=self.device),
         )
-        return stream if newest is not None else stream.flatten(0, 1)
 
     def _pick(self, rows: Sequence[Row], hidden: Tensor) -> None:
         """Give each row its next token."""
@@ -311,7 +310,7 @@ class Slots:
         """Copy what is known of the beginning of a prompt; its last token is always read, for what follows it."""
         length, part = self._kept.best(row.ids)
         for other in self.writing:
-            if (shared := common(tuple(other.ids[: other.read]), row.ids)) > length:
+            if (shared := common(tuple(other.prompt), row.ids)) > length:
                 length, part = shared, self._cache.whole[:, :, other.slot]
         length = min(length, len(row.ids) - 1)
         if part is not None and length >= MIN_SHARED:
@@ -337,16 +336,20 @@ def rows_are_independent(model: Decoder) -> bool:
     """
     if model.embed.weight.is_cuda:
         return False
-    shapes = {tuple(weight.shape): weight for weight in model.parameters() if weight.dim() == 2}
-    return all(_even(weight) for weight in shapes.values())
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    mlp = block.mlp
+    assert isinstance(mlp, SwiGLU)
+    return all(_even(each) for each in (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head))
 
 
 @torch.inference_mode()
-def _even(weight: Tensor) -> bool:
-    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * weight.shape[1], dtype=weight.dtype).sin().view(-1, weight.shape[1])
-    whole = F.linear(rows, weight)
+def _even(product: nn.Module) -> bool:
+    width: int = product.in_features  # type: ignore[assignment]
+    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width)
+    whole = product(rows)
     parts = ((start, start + count) for start in (0, 3, 20) for count in (EVEN_ROWS, 2 * EVEN_ROWS, 9 * EVEN_ROWS))
-    return all(torch.equal(F.linear(rows[start:stop], weight), whole[start:stop]) for start, stop in parts)
+    return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)
 
 
 def _up(count: int, multiple: int = EVEN_ROWS) -> int:

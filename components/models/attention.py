@@ -18,10 +18,6 @@ Pair = tuple[Tensor, Tensor]
 SHORT = 1024 * 1024
 """Scores per head up to which plain batched products beat the fused kernel on a CPU."""
 
-EVEN_ROWS = 4
-"""Products of a multiple of so many rows give each row the same bits, whatever the others are; of fewer, other kernels
-are chosen whose last bits differ (measured with MKL; an engine checks it where it runs)."""
-
 
 class FusedLinear(nn.Linear):
     """Several projections of one input as one product; `parts` are their output widths."""
@@ -182,21 +178,14 @@ def attend(
         grouped = heads != kv_heads
         return F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scale, enable_gqa=grouped)
     grouped_queries = (queries * scale).reshape(batch, kv_heads, -1, head_dim)  # of one key head in a row
-    rows = grouped_queries.shape[2]
-    scores = (_even(grouped_queries) @ keys.transpose(-1, -2))[:, :, :rows].reshape(batch, heads, length, span)
+    scores = (grouped_queries @ keys.transpose(-1, -2)).view(batch, heads, length, span)
     if mask is not None:
         scores = scores + additive(mask, scores.dtype)
     weights = scores.softmax(-1)
     if dropout:
         weights = F.dropout(weights, dropout)
-    mixed: Tensor = _even(weights.view(batch, kv_heads, -1, span)) @ values
-    return mixed[:, :, :rows].reshape(batch, heads, length, head_dim)
-
-
-def _even(x: Tensor) -> Tensor:
-    """x (..., rows, D) with empty rows up to the next multiple of EVEN_ROWS, where nothing is trained."""
-    lacking = -x.shape[-2] % EVEN_ROWS
-    return F.pad(x, (0, 0, 0, lacking)) if lacking and not torch.is_grad_enabled() else x
+    mixed: Tensor = (weights.view(batch, kv_heads, -1, span) @ values).view(batch, heads, length, head_dim)
+    return mixed
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,190 @@
+"""The engine's tokens per second, alone and in company: `python -m benchmarks.engine` (in `make bench`).
+
+Beside Hugging Face. Random weights of a stated shape, the same for all; prompts of one length that never repeat;
+every answer as long as any other. One process, rounds interleaved, medians reported, each with the number of threads
+that suits it best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import queue
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.stage import ENVIRONMENT
+
+if TYPE_CHECKING:
+    pass
+
+SHAPES = {
+    "laptop": (2048, 192, 4, 3, 3, 64, 512),
+    "larger": (8192, 512, 10, 8, 4, 64, 1408),
+}
+"""vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, head_dim, hidden_dim."""
+CONTEXT = 512
+PROMPT, WRITTEN = 64, 64
+"""Tokens of each prompt and each answer."""
+CROWD = 32
+
+Prompts = list[list[int]]
+Contender = Callable[[Prompts], int]
+"""Answers all prompts and gives the number of tokens written."""
+
+
+def make_folder(folder: Path, size: str) -> Path:
+    """A model folder with random weights and a tokenizer learned from the standard library."""
+    import torch
+
+    from components.data import tokenizer
+    from components.models.checkpoint import save_decoder
+    from components.models.decoder import Decoder, DecoderConfig
+
+    sources = sorted(Path(statistics.__file__).parent.glob("*.py"))[:80]
+    learned = tokenizer.train([source.read_text(encoding="utf-8") for source in sources], SHAPES[size][0])
+    tokenizer.save(learned, folder / "tokenizer")
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(*SHAPES[size], CONTEXT, qk_norm=True, tie_embeddings=True))
+    with torch.no_grad():
+        model.embed.weight[: len(tokenizer.SPECIAL_TOKENS)] = 0  # never the likeliest: no answer ends early
+    save_decoder(model, folder / "model", folder / "tokenizer", {"agent.json": '{"tools": [], "max_steps": 1}'})
+    return folder / "model"
+
+
+def prompts(count: int, dice: random.Random) -> Prompts:
+    return [[dice.randrange(100, 250) for _ in range(PROMPT)] for _ in range(count)]
+
+
+class Loopwright:
+    """Our engine, asked by as many at a time as are let."""
+
+    def __init__(self, folder: Path) -> None:
+        from components.config import SCALES_FILE, load_params
+        from serving.engine import Engine
+
+        config = load_params(SCALES_FILE.parents[1] / "params.yaml").serve
+        self.engine = Engine.load(folder, "agent/1", config.model_copy(update={"max_running": CROWD}))
+
+    def contender(self, concurrent: int) -> Contender:
+        return lambda asked: self.answer(asked, concurrent)
+
+    def answer(self, asked: Prompts, concurrent: int) -> int:
+        from serving.engine import Ask, Event, Failed, Finished
+
+        told: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        waiting, running, written = list(asked), 0, 0
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Finished | Failed):
+                told.put(event)
+
+        while waiting or running:
+            while waiting and running < concurrent:
+                text = self.engine.agent.tokenizer.decode(waiting.pop())
+                self.engine.submit(Ask([{"role": "user", "content": text}], may_call=False, max_tokens=WRITTEN), listen)
+                running += 1
+            event = told.get()
+            assert isinstance(event, Finished)
+            running -= 1
+            written += event.completion_tokens
+        return written
+
+
+class HuggingFace:
+    """`transformers` on the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
+        self.options = {"max_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
+
+    def one_by_one(self, asked: Prompts) -> int:
+        return sum(self.together([prompt]) for prompt in asked)
+
+    def together(self, asked: Prompts) -> int:
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor(asked)
+            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
+        return int(out.shape[0] * (out.shape[1] - PROMPT))
+
+    def continuous(self, asked: Prompts) -> int:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        settings = GenerationConfig(eos_token_id=-1, **self.options)
+        blocks = ContinuousBatchingConfig(
+            page_size=32, num_blocks=4 * CROWD * (PROMPT + WRITTEN) // 32, max_batch_tokens=1024
+        )
+        answers = self.model.generate_batch(asked, settings, blocks)
+        return sum(len(answer.generated_tokens) for answer in answers.values())
+
+
+def timed(contender: Contender, asked: Prompts, threads: int) -> float:
+    """Tokens per second."""
+    import torch
+
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    written = contender(asked)
+    return written / (time.perf_counter() - began)
+
+
+def measure(size: str, rounds: int, threads: Sequence[int]) -> dict[str, Any]:
+    dice = random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = make_folder(Path(scratch), size)
+        ours, theirs = Loopwright(folder), HuggingFace(folder)
+        contenders: dict[str, tuple[Contender, int]] = {
+            "Loopwright, one after another": (ours.contender(1), 6),
+            "Loopwright, 8 at a time": (ours.contender(8), 2 * CROWD),
+            "Loopwright, 32 at a time": (ours.contender(CROWD), 3 * CROWD),
+            "Hugging Face, one after another": (theirs.one_by_one, 3),
+            "Hugging Face, continuous batching of 32": (theirs.continuous, CROWD),
+            "Hugging Face, static batch of 32": (theirs.together, CROWD),
+        }
+        speeds: dict[tuple[str, int], list[float]] = {}
+        for number in range(rounds + 1):
+            for name, (contender, count) in contenders.items():
+                for each in threads:
+                    speed = timed(contender, prompts(count, dice), each)
+                    if number:  # the first round warms
+                        speeds.setdefault((name, each), []).append(speed)
+        ours.engine.close()
+    best: dict[str, tuple[float, int]] = {}
+    for (name, each), found in speeds.items():
+        best[name] = max(best.get(name, (0.0, 0)), (statistics.median(found), each))
+    return {
+        "size": size,
+        "parameters": ours.engine.model.num_parameters,
+        "tokens_per_second": {name: round(speed, 1) for name, (speed, _) in best.items()},
+        "threads": {name: each for name, (_, each) in best.items()},
+        "all": {f"{name}, {each} threads": round(statistics.median(found)) for (name, each), found in speeds.items()},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+    }
+
+
+def main() -> None:
+    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name not in os.environ})
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
+    given = parser.parse_args()
+    for size in given.sizes:
+        print(json.dumps(measure(size, given.rounds, given.threads)))
+
+
+if __name__ == "__main__":
+    main()

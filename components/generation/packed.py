@@ -1,0 +1,64 @@
+"""A decoder's weights laid out for products of few rows, as steps of a batch make them: in full, or rounded to int8.
+
+A plain product lays its weight out anew at each call, which for few rows costs more than the product. Both kinds
+give a row the same bits whatever other rows there are: the packed one as measured (`slots.rows_are_independent` looks
+again), the rounded one because sums of integers are exact and each row is rounded by its own scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.models.decoder import Decoder
+
+LARGEST = 127
+"""Of the integers that weights and activations are rounded to."""
+
+
+class PackedLinear(nn.Module):
+    """x (..., in) to (..., out) in fp32 with oneDNN's own layout of the weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.in_features = weight.shape[1]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        return product
+
+
+class RoundedLinear(nn.Module):
+    """x (..., in) to (..., out) in int8: a scale for each output of the weight and for each row of x."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.in_features = weight.shape[1]
+        self._scale = weight.detach().abs().amax(1).clamp_(min=torch.finfo(weight.dtype).tiny) / LARGEST
+        self._rounded = (weight.detach() / self._scale.unsqueeze(1)).round_().to(torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        scale = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(LARGEST)
+        sums = torch._int_mm((rows / scale).round_().to(torch.int8), self._rounded.t())
+        return sums.to(x.dtype).mul_(scale).mul_(self._scale).view(*x.shape[:-1], -1)
+
+
+def pack(model: Decoder) -> None:
+    """Lay the weights of a model out for serving, where oneDNN is there for it; it cannot be trained or saved then."""
+    weight = model.embed.weight
+    if not weight.is_cuda and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+        _replace(model, PackedLinear)
+
+
+def round_weights(model: Decoder) -> None:
+    """Round the weights of every product but the head to int8; the model can no longer be trained or saved."""
+    _replace(model.blocks, RoundedLinear)
+
+
+def _replace(root: nn.Module, kind: type[PackedLinear] | type[RoundedLinear]) -> None:
+    for parent in list(root.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child.bias is None:
+                setattr(parent, name, kind(child.weight))

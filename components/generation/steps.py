@@ -1,0 +1,117 @@
+"""One step of a decoder for many rows, a token each: the forward pass written out for what a step needs.
+
+A module's call costs more than most of what a step computes, and products of one query with its keys are best made
+element by element: the keys are read once, in order. No number of a row depends on the other rows, nor on how many
+positions beyond its own are looked at.
+Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads, G = H / K, D head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from components.models.blocks import Block
+from components.models.decoder import Decoder
+from components.models.positions import Rotary, rotate, rotate_into
+
+Ints = NDArray[np.int64]
+SCRATCH = 2**22
+"""Products of queries and keys made at a time; their memory is kept, as taking it anew costs more than filling it."""
+
+
+class Step:
+    """Steps of a model over keys and values (layers, 2, slots, K, span, D), row b in slot b."""
+
+    def __init__(self, model: Decoder, whole: Tensor) -> None:
+        c = model.config
+        self._model, self._whole = model, whole
+        self._flat = [layer.view(-1, c.head_dim) for layer in whole]
+        self._device = whole.device
+        slots, span = whole.shape[2], whole.shape[4]
+        starts = np.arange(slots * c.num_kv_heads).reshape(slots, c.num_kv_heads) * span
+        self._starts = np.concatenate([starts, starts + slots * c.num_kv_heads * span], axis=1)
+        """(slots, 2K): where each head's keys and then values of a slot begin, in heads of a layer."""
+        self._blocks = [block for block in model.blocks if isinstance(block, Block)]
+        self._gains = [self._gain(block) for block in self._blocks]
+        self._scratch = torch.empty(0, dtype=whole.dtype)
+        self._lowest = torch.finfo(whole.dtype).min
+
+    def _gain(self, block: Block) -> Tensor:
+        """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
+        c, attention = self._model.config, block.attention
+        gain = torch.ones(c.num_heads + c.num_kv_heads, c.head_dim, dtype=self._whole.dtype, device=self._device)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            gain[: c.num_heads], gain[c.num_heads :] = attention.q_norm.weight, attention.k_norm.weight
+        gain[: c.num_heads] *= c.head_dim**-0.5
+        return gain.detach()
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int) -> Tensor:
+        """The normed stream (B, E) behind tokens (B) at positions (B), whose keys and values go to `places` (B)."""
+        where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
+        at = torch.from_numpy(positions).to(self._device)
+        hidden = torch.arange(seen, device=self._device) > at[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
+        mask.masked_fill_(hidden, self._lowest)
+        return self.walk(torch.from_numpy(tokens).to(self._device), at, where, mask)
+
+    def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
+        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (B, S)."""
+        model = self._model
+        x = F.embedding(tokens, model.embed.weight)
+        rotary = model.positions.cos[at][:, None], model.positions.sin[at][:, None]  # (B, 1, D)
+        mask = mask[:, None, None]  # (B, 1, 1, S)
+        for number, block in enumerate(self._blocks):
+            mixed = self._attend(number, block, _norm(x, block.attention_norm.weight, model), rotary, where, mask)
+            x += block.attention.out(mixed)
+            x += block.mlp(_norm(x, block.mlp_norm.weight, model))
+        return _norm(x, model.norm.weight, model)
+
+    def _attend(self, number: int, block: Block, x: Tensor, rotary: Rotary, where: Tensor, mask: Tensor) -> Tensor:
+        """Self-attention of x (B, E) to what its rows have in the cache; writes their own keys and values first."""
+        c = self._model.config
+        turned = c.num_heads + c.num_kv_heads
+        heads = block.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
+        both = heads[:, :turned]
+        if block.attention.q_norm is not None:
+            both = F.rms_norm(both, (c.head_dim,), eps=c.norm_eps)
+        both = both * self._gains[number]
+        if x.is_cuda:
+            heads = torch.cat([rotate(both, rotary), heads[:, turned:]], dim=1)
+        else:
+            rotate_into(heads[:, :turned], both, *rotary)
+        self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
+        queries = heads[:, : c.num_heads].unflatten(1, (c.num_kv_heads, -1)).unsqueeze(3)  # (B, K, G, 1, D)
+        keys, values = self._whole[number, :, : x.shape[0], :, : mask.shape[-1]].unsqueeze(3)  # (B, K, 1, S, D) each
+        if x.is_cuda:
+            queries, keys, values = queries.flatten(1, 2), keys.squeeze(2), values.squeeze(2)
+            mixed: Tensor = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=True)
+            return mixed.flatten(1)
+        parts = zip(*(each.split(self._fitting(mask.shape[-1])) for each in (queries, keys, values, mask)), strict=True)
+        return torch.cat([self._mix(*part) for part in parts])
+
+    def _fitting(self, seen: int) -> int:
+        """How many rows' products fit the scratch memory."""
+        c = self._model.config
+        size = c.num_heads * seen * c.head_dim
+        count = max(1, SCRATCH // size)
+        if len(self._scratch) < count * size:
+            self._scratch = torch.empty(max(SCRATCH, size), dtype=self._whole.dtype)
+        return count
+
+    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """(B, H * D) from queries (B, K, G, 1, D), keys and values (B, K, 1, S, D), and what is hidden (B, 1, 1, S)."""
+        shape = (*queries.shape[:3], *keys.shape[3:])  # (B, K, G, S, D)
+        products = self._scratch[: math.prod(shape)].view(shape)
+        weights = torch.mul(keys, queries, out=products).sum(-1).add_(mask).softmax(-1)
+        return torch.mul(values, weights.unsqueeze(-1), out=products).sum(-2).flatten(1)
+
+
+def _norm(x: Tensor, gain: Tensor, model: Decoder) -> Tensor:
+    return F.rms_norm(x, gain.shape, gain, model.config.norm_eps)
