@@ -124,6 +124,18 @@ class Ticket:
         return time.monotonic() > self.deadline
 
 
+class _Steps(list[dict[str, Any]]):
+    """What the agent does, told as it happens: a call before its tool has run."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._told = tell
+
+    def append(self, step: dict[str, Any]) -> None:
+        super().append(step)
+        self._told(step)
+
+
 class Reply:
     """One request from its first prompt to its last event.
 
@@ -136,7 +148,7 @@ class Reply:
         self.agent = agent if self.ask.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
         self.calls = CallStream(agent.tokenizer)
         self.said: list[str] = []
-        self.steps: list[dict[str, Any]] = []
+        self.steps = _Steps(lambda step: ticket.notify(Stepped(step)))
         self.conversation = self.agent.answer(self.ask.messages, self.ask.tools, self.steps, self.ask.rules)
         self.speech = Speech(agent.tokenizer, self.ask.stops)
         self.turn = -1
@@ -229,16 +241,13 @@ class Reply:
         if self.ticket.late:
             self._end(self._finish(None))
             return None
-        told, answer = len(self.steps), None
+        answer = None
         try:
             return self.conversation.send(self.row.generated if self.row is not None else [])
         except StopIteration as stop:
             answer = stop.value
         except ContextTooLong:
             pass  # a tool's result left no room for an answer
-        finally:
-            for step in self.steps[told:]:
-                self.ticket.notify(Stepped(step))
         self._end(self._finish(answer))
         return None
 

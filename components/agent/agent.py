@@ -167,8 +167,8 @@ class Agent:
         calls = []
         results = []
         for wanted in turn.calls:
-            content = call(self.tools, wanted.name, wanted.arguments)[:MAX_RESULT_CHARACTERS]
             steps.append({"type": "call", "name": wanted.name, "arguments": wanted.arguments})
+            content = call(self.tools, wanted.name, wanted.arguments)[:MAX_RESULT_CHARACTERS]
             steps.append({"type": "result", "name": wanted.name, "content": content})
             number = f"call_{len(steps) // 2}"
             calls.append(openai_call(wanted, number))

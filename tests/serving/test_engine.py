@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from components.agent.agent import ContextTooLong
+from components.agent.agent import Agent, ContextTooLong
+from components.agent.tools import Tool
 from components.config import load_params
 from components.data.tokenizer import ChatTokenizer
 from serving.engine import (
@@ -83,6 +84,28 @@ def test_steps_are_told_before_the_words_that_follow_them(engine: Engine) -> Non
     assert isinstance(told[-1], Finished)
     assert told[-1].steps == steps
     assert told[-1].content == "That is 42."
+
+
+def test_a_call_is_told_while_its_tool_still_runs(narrow: Engine) -> None:
+    told: queue.Queue[Event] = queue.Queue()
+    called = threading.Event()
+
+    def calculate(expression: str) -> str:
+        """Waits until its call was told."""
+        assert called.wait(60)
+        return "42"
+
+    agent = narrow.agent
+    narrow.agent = Agent(agent.tokenizer, [Tool.of(calculate)], agent.max_steps, agent.context_len)
+    narrow.submit(Ask([{"role": "user", "content": "What is 6*7?"}]), told.put)
+    first, second = told.get(timeout=60), told.get(timeout=60)
+    assert [type(first), type(second)] == [Started, Stepped]
+    assert isinstance(second, Stepped)
+    assert second.step["type"] == "call"
+    called.set()
+    last = iter_until_end(told.get)[-1]
+    assert isinstance(last, Finished)
+    assert last.content == "That is 42."
 
 
 def test_own_tools_are_not_called_when_calls_are_forbidden(engine: Engine) -> None:
