@@ -49,6 +49,8 @@ class CollectConfig(Section):
     """Held-out questions per suite; each reported figure needs 300 or more to be worth quoting."""
     held_out_share: float = Field(gt=0, lt=0.5)
     """Share of symbols, and of modules, that training never sees; share of rows held out of a user's dataset."""
+    validation_share: float = Field(gt=0, lt=0.5)
+    """Share of labelled texts and text pairs that training chooses its best weights by."""
     near_duplicate_similarity: float = Field(gt=0.5, le=1)
     """Estimated Jaccard similarity of word 5-grams at which a document counts as a near-duplicate."""
 
@@ -60,17 +62,40 @@ class ValidateConfig(Section):
     """Share of rows of a shard that may fail a row-wise expectation before the dataset is refused."""
 
 
-class TrainTokenizerConfig(Section):
-    """Byte-level BPE."""
+class TokenizerConfig(Section):
+    """Byte-level BPE of one family."""
 
     vocab_size: int = Field(ge=320, le=262_144)
     """Entries, special tokens and the 256 bytes included."""
     max_documents: int = Field(ge=1)
-    """Documents (and as many conversations) sampled to learn merges from."""
+    """Rows of each dataset sampled to learn merges from."""
+
+
+class TrainTokenizerConfig(TokenizerConfig):
+    """Byte-level BPE: the decoder's, and in sub-sections the other families'."""
+
+    encoder: TokenizerConfig
+    encoder_decoder: TokenizerConfig
+
+
+class EncoderRowsConfig(Section):
+    """Rows of the encoder: pairs of sentences, and texts with their labels."""
+
+    seq_len: int = Field(ge=16)
+    """Tokens of a row at most, special tokens included; a longer text is cut and counted."""
+
+
+class EncoderDecoderRowsConfig(Section):
+    """Rows of the encoder-decoder: running text, and sources with their targets."""
+
+    seq_len: int = Field(ge=16)
+    """Tokens of a piece of running text, and of a source at most; a longer source is cut and counted."""
+    target_len: int = Field(ge=8)
+    """Tokens of a target at most; a longer one is cut and counted."""
 
 
 class PrepareConfig(Section):
-    """Token rows for training."""
+    """Token rows for training: the decoder's, and in sub-sections the other families'."""
 
     seq_len: int = Field(ge=32)
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
@@ -78,6 +103,8 @@ class PrepareConfig(Section):
     """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
     noise_share: float = Field(ge=0, le=1)
     """Share of conversations told once more with random tokens in the names and results that they copy."""
+    encoder: EncoderRowsConfig
+    encoder_decoder: EncoderDecoderRowsConfig
 
 
 class EncoderModelConfig(Section):
@@ -248,6 +275,10 @@ class PretrainConfig(TrainConfig):
     """Masked language modelling and next-sentence prediction."""
     encoder_decoder: EncoderDecoderPretrainConfig
     """Span corruption."""
+
+    def of(self, family: Family) -> TrainConfig:
+        """What a family is pretrained with."""
+        return {"decoder": self, "encoder": self.encoder, "encoder_decoder": self.encoder_decoder}[family]
 
 
 class ClassifierConfig(FineTuneConfig):

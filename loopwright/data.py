@@ -65,11 +65,13 @@ def show(
 
 @app.command()
 def add(
-    kind: Annotated[str, typer.Argument(help="documents, conversations or preferences.")],
+    kind: Annotated[str, typer.Argument(help="documents, conversations, preferences, labelled_texts or text_pairs.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in data/README.md.")],
     name: Annotated[str, typer.Option(help="What the dataset shall be called.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
+    source_column: Annotated[str | None, typer.Option(help="Column that holds the source of a pair.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="Column that holds what is written of it.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a dataset of that name.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +89,8 @@ def add(
         findings = validate_dataset(folder, paths.expectations, allowed)
         return _noted(paths, folder, findings) if findings.success else findings
 
-    info = add_files(kind, files, name, paths.added, Columns(text_column, label_column), replace, check)
+    columns = Columns(text_column, label_column, source_column, target_column)
+    info = add_files(kind, files, name, paths.added, columns, replace, check)
     pointer = _version(paths, name)
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
@@ -131,6 +134,8 @@ def validate(
 _TRAIN_ON = {
     "documents": "loopwright run --set pretrain.dataset={}",
     "conversations": "loopwright run --set tune.dataset={}",
+    "labelled_texts": "loopwright run --set classifier.dataset={}",
+    "text_pairs": "loopwright run --set summarizer.dataset={}",
     "preferences": 'set align.dataset to {} in params.yaml, then run "loopwright improve --force"',
 }
 """How the stage that learns from each kind is told to."""

@@ -20,8 +20,12 @@ _CONTENT = {
     "documents": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
     "conversations": "[m.content for m in messages if m.role in ('system', 'user')]::VARCHAR",
     "preferences": "[m.content for m in prompt if m.role in ('system', 'user')]::VARCHAR",
+    "labelled_texts": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
+    "text_pairs": "trim(regexp_replace(lower(source), '\\s+', ' ', 'g'))",
 }
 """What may not stand in both splits: a document's text, what a conversation or a rated prompt asks."""
+MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
+"""Labels that a classifier can tell apart; and rows of each, one to learn from and one to test it by."""
 
 
 def across_shards(files: list[Path], info: DatasetInfo) -> list[Check]:
@@ -39,6 +43,10 @@ def across_shards(files: list[Path], info: DatasetInfo) -> list[Check]:
             checks = [_counts(info, _rows_found(connection)), _unique_ids(connection)]
             if info.kind in _CONTENT and info.rows.get("test"):
                 checks.append(_held_out(connection, _CONTENT[info.kind]))
+            if info.kind == "labelled_texts":
+                # Of what is split already, it counts that each label is learned.
+                held = _learned_labels if info.rows.get("test") else _rows_per_label
+                checks += [_label_count(connection), held(connection)]
     return checks
 
 
@@ -80,6 +88,36 @@ def _held_out(connection: duckdb.DuckDBPyConnection, content: str) -> Check:
         connection, f"SELECT count(*) FILTER ({train}), count(*) FILTER ({where}) FROM rows"
     )
     _note(connection, check, content, where)
+    return check
+
+
+def _label_count(connection: duckdb.DuckDBPyConnection) -> Check:
+    about = f"There are {MIN_LABELS} to {MAX_LABELS:,} labels to tell apart"
+    check = Check("labels_can_be_told_apart", "label", about, _ALL)
+    check.rows, count = _pair(connection, "SELECT count(*), count(DISTINCT label) FROM rows")
+    if count < MIN_LABELS:
+        only = connection.execute("SELECT any_value(label) FROM rows").fetchone()
+        check.broken = f"found one label, {shown(only[0] if only else None)}; add rows of another"
+    elif count > MAX_LABELS:
+        check.broken = f"found {count:,} labels; join labels, or name the column that holds them with --label-column"
+    return check
+
+
+def _rows_per_label(connection: duckdb.DuckDBPyConnection) -> Check:
+    about = f"Every label has {MIN_ROWS} rows or more, one to learn from and one to test it by"
+    check = Check("labels_have_rows", "label", about, _ALL)
+    few = f"SELECT label FROM rows GROUP BY label HAVING count(*) < {MIN_ROWS}"
+    check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER (label IN ({few})) FROM rows")
+    _note(connection, check, "label", f"label IN ({few})")
+    return check
+
+
+def _learned_labels(connection: duckdb.DuckDBPyConnection) -> Check:
+    check = Check("held_out_labels_are_trained_on", "label", "Every held-out label is also in the training split", _ALL)
+    trained = "SELECT label FROM rows WHERE parse_filename(filename) LIKE 'train-%'"
+    where = f"label NOT IN ({trained})"
+    check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER ({where}) FROM rows")
+    _note(connection, check, "label", where)
     return check
 
 

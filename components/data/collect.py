@@ -9,24 +9,33 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple
 
-from components.config import InputError
+from components.config import InputError, Params
 from components.data.datasets import (
+    PRETRAINED,
     DatasetInfo,
     DatasetWriter,
     Kind,
     Row,
+    Split,
     in_test_split,
     read_info,
     read_rows,
+    refuse_other_kinds,
     write_json,
 )
 from components.data.duplicates import Splits, split
 from components.reference.conversations import training_conversations
+from components.data.strata import by_hash, stratified
+from components.reference.areas import area, labelled
+from components.reference.described import described
 from components.reference.dialogue import asked
 from components.reference.facts import build
 from components.reference.held_out import HeldOut, hold_out
@@ -38,41 +47,69 @@ from components.stage import StageRun
 
 DOCUMENTS = "stdlib-documents"
 CONVERSATIONS = "stdlib-conversations"
-REFERENCE: dict[str, Kind] = {DOCUMENTS: "documents", CONVERSATIONS: "conversations"}
+AREAS = "stdlib-areas"
+SUMMARIES = "stdlib-summaries"
+REFERENCE: dict[str, Kind] = {
+    DOCUMENTS: "documents",
+    CONVERSATIONS: "conversations",
+    AREAS: "labelled_texts",
+    SUMMARIES: "text_pairs",
+}
 """Built-in datasets; any other name lies in `data/added`."""
 
 
 def collect(run: StageRun) -> None:
-    """Write each dataset that `pretrain` and `tune` name, and the knowledge file."""
+    """Write each dataset that a section of params.yaml names, and the knowledge file."""
     wanted = _wanted(run)
     config, seed = run.params.collect, run.params.seed
     symbols = library_symbols(config.modules)
     held_out = hold_out(symbols, config.held_out_share, config.questions, seed)
     build(run.paths.knowledge, symbols)
     run.progress(1, len(wanted) + 1, symbols=str(len(symbols)), held_out_packages=str(len(held_out.packages)))
-    infos = _write(run, wanted, _library_source(symbols), held_out)
+    infos = _write(run, wanted, Library(symbols, held_out, _library_source(symbols)))
     for info in infos:
         _report(run, info)
     write_json(run.paths.metrics / "collect.json", _metrics(infos, symbols, held_out))
 
 
-def _write(run: StageRun, wanted: Mapping[str, Kind], source: dict[str, str], held_out: HeldOut) -> list[DatasetInfo]:
-    """Write every dataset's test rows, then what each trains on: no dataset may train on another's test rows."""
+@dataclass(frozen=True)
+class Library:
+    """What was read of the standard library."""
+
+    symbols: list[Symbol]
+    held_out: HeldOut
+    source: dict[str, str]
+    """The interpreter, and a digest of what was read from it."""
+
+
+class Parts(NamedTuple):
+    """Rows of a dataset, each kind of them a pass of its own."""
+
+    test: Iterable[Row]
+    train: Iterable[Row]
+    validation: Iterable[Row] = ()
+
+
+def _write(run: StageRun, wanted: Mapping[str, Kind], library: Library) -> list[DatasetInfo]:
+    """Write every dataset's held-out rows, then what each trains on: no dataset may train on another's test rows."""
     similarity, seed = run.params.collect.near_duplicate_similarity, run.params.seed
     splits = {kind: Splits(kind, similarity, seed) for kind in wanted.values()}
-    training: list[tuple[DatasetWriter, Iterable[Row]]] = []
+    made: list[tuple[DatasetWriter, Parts]] = []
     with ExitStack() as stack:
         for name, kind in wanted.items():
-            shutil.rmtree(run.paths.collected / name, ignore_errors=True)
-            writer = stack.enter_context(DatasetWriter(run.paths.collected / name, name, kind))
-            tests, rows = _reference(run, writer, source, held_out) if name in REFERENCE else _added(run, writer)
-            splits[kind].write_test(tests, writer)
-            training.append((writer, rows))
-        for done, (writer, rows) in enumerate(training, start=2):
-            splits[writer.info.kind].write_train(rows, writer)
+            folder = run.paths.collected / name
+            shutil.rmtree(folder, ignore_errors=True)
+            writer = stack.enter_context(DatasetWriter(folder, name, kind))
+            parts = _reference(run, writer, library) if name in REFERENCE else _added(run, writer)
+            splits[kind].write_test(parts.test, writer)
+            made.append((writer, parts))
+        for writer, parts in made:
+            splits[writer.info.kind].write_validation(parts.validation, writer)
+        for done, (writer, parts) in enumerate(made, start=2):
+            splits[writer.info.kind].write_train(parts.train, writer)
             counts = {key: str(count) for key, count in writer.info.rows.items()}
             run.progress(done, len(wanted) + 1, dataset=writer.info.name, **counts)
-    return [writer.info for writer, _ in training]
+    return [writer.info for writer, _ in made]
 
 
 def _wanted(run: StageRun) -> dict[str, Kind]:
@@ -83,11 +120,7 @@ def _wanted(run: StageRun) -> dict[str, Kind]:
     added = run.paths.added
     kinds = {path.parent.name: read_info(path.parent).kind for path in sorted(added.glob("*/dataset.json"))} | REFERENCE
     wanted: dict[str, Kind] = {}
-    sections: tuple[tuple[str, list[str], Kind], ...] = (
-        ("pretrain", run.params.pretrain.datasets, "documents"),
-        ("tune", run.params.tune.datasets, "conversations"),
-    )
-    for section, names, learned in sections:
+    for section, names, learned in _learners(run.params):
         if not names:
             raise InputError(f"params.yaml: {section}.dataset: no dataset named; known: {', '.join(sorted(kinds))}")
         for name in names:
@@ -96,26 +129,77 @@ def _wanted(run: StageRun) -> dict[str, Kind]:
                     f"params.yaml: {section}.dataset: {name!r} is not a dataset; known: {', '.join(sorted(kinds))}; "
                     'add one with "loopwright data add"'
                 )
-            if kinds[name] != learned:
-                raise InputError(
-                    f"params.yaml: {section}.dataset: {name!r} holds {kinds[name]}; {section} learns from {learned}"
-                )
-            wanted[name] = learned
+            refuse_other_kinds(section, name, kinds[name], learned)
+            wanted[name] = kinds[name]
     return wanted
 
 
-def _reference(
-    run: StageRun, writer: DatasetWriter, source: dict[str, str], held_out: HeldOut
-) -> tuple[Iterable[Row], Iterable[Row]]:
-    """Test and training rows about the standard library."""
-    config, seed = run.params.collect, run.params.seed
-    writer.info.sources = [source]
-    if writer.info.kind == "documents":
-        return documents([*held_out.symbols, *held_out.modules]), documents(held_out.train)
+def _learners(params: Params) -> list[tuple[str, list[str], tuple[Kind, ...]]]:
+    """Each section that names datasets, and the kinds that it learns from."""
+    pretrain = params.pretrain
+    return [
+        ("pretrain", pretrain.datasets, PRETRAINED["decoder"]),
+        ("pretrain.encoder", pretrain.encoder.datasets, PRETRAINED["encoder"]),
+        ("pretrain.encoder_decoder", pretrain.encoder_decoder.datasets, PRETRAINED["encoder_decoder"]),
+        ("tune", params.tune.datasets, ("conversations",)),
+        ("classifier", params.classifier.datasets, ("labelled_texts",)),
+        ("summarizer", params.summarizer.datasets, ("text_pairs",)),
+    ]
+
+
+def _reference(run: StageRun, writer: DatasetWriter, library: Library) -> Parts:
+    """Rows about the standard library."""
+    config, seed, held_out = run.params.collect, run.params.seed, library.held_out
+    writer.info.sources = [library.source]
+    match writer.info.kind:
+        case "documents":
+            return Parts(documents([*held_out.symbols, *held_out.modules]), documents(held_out.train))
+        case "labelled_texts":
+            return _areas(run, writer, held_out)
+        case "text_pairs":
+            classes = {symbol.name: symbol for symbol in library.symbols if symbol.kind == "class"}
+            return _parts(run, held_out, lambda symbols, suite: described(symbols, classes, suite))
     asker = Asker(held_out, Knowledge(run.paths.knowledge), config.held_out_share, seed)
     tests = list(suites(asker, config.questions, seed))
     avoid = {asked(test["messages"]) for test in tests}
-    return tests, training_conversations(asker, config.conversations, seed, avoid)
+    return Parts(tests, training_conversations(asker, config.conversations, seed, avoid))
+
+
+def _areas(run: StageRun, writer: DatasetWriter, held_out: HeldOut) -> Parts:
+    """Docstrings with their areas; one of an area with fewer than two rows to learn from is not asked, and counted.
+
+    Where all are of one area their modules take its place, and where all are of one module their kinds.
+
+    Raises: InputError when that leaves one label.
+    """
+    for label_of in (area, lambda symbol: symbol.module, lambda symbol: symbol.kind):
+        parts = _parts(run, held_out, partial(labelled, label_of))
+        counted = Counter(row["label"] for row in parts.train)
+        known = {label for label, count in counted.items() if count > 1}
+        if len(known) > 1:
+            break
+    else:
+        raise InputError(
+            f"params.yaml: collect.modules: {AREAS}: one kind of text to learn from; name more modules, or another"
+            " classifier.dataset"
+        )
+    rare = sum(row["label"] not in known for rows in parts for row in rows)
+    if rare:
+        writer.drop("rare_label", rare)
+    return Parts(*([row for row in rows if row["label"] in known] for rows in parts))
+
+
+def _parts(
+    run: StageRun, held_out: HeldOut, rows: Callable[[Sequence[Symbol], str | None], Iterable[Row]]
+) -> Parts:
+    """Rows of held-out symbols and modules, of definitions to validate with, and of those to learn from."""
+    share, seed = run.params.collect.validation_share, run.params.seed
+    chosen = [in_test_split(f"validation:{symbol.family}", share, seed) for symbol in held_out.train]
+    return Parts(
+        [*rows(held_out.symbols, "held_out_symbols"), *rows(held_out.modules, "held_out_modules")],
+        list(rows(list(compress(held_out.train, (not one for one in chosen))), None)),
+        list(rows(list(compress(held_out.train, chosen)), None)),
+    )
 
 
 def documents(symbols: Sequence[Symbol]) -> Iterator[Row]:
@@ -131,8 +215,8 @@ def documents(symbols: Sequence[Symbol]) -> Iterator[Row]:
             yield {"id": f"{symbol.name}#source", "text": symbol.source, "source": symbol.module}
 
 
-def _added(run: StageRun, writer: DatasetWriter) -> tuple[Iterable[Row], Iterable[Row]]:
-    """Test and training rows of a user's dataset: each row's own id decides.
+def _added(run: StageRun, writer: DatasetWriter) -> Parts:
+    """Rows of a user's dataset: each row's own id decides, of labelled texts label by label.
 
     Raises: InputError when the dataset is empty.
     """
@@ -141,8 +225,19 @@ def _added(run: StageRun, writer: DatasetWriter) -> tuple[Iterable[Row], Iterabl
     rows = partial(read_rows, folder, "train")
     if next(iter(rows()), None) is None:
         raise InputError(f'{folder.name}: the dataset is empty; add rows with "loopwright data add"')
-    share, seed = run.params.collect.held_out_share, run.params.seed
-    return split(rows, lambda row: in_test_split(row["id"], share, seed))
+    share, validation, seed = run.params.collect.held_out_share, run.params.collect.validation_share, run.params.seed
+    match writer.info.kind:
+        case "labelled_texts":
+            split_of = stratified(rows, share, validation, seed)
+        case "text_pairs":
+            split_of = by_hash(rows, share, validation, seed)
+        case _:
+            return Parts(*split(rows, lambda row: in_test_split(row["id"], share, seed)))
+
+    def of(part: Split) -> Iterator[Row]:
+        return (row for row in rows() if split_of(row) == part)
+
+    return Parts(of("test"), of("train"), of("validation"))
 
 
 def _library_source(symbols: Sequence[Symbol]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
     NAME/dataset.json            kind, row counts per split, what was dropped and why, digests of the sources
     NAME/train-00000.parquet     what is learned from
+    NAME/validation-00000.parquet  held out, to choose by while training (labelled texts and text pairs)
     NAME/test-00000.parquet      held out: never trained on, used by `evaluate`
 
 Message columns have the shape of OpenAI's chat API: `tool_calls` is a list of
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +21,18 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config import InputError
+from components.config import Family, InputError
 
 Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "text_pairs", "images"]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
 
+PRETRAINED: dict[Family, tuple[Kind, ...]] = {
+    "decoder": ("documents",),
+    "encoder": ("documents", "labelled_texts"),
+    "encoder_decoder": ("documents",),
+}
+"""The kinds that hold running text for each family to be pretrained on."""
 ROWS_PER_SHARD = 50_000
 ROWS_PER_GROUP = 4_000
 
@@ -69,6 +76,9 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("tools", pa.string()),
         ]
     ),
+    # `suite` of what is held out of the reference data, as in conversations; elsewhere null.
+    "labelled_texts": pa.schema([(name, pa.string()) for name in ("id", "text", "label", "suite")]),
+    "text_pairs": pa.schema([(name, pa.string()) for name in ("id", "source", "target", "suite")]),
 }
 """Columns of each kind that this project can hold today."""
 
@@ -151,6 +161,14 @@ def read_info(folder: Path) -> DatasetInfo:
         return DatasetInfo(**json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f'{folder.name}: no such dataset; run "loopwright data list" for the names') from None
+
+
+def refuse_other_kinds(section: str, name: str, kind: Kind, learned: Sequence[Kind]) -> None:
+    """Raises: InputError when a section of params.yaml names a dataset of a kind that it does not learn from."""
+    if kind not in learned:
+        raise InputError(
+            f"params.yaml: {section}.dataset: {name!r} holds {kind}; {section} learns from {' and '.join(learned)}"
+        )
 
 
 def shards(folder: Path, split: str) -> list[Path]:

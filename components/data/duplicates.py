@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from components.config import InputError
-from components.data.datasets import DatasetWriter, Kind, Row
+from components.data.datasets import DatasetWriter, Kind, Row, Split
 
 SHINGLE_WORDS = 5
 MAX_SHINGLES = 4096  # of a longer document, those with the smallest hashes: the same choice in every near-copy
@@ -120,7 +120,7 @@ class Duplicates:
 class Splits:
     """Writes the splits of datasets of one kind: the test rows of all, then the training rows that equal none.
 
-    Documents are compared exactly and nearly, conversations exactly. A conversation that asks what
+    Documents, labelled texts and the sources of pairs are compared exactly and nearly, conversations exactly. A conversation that asks what
     a test conversation asks, whatever it answers, is in the test split.
     """
 
@@ -130,12 +130,20 @@ class Splits:
 
     def write_test(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
         """Write the rows that are new; all datasets' before any training row."""
+        self._write_held_out("test", rows, writer)
+
+    def write_validation(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new and equal no test row; all datasets' before any training row."""
+        self._duplicates.seal()
+        self._write_held_out("validation", rows, writer)
+
+    def _write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
         for row in rows:
             reason = self._duplicates.reason(_content(row))
             if reason:
                 writer.drop(reason)
                 continue
-            writer.write("test", row)
+            writer.write(split, row)
             if "messages" in row:
                 self._asked.add(hash_text(question(row)))
 
@@ -174,7 +182,7 @@ def hash_text(text: str) -> int:
 def _content(row: Row) -> str:
     """Everything that makes a row what it is, its id apart."""
     if "messages" not in row:
-        return str(row["text"])
+        return str(row["source" if "target" in row else "text"])
     parts = [row.get("tools") or ""]
     for message in row["messages"]:
         parts += [message["role"], message["content"] or ""]

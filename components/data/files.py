@@ -20,7 +20,7 @@ from components.data.collect import REFERENCE
 from components.data.conversations import read_conversation
 from components.data.datasets import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.data.duplicates import hash_text
-from components.data.findings import Findings, refusal
+from components.data.findings import Findings, refusal, shown
 from components.data.ratings import read_preference
 from components.data.records import Record
 
@@ -33,6 +33,8 @@ class Columns:
 
     text: str | None = None
     label: str | None = None
+    source: str | None = None
+    target: str | None = None
 
 
 Reader = Callable[[Path], Iterator[Record]]
@@ -46,8 +48,10 @@ class _Kind:
     """Readers by file suffix, chosen in sight of all the files."""
     row: Callable[[Record, str, Columns], Row]
     """A row of the kind's schema from one record of the named file."""
-    columns: frozenset[str]
+    columns: tuple[str, ...]
     """The columns that may be named."""
+    parallel: bool = False
+    """Whether two text files side by side make rows: line by line, the one's the sources, the other's the targets."""
 
 
 def add(
@@ -100,11 +104,15 @@ def _kept_rows(
     """(place, row) of every row that was not there already."""
     formats = reader.formats(files)
     seen: set[int] = set()
+    if reader.parallel and len(files) == 2 and not any(path.suffix.lower() in formats for path in files):
+        formats = {files[0].suffix.lower(): partial(records.read_parallel, target=files[1])}
+        files = files[:1]
     for path in files:
         read = formats.get(path.suffix.lower())
         if read is None:
+            beside = ", or two text files of equally many lines" if reader.parallel else ""
             found = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
-            raise InputError(f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}")
+            raise InputError(f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}{beside}")
         for place, row in _rows(reader, read, path, columns):
             identity = hash_text(str(row["id"]))
             if identity in seen and row["id"] == _content_id(row):
@@ -161,6 +169,57 @@ def _preference(record: Record, file: str, columns: Columns) -> Row:
     return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
 
 
+def _labelled_text(record: Record, file: str, columns: Columns) -> Row:
+    text = _text(record, _column(record, "text", columns.text))
+    name = _column(record, "label", columns.label)
+    label = _label(_value(record, name))
+    if not label:
+        raise InputError(f"{record.place}: {name}: {shown(_value(record, name))} is no label; every text needs one")
+    row: Row = {"text": text, "label": label, "suite": None}
+    own = _own_id(record.values, "labelled_texts")
+    return {**row, "id": own or _content_id(row) or row_id(record.place)}
+
+
+def _label(value: Any) -> str:
+    """A label as text: 3 and 3.0 (as tables with gaps hold whole numbers) are "3", true is "true"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int, float)) and value == value:
+        return str(value).strip()
+    return ""
+
+
+def _text_pair(record: Record, file: str, columns: Columns) -> Row:
+    source, target = (
+        _text(record, _column(record, side, named))
+        for side, named in (("source", columns.source), ("target", columns.target))
+    )
+    row: Row = {"source": source, "target": target, "suite": None}
+    return {**row, "id": _own_id(record.values, "text_pairs") or _content_id(row)}
+
+
+def _text(record: Record, name: str) -> str:
+    text = _value(record, name)
+    if not isinstance(text, str | None):
+        raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
+    return text or ""
+
+
+def _column(record: Record, meaning: str, named: str | None) -> str:
+    """The column that holds something: the one named for it, or the one called so."""
+    if named:
+        return named
+    for name in record.values:
+        if name.lower() == meaning:
+            return name
+    raise InputError(
+        f"{record.place}: no column {meaning!r}; found columns: {', '.join(record.values) or 'none'};"
+        f" name one with --{meaning}-column"
+    )
+
+
 def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
     """The id of a row that comes in our own schema."""
     own = set(values) == set(SCHEMAS[kind].names) and values["id"] is not None
@@ -171,6 +230,10 @@ def _content_id(row: Row) -> str | None:
     """The same for the same content, so that a row keeps its split when its file grows; None without content."""
     if "messages" in row:
         return row_id(json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
+    if "label" in row:
+        return row_id(row["text"], row["label"]) if row["text"] else None
+    if "target" in row:
+        return row_id(row["source"], row["target"])
     if "prompt" in row:
         told = (json.dumps(row[name], ensure_ascii=False) for name in ("prompt", "chosen", "rejected"))
         return row_id(*told, row["tools"] or "")
@@ -204,6 +267,7 @@ def _value(record: Record, name: str) -> Any:
 _JSON: Mapping[str, Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), records.read_json)
 _PARQUET: Mapping[str, Reader] = {".parquet": records.read_parquet}
 _CSV: Mapping[str, Reader] = dict.fromkeys((".csv", ".tsv"), records.read_csv)
+_TABLES: Mapping[str, Reader] = {**_CSV, **_JSON, **_PARQUET}
 
 
 def _document_formats(files: Sequence[Path]) -> Mapping[str, Reader]:
@@ -212,9 +276,11 @@ def _document_formats(files: Sequence[Path]) -> Mapping[str, Reader]:
 
 
 _KINDS: Mapping[Kind, _Kind] = {
-    "documents": _Kind(_document_formats, _document, frozenset({"text"})),
-    "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, frozenset()),
-    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, frozenset()),
+    "documents": _Kind(_document_formats, _document, ("text",)),
+    "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, ()),
+    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, ()),
+    "labelled_texts": _Kind(lambda files: _TABLES, _labelled_text, ("text", "label")),
+    "text_pairs": _Kind(lambda files: _TABLES, _text_pair, ("source", "target"), parallel=True),
 }
 
 

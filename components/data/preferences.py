@@ -23,7 +23,7 @@ from components.config import InputError
 from components.data.batches import Batch, Indices, TokenRows
 from components.data.copying import Piece
 from components.data.datasets import Row
-from components.data.prepare import RowWriter, id_type, write_rows_file
+from components.data.packing import RowWriter, id_type, write_rows_file
 from components.data.tokenizer import ChatTokenizer
 
 BATCH = 512

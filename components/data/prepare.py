@@ -1,18 +1,9 @@
-"""Stage: datasets to packed rows of tokens, in bounded memory.
-
-A row has `seq_len` tokens and holds several documents or conversations, numbered by
-`segments` so that attention and positions never cross them. `mask` is 1 on the tokens to be
-learned: all of a document, the model's own turns of a conversation, the repetition (not the
-first occurrence) of a span in the copying practice.
-
-    train.ids.bin  train.segments.bin  train.mask.bin    raw little-endian arrays of shape (rows, seq_len)
-    rows.json                                            seq_len, dtype, vocab_size, rows per split, what was dropped
-"""
+"""Stage: datasets to rows of tokens, in bounded memory: the decoder's packed (packing.py), the others' of unlike length."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -20,120 +11,52 @@ import numpy as np
 
 from components.config import InputError
 from components.data.copying import Piece, copying_rows, with_noise
-from components.data.datasets import Kind, read_info, read_rows, write_json
+from components.data.datasets import PRETRAINED, Kind, read_info, read_rows, refuse_other_kinds, write_json
+from components.data.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
+from components.data.text_rows import prepare_encoder, prepare_encoder_decoder, tuned_tokenizer
 from components.data.tokenizer import ChatTokenizer
 from components.stage import StageRun
 
 BATCH = 512
-OPEN_ROWS = 64
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
 
 
-class RowWriter:
-    """Append packed rows of one split to its three files."""
-
-    def __init__(self, folder: Path, split: str, seq_len: int, dtype: str) -> None:
-        names = {"ids": dtype, "segments": "uint16", "mask": "uint8"}
-        self._types = {name: np.dtype(kind).newbyteorder("<") for name, kind in names.items()}
-        self._files = {name: (folder / f"{split}.{name}.bin").open("wb") for name in names}
-        self.seq_len = seq_len
-        self.rows = 0
-        self.tokens = 0
-        self.learned = 0
-
-    def add(self, pieces: list[Piece]) -> None:
-        """One row; pieces that together are longer than it are cut."""
-        row = {name: np.zeros(self.seq_len, kind) for name, kind in self._types.items()}
-        start = 0
-        for number, (ids, mask) in enumerate(pieces, start=1):
-            stop = min(start + len(ids), self.seq_len)
-            row["ids"][start:stop] = ids[: stop - start]
-            row["mask"][start:stop] = mask[: stop - start]
-            row["segments"][start:stop] = number
-            start = stop
-        for name, file in self._files.items():
-            file.write(row[name].tobytes())
-        self.rows += 1
-        self.tokens += start
-        self.learned += int(row["mask"].sum())
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-
 def prepare(run: StageRun) -> None:
-    """Write the folders `pretrain` and `tune` of `data/tokens/FAMILY`.
+    """Write a folder per objective of the family into `data/tokens/FAMILY`.
 
     Raises: InputError when a dataset is of the wrong kind or leaves nothing to learn.
     """
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer(run.family))
-    documents = _folders(run, "pretrain", "documents")
-    conversations = _folders(run, "tune", "conversations")
-    metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
-    run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
-    imported = run.paths.imported(run.family)
-    spoken = ChatTokenizer.load(imported) if (imported / "config.json").is_file() else tokenizer
-    metrics["tune"] = _prepare_conversations(run, spoken, conversations)
-    run.progress(2, 2, rows=metrics["tune"]["train_rows"])
+    params = run.params
+    section = "pretrain" if run.family == "decoder" else f"pretrain.{run.family}"
+    documents = _folders(run, section, params.pretrain.of(run.family).datasets, PRETRAINED[run.family])
+    match run.family:
+        case "decoder":
+            chats = _folders(run, "tune", params.tune.datasets, ("conversations",))
+            metrics = _prepare_decoder(run, documents, chats)
+        case "encoder":
+            labelled = _folders(run, "classifier", params.classifier.datasets, ("labelled_texts",))
+            metrics = prepare_encoder(run, documents, labelled)
+        case "encoder_decoder":
+            pairs = _folders(run, "summarizer", params.summarizer.datasets, ("text_pairs",))
+            metrics = prepare_encoder_decoder(run, documents, pairs)
     write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})
 
 
-def id_type(tokenizer: ChatTokenizer) -> str:
-    """The smallest type on disk that holds every id."""
-    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+def _prepare_decoder(run: StageRun, documents: list[Path], conversations: list[Path]) -> dict[str, dict[str, int]]:
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer(run.family))
+    metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
+    run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
+    metrics["tune"] = _prepare_conversations(run, ChatTokenizer.load(tuned_tokenizer(run)), conversations)
+    run.progress(2, 2, rows=metrics["tune"]["train_rows"])
+    return metrics
 
 
-def write_rows_file(folder: Path, tokenizer: ChatTokenizer, seq_len: int, writers: Mapping[str, RowWriter]) -> None:
-    """`rows.json`: what a reader needs to know of the splits' arrays."""
-    rows = {split: writer.rows for split, writer in writers.items()}
-    facts = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    write_json(folder / "rows.json", {**facts, "rows": rows})
-
-
-def fill_rows(pieces: Iterable[Piece], writer: RowWriter) -> None:
-    """Fill rows to the brim: a document that does not fit goes on in the next row as a new segment."""
-    row: list[Piece] = []
-    free = writer.seq_len
-    for ids, mask in pieces:
-        while ids:
-            row.append((ids[:free], mask[:free]))
-            ids, mask, free = ids[free:], mask[free:], free - len(row[-1][0])
-            if not free:
-                writer.add(row)
-                row, free = [], writer.seq_len
-    if row:
-        writer.add(row)
-
-
-def pack_rows(pieces: Iterable[Piece], writer: RowWriter) -> int:
-    """Put whole pieces into the fullest open row that has room; return how many were too long for any."""
-    too_long = 0
-    rows: list[tuple[int, list[Piece]]] = []
-    for ids, mask in pieces:
-        if len(ids) > writer.seq_len:
-            too_long += 1
-            continue
-        room = [index for index, (used, _) in enumerate(rows) if used + len(ids) <= writer.seq_len]
-        best = max(room, key=lambda index: rows[index][0], default=None)
-        used, held = (0, []) if best is None else rows.pop(best)
-        rows.append((used + len(ids), [*held, (ids, mask)]))
-        if len(rows) > OPEN_ROWS:
-            writer.add(rows.pop(max(range(len(rows)), key=lambda index: rows[index][0]))[1])
-    for _, held in rows:
-        writer.add(held)
-    return too_long
-
-
-def _folders(run: StageRun, section: str, kind: Kind) -> list[Path]:
-    folders = [run.paths.collected / name for name in getattr(run.params, section).datasets]
+def _folders(run: StageRun, section: str, datasets: list[str], learned: Sequence[Kind]) -> list[Path]:
+    folders = [run.paths.collected / name for name in datasets]
     for folder in folders:
         info = read_info(folder)
-        if info.kind != kind:
-            raise InputError(
-                f"params.yaml: {section}.dataset: {info.name!r} holds {info.kind}; {section} learns from {kind}"
-            )
+        refuse_other_kinds(section, info.name, info.kind, learned)
     return folders
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -230,6 +231,21 @@ def _fields(place: str, names: list[str], row: list[str]) -> dict[str, Any]:
             "put fields that hold the separator in double quotes"
         )
     return dict(zip(names, row, strict=True))
+
+
+def read_parallel(source: Path, target: Path) -> Iterator[Record]:
+    """Pairs of two text files side by side: line 7 of the one is the source of line 7 of the other.
+
+    Raises: InputError when one has more lines than the other.
+    """
+    with source.open(encoding="utf-8-sig") as sources, target.open(encoding="utf-8-sig") as targets:
+        for number, (one, other) in enumerate(zip_longest(sources, targets), 1):
+            if one is None or other is None:
+                short, long = (source, target) if one is None else (target, source)
+                raise InputError(
+                    f"{short.name}:{number}: ends here, {long.name} goes on; parallel files have equally many lines"
+                )
+            yield Record(f"{source.name}:{number}", {"source": one.rstrip("\r\n"), "target": other.rstrip("\r\n")})
 
 
 def read_parquet(path: Path) -> Iterator[Record]:

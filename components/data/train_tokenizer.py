@@ -1,14 +1,17 @@
-"""Stage: learn the tokenizer from a sample of the training rows."""
+"""Stage: learn a family's tokenizer from a sample of the training rows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
-from components.config import InputError
+from components.config import Family, InputError, TokenizerConfig
+from components.data import text_tokenizer
 from components.data import tokenizer as bpe
 from components.data.datasets import Row, in_test_split, read_info, read_rows, write_json
+from components.data.text_tokenizer import TextTokenizer
 from components.stage import StageRun
 
 
@@ -17,15 +20,12 @@ def train_tokenizer(run: StageRun) -> None:
 
     Raises: InputError when the datasets hold no text.
     """
-    config = run.params.train_tokenizer
+    config = _config(run)
     texts = list(_sample(run, config.max_documents))
     if not any(texts):
         raise InputError('data/collected: no text to learn a tokenizer from; run "loopwright data list"')
     run.progress(0, 1, documents=len(texts))
-    trained = bpe.train(texts, config.vocab_size)
-    folder = run.paths.tokenizer(run.family)
-    bpe.save(trained, folder)
-    tokenizer = bpe.ChatTokenizer.load(folder)
+    tokenizer = _trained(run.family, texts, config.vocab_size, run.paths.tokenizer(run.family))
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     metrics = {"vocab_size": tokenizer.vocab_size, "documents": len(texts), "bytes_per_token": round(size / tokens, 4)}
@@ -34,9 +34,31 @@ def train_tokenizer(run: StageRun) -> None:
     run.progress(1, 1, **metrics)
 
 
+def _config(run: StageRun) -> TokenizerConfig:
+    config = run.params.train_tokenizer
+    others = {"encoder": config.encoder, "encoder_decoder": config.encoder_decoder}
+    return others.get(run.family, config)
+
+
+def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) -> bpe.ChatTokenizer | TextTokenizer:
+    """Learn the family's tokenizer, save it, and read it as its users will."""
+    if family == "decoder":
+        bpe.save(bpe.train(texts, vocab_size), folder)
+        return bpe.ChatTokenizer.load(folder)
+    train = text_tokenizer.train_encoder if family == "encoder" else text_tokenizer.train_encoder_decoder
+    text_tokenizer.save(train(texts, vocab_size), folder)
+    return TextTokenizer.load(folder)
+
+
 def _sample(run: StageRun, limit: int) -> Iterator[str]:
     """At most `limit` training texts of each dataset, a seeded choice spread over all of it."""
-    for name in dict.fromkeys([*run.params.pretrain.datasets, *run.params.tune.datasets]):
+    params = run.params
+    tuning = {
+        "decoder": params.tune.datasets,
+        "encoder": params.classifier.datasets,
+        "encoder_decoder": params.summarizer.datasets,
+    }
+    for name in dict.fromkeys([*params.pretrain.of(run.family).datasets, *tuning[run.family]]):
         folder = run.paths.collected / name
         share = min(1.0, 1.2 * limit / max(1, read_info(folder).rows.get("train", 0)))
         chosen = (row for row in read_rows(folder, "train") if in_test_split(row["id"], share, run.params.seed))
@@ -47,6 +69,8 @@ def _text(row: Row) -> str:
     """The row's words as training will spell them, each turn behind a space."""
     if "text" in row:
         return str(row["text"])
+    if "target" in row:
+        return f"{row['source']}\n{row['target']}"
     turns = []
     for message in row["messages"]:
         turns.append(" " + (message["content"] or ""))

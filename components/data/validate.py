@@ -27,7 +27,7 @@ from components.stage import StageRun
 if TYPE_CHECKING:
     import pandas as pd
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "validation", "test")
 _BATCH_BYTES = 32 << 20  # of a shard in memory at once
 _BATCH_ROWS = 12_000  # each batch costs Great Expectations a quarter of a second, however small
 

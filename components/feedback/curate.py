@@ -24,8 +24,8 @@ import numpy as np
 from components.config import InputError
 from components.data.copying import Piece, with_noise
 from components.data.datasets import DatasetWriter, Row, Split, read_info, read_rows, write_json
+from components.data.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.data.preferences import write_preferences
-from components.data.prepare import RowWriter, id_type, pack_rows, write_rows_file
 from components.data.tokenizer import ChatTokenizer
 from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
 from components.stage import StageRun

@@ -13,7 +13,7 @@ from components.data import tokenizer as bpe
 from components.data.batches import IGNORED, Batch, TokenRows
 from components.data.datasets import Row
 from components.data.preferences import AlignRows, PreferenceRows, Role, trimmed, write_preferences
-from components.data.prepare import RowWriter, id_type, pack_rows, write_rows_file
+from components.data.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.data.tokenizer import ChatTokenizer
 
 SEQ_LEN = 64

@@ -11,7 +11,8 @@ from components.config import InputError, Paths, load_params
 from components.data import tokenizer as bpe
 from components.data.copying import FIRST_ID, copying_rows, with_noise
 from components.data.datasets import DatasetWriter, Row
-from components.data.prepare import RowWriter, fill_rows, pack_rows, prepare
+from components.data.packing import RowWriter, fill_rows, pack_rows
+from components.data.prepare import prepare
 from components.data.tokenizer import ChatTokenizer
 from components.stage import StageRun
 
