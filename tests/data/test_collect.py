@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.config import InputError, Paths, load_params
-from components.data.collect import CONVERSATIONS, DOCUMENTS, collect
+from components.data.collect import AREAS, CONVERSATIONS, DOCUMENTS, REFERENCE, SUMMARIES, collect
 from components.data.datasets import DatasetWriter, Kind, read_info, read_rows
 from components.reference.knowledge import Knowledge
 from components.stage import StageRun
@@ -54,7 +55,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_reference_datasets_are_written(collected: Path) -> None:
     folder = collected / "data/collected"
-    assert sorted(path.name for path in folder.iterdir()) == [CONVERSATIONS, DOCUMENTS]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(REFERENCE)
     conversations, documents = read_info(folder / CONVERSATIONS), read_info(folder / DOCUMENTS)
     assert conversations.rows["train"] == 600
     assert conversations.dropped == {}
@@ -96,7 +97,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     add(tmp_path, "chats", "conversations", 50)
     collect(stage_run(tmp_path, pretrain__dataset=[DOCUMENTS, "notes"], tune__dataset="chats"))
     folder = tmp_path / "data/collected"
-    assert sorted(path.name for path in folder.iterdir()) == ["chats", "notes", DOCUMENTS]
+    assert sorted(path.name for path in folder.iterdir()) == ["chats", "notes", *sorted(set(REFERENCE) - {CONVERSATIONS})]
     for name in ("chats", "notes"):
         info = read_info(folder / name)
         assert sum(info.rows.values()) + sum(info.dropped.values()) == 50
@@ -113,8 +114,8 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     [
         (
             {"pretrain__dataset": "nothing"},
-            r"params\.yaml: pretrain\.dataset: 'nothing' is not a dataset; known: notes, stdlib-conversations, "
-            r'stdlib-documents; add one with "loopwright data add"',
+            r"params\.yaml: pretrain\.dataset: 'nothing' is not a dataset; known: notes, stdlib-areas, "
+            r'stdlib-conversations, stdlib-documents, stdlib-summaries; add one with "loopwright data add"',
         ),
         (
             {"tune__dataset": ["stdlib-conversations", "notes"]},
@@ -132,3 +133,50 @@ def test_wrong_names_are_refused(tmp_path: Path, overrides: dict[str, Any], mess
         add(tmp_path, "empty", "documents", 0)
     with pytest.raises(InputError, match=f"^{message}"):
         collect(stage_run(tmp_path, **overrides))
+
+
+def test_areas_are_held_out_by_symbol_and_by_module(collected: Path) -> None:
+    folder = collected / "data/collected" / AREAS
+    rows = {split: list(read_rows(folder, split)) for split in ("train", "validation", "test")}
+    labels = {row["label"] for row in rows["train"]}
+    assert len(labels) > 1
+    assert {row["label"] for split in rows for row in rows[split]} == labels, "no label is asked that was not learned"
+    assert {row["suite"] for row in rows["test"]} <= {"held_out_symbols", "held_out_modules"}
+    assert {row["suite"] for row in rows["train"]} == {None}
+    documents = {row["id"].partition("#")[0] for row in read_rows(collected / "data/collected" / DOCUMENTS, "train")}
+    assert not documents & {row["id"].partition("#")[0] for row in rows["test"]}
+    texts = [row["text"] for split in rows for row in rows[split]]
+    assert len(set(texts)) == len(texts)
+
+
+def test_summaries_are_of_sources_without_their_docstrings(collected: Path) -> None:
+    folder = collected / "data/collected" / SUMMARIES
+    rows = [row for split in ("train", "validation", "test") for row in read_rows(folder, split)]
+    assert len(rows) > 30
+    assert read_info(folder).rows["test"] > 0
+    assert not [row["id"] for row in rows if row["target"].rstrip(".") in row["source"]]
+    assert all("def " in row["source"] and "\n" not in row["target"] for row in rows)
+
+
+def test_modules_of_one_area_are_told_apart_by_module(tmp_path: Path) -> None:
+    collect(stage_run(tmp_path, collect__modules=["json"]))
+    labels = {row["label"] for row in read_rows(tmp_path / "data/collected" / AREAS, "train")}
+    assert len(labels) > 1
+
+
+def test_added_labelled_texts_are_split_label_by_label(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "data/added/moods", "moods", "labelled_texts") as writer:
+        for number in range(90):
+            label = "rare" if number < 3 else "glad" if number < 30 else "sad"
+            text = f"{hashlib.sha256(str(number).encode()).hexdigest()} is what number {number} says"
+            writer.write("train", {"id": str(number), "text": text, "label": label})
+    collect(stage_run(tmp_path, classifier__dataset="moods"))
+    folder = tmp_path / "data/collected/moods"
+    found = {
+        split: Counter(row["label"] for row in read_rows(folder, split)) for split in ("train", "validation", "test")
+    }
+    assert found == {
+        "train": {"rare": 1, "glad": 21, "sad": 47},
+        "validation": {"rare": 1, "glad": 3, "sad": 6},
+        "test": {"rare": 1, "glad": 3, "sad": 7},
+    }

@@ -191,11 +191,6 @@ def test_second_file_that_does_not_fit_discards_the_first(tmp_path: Path) -> Non
     ("kind", "columns", "message"),
     [
         ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations, preferences"),
-        (
-            "text_pairs",
-            Columns(),
-            r"text_pairs: this version holds documents, conversations, preferences; datasets of kind text_pairs",
-        ),
         ("images", Columns(), r"images: this version holds documents, conversations, preferences"),
         (
             "conversations",
@@ -278,3 +273,58 @@ def test_refusal_finds_the_row_of_the_file_in_later_shards(tmp_path: Path, monke
     monkeypatch.setattr(datasets, "ROWS_PER_GROUP", 1)
     with pytest.raises(Refused, match=r"first b\.jsonl:4 \(id abc\)"):
         add("documents", [path], "mine", tmp_path, check=failing(row=1, shard="train-00001.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "Text,label\nOne.,1\nTwo.,2\n"),
+        ("a.jsonl", [{"text": "One.", "label": 1}, {"text": "Two.", "label": 2.0}]),
+        ("a.parquet", [{"text": "One.", "label": 1}, {"text": "Two.", "label": 2}]),
+    ],
+)
+def test_labels_that_are_numbers_are_texts(tmp_path: Path, name: str, content: str | list[Any]) -> None:
+    add("labelled_texts", [written(tmp_path / name, content)], "mine", tmp_path / "added")
+    rows = rows_of(tmp_path / "added/mine")
+    assert [(row["text"], row["label"]) for row in rows] == [("One.", "1"), ("Two.", "2")]
+    assert len({row["id"] for row in rows}) == 2
+
+
+def test_columns_of_a_kind_can_be_named(tmp_path: Path) -> None:
+    table = written(tmp_path / "a.csv", "q,kind,a\nwho?,x,me\nwhat?,y,that\n")
+    add("labelled_texts", [table], "mine", tmp_path / "added", Columns(text="q", label="kind"))
+    add("text_pairs", [table], "yours", tmp_path / "added", Columns(source="q", target="a"))
+    assert [row["label"] for row in rows_of(tmp_path / "added/mine")] == ["x", "y"]
+    assert [(row["source"], row["target"]) for row in rows_of(tmp_path / "added/yours")] == [
+        ("who?", "me"),
+        ("what?", "that"),
+    ]
+
+
+def test_two_text_files_side_by_side_are_pairs(tmp_path: Path) -> None:
+    files = [written(tmp_path / "a.en", "one\ntwo\n"), written(tmp_path / "a.de", "eins\nzwei\n")]
+    add("text_pairs", files, "mine", tmp_path / "added")
+    assert [(row["source"], row["target"]) for row in rows_of(tmp_path / "added/mine")] == [
+        ("one", "eins"),
+        ("two", "zwei"),
+    ]
+    short = written(tmp_path / "b.de", "eins\n")
+    with pytest.raises(InputError, match=r"b\.de:2: ends here, a\.en goes on; parallel files have equally many lines"):
+        add("text_pairs", [files[0], short], "other", tmp_path / "added")
+    with pytest.raises(InputError, match=r"'\.en' is not a format .* or two text files of equally many lines"):
+        add("text_pairs", files[:1], "other", tmp_path / "added")
+    assert [path.name for path in (tmp_path / "added").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        ("labelled_texts", "text,label\na,x\nb, \n", r"a\.csv:3: label: ' ' is no label; every text needs one"),
+        ("labelled_texts", "text,kind\na,x\n", r"a\.csv:2: no column 'label'; found .* name one with --label-column"),
+        ("text_pairs", "source,other\na,x\n", r"a\.csv:2: no column 'target'; .* name one with --target-column"),
+    ],
+)
+def test_rows_without_their_columns_are_refused_whole(tmp_path: Path, kind: str, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        add(kind, [written(tmp_path / "a.csv", content)], "mine", tmp_path / "added")
+    assert list((tmp_path / "added").iterdir()) == []

@@ -381,3 +381,45 @@ def test_docs_of_an_earlier_shape_of_the_dataset_are_removed(validator: Validato
     validator.check(dataset(tmp_path / "d", "documents", [document("one")]), docs=tmp_path / "docs")
     assert sorted(path.name for path in stale.parent.iterdir()) == ["train-00000.html"]
     assert "d/train-00000.html" in (tmp_path / "docs/index.html").read_text()
+
+
+def labelled(*rows: tuple[str | None, str]) -> list[Row]:
+    return [{"id": str(number), "text": text, "label": label} for number, (text, label) in enumerate(rows)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expectation", "said"),
+    [
+        (labelled(("a", "x"), ("b", "x")), "labels_can_be_told_apart(label)", "found one label, 'x'; add rows"),
+        (
+            labelled(*((f"t{n}", f"l{n // 2}") for n in range(2002))),
+            "labels_can_be_told_apart(label)",
+            "found 1,001 labels; join",
+        ),
+        (labelled(("a", "x"), ("b", "x"), ("c", "y")), "labels_have_rows(label)", "train-00000.parquet row 3"),
+        (
+            labelled(("a", "x"), (" ", "x"), ("c", "y"), ("d", "y")),
+            "expect_column_values_to_match_regex(text)",
+            "train-00000.parquet row 2",
+        ),
+    ],
+)
+def test_labelled_texts_that_teach_nothing_are_refused(
+    tmp_path: Path, validator: Validator, rows: list[Row], expectation: str, said: str
+) -> None:
+    findings = validator.check(dataset(tmp_path / "bad", "labelled_texts", rows))
+    assert list(failed(findings)) == [expectation]
+    (check,) = findings.failed
+    assert said in (check.broken or str(check.examples[0]))
+
+
+def test_held_out_labels_must_be_learned(tmp_path: Path, validator: Validator) -> None:
+    train, test = labelled(("a", "x"), ("b", "y")), [{"id": "9", "text": "c", "label": "z"}]
+    findings = validator.check(dataset(tmp_path / "bad", "labelled_texts", train, test))
+    assert list(failed(findings)) == ["held_out_labels_are_trained_on(label)"]
+
+
+def test_pairs_need_both_sides(tmp_path: Path, validator: Validator) -> None:
+    pairs = [{"id": "1", "source": "a", "target": "b"}, {"id": "2", "source": "c", "target": ""}]
+    findings = validator.check(dataset(tmp_path / "pairs", "text_pairs", pairs))
+    assert list(failed(findings)) == ["expect_column_values_to_match_regex(target)"]

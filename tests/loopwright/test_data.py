@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from components.data.collect import REFERENCE
 from components.data.datasets import DatasetWriter
 from loopwright.cli import main
 
@@ -92,6 +93,8 @@ def test_added_dataset_is_listed_shown_validated_and_versioned(
         "dataset",
         "stdlib-documents",
         "stdlib-conversations",
+        "stdlib-areas",
+        "stdlib-summaries",
         "notes",
     ]
     assert out.splitlines()[-1].split()[1:] == ["documents", "2", "train", "added", "passed"]
@@ -116,7 +119,7 @@ def test_every_command_answers_with_one_json_document(loopwright: Loopwright, co
     assert (code, added["rows"], added["version"]) == (0, {"train": 1}, "data/added/chats.dvc")
 
     code, out, _ = loopwright("list", "--json")
-    assert [one["name"] for one in json.loads(out)] == ["stdlib-documents", "stdlib-conversations", "chats"]
+    assert [one["name"] for one in json.loads(out)] == [*REFERENCE, "chats"]
 
     code, out, _ = loopwright("show", "chats", "--json")
     shown = json.loads(out)
@@ -216,7 +219,7 @@ def test_datasets_that_are_not_here_are_told_apart(loopwright: Loopwright, proje
     )
     code, _, err = loopwright("show", "nope")
     assert code == 1
-    assert err == "nope: no such dataset; known: stdlib-documents, stdlib-conversations, pulled\n"
+    assert err == f"nope: no such dataset; known: {', '.join(REFERENCE)}, pulled\n"
 
 
 def test_validate_without_any_dataset_says_what_to_run(loopwright: Loopwright) -> None:
