@@ -45,6 +45,8 @@ class Chains:
         self.wordings = {chain: Wordings(composed(chain), seed) for chain in CHAINS}
         held_out = asker.held_out
         self._unseen = {symbol.name for symbol in (*held_out.symbols, *held_out.modules)}
+        everything = (*held_out.train, *held_out.symbols, *held_out.modules)
+        self._summarized = {symbol.name for symbol in everything if symbol.summary}
 
     def any_question(self, manner: Manner) -> Question:
         """One training question, real or made up."""
@@ -79,12 +81,15 @@ class Chains:
         return tuple(hops)
 
     def whole(self, chain: Chain, pool: Sequence[Symbol]) -> list[Symbol]:
-        """Those about which every call of the chain finds what it is asked for."""
+        """Those about which every call finds what it is asked for; if in words, in a plain short sentence."""
         return [symbol for symbol in fit(chain, pool) if self._is_whole(chain, symbol)]
 
     def _is_whole(self, chain: Chain, symbol: Symbol) -> bool:
         hops = self.walk(chain, task(symbol) if chain[0] == "search" else symbol.name)
-        return len(hops) == len(chain) and hops[-1].found != "" and " has no docstring." not in hops[-1].result
+        whole = len(hops) == len(chain) and hops[-1].found != ""
+        return whole and (
+            chain[-1] != "lookup" or self.asker.knowledge.full_name(hops[-1].argument) in self._summarized
+        )
 
     def _made_up(self, manner: Manner, chain: Chain) -> Question:
         rng = manner.rng
@@ -121,13 +126,12 @@ def fit(chain: Chain, pool: Sequence[Symbol]) -> list[Symbol]:
 
 def composed(chain: Chain) -> list[str]:
     """The templates of a chain, with a slot for what its first call is about."""
-    nouns = template_groups("nouns")
-    inner = nouns[chain[0]]
+    inner = template_groups("nouns")[chain[0]]
     for tool in chain[1:-1]:
-        # "the class that X extends's parent" is no English.
-        inner = [noun.replace("{x}", part) for noun in nouns[tool] if "{x}'s" not in noun for part in inner]
+        inner = [noun.replace("{x}", part) for noun in template_groups("outer_nouns")[tool] for part in inner]
     frames = templates("module") if chain[-1] == "module" else template_groups("frames")[chain[-1]]
-    frames = [frame for frame in frames if frame != "{x}" and "{x}'s" not in frame]
+    # "the class that X extends's module" is no English.
+    frames = [frame for frame in frames if "{x}'s" not in frame]
     made = [frame.replace("{x}", noun) for frame in frames for noun in inner]
     shortcuts = template_groups("shortcuts").get(" ".join(chain), [])
     # People rather say "the grandparent": as often as half of all that is composed.
