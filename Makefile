@@ -41,6 +41,7 @@ bench: setup  ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.constrained
+	$(BIN)/python -m benchmarks.classify
 	$(BIN)/python -m benchmarks.ingestion
 
 lock: setup  ## requirements.lock from the ranges of pyproject.toml

@@ -51,6 +51,7 @@ _NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safete
 _LOADERS: Mapping[Task, str] = {
     "chat": "components.agent.pyfunc",
     "classify": "components.prediction.pyfunc",
+    "summarize": "components.prediction.pyfunc",
 }
 """The module that loads a model folder for MLflow, by what the model is for."""
 _MAX_BATCH = 1000

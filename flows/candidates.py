@@ -56,9 +56,13 @@ class Candidate:
     measured: Callable[[Paths], Measured]
     judged: Callable[[Contestant, Contestant, Paths], Verdict]
     """Candidate and champion on the same held-out rows."""
+    answers: Callable[[Paths], Path]
+    """Where its evaluation put what it answered."""
     kept: tuple[str, ...]
-    """Files of the evaluation that go with a version, so that its challengers need not ask it again."""
+    """Files there that go with a version, so that its challengers need not ask it again."""
     asking: Asking
+    baseline: str = ""
+    """Metric of a held-out suite, beside the model's `score`: what a simple model that learned from the same scores."""
 
     def folder(self, paths: Paths) -> Path:
         folder: Path = getattr(paths, self.name)
@@ -89,24 +93,79 @@ def _agent_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdi
     return judge_folders(candidate, theirs, paths.collected, curated, load_params(paths.params), "any_gain").verdict
 
 
+def _classifier_measured(paths: Paths) -> Measured:
+    from components.evaluation.assess_classifier import flat_metrics
+
+    figures = _figures(paths, "assess@classifier")
+    return Measured(flat_metrics(figures), figures["held_out_digest"])
+
+
+def _classifier_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+    from components.evaluation.judge_classifier import judge_classifier
+
+    folders, said = (ours.folder, champion.folder), (ours.answers, champion.answers)
+    return judge_classifier(*folders, paths.collected, load_params(paths.params), *said)
+
+
+def _summarizer_measured(paths: Paths) -> Measured:
+    from components.evaluation.assess_summarizer import flat_metrics
+
+    figures = _figures(paths, "assess@summarizer")
+    return Measured(flat_metrics(figures), figures["held_out_digest"])
+
+
+def _summarizer_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+    from components.evaluation.assess_summarizer import judge_summarizer
+
+    return judge_summarizer(ours.folder, champion.folder, paths.collected, load_params(paths.params), ours.answers)
+
+
 def _figures(paths: Paths, stage: str) -> dict[str, Any]:
     """The metrics file of a stage."""
     figures: dict[str, Any] = json.loads((paths.metrics / f"{stage}.json").read_text(encoding="utf-8"))
     return figures
 
 
-def _said(text: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}]}
+def _chat(question: str) -> Asking:
+    return Asking(
+        "/v1/chat/completions",
+        lambda text: {"messages": [{"role": "user", "content": text}]},
+        lambda reply: str(reply["choices"][0]["message"]["content"]),
+        question,
+    )
 
 
-CHAT = "/v1/chat/completions"
 CANDIDATES = (
     Candidate(
         "agent",
         _agent_measured,
         _agent_judged,
+        lambda paths: paths.evaluation,
         ("answers.parquet", "answers.json"),
-        Asking(CHAT, _said, lambda reply: str(reply["choices"][0]["message"]["content"]), "What does json.dumps do?"),
+        _chat("What does json.dumps do?"),
+    ),
+    Candidate(
+        "classifier",
+        _classifier_measured,
+        _classifier_judged,
+        lambda paths: paths.assessment("classifier"),
+        ("predictions.parquet", "predictions.json"),
+        Asking(
+            "/v1/classify",
+            lambda text: {"input": text},
+            lambda reply: str(reply["results"][0]["label"]),
+            "Serialize obj to a JSON formatted str.",
+        ),
+        "baseline_macro_f1",
+    ),
+    Candidate(
+        "summarizer",
+        _summarizer_measured,
+        _summarizer_judged,
+        lambda paths: paths.assessment("summarizer"),
+        ("written.parquet", "written.json"),
+        _chat("def add(first, second):\n    return first + second\n"),
+        "baseline_rougeL",
     ),
 )
 """In the order in which they are released."""

@@ -38,7 +38,9 @@ class Release:
     outcome: str
     score: float
     scores: dict[str, float] = field(default_factory=dict)
-    """Score of each held-out suite."""
+    """Score of each held-out suite; a classifier's is its macro-F1, a summarizer's its ROUGE-L."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """What a simple model that learned from the same scores there, where one was trained."""
     bento: str = ""
     question: str = ""
     answer: str = ""
@@ -125,7 +127,7 @@ def _release_one(one: Candidate, paths: Paths, echo: Echo, flow_run: str) -> Rel
     facts = (one.name, one.folder(paths), measured.metrics, tags, flow_run)
     version = effect(register, registry, paths, *facts, of=one.name)
     echo(f"release: {version} registered, score {measured.metrics['score']:.4f}")
-    effect(keep_answers, registry, version, paths.evaluation, of=one.name)
+    effect(keep_answers, registry, version, one.answers(paths), of=one.name)
     ruling = effect(gate, registry, version, paths, echo, of=one.name, retries=0)
     reason = effect(conclude, registry, version, ruling, of=one.name)
     return publish(registry, version, reason, paths, echo)
@@ -212,7 +214,7 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     """Whether a model got really better and nowhere really fell, against the champion on the same questions."""
     champion = registry.find(f"{version.name}@champion")
     if champion is None:
-        return Ruling(True, "there was no champion")
+        return Ruling(True, "; ".join(["there was no champion", *_beaten(version)]))
     if champion.version == version.version:
         return Ruling(True, "it is the champion already")
     from components.evaluation.gate import report
@@ -221,10 +223,32 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     kept = paths.home / "answers" / version.name / str(champion.version)
     kept.mkdir(parents=True, exist_ok=True)
     fetch_answers(registry, champion, kept)
-    ours = Contestant(version.folder, paths.evaluation)
-    verdict = candidate(version.name).judged(ours, Contestant(champion.folder, kept), paths)
+    one = candidate(version.name)
+    ours = Contestant(version.folder, one.answers(paths))
+    verdict = one.judged(ours, Contestant(champion.folder, kept), paths)
     page = report(verdict, str(version), str(champion))
     return Ruling(verdict.promote, f"against {champion}: {verdict.reason}", page)
+
+
+def _beaten(version: ModelVersion) -> list[str]:
+    """The suites on which the baseline is better."""
+    scores, baselines = _scores(version, "score"), _baselines(version)
+    return [
+        f"the baseline is better on {suite}: {value:.3f} against {scores[suite]:.3f}"
+        for suite, value in baselines.items()
+        if value > scores[suite]
+    ]
+
+
+def _baselines(version: ModelVersion) -> dict[str, float]:
+    metric = candidate(version.name).baseline
+    return _scores(version, metric) if metric else {}
+
+
+def _scores(version: ModelVersion, metric: str) -> dict[str, float]:
+    """A metric of each held-out suite, logged as `SUITE/METRIC`."""
+    end = f"/{metric}"
+    return {name.removesuffix(end): value for name, value in version.metrics.items() if name.endswith(end)}
 
 
 def conclude(registry: Registry, version: ModelVersion, ruling: Ruling) -> str:
@@ -253,9 +277,9 @@ def _show(registry: Registry, version: ModelVersion, page: str) -> None:
 
 
 def _released(champion: ModelVersion, outcome: str) -> Release:
-    scores = {name[: -len("/score")]: value for name, value in champion.metrics.items() if name.endswith("/score")}
-    told = {key: champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")}
-    return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, *told.values())
+    scores, baselines = _scores(champion, "score"), _baselines(champion)
+    told = [champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")]
+    return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, baselines, *told)
 
 
 def locked(paths: Paths) -> dict[str, str]:

@@ -164,7 +164,12 @@ def _summarise(report: Report) -> None:
 
 
 def _present(release: Release) -> None:
-    print_table(("held-out suite", "score"), release.scores.items())
+    columns = ("held-out suite", "score", *(["baseline"] if release.baselines else []))
+    print_table(columns, [(name, value, *_of(release.baselines, name)) for name, value in release.scores.items()])
     print(f"\nchampion  {release.version} ({release.outcome}), score {release.score:.4f}")
     print(f"bento     {release.bento}")
     print(f"asked     {release.question}\nanswered  {release.answer}\n")
+
+
+def _of(baselines: dict[str, float], suite: str) -> list[float | None]:
+    return [baselines.get(suite)] if baselines else []

@@ -29,6 +29,7 @@ from serving.follow import describe
 from serving.metrics import CONTENT_TYPE
 from serving.state import Running, Serving, who
 from serving.wire import ChatRequest, FeedbackRequest
+from serving.writers import Writer, source_of
 
 MAX_KEY_CHARACTERS = 255
 MAX_LISTED = 1000
@@ -117,7 +118,7 @@ async def feedback(
         idempotency_key or None,
         _voice(request, asked["request"].get("user")),
     )
-    serving.metrics.vote(body.rating, serving.models.role(asked["model"]))
+    serving.metrics.vote(body.rating, serving.chatting(asked["model"]).role(asked["model"]))
     return {"id": feedback_id}
 
 
@@ -187,9 +188,10 @@ async def docs() -> HTMLResponse:
 async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
     """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
     while True:
-        engine = serving.choose(serving.models, body.model, asker)
-        ask = await _ask(body, engine)
-        role = serving.models.role(engine.name)
+        follower = serving.chatting(body.model)
+        engine: Engine | Writer = serving.choose(follower, body.model, asker)
+        ask = source_of(body, engine.name) if isinstance(engine, Writer) else await _ask(body, engine)
+        role = follower.role(engine.name)
         exchange = Exchange(engine, body, serving.store, serving.metrics, role, serving.traces)
         try:
             exchange.submit(ask)

@@ -128,6 +128,11 @@ class Engine:
         done.wait()
 
     @property
+    def tool_names(self) -> frozenset[str]:
+        """Of the agent's own tools."""
+        return frozenset(tool.name for tool in self.agent.tools)
+
+    @property
     def context_len(self) -> int:
         """Tokens of prompt and answer together."""
         return self.agent.context_len

@@ -24,6 +24,7 @@ from serving.errors import ApiError
 from serving.metrics import Metrics
 from serving.watch import Watch
 from serving.wire import ChatRequest
+from serving.writers import Writer
 
 
 class ClientGone(Exception):
@@ -38,13 +39,19 @@ class Exchange:
     """One request and its answer."""
 
     def __init__(
-        self, engine: Engine, body: ChatRequest, store: Store, metrics: Metrics, role: str, traces: Traces | None = None
+        self,
+        engine: Engine | Writer,
+        body: ChatRequest,
+        store: Store,
+        metrics: Metrics,
+        role: str,
+        traces: Traces | None = None,
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.engine, self.body, self._role = engine, body, role
         self._store, self._metrics, self._traces = store, metrics, traces
-        self._watch = Watch(self.id, engine.name, {tool.name for tool in engine.agent.tools}, metrics)
+        self._watch = Watch(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ticket: Ticket | None = None

@@ -19,6 +19,7 @@ from components.config import InputError
 from serving.readers import Reader
 from serving.smoke import Loaded, smoke_fault
 from serving.versions import Source, Version
+from serving.writers import Writer
 
 CLOSE_SECONDS = 2.0
 """A load in progress is not waited for longer; it dies with the process."""
@@ -290,6 +291,6 @@ def _described(engine: Loaded, role: str) -> dict[str, Any]:
         "name": name,
         "version": version,
         "role": role,
-        "task": "classify" if isinstance(engine, Reader) else "chat",
+        "task": "classify" if isinstance(engine, Reader) else "summarize" if isinstance(engine, Writer) else "chat",
         "context_length": engine.context_len,
     }

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from components.prediction.texts import TextReader
+from serving.engine import SMALL_MODEL
 
 WARM = "Warm up."
 
@@ -30,6 +33,8 @@ class Reader:
         Raises: InputError when the folder holds no usable classifier.
         """
         reader = cls(TextReader.load(folder), name)
+        if reader.texts.model.num_parameters <= SMALL_MODEL:
+            torch.set_num_threads(1)  # the other cores carry the requests in and out
         reader.texts.classify([WARM])
         return reader
 

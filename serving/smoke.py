@@ -10,6 +10,7 @@ from typing import Protocol
 
 from serving.engine import Ask, Engine, Event, Failed, Finished
 from serving.readers import Reader
+from serving.writers import Writer
 
 QUESTION = "Hello"
 """Asked of a version that was registered without a question of its own."""
@@ -53,7 +54,7 @@ def smoke_fault(loaded: Loaded, tags: Mapping[str, str]) -> str:
     question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
     if isinstance(loaded, Reader):
         return _label_fault(loaded, question, expected)
-    assert isinstance(loaded, Engine)
+    assert isinstance(loaded, Engine | Writer)
     return _chat_fault(loaded, question, expected)
 
 
@@ -66,7 +67,7 @@ def _label_fault(reader: Reader, question: str, expected: str | None) -> str:
     return _fault(question, said, expected)
 
 
-def _chat_fault(engine: Engine, question: str, expected: str | None) -> str:
+def _chat_fault(engine: Engine | Writer, question: str, expected: str | None) -> str:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     deadline = time.monotonic() + PATIENCE_SECONDS
     ask = Ask([{"role": "user", "content": question}])

@@ -24,6 +24,7 @@ from serving.metrics import Metrics
 from serving.model_tools import ModelTools
 from serving.readers import Reader
 from serving.versions import TASKS, Bundled, Nothing, Registered, Source
+from serving.writers import Writer
 
 
 @dataclass
@@ -34,6 +35,8 @@ class Serving:
     """Who answers chats."""
     readers: Follower[Reader]
     """Who classifies texts and says where they lie."""
+    writers: Follower[Writer]
+    """Who summarizes: a chat of one message, for whoever names it."""
     store: Store
     config: ServeConfig
     metrics: Metrics
@@ -47,7 +50,7 @@ class Serving:
 
     @property
     def followers(self) -> tuple[Follower[Any], ...]:
-        return (self.models, self.readers)
+        return (self.models, self.readers, self.writers)
 
     @property
     def ready(self) -> bool:
@@ -88,6 +91,11 @@ class Serving:
             raise ApiError(404, f"model: {follower.error}", "model_not_found", "model")
         raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
 
+    def chatting(self, model: str | None) -> Follower[Any]:
+        """Whose model a chat is for: the summarizer's where it is named, or where nobody else chats."""
+        named = model is not None and self.writers.answers_to(model)
+        return self.writers if self.writers.spec and (named or not self.models.spec) else self.models
+
     def unknown(self, model: str | None) -> ApiError:
         served = ", ".join(row["id"] for one in self.followers for row in describe(one)) or "none yet"
         return ApiError(404, f"model: {model!r} is not served here; served: {served}", "model_not_found", "model")
@@ -126,6 +134,7 @@ class Serving:
         serving = cls(
             models=follow("chat", load),
             readers=follow("classify", Reader.load),
+            writers=follow("summarize", partial(Writer.load, config=config)),
             store=Store.of(home),
             config=config,
             metrics=metrics,

@@ -11,7 +11,7 @@ from components.config import InputError
 from components.registry import Registry
 from components.tasks import Task
 
-TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify"}
+TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify", "summarizer": "summarize"}
 """What the models that a run makes do; another name's folder is asked."""
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
 """Served where nothing is asked for: the champion of each, where there is one."""

@@ -126,11 +126,11 @@ def registry(home: Path) -> Registry:
 def registered(registry: Registry) -> Callable[..., ModelVersion]:
     """Register a model folder, of which only the metrics and tags matter here."""
 
-    def register(score: float, **tags: str) -> ModelVersion:
-        folder = registry.home / "agent"
+    def register(score: float, name: str = "agent", suite: str = "lookup", **tags: str) -> ModelVersion:
+        folder = registry.home / name
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(f'{{"score": {score}}}')
-        return registry.register(folder, "agent", {"score": score, "lookup/score": score}, tags, None)
+        return registry.register(folder, name, {"score": score, f"{suite}/score": score}, tags, None)
 
     return register
 

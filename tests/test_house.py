@@ -27,7 +27,7 @@ ALLOWED = {
     GENERATION: {CONFIG, MODELS, DATA, GENERATION},
     "components/feedback": {CONFIG, STAGE, DATA, "components/feedback", "components/registry.py"},
     "components/agent": {CONFIG, MODELS, DATA, REFERENCE, GENERATION, "components/agent"},
-    "components/prediction": {CONFIG, MODELS, DATA, GENERATION, "components/prediction"},
+    "components/prediction": {CONFIG, MODELS, DATA, GENERATION, "components/prediction", "components/tasks.py"},
     "components": {"components"},
     "serving": {"components", "serving"},
     "flows": {"components", "flows"},

@@ -1,15 +1,17 @@
-"""A classifier as MLflow's generic model: `mlflow.pyfunc.load_model("models:/classifier@champion").predict(...)`.
+"""Classifier and summarizer as MLflow's generic model: `mlflow.pyfunc.load_model("models:/NAME@ALIAS").predict(...)`.
 
-Rows come as strings, or as a frame whose column `text` (else its first) holds them.
+Rows come as strings, or as a frame whose column `text` or `source` (else its first) holds them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from components.prediction.texts import TextReader
+from components.prediction.writing import TextWriter
+from components.tasks import task_of
 
 DEFAULTS: Mapping[str, Any] = {}
 """Parameters of `predict` and their values where none are given."""
@@ -17,16 +19,26 @@ EXAMPLE = "Serialize obj to a JSON formatted str."
 
 
 class Predictor:
-    """A loaded model folder that labels rows."""
+    """A loaded model folder that labels rows, or writes of each."""
 
     def __init__(self, folder: Path) -> None:
-        self._reader = TextReader.load(folder)
+        summarizes = task_of(folder) == "summarize"
+        self._answer = _writes(TextWriter.load(folder)) if summarizes else _labels(TextReader.load(folder))
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """The label of each row, in order."""
+        """The label of each row, or what is written of it, in order."""
         if hasattr(rows, "columns"):
-            rows = rows["text" if "text" in rows.columns else rows.columns[0]].tolist()
-        return [one.label for one in self._reader.classify([str(row) for row in rows])]
+            column = next((name for name in ("text", "source") if name in rows.columns), rows.columns[0])
+            rows = rows[column].tolist()
+        return self._answer([str(row) for row in rows])
+
+
+def _labels(reader: TextReader) -> Callable[[list[str]], list[str]]:
+    return lambda texts: [one.label for one in reader.classify(texts)]
+
+
+def _writes(writer: TextWriter) -> Callable[[list[str]], list[str]]:
+    return lambda texts: writer.write(texts)
 
 
 def _load_pyfunc(path: str) -> Predictor:

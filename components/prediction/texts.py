@@ -52,6 +52,7 @@ class TextReader:
         self.labels = model.config.labels
         self.max_seq_len, self.embed_dim = model.config.max_seq_len, model.config.embed_dim
         self._device = model.embed.weight.device
+        tokenizer.encode_special_tokens = True  # a text never turns into a special token
         tokenizer.enable_truncation(self.max_seq_len)
         tokenizer.no_padding()
 

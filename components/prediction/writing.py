@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,19 @@ END = "</s>"
 MAX_NEW_TOKENS = 64
 
 
+@dataclass(frozen=True)
+class Written:
+    """What one source was turned into."""
+
+    text: str
+    ids: list[int]
+    """The tokens of the text."""
+    ended: bool
+    """False when the limit of tokens ended it."""
+    source_tokens: int
+    """As many as were read."""
+
+
 class TextWriter:
     """An encoder-decoder and its tokenizer."""
 
@@ -27,7 +41,8 @@ class TextWriter:
         if end_id is None:
             raise InputError(f"tokenizer.json: {END} is missing; an encoder-decoder's targets end with it")
         self.model, self._tokenizer, self._end_id = model.eval(), tokenizer, end_id
-        tokenizer.enable_truncation(model.config.max_seq_len)
+        self.max_seq_len = model.config.max_seq_len
+        tokenizer.no_truncation()
         tokenizer.no_padding()
 
     @classmethod
@@ -40,6 +55,22 @@ class TextWriter:
 
     def write(self, sources: Sequence[str], beams: int = 1) -> list[str]:
         """What each source is turned into, in order; only the beginning is read of one that is too long."""
+        return [one.text for one in self.written(sources, beams)]
+
+    def written(self, sources: Sequence[str], beams: int = 1) -> list[Written]:
+        """As `write`, with the tokens."""
         read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
-        search = Search(MAX_NEW_TOKENS, self._end_id, beams)
-        return [self._tokenizer.decode(target.ids).strip() for target in transduce(self.model, read, search)]
+        # What is too long loses its end, not the token that ends it.
+        read = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in read]
+        targets = transduce(self.model, read, Search(MAX_NEW_TOKENS, self._end_id, beams))
+        return [
+            Written(self.decode(target.ids), target.ids, target.ended, len(ids))
+            for target, ids in zip(targets, read, strict=True)
+        ]
+
+    def count(self, source: str) -> int:
+        """Tokens of a source, however long it is."""
+        return len(self._tokenizer.encode(source).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids))).strip()

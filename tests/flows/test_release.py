@@ -9,7 +9,7 @@ import pytest
 
 from components.config import Paths, Refused
 from components.registry import ModelVersion, Registry
-from flows.release import Ruling, conclude, current_release, gate
+from flows.release import Ruling, conclude, current_release, gate, look_at_releases
 
 Register = Callable[..., ModelVersion]
 
@@ -95,3 +95,33 @@ def test_what_was_rolled_back_is_not_promoted_again(registry: Registry, register
     found = current_release(paths)
     assert found is not None
     assert (found.version, found.outcome) == ("agent/1", "agent/2 was rolled back, agent/1 stays")
+
+
+def make_classifier(paths: Paths) -> None:
+    with (paths.root / "dvc.lock").open("a") as lock:
+        lock.write(
+            "  finetune@classifier:\n    cmd: x\n    outs:\n    - path: data/models/classifier\n      md5: read.dir\n"
+        )
+
+
+def test_each_model_is_released_by_itself(registry: Registry, registered: Register, paths: Paths) -> None:
+    make_classifier(paths)
+    assert look_at_releases(paths).pending == ["agent", "classifier"]
+    registry.promote(registered(0.9, "classifier", model_digest="other.dir"))
+    refuse(registry, registered(0.8, "classifier", model_digest="read.dir"))
+    found = look_at_releases(paths)
+    assert found.pending == ["agent"], "a refusal of one does not stop the others"
+    assert found.champions == []
+    (refusal,) = found.refusals
+    assert refusal.startswith("classifier/2: refused against agent/1: falls")
+    assert 'overrule with "loopwright registry promote classifier 2"' in refusal
+
+
+def test_a_first_classifier_that_the_baseline_beats_passes_and_is_told_so(
+    registry: Registry, registered: Register, paths: Paths
+) -> None:
+    version = registered(0.7, "classifier", suite="by_symbol")
+    registry.log_metrics(version.run_id, {"by_symbol/baseline_macro_f1": 0.75})
+    assert gate(registry, registry.resolve(str(version)), paths, print) == Ruling(
+        True, "there was no champion; the baseline is better on by_symbol: 0.750 against 0.700"
+    )
