@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from components.agent.agent import Agent
 from components.config import Family, InputError
+from components.data.text_tokenizer import CLS, SEP, TextTokenizer
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
@@ -37,8 +36,8 @@ KEPT = (
     "knowledge.sqlite",
 )
 """Files of a model folder that are taken along, beside its weights."""
-NEEDED = {"encoder": ("[PAD]", "[CLS]", "[SEP]"), "encoder_decoder": ("<pad>", "</s>")}
-"""Tokens without which a family reads nothing."""
+NEEDED = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
+"""Tokens, beside the one that pads, without which a family reads nothing."""
 FAMILIES: dict[type[Any], Family] = {Decoder: "decoder", Encoder: "encoder", EncoderDecoder: "encoder_decoder"}
 
 
@@ -76,15 +75,10 @@ def look_at(folder: Path) -> Found:
 
 
 def _count_tokens(folder: Path, family: Family) -> int:
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path}: not a readable tokenizer: {' '.join(str(error).split())}") from error
-    missing = [token for token in NEEDED[family] if tokenizer.token_to_id(token) is None]
-    if missing:
-        raise InputError(f"{path}: {', '.join(missing)} is missing; an {family} needs {', '.join(NEEDED[family])}")
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+    tokenizer = TextTokenizer.load(folder)
+    for token in NEEDED[family]:
+        tokenizer.id_of(token)
+    return tokenizer.vocab_size
 
 
 def bring_in(folder: Path, found: Found, name: str, registry: Registry) -> ModelVersion:

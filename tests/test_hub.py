@@ -44,16 +44,17 @@ def decoder(folder: Path) -> Path:
 
 
 def words(folder: Path, special: list[str]) -> Path:
-    tokenizer = Tokenizer(models.WordPiece(unk_token=special[0]))
+    tokenizer = Tokenizer(models.WordPiece(unk_token=special[-1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": special[0]}))
     return folder
 
 
 def encoder(folder: Path) -> Path:
     BertForMaskedLM(BertConfig(vocab_size=128, max_position_embeddings=64, **SHAPE)).save_pretrained(folder)
-    return words(folder, ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]"])
+    return words(folder, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
 
 
 def encoder_decoder(folder: Path) -> Path:
@@ -119,8 +120,8 @@ def drop(folder: Path, name: str) -> None:
             lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
             r"tokenizer_config\.json: chat_template is missing; add the one of the model",
         ),
-        (encoder, lambda folder: words(folder, ["[UNK]"]), r"tokenizer\.json: \[PAD\], \[CLS\], \[SEP\] is missing"),
-        (encoder, lambda folder: (folder / "tokenizer.json").write_text("{"), r"tokenizer\.json: not a readable token"),
+        (encoder, lambda folder: words(folder, ["[PAD]"]), r"tokenizer\.json: special token '\[CLS\]' is missing"),
+        (encoder, lambda folder: (folder / "tokenizer.json").write_text("{"), "not a readable tokenizer: "),
         (
             encoder_decoder,
             lambda folder: drop(folder, "encoder.block.1.layer.0.SelfAttention.q.weight"),
@@ -169,7 +170,14 @@ def test_placing_replaces_what_was_placed_and_no_hidden_file(tmp_path: Path) -> 
     place_model(second, place, {"version": "b/1"})
     assert json.loads((place / "origin.json").read_text()) == {"version": "b/1"}
     names = {path.name for path in place.iterdir()} - {"generation_config.json"}
-    assert names == {".gitkeep", "origin.json", "config.json", "model.safetensors", "tokenizer.json"}
+    assert names == {
+        ".gitkeep",
+        "origin.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
