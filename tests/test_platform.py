@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from components.config import Paths, Refused, load_params
 from components.evaluation.judge import Model, judge_folders
 from components.registry import Registry
+from components.stage import FAMILIES
 from components.tracking import mlflow_name
 from flows.release import fetch_answers
 from flows.server import prefect_api
@@ -35,7 +36,8 @@ pytestmark = [
 STAGES = [
     "collect",
     "validate",
-    *(f"{name}@decoder" for name in ("train_tokenizer", "prepare", "pretrain")),
+    *(f"{name}@{family}" for name in ("train_tokenizer", "prepare") for family in FAMILIES),
+    "pretrain@decoder",
     "tune",
     "evaluate",
 ]
