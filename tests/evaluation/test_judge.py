@@ -17,9 +17,10 @@ import torch
 from components.config import Paths
 from components.data.datasets import Row
 from components.evaluation.evaluate import held_out_digest
-from components.evaluation.judge import Scores, _slices, judge
+from components.evaluation.judge import Scores, _skill, _slices, judge
 from components.evaluation.questions import COLUMNS
 from components.feedback.curate import curate
+from components.feedback.items import NO_CALL
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 
 KEPT = ("answers.parquet", "answers.json")
@@ -152,6 +153,15 @@ def test_overruled_wording_guards_its_calls_once_the_new_one_is_learned(
     (found,) = (one for one in verdict(paths)["findings"] if one["skill"].startswith("lookup"))
     assert found["skill"] == guarded
     assert found["target"] is False
+
+
+def test_questions_of_several_calls_are_parted_by_the_tool_that_is_put_into_words() -> None:
+    bases, module = {"name": "bases", "arguments": {}}, {"name": "module", "arguments": {}}
+    assert _skill("bases/held_out_symbols", [bases]) == ("bases", "bases")
+    assert _skill("multi_hop/held_out_symbols", [bases, module]) == ("multi_hop to module", "module")
+    assert _skill("multi_hop/held_out_symbols", [bases, bases]) == ("multi_hop to bases", "bases")
+    assert _skill("feedback/module", [bases, module]) == ("feedback/module", "module")
+    assert _skill("small_talk/hand_written", []) == ("small_talk", NO_CALL)
 
 
 def test_overruled_skills_still_fall_with_their_calls(paths: Paths) -> None:
