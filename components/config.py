@@ -424,6 +424,12 @@ class McpServer(Section):
 class ServeConfig(Section):
     """The prediction endpoint."""
 
+    backend: Literal["engine", "openai"]
+    """Who makes the tokens: the engine in this process, or another server that speaks OpenAI's chat API."""
+    backend_url: str | None
+    """Of that server, up to and with `/v1`; its key, where it wants one, is in `LOOPWRIGHT_BACKEND_KEY`."""
+    backend_model: str | None
+    """What that server calls the model."""
     max_body_bytes: int = Field(ge=1024)
     """Larger request bodies are answered with 413."""
     max_new_tokens: int = Field(ge=1)

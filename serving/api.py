@@ -217,6 +217,7 @@ async def _ask(body: ChatRequest, engine: Engine) -> Ask:
         may_call=may_call,
         one_call=body.parallel_tool_calls is False,
         rules=rules,
+        wish=body.wish,
         max_tokens=body.token_limit,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -23,7 +23,7 @@ from components.agent.tools import Tool
 from components.config import ServeConfig
 from components.generation.packed import pack
 from components.generation.slots import Slots
-from components.models.checkpoint import load_decoder
+from components.models.checkpoint import load_decoder, read_config
 from components.models.decoder import Decoder
 from serving.reply import Ask, Called, Event, Failed, Finished, Late, Notify, Reply, Started, Stepped, Text, Ticket
 from serving.scheduler import Scheduler
@@ -64,6 +64,10 @@ class Retired(Exception):
 class Engine:
     """One model, its agent, and who answers with them."""
 
+    model: Decoder
+    scheduler: Scheduler | None = None
+    """None where the tokens are made elsewhere."""
+
     def __init__(
         self,
         model: Decoder,
@@ -74,11 +78,17 @@ class Engine:
         stepped: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """`stepped` is told of each step of the model how many requests wrote a token in it."""
+        self._open(agent, name, config, slots)
+        self.model = model
+        self.scheduler = Scheduler(Slots(model, self.slots), name, stepped)
+
+    def _open(self, agent: Agent, name: str, config: ServeConfig, slots: int) -> None:
+        """Get ready to take requests in."""
         self.name = name
         """`NAME/VERSION`."""
         self.loaded = int(time.time())
         """Unix time."""
-        self.model, self.agent = model, agent
+        self.agent = agent
         self.max_new_tokens = config.max_new_tokens
         self.slots = slots or config.max_running
         self._room = self.slots + config.max_waiting
@@ -91,7 +101,6 @@ class Engine:
         self._retired = False
         self._seconds = 1.0
         """Running mean of what one request takes, for `Retry-After`."""
-        self.scheduler = Scheduler(Slots(model, self.slots), name, stepped)
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self._room, f"{name}-reply")
 
@@ -110,11 +119,15 @@ class Engine:
 
         Raises: InputError when the folder holds no usable model.
         """
-        model = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
-        pack(model)
-        torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
-        agent = Agent.load(folder, model.config.max_seq_len, guests)
+        agent = Agent.load(folder, read_config(folder).max_seq_len, guests)
         agent.max_steps = min(agent.max_steps, config.max_steps)
+        if config.backend == "openai":
+            from serving.remote import Remote
+
+            return Remote(agent, name, config)
+        model = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
+        torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
+        pack(model)
         engine = cls(model, agent, name, config, stepped=stepped)
         engine.warm()
         return engine
@@ -175,7 +188,8 @@ class Engine:
         with self._changed:
             for ticket in (*self._waiting, *self._running):
                 ticket.cancel()
-        self.scheduler.join()
+        if self.scheduler is not None:
+            self.scheduler.join()
         self.pool.shutdown()
 
     def hold(self) -> None:
@@ -203,10 +217,13 @@ class Engine:
                 self._waiting.remove(ticket)
                 self._start(ticket)
 
-    def _start(self, ticket: Ticket) -> None:
+    def _count_in(self, ticket: Ticket) -> None:
         ticket.begun = time.monotonic()
         self._running.add(ticket)
         self._busy += 1
+
+    def _start(self, ticket: Ticket) -> None:
+        self._count_in(ticket)
         self.pool.submit(Reply(self, ticket).begin)
 
     def _begin(self) -> None:
@@ -215,5 +232,6 @@ class Engine:
             while self._waiting and self._busy < self.slots:
                 self._start(self._waiting.popleft())
             if self._retired and not self._waiting and not self._running:
-                self.scheduler.end()
+                if self.scheduler is not None:
+                    self.scheduler.end()
                 self.pool.shutdown(wait=False)

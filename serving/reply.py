@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from components.agent.agent import Agent, Answer, ContextTooLong, Prompt, openai_call
+from components.agent.agent import AS_IT_LIKES, Agent, Answer, ContextTooLong, Prompt, openai_call
+from components.agent.turn_grammar import Wish
 from components.agent.turns import Rules
 from components.generation.slots import Row
 from serving.calls import CallStream
@@ -40,6 +41,8 @@ class Ask:
     """Hand back the first call of a turn only."""
     rules: Rules | None = None
     """What each turn keeps to (`Agent.rules`); without, the model writes what it likes."""
+    wish: Wish = AS_IT_LIKES
+    """What `rules` were made of."""
     max_tokens: int | None = None
     """Over all turns; None: the configured number for each turn."""
     temperature: float = 0.0
@@ -203,6 +206,7 @@ class Reply:
             constraint=prompt.constraint,
         )
         turn = Turn(self.row, self._push, self._ended, self.ticket.deadline, self.ticket.cancelled)
+        assert self.engine.scheduler is not None
         self.engine.scheduler.submit(turn, first=self.turn > 0)
 
     def _push(self, number: int) -> bool:

@@ -1,0 +1,167 @@
+"""The agent in front of another server: a second endpoint, asked over real HTTP."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from components.agent.tools import Tool
+from components.config import InputError, ServeConfig, load_params
+from serving.api import Serving, new_api
+from serving.edge import Edge
+from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text
+from serving.remote import BackendDown, Remote
+from serving.server import listen
+from serving.versions import Bundled
+
+CONFIG = load_params(Path(__file__).parents[2] / "params.yaml").serve
+GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+
+
+@contextmanager
+def listening(serving: Serving) -> Iterator[str]:
+    api = new_api()
+    api.state.serving = serving
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(Edge(api, api), log_config=None, access_log=False, lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def backend(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serving]]:
+    home = tmp_path_factory.mktemp("backend")
+    serving = Serving.open(home, CONFIG, "", Bundled(agent_folder, {"name": "agent", "version": 7}))
+    serving.models.first.wait()
+    with listening(serving) as url:
+        yield url, serving
+    serving.close()
+
+
+def pointed(url: str) -> ServeConfig:
+    return CONFIG.model_copy(update={"backend": "openai", "backend_url": url, "backend_model": "agent"})
+
+
+@pytest.fixture
+def remote(agent_folder: Path, backend: tuple[str, Serving]) -> Iterator[Engine]:
+    engine = Engine.load(agent_folder, "agent/1", pointed(backend[0]))
+    assert isinstance(engine, Remote)
+    engine.agent.own_tools = ()
+    yield engine
+    engine.close()
+
+
+def events(engine: Engine, content: str, **options: Any) -> list[Event]:
+    told: queue.Queue[Event] = queue.Queue()
+    engine.submit(Ask([{"role": "user", "content": content}], **options), told.put)
+    found = [told.get(timeout=60)]
+    while not isinstance(found[-1], Finished | Failed):
+        found.append(told.get(timeout=60))
+    return found
+
+
+def test_words_come_through_as_they_are_written(remote: Engine) -> None:
+    told = events(remote, "Hello")
+    last = told[-1]
+    assert isinstance(told[0], Started)
+    assert isinstance(last, Finished)
+    assert "".join(event.text for event in told if isinstance(event, Text)) == last.content == GREETING
+    assert len(told) > 5
+    assert last.finish_reason == "stop"
+    assert last.completion_tokens > 5 < last.prompt_tokens
+
+
+def test_calls_that_come_back_are_run_and_asked_on(remote: Engine) -> None:
+    asked: list[str] = []
+
+    def weather(city: str) -> str:
+        asked.append(city)
+        return "sunny"
+
+    remote.agent.own_tools = (Tool("get_weather", "", WEATHER, weather),)
+    told = events(remote, "Weather in Paris?")
+    steps = [event.step for event in told if isinstance(event, Stepped)]
+    assert asked[:1] == ["Paris"]
+    assert steps[:2] == [
+        {"type": "call", "name": "get_weather", "arguments": {"city": "Paris"}},
+        {"type": "result", "name": "get_weather", "content": "sunny"},
+    ]
+    assert isinstance(told[-1], Finished)
+    assert told[-1].steps == steps
+
+
+def test_calls_of_the_clients_tools_are_handed_back(remote: Engine) -> None:
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
+    last = events(remote, "Weather in Paris?", tools=tools)[-1]
+    assert isinstance(last, Finished)
+    assert [call["function"] for call in last.tool_calls] == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}]
+    assert last.finish_reason == "tool_calls"
+
+
+def test_cancelling_lets_the_backend_go(remote: Engine, backend: tuple[str, Serving]) -> None:
+    told: queue.Queue[Event] = queue.Queue()
+    ask = Ask([{"role": "user", "content": "A story"}], temperature=2.0, seed=1, max_tokens=200)
+    ticket = remote.submit(ask, told.put)
+    assert isinstance(told.get(timeout=60), Started)
+    ticket.cancel()
+    while not isinstance(last := told.get(timeout=60), Finished):
+        pass
+    assert last.finish_reason in ("cancelled", "stop", "length")
+    finished = events(remote, "Hello")[-1]
+    assert isinstance(finished, Finished)
+
+
+def test_backend_that_is_away_is_said_so(agent_folder: Path) -> None:
+    listener = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    listener.close()
+    engine = Engine.load(agent_folder, "agent/1", pointed(url))
+    last = events(engine, "Hello")[-1]
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, BackendDown)
+    assert "is the backend up?" in str(last.error)
+    engine.close()
+
+
+def test_endpoint_in_front_answers_records_and_traces(
+    agent_folder: Path, backend: tuple[str, Serving], tmp_path: Path
+) -> None:
+    from starlette.testclient import TestClient
+
+    bundled = Bundled(agent_folder, {"name": "agent", "version": 3, "run_id": "r3"})
+    serving = Serving.open(tmp_path, pointed(backend[0]), "", bundled)
+    serving.models.first.wait()
+    api = new_api()
+    api.state.serving = serving
+    client = TestClient(Edge(api, api))
+    body = {"messages": [{"role": "user", "content": "Hello"}], "tool_choice": "none"}
+    answer = client.post("/v1/chat/completions", json=body).json()
+    assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("agent/3", GREETING)
+    vote = client.post("/v1/feedback", json={"completion_id": answer["id"], "rating": "up"})
+    assert vote.status_code == 202
+    assert client.get(f"/v1/lineage/{answer['id']}").json()["model"] == "agent/3"
+    serving.close()
+
+
+def test_backend_without_an_address_is_an_input_error(agent_folder: Path) -> None:
+    config = pointed("http://127.0.0.1:1").model_copy(update={"backend_model": None})
+    with pytest.raises(InputError, match=r"needs serve\.backend_url and serve\.backend_model"):
+        Engine.load(agent_folder, "agent/1", config)
