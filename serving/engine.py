@@ -21,7 +21,8 @@ import torch
 from components.agent.agent import Agent
 from components.agent.tools import Tool
 from components.config import ServeConfig
-from components.generation.packed import pack
+from components.generation.decode import Sampling, generate
+from components.generation.packed import pack, round_checked
 from components.generation.slots import Slots
 from components.models.checkpoint import load_decoder, read_config
 from components.models.decoder import Decoder
@@ -30,6 +31,10 @@ from serving.scheduler import Scheduler
 
 SMALL_MODEL = 50_000_000
 """Parameters up to which one torch thread per request beats several: waking threads costs more than the products."""
+
+INT8_AGREEMENT = 0.98
+"""Of the tokens that a model takes behind its own answers to SAMPLES, in full and rounded to int8."""
+SAMPLES = ("Hello", "Thank you!", "What can you do?", "What does json.dumps do?", "What is 37*12?", "Tell me a story.")
 
 __all__ = [
     "Ask",
@@ -127,6 +132,8 @@ class Engine:
             return Remote(agent, name, config)
         model = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
+        if config.int8 and not model.embed.weight.is_cuda:
+            round_checked(model, _sample(model, agent), INT8_AGREEMENT)
         pack(model)
         engine = cls(model, agent, name, config, stepped=stepped)
         engine.warm()
@@ -235,3 +242,11 @@ class Engine:
                 if self.scheduler is not None:
                     self.scheduler.end()
                 self.pool.shutdown(wait=False)
+
+
+def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
+    """Some questions, each with the model's own answer."""
+    chats: list[tuple[list[dict[str, str]], None]] = [([{"role": "user", "content": text}], None) for text in SAMPLES]
+    prompts = [ids for ids, _ in agent.tokenizer.encode_chats(chats, add_generation_prompt=True)]
+    answers = generate(model, prompts, Sampling(48, stop_ids=(agent.tokenizer.end_id,)))
+    return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]

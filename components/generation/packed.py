@@ -7,9 +7,12 @@ again), the rounded one because sums of integers are exact and each row is round
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from components.config import InputError
 from components.models.decoder import Decoder
 
 LARGEST = 127
@@ -55,6 +58,27 @@ def pack(model: Decoder) -> None:
 def round_weights(model: Decoder) -> None:
     """Round the weights of every product but the head to int8; the model can no longer be trained or saved."""
     _replace(model.blocks, RoundedLinear)
+
+
+@torch.inference_mode()
+def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreement: float) -> float:
+    """`round_weights`, if behind all beginnings of the sequences the model still takes the same token nearly always.
+
+    Returns the share of the same ones.
+
+    Raises: InputError when it is less than `min_agreement`; the model is then as unfit as it was found to be.
+    """
+    batches = [torch.tensor([list(sequence)]) for sequence in sequences]
+    before = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
+    round_weights(model)
+    after = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
+    agreement = (before == after).double().mean().item()
+    if agreement < min_agreement:
+        raise InputError(
+            f"params.yaml: serve.int8: rounded, the model takes the same token in {agreement:.1%} of {len(before)} "
+            f"cases; at least {min_agreement:.0%} are needed; set serve.int8: false"
+        )
+    return agreement
 
 
 def _replace(root: nn.Module, kind: type[PackedLinear] | type[RoundedLinear]) -> None:
