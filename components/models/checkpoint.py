@@ -5,6 +5,7 @@ Weights are safetensors, one file or shards with an index; pickles are refused, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -300,6 +301,15 @@ def weight_files(folder: Path) -> list[Path]:
             hint = "pickled weights are refused; convert them to safetensors" if pickled else "the folder is incomplete"
             raise InputError(f"{file}: not found; {hint}")
     return files
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model folder's weights: of the one file, or of the shards' digests one after another."""
+    digests = []
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _names_in(file: Path) -> list[str]:

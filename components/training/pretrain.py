@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 from components.config import InputError, TrainConfig
 from components.data.batches import Rows, TokenRows
 from components.data.datasets import write_json
-from components.models.checkpoint import save_decoder
+from components.models.checkpoint import save_decoder, weights_digest
 from components.models.decoder import Decoder, DecoderConfig
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints
@@ -68,7 +67,7 @@ def report(
         "tokens": measured.tokens,
         "targets": measured.targets,
         "parameters": count_parameters(model),
-        "weights_sha256": file_digest(folder / "model.safetensors"),
+        "weights_sha256": weights_digest(folder),
     }
     values = {name: value for name, value in {**values, **more}.items() if value is not None}
     write_json(run.paths.metrics / f"{run.name}.json", values)
@@ -81,8 +80,3 @@ def report(
 
 def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

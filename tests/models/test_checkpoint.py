@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from components.config import InputError
 from components.models.attention import FusedLinear
-from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model
+from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model, weights_digest
 from components.models.decoder import Decoder, DecoderConfig
 
 TINY = DecoderConfig(
@@ -125,6 +125,9 @@ def test_a_large_model_is_written_as_shards_that_both_read(tmp_path: Path) -> No
     with torch.no_grad():
         torch.testing.assert_close(model(ids()), theirs(ids()).logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(load_decoder(tmp_path / "model")(ids()), model(ids()))
+    whole = weights_digest(tmp_path / "model")
+    (tmp_path / "model" / names[1]).write_bytes(b"")
+    assert weights_digest(tmp_path / "model") != whole
 
 
 @pytest.mark.parametrize("config", SHAPES)
