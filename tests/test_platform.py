@@ -49,6 +49,8 @@ def rows(database: Path, query: str) -> list[Any]:
 
 
 Ask = Callable[..., Any]
+MODELS = ["agent", *(stage.partition("@")[2] for stage in STAGES if stage.startswith("finetune@"))]
+"""What a run releases, in order."""
 
 
 @pytest.fixture
@@ -72,10 +74,12 @@ def here(released: Released, monkeypatch: pytest.MonkeyPatch) -> Ask:
 def test_one_command_runs_every_stage_and_releases_a_champion(released: Released) -> None:
     report = released.report
     assert [(stage["name"], stage["outcome"]) for stage in report["stages"]] == [(name, "ran") for name in STAGES]
-    (agent,) = report["releases"]
-    assert (agent["version"], agent["outcome"], agent["bento"]) == ("agent/1", "promoted", "agent:v1")
-    assert isinstance(agent["answer"], str)
-    assert agent["scores"]
+    told = [(one["version"], one["outcome"], one["bento"]) for one in report["releases"]]
+    assert told == [(f"{name}/1", "promoted", f"{name}:v1") for name in MODELS]
+    for one in report["releases"]:
+        assert isinstance(one["answer"], str)
+        assert one["scores"]
+        assert set(one["baselines"]) == (set() if one["version"] == "agent/1" else set(one["scores"]))
     assert report["refusals"] == []
     assert "params.yaml: scale: laptop → smoke" in released.said
     assert "pretrain@decoder  30/30  loss" in released.said
@@ -91,7 +95,8 @@ def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Releas
     states = dict(rows(database, "SELECT name, state_name FROM task_run"))
     stages = {name.split("-")[0]: state for name, state in states.items()}
     assert {name: stages[name] for name in STAGES} == dict.fromkeys(STAGES, "Ran")
-    assert {f"{effect} agent" for effect in ("register", "gate", "package", "smoke", "promote")} <= stages.keys()
+    effects = ("register", "gate", "package", "smoke", "promote")
+    assert {f"{effect} {name}" for effect in effects for name in MODELS} <= stages.keys()
     (flow,) = rows(database, "SELECT id, state_type FROM flow_run")
     assert flow[1] == "COMPLETED"
     assert released.report["flow_run"].replace("-", "") in flow[0].replace("-", "")
@@ -104,7 +109,7 @@ def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Releas
 def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(released: Released) -> None:
     database = released.project.home / "mlflow/mlflow.db"
     runs = dict(rows(database, "SELECT name, run_uuid FROM runs"))
-    assert set(runs) == {"pipeline", "register agent", *STAGES}
+    assert set(runs) >= {"pipeline", *(f"register {name}" for name in MODELS), *STAGES}
     parents = dict(rows(database, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'"))
     assert set(parents.values()) == {runs["pipeline"]}
     assert set(parents) == {runs[name] for name in runs if name != "pipeline"}
@@ -127,7 +132,7 @@ def test_status_agrees_with_the_run(here: Ask) -> None:
     status = here("status")
     assert (status["scale"], status["run"]) == ("smoke", None)
     assert [(stage["name"], stage["up_to_date"]) for stage in status["stages"]] == [(name, True) for name in STAGES]
-    assert [champion["model"] for champion in status["champions"]] == ["agent/1"]
+    assert [champion["model"] for champion in status["champions"]] == [f"{name}/1" for name in MODELS]
 
 
 def test_the_version_carries_its_lineage(released: Released, here: Ask) -> None:
@@ -163,11 +168,14 @@ answers = [
     model.predict(pd.DataFrame({"messages": [asked]}), params={"max_new_tokens": 128}),
 ]
 print(components.__path__[0])
+for name in sys.argv[2:]:
+    (said,) = mlflow.pyfunc.load_model(f"models:/{name}@champion").predict(["Return the sum."])
+    assert isinstance(said, str), said
 print(json.dumps(answers))
 """
     address = f"sqlite:///{released.project.home / 'mlflow/mlflow.db'}"
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, address],
+        [sys.executable, "-W", "ignore", "-c", program, address, *MODELS[1:]],
         cwd=tmp_path,
         env=released.project.environment,
         capture_output=True,
@@ -250,7 +258,7 @@ def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(
     reason = json.loads(ended.stdout)["error"]
     assert reason.startswith("agent/2: refused against agent/1: ")
     assert here("run", refused=True) == reason, "nothing changed, so nothing is measured again"
-    listed = {row["model"]: row["aliases"] for row in here("registry", "list")}
+    listed = {row["model"]: row["aliases"] for row in here("registry", "list") if row["name"] == "agent"}
     assert listed == {"agent/2": ["challenger"], "agent/1": ["champion"]}
     compared = here("registry", "compare", "agent", "champion", "challenger")
     assert compared["same_held_out_sets"]

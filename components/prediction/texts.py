@@ -16,7 +16,7 @@ from torch import Tensor
 
 from components.config import InputError
 from components.models.checkpoint import load_model
-from components.models.encoder import Classifier
+from components.models.encoder import Classifier, Encoder
 
 TOKENS_A_PASS = 16_384
 """Padding included; more texts than that take several forward passes."""
@@ -44,12 +44,11 @@ class Embedded:
     truncated: bool
 
 
-class TextReader:
-    """A classifier and its tokenizer."""
+class TextEncoder:
+    """An encoder and its tokenizer: where texts lie."""
 
-    def __init__(self, model: Classifier, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Encoder, tokenizer: Tokenizer) -> None:
         self.model, self._tokenizer = model.eval(), tokenizer
-        self.labels = model.config.labels
         self.max_seq_len, self.embed_dim = model.config.max_seq_len, model.config.embed_dim
         self._device = model.embed.weight.device
         tokenizer.encode_special_tokens = True  # a text never turns into a special token
@@ -57,25 +56,12 @@ class TextReader:
         tokenizer.no_padding()
 
     @classmethod
-    def load(cls, folder: Path) -> TextReader:
-        """Raises: InputError when the folder holds no classifier with its tokenizer."""
+    def load(cls, folder: Path) -> TextEncoder:
+        """Raises: InputError when the folder holds no encoder with its tokenizer."""
         model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
-        if not isinstance(model, Classifier):
-            raise InputError(f"{folder}: a {type(model).__name__.lower()} has no labels; give a classifier's folder")
+        if not isinstance(model, Encoder):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} is no encoder; give an encoder's folder")
         return cls(model, load_tokenizer(folder))
-
-    @torch.inference_mode()
-    def classify(self, texts: Sequence[str]) -> list[Labelled]:
-        """The label of each text, in order."""
-        read = self._tokenizer.encode_batch_fast(list(texts))
-        found: list[Labelled | None] = [None] * len(read)
-        for rows, input_ids, segments, mask in self._passes(read):
-            scores = self.model.logits(input_ids, segments, mask).float().softmax(-1)
-            ordered = scores.sort(stable=True, dim=-1, descending=True)
-            for row, values, order in zip(rows, ordered.values.tolist(), ordered.indices.tolist(), strict=True):
-                names = [self.labels[index] for index in order]
-                found[row] = Labelled(names[0], dict(zip(names, values, strict=True)), bool(read[row].overflowing))
-        return [one for one in found if one is not None]
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> list[Embedded]:
@@ -104,6 +90,37 @@ class TextReader:
                 segments[place, :length] = torch.tensor(read[row].type_ids)
                 mask[place, :length] = 1
             yield rows, ids.to(self._device), segments.to(self._device), mask.to(self._device)
+
+
+class TextReader(TextEncoder):
+    """A classifier and its tokenizer: which label texts have, beside where they lie."""
+
+    model: Classifier
+
+    def __init__(self, model: Classifier, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer)
+        self.labels = model.config.labels
+
+    @classmethod
+    def load(cls, folder: Path) -> TextReader:
+        """Raises: InputError when the folder holds no classifier with its tokenizer."""
+        model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
+        if not isinstance(model, Classifier):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} has no labels; give a classifier's folder")
+        return cls(model, load_tokenizer(folder))
+
+    @torch.inference_mode()
+    def classify(self, texts: Sequence[str]) -> list[Labelled]:
+        """The label of each text, in order."""
+        read = self._tokenizer.encode_batch_fast(list(texts))
+        found: list[Labelled | None] = [None] * len(read)
+        for rows, input_ids, segments, mask in self._passes(read):
+            scores = self.model.logits(input_ids, segments, mask).float().softmax(-1)
+            ordered = scores.sort(stable=True, dim=-1, descending=True)
+            for row, values, order in zip(rows, ordered.values.tolist(), ordered.indices.tolist(), strict=True):
+                names = [self.labels[index] for index in order]
+                found[row] = Labelled(names[0], dict(zip(names, values, strict=True)), bool(read[row].overflowing))
+        return [one for one in found if one is not None]
 
 
 def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
