@@ -81,7 +81,7 @@ def serve(folder: Path, home: Path) -> None:
     engine = serving.models.engine
     if engine is None:
         raise serving.models.error or RuntimeError("no engine")
-    engine.agent.tools = tuple(slowed(tool) for tool in engine.agent.tools)
+    engine.agent.own_tools = tuple(slowed(tool) for tool in engine.agent.own_tools)
     with listening(serving) as url:
         print(url, flush=True)
         sys.stdin.read()

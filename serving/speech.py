@@ -22,7 +22,7 @@ class Speech:
         """Text that is now certain to belong to the answer."""
         if not self._speaking:
             return ""
-        if not self._tokenizer.decode([number]):  # a special token: what follows are calls, or nothing
+        if not self._tokenizer.token_bytes(number):  # a special token: what follows are calls, or nothing
             return self.flush()
         return self._certain(self._stream.push(number))
 
