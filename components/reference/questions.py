@@ -20,7 +20,7 @@ from components.reference.sums import Sums
 from components.reference.tasks import about, as_task, task
 from components.reference.wordings import Wordings, quoted, typed
 
-TOOLS = {"lookup": 34, "bases": 28, "module": 8, "search": 9, "calculate": 21}
+TOOLS = {"lookup": 32, "bases": 26, "module": 8, "search": 10, "calculate": 24}
 """Questions that want each tool, in a hundred."""
 MADE_UP_SHARE = 0.5
 SYMBOL_TOOLS = ("lookup", "bases", "module")
