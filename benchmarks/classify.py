@@ -96,10 +96,18 @@ def serving(folder: Path, root: Path) -> Iterator[int]:
 class Client:
     """One connection that is kept open; as little around the request as may be."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._reader: asyncio.StreamReader | None = None
+
+    async def connect(self) -> None:
+        """Anew where the server has closed it: it does after some idle seconds."""
+        if self._reader is None or self._reader.at_eof():
+            self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> bytes:
+        await self.connect()
+        assert self._reader is not None
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         told = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -109,6 +117,7 @@ class Client:
         return answer
 
     async def seconds(self, body: bytes) -> float:
+        await self.connect()
         began = time.perf_counter()
         await self.ask("POST", PATH, body)
         return time.perf_counter() - began
@@ -116,7 +125,7 @@ class Client:
 
 async def measure(port: int, words: list[str], rounds: int) -> dict[str, Any]:
     """Latency of each request in rounds in which all clients ask at once, and the batches that were made of them."""
-    clients = [Client(*(await asyncio.open_connection("127.0.0.1", port))) for _ in words]
+    clients = [Client(port) for _ in words]
     bodies = [json.dumps({"input": [text]}).encode() for text in words]
 
     async def go() -> list[float]:
