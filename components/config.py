@@ -298,6 +298,8 @@ class ClassifierConfig(FineTuneConfig):
     """Share of what blocks add, and of the pooled vector, that training leaves out."""
     adapt_steps: int = Field(ge=0)
     """Steps of masked language modelling on the training texts before (arXiv 2004.10964); 0: none."""
+    masked_share: float = Field(gt=0, lt=1)
+    """Share of the tokens that are to be guessed in these steps."""
     trials: int = Field(ge=0)
     """Short trainings to search learning rates and regularisation by; 0: none, the values here are taken."""
     trial_steps: int = Field(ge=1)

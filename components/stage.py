@@ -36,6 +36,8 @@ ROOMS: Mapping[str, str] = {
     "prepare": "components.data",
     "pretrain": "components.training",
     "tune": "components.training",
+    "finetune": "components.training",
+    "assess": "components.evaluation",
     "evaluate": "components.evaluation",
     "curate": "components.feedback",
     "align": "components.training",
@@ -167,12 +169,17 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
 
 
 def read_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The `stages` of dvc.yaml by the names DVC gives them: one with a matrix once per combination."""
+    """The `stages` of dvc.yaml by the names DVC gives them: one with a matrix or `foreach` once per item."""
     declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
 
 
 def _instances(base: str, template: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, facts in template.get("foreach", {}).items():
+        item = {"${key}": key} | {f"${{item.{name}}}": str(value) for name, value in facts.items()}
+        yield f"{base}@{key}", _filled(template["do"], item)
+    if "foreach" in template:
+        return
     stage = {key: value for key, value in template.items() if key != "matrix"}
     axes = template.get("matrix", {})
     for values in product(*axes.values()):

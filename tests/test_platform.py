@@ -36,9 +36,9 @@ pytestmark = [
 STAGES = [
     "collect",
     "validate",
-    *(f"{name}@{family}" for name in ("train_tokenizer", "prepare") for family in FAMILIES),
-    "pretrain@decoder",
+    *(f"{name}@{family}" for name in ("train_tokenizer", "prepare", "pretrain") for family in FAMILIES),
     "tune",
+    *(f"{name}@{model}" for name in ("finetune", "assess") for model in ("classifier", "summarizer")),
     "evaluate",
 ]
 
@@ -111,8 +111,10 @@ def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(release
     runs = dict(rows(database, "SELECT name, run_uuid FROM runs"))
     assert set(runs) >= {"pipeline", *(f"register {name}" for name in MODELS), *STAGES}
     parents = dict(rows(database, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'"))
-    assert set(parents.values()) == {runs["pipeline"]}
-    assert set(parents) == {runs[name] for name in runs if name != "pipeline"}
+    trials = {name for name in runs if name.startswith("trial-")}
+    assert trials
+    assert {parents[runs[name]] for name in trials} == {runs["finetune@classifier"]}
+    assert {parents[runs[name]] for name in runs if name not in trials | {"pipeline"}} == {runs["pipeline"]}
     assert {status for (status,) in rows(database, "SELECT status FROM runs")} == {"FINISHED"}
     losses = f"SELECT COUNT(*) FROM metrics WHERE run_uuid = '{runs['pretrain@decoder']}' AND key LIKE '%loss%'"
     assert rows(database, losses)[0][0] > 1

@@ -18,7 +18,7 @@ from components.models.decoder import Decoder
 from components.stage import StageRun, digest
 from components.training.loop import best_device, compute_dtype, refuse_bad_masks, settle_cpu, train
 from components.training.preferences import align_objective, reference_log_probs
-from components.training.pretrain import describe, report
+from components.training.report import describe, report
 
 ORIGIN = "origin.json"
 """Beside the model that training starts from: `{"version": "NAME/VERSION"}`."""

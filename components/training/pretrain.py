@@ -1,26 +1,28 @@
-"""Stage: a decoder from scratch, by causal language modelling on packed documents."""
+"""Stage: a model of each family from scratch, on the documents that `prepare` made rows of.
+
+The decoder learns by causal language modelling, the encoder by masked language modelling and next-sentence
+prediction, the encoder-decoder by span corruption.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from components.config import InputError, TrainConfig
+from components.config import TrainConfig
 from components.data.batches import Rows, TokenRows
-from components.data.datasets import write_json
-from components.models.checkpoint import save_decoder, weights_digest
+from components.data.ragged import Chunks, SentencePairs
+from components.data.text_tokenizer import TextTokenizer
+from components.models.checkpoint import save_model
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.encoder import EncoderConfig, EncoderForPretraining
+from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.stage import StageRun
-from components.training.checkpoints import Checkpoints
-from components.training.loop import Measured, measure_loss, refuse_bad_masks, settle_cpu, train
-from components.training.objectives import causal_lm
-
-TEST_ROWS = 128
-"""Held-out rows read for the test loss at the end."""
+from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
+from components.training.objectives import M, Objective, causal_lm, masked_lm_next_sentence, sequence_to_sequence
+from components.training.report import TEST_ROWS, describe, report
+from components.training.rows import MaskedRows, SpanRows
 
 
 def pretrain(run: StageRun) -> None:
@@ -29,54 +31,49 @@ def pretrain(run: StageRun) -> None:
     Raises: InputError when there is nothing to learn, or when saving fails.
     """
     settle_cpu()
-    rows = TokenRows(run.paths.tokens(run.family) / "pretrain", "train")
+    {"decoder": _decoder, "encoder": _encoder, "encoder_decoder": _encoder_decoder}[run.family](run)
+
+
+def _decoder(run: StageRun) -> None:
+    rows, test = (TokenRows(_folder(run), split) for split in ("train", "test"))
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
-    model = Decoder(DecoderConfig.from_params(run.params.model, rows.vocab_size))
-    describe(run, model, model.config.max_seq_len, rows)
-    measured = train(run, run.params.pretrain, model, rows, causal_lm)
-    base = run.paths.base(run.family)
-    save_decoder(model, base, run.paths.tokenizer(run.family))
-    test = measure_loss(
-        model, TokenRows(rows.folder, "test"), causal_lm, run.params.pretrain.micro_batch_size, TEST_ROWS
+    config = DecoderConfig.from_params(run.params.model, rows.vocab_size)
+    _learn(run, run.params.pretrain, Decoder(config), config.max_seq_len, (rows, test), causal_lm)
+
+
+def _encoder(run: StageRun) -> None:
+    config, seed = run.params.pretrain.encoder, run.params.seed
+    tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
+    rows, test = (
+        MaskedRows(SentencePairs(_folder(run), split), tokenizer, config, seed) for split in ("train", "test")
     )
-    report(run, run.params.pretrain, model, measured, base, {"test_loss": test})
+    torch.manual_seed(seed)
+    shape = EncoderConfig.from_params(run.params.model.encoder, rows.vocab_size)
+    _learn(run, config, EncoderForPretraining(shape), shape.max_seq_len, (rows, test), masked_lm_next_sentence)
 
 
-def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:
-    """Check that the rows fit the model, and tell the tracker their sizes."""
-    if rows.seq_len > max_seq_len:
-        raise InputError(f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model")
-    run.tracker.params({"parameters": count_parameters(model), "rows": len(rows), "seq_len": rows.seq_len})
+def _encoder_decoder(run: StageRun) -> None:
+    config, seed = run.params.pretrain.encoder_decoder, run.params.seed
+    tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
+    rows, test = (SpanRows(Chunks(_folder(run), split), tokenizer, config, seed) for split in ("train", "test"))
+    torch.manual_seed(seed)
+    shape = EncoderDecoderConfig.from_params(run.params.model.encoder_decoder, rows.vocab_size, tokenizer.pad_id)
+    _learn(run, config, EncoderDecoder(shape), shape.max_seq_len, (rows, test), sequence_to_sequence)
 
 
-def report(
-    run: StageRun,
-    config: TrainConfig,
-    model: nn.Module,
-    measured: Measured,
-    folder: Path,
-    more: Mapping[str, float | int | str | None],
+def _folder(run: StageRun) -> Path:
+    return run.paths.tokens(run.family) / "pretrain"
+
+
+def _learn(
+    run: StageRun, config: TrainConfig, model: M, max_seq_len: int, splits: tuple[Rows, Rows], objective: Objective[M]
 ) -> None:
-    """Write the stage's metrics, with `more` of its own that is not None, and its loss curve; then its checkpoints
-    have served."""
-    steps = len(measured.losses)
-    values: dict[str, float | int | str | None] = {
-        "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
-        "steps": measured.losses[-1][0],
-        "tokens": measured.tokens,
-        "targets": measured.targets,
-        "parameters": count_parameters(model),
-        "weights_sha256": weights_digest(folder),
-    }
-    values = {name: value for name, value in {**values, **more}.items() if value is not None}
-    write_json(run.paths.metrics / f"{run.name}.json", values)
-    with (run.paths.metrics / f"{run.name}_loss.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([("step", "loss"), *measured.losses])
-    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
-    run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
-    Checkpoints(run.state).clear()
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())
+    """Train on the first split, save, and measure on the second."""
+    rows, test = splits
+    describe(run, model, max_seq_len, rows)
+    measured = train(run, config, model, rows, objective)
+    base = run.paths.base(run.family)
+    save_model(model, base, run.paths.tokenizer(run.family))
+    test_loss = measure_loss(model, test, objective, config.micro_batch_size, TEST_ROWS)
+    report(run, config, model, measured, base, {"test_loss": test_loss})

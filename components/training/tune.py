@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from components.config import InputError
 from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.lora import add_lora, merge_lora
 from components.stage import StageRun
 from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
 from components.training.objectives import causal_lm
-from components.training.pretrain import TEST_ROWS, describe, report
+from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
 
 REFERENCE_CONVERSATIONS = "stdlib-conversations"
 REFERENCE_TOOLS = ("lookup", "bases", "module", "calculate", "search")
@@ -33,12 +32,7 @@ def tune(run: StageRun) -> None:
     refuse_bad_masks(rows, tuning=True)
     config, base = run.params.tune, run.paths.start_of("decoder")
     model = load_decoder(base)
-    padded = base != run.paths.base("decoder") and model.config.vocab_size > rows.vocab_size
-    if model.config.vocab_size != rows.vocab_size and not padded:
-        raise InputError(
-            f"{base}: vocab_size {model.config.vocab_size} differs from the {rows.vocab_size} of"
-            f' {rows.folder}; run "loopwright run --until pretrain"'
-        )
+    refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
     torch.manual_seed(run.params.seed)
     if config.lora_rank:
         add_lora(model, config.lora_rank, config.lora_alpha)

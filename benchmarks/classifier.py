@@ -1,0 +1,138 @@
+"""What the classifier is worth beside TF-IDF with logistic regression: `python -m benchmarks.classifier`.
+
+The stages of the pipeline, from the datasets to the assessment, in a folder of their own: on the reference project's
+areas of the library, and with `--banking77 DIR` on BANKING77 (its train and test CSV), whose test set is its own.
+Reported are both splits, the baseline on the same texts, and the seconds of each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.stage import ENVIRONMENT
+
+SOURCE = Path(__file__).parents[1]
+BANKING = "banking77"
+STAGES = ("train_tokenizer@encoder", "prepare@encoder", "pretrain@encoder", "finetune@classifier", "assess@classifier")
+VALIDATION_SHARE = 0.1
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+    @contextmanager
+    def child(self, name: str) -> Iterator[Silent]:
+        yield self
+
+
+def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | None) -> dict[str, Any]:
+    """Every stage on one dataset; the figures of the assessment, and the seconds of each stage."""
+    from components.config import Paths, load_params
+    from components.stage import StageRun, stage_function
+
+    paths = Paths(root)
+    # Other datasets of the reference project cost time and change nothing here.
+    given = {"classifier.dataset": dataset, "collect.conversations": 100, "collect.questions": 10, **overrides}
+    params = load_params(paths.params, given)
+    seconds = {}
+    for name in ("collect", *STAGES):
+        stage = StageRun(name, params, paths, root / "state" / name, Silent())
+        stage.state.mkdir(parents=True, exist_ok=True)
+        started = time.perf_counter()
+        if name != "collect" or banking is None:
+            stage_function(name)(stage)
+        else:
+            _add_banking(banking, paths.collected / BANKING, params.seed)
+        seconds[name] = round(time.perf_counter() - started, 1)
+    figures: dict[str, Any] = json.loads((paths.metrics / "assess@classifier.json").read_text(encoding="utf-8"))
+    trained = json.loads((paths.metrics / "finetune@classifier.json").read_text(encoding="utf-8"))
+    return {"suites": figures["suites"], "seconds": seconds, "trained": trained}
+
+
+def _add_banking(folder: Path, target: Path, seed: int) -> None:
+    """BANKING77 with the test set that everyone reports on."""
+    from components.data.datasets import DatasetWriter, Row
+    from components.data.strata import stratified
+
+    def rows(split: str) -> list[Row]:
+        with (folder / f"banking77_{split}.csv").open(encoding="utf-8", newline="") as file:
+            return [
+                {"id": f"{split}-{number}", "text": row["text"], "label": row["category"], "suite": None}
+                for number, row in enumerate(csv.DictReader(file))
+            ]
+
+    learned = rows("train")
+    # `stratified` splits in three; what it would test by is learned from too, for the test set is a file of its own.
+    place = stratified(lambda: learned, 0.0, VALIDATION_SHARE, seed)
+    with DatasetWriter(target, BANKING, "labelled_texts") as writer:
+        for row in learned:
+            writer.write("validation" if place(row) == "validation" else "train", row)
+        for row in rows("test"):
+            writer.write("test", row)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores",
+        "",
+        "| dataset | held out | texts | accuracy | macro-F1 | ECE | baseline accuracy | baseline macro-F1 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for dataset, result in results.items():
+        lines += [
+            f"| {dataset} | {suite} | {one['texts']} | {one['accuracy']:.3f} | {one['macro_f1']:.3f} "
+            f"| {one['ece']:.3f} | {one['baseline_accuracy']:.3f} | {one['baseline_macro_f1']:.3f} |"
+            for suite, one in result["suites"].items()
+        ]
+    lines += ["", "Seconds of each stage:", ""]
+    lines += [f"- {dataset}: {result['seconds']}" for dataset, result in results.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--banking77", type=Path, help="folder with banking77_train.csv and banking77_test.csv")
+    parser.add_argument("--only", choices=["stdlib-areas", BANKING])
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--folder", type=Path, help="keep the work here; otherwise it is removed")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
+        os.environ.setdefault(variable, value)
+    overrides = {key: json.loads(value) for key, _, value in (one.partition("=") for one in options.set)}
+    wanted: dict[str, Path | None] = {"stdlib-areas": None}
+    if options.banking77:
+        wanted[BANKING] = options.banking77
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for dataset, banking in wanted.items():
+            if options.only in (None, dataset):
+                root = (options.folder or Path(temporary)) / dataset
+                root.mkdir(parents=True, exist_ok=True)
+                for name in ("params.yaml", "dvc.yaml"):
+                    shutil.copy(SOURCE / name, root / name)
+                # The encoder reads the library's documents also where it classifies something else.
+                if banking is not None and not (root / "data/collected/stdlib-documents").exists():
+                    documents = (options.folder or Path(temporary)) / "stdlib-areas/data/collected/stdlib-documents"
+                    shutil.copytree(documents, root / "data/collected/stdlib-documents")
+                results[dataset] = run(dataset, root, overrides, banking)
+    print(json.dumps(results, indent=2) if options.json else table(results))
+
+
+if __name__ == "__main__":
+    main()

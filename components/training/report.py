@@ -1,0 +1,73 @@
+"""What a training stage says of itself: sizes before, metrics and the loss curve behind."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from components.config import Family, InputError, TrainConfig
+from components.data.batches import Rows
+from components.data.datasets import write_json
+from components.models.checkpoint import weights_digest
+from components.stage import StageRun
+from components.training.checkpoints import Checkpoints
+from components.training.loop import Measured
+
+TEST_ROWS = 128
+"""Held-out rows read for the test loss at the end."""
+
+
+def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:
+    """Check that the rows fit the model, and tell the tracker their sizes."""
+    if rows.seq_len > max_seq_len:
+        raise InputError(f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model")
+    run.tracker.params({"parameters": count_parameters(model), "rows": len(rows), "seq_len": rows.seq_len})
+
+
+def refuse_other_vocabulary(run: StageRun, family: Family, vocab_size: int, rows: Rows) -> None:
+    """Refuse rows of other tokens than the base's; an imported one may have more, for some are padded.
+
+    Raises: InputError.
+    """
+    base = run.paths.start_of(family)
+    padded = base != run.paths.base(family) and vocab_size > rows.vocab_size
+    if vocab_size != rows.vocab_size and not padded:
+        raise InputError(
+            f"{base}: vocab_size {vocab_size} differs from the {rows.vocab_size} of {rows.folder};"
+            f' run "loopwright run --until pretrain"'
+        )
+
+
+def report(
+    run: StageRun,
+    config: TrainConfig,
+    model: nn.Module,
+    measured: Measured,
+    folder: Path,
+    more: Mapping[str, float | int | str | None],
+) -> None:
+    """Write the stage's metrics, with `more` of its own that is not None, and its loss curve; then its checkpoints
+    have served."""
+    steps = len(measured.losses)
+    values: dict[str, float | int | str | None] = {
+        "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
+        "steps": measured.losses[-1][0],
+        "tokens": measured.tokens,
+        "targets": measured.targets,
+        "parameters": count_parameters(model),
+        "weights_sha256": weights_digest(folder),
+    }
+    values = {name: value for name, value in {**values, **more}.items() if value is not None}
+    write_json(run.paths.metrics / f"{run.name}.json", values)
+    with (run.paths.metrics / f"{run.name}_loss.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("step", "loss"), *measured.losses])
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
+    Checkpoints(run.state).clear()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
