@@ -282,7 +282,7 @@ class Reply:
                 self._tell(answer.content)  # the agent's own words, when the model ended on a call
         return Finished(
             content="".join(self.said),
-            steps=self.steps,
+            steps=list(self.steps),
             tool_calls=calls[:1] if self.ask.one_call else calls,
             finish_reason=reason,
             prompt_tokens=self.prompt_tokens,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.config import Params, Paths
 from components.stage import FAMILIES, ROOMS, read_stages, stage_function
@@ -165,3 +166,15 @@ def test_no_module_is_called_after_nothing() -> None:
 def test_sources_hold_no_unfinished_work() -> None:
     marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
     assert not [path for path in SOURCES if marks.search(path.read_text(encoding="utf-8"))]
+
+
+def test_every_value_that_a_stage_watches_in_scales_is_there() -> None:
+    """DVC refuses to run a stage that watches a key which does not exist."""
+    scales = yaml.safe_load((ROOT / "components/scales.yaml").read_text())
+    names = [scale for scale in scales if scale != "all"]
+    for stage in PIPELINE.values():
+        for entry in stage["params"]:
+            for dotted in entry["components/scales.yaml"] if isinstance(entry, dict) else ():
+                for scale in names:
+                    place, _, section = dotted.replace("${scale}", scale).partition(".")
+                    assert section in scales[place], f"{dotted}: {section} is not in {place}"
