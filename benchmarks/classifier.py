@@ -41,7 +41,8 @@ class Silent:
 
 def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | None) -> dict[str, Any]:
     """Every stage on one dataset; the figures of the assessment, and the seconds of each stage."""
-    from components.config import Paths, load_params
+    from components.config import load_params
+    from components.paths import Paths
     from components.stage import StageRun, stage_function
 
     paths = Paths(root)

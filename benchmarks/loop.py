@@ -23,13 +23,14 @@ import pyarrow.parquet as pq
 
 from components.agent.agent import Agent, Answer
 from components.agent.lockstep import answer_all
-from components.config import Paths, find_root, load_params
+from components.config import load_params
 from components.data.datasets import Row, read_rows
 from components.evaluation.judge import judge
 from components.feedback.curate import curate
 from components.feedback.items import SCHEMA
 from components.generation.decode import Sampling
 from components.models.checkpoint import load_decoder
+from components.paths import Paths, find_root
 from components.stage import StageRun
 from components.training.align import align
 

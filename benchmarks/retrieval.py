@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from components.config import Paths, find_root, load_params
+from components.config import load_params
+from components.paths import Paths, find_root
 from components.prediction.texts import TextEncoder
 from components.reference.held_out import hold_out
 from components.reference.knowledge import _RANK, _STOP_WORDS, MAX_QUERY_WORDS

@@ -48,8 +48,8 @@ def ours(optimizer: str) -> Peer:
     """The very loop of `pretrain`: objective, clipping, optimizer and precision as the stage has them."""
     import torch
 
-    from components.config import TrainConfig
     from components.models.decoder import Decoder, DecoderConfig
+    from components.settings import TrainConfig
     from components.training.loop import Training, compute_dtype
     from components.training.objectives import causal_lm
 

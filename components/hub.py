@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from components.agent.agent import Agent
-from components.config import Family, InputError
+from components.config import InputError
 from components.data.text_tokenizer import CLS, SEP, TextTokenizer
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
 from components.models.encoder_decoder import EncoderDecoder
 from components.registry import ModelVersion, Registry
+from components.settings import Family
 
 GOVERNED = ("agent", "classifier", "summarizer")
 """Models whose champion a gate chooses."""

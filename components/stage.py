@@ -25,8 +25,10 @@ from typing import Any, Protocol, get_args
 
 import yaml
 
-from components.config import Family, InputError, Params, Paths, Refused, find_root, load_params
+from components.config import InputError, Params, Refused, load_params
+from components.paths import Paths, find_root
 from components.process import end_on_signals, end_with_parent, only_one
+from components.settings import Family
 from components.tracking import open_tracker
 
 ROOMS: Mapping[str, str] = {

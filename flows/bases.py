@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.config import Family, FineTuneConfig, InputError, Paths, load_params
+from components.config import InputError, load_params
+from components.paths import Paths
 from components.registry import Registry, is_empty
+from components.settings import Family, FineTuneConfig
 from components.stage import LEARNERS, digest
 from flows.flow_run import Echo
 

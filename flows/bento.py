@@ -11,7 +11,7 @@ import time
 from contextlib import chdir
 from pathlib import Path
 
-from components.config import Paths
+from components.paths import Paths
 from components.process import ask_to_die_with_parent
 from components.registry import Registry
 from flows.candidates import Asking

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config import Paths, load_params
+from components.config import load_params
+from components.paths import Paths
 
 if TYPE_CHECKING:
     from components.evaluation.gate import Verdict

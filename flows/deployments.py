@@ -20,7 +20,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed
 from prefect.types.entrypoint import EntrypointType
 
-from components.config import InputError, Paths, Refused, find_root
+from components.config import InputError, Refused
+from components.paths import Paths, find_root
 from components.process import end_with_parent, holder
 from flows.pipeline import Order, run_pipeline
 from flows.server import home_tag

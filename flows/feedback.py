@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from components.config import InputError, Params, Paths, load_params
+from components.config import InputError, Params, load_params
 from components.data.datasets import Row
 from components.feedback.ingest import WITHDRAWN, Taken, withdrawals_are_written, write_withdrawals
 from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
+from components.paths import Paths
 from components.process import only_one
 from flows.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import version_data

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.config import InputError, Paths, Refused, load_params
+from components.config import InputError, Refused, load_params
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
 from components.feedback.store import Store
+from components.paths import Paths
 from components.process import only_one
 from components.registry import ModelVersion, Registry, is_empty
 from components.stage import remove

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from components.config import SCALES_FILE, Family, InputError, Paths, Refused, load_params
+from components.config import SCALES_FILE, InputError, Refused, load_params
+from components.paths import Paths
 from components.process import only_one
+from components.settings import Family
 from components.stage import PROGRESS, family_of, family_part, read_stages
 from flows.bases import bring_bases
 from flows.flow_run import FlowRun, run_flow

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from components.config import Paths, Refused, load_params
+from components.config import Refused, load_params
 from components.journal import PARENT_RUN
+from components.paths import Paths
 from components.registry import ModelVersion, Registry, is_empty
 from components.tracking import attach, attached
 from flows.bento import has_bento, package, smoke

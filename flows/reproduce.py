@@ -19,7 +19,7 @@ from typing import Literal
 
 import psutil
 
-from components.config import Paths
+from components.paths import Paths
 from components.process import RUN_PID, ask_to_die_with_parent
 from components.stage import FORCE
 from components.tracking import COURIER

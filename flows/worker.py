@@ -7,7 +7,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from components.config import Paths, find_root
+from components.paths import Paths, find_root
 from components.process import RUN_PID, end_with_parent
 from flows.server import Api, bury_the_dead, settings
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from components.config import InputError, Paths, find_root
+from components.config import InputError
+from components.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 

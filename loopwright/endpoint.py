@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from components.config import InputError, Paths, find_root
+from components.config import InputError
+from components.paths import Paths, find_root
 from loopwright.output import say
 
 ADDRESS = "http://127.0.0.1:3000"

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from components.config import InputError, Paths, find_root
+from components.config import InputError
+from components.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.config import find_root
+from components.paths import find_root
 from loopwright.output import Json, print_json, say
 from loopwright.run import Terminal, interrupt, told
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from components.config import InputError, Paths, Refused, find_root, load_params
+from components.config import InputError, Refused, load_params
+from components.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.config import Paths, find_root, load_params
+from components.config import load_params
+from components.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 

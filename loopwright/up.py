@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.config import InputError, Paths, find_root
+from components.config import InputError
+from components.paths import Paths, find_root
 from loopwright.output import Json, print_json, say
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ import torch
 
 from components.agent.agent import Agent
 from components.agent.tools import Tool
-from components.config import ServeConfig
 from components.generation.decode import Sampling, generate
 from components.generation.packed import pack, round_checked
 from components.generation.slots import Slots
+from components.loop_settings import ServeConfig
 from components.models.checkpoint import load_decoder, read_config
 from components.models.decoder import Decoder
 from serving.reply import Ask, Called, Event, Failed, Finished, Late, Notify, Reply, Started, Stepped, Text, Ticket

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from components.config import Paths, load_params
+from components.config import load_params
+from components.paths import Paths
 from serving.api import new_api
 from serving.edge import Edge
 from serving.server import listen

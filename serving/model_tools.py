@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from components.agent.tools import Tool
-from components.config import ModelTool
+from components.loop_settings import ModelTool
 from components.prediction.texts import TextReader
 from components.prediction.writing import TextWriter
 from components.registry import ModelVersion, Registry

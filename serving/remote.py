@@ -19,7 +19,8 @@ import httpx
 
 from components.agent.agent import GAVE_UP, MAX_RESULT_CHARACTERS, Agent, ContextTooLong
 from components.agent.tools import call
-from components.config import InputError, ServeConfig
+from components.config import InputError
+from components.loop_settings import ServeConfig
 from serving.engine import Called, Engine, Failed, Finished, Late, Started, Stepped, Text, Ticket
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"

@@ -13,7 +13,8 @@ from typing import Any
 import bentoml
 from pydantic import BaseModel, Field
 
-from components.config import Paths, load_params
+from components.config import load_params
+from components.paths import Paths
 from serving.api import new_api
 from serving.batching import CLOSED, MAX_BATCH_SIZE, MAX_LATENCY_MS, Batching, embed_all, label_all
 from serving.drain import drain_on_signals

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from components.agent.mcp_servers import McpServers
-from components.config import InputError, ServeConfig
+from components.config import InputError
 from components.feedback.lineage import FactsOf, registry_facts
 from components.feedback.store import Store
+from components.loop_settings import ServeConfig
 from components.registry import Registry
 from components.tasks import Task, task_of
 from components.traces import Traces

@@ -9,7 +9,7 @@ from collections import deque
 from pathlib import Path
 
 from components.agent.agent import ContextTooLong
-from components.config import ServeConfig
+from components.loop_settings import ServeConfig
 from components.prediction.writing import TextWriter
 from serving.engine import Ask, Failed, Finished, Full, Late, Notify, Retired, Started, Text, Ticket
 from serving.errors import ApiError

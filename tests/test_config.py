@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config import InputError, find_root, load_params
+from components.config import InputError, load_params
+from components.paths import find_root
 
 ROOT = Path(__file__).parent.parent
 PARAMS = ROOT / "params.yaml"

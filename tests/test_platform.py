@@ -16,8 +16,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.config import Paths, Refused, load_params
+from components.config import Refused, load_params
 from components.evaluation.judge import Model, judge_folders
+from components.paths import Paths
 from components.registry import Registry
 from components.stage import FAMILIES
 from components.tracking import mlflow_name

@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from components import stage
-from components.config import InputError, Paths, Refused, load_params
+from components.config import InputError, Refused, load_params
 from components.journal import Journal
+from components.paths import Paths
 from components.process import RUN_PID, holder, only_one
 from components.stage import StageRun, digest, flat, run_stage, stage_inputs
 from components.tracking import COURIER

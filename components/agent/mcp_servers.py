@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 
 from components.agent.tools import Tool
-from components.config import InputError, McpServer
+from components.config import InputError
+from components.loop_settings import McpServer
 
 if TYPE_CHECKING:
     from mcp import Client

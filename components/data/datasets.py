@@ -21,7 +21,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config import Family, InputError
+from components.config import InputError
+from components.settings import Family
 
 Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "text_pairs", "images"]
 Split = Literal["train", "validation", "test"]

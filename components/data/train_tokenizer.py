@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from components.config import Family, InputError, TokenizerConfig
+from components.config import InputError
+from components.settings import Family, TokenizerConfig
 from components.data import text_tokenizer
 from components.data import tokenizer as bpe
 from components.data.datasets import Row, in_test_split, read_info, read_rows, write_json

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import torch
 
 from components.agent.agent import Agent
-from components.config import EvaluateConfig, Params
+from components.config import Params
 from components.data.datasets import Row, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
 from components.evaluation.questions import COLUMNS, answer_questions, read_questions
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.settings import EvaluateConfig
 from components.stage import StageRun
 
 Figures = dict[str, Any]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from components.agent.agent import Agent
-from components.config import EvaluateConfig
 from components.data.datasets import Row, read_rows
 from components.evaluation.questions import Question, answer_questions
 from components.models.decoder import Decoder
+from components.settings import EvaluateConfig
 
 READ = 4_000
 """Training conversations that examples are taken from."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from components.agent.agent import Agent, Answer
 from components.agent.lockstep import answer_all
-from components.config import EvaluateConfig
 from components.data.datasets import Row, read_rows
 from components.generation.decode import Sampling
 from components.models.decoder import Decoder
+from components.settings import EvaluateConfig
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
 FREE_TEXT_SAMPLES = 64

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config import InputError, TrainConfig
+from components.config import InputError
 from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.settings import TrainConfig
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints, Saved
 from components.training.objectives import M, Objective

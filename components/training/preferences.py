@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.config import AlignConfig
 from components.data.batches import IGNORED, Batch
 from components.data.preferences import PreferenceRows, Role, trimmed
+from components.loop_settings import AlignConfig
 from components.models.decoder import Decoder
 from components.training.objectives import Loss, Objective, linear_cross_entropy
 

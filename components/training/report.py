@@ -8,10 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
-from components.config import Family, InputError, TrainConfig
+from components.config import InputError
 from components.data.batches import Rows
 from components.data.datasets import write_json
 from components.models.checkpoint import weights_digest
+from components.settings import Family, TrainConfig
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints
 from components.training.loop import Measured

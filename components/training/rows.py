@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.config import EncoderDecoderPretrainConfig, EncoderPretrainConfig
 from components.data.batches import IGNORED, Batch, Indices
 from components.data.ragged import Chunks, LabelledRows, SentencePairs, seq2seq, tensors
 from components.data.text_tokenizer import CLS, MASK, SEP, TextTokenizer
+from components.settings import EncoderDecoderPretrainConfig, EncoderPretrainConfig
 from components.training.corruption import corrupt_spans, mask_tokens
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from components.config import InputError, Paths, load_params
+from components.config import InputError, load_params
+from components.paths import Paths
 from components.data.collect import AREAS, CONVERSATIONS, DOCUMENTS, REFERENCE, SUMMARIES, collect
 from components.data.datasets import DatasetWriter, Kind, read_info, read_rows
 from components.reference.knowledge import Knowledge

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.config import InputError, Paths, load_params
+from components.config import InputError, load_params
+from components.paths import Paths
 from components.data import tokenizer as bpe
 from components.data.copying import FIRST_ID, copying_rows, with_noise
 from components.data.datasets import DatasetWriter, Row

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from components.config import InputError, Paths, load_params
+from components.config import InputError, load_params
+from components.paths import Paths
 from components.data import text_tokenizer
 from components.data.batches import IGNORED
 from components.data.datasets import DatasetWriter

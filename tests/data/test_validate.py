@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from components.config import InputError, Paths, Refused, load_params
+from components.config import InputError, Refused, load_params
+from components.paths import Paths
 from components.data import datasets
 from components.data import validate as gate
 from components.data.datasets import DatasetWriter, Kind, Row, row_id

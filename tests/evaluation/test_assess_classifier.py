@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import metrics
 
-from components.config import InputError, Params, Paths, load_params
+from components.config import InputError, Params, load_params
 from components.evaluation.assess import assess
 from components.evaluation.assess_classifier import (
     Asked,
@@ -26,6 +26,7 @@ from components.evaluation.assess_classifier import (
 )
 from components.evaluation.calibration import expected_calibration_error, reliability
 from components.evaluation.judge_classifier import judge_classifier, judge_guesses
+from components.paths import Paths
 from components.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from components.agent.agent import Agent
-from components.config import Paths
 from components.evaluation import few_shot as module
 from components.evaluation.few_shot import few_shot
 from components.evaluation.questions import Question, answer_questions, read_questions
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.paths import Paths
 from tests.feedback.project import new_run, write_project
 
 

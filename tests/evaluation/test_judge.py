@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from components.config import Paths
 from components.data.datasets import Row
 from components.evaluation.evaluate import held_out_digest
 from components.evaluation.judge import Scores, _skill, _slices, judge
 from components.evaluation.questions import COLUMNS
 from components.feedback.curate import curate
 from components.feedback.items import NO_CALL
+from components.paths import Paths
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 
 KEPT = ("answers.parquet", "answers.json")

@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from components.config import ModelConfig, Paths, load_params
+from components.config import load_params
 from components.data import tokenizer as bpe
 from components.data.datasets import DatasetWriter, Row
 from components.data.tokenizer import ChatTokenizer
 from components.feedback.items import SCHEMA
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
+from components.paths import Paths
+from components.settings import ModelConfig
 from components.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]

@@ -12,13 +12,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from components.config import FeedbackConfig, InputError, Refused
+from components.config import InputError, Refused
 from components.data.datasets import Row
 from components.data.validate import Validator
 from components.feedback.ingest import Taken, ingest, withdrawals_are_written, write_withdrawals
 from components.feedback.items import read_items
 from components.feedback.store import Answered, Store
 from components.feedback.votes import content_digest, item_of, traits
+from components.loop_settings import FeedbackConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIG = FeedbackConfig(max_items=100, max_per_voice=50, improve_after=5, keep_days=None)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config import InputError, Paths
+from components.config import InputError
 from components.hub import bring_in, look_at
+from components.paths import Paths
 from components.registry import Registry
 from flows.bases import bring_bases
 from tests.test_hub import SOURCE, decoder, encoder

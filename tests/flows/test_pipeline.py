@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from components.config import InputError, Paths
+from components.config import InputError
+from components.paths import Paths
 from flows.pipeline import configure, look, version_data
 from flows.reproduce import StageFailed, reproduce
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from components.config import Paths, Refused
+from components.config import Refused
+from components.paths import Paths
 from components.registry import ModelVersion, Registry
 from flows.release import Ruling, conclude, current_release, gate, look_at_releases
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mcp import Client, StdioServerParameters
 
-from components.config import Paths
 from components.feedback.store import Store
+from components.paths import Paths
 from serving.local import local_endpoint
 
 pytestmark = pytest.mark.platform

@@ -13,7 +13,8 @@ import pytest
 import uvicorn
 
 from components.agent.tools import Tool
-from components.config import InputError, ServeConfig, load_params
+from components.config import InputError, load_params
+from components.loop_settings import ServeConfig
 from serving.api import Serving, new_api
 from serving.edge import Edge
 from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config import Paths, load_params
+from components.config import load_params
+from components.paths import Paths
 from components.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]

@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from components.agent.agent import Agent
-from components.config import InputError, Paths
+from components.config import InputError
 from components.data.batches import TokenRows
 from components.data.datasets import DatasetWriter
 from components.data.preferences import AlignRows, PreferenceRows, Role
 from components.feedback.curate import curate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.paths import Paths
 from components.stage import digest
 from components.training.align import align
 from components.training.loop import train

@@ -20,7 +20,7 @@ from transformers import (
     BertForPreTraining,
 )
 
-from components.config import InputError, Paths, load_params
+from components.config import InputError, load_params
 from components.data.batches import IGNORED
 from components.data.datasets import DatasetWriter
 from components.data.prepare import prepare
@@ -29,6 +29,7 @@ from components.data.text_tokenizer import TextTokenizer
 from components.data.train_tokenizer import train_tokenizer
 from components.models.checkpoint import load_model, save_model
 from components.models.encoder import Classifier, EncoderForPretraining
+from components.paths import Paths
 from components.stage import StageRun
 from components.training.finetune import finetune
 from components.training.pretrain import pretrain

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.agent.agent import Agent
 from components.agent.pyfunc import Predictor
-from components.config import Paths, load_params
+from components.config import load_params
 from components.data import tokenizer as bpe
 from components.data.datasets import DatasetWriter
 from components.data.prepare import prepare
 from components.data.tokenizer import ChatTokenizer
 from components.hub import bring_in, look_at
 from components.models.checkpoint import load_decoder
+from components.paths import Paths
 from components.registry import Registry
 from components.stage import StageRun
 from components.training.tune import tune

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from components.config import AlignConfig, load_params
+from components.config import load_params
 from components.data.batches import IGNORED, Batch
 from components.data.preferences import Role
+from components.loop_settings import AlignConfig
 from components.models.decoder import Decoder, DecoderConfig
 from components.training.objectives import causal_lm
 from components.training.preferences import align_objective, dpo_losses, kto_losses, preference_loss, row_log_probs

@@ -21,8 +21,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from components.config import InputError, Paths
+from components.config import InputError
 from components.models.checkpoint import load_decoder, save_decoder
+from components.paths import Paths
 from components.stage import StageRun
 from components.training.pretrain import pretrain
 from components.training.tune import tune
