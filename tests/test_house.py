@@ -170,12 +170,18 @@ def test_sources_hold_no_unfinished_work() -> None:
     assert not [path for path in SOURCES if marks.search(path.read_text(encoding="utf-8"))]
 
 
-def test_every_value_that_a_stage_watches_in_scales_is_there() -> None:
+def test_every_value_that_a_stage_watches_is_there() -> None:
     """DVC refuses to run a stage that watches a key which does not exist."""
     scales = yaml.safe_load((ROOT / "components/scales.yaml").read_text())
     names = [scale for scale in scales if scale != "all"]
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
     for stage in PIPELINE.values():
         for entry in stage["params"]:
+            if isinstance(entry, str):
+                found = given
+                for part in entry.split("."):
+                    assert part in found, f"{entry}: {part} is not in params.yaml"
+                    found = found[part]
             for dotted in entry["components/scales.yaml"] if isinstance(entry, dict) else ():
                 for scale in names:
                     place, _, section = dotted.replace("${scale}", scale).partition(".")
