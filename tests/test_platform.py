@@ -39,8 +39,9 @@ STAGES = [
     "validate",
     *(f"{name}@{family}" for name in ("train_tokenizer", "prepare", "pretrain") for family in FAMILIES),
     "tune",
-    *(f"{name}@{model}" for name in ("finetune", "assess") for model in ("classifier", "summarizer")),
+    *(f"finetune@{model}" for model in ("classifier", "summarizer")),
     "evaluate",
+    *(f"assess@{model}" for model in ("classifier", "summarizer")),
 ]
 
 
