@@ -19,7 +19,7 @@ from components.services import running
 from flows.server import free_port
 from tests.conftest import Project, Released
 
-pytestmark = [pytest.mark.platform, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
 SECONDS_TO_START = 120.0
 """Twice what is promised on a free machine."""

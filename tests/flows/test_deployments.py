@@ -29,7 +29,7 @@ from flows.server import free_port, home_tag, living, send_logs
 from flows.services import platform as services
 from tests.conftest import Project, Released
 
-pytestmark = [pytest.mark.platform, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 ENOUGH_ITEMS = 3

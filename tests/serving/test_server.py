@@ -247,7 +247,7 @@ def test_taken_port_is_one_line(url: str, project: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (("--host", "0.0.0.0"), "--host: 0.0.0.0 is open to others; set LOOPWRIGHT_API_KEYS"),
+        (("--host", "0.0.0.0"), '--host: 0.0.0.0 is open to others; run "loopwright keys create NAME"'),
         (("--host", "127.0.0.1", "--bento", "agent:nope", "--port", "0"), "--bento: 'agent:nope' is not a built Bento"),
         (("--model", "nobody@champion", "--port", "0"), "nobody: no such model in the registry"),
     ],
