@@ -49,8 +49,9 @@ def ours(optimizer: str) -> Peer:
     import torch
 
     from components.models.decoder import Decoder, DecoderConfig
+    from components.models.devices import compute_dtype
     from components.settings import TrainConfig
-    from components.training.loop import Training, compute_dtype
+    from components.training.loop import Training
     from components.training.objectives import causal_lm
 
     shape = DecoderConfig(
@@ -297,7 +298,7 @@ def main() -> None:
     options = parser.parse_args()
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
-    from components.training.loop import settle_cpu
+    from components.models.devices import settle_cpu
 
     settle_cpu()
     figures = run(options.rounds, options.nanogpt)

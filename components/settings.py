@@ -268,6 +268,11 @@ class PretrainConfig(TrainConfig):
 class ClassifierConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder into a classifier."""
 
+    fresh: bool
+    """Draw the encoder's weights anew instead of taking the pretrained ones; not where `base` names a model or
+    LoRA trains beside it."""
+    min_epochs: float = Field(ge=0)
+    """Passes over the texts that training makes at least, whatever `max_steps` says: more texts, more steps."""
     validation_steps: int = Field(ge=1)
     """Steps between two looks at the validation texts."""
     patience: int = Field(ge=1)

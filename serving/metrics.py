@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -11,6 +12,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_Over = Literal["livesum", "livemostrecent"]
 
 
 class Metrics:
@@ -18,97 +20,65 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("loopwright_requests", "HTTP requests.", ["route", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            "loopwright_request_seconds",
-            "Wall time of a request, streams to their last byte.",
-            ["route"],
-            buckets=SECONDS,
-            registry=self.registry,
+        count, time, size, gauge = self._counter, self._seconds, self._sizes, self._gauge
+        self.requests = count("requests", "HTTP requests.", "route", "status")
+        self.seconds = time("request", "Wall time of a request, streams to their last byte.", SECONDS, "route")
+        self.first_text_seconds = time(
+            "first_text", "Wall time from a chat request to the first text of its answer.", SECONDS
         )
-        self.first_text_seconds = Histogram(
-            "loopwright_first_text_seconds",
-            "Wall time from a chat request to the first text of its answer.",
-            buckets=SECONDS,
-            registry=self.registry,
-        )
-        self.inter_token_seconds = Histogram(
-            "loopwright_inter_token_seconds",
+        self.inter_token_seconds = time(
+            "inter_token",
             "Wall time between two pieces of text of an answer; a piece is nearly always a token.",
-            buckets=TOKEN_SECONDS,
-            registry=self.registry,
+            TOKEN_SECONDS,
         )
-        self.queue_seconds = Histogram(
-            "loopwright_queue_seconds",
-            "Wall time from a chat request to the slot in which it is answered.",
-            buckets=SECONDS,
-            registry=self.registry,
+        self.queue_seconds = time(
+            "queue", "Wall time from a chat request to the slot in which it is answered.", SECONDS
         )
-        self.tool_calls = Counter(
-            "loopwright_tool_calls",
+        self.tool_calls = count(
+            "tool_calls",
             "Tools that models called: the agent's own by name, other for what is none, client for the client's.",
-            ["tool"],
-            registry=self.registry,
+            "tool",
         )
-        self.tokens = Counter("loopwright_tokens", "Tokens read and written.", ["kind"], registry=self.registry)
-        self.answers = Counter("loopwright_answers", "Finished answers.", ["finish_reason"], registry=self.registry)
-        self.feedback = Counter("loopwright_feedback", "Votes taken in.", ["rating"], registry=self.registry)
-        self.texts = Counter("loopwright_texts", "Texts read.", ["route"], registry=self.registry)
-        self.truncated = Counter(
-            "loopwright_truncated_texts",
+        self.tokens = count("tokens", "Tokens read and written.", "kind")
+        self.answers = count("answers", "Finished answers.", "finish_reason")
+        self.feedback = count("feedback", "Votes taken in.", "rating")
+        self.texts = count("texts", "Texts read.", "route")
+        self.truncated = count(
+            "truncated_texts",
             "Texts of which only the beginning was read: they are longer than the model reads.",
-            ["route"],
-            registry=self.registry,
+            "route",
         )
-        self.chat_batch = Histogram(
-            "loopwright_chat_batch_size",
-            "Chat requests that wrote a token in one step of the model.",
-            buckets=BATCHES,
-            registry=self.registry,
-        )
-        self.classify_batch = Histogram(
-            "loopwright_classify_batch_size",
-            "Texts that were classified in one go.",
-            buckets=BATCHES,
-            registry=self.registry,
-        )
-        self.embed_batch = Histogram(
-            "loopwright_embed_batch_size",
-            "Texts that were embedded in one go.",
-            buckets=BATCHES,
-            registry=self.registry,
-        )
-        self.role_answers = Counter(
-            "loopwright_role_answers", "Finished answers, by what the model was.", ["role"], registry=self.registry
-        )
-        self._role_feedback = Counter(
-            "loopwright_role_feedback",
+        self.chat_batch = size("chat", "Chat requests that wrote a token in one step of the model.")
+        self.classify_batch = size("classify", "Texts that were classified in one go.")
+        self.embed_batch = size("embed", "Texts that were embedded in one go.")
+        self.role_answers = count("role_answers", "Finished answers, by what the model was.", "role")
+        self._role_feedback = count(
+            "role_feedback",
             "Votes taken in, by what the model they are about is: champion, challenger or former.",
-            ["role", "rating"],
-            registry=self.registry,
+            "role",
+            "rating",
         )
-        self._queue = Gauge(
-            "loopwright_queue",
-            "Chat requests that wait for a slot or run in one.",
-            ["state"],
-            multiprocess_mode="livesum",
-            registry=self.registry,
-        )
-        self._model = Gauge(
-            "loopwright_model_version",
-            "Version of the model that answers.",
-            ["name"],
-            multiprocess_mode="livemostrecent",
-            registry=self.registry,
+        self._queue = gauge("queue", "Chat requests that wait for a slot or run in one.", "livesum", "state")
+        self._model = gauge("model_version", "Version of the model that answers.", "livemostrecent", "name")
+        self._challenger = gauge(
+            "challenger_version",
+            "Version of the model that has a share of the requests; 0: none has.",
+            "livemostrecent",
+            "name",
         )
 
-        self._challenger = Gauge(
-            "loopwright_challenger_version",
-            "Version of the model that has a share of the requests; 0: none has.",
-            ["name"],
-            multiprocess_mode="livemostrecent",
-            registry=self.registry,
-        )
+    def _counter(self, name: str, says: str, *labels: str) -> Counter:
+        return Counter(f"loopwright_{name}", says, labels, registry=self.registry)
+
+    def _seconds(self, name: str, says: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"loopwright_{name}_seconds", says, labels, buckets=buckets, registry=self.registry)
+
+    def _sizes(self, name: str, says: str) -> Histogram:
+        return Histogram(f"loopwright_{name}_batch_size", says, buckets=BATCHES, registry=self.registry)
+
+    def _gauge(self, name: str, says: str, over: _Over, label: str) -> Gauge:
+        """`over`: what several worker processes' values come to."""
+        return Gauge(f"loopwright_{name}", says, [label], multiprocess_mode=over, registry=self.registry)
 
     def vote(self, rating: str, role: str) -> None:
         self.feedback.labels(rating).inc()

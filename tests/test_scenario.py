@@ -154,23 +154,26 @@ def test_corrections_become_the_answers_of_the_next_model(
     counted = [row["candidate"] for row in done(loop("feedback", "stats"))["improvements"]]
     assert counted.count(improved["champion"]) == 1
     await_model(endpoint, improved["champion"])
-    after = ask(endpoint, "Please greet visitor number 1000.")
-    assert after["model"] == improved["champion"]
-    assert after["choices"][0]["message"]["content"] == WANTED, "a prompt that nobody corrected"
+    answers = [ask(endpoint, f"Please greet visitor number {number}.") for number in range(40, 60)]
+    assert {one["model"] for one in answers} == {improved["champion"]}
+    learned = [one for one in answers if one["choices"][0]["message"]["content"] == WANTED]
+    # What the gate asks of a candidate, here of prompts that nobody corrected.
+    assert len(learned) >= 12, [one["choices"][0]["message"]["content"] for one in answers]
 
     # From the answer back to what people said, by command and over HTTP; the answer of before knows nothing of it.
-    traced = done(loop("trace", after["id"]))
-    assert traced == endpoint.get(f"/v1/lineage/{after['id']}").json()
+    after = learned[0]["id"]
+    traced = done(loop("trace", after))
+    assert traced == endpoint.get(f"/v1/lineage/{after}").json()
     newest, *older = traced["version"]["taught_by"]
     assert newest["version"] == improved["champion"]
-    learned = set(newest["feedback"]) & set(items)
-    assert len(learned) == 30, "a quarter of the prompts was kept to judge by"
+    lessons = set(newest["feedback"]) & set(items)
+    assert len(lessons) == 30, "a quarter of the prompts was kept to judge by"
     assert [one["feedback"] for one in older] == [[]]
     assert traced["version"]["tags"]["parent"] == before["model"]
     assert not done(loop("trace", before["id"]))["version"]["taught_by"][0]["feedback"]
 
     # And forward: a withdrawn item names the model that learned it.
-    revoked = done(loop("feedback", "revoke", next(iter(learned)), "--reason", "poisoned"))
+    revoked = done(loop("feedback", "revoke", next(iter(lessons)), "--reason", "poisoned"))
     assert improved["champion"] in json.dumps(revoked)
     assert done(loop("registry", "rollback", "agent"))["champion"] == before["model"]
     await_model(endpoint, before["model"])

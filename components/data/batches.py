@@ -31,6 +31,9 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def lengths(self, indices: Indices) -> Indices:
+        """Tokens of each of these rows: micro-batches hold rows about as long as each other."""
+
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """The rows of these numbers as drawn in a step: what is random about one is a function of seed, step and row."""
 
@@ -72,6 +75,10 @@ class TokenRows:
 
     def __len__(self) -> int:
         return self.count
+
+    def lengths(self, indices: Indices) -> Indices:
+        """All the same."""
+        return np.full(len(indices), self.seq_len)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, segment_ids and position_ids, each (B, T) int64.

@@ -167,6 +167,10 @@ class AlignRows:
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self._packed) + len(self._units)
 
+    def lengths(self, indices: Indices) -> Indices:
+        """All the same: units of all kinds come in the order in which they are drawn."""
+        return np.full(len(indices), self.seq_len)
+
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """The units of these numbers, a pair's rows one after the other, no wider than the longest row needs."""
         parts: list[Batch] = []

@@ -64,6 +64,9 @@ class RaggedWriter:
 class RaggedRows:
     """One split of a folder that `RaggedWriter` wrote; rows are read from disk when asked for."""
 
+    measured = "ids"
+    """The field by which rows count as long or short."""
+
     def __init__(self, folder: Path, split: str) -> None:
         try:
             self.info: dict[str, Any] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
@@ -96,9 +99,12 @@ class RaggedRows:
         """A per-row field of all rows (N,)."""
         return np.asarray(self._arrays[name]).astype(np.int64) if self.count else np.zeros(0, np.int64)
 
-    def lengths(self, name: str = "ids") -> Numbers:
-        """How many tokens each row has (N,): what to sort by where batches shall pad little."""
-        return np.diff(self._ends[name]) if self.count else np.zeros(0, np.int64)
+    def lengths(self, indices: Indices | None = None) -> Numbers:
+        """How many tokens each row has, or each of these: what to sort by where batches shall pad little."""
+        if not self.count:
+            return np.zeros(0, np.int64)
+        ends = self._ends[self.measured]
+        return np.diff(ends) if indices is None else ends[indices + 1] - ends[indices]
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         path = self.folder / f"{self.split}.{name}.bin"
@@ -189,6 +195,8 @@ class LabelledRows(RaggedRows):
 
 class TextPairRows(RaggedRows):
     """Sources with what is to be written of them."""
+
+    measured = "source"
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids and attention_mask (B, S); decoder_input_ids, decoder_attention_mask and labels (B, T).

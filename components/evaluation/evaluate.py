@@ -25,6 +25,7 @@ from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interva
 from components.evaluation.questions import COLUMNS, answer_questions, read_questions
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.models.devices import best_device
 from components.settings import EvaluateConfig
 from components.stage import StageRun
 
@@ -67,7 +68,7 @@ def measure(
     """
     config = params.evaluate
     torch.manual_seed(params.seed)
-    model = load_decoder(folder, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_decoder(folder, device=best_device())
     agent = Agent.load(folder, model.config.max_seq_len)
     documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
     questions = [
@@ -89,7 +90,7 @@ def measure(
 def _measure_shots(run: StageRun) -> dict[str, Figures]:
     """How examples in the prompt change what the agent gets right."""
     config, folders = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
-    model = load_decoder(run.paths.agent, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_decoder(run.paths.agent, device=best_device())
     agent = Agent.load(run.paths.agent, model.config.max_seq_len)
     questions = [question for folder in folders for question in read_questions(folder, config.shot_questions)]
     return few_shot(model, agent, folders, questions, config, run.params.seed, run.progress)

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components.config import InputError
 from components.data.tokenizer import ChatTokenizer
 from components.evaluation.metrics import Encoded, score_pieces
 from components.generation.decode import Sampling, generate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.models.devices import best_device
 
 NEW_TOKENS = 256
 """Tokens of an answer at most, where a task does not say."""
@@ -31,7 +30,7 @@ class Answerer:
 
     def __init__(self, folder: Path, batch_size: int) -> None:
         """Raises: InputError when the folder is no readable decoder."""
-        self.model: Decoder = load_decoder(folder, device="cuda" if torch.cuda.is_available() else None).eval()
+        self.model: Decoder = load_decoder(folder, device=best_device()).eval()
         self.tokenizer = ChatTokenizer.load(folder)
         self.batch_size, self.context_len = batch_size, self.model.config.max_seq_len
         self._chats: dict[str, list[int]] = {}

@@ -36,6 +36,7 @@ from components.evaluation.questions import answer_questions, read_questions
 from components.feedback.items import NO_CALL
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
+from components.models.devices import best_device
 from components.stage import StageRun
 
 MODE = "gate.json"
@@ -164,7 +165,7 @@ def _scores(
 ) -> tuple[Scores, list[Row]]:
     """The scores, and the answers to the suites that they came from."""
     torch.manual_seed(params.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     model = load_decoder(asked.folder, device=device)
     agent = Agent.load(asked.folder, model.config.max_seq_len)
     most = _most(params)

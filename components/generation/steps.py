@@ -9,6 +9,7 @@ Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from components.models.positions import Rotary, rotate, rotate_into
 Ints = NDArray[np.int64]
 SCRATCH = 2**22
 """Products of queries and keys made at a time; their memory is kept, as taking it anew costs more than filling it."""
+CAPTURED = 64
+"""Positions seen in the smallest CUDA graph; each further graph sees twice as many."""
 
 
 class Step:
@@ -41,6 +44,7 @@ class Step:
         self._gains = [self._gain(block) for block in self._blocks]
         self._scratch = torch.empty(0, dtype=whole.dtype)
         self._lowest = torch.finfo(whole.dtype).min
+        self._run = Captured(self.walk) if whole.is_cuda else self.walk
 
     def _gain(self, block: Block) -> Tensor:
         """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
@@ -54,12 +58,14 @@ class Step:
     @torch.inference_mode()
     def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int) -> Tensor:
         """The normed stream (B, E) behind tokens (B) at positions (B), whose keys and values go to `places` (B)."""
+        if isinstance(self._run, Captured):
+            seen = min(captured(seen), self._whole.shape[4])
         where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
         at = torch.from_numpy(positions).to(self._device)
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
         mask.masked_fill_(hidden, self._lowest)
-        return self.walk(torch.from_numpy(tokens).to(self._device), at, where, mask)
+        return self._run(torch.from_numpy(tokens).to(self._device), at, where, mask)
 
     def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
         """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (B, S)."""
@@ -111,6 +117,50 @@ class Step:
         products = self._scratch[: math.prod(shape)].view(shape)
         weights = torch.mul(keys, queries, out=products).sum(-1).add_(mask).softmax(-1)
         return torch.mul(values, weights.unsqueeze(-1), out=products).sum(-2).flatten(1)
+
+
+class Captured:
+    """A function of tensors as CUDA graphs, recorded for each shape of its last argument and replayed from then on.
+
+    Launching the kernels of a small model one by one takes longer than they run. What is returned is overwritten by
+    the next call.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self._function = function
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        shape = tuple(given[-1].shape)
+        if shape not in self._graphs:
+            self._graphs[shape] = self._record(given)
+        graph, read, written = self._graphs[shape]
+        for place, tensor in zip(read, given, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return written
+
+    def _record(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+        read = tuple(tensor.clone() for tensor in given)
+        # Libraries choose kernels and take memory in their first calls, which no graph may hold. Writing the same keys
+        # and values several times changes nothing.
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self._function(*read)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may load or warm another model meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            written = self._function(*read)
+        return graph, read, written
+
+
+def captured(seen: int) -> int:
+    """Positions that the smallest graph for `seen` sees."""
+    return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 
 def _norm(x: Tensor, gain: Tensor, model: Decoder) -> Tensor:

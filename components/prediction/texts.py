@@ -16,6 +16,7 @@ from torch import Tensor
 
 from components.config import InputError
 from components.models.checkpoint import load_model
+from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder
 
 TOKENS_A_PASS = 16_384
@@ -58,7 +59,7 @@ class TextEncoder:
     @classmethod
     def load(cls, folder: Path) -> TextEncoder:
         """Raises: InputError when the folder holds no encoder with its tokenizer."""
-        model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
+        model = load_model(folder, device=best_device())
         if not isinstance(model, Encoder):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} is no encoder; give an encoder's folder")
         return cls(model, load_tokenizer(folder))
@@ -104,7 +105,7 @@ class TextReader(TextEncoder):
     @classmethod
     def load(cls, folder: Path) -> TextReader:
         """Raises: InputError when the folder holds no classifier with its tokenizer."""
-        model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
+        model = load_model(folder, device=best_device())
         if not isinstance(model, Classifier):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} has no labels; give a classifier's folder")
         return cls(model, load_tokenizer(folder))

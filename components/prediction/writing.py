@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
 from components.config import InputError
 from components.generation.transduce import Search, transduce
 from components.models.checkpoint import load_model
+from components.models.devices import best_device
 from components.models.encoder_decoder import EncoderDecoder
 from components.prediction.texts import load_tokenizer
 
@@ -48,7 +48,7 @@ class TextWriter:
     @classmethod
     def load(cls, folder: Path) -> TextWriter:
         """Raises: InputError when the folder holds no encoder-decoder with its tokenizer."""
-        model = load_model(folder, device="cuda" if torch.cuda.is_available() else None)
+        model = load_model(folder, device=best_device())
         if not isinstance(model, EncoderDecoder):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} writes no target; give an encoder-decoder's")
         return cls(model, load_tokenizer(folder))

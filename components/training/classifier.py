@@ -6,6 +6,7 @@ with pretraining on the texts themselves, Guo et al. 2017 (arXiv 1706.04599) for
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ from components.data.labels import class_weights, macro_f1
 from components.data.ragged import LabelledRows
 from components.data.text_tokenizer import TextTokenizer
 from components.models.checkpoint import load_model, save_model
+from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from
 from components.models.lora import add_lora, merge_lora
 from components.settings import ClassifierConfig
 from components.stage import StageRun, Tracker
 from components.training.checkpoints import Checkpoints
 from components.training.early_stopping import EarlyStopping
-from components.training.loop import best_device, train
+from components.training.loop import train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, refuse_other_vocabulary, report
 from components.training.rows import AdaptedRows, HiddenRows
@@ -55,15 +57,18 @@ class Finetuning:
     """One run of the stage: what its parts share."""
 
     def __init__(self, run: StageRun) -> None:
-        self.run, self.config = run, run.params.classifier
+        self.run = run
         self.base = run.paths.start_of("encoder")
         folder = run.paths.tokens("encoder") / "classifier"
         self.rows, self.validation = (LabelledRows(folder, split) for split in ("train", "validation"))
         self.tokenizer = TextTokenizer.load(self.base)
         self.encoder = _load_encoder(self.base, self.rows)
+        self.config = config = _long_enough(run.params.classifier, len(self.rows))
+        if config.fresh and not config.base and not config.lora_rank:
+            torch.manual_seed(run.params.seed)
+            self.encoder = type(self.encoder)(self.encoder.config)
         refuse_other_vocabulary(run, "encoder", self.encoder.config.vocab_size, self.rows)
         self.parts: list[Part] = []
-        config = self.config
         self.whole = config.adapt_steps + config.trials * config.trial_steps + config.max_steps
         numbers = self.rows.numbers("label")
         weights = class_weights(numbers, len(self.rows.labels), config.class_weight_power)
@@ -178,6 +183,12 @@ def _load_encoder(base: Any, rows: LabelledRows) -> Encoder:
     if len(rows.labels) < 2:
         raise InputError(f"{rows.folder}: one label alone, {rows.labels}; a classifier needs two or more")
     return encoder
+
+
+def _long_enough(config: ClassifierConfig, texts: int) -> ClassifierConfig:
+    """The settings with as many steps as `min_epochs` passes take."""
+    steps = math.ceil(config.min_epochs * texts / config.global_batch_size)
+    return config.model_copy(update={"max_steps": max(config.max_steps, steps)})
 
 
 def _ranges(config: ClassifierConfig) -> dict[str, Range]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from components.models.devices import settle_cpu
 from components.stage import StageRun
 from components.training.classifier import finetune_classifier
-from components.training.loop import settle_cpu
 from components.training.summarizer import finetune_summarizer
 
 

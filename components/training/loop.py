@@ -6,12 +6,10 @@ was measured so far) is one checkpoint, so that a run killed at any instant ends
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from components.config import InputError
 from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.models.devices import best_device, compute_dtype
 from components.settings import TrainConfig
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints, Saved
@@ -243,7 +242,9 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
 
 
 def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
-    order = sampler.step(step, config.global_batch_size).reshape(-1, config.micro_batch_size)
+    """The rows of one step. Who stands beside whom changes no gradient, and alike lengths need little padding."""
+    drawn = sampler.step(step, config.global_batch_size)
+    order = drawn[np.argsort(rows.lengths(drawn), kind="stable")].reshape(-1, config.micro_batch_size)
     return [rows.batch(part, step) for part in order]
 
 
@@ -284,33 +285,6 @@ def measure_loss(model: M, rows: Rows, objective: Objective[M], batch_size: int,
             loss = objective(model, batch)
             total, targets = total + float(loss.total), targets + loss.targets
     return total / targets if targets else None
-
-
-def best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where this machine multiplies it faster than fp32, unless told.
-
-    On a CPU that takes AMX's tiles: AVX512's own bf16 product was measured at half the rate of fp32.
-    """
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bf16" else torch.float32
-    fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def settle_cpu() -> None:
-    """What makes steps faster on a CPU; to be called before torch starts its threads, which inherit the first of it."""
-    torch.set_flush_denormal(True)  # probabilities fade below what a CPU multiplies at full speed
-    if sys.platform != "linux":
-        return
-    # Every step frees and takes the same blocks: glibc shall keep them, for fresh pages cost a fault each.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: take no block straight from the system
 
 
 @contextmanager

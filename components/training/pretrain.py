@@ -15,11 +15,12 @@ from components.data.ragged import Chunks, SentencePairs
 from components.data.text_tokenizer import TextTokenizer
 from components.models.checkpoint import save_model
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.devices import settle_cpu
 from components.models.encoder import EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.settings import TrainConfig
 from components.stage import StageRun
-from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
+from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm, masked_lm_next_sentence, sequence_to_sequence
 from components.training.report import TEST_ROWS, describe, report
 from components.training.rows import MaskedRows, SpanRows

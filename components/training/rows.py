@@ -26,6 +26,9 @@ class MaskedRows:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def lengths(self, indices: Indices) -> Indices:
+        return self.pairs.lengths(indices)
+
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, token_type_ids and attention_mask (B, T); next_sentence_labels (B,)."""
         batch = dict(self.pairs.batch(indices, step))
@@ -47,6 +50,9 @@ class AdaptedRows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def lengths(self, indices: Indices) -> Indices:
+        return self.texts.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `MaskedRows`."""
@@ -107,6 +113,9 @@ class SpanRows:
     def __len__(self) -> int:
         return len(self.chunks)
 
+    def lengths(self, indices: Indices) -> Indices:
+        return self.chunks.lengths(indices)
+
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """What `sequence_to_sequence` reads."""
         made = [self._corrupted(index, step) for index in indices.tolist()]
@@ -132,6 +141,9 @@ class HiddenRows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def lengths(self, indices: Indices) -> Indices:
+        return self.texts.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `LabelledRows`."""

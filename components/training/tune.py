@@ -9,9 +9,10 @@ import torch
 
 from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
+from components.models.devices import settle_cpu
 from components.models.lora import add_lora, merge_lora
 from components.stage import StageRun
-from components.training.loop import measure_loss, refuse_bad_masks, settle_cpu, train
+from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
 

@@ -256,6 +256,28 @@ def test_cancelled_while_waiting_is_never_begun(narrow: Engine) -> None:
     assert [type(event) for event in told] == [Finished]
 
 
+def test_who_waits_too_long_is_told_while_the_slot_is_still_taken(narrow: Engine) -> None:
+    told, late, order = queue.Queue[Event](), queue.Queue[Event](), list[str]()
+
+    def listen(event: Event) -> None:
+        told.put(event)
+        if isinstance(event, Text):
+            order.append("text")
+            if len(order) == 1:
+                narrow._request_seconds = 0.0
+                narrow.submit(STORY_ASK, late.put)
+            elif len(order) == 5:
+                failed = late.get(timeout=60)
+                assert isinstance(failed, Failed)
+                order.append(type(failed.error).__name__)
+
+    narrow.submit(STORY_ASK, listen)
+    last = iter_until_end(told.get)[-1]
+    assert isinstance(last, Finished)
+    assert last.content == STORY
+    assert order.index("Late") == 5
+
+
 def test_retired_engine_finishes_and_takes_no_more(narrow: Engine) -> None:
     held = Held()
     narrow.submit(STORY_ASK, held)

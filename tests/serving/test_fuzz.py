@@ -68,6 +68,33 @@ VALID: dict[str, Any] = {
     "stream": False,
     "response_format": {"type": "text"},
 }
+VALID_CHOICE: dict[str, Any] = {
+    **VALID,
+    "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+    "parallel_tool_calls": False,
+}
+VALID_SCHEMA: dict[str, Any] = {
+    "model": "agent",
+    "messages": [{"role": "user", "content": "Who?"}],
+    "max_tokens": 4,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {
+            "name": "person",
+            "strict": True,
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "maxLength": 9},
+                    "age": {"type": "integer", "minimum": 0},
+                    "kind": {"enum": ["a", "b"]},
+                },
+                "required": ["name"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -77,8 +104,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def bent(chance: random.Random) -> Any:
-    """The valid body with one to three things replaced, doubled or left out."""
-    body = copy.deepcopy(VALID)
+    """A valid body with one to three things replaced, doubled or left out."""
+    body = copy.deepcopy(chance.choice([VALID, VALID_CHOICE, VALID_SCHEMA]))
     for _ in range(chance.randint(1, 3)):
         place = chance.choice([place for place in places(body) if place])
         holder = body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -188,6 +189,28 @@ def test_without_trials_the_given_values_are_taken(project: Path) -> None:
     told: Any = run.tracker
     assert (told.children, told.tables) == ({}, {})
     assert not [name for name in metrics(project, "finetune@classifier") if name.startswith("chosen_")]
+
+
+def test_a_fresh_start_takes_nothing_but_the_shape_of_the_pretrained_encoder(project: Path) -> None:
+    paths, ended = Paths(project), []
+    changes: dict[str, Any] = {"classifier__trials": 0, "classifier__adapt_steps": 0, "classifier__fresh": True}
+    for disturbed in (False, True):
+        if disturbed:
+            model = load_model(paths.base("encoder"))
+            with torch.no_grad():
+                model.get_parameter("embed.weight").add_(1.0)
+            save_model(model, paths.base("encoder"), paths.tokenizer("encoder"))
+        finetune(new_run(project, "finetune@classifier", **changes))
+        ended.append(load_model(paths.classifier).state_dict())
+    assert all(torch.equal(weight, ended[1][name]) for name, weight in ended[0].items())
+
+
+def test_many_texts_get_as_many_steps_as_the_passes_over_them_take(project: Path) -> None:
+    changes: dict[str, Any] = {"classifier__trials": 0, "classifier__adapt_steps": 0, "classifier__patience": 99}
+    run = new_run(project, "finetune@classifier", classifier__min_epochs=9.5, **changes)
+    finetune(run)
+    texts = int(metrics(project, "finetune@classifier")["texts"])
+    assert metrics(project, "finetune@classifier")["steps"] == math.ceil(9.5 * texts / 8) > 40
 
 
 def test_a_killed_finetuning_ends_at_the_weights_of_an_unbroken_one(

@@ -13,9 +13,10 @@ import torch
 from components.config import InputError
 from components.data.batches import Batch, TokenRows
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.devices import compute_dtype
 from components.stage import StageRun
 from components.training.checkpoints import Checkpoints
-from components.training.loop import Training, compute_dtype, measure_loss, refuse_bad_masks, train
+from components.training.loop import Training, measure_loss, refuse_bad_masks, train
 from components.training.objectives import causal_lm
 
 NewRun = Callable[..., StageRun]
