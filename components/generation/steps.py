@@ -1,14 +1,12 @@
 """One step of a decoder for many rows, a token each: the forward pass written out for what a step needs.
 
-A module's call costs more than most of what a step computes, and products of one query with its keys are best made
-element by element: the keys are read once, in order. No number of a row depends on the other rows, nor on how many
-positions beyond its own are looked at.
-Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads, G = H / K, D head_dim.
+A module's call costs more than most of what a step computes. No number of a row depends on the other rows, nor on how
+many positions beyond its own are looked at: on one thread torch's fused attention goes through a row's keys in order.
+Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,8 +20,6 @@ from components.models.decoder import Decoder
 from components.models.positions import Rotary, rotate, rotate_into
 
 Ints = NDArray[np.int64]
-SCRATCH = 2**22
-"""Products of queries and keys made at a time; their memory is kept, as taking it anew costs more than filling it."""
 CAPTURED = 64
 """Positions seen in the smallest CUDA graph; each further graph sees twice as many."""
 
@@ -42,7 +38,6 @@ class Step:
         """(slots, 2K): where each head's keys and then values of a slot begin, in heads of a layer."""
         self._blocks = [block for block in model.blocks if isinstance(block, Block)]
         self._gains = [self._gain(block) for block in self._blocks]
-        self._scratch = torch.empty(0, dtype=whole.dtype)
         self._lowest = torch.finfo(whole.dtype).min
         self._run = Captured(self.walk) if whole.is_cuda else self.walk
 
@@ -93,30 +88,8 @@ class Step:
         else:
             rotate_into(heads[:, :turned], both, *rotary)
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
-        queries = heads[:, : c.num_heads].unflatten(1, (c.num_kv_heads, -1)).unsqueeze(3)  # (B, K, G, 1, D)
-        keys, values = self._whole[number, :, : x.shape[0], :, : mask.shape[-1]].unsqueeze(3)  # (B, K, 1, S, D) each
-        if x.is_cuda:
-            queries, keys, values = queries.flatten(1, 2), keys.squeeze(2), values.squeeze(2)
-            mixed: Tensor = F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=True)
-            return mixed.flatten(1)
-        parts = zip(*(each.split(self._fitting(mask.shape[-1])) for each in (queries, keys, values, mask)), strict=True)
-        return torch.cat([self._mix(*part) for part in parts])
-
-    def _fitting(self, seen: int) -> int:
-        """How many rows' products fit the scratch memory."""
-        c = self._model.config
-        size = c.num_heads * seen * c.head_dim
-        count = max(1, SCRATCH // size)
-        if len(self._scratch) < count * size:
-            self._scratch = torch.empty(max(SCRATCH, size), dtype=self._whole.dtype)
-        return count
-
-    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """(B, H * D) from queries (B, K, G, 1, D), keys and values (B, K, 1, S, D), and what is hidden (B, 1, 1, S)."""
-        shape = (*queries.shape[:3], *keys.shape[3:])  # (B, K, G, S, D)
-        products = self._scratch[: math.prod(shape)].view(shape)
-        weights = torch.mul(keys, queries, out=products).sum(-1).add_(mask).softmax(-1)
-        return torch.mul(values, weights.unsqueeze(-1), out=products).sum(-2).flatten(1)
+        keys, values = self._whole[number, :, : x.shape[0], :, : mask.shape[-1]]  # (B, K, S, D) each
+        return _mixed(heads[:, : c.num_heads].unsqueeze(2), keys, values, mask)
 
 
 class Captured:
@@ -156,6 +129,18 @@ class Captured:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             written = self._function(*read)
         return graph, read, written
+
+
+def _mixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """(B, H * D) from queries (B, H, 1, D), keys and values (B, K, S, D), and what is hidden (B, 1, 1, S)."""
+    heads, kv_heads = queries.shape[1], keys.shape[1]
+    if queries.is_cuda or torch.get_num_threads() == 1:
+        grouped = heads != kv_heads
+        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=grouped).flatten(1)
+    # Several threads would part a row's keys among them, in as many parts as there are too few rows: other sums.
+    queries = queries.view(-1, kv_heads, heads // kv_heads, 1, queries.shape[-1])  # (B, K, H / K, 1, D)
+    weights = (keys.unsqueeze(2) * queries).sum(-1).add_(mask).softmax(-1)  # (B, K, H / K, S)
+    return (values.unsqueeze(2) * weights.unsqueeze(-1)).sum(-2).flatten(1)
 
 
 def captured(seen: int) -> int:
