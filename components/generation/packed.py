@@ -1,12 +1,14 @@
 """A decoder's weights laid out for products of few rows, as steps of a batch make them: in full, or rounded to int8.
 
-A plain product lays its weight out anew at each call, which for few rows costs more than the product. Both kinds
+A plain product may lay its weight out anew at each call, which for few rows of a large weight costs more than the
+product; whether the packed one is faster depends on processor and size, so it is tried. Both kinds
 give a row the same bits whatever other rows there are: the packed one as measured (`slots.rows_are_independent` looks
 again), the rounded one because sums of integers are exact and each row is rounded by its own scale.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from components.config import InputError
 from components.models.decoder import Decoder
 
+TRIED_ROWS, TRIALS = (4, 32), 8
+"""Of the trial whether packing pays."""
 LARGEST = 127
 """Of the integers that weights and activations are rounded to."""
 
@@ -49,10 +53,36 @@ class RoundedLinear(nn.Module):
 
 
 def pack(model: Decoder) -> None:
-    """Lay the weights of a model out for serving, where oneDNN is there for it; it cannot be trained or saved then."""
+    """Lay the weights of a model out for serving, where oneDNN is there for it and that is faster here.
+
+    The model can no longer be trained or saved then.
+    """
     weight = model.embed.weight
-    if not weight.is_cuda and weight.dtype == torch.float32 and torch._C._has_mkldnn:
+    if not weight.is_cuda and weight.dtype == torch.float32 and torch._C._has_mkldnn and _packing_pays(model):
         _replace(model, PackedLinear)
+
+
+@torch.inference_mode()
+def _packing_pays(model: Decoder) -> bool:
+    """Whether the model's products, few rows and many, take less time with packed weights.
+
+    All of them in turn: a weight that is still in the processor's caches would say nothing of steps.
+    """
+    plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    packed = [PackedLinear(module.weight) for module in plain]
+    return sum(_seconds(packed, rows) / _seconds(plain, rows) for rows in TRIED_ROWS) < len(TRIED_ROWS)
+
+
+def _seconds(products: Sequence[nn.Linear] | Sequence[PackedLinear], rows: int) -> float:
+    """The shortest of some rounds: what else the machine does makes none of them shorter."""
+    given = [torch.ones(rows, product.in_features) for product in products]
+    found = []
+    for _ in range(TRIALS):
+        began = time.perf_counter()
+        for product, x in zip(products, given, strict=True):
+            product(x)
+        found.append(time.perf_counter() - began)
+    return min(found)
 
 
 def round_weights(model: Decoder) -> None:

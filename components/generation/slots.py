@@ -252,7 +252,7 @@ class Slots:
         tokens = np.array([row.ids[-1] for row in rows] + padding)
         positions = np.array([row.read for row in rows] + padding)
         places = np.array([row.read for row in rows] + [self.context for _ in padding])
-        hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN))
+        hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN), len(rows))
         for row in rows:
             row.read += 1
         self._pick(rows, hidden)

@@ -51,8 +51,11 @@ class Step:
         return gain.detach()
 
     @torch.inference_mode()
-    def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int) -> Tensor:
-        """The normed stream (B, E) behind tokens (B) at positions (B), whose keys and values go to `places` (B)."""
+    def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int, real: int) -> Tensor:
+        """The normed stream (B, E) behind tokens (B) at positions (B), whose keys and values go to `places` (B).
+
+        The rows behind the first `real` ones are padding: products want them, attention does not.
+        """
         if isinstance(self._run, Captured):
             seen = min(captured(seen), self._whole.shape[4])
         where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
@@ -60,19 +63,21 @@ class Step:
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
         mask.masked_fill_(hidden, self._lowest)
+        if not isinstance(self._run, Captured):  # a graph has one shape
+            mask = mask[:real]
         return self._run(torch.from_numpy(tokens).to(self._device), at, where, mask)
 
     def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
-        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (B, S)."""
-        model = self._model
+        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (real, S)."""
+        model, c = self._model, self._model.config
         x = F.embedding(tokens, model.embed.weight)
         rotary = model.positions.cos[at][:, None], model.positions.sin[at][:, None]  # (B, 1, D)
         mask = mask[:, None, None]  # (B, 1, 1, S)
         for number, block in enumerate(self._blocks):
-            mixed = self._attend(number, block, _norm(x, block.attention_norm.weight, model), rotary, where, mask)
+            mixed = self._attend(number, block, _norm(x, block.attention_norm.weight, c.norm_eps), rotary, where, mask)
             x += block.attention.out(mixed)
-            x += block.mlp(_norm(x, block.mlp_norm.weight, model))
-        return _norm(x, model.norm.weight, model)
+            x += block.mlp(_norm(x, block.mlp_norm.weight, c.norm_eps))
+        return _norm(x, model.norm.weight, c.norm_eps)
 
     def _attend(self, number: int, block: Block, x: Tensor, rotary: Rotary, where: Tensor, mask: Tensor) -> Tensor:
         """Self-attention of x (B, E) to what its rows have in the cache; writes their own keys and values first."""
@@ -80,16 +85,17 @@ class Step:
         turned = c.num_heads + c.num_kv_heads
         heads = block.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
         both = heads[:, :turned]
-        if block.attention.q_norm is not None:
-            both = F.rms_norm(both, (c.head_dim,), eps=c.norm_eps)
-        both = both * self._gains[number]
+        gain = self._gains[number]
+        both = _norm(both, gain, c.norm_eps) if block.attention.q_norm is not None else both * gain
         if x.is_cuda:
             heads = torch.cat([rotate(both, rotary), heads[:, turned:]], dim=1)
         else:
             rotate_into(heads[:, :turned], both, *rotary)
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
-        keys, values = self._whole[number, :, : x.shape[0], :, : mask.shape[-1]]  # (B, K, S, D) each
-        return _mixed(heads[:, : c.num_heads].unsqueeze(2), keys, values, mask)
+        real = mask.shape[0]
+        keys, values = self._whole[number, :, :real, :, : mask.shape[-1]]  # (real, K, S, D) each
+        mixed = _mixed(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
+        return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
 
 
 class Captured:
@@ -148,5 +154,5 @@ def captured(seen: int) -> int:
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 
-def _norm(x: Tensor, gain: Tensor, model: Decoder) -> Tensor:
-    return F.rms_norm(x, gain.shape, gain, model.config.norm_eps)
+def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain

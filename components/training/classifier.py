@@ -192,14 +192,14 @@ def _long_enough(config: ClassifierConfig, texts: int) -> ClassifierConfig:
 
 
 def _ranges(config: ClassifierConfig) -> dict[str, Range]:
-    """Where settings are sought: rates around the given ones, and how strongly to regularise."""
-    return {
-        "learning_rate": Range(config.learning_rate / 3, config.learning_rate * 3, log=True),
-        "muon_learning_rate": Range(config.muon_learning_rate / 3, config.muon_learning_rate * 3, log=True),
-        "label_smoothing": Range(0.0, max(0.2, config.label_smoothing)),
-        "hidden_share": Range(0.0, max(0.3, config.hidden_share)),
-        "dropout": Range(0.0, max(0.3, config.dropout)),
-    }
+    """Rates up to three times the given ones and down to a third, regularisation up to twice and down to half.
+
+    Not down to none: short trials like that best, for what it is there for comes later.
+    """
+    rates, others = ("learning_rate", "muon_learning_rate"), ("label_smoothing", "hidden_share", "dropout")
+    given = {name: float(getattr(config, name)) for name in (*rates, *others)}
+    found = {name: Range(given[name] / 3, given[name] * 3, log=True) for name in rates}
+    return found | {name: Range(given[name] / 2, min(given[name] * 2, 0.9)) for name in others if given[name]}
 
 
 def _told(part: Part, tracker: Tracker) -> Any:
