@@ -1,7 +1,8 @@
-"""What recording costs a request: `python -m benchmarks.serving` (in `make bench`).
+"""What HTTP and recording add to the engine: `python -m benchmarks.serving` (in `make bench`).
 
-One model, two endpoints over it in this process, asked in turn over HTTP: one keeps requests and answers in the
-store as `loopwright serve` does, the other in a store that forgets. The difference of their medians is the store's.
+One model in this process, asked the same in turn: its engine directly, over HTTP with a store that forgets, and over
+HTTP with requests and answers on record as `loopwright serve` keeps them. Metrics are on in both. Reported are the
+medians, and the medians of what each way adds to the one before within a round.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
     import httpx
 
     from components.feedback.store import Store
+    from serving.engine import Engine
     from serving.state import Serving
 
 ROUNDS = 300
 WARM = 20
 """Questions to each endpoint before the clock counts."""
-BODY = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 
 
 def forgetful(home: Path) -> Store:
@@ -73,8 +75,20 @@ def ask(client: httpx.Client, url: str) -> float:
     return 1000 * (time.perf_counter() - began)
 
 
+def ask_engine(engine: Engine) -> float:
+    """Milliseconds of the same question, asked without HTTP."""
+    from serving.engine import Ask, Failed, Finished
+
+    ended = threading.Event()
+    began = time.perf_counter()
+    ask = Ask(BODY["messages"], rules=engine.agent.rules(), max_tokens=BODY["max_tokens"])
+    engine.submit(ask, lambda event: ended.set() if isinstance(event, Finished | Failed) else None)
+    ended.wait()
+    return 1000 * (time.perf_counter() - began)
+
+
 def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
-    """Medians in milliseconds, with the store and without; the questions take turns, so that noise meets both."""
+    """Medians in milliseconds; the three ways take turns, so that noise meets all."""
     import httpx
 
     from components.config import SCALES_FILE, load_params
@@ -91,13 +105,21 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
         stack.callback(store.close)
         urls = [stack.enter_context(listening(one)) for one in (kept, replace(kept, store=store, metrics=Metrics()))]
         client = stack.enter_context(httpx.Client(timeout=60))
+        engine = kept.models.engine
+        assert engine is not None
         for _ in range(WARM):
             for url in urls:
                 ask(client, url)
-        times = [[ask(client, url) for url in urls] for _ in range(rounds)]
-    with_store, without = (statistics.median(column) for column in zip(*times, strict=True))
-    added = statistics.median(one - other for one, other in times)
-    return {"with_store_ms": with_store, "without_ms": without, "added_ms": with_store - without, "paired_ms": added}
+        times = [[ask_engine(engine), *(ask(client, url) for url in reversed(urls))] for _ in range(rounds)]
+    alone, without, with_store = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "engine_ms": alone,
+        "http_ms": without,
+        "http_and_store_ms": with_store,
+        "http_adds_ms": statistics.median(http - engine for engine, http, _ in times),
+        "store_adds_ms": statistics.median(stored - http for _, http, stored in times),
+        "both_add_ms": statistics.median(stored - engine for engine, _, stored in times),
+    }
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class Platform:
         rows = self.ask("logs/filter", logs={"flow_run_id": {"any_": [flow_run]}}, sort="TIMESTAMP_ASC")
         return [row["message"] for row in rows]
 
-    def until(self, true: Callable[[], Any], seconds: float = 90.0) -> Any:
+    def until(self, true: Callable[[], Any], seconds: float = 300.0) -> Any:
         """What `true` returns once that is something, while the services are kept running."""
         deadline = time.monotonic() + seconds
         while not (found := true()):
@@ -128,7 +128,7 @@ def at(released: Released, database: Path, tmp_path_factory: pytest.TempPathFact
         supervisor = Supervisor(wanted, project.home / "logs", root, lambda kept: None)
         platform = Platform(project, f"http://127.0.0.1:{port}/api", supervisor)
         try:
-            platform.until(platform.healthy, 180)
+            platform.until(platform.healthy)
             yield platform
         finally:
             supervisor.stop(7)
@@ -191,7 +191,7 @@ def test_runs_of_a_killed_worker_are_marked_and_those_that_live_stay(at: Platfor
         assert (state["type"], state["message"]) == ("CRASHED", "its process was killed")
         assert at.run(lives)["state"]["type"] == "RUNNING"
     assert at.run(other)["state"]["type"] == "RUNNING", "of another state folder"
-    at.until(lambda: not at.stages(), 20)
+    at.until(lambda: not at.stages(), 60)
 
 
 def test_cancelling_a_run_ends_its_training_and_leaves_a_checkpoint(at: Platform) -> None:
@@ -202,7 +202,7 @@ def test_cancelling_a_run_ends_its_training_and_leaves_a_checkpoint(at: Platform
     assert not list(checkpoints.glob("*/step-*"))
     at.ask(f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})
     assert at.ended(run)["type"] == "CANCELLED"
-    at.until(lambda: not at.stages(), 10)
+    at.until(lambda: not at.stages(), 60)
     assert list(checkpoints.glob("*/step-*"))
 
 
