@@ -298,7 +298,10 @@ def write_trace(client: MlflowClient, trace: Trace) -> None:
     whole, parts, facts = trace
     # Traces go where the process's own address says, whatever the client's.
     if mlflow.get_tracking_uri() != client.tracking_uri:
+        given = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(client.tracking_uri)
+        if given is None:  # that also tells it to every process we start, and to whoever opens another state folder
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     root = client.start_trace(
         whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)

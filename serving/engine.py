@@ -21,7 +21,7 @@ import torch
 from components.agent.agent import Agent
 from components.agent.tools import Tool
 from components.generation.decode import Sampling, generate
-from components.generation.packed import pack, round_checked
+from components.generation.packed import pack, packing_pays, round_checked
 from components.generation.slots import Slots
 from components.loop_settings import ServeConfig
 from components.models.checkpoint import load_decoder, read_config
@@ -139,7 +139,8 @@ class Engine:
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
         if config.int8 and not model.embed.weight.is_cuda:
             round_checked(model, _sample(model, agent), INT8_AGREEMENT)
-        pack(model)
+        if packing_pays(model):
+            pack(model)
         engine = cls(model, agent, name, config, stepped=stepped)
         engine.warm()
         return engine

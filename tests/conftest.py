@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,6 @@ from components.registry import ModelVersion, Registry
 from components.tracking import COURIER, connect
 
 SOURCE = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def tracking_address() -> Iterator[None]:
-    """MLflow writes the address that it is told into the environment, where the next test would find it."""
-    before = os.environ.get("MLFLOW_TRACKING_URI")
-    yield
-    if before is None:
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    else:
-        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 @dataclass(frozen=True)

@@ -53,21 +53,24 @@ class RoundedLinear(nn.Module):
 
 
 def pack(model: Decoder) -> None:
-    """Lay the weights of a model out for serving, where oneDNN is there for it and that is faster here.
-
-    The model can no longer be trained or saved then.
-    """
-    weight = model.embed.weight
-    if not weight.is_cuda and weight.dtype == torch.float32 and torch._C._has_mkldnn and _packing_pays(model):
+    """Lay the weights of a model out for serving, where oneDNN is there for it; it cannot be trained or saved then."""
+    if _packable(model):
         _replace(model, PackedLinear)
 
 
+def _packable(model: Decoder) -> bool:
+    weight = model.embed.weight
+    return not weight.is_cuda and weight.dtype == torch.float32 and bool(torch._C._has_mkldnn)
+
+
 @torch.inference_mode()
-def _packing_pays(model: Decoder) -> bool:
+def packing_pays(model: Decoder) -> bool:
     """Whether the model's products, few rows and many, take less time with packed weights.
 
     All of them in turn: a weight that is still in the processor's caches would say nothing of steps.
     """
+    if not _packable(model):
+        return False
     plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = [PackedLinear(module.weight) for module in plain]
     return sum(_seconds(packed, rows) / _seconds(plain, rows) for rows in TRIED_ROWS) < len(TRIED_ROWS)

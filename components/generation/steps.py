@@ -57,7 +57,7 @@ class Step:
         The rows behind the first `real` ones are padding: products want them, attention does not.
         """
         if isinstance(self._run, Captured):
-            seen = min(captured(seen), self._whole.shape[4])
+            seen = min(graph_span(seen), self._whole.shape[4])
         where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
         at = torch.from_numpy(positions).to(self._device)
         hidden = torch.arange(seen, device=self._device) > at[:, None]
@@ -149,7 +149,7 @@ def _mixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     return (values.unsqueeze(2) * weights.unsqueeze(-1)).sum(-2).flatten(1)
 
 
-def captured(seen: int) -> int:
+def graph_span(seen: int) -> int:
     """Positions that the smallest graph for `seen` sees."""
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from components.config import InputError
 from components.generation.decode import Sampling, generate
-from components.generation.packed import PackedLinear, RoundedLinear, _replace, round_weights
+from components.generation.packed import RoundedLinear, pack, round_weights
 from components.generation.slots import MIN_SHARED, Row, Slots, rows_are_independent
 from components.models.decoder import Decoder, DecoderConfig
 
@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> Decoder:
         for weight in made.parameters():
             weight.copy_(torch.randn_like(weight) * 0.4 + (weight.dim() == 1))
     if request.param == "packed":
-        _replace(made, PackedLinear)  # `pack` would try whether it is faster here
+        pack(made)
     elif request.param == "rounded":
         round_weights(made)
     return made

@@ -32,7 +32,7 @@ def ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> None:
+def assert_close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -42,7 +42,7 @@ def test_decoder_ignores_future_tokens(model: Decoder, grad: bool) -> None:
         first, second = ids(2, 20), ids(2, 20)
         second[:, 11:] = ids(2, 9, seed=2)
         a, b = model(first).detach(), model(second).detach()
-    close(a[:, :11], b[:, :11])
+    assert_close(a[:, :11], b[:, :11])
     assert not torch.allclose(a[:, 11:], b[:, 11:], atol=1e-2)
 
 
@@ -51,7 +51,7 @@ def test_training_and_inference_give_the_same_logits(model: Decoder) -> None:
     segments = torch.tensor([[1] * 7 + [2] * 80 + [3] * 10]).expand(2, -1)[:, :60]
     with torch.no_grad():
         expected = model(ids(2, 60), segment_ids=segments)
-    close(model(ids(2, 60), segment_ids=segments).detach(), expected)
+    assert_close(model(ids(2, 60), segment_ids=segments).detach(), expected)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -62,7 +62,7 @@ def test_packed_documents_are_read_as_if_alone(model: Decoder, grad: bool) -> No
     with torch.set_grad_enabled(grad):
         packed = model(torch.cat(parts, dim=1), segment_ids=segments, position_ids=positions).detach()
         alone = torch.cat([model(part).detach() for part in parts], dim=1)
-    close(packed, alone)
+    assert_close(packed, alone)
 
 
 def test_padding_changes_nothing(model: Decoder) -> None:
@@ -70,7 +70,7 @@ def test_padding_changes_nothing(model: Decoder) -> None:
     padded = torch.cat([ids(1, 6, seed=5), text], dim=1)
     mask = torch.arange(15).unsqueeze(0) >= 6
     positions = (torch.arange(15) - 6).clamp(min=0).unsqueeze(0)
-    close(model(padded, position_ids=positions, attention_mask=mask)[:, 6:], model(text))
+    assert_close(model(padded, position_ids=positions, attention_mask=mask)[:, 6:], model(text))
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_cached_equals_uncached(model: Decoder) -> None:
     text = ids(3, 17)
     cache = model.new_cache(3, 17)
     pieces = [model(text[:, start:stop], cache=cache) for start, stop in ((0, 8), (8, 9), (9, 14), (14, 17))]
-    close(torch.cat(pieces, dim=1), model(text))
+    assert_close(torch.cat(pieces, dim=1), model(text))
     assert cache.length == 17
 
 
@@ -88,16 +88,16 @@ def test_a_cache_keeps_the_rows_it_is_told(model: Decoder) -> None:
     cache = model.new_cache(3, 10)
     model(text[:, :6], cache=cache)
     cache.keep(torch.tensor([2, 0]))
-    close(model(text[[2, 0], 6:], cache=cache), model(text)[[2, 0], 6:])
+    assert_close(model(text[[2, 0], 6:], cache=cache), model(text)[[2, 0], 6:])
 
 
 @torch.no_grad()
 def test_a_whole_mask_replaces_the_causal_rule(model: Decoder) -> None:
     text, everything = ids(2, 8), torch.ones(2, 8, 8, dtype=torch.bool)
-    close(model(text, attention_mask=everything.tril()), model(text))
+    assert_close(model(text, attention_mask=everything.tril()), model(text))
     seen = model(text, attention_mask=everything)
     assert not torch.allclose(seen[:, 0], model(text)[:, 0], atol=1e-2)
-    close(model(text, attention_mask=torch.zeros(2, 8, 8)), seen)
+    assert_close(model(text, attention_mask=torch.zeros(2, 8, 8)), seen)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -105,7 +105,7 @@ def test_asking_for_some_rows_gives_those_of_all(model: Decoder, grad: bool) -> 
     rows = torch.tensor([3, 0, 19, 25])
     with torch.set_grad_enabled(grad):
         some, every = model.hidden(ids(2, 14), rows=rows), model.hidden(ids(2, 14))
-    close(some.detach(), every.detach().flatten(0, 1)[rows])
+    assert_close(some.detach(), every.detach().flatten(0, 1)[rows])
 
 
 def test_long_sequences_take_the_other_kernel_to_the_same_result(
@@ -114,7 +114,7 @@ def test_long_sequences_take_the_other_kernel_to_the_same_result(
     with torch.no_grad():
         expected = model(ids(2, 30))
         monkeypatch.setattr("components.models.attention.SHORT", 10)
-        close(model(ids(2, 30)), expected)
+        assert_close(model(ids(2, 30)), expected)
 
 
 def test_tied_embeddings_are_one_matrix() -> None:
@@ -154,14 +154,14 @@ def test_cross_attention_reads_its_context() -> None:
         reference.in_proj_weight.copy_(module.qkv.weight)
         reference.out_proj.weight.copy_(module.out.weight)
         x, context = torch.randn(3, 5, 16), torch.randn(3, 9, 16)
-        close(module(x, context=context), reference(x, context, context)[0])
+        assert_close(module(x, context=context), reference(x, context, context)[0])
 
 
 def test_self_attention_without_a_mask_sees_everything() -> None:
     torch.manual_seed(0)
     module = Attention(16, 2, 1, 8)
     x = torch.randn(3, 5, 16)
-    close(module(x).detach(), module(x, context=x).detach())
+    assert_close(module(x).detach(), module(x, context=x).detach())
 
 
 @torch.no_grad()

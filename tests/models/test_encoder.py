@@ -56,7 +56,7 @@ def texts() -> dict[str, torch.Tensor]:
 REAL = texts()["attention_mask"].bool()
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -80,11 +80,11 @@ def test_transformers_guesses_masked_tokens_and_next_sentences_as_we_do(tmp_path
     save_model(model, tmp_path / "model")
     tokens, follows = model(**texts())
     theirs = BertForPreTraining.from_pretrained(tmp_path / "model").eval()(**texts())
-    close(tokens[REAL], theirs.prediction_logits[REAL])
-    close(follows, theirs.seq_relationship_logits)
+    assert_close(tokens[REAL], theirs.prediction_logits[REAL])
+    assert_close(follows, theirs.seq_relationship_logits)
     masked_lm = AutoModelForMaskedLM.from_pretrained(tmp_path / "model").eval()
-    close(tokens[REAL], masked_lm(**texts()).logits[REAL])
-    close(follows, BertForNextSentencePrediction.from_pretrained(tmp_path / "model").eval()(**texts()).logits)
+    assert_close(tokens[REAL], masked_lm(**texts()).logits[REAL])
+    assert_close(follows, BertForNextSentencePrediction.from_pretrained(tmp_path / "model").eval()(**texts()).logits)
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def test_transformers_classifies_as_we_do(tmp_path: Path) -> None:
     model = randomised(Classifier(LABELED))
     save_model(model, tmp_path / "model")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()
-    close(model(**texts()), theirs(**texts()).logits)
+    assert_close(model(**texts()), theirs(**texts()).logits)
     assert theirs.config.id2label == dict(enumerate(LABELED.labels))
 
 
@@ -102,8 +102,8 @@ def test_transformers_embeds_as_we_do(tmp_path: Path) -> None:
     save_model(model, tmp_path / "model")
     theirs = AutoModel.from_pretrained(tmp_path / "model").eval()(**texts())
     hidden = model.hidden(**texts())
-    close(hidden[REAL], theirs.last_hidden_state[REAL])
-    close(model.pooled(hidden), theirs.pooler_output)
+    assert_close(hidden[REAL], theirs.last_hidden_state[REAL])
+    assert_close(model.pooled(hidden), theirs.pooler_output)
 
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_act": "relu", "layer_norm_eps": 1e-3, "num_attention_heads": 2}])
@@ -116,8 +116,8 @@ def test_a_pretrained_bert_of_transformers_guesses_the_same_here(changes: dict[s
     assert isinstance(model, EncoderForPretraining)
     expected = theirs(**texts())
     tokens, follows = model.eval()(**texts())
-    close(tokens[REAL], expected.prediction_logits[REAL])
-    close(follows, expected.seq_relationship_logits)
+    assert_close(tokens[REAL], expected.prediction_logits[REAL])
+    assert_close(follows, expected.seq_relationship_logits)
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def test_a_masked_lm_without_a_pooler_gets_the_same_one_each_time(tmp_path: Path
     theirs = BertForMaskedLM(their_config()).eval()
     theirs.save_pretrained(tmp_path)
     model, again = load_model(tmp_path).eval(), load_model(tmp_path).eval()
-    close(model(**texts())[0][REAL], theirs(**texts()).logits[REAL])
+    assert_close(model(**texts())[0][REAL], theirs(**texts()).logits[REAL])
     assert torch.equal(model(**texts())[1], again(**texts())[1])
     assert 0.01 < float(model.get_parameter("pooler.weight").std()) < 0.03
 
@@ -138,7 +138,7 @@ def test_a_classifier_of_transformers_classifies_the_same_here(tmp_path: Path) -
     model = load_model(tmp_path)
     assert isinstance(model, Classifier)
     assert model.config.labels == ("a", "b", "c")
-    close(model.eval()(**texts()), theirs(**texts()).logits)
+    assert_close(model.eval()(**texts()), theirs(**texts()).logits)
 
 
 @torch.no_grad()
@@ -148,7 +148,7 @@ def test_a_plain_bert_of_transformers_embeds_the_same_here(tmp_path: Path) -> No
     model = load_model(tmp_path)
     assert isinstance(model, Encoder)
     hidden = model.eval().hidden(**texts())
-    close(hidden[REAL], theirs(**texts()).last_hidden_state[REAL])
+    assert_close(hidden[REAL], theirs(**texts()).last_hidden_state[REAL])
 
 
 @pytest.mark.parametrize("model", [Encoder(TINY), EncoderForPretraining(TINY), Classifier(LABELED)])
@@ -198,13 +198,13 @@ def test_a_configuration_we_cannot_run_is_refused(values: dict[str, Any], messag
 def test_padding_changes_nothing() -> None:
     model, given = randomised(Classifier(LABELED)), texts()
     alone = model(given["input_ids"][1:2, :5], given["token_type_ids"][1:2, :5])
-    close(model(**given)[1:2], alone)
+    assert_close(model(**given)[1:2], alone)
 
 
 @torch.no_grad()
 def test_asking_for_some_rows_gives_those_of_all() -> None:
     model, rows = randomised(Encoder(TINY)), torch.tensor([3, 0, 19, 35])
-    close(model.hidden(**texts(), rows=rows), model.hidden(**texts()).flatten(0, 1)[rows])
+    assert_close(model.hidden(**texts(), rows=rows), model.hidden(**texts()).flatten(0, 1)[rows])
 
 
 def test_dropout_is_for_training_alone() -> None:
@@ -221,7 +221,7 @@ def test_dropout_is_for_training_alone() -> None:
 def test_a_classifier_starts_with_the_encoder_it_is_made_from() -> None:
     encoder = randomised(EncoderForPretraining(TINY))
     classifier = classifier_from(encoder, ["yes", "no"], dropout=0.3).eval()
-    close(classifier.hidden(**texts()), encoder.hidden(**texts()))
+    assert_close(classifier.hidden(**texts()), encoder.hidden(**texts()))
     assert classifier.config == replace(TINY, labels=("yes", "no"), dropout=0.3, attention_dropout=0.3)
     assert classifier.logits(**texts()).shape == (3, 2)
 

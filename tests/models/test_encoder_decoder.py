@@ -56,7 +56,7 @@ MASK = torch.ones(3, 19, dtype=torch.long)
 MASK[0, 12:], MASK[1, :5] = 0, 0
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_transformers_gives_the_logits_of_a_folder_we_saved(config: EncoderDecod
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model").eval()
     assert type(theirs) is T5ForConditionalGeneration
     expected = theirs(input_ids=SOURCE, attention_mask=MASK, decoder_input_ids=TARGET).logits
-    close(model(SOURCE, TARGET, attention_mask=MASK), expected)
+    assert_close(model(SOURCE, TARGET, attention_mask=MASK), expected)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_folder_of_transformers_gives_the_same_logits_here(
     assert isinstance(model, EncoderDecoder)
     assert model.config.tie_embeddings is not untied
     expected = theirs(input_ids=SOURCE, attention_mask=MASK, decoder_input_ids=TARGET).logits
-    close(model.eval()(SOURCE, TARGET, attention_mask=MASK), expected)
+    assert_close(model.eval()(SOURCE, TARGET, attention_mask=MASK), expected)
 
 
 def test_a_head_that_transformers_4_untied_is_read_unscaled(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_decoding_ignores_future_tokens(model: EncoderDecoder) -> None:
     changed = TARGET.clone()
     changed[:, 9:] = ids(3, 5, seed=8)
     first, second = model(SOURCE, TARGET, MASK), model(SOURCE, changed, MASK)
-    close(first[:, :9], second[:, :9])
+    assert_close(first[:, :9], second[:, :9])
     assert not torch.allclose(first[:, 9:], second[:, 9:], atol=1e-2)
 
 
@@ -162,8 +162,8 @@ def test_decoding_ignores_future_tokens(model: EncoderDecoder) -> None:
 def test_padding_changes_nothing(model: EncoderDecoder) -> None:
     """Neither on the right nor on the left: positions are distances."""
     padded = model(SOURCE, TARGET, MASK)
-    close(padded[:1], model(SOURCE[:1, :12], TARGET[:1]))
-    close(padded[1:2], model(SOURCE[1:2, 5:], TARGET[1:2]))
+    assert_close(padded[:1], model(SOURCE[:1, :12], TARGET[:1]))
+    assert_close(padded[1:2], model(SOURCE[1:2, 5:], TARGET[1:2]))
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def test_cached_equals_uncached(model: EncoderDecoder) -> None:
         model.decode(TARGET[:, start:stop], context, MASK, cache=cache)
         for start, stop in ((0, 6), (6, 7), (7, 12), (12, 14))
     ]
-    close(torch.cat(pieces, dim=1), model.decode(TARGET, context, MASK))
+    assert_close(torch.cat(pieces, dim=1), model.decode(TARGET, context, MASK))
     assert cache.length == 14
 
 
@@ -184,7 +184,7 @@ def test_a_cache_keeps_the_rows_it_is_told_as_often_as_it_is_told(model: Encoder
     model.decode(TARGET[:, :6], context, MASK, cache=cache)
     cache.keep(rows)
     got = model.decode(TARGET[rows, 6:], context[rows], MASK[rows], cache=cache)
-    close(got, model.decode(TARGET, context, MASK)[rows, 6:])
+    assert_close(got, model.decode(TARGET, context, MASK)[rows, 6:])
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -193,7 +193,7 @@ def test_asking_for_some_rows_gives_those_of_all(model: EncoderDecoder, grad: bo
     with torch.set_grad_enabled(grad):
         context = model.encode(SOURCE, MASK)
         some = model.decode(TARGET, context, MASK, rows=rows)
-        close(some.detach(), model.decode(TARGET, context, MASK).detach().flatten(0, 1)[rows])
+        assert_close(some.detach(), model.decode(TARGET, context, MASK).detach().flatten(0, 1)[rows])
 
 
 def test_every_weight_learns(model: EncoderDecoder) -> None:

@@ -59,7 +59,7 @@ def stir(model: nn.Module) -> None:
                 weight.normal_(std=0.3)
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def assert_close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -92,9 +92,9 @@ def test_merged_equals_unmerged(model: nn.Module, tmp_path: Path) -> None:
     merge_lora(model)
     assert [name for name, _ in model.named_parameters()] == names
     assert all(weight.requires_grad for weight in model.parameters())
-    close(logits(model).detach(), unmerged)
+    assert_close(logits(model).detach(), unmerged)
     save_model(model, tmp_path / "model")
-    close(logits(load_model(tmp_path / "model").eval()).detach(), unmerged)
+    assert_close(logits(load_model(tmp_path / "model").eval()).detach(), unmerged)
 
 
 def test_each_part_of_a_fused_product_has_a_pair_of_its_own() -> None:
@@ -106,8 +106,8 @@ def test_each_part_of_a_fused_product_has_a_pair_of_its_own() -> None:
     assert isinstance(product, LowRankLinear)
     x = torch.randn(5, 32)
     plain = x @ product.weight[:32].T
-    close(product.some(x, 0, 1), plain + 2.0 * x @ product.lora_a[:3].T @ product.lora_b[:32].T)
-    close(product.some(x, 1, 3), product(x)[:, 32:])
+    assert_close(product.some(x, 0, 1), plain + 2.0 * x @ product.lora_a[:3].T @ product.lora_b[:32].T)
+    assert_close(product.some(x, 1, 3), product(x)[:, 32:])
 
 
 def test_a_new_head_may_go_on_learning_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_no_secret_reaches_the_log() -> None:
 
 
 def test_steps_of_an_answer_are_found_in_mlflow(tmp_path: Path) -> None:
+    before = os.environ.get("MLFLOW_TRACKING_URI")
     traces = Traces(tmp_path, share=1.0)
     parts = [Span("turn", "LLM", 100.0, 100.5, outputs="x"), Span("lookup", "TOOL", 100.5, 102.0, outputs="r")]
     traces.add(Span("answer", "AGENT", 100.0, 102.0, {"q": 1}, "hi"), parts, {"completion_id": "chatcmpl-9"})
@@ -73,6 +75,7 @@ def test_steps_of_an_answer_are_found_in_mlflow(tmp_path: Path) -> None:
     (found,) = client.search_traces(locations=[experiment], filter_string="tags.completion_id = 'chatcmpl-9'")
     spans = [(span.name, span.span_type, (span.end_time_ns - span.start_time_ns) / 1e9) for span in found.data.spans]
     assert spans == [("answer", "AGENT", 2.0), ("turn", "LLM", 0.5), ("lookup", "TOOL", 1.5)]
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before, "nobody else is told where this state folder's traces go"
 
 
 def test_none_of_the_answers_is_traced_at_share_zero(tmp_path: Path) -> None:
