@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 
 from components.generation.slots import Row, Slots
 
+READS = 4
+"""Groups of prompts read in a row while more wait than write: a step costs few rows nearly what it costs many."""
+
 logger = logging.getLogger("loopwright.engine")
 
 
@@ -83,12 +86,12 @@ class Scheduler:
         """Let go of whom nobody waits for, read some prompts, and give each row that writes a token."""
         for turn in [each for each in self._turns.values() if each.over]:
             self._end(turn)
-        self._admit()
-        slots = self._slots
-        if slots.reading:
-            self._tell(slots.read())
-        if slots.writing:
-            rows = slots.step()
+        for _ in range(READS):
+            self._admit()
+            self._tell(self._slots.read())
+            if self._slots.reading or not self._slots.free or len(self._waiting) <= len(self._slots.writing):
+                break
+        if rows := self._slots.step():
             self._stepped(len(rows))
             self._tell(rows)
 
