@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from components.traces import Trace
 
 EXPERIMENT = "loopwright"
+DATABASE = "mlflow.db"
+"""In the folder `mlflow` of the state folder."""
 COURIER = "LOOPWRIGHT_COURIER"
 """Environment variable with the process that carries journals for everyone."""
 
@@ -66,7 +68,7 @@ def connect(home: Path) -> MlflowClient:
     from mlflow import MlflowClient
 
     given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or f"sqlite:///{home / 'mlflow' / 'mlflow.db'}"
+    uri = given or f"sqlite:///{home / 'mlflow' / DATABASE}"
     client = MlflowClient(uri, uri)
     try:
         # Two processes that create the tables at once would trip over each other.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.process import alive
 from components.supervise import Service, answers, lives
+from components.tracking import DATABASE
 from flows.server import settings
 from flows.worker import HEALTH_FILE
 
@@ -39,7 +40,7 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
     # The very files that commands beside the server read and write, under the same address.
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
     slim = {
@@ -84,7 +85,7 @@ def has_champion(home: Path) -> bool:
         path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
         return not given.startswith("http") or answers(f"{given}/{path}")()
     try:
-        with closing(sqlite3.connect(f"file:{home / 'mlflow' / 'mlflow.db'}?mode=ro", uri=True)) as tables:
+        with closing(sqlite3.connect(f"file:{home / 'mlflow' / DATABASE}?mode=ro", uri=True)) as tables:
             asked = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
             return tables.execute(asked).fetchone() is not None
     except sqlite3.Error:

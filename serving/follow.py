@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from serving.writers import Writer
 
 CLOSE_SECONDS = 2.0
 """A load in progress is not waited for longer; it dies with the process."""
+SURE_SECONDS = 30.0
+"""After so long the source is looked at, although nothing of it seems to have changed."""
 Role = Literal["champion", "challenger", "former"]
 
 logger = logging.getLogger("loopwright.follow")
@@ -64,9 +67,15 @@ class Follower(Generic[M]):
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._refused: set[str] = set()
         """Versions that are not tried again."""
+        self._unchallenged = False
+        """Whether the challenger could not be had, for a reason that may pass."""
         self._unsaid: dict[str, tuple[Version, str]] = {}
         """Versions that failed, of which the registry could not be told yet, and why they did."""
         self._retiring: list[M] = []
+        self._seen: object = None
+        """The source's stamp before the last look; None where that left something to do."""
+        self._due = 0.0
+        """By `time.monotonic()`, when to look again whatever the stamp is."""
         self.lineup: Lineup[M] = Lineup()
         self.first = threading.Event()
         """Set when the first load is over, well or not."""
@@ -129,17 +138,31 @@ class Follower(Generic[M]):
 
     def _follow(self) -> None:
         while not self._stop.is_set():
-            try:
-                self.look()
-            except InputError as error:
-                self._failed(error)
-            except Exception as error:
-                # The registry may be away for a while; what is loaded goes on answering.
-                logger.exception("looking for a new model failed")
-                self._failed(error)
+            stamp = self._source.stamp()
+            if stamp is None or stamp != self._seen or time.monotonic() >= self._due:
+                self._due = time.monotonic() + SURE_SECONDS
+                self._seen = stamp if self._looked() else None
+            self._let_go()
             self.first.set()
             if self._seconds is None or self._stop.wait(self._seconds):
                 return
+
+    def _looked(self) -> bool:
+        """Look; false where another look at the same source could find more."""
+        try:
+            self.look()
+        except InputError as error:
+            self._failed(error)
+        except Exception as error:
+            # The registry may be away for a while; what is loaded goes on answering.
+            logger.exception("looking for a new model failed")
+            self._failed(error)
+            return False
+        return not self._unsaid and not self._unchallenged
+
+    def _let_go(self) -> None:
+        """Forget who retired and has answered its last request."""
+        self._retiring = [engine for engine in self._retiring if engine.running or engine.waiting]
 
     def _failed(self, error: Exception) -> None:
         if self.engine is None:
@@ -152,7 +175,7 @@ class Follower(Generic[M]):
 
         Raises: InputError when the champion cannot be had, Unfit when it is no good; what answered goes on.
         """
-        self._retiring = [engine for engine in self._retiring if engine.running or engine.waiting]
+        self._let_go()
         champion, challenger = self._source.named(self.spec)
         challenger = challenger if self._share and challenger != champion else None
         try:
@@ -193,6 +216,7 @@ class Follower(Generic[M]):
         """Let `name` answer beside the champion; whatever goes wrong with it is no business of the champion's."""
         lineup = self.lineup
         old = lineup.challenger
+        self._unchallenged = False
         if old is not None and old.name == name:
             return
         engine = None
@@ -208,6 +232,7 @@ class Follower(Generic[M]):
             logger.warning("no challenger: %s", error)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
+            self._unchallenged = True
         if engine is not old:
             self._switch(replace(lineup, challenger=engine))
 

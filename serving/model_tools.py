@@ -23,6 +23,7 @@ class ModelTools:
         # A model's folder is read, and fetched where the registry is a server.
         self._tools = {name: Tool.of(function, touches=("files", "network")) for name, function in functions.items()}
         self._looked = -seconds
+        self._stamp: object = None
         self._champions: dict[ModelTool, ModelVersion] = {}
         self._loaded: dict[ModelTool, tuple[str, Any]] = {}
         """`NAME/VERSION` and the model."""
@@ -31,9 +32,11 @@ class ModelTools:
     def tools(self) -> list[Tool]:
         """Those of models that can be called now."""
         if self._names and time.monotonic() - self._looked >= self._seconds:
-            found = {name: self._registry.find(f"{name}@champion") for name in self._names}
-            self._champions = {name: version for name, version in found.items() if version is not None}
-            self._looked = time.monotonic()
+            self._looked, stamp = time.monotonic(), self._registry.stamp()
+            if stamp is None or stamp != self._stamp:
+                found = {name: self._registry.find(f"{name}@champion") for name in self._names}
+                self._champions = {name: version for name, version in found.items() if version is not None}
+                self._stamp = stamp
         return [self._tools[name] for name in self._champions]
 
     def classify(self, text: str) -> str:

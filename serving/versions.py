@@ -33,6 +33,9 @@ class Source(Protocol):
     def named(self, spec: str) -> tuple[str, str | None]:
         """`NAME/VERSION` of the model that `spec` names now, and of the challenger beside it; one cheap call."""
 
+    def stamp(self) -> object:
+        """Another one after each change, at no cost; None where only a look can tell."""
+
     def version(self, name: str) -> Version:
         """The version `NAME/VERSION`."""
 
@@ -58,6 +61,9 @@ class Bundled:
     def named(self, _spec: str) -> tuple[str, str | None]:
         return str(self), None
 
+    def stamp(self) -> object:
+        return str(self)
+
     def version(self, _name: str) -> Version:
         return self
 
@@ -79,6 +85,9 @@ class Registered:
         challenger = aliases.get("challenger")
         return f"{name}/{aliases[alias]}", f"{name}/{challenger}" if challenger else None
 
+    def stamp(self) -> object:
+        return self._registry.stamp()
+
     def version(self, name: str) -> Version:
         return self._registry.resolve(name)
 
@@ -96,6 +105,9 @@ class Nothing:
 
     def named(self, _spec: str) -> tuple[str, str | None]:
         raise InputError(f"no model that can {self.task} is served here; served: {', '.join(self.others)}")
+
+    def stamp(self) -> object:
+        return self.task
 
     def version(self, name: str) -> Version:
         raise InputError(f"{name}: not served here")

@@ -118,3 +118,17 @@ def test_sole_champion_that_fails_stays(registry: Registry, registered: Register
     assert registry.aliases("agent") == {"champion": 1}
     assert registry.resolve("agent/1").tags["smoke_failed"] == "says nothing"
     assert registry.aliases("nobody") == {}
+
+
+def test_the_stamp_is_another_one_after_each_write(
+    registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = registered(0.1)
+    before = registry.stamp()
+    assert before
+    assert registry.aliases("agent") == {}
+    assert registry.stamp() == before, "reading is no change"
+    registry.promote(version)
+    assert registry.stamp() != before
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert registry.stamp() is None, "the file here says nothing of a server's"

@@ -126,6 +126,9 @@ class Alias:
     def named(self, _spec: str) -> tuple[str, str | None]:
         return f"classifier/{self.number}", None
 
+    def stamp(self) -> object:
+        return None
+
     def version(self, name: str) -> Bundled:
         number = int(name.partition("/")[2])
         tags = {"smoke_question": "iron", "smoke_answer": self.answers.get(number, "metal")}

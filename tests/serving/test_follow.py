@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,12 +33,18 @@ class Aliases:
         self.folders: dict[int, Path] = {}
         self.withdrawn: list[tuple[str, str]] = []
         self.loads: list[str] = []
+        self.stamped: object = None
+        self.looks = 0
 
     def named(self, spec: str) -> tuple[str, str | None]:
         assert spec == "agent@champion"
+        self.looks += 1
         if self.number == 0:
             raise OSError("the registry is away")
         return f"agent/{self.number}", f"agent/{self.challenger}" if self.challenger else None
+
+    def stamp(self) -> object:
+        return self.stamped
 
     def version(self, name: str) -> Bundled:
         number = int(name.partition("/")[2])
@@ -266,3 +273,31 @@ def test_pinned_models_are_answered_by_themselves(follower: Follower, alias: Ali
     follower.look()
     assert follower.choose("agent/2", "a") is champion, "whoever pinned it is not dropped"
     assert follower.choose("agent@challenger", "a") is None
+
+
+def test_a_registry_that_did_not_change_is_not_asked(alias: Aliases, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(3))
+    alias.stamped = "same"
+    follower = Follower("agent@champion", alias, alias.load, 0.0)
+    turns: list[Callable[[], None]] = [lambda: None, lambda: setattr(alias, "stamped", "another")]
+
+    def wait(_seconds: float) -> bool:
+        if (tick := next(ticks)) < len(turns):
+            turns[tick]()
+        return tick == len(turns)
+
+    monkeypatch.setattr(follower, "_stop", SimpleNamespace(is_set=lambda: False, wait=wait, set=lambda: None))
+    follower._follow()
+    assert alias.looks == 2, "at first, and when its stamp was another"
+    follower.close()
+
+
+def test_what_a_look_left_to_do_is_looked_at_again(alias: Aliases, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter((False, True))
+    alias.stamped, alias.number = "same", 0
+    follower = Follower("agent@champion", alias, alias.load, 0.0)
+    stop = SimpleNamespace(is_set=lambda: False, wait=lambda _seconds: next(ticks), set=lambda: None)
+    monkeypatch.setattr(follower, "_stop", stop)
+    follower._follow()
+    assert alias.looks == 2, "the registry was away"
+    follower.close()

@@ -31,7 +31,7 @@ def test_the_champion_is_called_and_followed(classifier_folder: Path, tmp_path: 
 
 def test_a_summarizer_writes_what_its_folder_writes(summarizer_folder: Path) -> None:
     known = {"summarizer@champion": SimpleNamespace(folder=summarizer_folder)}
-    registry: Any = SimpleNamespace(find=known.get)
+    registry: Any = SimpleNamespace(find=known.get, stamp=lambda: None)
     models = ModelTools(registry, ["classifier", "summarizer"], seconds=9.0)
     code = "def add a b return a + b"
     written = TextWriter.load(summarizer_folder).write([code])[0]
