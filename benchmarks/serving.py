@@ -2,26 +2,26 @@
 
 One model in this process, asked the same in turn: its engine directly, over HTTP with a store that forgets, and over
 HTTP with requests and answers on record as `loopwright serve` keeps them. Metrics are on in both. Reported are the
-medians, and the medians of what each way adds to the one before within a round.
+medians, and the medians of what each way adds to the one before within a round. Who asks writes bytes into a socket
+that stays open: a client library would take longer than what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import socket
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import httpx
-
     from components.feedback.store import Store
     from serving.engine import Engine
     from serving.state import Serving
@@ -37,18 +37,15 @@ def forgetful(home: Path) -> Store:
     from components.feedback.store import Answered, Store
 
     class Forgetful(Store):
-        def add_request(self, completion_id: str, model: str, body: Any) -> None:
-            """Forget it."""
-
-        def add_answer(self, completion_id: str, answer: Answered) -> None:
+        def add_exchange(self, completion_id: str, model: str, body: Any, asked: float, answer: Answered) -> None:
             """Forget it."""
 
     return Forgetful.of(home)
 
 
 @contextmanager
-def listening(serving: Serving) -> Iterator[str]:
-    """The public routes over real HTTP while the block runs."""
+def listening(serving: Serving) -> Iterator[int]:
+    """The port of the public routes over real HTTP while the block runs."""
     import uvicorn
 
     from serving.api import new_api
@@ -62,17 +59,38 @@ def listening(serving: Serving) -> Iterator[str]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
+        yield listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
 
 
-def ask(client: httpx.Client, url: str) -> float:
-    """Milliseconds of one answered question."""
-    began = time.perf_counter()
-    client.post(url, json=BODY).raise_for_status()
-    return 1000 * (time.perf_counter() - began)
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._answers = self._socket.makefile("rb")
+        body = json.dumps(BODY).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        self._request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+    def ask(self) -> float:
+        """Milliseconds of one answered question."""
+        began = time.perf_counter()
+        self._socket.sendall(self._request)
+        assert self._answers.readline().startswith(b"HTTP/1.1 200 ")
+        length = 0
+        while (line := self._answers.readline()) != b"\r\n":
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+        self._answers.read(length)
+        return 1000 * (time.perf_counter() - began)
+
+    def close(self) -> None:
+        self._answers.close()
+        self._socket.close()
 
 
 def ask_engine(engine: Engine) -> float:
@@ -89,8 +107,6 @@ def ask_engine(engine: Engine) -> float:
 
 def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
     """Medians in milliseconds; the three ways take turns, so that noise meets all."""
-    import httpx
-
     from components.config import SCALES_FILE, load_params
     from serving.metrics import Metrics
     from serving.state import Serving
@@ -103,14 +119,14 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
         stack.callback(kept.close)
         store = forgetful(home)
         stack.callback(store.close)
-        urls = [stack.enter_context(listening(one)) for one in (kept, replace(kept, store=store, metrics=Metrics()))]
-        client = stack.enter_context(httpx.Client(timeout=60))
+        ports = [stack.enter_context(listening(one)) for one in (replace(kept, store=store, metrics=Metrics()), kept)]
+        clients = [stack.enter_context(closing(Client(port))) for port in ports]
         engine = kept.models.engine
         assert engine is not None
         for _ in range(WARM):
-            for url in urls:
-                ask(client, url)
-        times = [[ask_engine(engine), *(ask(client, url) for url in reversed(urls))] for _ in range(rounds)]
+            for client in clients:
+                client.ask()
+        times = [[ask_engine(engine), *(client.ask() for client in clients)] for _ in range(rounds)]
     alone, without, with_store = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "engine_ms": alone,

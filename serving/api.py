@@ -186,7 +186,7 @@ async def docs() -> HTMLResponse:
 
 
 async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
-    """Submit a request and wait until it has a slot, so that whatever is wrong with it still has a status."""
+    """Submit a request; one that streams waits until it has a slot: whatever is wrong with it still has a status."""
     while True:
         follower = serving.chatting(body.model)
         engine: Engine | Writer = serving.choose(follower, body.model, asker)
@@ -199,7 +199,8 @@ async def _begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
             continue  # swapped between the two lines above; the successor is in place
         except Full as full:
             raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
-        await exchange.started()
+        if body.stream:
+            await exchange.started()
         return exchange
 
 
@@ -207,8 +208,9 @@ async def _ask(body: ChatRequest, engine: Engine) -> Ask:
     may_call = body.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
-        # Compiling grammars would keep the other requests waiting here.
-        rules = await run_in_threadpool(engine.agent.rules, tools, body.wish)
+        rules = engine.agent.known_rules(tools, body.wish)
+        if rules is None:  # compiling grammars would keep the other requests waiting here
+            rules = await run_in_threadpool(engine.agent.rules, tools, body.wish)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
     return Ask(

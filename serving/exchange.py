@@ -55,7 +55,8 @@ class Exchange:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ticket: Ticket | None = None
-        self._recorded = False
+        self._started = 0.0
+        """Unix time; before, nothing is recorded."""
 
     def submit(self, ask: Ask) -> None:
         """Raises: Full, Retired."""
@@ -66,7 +67,7 @@ class Exchange:
             self._ticket.cancel()
 
     async def started(self) -> None:
-        """Wait for a slot; the request is on record when this returns.
+        """Wait until a request that streams has a slot, and is on record; any other is recorded with its answer.
 
         Raises: ApiError when the prompt does not fit.
         """
@@ -81,7 +82,7 @@ class Exchange:
     async def finished(self, request: Request) -> Finished:
         """Wait for the whole answer.
 
-        Raises: ClientGone; the slot is then free again.
+        Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
         """
         answer = asyncio.ensure_future(self._last())
         gone = asyncio.ensure_future(_disconnected(request))
@@ -132,21 +133,25 @@ class Exchange:
             if isinstance(event, Finished):
                 return event
             if isinstance(event, Failed):
-                raise event.error
+                raise _failure(event.error)
 
     def _notify(self, event: Event) -> None:
         """Called by the engine's thread: record first, then tell."""
         self._watch.see(event)
         if isinstance(event, Started):
-            self._store.add_request(self.id, self.engine.name, self.body.model_dump(exclude_unset=True, by_alias=True))
-            self._recorded = True
-        elif isinstance(event, Finished) and self._recorded:
+            if self.body.stream:  # the client is told the id before the end, and may speak of it
+                self._store.add_request(self.id, self.engine.name, self._asked())
+            self._started = time.time()
+        elif isinstance(event, Finished) and self._started:
             self._record(event)
-        if isinstance(event, Text | Called | Stepped) and not self.body.stream:
+        if not self.body.stream and not isinstance(event, Finished | Failed):
             return  # nobody listens: the finished answer holds it all
         # The loop is closed when the server ended without waiting for us.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def _asked(self) -> dict[str, Any]:
+        return self.body.model_dump(exclude_unset=True, by_alias=True)
 
     def _record(self, finished: Finished) -> None:
         answer = Answered(
@@ -158,7 +163,10 @@ class Exchange:
             steps=finished.steps,
             tool_calls=finished.tool_calls,
         )
-        self._store.add_answer(self.id, answer)
+        if self.body.stream:
+            self._store.add_answer(self.id, answer)
+        else:
+            self._store.add_exchange(self.id, self.engine.name, self._asked(), self._started, answer)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()

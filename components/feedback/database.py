@@ -194,7 +194,9 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
             connection.exec_driver_sql("BEGIN")
             return
         level = "NORMAL" if options.get("loopwright_unsynced") else "FULL"
-        connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+        if connection.info.get("synchronous", "FULL") != level:
+            connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+            connection.info["synchronous"] = level
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

