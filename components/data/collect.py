@@ -38,7 +38,7 @@ from components.reference.areas import area, labelled
 from components.reference.described import described
 from components.reference.dialogue import asked
 from components.reference.facts import build
-from components.reference.held_out import HeldOut, hold_out
+from components.reference.held_out import HeldOut, draw_definitions, hold_out
 from components.reference.knowledge import Knowledge
 from components.reference.questions import Asker
 from components.reference.stdlib import Symbol, library_symbols
@@ -194,7 +194,8 @@ def _parts(
 ) -> Parts:
     """Rows of held-out symbols and modules, of definitions to validate with, and of those to learn from."""
     share, seed = run.params.collect.validation_share, run.params.seed
-    chosen = [in_test_split(f"validation:{symbol.family}", share, seed) for symbol in held_out.train]
+    families = draw_definitions(held_out.train, share, f"validation:{seed}")
+    chosen = [symbol.family in families for symbol in held_out.train]
     return Parts(
         [*rows(held_out.symbols, "held_out_symbols"), *rows(held_out.modules, "held_out_modules")],
         list(rows(list(compress(held_out.train, (not one for one in chosen))), None)),

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from components.data.datasets import in_test_split
+from components.reference.areas import area
 from components.reference.stdlib import Symbol
 
 MAX_SHARE = 0.35
@@ -40,17 +40,37 @@ def hold_out(symbols: Sequence[Symbol], share: float, questions: int, seed: int)
     for symbol in symbols:
         of_packages[symbol.package in packages].add(symbol.family)
     shared = of_packages[True] & of_packages[False]
+    seen = [symbol for symbol in single if symbol.package not in packages and symbol.family not in shared]
+    held_families = draw_definitions(seen, share, str(seed))
     train: list[Symbol] = []
     held_symbols: list[Symbol] = []
     held_modules: list[Symbol] = []
     for symbol in single:
         if symbol.package in packages:
             held_modules += [] if symbol.family in shared else [symbol]
-        elif symbol.family not in shared and in_test_split(symbol.family, share, seed):
+        elif symbol.family in held_families:
             held_symbols.append(symbol)
         else:
             train.append(symbol)
     return HeldOut(train, held_symbols, held_modules, packages)
+
+
+def draw_definitions(symbols: Sequence[Symbol], share: float, seed: str) -> frozenset[str]:
+    """Families with about that share of the symbols of each area of the library, in an order that the seed says.
+
+    One that is large for its area is passed over: what is drawn takes at most twice the share, and never all.
+    """
+    sizes: dict[str | None, Counter[str]] = defaultdict(Counter)
+    for symbol in symbols:
+        sizes[area(symbol)][symbol.family] += 1
+    chosen: set[str] = set()
+    for found in sizes.values():
+        wanted, taken = share * found.total(), 0
+        for family in sorted(found, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()):
+            if taken < wanted and taken + found[family] <= min(max(1, 2 * wanted), found.total() - 1):
+                chosen.add(family)
+                taken += found[family]
+    return frozenset(chosen)
 
 
 def one_name_each(symbols: Sequence[Symbol]) -> list[Symbol]:

@@ -1,8 +1,11 @@
 """Training, held-out symbols and held-out packages share no definition."""
 
+from collections import Counter
+
 import pytest
 
-from components.reference.held_out import HeldOut, hold_out, is_askable_class, one_name_each
+from components.reference.areas import area
+from components.reference.held_out import HeldOut, draw_definitions, hold_out, is_askable_class, one_name_each
 from components.reference.stdlib import Symbol, library_symbols
 
 
@@ -33,6 +36,20 @@ def test_enough_is_held_out_for_every_suite(parts: HeldOut, symbols: list[Symbol
     assert sum(map(is_askable_class, parts.modules)) >= 110
     assert sum(bool(symbol.summary) for symbol in parts.symbols) >= 320
     assert len(parts.train) > 0.6 * len(one_name_each(symbols))
+
+
+def test_each_area_gives_about_its_share_and_never_all(parts: HeldOut) -> None:
+    held, trained = (Counter(map(area, part)) for part in (parts.symbols, parts.train))
+    for name, count in trained.items():
+        share = held[name] / (held[name] + count)
+        assert share <= 0.24 or held[name] == 1, name
+        if count > 40:
+            assert share > 0.04, name
+
+
+def test_the_only_definition_of_an_area_is_not_drawn(symbols: list[Symbol]) -> None:
+    alone = [symbol for symbol in symbols if symbol.family == symbols[0].family]
+    assert draw_definitions(alone, 0.5, "0") == frozenset()
 
 
 def test_the_choice_is_fixed_by_the_seed(symbols: list[Symbol], parts: HeldOut) -> None:
