@@ -15,7 +15,7 @@ from components.reference.dialogue import ERROR, Message, asked, row
 from components.reference.knowledge import NOT_FOUND
 from components.reference.questions import SYMBOL_TOOLS, Asker, Manner
 
-KINDS = {"question": 58, "chain": 15, "small_talk": 9, "off_topic": 9, "two": 4, "chat_first": 2, "follow_up": 3}
+KINDS = {"question": 48, "chain": 25, "small_talk": 9, "off_topic": 9, "two": 4, "chat_first": 2, "follow_up": 3}
 """Conversations of each kind, in a hundred."""
 DISTURBED_SHARE = 0.25
 MAX_CHARACTERS = 420
