@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, action="append", help="an encoder's folder; may be given again")
     given = parser.parse_args()
     paths = Paths(find_root())
+    if not paths.knowledge.is_file():
+        parser.error(f"{paths.knowledge}: not built yet; run `loopwright run` here first")
     folders = given.model or [folder for folder in (paths.base("encoder"), paths.classifier) if folder.is_dir()]
     known = documents(paths.knowledge)
     asked = queries(paths.root, known)
