@@ -81,6 +81,7 @@ def test_a_killed_service_comes_back(up: Up) -> None:
     psutil.Process(pid).kill()
     up.until(lambda: "endpoint  ended; starts again in " in up.told.read_text(), 10)
     up.until(lambda: up.endpoint() == 200, 60)
+    assert not psutil.pid_exists(pid), "another process answers"
 
 
 def test_a_second_one_is_refused_with_one_line(up: Up) -> None:

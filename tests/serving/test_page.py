@@ -250,13 +250,18 @@ def test_stopped_answer_stays_as_it_is_and_can_be_made_again(site: Site, visit: 
         visitor.page.get_by_role("button", name="New conversation").click()
         expect(visitor.page.locator(".turn")).to_have_count(0)
         visitor.page.locator("#past a").click()
-    site.pace.allowed = math.inf
     expect(visitor.page.locator(".state")).to_have_text("You stopped this answer.")
+    written = visitor.page.locator(".words").inner_text()
+    site.pace.allowed = math.inf
     visitor.page.get_by_label("Answer again").click()
     expect(visitor.page.get_by_label("Answer 2 of 2")).to_be_visible()
     expect(visitor.page.get_by_label("Stop the answer")).to_be_hidden()
+    assert visitor.page.locator(".words").inner_text() == STORY
     visitor.page.get_by_label("Earlier answer").click()
     expect(visitor.page.locator(".state")).to_have_text("You stopped this answer.")
+    assert visitor.page.locator(".words").inner_text() == written
+    assert written != STORY
+    assert STORY.startswith(written)
 
 
 def test_lineage_is_laid_open_for_a_person(site: Site, visit: Visit) -> None:
@@ -283,6 +288,8 @@ def test_lineage_is_laid_open_for_a_person(site: Site, visit: Visit) -> None:
     ):
         expect(panel).to_contain_text(text)
     expect(panel.get_by_role("row", name="data/collected d43b07d0")).to_be_visible()
+    shown = panel.inner_text()
+    assert [word for word in ("undefined", "NaN", "[object") if word in shown] == [], "values of the script, not facts"
     visitor.page.keyboard.press("Escape")
     expect(panel).to_be_hidden()
     expect(visitor.page.locator(".model")).to_be_focused()
@@ -296,6 +303,7 @@ def test_past_conversations_survive_and_are_deleted_only_here(site: Site, visit:
     page.get_by_role("button", name="New conversation").click()
     visitor.ask("A story")
     visitor.answered(STORY)
+    completion_id = visitor.completion_id
     page.reload()
     expect(past).to_have_text(["A story", "Hello"])
     visitor.answered(STORY)
@@ -312,6 +320,8 @@ def test_past_conversations_survive_and_are_deleted_only_here(site: Site, visit:
     page.reload()
     expect(past).to_have_text(["Hello"])
     expect(page.locator("#conversations")).to_contain_text("kept in this browser only")
+    assert STORY not in page.evaluate("Object.values(localStorage).join()")
+    assert site.serving.store.completion(completion_id)["id"] == completion_id, "the server's record stays"
 
 
 def test_browser_that_keeps_nothing_still_chats(site: Site, visit: Visit) -> None:
@@ -325,7 +335,10 @@ def test_browser_that_keeps_nothing_still_chats(site: Site, visit: Visit) -> Non
     visitor.answered("That is 42.")
     expect(visitor.page.locator("#notice")).to_contain_text("This browser does not keep the conversation")
     expect(visitor.page.locator("#past .title")).to_have_text(["What is 6*7?"])
+    shown = "getComputedStyle(document.documentElement).colorScheme"
+    before = visitor.page.evaluate(shown)
     visitor.page.get_by_label("Switch between dark and light").click()
+    assert visitor.page.evaluate(shown) != before
 
 
 def test_everything_can_be_done_with_the_keyboard(site: Site, visit: Visit) -> None:
