@@ -1,8 +1,8 @@
 """The engine's tokens per second, alone and in company: `python -m benchmarks.engine` (in `make bench`).
 
-Beside Hugging Face. Random weights of a stated shape, the same for all; prompts of one length that never repeat;
-every answer as long as any other. One process, rounds interleaved, medians reported; ratios are of tokens per second
-of processor time.
+Beside Hugging Face. Random weights of a stated shape, the same for all; prompts of one length that never repeat, token
+for token the same for all; every answer as long as any other. One process, rounds interleaved, medians reported;
+ratios are of tokens per second of processor time.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import platform
 import queue
 import random
 import statistics
+import string
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.stage import ENVIRONMENT
 
 if TYPE_CHECKING:
-    pass
+    from components.data.tokenizer import ChatTokenizer
 
 SHAPES = {
     "laptop": (2048, 192, 4, 3, 3, 64, 512),
@@ -32,11 +34,20 @@ SHAPES = {
 """vocab_size, embed_dim, num_layers, num_heads, num_kv_heads, head_dim, hidden_dim."""
 CONTEXT = 512
 PROMPT, WRITTEN = 64, 64
-"""Tokens of each prompt and each answer."""
+"""Tokens of each prompt, as the chat template renders it, and of each answer."""
 CROWD = 32
 ALONE, THEIRS_ALONE = "Loopwright, one after another", "Hugging Face, one after another"
 
-Prompts = list[list[int]]
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, and the tokens that its model reads."""
+
+    text: str
+    ids: list[int]
+
+
+Prompts = list[Prompt]
 Contender = Callable[[Prompts], int]
 """Answers all prompts and gives the number of tokens written."""
 
@@ -60,8 +71,26 @@ def make_folder(folder: Path, size: str) -> Path:
     return folder / "model"
 
 
-def prompts(count: int, dice: random.Random) -> Prompts:
-    return [[dice.randrange(100, 250) for _ in range(PROMPT)] for _ in range(count)]
+def prompts(tokenizer: ChatTokenizer, count: int, dice: random.Random) -> Prompts:
+    """Random texts whose rendered prompts have `PROMPT` tokens."""
+    found: Prompts = []
+    while len(found) < count:
+        text = "".join(dice.choice(string.ascii_lowercase + " ") for _ in range(2 * PROMPT))
+        excess = len(_rendered(tokenizer, text)) - PROMPT
+        while excess > 0:
+            text = text[:-excess]
+            excess = len(_rendered(tokenizer, text)) - PROMPT
+        if not excess:
+            found.append(Prompt(text, _rendered(tokenizer, text)))
+    return found
+
+
+def _rendered(tokenizer: ChatTokenizer, text: str) -> list[int]:
+    return tokenizer.encode_chat(_chat(text), None, add_generation_prompt=True)[0]
+
+
+def _chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
 
 
 class Loopwright:
@@ -89,8 +118,8 @@ class Loopwright:
 
         while waiting or running:
             while waiting and running < concurrent:
-                text = self.engine.agent.tokenizer.decode(waiting.pop())
-                self.engine.submit(Ask([{"role": "user", "content": text}], may_call=False, max_tokens=WRITTEN), listen)
+                chat = _chat(waiting.pop().text)
+                self.engine.submit(Ask(chat, may_call=False, max_tokens=WRITTEN), listen)
                 running += 1
             event = told.get()
             assert isinstance(event, Finished)
@@ -117,7 +146,7 @@ class HuggingFace:
         import torch
 
         with torch.inference_mode():
-            ids = torch.tensor(asked)
+            ids = torch.tensor([prompt.ids for prompt in asked])
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
         return int(out.shape[0] * (out.shape[1] - PROMPT))
 
@@ -128,7 +157,7 @@ class HuggingFace:
         blocks = ContinuousBatchingConfig(
             page_size=32, num_blocks=4 * CROWD * (PROMPT + WRITTEN) // 32, max_batch_tokens=1024
         )
-        answers = self.model.generate_batch(asked, settings, blocks)
+        answers = self.model.generate_batch([prompt.ids for prompt in asked], settings, blocks)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
 
@@ -158,7 +187,7 @@ def measure(size: str, rounds: int, threads: int) -> dict[str, Any]:
         speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for number in range(rounds + 1):
             for name, (contender, count) in contenders.items():
-                speed = timed(contender, prompts(count, dice))
+                speed = timed(contender, prompts(ours.engine.agent.tokenizer, count, dice))
                 if number:  # the first round warms
                     speeds[name].append(speed)
         ours.engine.close()
