@@ -152,7 +152,8 @@ def finetune_classifier(run: StageRun) -> None:
     describe(run, work.encoder, work.encoder.config.max_seq_len, work.rows)
     work.adapt()
     tried = work.search()
-    chosen = best_of(tried).values if tried else {}
+    best = best_of(tried, 1 / len(work.rows.labels)) if tried else None
+    chosen = best.values if best else {}
     model, watch, measured = work.final(chosen)
     merge_lora(model)
     logits = validation_logits(model, work.validation)
@@ -169,7 +170,8 @@ def finetune_classifier(run: StageRun) -> None:
         "trials": len(tried),
         **{f"chosen_{name}": value for name, value in chosen.items()},
     }
-    if tried:
+    if best:
+        facts["chosen_trial"] = best.number
         run.tracker.table("trials.json", _columns(tried))
     for part in work.parts:
         Checkpoints(part.state).clear()

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import optuna
 
 Values = dict[str, float]
+FAR = 2.0
+"""A score must be this many times what guessing has before it says anything."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ def search(
     return tried
 
 
-def best_of(tried: list[Tried]) -> Tried:
-    """The first of those with the best score."""
-    return max(tried, key=lambda one: (one.score, -one.number))
+def best_of(tried: list[Tried], chance: float) -> Tried:
+    """The first of those with the best score; the first of all, the given values, where none is far from `chance`.
+
+    Trials too short to learn anything differ by luck alone.
+    """
+    best = max(tried, key=lambda one: (one.score, -one.number))
+    return best if best.score > FAR * chance else tried[0]

@@ -41,7 +41,7 @@ def test_the_given_values_are_tried_first_and_others_within_their_ranges() -> No
     assert [one.values for one in tried] == seen
     assert all(0.001 <= values["rate"] <= 0.1 and 0 <= values["share"] <= 0.5 for values in seen)
     assert len({values["rate"] for values in seen}) == 8
-    best = best_of(tried)
+    best = best_of(tried, chance=0.1)
     assert best.score == max(one.score for one in tried)
     assert abs(best.values["share"] - 0.4) <= 0.15
 
@@ -68,7 +68,13 @@ def test_a_search_that_was_killed_goes_on_with_the_same_trials(killed_at: int) -
 
 def test_the_first_of_equal_trials_is_the_best() -> None:
     tried = [Tried(number, {}, score, 1, False) for number, score in enumerate((0.5, 0.7, 0.7))]
-    assert best_of(tried).number == 1
+    assert best_of(tried, chance=0.1).number == 1
+
+
+def test_trials_no_better_than_guessing_leave_the_given_values() -> None:
+    tried = [Tried(number, {}, score, 1, False) for number, score in enumerate((0.01, 0.03, 0.02))]
+    assert best_of(tried, chance=0.02).number == 0
+    assert best_of(tried, chance=0.01).number == 1
 
 
 def test_the_temperature_undoes_what_logits_were_multiplied_by() -> None:
