@@ -220,6 +220,14 @@ def family_part(dotted: str, value: Any, family: Family | None) -> Any:
     return (value or {}).get(family, {})
 
 
+def datasets_of(name: str, stage: Mapping[str, Any], params: Params) -> list[str]:
+    """Datasets that a stage of dvc.yaml reads: those that its parameters name, less what is another family's."""
+    resolved, family = params.model_dump(mode="json", by_alias=True), family_of(name)
+    sections = [dotted for dotted in _declared_params(stage) if dotted.endswith(".dataset")]
+    named = [family_part(dotted, _look_up(resolved, dotted), family) for dotted in sections]
+    return sorted({one for given in named for one in ([given] if isinstance(given, str) else given or [])})
+
+
 def outs(stage: Mapping[str, Any]) -> list[str]:
     """Paths of everything a stage of dvc.yaml writes: outs, metrics and plots."""
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from components.config import SCALES_FILE, InputError, Refused, load_params
+from components.config import InputError, Refused, load_params
 from components.paths import Paths
 from components.process import only_one
-from components.settings import Family
-from components.stage import PROGRESS, family_of, family_part, read_stages
+from components.stage import PROGRESS, read_stages
 from flows.bases import bring_bases
 from flows.flow_run import FlowRun, run_flow
+from flows.passing_over import pass_over_datasets, pass_over_parameters
 from flows.release import Release, Releases, look_at_releases, release
 from flows.reproduce import StageResult, reproduce
 
@@ -119,7 +119,7 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
         # DVC names stages and files as seen from the current folder.
         with chdir(root), Repo() as repo:
             every = _needs(repo, root)
-            _pass_over_other_families(repo)
+            pass_over_parameters(repo)
             needs = {name: every[name] for name in every if (name in LOOP) == loop}
             changed = repo.status(list(needs)) if needs else {}
     except DvcException as error:
@@ -214,37 +214,6 @@ def _needs(repo: Any, root: Path) -> dict[str, list[str]]:
     return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
 
 
-def _pass_over_other_families(repo: Any) -> None:
-    """Let dvc.lock know the present parameters of stages of which only another family's part changed.
-
-    DVC watches whole sections of params.yaml and scales.yaml, a stage with a matrix reads its family's part.
-    """
-    from dvc.dependency import ParamsDependency
-    from dvc.stage import PipelineStage
-
-    for stage in repo.index.stages:
-        if not isinstance(stage, PipelineStage) or (family := family_of(stage.addressing)) is None:
-            continue
-        params = [dep for dep in stage.deps if isinstance(dep, ParamsDependency) and dep.hash_info.value]
-        others = [dep for dep in params if dep.status() and _reads_the_same(dep, family)]
-        for dep in others:
-            dep.hash_info = dep.get_hash()
-        if others:
-            with repo.lock:
-                stage.dump(update_pipeline=False)
-
-
-def _reads_the_same(dep: Any, family: Family) -> bool:
-    """Whether the family's part of every parameter of a file is what dvc.lock has of it."""
-    before, now = dep.hash_info.value, dep.read_params()
-    scaled = Path(dep.fs_path).name == SCALES_FILE.name  # there, a scale stands before the section
-    return before.keys() == now.keys() and all(
-        family_part(name.partition(".")[2] if scaled else name, before[name], family)
-        == family_part(name.partition(".")[2] if scaled else name, now[name], family)
-        for name in now
-    )
-
-
 def _until(needs: Mapping[str, list[str]], until: str | None) -> list[str]:
     if until is None:
         return list(needs)
@@ -319,6 +288,8 @@ def _stage_task(order: Order, state: StageState, report: Report) -> Any:
             more = len(state.reasons) - _REASONS_SHOWN
             said = [*state.reasons[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
             order.echo(f"{state.name}: {', '.join(said)}")
+            if not state.force:
+                pass_over_datasets(state.name, order.root)
             result = reproduce(state.name, order.root, state.force, _Ear(state.name, order.echo))
         report.stages.append(result)
         order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")

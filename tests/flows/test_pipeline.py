@@ -17,6 +17,7 @@ import yaml
 
 from components.config import InputError
 from components.paths import Paths
+from flows.passing_over import pass_over_datasets
 from flows.pipeline import configure, look, version_data
 from flows.reproduce import StageFailed, reproduce
 
@@ -133,6 +134,62 @@ def test_a_family_is_not_restaled_by_anothers_parameters(project: Path) -> None:
     assert run("make@decoder", project) == "ran"
     scales["all"]["model"]["encoder"]["depth"] = 2
     assert written() == {"make@decoder": (), "make@encoder": ("components/scales.yaml: all.model modified",)}
+
+
+COLLECTING = {
+    "collect": {
+        "cmd": "mkdir -p data/collected && cp -r sources/* data/collected",
+        "deps": ["sources"],
+        "outs": ["data/collected"],
+    },
+    "validate": {
+        "cmd": "ls -lR data/collected/* > data/validation",
+        "deps": ["data/collected"],
+        "outs": ["data/validation"],
+    },
+    "make": {
+        "matrix": {"family": ["decoder", "encoder"]},
+        "cmd": "touch ${item.family}.txt",
+        "deps": ["data/collected", "data/validation"],
+        "params": ["tune.dataset", "classifier.dataset"],
+        "outs": ["${item.family}.txt"],
+    },
+}
+
+
+def test_a_stage_is_not_restaled_by_datasets_that_it_does_not_read(project: Path) -> None:
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": COLLECTING}, sort_keys=False))
+    params: dict[str, Any] = {"scale": "smoke", "tune": {"dataset": "chats"}, "classifier": {"dataset": "tickets"}}
+
+    def write(**contents: str) -> None:
+        (project / "params.yaml").write_text(yaml.safe_dump(params))
+        for name, content in contents.items():
+            (project / "sources" / name).mkdir(parents=True, exist_ok=True)
+            (project / "sources" / name / "train.txt").write_text(content)
+
+    def outcomes() -> list[str]:
+        for name in ("collect", "validate"):
+            run(name, project)
+        made = []
+        for name in ("make@decoder", "make@encoder"):
+            look(project)
+            pass_over_datasets(name, project)
+            made.append(run(name, project))
+        return made
+
+    write(chats="one", tickets="one")
+    assert outcomes() == ["ran", "ran"]
+    write(tickets="another")
+    assert outcomes() == ["up to date", "ran"]
+    assert reasons(project)["make@decoder"] == (), "dvc.lock has learned of it"
+    params["classifier"]["dataset"] = "mail"
+    write(mail="one")
+    assert outcomes() == ["up to date", "ran"]
+    write(chats="longer than before")
+    assert outcomes() == ["ran", "up to date"]
+    write(tickets="again another")
+    shutil.rmtree(project / ".dvc/cache")
+    assert outcomes() == ["ran", "ran"], "what they read before cannot be known"
 
 
 def test_until_takes_all_of_a_stage_with_a_matrix(project: Path) -> None:
