@@ -94,17 +94,14 @@ class Store(Ledger, Keys):
 
     def add_answer(self, completion_id: str, answer: Answered) -> None:
         """Record the answer to a recorded request."""
-        with self._write() as connection:
-            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
+        self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
     def add_exchange(
         self, completion_id: str, model: str, body: Mapping[str, Any], asked: float, answer: Answered
     ) -> None:
         """Record what was asked at `asked` (Unix time) together with its answer, in half the time of one by one."""
         row = {"id": completion_id, "created": asked, "model": model, "body": dict(body)}
-        with self._write() as connection:
-            connection.execute(REQUESTS.insert(), row)
-            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
+        self._insert((REQUESTS, row), (ANSWERS, _answer_row(completion_id, answer)))
 
     def add_feedback(
         self,
