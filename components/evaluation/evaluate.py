@@ -1,7 +1,6 @@
 """Stage: ask the agent every held-out question and read held-out text.
 
-`measure` takes any model folder and re-tokenizes the held-out text with that folder's own
-tokenizer, so that candidate and champion answer the very same sets.
+Held-out text is tokenized anew by the model's own tokenizer, so that candidate and champion answer the very same sets.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ import torch
 from components.agent.agent import Agent
 from components.config import Params
 from components.data.datasets import Row, read_rows, split_digest, write_json
+from components.evaluation.answering import Answering
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
-from components.evaluation.questions import COLUMNS, answer_questions, read_questions
-from components.models.checkpoint import load_decoder
+from components.evaluation.questions import COLUMNS, read_questions
 from components.models.decoder import Decoder
-from components.models.devices import best_device
 from components.settings import EvaluateConfig
 from components.stage import StageRun
 
@@ -46,8 +44,9 @@ class Evaluation:
 
 def evaluate(run: StageRun) -> None:
     """Write `data/metrics/evaluate.json`, the plots and `data/evaluation/answers.parquet`."""
-    evaluation = measure(run.paths.agent, run.paths.collected, run.params, run.progress)
-    shots = _measure_shots(run)
+    with Answering(run.paths.agent, run.params.evaluate) as answering:
+        evaluation = _measured(answering, run.paths.collected, run.params, run.progress)
+        shots = _measure_shots(run, answering)
     figures = {**evaluation.figures, "few_shot": shots, "seed": run.params.seed, "scale": run.params.scale}
     write_json(run.paths.metrics / "evaluate.json", figures)
     _write_plot(run.paths.metrics / "evaluate_suites.csv", figures["suites"])
@@ -59,22 +58,17 @@ def evaluate(run: StageRun) -> None:
     run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
 
 
-def measure(
-    folder: Path, collected: Path, params: Params, progress: Callable[..., None] = lambda *args, **facts: None
-) -> Evaluation:
-    """Measure the model folder on the held-out sets of the datasets that `params` names.
-
-    Raises: InputError when the folder is not a readable agent.
-    """
+def _measured(answering: Answering, collected: Path, params: Params, progress: Callable[..., None]) -> Evaluation:
+    """Measure a model on the held-out sets of the datasets that `params` names."""
     config = params.evaluate
     torch.manual_seed(params.seed)
-    model = load_decoder(folder, device=best_device())
-    agent = Agent.load(folder, model.config.max_seq_len)
-    documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
+    model, agent = answering.model, answering.agent
     questions = [
         question for name in params.tune.datasets for question in read_questions(collected / name, config.max_questions)
     ]
-    table = answer_questions(model, agent, questions, config, progress)
+    answering.prepare(len(questions))
+    documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
+    table = answering(questions, progress)
     suites = _figures(table)
     for name in params.tune.datasets:
         suites.update(_read_conversations(model, agent, collected / name, name, suites, config))
@@ -87,13 +81,11 @@ def measure(
     return Evaluation(figures, table)
 
 
-def _measure_shots(run: StageRun) -> dict[str, Figures]:
+def _measure_shots(run: StageRun, answering: Answering) -> dict[str, Figures]:
     """How examples in the prompt change what the agent gets right."""
     config, folders = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
-    model = load_decoder(run.paths.agent, device=best_device())
-    agent = Agent.load(run.paths.agent, model.config.max_seq_len)
     questions = [question for folder in folders for question in read_questions(folder, config.shot_questions)]
-    return few_shot(model, agent, folders, questions, config, run.params.seed, run.progress)
+    return few_shot(answering.agent, answering, folders, questions, config, run.params.seed, run.progress)
 
 
 def write_answers(folder: Path, table: list[Row], collected: Path, params: Params, most: int) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 
 from components.agent.agent import Agent
 from components.data.datasets import Row, read_rows
-from components.evaluation.questions import Question, answer_questions
-from components.models.decoder import Decoder
+from components.evaluation.questions import Question
 from components.settings import EvaluateConfig
 
 READ = 4_000
@@ -22,8 +21,8 @@ Kind = tuple[str, ...]
 
 
 def few_shot(
-    model: Decoder,
     agent: Agent,
+    answer: Callable[..., Sequence[Row]],
     folders: Sequence[Path],
     questions: Sequence[Question],
     config: EvaluateConfig,
@@ -32,8 +31,9 @@ def few_shot(
 ) -> dict[str, Figures]:
     """By suite: exact match with each number of examples, over the first `shot_questions` that have right answers.
 
-    Examples are training conversations that call the same tools; where there are too few of them the question is left
-    out, and one whose examples leave no room in the context counts as wrong and under `too_long`.
+    `answer` puts questions to the model, as `Answering` does. Examples are training conversations that call the same
+    tools; where there are too few of them the question is left out, and one whose examples leave no room in the
+    context counts as wrong and under `too_long`.
     """
     examples = _examples(folders, seed)
     most = max(config.shots, default=0)
@@ -49,7 +49,7 @@ def few_shot(
             for one, places in zip(asked, drawn, strict=True)
         ]
         fits = [len(agent.tokenizer.encode_chat(one.messages, one.tools)[0]) < agent.context_len for one in behind]
-        for one, row, fit in zip(asked, answer_questions(model, agent, behind, config, progress), fits, strict=True):
+        for one, row, fit in zip(asked, answer(behind, progress), fits, strict=True):
             suite = figures[one.suite]
             suite[str(shots)] = suite.get(str(shots), 0) + row["correct"]
             suite["too_long"] = suite.get("too_long", 0) + (not fit)

@@ -6,12 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from components.agent.agent import Agent
-from components.evaluation import few_shot as module
+from components.evaluation.answering import Answering
 from components.evaluation.few_shot import few_shot
-from components.evaluation.questions import Question, answer_questions, read_questions
-from components.models.checkpoint import load_decoder
-from components.models.decoder import Decoder
+from components.evaluation.questions import Question, read_questions
 from components.paths import Paths
 from tests.feedback.project import new_run, write_project
 
@@ -21,21 +18,20 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     return write_project(tmp_path_factory.mktemp("shots"))
 
 
-def loaded(paths: Paths) -> tuple[Decoder, Agent]:
-    model = load_decoder(paths.start)
-    return model, Agent.load(paths.start, model.config.max_seq_len)
+@pytest.fixture(scope="module")
+def answering(paths: Paths) -> Answering:
+    return Answering(paths.start, new_run(paths, "evaluate").params.evaluate)
 
 
 def folder(paths: Paths) -> Path:
     return paths.collected / "talks"
 
 
-def test_without_examples_it_is_the_plain_question(paths: Paths) -> None:
-    model, agent = loaded(paths)
+def test_without_examples_it_is_the_plain_question(paths: Paths, answering: Answering) -> None:
     config = new_run(paths, "evaluate", evaluate__shots=[0], evaluate__shot_questions=5).params.evaluate
     questions = list(read_questions(folder(paths), 5))
-    figures = few_shot(model, agent, [folder(paths)], questions, config, seed=0)
-    plain = answer_questions(model, agent, questions, config)
+    figures = few_shot(answering.agent, answering, [folder(paths)], questions, config, seed=0)
+    plain = answering(questions)
     assert set(figures) == {question.suite for question in questions}
     for suite, found in figures.items():
         rows = [row for row in plain if row["suite"] == suite]
@@ -46,18 +42,16 @@ def test_without_examples_it_is_the_plain_question(paths: Paths) -> None:
         }
 
 
-def test_examples_are_solved_alike_and_the_question_stays_last(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, agent = loaded(paths)
+def test_examples_are_solved_alike_and_the_question_stays_last(paths: Paths, answering: Answering) -> None:
     config = new_run(paths, "evaluate", evaluate__shots=[2], evaluate__shot_questions=3).params.evaluate
     asked: list[Question] = []
 
-    def answered(model: Decoder, agent: Agent, questions: list[Question], *rest: object) -> list[dict[str, bool]]:
+    def answered(questions: list[Question], *rest: object) -> list[dict[str, bool]]:
         asked.extend(questions)
         return [{"correct": True} for _ in questions]
 
-    monkeypatch.setattr(module, "answer_questions", answered)
     questions = list(read_questions(folder(paths), 3))
-    few_shot(model, agent, [folder(paths)], questions, config, seed=0)
+    few_shot(answering.agent, answered, [folder(paths)], questions, config, seed=0)
     for plain, shown in zip(questions, asked, strict=True):
         assert shown.messages[-1] == plain.messages[-1]
         roles = [message["role"] for message in shown.messages[: -len(plain.messages)]]
@@ -69,10 +63,9 @@ def test_examples_are_solved_alike_and_the_question_stays_last(paths: Paths, mon
         assert plain.expected not in said  # held out means held out
 
 
-def test_what_does_not_fit_is_wrong_and_counted(paths: Paths) -> None:
-    model, agent = loaded(paths)
+def test_what_does_not_fit_is_wrong_and_counted(paths: Paths, answering: Answering) -> None:
     config = new_run(paths, "evaluate", evaluate__shots=[0, 18], evaluate__shot_questions=2).params.evaluate
     questions = [one for one in read_questions(folder(paths), 2) if one.suite.startswith("lookup")]
-    figures = few_shot(model, agent, [folder(paths)], questions, config, seed=0)
+    figures = few_shot(answering.agent, answering, [folder(paths)], questions, config, seed=0)
     assert figures["lookup/held_out"]["too_long"] == 2
     assert figures["lookup/held_out"]["18"] == 0.0
