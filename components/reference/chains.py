@@ -44,6 +44,7 @@ class Chains:
         self.asker = asker
         self.wordings = {chain: Wordings(composed(chain), seed) for chain in CHAINS}
         held_out = asker.held_out
+        self._pools = {chain: fit(chain, held_out.train) for chain in CHAINS}
         self._unseen = {symbol.name for symbol in (*held_out.symbols, *held_out.modules)}
         everything = (*held_out.train, *held_out.symbols, *held_out.modules)
         self._summarized = {symbol.name for symbol in everything if symbol.summary}
@@ -52,7 +53,7 @@ class Chains:
         """One training question, real or made up."""
         rng = manner.rng
         chain = rng.choices(list(CHAINS), list(CHAINS.values()))[0]
-        pool = fit(chain, self.asker.held_out.train)
+        pool = self._pools[chain]
         if not pool or rng.random() < MADE_UP_SHARE:
             return self._made_up(manner, chain)
         for _ in range(TRIES):
