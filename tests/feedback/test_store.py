@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from sqlite3 import IntegrityError
 
 import pytest
 
@@ -49,6 +50,26 @@ def test_completion_returns_what_was_recorded(store: Store) -> None:
     assert found["answer"]["steps"] == ANSWER.steps
     assert found["feedback"] == []
     assert set(found) == {"id", "created", "model", "request", "answer", "feedback"}
+
+
+def test_an_exchange_is_recorded_as_its_parts_are(store: Store) -> None:
+    ask(store)
+    store.add_exchange("chatcmpl-2", "agent/1", BODY, 1.5, ANSWER)
+    apart, whole = (store.completion(f"chatcmpl-{number}") for number in (1, 2))
+    assert whole["created"] == 1.5
+    for one in (apart, whole):
+        del one["id"], one["created"], one["answer"]["created"]
+    assert whole == apart
+
+
+def test_an_exchange_that_cannot_be_recorded_leaves_nothing_and_the_next_one_goes_on(store: Store) -> None:
+    store.add_exchange("chatcmpl-1", "agent/1", BODY, 1.5, ANSWER)
+    with pytest.raises(IntegrityError):
+        store.add_exchange("chatcmpl-1", "agent/1", BODY, 1.5, ANSWER)
+    with pytest.raises(IntegrityError):
+        store.add_answer("chatcmpl-2", ANSWER)
+    store.add_exchange("chatcmpl-3", "agent/1", BODY, 1.5, ANSWER)
+    assert store.counts() == {"requests": 2, "answers": 2, "feedback": 0}
 
 
 def test_request_without_answer_is_on_record(store: Store) -> None:
