@@ -28,6 +28,8 @@ from components.settings import EvaluateConfig
 
 MANY = 1000
 """Questions from which on it pays to start processes, each of which imports torch and loads the model."""
+PROCESSES = 8
+"""At most: each takes half a gigabyte of memory."""
 SMALL_MODEL = 50_000_000
 """Parameters of a model whose products gain little from several threads."""
 
@@ -40,7 +42,7 @@ class Answering:
         self.model, self.agent = _load(folder)
         self._folder, self._config = folder, config
         here = self.model.embed.weight.device.type == "cpu" and self.model.num_parameters <= SMALL_MODEL
-        self._most = (cores or os.cpu_count() or 1) - 1 if here else 0
+        self._most = min(PROCESSES, cores or os.cpu_count() or 1) - 1 if here else 0
         self._helpers: list[tuple[SpawnProcess, Connection]] = []
 
     def __enter__(self) -> Answering:
