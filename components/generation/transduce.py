@@ -90,6 +90,8 @@ class _Beams:
         self.written: list[list[int]] = [[] for _ in range(len(sources) * beams)]
         self.kept: list[list[Target]] = [[] for _ in sources]
         self.done = [False] * len(sources)
+        self.present = list(range(len(sources)))
+        """The source of each row, where one target each is followed."""
 
     @torch.inference_mode()
     def run(self) -> list[Target]:
@@ -103,9 +105,9 @@ class _Beams:
 
     def _likeliest(self, chances: Tensor, length: int) -> None:
         best, ids = chances.max(-1)
-        self.sums += best.unsqueeze(1)
+        self.sums[self.present, 0] += best
         self.newest = ids.unsqueeze(1)
-        for source, token in enumerate(ids.tolist()):
+        for source, token in zip(self.present, ids.tolist(), strict=True):
             if self.done[source]:
                 continue
             if token == self.search.end_id:
@@ -113,6 +115,17 @@ class _Beams:
                 self.done[source] = True
             else:
                 self.written[source].append(token)
+
+        left = [row for row, source in enumerate(self.present) if not self.done[source]]
+        if 0 < len(left) <= len(self.present) // 2:  # a copy of what is remembered, so not for each row that ends
+            self._narrow(left)
+
+    def _narrow(self, left: list[int]) -> None:
+        """Go on with these rows alone."""
+        rows = torch.tensor(left, device=self.newest.device)
+        self.cache.keep(rows)
+        self.context, self.mask, self.newest = self.context[rows], self.mask[rows], self.newest[rows]
+        self.present = [self.present[row] for row in left]
 
     def _branch(self, chances: Tensor, length: int) -> None:
         """Follow the best K of all ways to go on with a token that is no end; ends among the best K are kept."""
