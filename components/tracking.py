@@ -173,7 +173,9 @@ def _carry(client: MlflowClient, folder: Path) -> None:
         sent = json.loads(memory.read_text())
     with (folder / "lines.jsonl").open("rb") as file:
         file.seek(sent["offset"])
-        whole = file.read().rpartition(b"\n")[0]
+        read = file.read()
+    whole = read.rpartition(b"\n")[0]
+    end = sent["offset"] + len(read)
     events = [event for line in whole.splitlines() if (event := _parsed(line))]
     if events and events[0]["kind"] == "start" and "child" not in events[0]:
         start = events[0]
@@ -188,11 +190,15 @@ def _carry(client: MlflowClient, folder: Path) -> None:
     sent["offset"] += len(whole) + 1 if whole else 0
     memory.write_text(json.dumps(sent))
     ends = [event for event in own if event["kind"] == "end"]
-    if ends or not alive(sent["pid"]):
-        end = ends[-1] if ends else {"status": "KILLED", "time": None}
-        for run_id in (*sent["children"].values(), sent["run_id"]):
-            client.set_terminated(run_id, end["status"], end["time"])
-        shutil.rmtree(folder)
+    if not ends and alive(sent["pid"]):
+        return
+    if not ends and (folder / "lines.jsonl").stat().st_size > end:
+        _carry(client, folder)  # it ended while its earlier lines were on their way; now nothing more can come
+        return
+    last = ends[-1] if ends else {"status": "KILLED", "time": None}
+    for run_id in (*sent["children"].values(), sent["run_id"]):
+        client.set_terminated(run_id, last["status"], last["time"])
+    shutil.rmtree(folder)
 
 
 def _carry_children(client: MlflowClient, sent: dict[str, Any], events: list[dict[str, Any]], folder: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from components import tracking
 from components.config import InputError
 from components.journal import PARENT_RUN, Journal
 from components.registry import ModelVersion, Registry, is_empty, resolve
@@ -97,6 +98,27 @@ def test_trials_of_a_stage_are_runs_within_its_run(home: Path) -> None:
         assert trial_run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         history = connect(home).get_metric_history(trial_run.info.run_id, "macro_f1")
         assert [(point.step, point.value) for point in history] == [(1, 0.5), (2, 0.6 + number / 10)]
+
+
+def test_a_stage_that_ends_while_its_lines_are_on_their_way_was_not_killed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine MLflow takes seconds for the first lines, and a short stage is over by then."""
+    journal = Journal(home / "tracking", "collect", "key")
+    send = tracking._send
+
+    def slow(*given: Any) -> None:
+        monkeypatch.setattr(tracking, "_send", send)
+        journal.metrics({"rows": 3.0})
+        journal.__exit__(None)
+        monkeypatch.setattr(tracking, "alive", lambda pid: False)
+        send(*given)
+
+    monkeypatch.setattr(tracking, "_send", slow)
+    deliver(home)
+    run = run_named("collect", home)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"rows": 3.0})
+    assert not list((home / "tracking").glob("*/lines.jsonl"))
 
 
 def test_a_trial_of_a_killed_stage_is_closed_with_it(home: Path) -> None:
