@@ -53,20 +53,23 @@ def _reads_the_same(dep: Any, family: Family) -> bool:
 def pass_over_datasets(name: str, root: Path) -> None:
     """Let dvc.lock know the collected datasets as they are, where those that the stage names are what they were.
 
-    To be called when the stages that it needs have run. A stage that ran never, or whose earlier datasets are no
-    longer in DVC's cache, is left to DVC.
+    To be called when the stages that it needs have run. A stage that names none reads all of them, as the gate on data
+    does; it is left to DVC, and so is one that ran never, or whose earlier datasets are no longer in DVC's cache.
     """
     from dvc.repo import Repo
 
     declared = read_stages(root)[name]
     if COLLECTED not in declared.get("deps", ()):
         return
+    datasets = datasets_of(name, declared, load_params(Paths(root).params))
+    if not datasets:
+        return
     with Repo(str(root)) as repo:
         stage = repo.stage.load_one(str(root / "dvc.yaml"), name)
         deps = {dep.def_path: dep for dep in stage.deps if dep.def_path in (COLLECTED, VALIDATION)}
         if not all(dep.hash_info and dep.exists for dep in deps.values()) or not deps[COLLECTED].changed_checksum():
             return
-        if not _holds_the_same(deps[COLLECTED], datasets_of(name, declared, load_params(Paths(root).params))):
+        if not _holds_the_same(deps[COLLECTED], datasets):
             return
         for dep in deps.values():
             dep.save()
