@@ -26,12 +26,9 @@ from components.generation.slots import Slots
 from components.loop_settings import ServeConfig
 from components.models.checkpoint import load_decoder, read_config
 from components.models.decoder import Decoder
-from components.models.devices import best_device, compute_dtype
+from components.models.devices import SMALL_MODEL, best_device, compute_dtype
 from serving.reply import Ask, Called, Event, Failed, Finished, Late, Notify, Reply, Started, Stepped, Text, Ticket
 from serving.scheduler import Scheduler
-
-SMALL_MODEL = 50_000_000
-"""Parameters up to which one torch thread per request beats several: waking threads costs more than the products."""
 
 INT8_AGREEMENT = 0.98
 """Of the tokens that a model takes behind its own answers to SAMPLES, in full and rounded to int8."""

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from components.models.devices import SMALL_MODEL
 from components.prediction.texts import TextReader
-from serving.engine import SMALL_MODEL
 
 WARM = "Warm up."
 

@@ -22,7 +22,7 @@ from components.data.datasets import Row
 from components.evaluation.questions import Question, answer_questions
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device
+from components.models.devices import SMALL_MODEL, best_device
 from components.process import end_with_parent
 from components.settings import EvaluateConfig
 
@@ -30,8 +30,6 @@ MANY = 1000
 """Questions from which on it pays to start processes, each of which imports torch and loads the model."""
 PROCESSES = 8
 """At most: each takes half a gigabyte of memory."""
-SMALL_MODEL = 50_000_000
-"""Parameters of a model whose products gain little from several threads."""
 
 
 class Answering:

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +233,16 @@ def _sync(info: dict[str, Any], execute: Callable[[str], Any], level: str) -> No
 
 def _plain_insert(table: Table, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """SQLite's statement for a row of a table, and the values as its driver takes them."""
-    statement, documents = _statements.get(table.name) or _statement(table)
+    statement, documents = _statement(table)
     return statement, {**row, **{name: json.dumps(row[name]) for name in documents}}
 
 
-_statements: dict[str, tuple[str, list[str]]] = {}
-"""By table: how a row is inserted, and which columns hold JSON."""
-
-
+@cache
 def _statement(table: Table) -> tuple[str, list[str]]:
+    """How a row of a table is inserted, and which of its columns hold JSON."""
     written = str(table.insert().compile(dialect=sqlite.dialect(paramstyle="named")))
     documents = [column.name for column in table.c if isinstance(column.type, JSON)]
-    return _statements.setdefault(table.name, (written, documents))
+    return written, documents
 
 
 def _revision(connection: Connection) -> str | None:

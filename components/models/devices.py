@@ -7,6 +7,9 @@ import sys
 
 import torch
 
+SMALL_MODEL = 50_000_000
+"""Parameters up to which one torch thread beats several: waking threads costs more than the products."""
+
 
 def best_device() -> torch.device:
     """The GPU, where there is one."""
