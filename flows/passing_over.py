@@ -7,6 +7,7 @@ to date for DVC too.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def pass_over_datasets(name: str, root: Path) -> None:
     To be called when the stages that it needs have run. A stage that names none reads all of them, as the gate on data
     does; it is left to DVC, and so is one that ran never, or whose earlier datasets are no longer in DVC's cache.
     """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     declared = read_stages(root)[name]
@@ -64,17 +66,20 @@ def pass_over_datasets(name: str, root: Path) -> None:
     datasets = datasets_of(name, declared, load_params(Paths(root).params))
     if not datasets:
         return
-    with Repo(str(root)) as repo:
-        stage = repo.stage.load_one(str(root / "dvc.yaml"), name)
-        deps = {dep.def_path: dep for dep in stage.deps if dep.def_path in (COLLECTED, VALIDATION)}
-        if not all(dep.hash_info and dep.exists for dep in deps.values()) or not deps[COLLECTED].changed_checksum():
-            return
-        if not _holds_the_same(deps[COLLECTED], datasets):
-            return
-        for dep in deps.values():
-            dep.save()
-        with repo.lock:
-            stage.dump(update_pipeline=False)
+    with suppress(DvcException), Repo(str(root)) as repo:  # DVC itself says then what is wrong
+        _tell_datasets(repo, repo.stage.load_one(str(root / "dvc.yaml"), name), datasets)
+
+
+def _tell_datasets(repo: Any, stage: Any, datasets: Iterable[str]) -> None:
+    deps = {dep.def_path: dep for dep in stage.deps if dep.def_path in (COLLECTED, VALIDATION)}
+    if not all(dep.hash_info and dep.exists for dep in deps.values()) or not deps[COLLECTED].changed_checksum():
+        return
+    if not _holds_the_same(deps[COLLECTED], datasets):
+        return
+    for dep in deps.values():
+        dep.save()
+    with repo.lock:
+        stage.dump(update_pipeline=False)
 
 
 def _holds_the_same(dep: Any, datasets: Iterable[str]) -> bool:
