@@ -23,7 +23,7 @@ from components.feedback.store import UnknownCompletion
 from components.generation.schemas import SchemaError
 from serving import classify, page
 from serving.engine import Ask, Engine, Finished, Full, Retired
-from serving.errors import ERRORS, ApiError, StrictRoute, broken_body, shape_errors
+from serving.errors import ERRORS, ApiError, DirectRoute, StrictRoute, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
 from serving.follow import describe
 from serving.metrics import CONTENT_TYPE
@@ -36,7 +36,8 @@ MAX_LISTED = 1000
 
 
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
-ROUTERS = (router, classify.router, page.router)
+chat = APIRouter(route_class=DirectRoute, responses=ERRORS)
+ROUTERS = (chat, router, classify.router, page.router)
 """Every public route is in one of these."""
 
 
@@ -44,7 +45,7 @@ def new_api() -> FastAPI:
     """The app; whoever runs it sets `state.serving` before the first request."""
     api = FastAPI(title="Loopwright", version="1", docs_url=None, redoc_url=None, swagger_ui_oauth2_redirect_url=None)
     for one in ROUTERS:
-        api.include_router(one)
+        api.router.routes.extend(one.routes)  # as they are: an included router is asked of at each request
     api.mount("/docs/assets", StaticFiles(directory=_swagger_folder()))
     shape_errors(api)
     return api
@@ -58,7 +59,7 @@ def _swagger_folder() -> Path:
     return Path(package.origin).parent / "_internal" / "server" / "static_content"
 
 
-@router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
+@chat.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
 async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
     """Answer a conversation; with `stream`, as server-sent events."""
     if body.characters > (limit := serving.config.max_prompt_characters):

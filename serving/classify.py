@@ -14,12 +14,12 @@ from pydantic_core import PydanticCustomError
 
 from components.prediction.texts import Embedded, Labelled
 from serving.batching import Asked, Batches, Unbatched
-from serving.errors import ERRORS, ApiError, StrictRoute
+from serving.errors import ERRORS, ApiError, DirectRoute
 from serving.readers import Reader
 from serving.state import Running, Serving, who
 from serving.wire import Wire
 
-router = APIRouter(route_class=StrictRoute, responses=ERRORS)
+router = APIRouter(route_class=DirectRoute, responses=ERRORS)
 
 
 def _not_blank(text: str) -> str:

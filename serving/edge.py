@@ -2,7 +2,8 @@
 and counts.
 
 An ASGI middleware on the BentoML service rather than on the mounted app, because paths that
-match no route never reach that app (BentoML 1.4).
+match no route never reach that app (BentoML 1.4). `serving.server` puts another around all of that service: our own
+routes then need none of its layers, which take as long as everything else of a request but the model and the disk.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ DRAINED_BYTES = 64 * 1024 * 1024
 """Of a body that is refused, this much is still read, so that its sender gets to read the answer."""
 VOICE_DIGITS = 16
 """Of a key's digest, so many tell whose vote it is; the key itself is never stored."""
+OTHER = "other"
+"""The route of a path that is none of ours."""
+PASSED = "loopwright.edge"
+"""In the scope of a request that has passed: `server` has one around BentoML's layers, the service one within."""
 STANDARD = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
 
 
@@ -58,9 +63,10 @@ class Edge:
         self._open_to: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or PASSED in scope:
             await self.app(scope, receive, send)
             return
+        scope[PASSED] = True
         serving: Serving = self.api.state.serving
         # Closed to the pages of other sites unless they are named: then a browser is told so.
         origins = tuple(serving.config.allowed_origins)
@@ -70,16 +76,15 @@ class Edge:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = self.api.state.serving
-        shaped = _Shaped(scope, send)
+        shaped, route = _Shaped(scope, send), self._route(scope["path"])
         started = time.perf_counter()
         try:
-            await self._pass(serving, scope, receive, shaped)
+            await self._pass(serving, route, scope, receive, shaped)
         finally:
-            route = self._route(scope["path"])
             serving.metrics.requests.labels(route, str(shaped.status)).inc()
             serving.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
-    async def _pass(self, serving: Serving, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, serving: Serving, route: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = await self._refusal(serving, scope)
         receive = body = _Body(receive)
         limit = serving.config.max_body_bytes
@@ -89,7 +94,8 @@ class Edge:
             except TooLarge:
                 refusal = error_response(413, f"body: larger than {limit} bytes; send less")
         if refusal is None:
-            await self.app(scope, receive, send)
+            # BentoML would hand our own routes to that app too, through layers that take a millisecond.
+            await (self.app if route == OTHER else self.api)(scope, receive, send)
             return
         await body.discard()
         await refusal(scope, receive, send)
@@ -123,7 +129,7 @@ class Edge:
         """The label of a path: one of the known routes, so that a scanner cannot grow the metrics."""
         if path in self._exact:
             return path
-        return next((template for start, template in self._templates.items() if path.startswith(start)), "other")
+        return next((template for start, template in self._templates.items() if path.startswith(start)), OTHER)
 
 
 RETRY = {"Retry-After": "1"}

@@ -84,17 +84,17 @@ class Exchange:
 
         Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
         """
-        answer = asyncio.ensure_future(self._last())
-        gone = asyncio.ensure_future(_disconnected(request))
+        gone = asyncio.ensure_future(self._notice_leaving(request))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return answer.result()
-            raise ClientGone
+            return await self._last()
         finally:
             self.cancel()
-            for task in (answer, gone):
-                task.cancel()
+            gone.cancel()
+
+    async def _notice_leaving(self, request: Request) -> None:
+        """Whoever waits for the answer is told, in its place, that nobody else does."""
+        await _disconnected(request)
+        self._events.put_nowait(Failed(ClientGone()))
 
     async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Finished | None]]:
         """OpenAI's deltas in order; the last comes with the finished answer."""

@@ -94,8 +94,14 @@ def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
 
 def run(app: Any, api: FastAPI, listener: socket.socket, ready: Ready) -> None:
     """Run an app on a socket; `ready` is called from a thread."""
+    from serving.edge import Edge
+
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=PATIENCE_SECONDS
+        Edge(app, api),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=PATIENCE_SECONDS,
     )
     server = uvicorn.Server(config)
     host, port = listener.getsockname()[:2]

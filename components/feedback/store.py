@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -180,7 +180,7 @@ class Store(Ledger, Keys):
 
 
 def _answer_row(completion_id: str, answer: Answered) -> dict[str, Any]:
-    row = {"request_id": completion_id, "created": time.time(), **asdict(answer)}
+    row = {"request_id": completion_id, "created": time.time(), **vars(answer)}
     row["content"] = answer.content.replace("\0", "\ufffd")  # PostgreSQL's text has no NUL
     return row
 

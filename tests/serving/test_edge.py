@@ -130,6 +130,32 @@ def test_server_error_in_another_shape_is_reshaped(local: Any, tmp_path: Path) -
         await send({"type": "http.response.start", "status": 503, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"Service is not ready because", "more_body": False})
 
-    response = TestClient(Edge(other, local.client.app.api)).get("/readyz")
+    response = TestClient(Edge(other, local.client.app.api)).get("/healthz")
     assert response.status_code == 503
-    assert response.json()["error"]["message"] == "GET /readyz: not ready"
+    assert response.json()["error"]["message"] == "GET /healthz: not ready"
+
+
+def test_own_routes_need_nothing_of_the_service_around_them_and_count_once(local: Any) -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError(scope["path"])
+
+    api = local.client.app.api
+    requests = api.state.serving.metrics.requests.labels("/v1/models", "200")
+    before = requests._value.get()
+    client = TestClient(Edge(Edge(broken, api), api))
+    assert client.get("/v1/models").status_code == 200
+    assert requests._value.get() == before + 1
+    with pytest.raises(AssertionError, match="/healthz"):
+        client.get("/healthz")
+
+
+def test_a_path_of_the_service_passes_one_edge_of_two(local: Any) -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    api = local.client.app.api
+    requests = api.state.serving.metrics.requests.labels("other", "200")
+    before = requests._value.get()
+    assert TestClient(Edge(Edge(other, api), api)).get("/healthz").text == "ok"
+    assert requests._value.get() == before + 1
