@@ -12,6 +12,7 @@ import ipaddress
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -244,6 +245,7 @@ async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
     return again
 
 
+@lru_cache(maxsize=1024)
 def _on_loopback(host: str) -> bool | None:
     """Whether an address is a loopback one; None for what is no address: a name, a socket file, a test."""
     try:

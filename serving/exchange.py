@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from fastapi import Request
@@ -85,6 +86,7 @@ class Exchange:
         Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
         """
         gone = asyncio.ensure_future(self._notice_leaving(request))
+        _ = self._asked  # made while the model works, not when its answer waits to be recorded
         try:
             return await self._last()
         finally:
@@ -140,7 +142,7 @@ class Exchange:
         self._watch.see(event)
         if isinstance(event, Started):
             if self.body.stream:  # the client is told the id before the end, and may speak of it
-                self._store.add_request(self.id, self.engine.name, self._asked())
+                self._store.add_request(self.id, self.engine.name, self._asked)
             self._started = time.time()
         elif isinstance(event, Finished) and self._started:
             self._record(event)
@@ -150,7 +152,9 @@ class Exchange:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+    @cached_property
     def _asked(self) -> dict[str, Any]:
+        """The request as it is recorded."""
         return self.body.model_dump(exclude_unset=True, by_alias=True)
 
     def _record(self, finished: Finished) -> None:
@@ -166,7 +170,7 @@ class Exchange:
         if self.body.stream:
             self._store.add_answer(self.id, answer)
         else:
-            self._store.add_exchange(self.id, self.engine.name, self._asked(), self._started, answer)
+            self._store.add_exchange(self.id, self.engine.name, self._asked, self._started, answer)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()

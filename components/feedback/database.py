@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import JSON, Connection, Engine, Table, create_engine, event, inspect, text
 from sqlalchemy.dialects import sqlite
@@ -69,10 +69,13 @@ class Database:
         self._engine, self._file = _open(url, busy_seconds)
         self._reopening = threading.Lock()
         self._inode: int | None = None
+        self._writers: list[sqlite3.Connection] = []
+        """SQLite's, between two inserts."""
         with self._told("cannot be opened", "check LOOPWRIGHT_DATABASE_URL"):
             self._prepare()
 
     def close(self) -> None:
+        self._drop_writers()
         self._engine.dispose()
 
     @contextmanager
@@ -100,15 +103,36 @@ class Database:
             return
         with self._told("cannot be written", "send it again; nothing of it was kept"):
             self._look()
-            raw: Any = self._engine.raw_connection()
+            writers = self._writers
             try:
-                _sync(raw.info, raw.execute, "FULL")
-                raw.execute("BEGIN IMMEDIATE")
+                writer = writers.pop()
+            except IndexError:
+                writer = self._writer()
+            try:
+                writer.execute("BEGIN IMMEDIATE")
                 for table, row in rows:
-                    raw.execute(*_plain_insert(table, row))
-                raw.execute("COMMIT")
-            finally:
-                raw.close()  # back to the pool, which rolls back what was not committed
+                    writer.execute(*_plain_insert(table, row))
+                writer.execute("COMMIT")
+            except BaseException:
+                writer.close()  # which takes back what was not committed
+                raise
+            if writers is self._writers:
+                writers.append(writer)
+            else:  # of a file that is no longer this database's
+                writer.close()
+
+    def _writer(self) -> sqlite3.Connection:
+        """A connection that `_insert` keeps for itself: the pool's hand-over takes as long as the rows."""
+        pooled = self._engine.raw_connection()
+        writer: Any = pooled.dbapi_connection
+        pooled.detach()
+        writer.execute("PRAGMA synchronous=FULL")
+        return cast(sqlite3.Connection, writer)
+
+    def _drop_writers(self) -> None:
+        idle, self._writers = self._writers, []
+        for writer in idle:
+            writer.close()
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -156,6 +180,7 @@ class Database:
         if inode != self._inode:
             with self._reopening:
                 if inode != self._inode:
+                    self._drop_writers()
                     self._engine.dispose()
                     self._prepare()
 
