@@ -23,10 +23,11 @@ from components.feedback.store import UnknownCompletion
 from components.generation.schemas import SchemaError
 from serving import classify, page
 from serving.engine import Ask, Engine, Finished, Full, Retired
-from serving.errors import ERRORS, ApiError, DirectRoute, StrictRoute, broken_body, shape_errors
+from serving.errors import ERRORS, ApiError, broken_body, shape_errors
 from serving.exchange import Broken, ClientGone, Exchange, sse
 from serving.follow import describe
 from serving.metrics import CONTENT_TYPE
+from serving.routes import DirectRoute, StrictRoute
 from serving.state import Running, Serving, who
 from serving.wire import ChatRequest, FeedbackRequest
 from serving.writers import Writer, source_of

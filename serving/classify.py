@@ -14,8 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from components.prediction.texts import Embedded, Labelled
 from serving.batching import Asked, Batches, Unbatched
-from serving.errors import ERRORS, ApiError, DirectRoute
+from serving.errors import ERRORS, ApiError
 from serving.readers import Reader
+from serving.routes import DirectRoute
 from serving.state import Running, Serving, who
 from serving.wire import Wire
 
