@@ -82,8 +82,8 @@ def serve(folder: Path, home: Path) -> None:
     if engine is None:
         raise serving.models.error or RuntimeError("no engine")
     engine.agent.own_tools = tuple(slowed(tool) for tool in engine.agent.own_tools)
-    with listening(serving) as url:
-        print(url, flush=True)
+    with listening(serving) as port:
+        print(f"http://127.0.0.1:{port}/v1/chat/completions", flush=True)
         sys.stdin.read()
     serving.close()
 
