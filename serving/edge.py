@@ -245,7 +245,7 @@ async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
     return again
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)
 def _on_loopback(host: str) -> bool | None:
     """Whether an address is a loopback one; None for what is no address: a name, a socket file, a test."""
     try:

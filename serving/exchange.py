@@ -86,8 +86,8 @@ class Exchange:
         Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
         """
         gone = asyncio.ensure_future(self._notice_leaving(request))
-        _ = self._asked  # made while the model works, not when its answer waits to be recorded
         try:
+            _ = self._asked  # made while the model works, not when its answer waits to be recorded
             return await self._last()
         finally:
             self.cancel()

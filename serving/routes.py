@@ -37,7 +37,7 @@ class StrictRoute(APIRoute):
         return strict
 
 
-class DirectRoute(StrictRoute):
+class DirectRoute(APIRoute):
     """A route of one JSON body that is handed to its function without FastAPI's machinery for dependencies.
 
     That takes longer than all the rest of a request's way. The function takes `body`, `serving` and `request`; FastAPI

@@ -10,8 +10,8 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -124,15 +124,16 @@ class Database:
     def _writer(self) -> sqlite3.Connection:
         """A connection that `_insert` keeps for itself: the pool's hand-over takes as long as the rows."""
         pooled = self._engine.raw_connection()
-        writer: Any = pooled.dbapi_connection
+        writer = cast(sqlite3.Connection, pooled.dbapi_connection)
         pooled.detach()
         writer.execute("PRAGMA synchronous=FULL")
-        return cast(sqlite3.Connection, writer)
+        return writer
 
     def _drop_writers(self) -> None:
         idle, self._writers = self._writers, []
-        for writer in idle:
-            writer.close()
+        with suppress(IndexError):  # an insert may be taking one of them at this moment: each has one owner
+            while True:
+                idle.pop().close()
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -245,15 +246,10 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
             connection.exec_driver_sql("BEGIN")
             return
         level = "NORMAL" if options.get("loopwright_unsynced") else "FULL"
-        _sync(connection.info, connection.exec_driver_sql, level)
+        if connection.info.get("synchronous", "FULL") != level:
+            connection.exec_driver_sql(f"PRAGMA synchronous={level}")
+            connection.info["synchronous"] = level
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _sync(info: dict[str, Any], execute: Callable[[str], Any], level: str) -> None:
-    """Set how far a commit of a connection goes, where it is not set so already."""
-    if info.get("synchronous", "FULL") != level:
-        execute(f"PRAGMA synchronous={level}")
-        info["synchronous"] = level
 
 
 def _plain_insert(table: Table, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
