@@ -198,8 +198,7 @@ class Engine:
         with self._changed:
             for ticket in (*self._waiting, *self._running):
                 ticket.cancel()
-        if self.scheduler is not None:
-            self.scheduler.join()
+        self._join()
         self.pool.shutdown()
 
     def hold(self) -> None:
@@ -245,15 +244,24 @@ class Engine:
     def _begin(self) -> None:
         """Begin with those that wait, as far as there are slots, and with those that are late, which ends them.
 
-        Ends the scheduler when nobody comes any more.
+        Lets go of the threads when nobody comes any more.
         """
         with self._changed:
             while self._waiting and (self._busy < self.slots or self._waiting[0].late):
                 self._start(self._waiting.popleft())
             if self._retired and not self._waiting and not self._running:
-                if self.scheduler is not None:
-                    self.scheduler.end()
+                self._rest()
                 self.pool.shutdown(wait=False)
+
+    def _rest(self) -> None:
+        """Let whoever makes the tokens end: nobody comes any more. May be called again."""
+        if self.scheduler is not None:
+            self.scheduler.end()
+
+    def _join(self) -> None:
+        """Wait for whoever makes the tokens."""
+        if self.scheduler is not None:
+            self.scheduler.join()
 
 
 def _sample(model: Decoder, agent: Agent) -> list[list[int]]:

@@ -10,10 +10,11 @@ import asyncio
 import json
 import logging
 import os
+import threading
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -27,6 +28,12 @@ KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
 LOOK_SECONDS = 0.05
 """Between looks whether the client is still there."""
 
+KEPT_SECONDS = 2.0
+"""A connection waits for its next request; less than the five after which servers close theirs."""
+TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
+"""What servers say of a prompt that their model has no room for, in a code, a type or words."""
+T = TypeVar("T")
+
 logger = logging.getLogger("loopwright.remote")
 
 
@@ -35,7 +42,11 @@ class BackendDown(Late):
 
 
 class Remote(Engine):
-    """Answers with the model of another server."""
+    """Answers with the model of another server.
+
+    One event loop, on a thread of its own, speaks with that server for all requests and keeps its connections; tools
+    and records, which take their time, are the work of the engine's other threads.
+    """
 
     def __init__(self, agent: Agent, name: str, config: ServeConfig) -> None:
         if not config.backend_url or not config.backend_model:
@@ -44,15 +55,33 @@ class Remote(Engine):
         self.model_name = config.backend_model
         self.url = f"{config.backend_url.rstrip('/')}/chat/completions"
         key = os.environ.get(KEY_VARIABLE)
-        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_keepalive_connections=self.slots, keepalive_expiry=KEPT_SECONDS)
+        self.client = httpx.AsyncClient(
+            timeout=None, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {}
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._speak, name=f"{name}-backend", daemon=True)
+        self._thread.start()
+
+    def _speak(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(self.client.aclose())
+        self._loop.close()
 
     def _start(self, ticket: Ticket) -> None:
         self._count_in(ticket)
-        self.pool.submit(RemoteReply(self, ticket).run)
+        asyncio.run_coroutine_threadsafe(RemoteReply(self, ticket).run(), self._loop)
+
+    def _rest(self) -> None:
+        with suppress(RuntimeError):  # it was told before, and is closed
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _join(self) -> None:
+        self._thread.join()
 
 
 class RemoteReply:
-    """One request from its first message to its last event, on a thread of its own."""
+    """One request from its first message to its last event."""
 
     def __init__(self, engine: Remote, ticket: Ticket) -> None:
         self.engine, self.ask, self.ticket = engine, ticket.ask, ticket
@@ -64,17 +93,21 @@ class RemoteReply:
         self.written = 0
         self.started = False
 
-    def run(self) -> None:
+    async def run(self) -> None:
         try:
-            self.ticket.notify(asyncio.run(self._answer_or_leave()))
+            await self._aside(self.ticket.notify, await self._answer_or_leave())
         except Exception as error:
-            if not isinstance(error, ContextTooLong | Late):
+            if not isinstance(error, InputError | Late):
                 logger.error("a request failed", exc_info=error)
             with suppress(Exception):
-                self.ticket.notify(Failed(error))
+                await self._aside(self.ticket.notify, Failed(error))
         finally:
             self.engine.let_go()
             self.engine.done(self.ticket)
+
+    async def _aside(self, function: Callable[..., T], *given: Any) -> T:
+        """Run what may wait for a disk or a tool where no other request waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.engine.pool, function, *given)
 
     async def _answer_or_leave(self) -> Finished:
         """The answer, or what there is of it when the client leaves or time is up."""
@@ -91,24 +124,23 @@ class RemoteReply:
         return self._finish("cancelled" if self.ticket.cancelled.is_set() else "length")
 
     async def _answer(self) -> Finished:
-        async with httpx.AsyncClient(timeout=None, headers=self.engine.headers) as client:
-            for turns_left in reversed(range(self.engine.agent.max_steps)):
-                text, calls, reason = await self._turn(client, last=not turns_left and not self.ask.tools)
-                if not calls or self.ask.tools:
-                    return self._finish(reason, calls[:1] if self.ask.one_call else calls)
-                self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
-                for wanted in calls:
-                    self._run_tool(wanted)
+        for turns_left in reversed(range(self.engine.agent.max_steps)):
+            text, calls, reason = await self._turn(last=not turns_left and not self.ask.tools)
+            if not calls or self.ask.tools:
+                return self._finish(reason, calls[:1] if self.ask.one_call else calls)
+            self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
+            for wanted in calls:
+                await self._run_tool(wanted)
         self._tell(GAVE_UP.format(steps=self.engine.agent.max_steps))
         return self._finish("stop")
 
-    async def _turn(self, client: httpx.AsyncClient, last: bool) -> tuple[str, list[dict[str, Any]], str]:
+    async def _turn(self, last: bool) -> tuple[str, list[dict[str, Any]], str]:
         """Text, calls and the reason of the end of one turn of the model."""
         text, calls, reason = "", dict[int, dict[str, Any]](), "stop"
-        async for chunk in self._chunks(client, self._body(last)):
+        async for chunk in self._chunks(self._body(last)):
             if not self.started:
                 self.started = True
-                self.ticket.notify(Started())
+                await self._aside(self.ticket.notify, Started())
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk.get("choices", []):
                 delta, reason = choice.get("delta") or {}, choice.get("finish_reason") or reason
@@ -145,36 +177,47 @@ class RemoteReply:
             body["stop"] = list(self.ask.stops)
         return body
 
-    async def _chunks(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The server's events.
 
-        Raises: ContextTooLong where it refuses the request, BackendDown where it cannot answer.
+        Raises: InputError where it refuses the request, BackendDown where it cannot answer.
         """
+        url = self.engine.url
         try:
-            async with client.stream("POST", self.engine.url, json=body) as response:
+            async with self.engine.client.stream("POST", url, json=body) as response:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"))
                 async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        chunk = json.loads(line.removeprefix("data: "))
-                        if "error" in chunk:
-                            raise BackendDown(f"{self.engine.url}: {chunk['error'].get('message')}")
+                    if (chunk := self._chunk(line)) is not None:
                         yield chunk
         except httpx.HTTPError as error:
-            raise BackendDown(f"{self.engine.url}: {error or type(error).__name__}; is the backend up?") from error
+            raise BackendDown(f"{url}: {error or type(error).__name__}; is the backend up?") from error
 
-    def _run_tool(self, wanted: dict[str, Any]) -> None:
+    def _chunk(self, line: str) -> dict[str, Any] | None:
+        """What a line of server-sent events tells, if anything."""
+        told = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if not told or told == "[DONE]":
+            return None
+        try:
+            chunk: dict[str, Any] = json.loads(told)
+        except ValueError as error:
+            raise BackendDown(f"{self.engine.url}: an event is no JSON: {error}") from error
+        if "error" in chunk:
+            raise BackendDown(f"{self.engine.url}: {chunk['error'].get('message')}")
+        return chunk
+
+    async def _run_tool(self, wanted: dict[str, Any]) -> None:
         name, arguments = wanted["function"]["name"], wanted["function"]["arguments"]
         with suppress(ValueError):
             arguments = json.loads(arguments)
-        content = call(self.engine.agent.tools, name, arguments)[:MAX_RESULT_CHARACTERS]
-        for step in (
-            {"type": "call", "name": name, "arguments": arguments},
-            {"type": "result", "name": name, "content": content},
-        ):
-            self.steps.append(step)
-            self.ticket.notify(Stepped(step))
+        self._step({"type": "call", "name": name, "arguments": arguments})
+        content = (await self._aside(call, self.engine.agent.tools, name, arguments))[:MAX_RESULT_CHARACTERS]
+        self._step({"type": "result", "name": name, "content": content})
         self.messages.append({"role": "tool", "tool_call_id": wanted["id"], "name": name, "content": content})
+
+    def _step(self, step: dict[str, Any]) -> None:
+        self.steps.append(step)
+        self.ticket.notify(Stepped(step))
 
     def _tell(self, text: str) -> None:
         if text:
@@ -197,9 +240,12 @@ def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
 
 
 def _refusal(status: int, body: str) -> Exception:
-    message = body[:500]
+    message, told = body[:500], body
     with suppress(ValueError, KeyError, TypeError):
-        message = json.loads(body)["error"]["message"]
+        error = json.loads(body)["error"]
+        message = error["message"]
+        told = f"{error.get('code')} {error.get('type')} {message}"
     if status in (400, 413, 422):
-        return ContextTooLong(f"the backend refused the request: {message}")
+        kind = ContextTooLong if any(words in told.lower() for words in TOO_LONG) else InputError
+        return kind(f"the backend refused the request: {message}")
     return BackendDown(f"the backend answered {status}: {message}")

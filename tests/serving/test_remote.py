@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 
+from components.agent.agent import ContextTooLong
 from components.agent.tools import Tool
 from components.config import InputError, load_params
 from components.loop_settings import ServeConfig
@@ -115,6 +118,71 @@ def test_calls_of_the_clients_tools_are_handed_back(remote: Engine) -> None:
     assert isinstance(last, Finished)
     assert [call["function"] for call in last.tool_calls] == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}]
     assert last.finish_reason == "tool_calls"
+
+
+def test_requests_share_a_connection(remote: Engine) -> None:
+    assert isinstance(remote, Remote)
+    ports: list[int] = []
+
+    async def note(response: httpx.Response) -> None:
+        ports.append(response.extensions["network_stream"].get_extra_info("client_addr")[1])
+
+    remote.client.event_hooks = {"response": [note]}
+    for _ in range(3):
+        assert isinstance(events(remote, "Hello")[-1], Finished)
+    assert len(ports) == 3
+    assert len(set(ports)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "kind", "said"),
+    [
+        ("word " * 5_000, {}, ContextTooLong, "do not fit"),
+        ("Hello", {"temperature": 3.0}, InputError, "the backend refused the request: temperature: 3.0"),
+    ],
+)
+def test_what_the_backend_refuses_is_told_in_its_words(
+    remote: Engine, content: str, options: dict[str, Any], kind: type[InputError], said: str
+) -> None:
+    last = events(remote, content, **options)[-1]
+    assert isinstance(last, Failed)
+    assert type(last.error) is kind
+    assert said in str(last.error)
+
+
+@contextmanager
+def answering(events: bytes) -> Iterator[str]:
+    """A server that answers one request with these events and goes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65_536)
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n"
+                connection.sendall(head % len(events) + events)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"data: <html>\n\n", "an event is no JSON"),
+        (b'data:{"error": {"message": "out of memory"}}\n\n', "out of memory"),
+    ],
+)
+def test_broken_events_are_said_so(agent_folder: Path, sent: bytes, said: str) -> None:
+    with answering(sent) as url:
+        engine = Engine.load(agent_folder, "agent/1", pointed(url))
+        last = events(engine, "Hello")[-1]
+        engine.close()
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, BackendDown)
+    assert said in str(last.error)
 
 
 def test_cancelling_lets_the_backend_go(remote: Engine, backend: tuple[str, Serving]) -> None:
