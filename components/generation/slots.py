@@ -355,13 +355,14 @@ def rows_are_independent(model: Decoder) -> bool:
     assert isinstance(block, Block)
     mlp = block.mlp
     assert isinstance(mlp, SwiGLU)
-    return all(_even(each) for each in (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head))
+    products = (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head)
+    return all(_even(each, model.embed.weight.dtype) for each in products)
 
 
 @torch.inference_mode()
-def _even(product: nn.Module) -> bool:
+def _even(product: nn.Module, dtype: torch.dtype) -> bool:
     width: int = product.in_features  # type: ignore[assignment]
-    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width)
+    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width).to(dtype)
     whole = product(rows)
     parts = ((start, start + count) for start in (0, 3, 20) for count in (EVEN_ROWS, 2 * EVEN_ROWS, 9 * EVEN_ROWS))
     return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)

@@ -8,6 +8,7 @@ Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +40,9 @@ class Step:
         self._blocks = [block for block in model.blocks if isinstance(block, Block)]
         self._gains = [self._gain(block) for block in self._blocks]
         self._lowest = torch.finfo(whole.dtype).min
-        self._run = Captured(self.walk) if whole.is_cuda else self.walk
+        self.fixed = whole.is_cuda
+        """Whether a pass has one shape for each count of rows, and attends to padding too: what is recorded has."""
+        self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda else self.walk
 
     def _gain(self, block: Block) -> Tensor:
         """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
@@ -56,16 +59,16 @@ class Step:
 
         The rows behind the first `real` ones are padding: products want them, attention does not.
         """
-        if isinstance(self._run, Captured):
+        if self.fixed:
             seen = min(graph_span(seen), self._whole.shape[4])
         where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
         at = torch.from_numpy(positions).to(self._device)
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
         mask.masked_fill_(hidden, self._lowest)
-        if not isinstance(self._run, Captured):  # a graph has one shape
+        if not self.fixed:
             mask = mask[:real]
-        return self._run(torch.from_numpy(tokens).to(self._device), at, where, mask)
+        return self.run(torch.from_numpy(tokens).to(self._device), at, where, mask)
 
     def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
         """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (real, S)."""
@@ -87,15 +90,27 @@ class Step:
         both = heads[:, :turned]
         gain = self._gains[number]
         both = _norm(both, gain, c.norm_eps) if block.attention.q_norm is not None else both * gain
-        if x.is_cuda:
+        if self.fixed:
             heads = torch.cat([rotate(both, rotary), heads[:, turned:]], dim=1)
         else:
             rotate_into(heads[:, :turned], both, *rotary)
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
         real = mask.shape[0]
         keys, values = self._whole[number, :, :real, :, : mask.shape[-1]]  # (real, K, S, D) each
-        mixed = _mixed(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
+        # Several threads would part a row's keys among them, in as many parts as there are too few rows: other sums.
+        mix = _mixed if self.fixed or torch.get_num_threads() == 1 else _mixed_alone
+        mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
+
+
+class Replayed(Protocol):
+    """A recording: reads its inputs where they were and writes its result where it was."""
+
+    def replay(self) -> None: ...
+
+
+Recording = tuple[Replayed, tuple[Tensor, ...], Tensor]
+"""With the tensors that it reads, and the one that it writes."""
 
 
 class Captured:
@@ -106,21 +121,22 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, ...], tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]] = {}
+        self.function = function
+        self._pool: Any = None
+        self._graphs: dict[tuple[int, ...], Recording] = {}
 
     def __call__(self, *given: Tensor) -> Tensor:
         shape = tuple(given[-1].shape)
         if shape not in self._graphs:
-            self._graphs[shape] = self._record(given)
+            self._graphs[shape] = self.record(given)
         graph, read, written = self._graphs[shape]
         for place, tensor in zip(read, given, strict=True):
             place.copy_(tensor)
         graph.replay()
         return written
 
-    def _record(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...], Tensor]:
+    def record(self, given: tuple[Tensor, ...]) -> Recording:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         read = tuple(tensor.clone() for tensor in given)
         # Libraries choose kernels and take memory in their first calls, which no graph may hold. Writing the same keys
         # and values several times changes nothing.
@@ -128,22 +144,24 @@ class Captured:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
-                self._function(*read)
+                self.function(*read)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Other threads may load or warm another model meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            written = self._function(*read)
+            written = self.function(*read)
         return graph, read, written
 
 
 def _mixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """(B, H * D) from queries (B, H, 1, D), keys and values (B, K, S, D), and what is hidden (B, 1, 1, S)."""
+    grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=grouped).flatten(1)
+
+
+def _mixed_alone(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`_mixed`, with the same bits for a row whatever other rows there are, on several threads too."""
     heads, kv_heads = queries.shape[1], keys.shape[1]
-    if queries.is_cuda or torch.get_num_threads() == 1:
-        grouped = heads != kv_heads
-        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=grouped).flatten(1)
-    # Several threads would part a row's keys among them, in as many parts as there are too few rows: other sums.
     queries = queries.view(-1, kv_heads, heads // kv_heads, 1, queries.shape[-1])  # (B, K, H / K, 1, D)
     weights = (keys.unsqueeze(2) * queries).sum(-1).add_(mask).softmax(-1)  # (B, K, H / K, S)
     return (values.unsqueeze(2) * weights.unsqueeze(-1)).sum(-2).flatten(1)
