@@ -298,6 +298,9 @@ class ClassifierConfig(FineTuneConfig):
 class SummarizerConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder-decoder on sources and what is to be written of them."""
 
+    no_repeat_ngram_size: int = Field(ge=0)
+    """Tokens in a row that no target it writes has twice, also told to `transformers`; 0: whatever is likeliest."""
+
 
 class AssessConfig(Section):
     """What classifier and summarizer are measured on."""

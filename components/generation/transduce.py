@@ -31,6 +31,8 @@ class Search:
     """Targets followed side by side; 1: always the likeliest token."""
     length_penalty: float = 1.0
     """Above 0 the length counts against the sum: 1 compares mean log-probabilities, 0 favours short targets."""
+    no_repeat_ngram_size: int = 0
+    """Tokens in a row that no target has twice (arXiv 1705.04304, section 2.5); 0: whatever is likeliest."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,19 @@ class _Beams:
         step = self._likeliest if self.search.beams == 1 else self._branch
         for length in range(1, self.search.max_new_tokens + 1):
             hidden = self.model.decode(self.newest, self.context, self.mask, self.cache)
-            step(self.model.head(hidden[:, -1]).float().log_softmax(-1), length)
+            step(self._unrepeated(self.model.head(hidden[:, -1]).float().log_softmax(-1)), length)
             if all(self.done):
                 break
         return [self._best(source) for source in range(len(self.kept))]
+
+    def _unrepeated(self, chances: Tensor) -> Tensor:
+        """No chance for a token that would write what its row has written before."""
+        if size := self.search.no_repeat_ngram_size:
+            start = self.model.config.start_id  # counts among what was written, as in transformers
+            for row, source in enumerate(self.present if self.search.beams == 1 else range(len(self.written))):
+                if repeats := _repeats([start, *self.written[source]], size):
+                    chances[row, repeats] = -torch.inf
+        return chances
 
     def _likeliest(self, chances: Tensor, length: int) -> None:
         best, ids = chances.max(-1)
@@ -172,3 +183,10 @@ class _Beams:
 
     def _score(self, total: float, length: int) -> float:
         return float(total / length**self.search.length_penalty)
+
+
+def _repeats(written: Sequence[int], size: int) -> list[int]:
+    """The tokens that would end a second occurrence of `size` tokens in a row."""
+    last = written[len(written) - size + 1 :]
+    starts = range(len(written) - size + 1)
+    return [written[start + size - 1] for start in starts if written[start : start + size - 1] == last]

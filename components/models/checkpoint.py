@@ -48,10 +48,11 @@ def save_model(
     tokenizer_folder: Path | None = None,
     files: Mapping[str, Path | str] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
 
-    `files` are put in beside: a path is copied, a text is written.
+    `files` are put in beside: a path is copied, a text is written. `generation` goes into generation_config.json.
 
     Raises: InputError when the disk is full or the folder cannot be written.
     """
@@ -67,7 +68,7 @@ def save_model(
                 shutil.copyfile(Path(tokenizer_folder or "") / filename, temporary / filename)
             if tokenizer_folder and (tokenizer_folder / CHAT_TEMPLATE).is_file():
                 shutil.copyfile(tokenizer_folder / CHAT_TEMPLATE, temporary / CHAT_TEMPLATE)
-            _write_configs(model, temporary)
+            _write_configs(model, temporary, generation or {})
             for filename, source in (files or {}).items():
                 if isinstance(source, Path):
                     shutil.copyfile(source, temporary / filename)
@@ -232,14 +233,14 @@ def _read_fields(folder: Path) -> tuple[str, Fields]:
     return architecture, fields
 
 
-def _write_configs(model: nn.Module, folder: Path) -> None:
+def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]) -> None:
     architecture = architecture_of(model)
     special = _special_ids(folder)
     config = {"architectures": [architecture], "torch_dtype": "float32"} | FORMATS[architecture].write(model.config)
     _write_json(folder / "config.json", config | special)
     if not architecture.startswith("Bert"):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
-        _write_json(folder / "generation_config.json", special | start | {"do_sample": False})
+        _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
 
 
 def _special_ids(folder: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,13 @@ class Written:
 class TextWriter:
     """An encoder-decoder and its tokenizer."""
 
-    def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer, no_repeat_ngram_size: int = 0) -> None:
         end_id = tokenizer.token_to_id(END)
         if end_id is None:
             raise InputError(f"tokenizer.json: {END} is missing; an encoder-decoder's targets end with it")
         self.model, self._tokenizer, self._end_id = model.eval(), tokenizer, end_id
         self.max_seq_len = model.config.max_seq_len
+        self._no_repeat = no_repeat_ngram_size
         tokenizer.no_truncation()
         tokenizer.no_padding()
 
@@ -51,7 +53,7 @@ class TextWriter:
         model = load_model(folder, device=best_device())
         if not isinstance(model, EncoderDecoder):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} writes no target; give an encoder-decoder's")
-        return cls(model, load_tokenizer(folder))
+        return cls(model, load_tokenizer(folder), _no_repeat_ngram_size(folder / "generation_config.json"))
 
     def write(self, sources: Sequence[str], beams: int = 1) -> list[str]:
         """What each source is turned into, in order; only the beginning is read of one that is too long."""
@@ -62,7 +64,8 @@ class TextWriter:
         read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
         # What is too long loses its end, not the token that ends it.
         read = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in read]
-        targets = transduce(self.model, read, Search(MAX_NEW_TOKENS, self._end_id, beams))
+        search = Search(MAX_NEW_TOKENS, self._end_id, beams, no_repeat_ngram_size=self._no_repeat)
+        targets = transduce(self.model, read, search)
         return [
             Written(self.decode(target.ids), target.ids, target.ended, len(ids))
             for target, ids in zip(targets, read, strict=True)
@@ -74,3 +77,16 @@ class TextWriter:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids))).strip()
+
+
+def _no_repeat_ngram_size(path: Path) -> int:
+    """What a model folder says of repetitions, under the name that `transformers` has for it."""
+    if not path.is_file():
+        return 0
+    try:
+        size = json.loads(path.read_text(encoding="utf-8")).get("no_repeat_ngram_size") or 0
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable generation configuration: {error}") from None
+    if not isinstance(size, int) or size < 0:
+        raise InputError(f"{path}: no_repeat_ngram_size: {size!r}; a count of tokens, 0 for none, is expected")
+    return size

@@ -30,7 +30,8 @@ def finetune_summarizer(run: StageRun) -> None:
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, sequence_to_sequence)
     merge_lora(model)
-    save_model(model, run.paths.summarizer, base)
+    generation = {"no_repeat_ngram_size": config.no_repeat_ngram_size}
+    save_model(model, run.paths.summarizer, base, generation=generation)
     losses = {
         f"{name}_loss": measure_loss(model, part, sequence_to_sequence, config.micro_batch_size, TEST_ROWS)
         for name, part in (("validation", validation), ("test", test))

@@ -46,15 +46,15 @@ def sources(count: int, vocab_size: int = 29) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("beams", [1, 2, 4])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.6])
-def test_targets_are_those_of_transformers(beams: int, length_penalty: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length_penalty", "unrepeated"), [(1.0, 0), (0.6, 0), (1.0, 1), (1.0, 2)])
+def test_targets_are_those_of_transformers(beams: int, length_penalty: float, unrepeated: int, tmp_path: Path) -> None:
     ended = set()
     for seed in range(4):
         model = drawn(seed)
         save_model(model, tmp_path / str(seed))
         theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / str(seed)).eval()
         asked = sources(6)
-        found = transduce(model, asked, Search(12, END, beams, length_penalty))
+        found = transduce(model, asked, Search(12, END, beams, length_penalty, unrepeated))
         for source, target in zip(asked, found, strict=True):
             options = {"length_penalty": length_penalty, "early_stopping": False} if beams > 1 else {}
             said = theirs.generate(
@@ -65,12 +65,16 @@ def test_targets_are_those_of_transformers(beams: int, length_penalty: float, tm
                 eos_token_id=END,
                 pad_token_id=0,
                 decoder_start_token_id=0,
+                no_repeat_ngram_size=unrepeated,
                 **options,
             )
             expected = said[0, 1:].tolist()
             assert [*target.ids, *([END] if target.ended else [])] == expected[: len(target.ids) + target.ended]
             assert set(expected[len(target.ids) + target.ended :]) <= {0}
             ended.add(target.ended)
+            if unrepeated:
+                grams = list(zip(*(target.ids[start:] for start in range(unrepeated)), strict=False))
+                assert len(set(grams)) == len(grams)
     assert ended == {True, False}
 
 

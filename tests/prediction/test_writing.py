@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,21 @@ from components.prediction.writing import MAX_NEW_TOKENS, TextWriter
 SOURCES = ["def add a b return a + b", "return the sum", "a " * 90, ""]
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_what_is_written_is_what_transformers_writes(summarizer_folder: Path, beams: int) -> None:
+def told(folder: Path, copy: Path, settings: str) -> Path:
+    """A copy of the folder that says something else of generation."""
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(settings)
+    return copy
+
+
+@pytest.mark.parametrize(("beams", "unrepeated"), [(1, 0), (3, 0), (1, 2), (3, 2)])
+def test_what_is_written_is_what_transformers_writes(
+    summarizer_folder: Path, beams: int, unrepeated: int, tmp_path: Path
+) -> None:
+    if unrepeated:
+        settings = json.loads((summarizer_folder / "generation_config.json").read_text())
+        settings = json.dumps({**settings, "no_repeat_ngram_size": unrepeated})
+        summarizer_folder = told(summarizer_folder, tmp_path / "copy", settings)
     theirs = AutoModelForSeq2SeqLM.from_pretrained(summarizer_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(summarizer_folder)
     written = TextWriter.load(summarizer_folder).write(SOURCES, beams)
@@ -24,6 +39,20 @@ def test_what_is_written_is_what_transformers_writes(summarizer_folder: Path, be
         options = {"length_penalty": 1.0, "early_stopping": False} if beams > 1 else {}
         said = theirs.generate(ids, max_new_tokens=MAX_NEW_TOKENS, num_beams=beams, do_sample=False, **options)
         assert target == tokenizer.decode(said[0], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("[]", "generation_config.json: not a readable generation configuration"),
+        ('{"no_repeat_ngram_size": -1}', "generation_config.json: no_repeat_ngram_size: -1; a count of tokens"),
+    ],
+)
+def test_broken_generation_settings_are_an_input_error(
+    summarizer_folder: Path, settings: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        TextWriter.load(told(summarizer_folder, tmp_path / "copy", settings))
 
 
 def test_another_family_writes_nothing(classifier_folder: Path) -> None:

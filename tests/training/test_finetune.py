@@ -257,6 +257,7 @@ def test_the_summarizer_learns(project: Path) -> None:
     assert read["validation_loss"] < 1.5
     theirs = AutoModelForSeq2SeqLM.from_pretrained(run.paths.summarizer)
     assert theirs.config.d_model == 32
+    assert theirs.generation_config.no_repeat_ngram_size == run.params.summarizer.no_repeat_ngram_size == 3
 
 
 def test_a_base_of_another_kind_or_vocabulary_is_refused(project: Path) -> None:
