@@ -135,7 +135,8 @@ class Agent:
         """Answer the last message.
 
         `tools` are the client's (OpenAI's list): then the model's calls are handed back instead of run.
-        Steps are appended to `steps` as they happen. Every turn keeps to the `rules`, where there are any.
+        Steps are appended to `steps` as they happen. Every turn keeps to the `rules`, where there are any; where they
+        want words of a form, a call that finds no end is forgotten and the next turn is the answer.
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
@@ -143,16 +144,20 @@ class Agent:
         steps = [] if steps is None else steps
         written = 0
         declared = tools or self._declared()
+        endless = False
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(said, declared)
-            constraint = rules.follow(last=not turns_left) if rules else None
+            last = endless or not turns_left
+            constraint = rules.follow(last) if rules else None
             generated = yield Prompt(prompt, constraint)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
             ended = self.tokenizer.end_id in generated and not (constraint is not None and constraint.cut)
-            if not turn.calls or not ended or tools or not turns_left:
+            endless = bool(rules and rules.structured and turn.calls) and not (ended or tools or last)
+            if not endless and (not turn.calls or not ended or tools or last):
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
-            said += self._call(turn, steps)
+            if not endless:
+                said += self._call(turn, steps)
         raise AssertionError("the last turn returns")
 
     def _declared(self) -> list[dict[str, Any]] | None:

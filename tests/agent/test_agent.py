@@ -8,6 +8,8 @@ import pytest
 
 from components.agent.agent import GAVE_UP, Agent, Answer, ContextTooLong
 from components.agent.tools import Tool
+from components.agent.turn_grammar import Wish
+from components.agent.turns import Rules
 from components.config import InputError
 from components.data import tokenizer as bpe
 from components.data.tokenizer import Call, ChatTokenizer
@@ -45,9 +47,11 @@ def written(tokenizer: ChatTokenizer, content: str = "", calls: Sequence[tuple[s
     return tokenizer.encode_chat([{"role": "assistant", "content": content, "tool_calls": tool_calls}])[0][1:]
 
 
-def drive(agent: Agent, turns: Sequence[list[int]], tools: Any = None) -> tuple[Answer, list[str]]:
+def drive(
+    agent: Agent, turns: Sequence[list[int]], tools: Any = None, rules: Rules | None = None
+) -> tuple[Answer, list[str]]:
     """The answer to scripted turns of the model, and the prompts it was shown."""
-    conversation = agent.answer(QUESTION, tools)
+    conversation = agent.answer(QUESTION, tools, rules=rules)
     prompts = [next(conversation)]
     for turn in turns:
         try:
@@ -105,6 +109,23 @@ def test_a_turn_cut_by_its_limit_says_so_and_calls_nothing(agent: Agent) -> None
     cut = written(agent.tokenizer, calls=[("echo", {"text": "seven"})])[:-1]
     answer, _ = drive(agent, [cut])
     assert (answer.finish_reason, answer.steps) == ("length", ())
+
+
+def test_where_words_have_a_form_a_call_without_end_gives_way_to_them(agent: Agent) -> None:
+    rules = agent.rules(wish=Wish(schema={"type": "object"}))
+    good, cut = ([("echo", {"text": text})] for text in ("seven", "seven " * 30))
+    turns = [
+        written(agent.tokenizer, calls=good),
+        written(agent.tokenizer, calls=cut)[:-1],
+        written(agent.tokenizer, '{"result": 42}'),
+    ]
+    answer, prompts = drive(agent, turns, rules=rules)
+    assert (answer.content, answer.finish_reason) == ('{"result": 42}', "stop")
+    assert [step["type"] for step in answer.steps] == ["call", "result"]
+    assert prompts[1] == prompts[2]
+    assert answer.completion_tokens == sum(map(len, turns))
+    twice, _ = drive(agent, [turns[1], turns[1]], rules=rules)
+    assert (twice.content, twice.finish_reason, twice.steps) == ("", "length", ())
 
 
 def test_a_clients_tools_are_the_clients_to_call(agent: Agent) -> None:
