@@ -24,6 +24,10 @@ class Constraint(Protocol):
     def finished(self) -> bool:
         """Nothing may follow: the row ends here, whether or not its last token is a stop token."""
 
+    @property
+    def instead(self) -> tuple[list[int], list[int]] | None:
+        """Tokens that are forbidden, and the allowed ones that a wish for any of them is taken for."""
+
     def allowed(self, left: int) -> Allowed | None:
         """The tokens that may come next, at least one; None: all may.
 
@@ -38,8 +42,9 @@ class Constraint(Protocol):
 def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: Sequence[int]) -> Tensor:
     """The logits `(rows, vocab_size)` with minus infinity for what each row's constraint forbids.
 
-    Logits beyond a constraint's vocabulary (a padded embedding) are forbidden too. Without a constraint that forbids
-    anything the logits come back as they are.
+    Logits beyond a constraint's vocabulary (a padded embedding) are forbidden too. What the model would give to some of
+    the forbidden goes to what a constraint names instead, whose odds among themselves stay as they are.
+    Without a constraint that forbids anything the logits come back as they are.
     """
     masks = {
         row: mask
@@ -52,4 +57,11 @@ def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: 
     for place, mask in enumerate(masks.values()):
         forbidden[place, : len(mask)] = torch.from_numpy(~mask)
     rows = torch.tensor(list(masks), device=logits.device)
-    return logits.index_put((rows,), logits[rows].masked_fill(forbidden.to(logits.device), -torch.inf))
+    masked = logits[rows].masked_fill_(forbidden.to(logits.device), -torch.inf)
+    for place, row in enumerate(masks):
+        constraint = constraints[row]
+        if constraint is not None and (instead := constraint.instead) is not None:
+            wished, given = instead
+            odds = logits[row, wished + given].logsumexp(0) - logits[row, given].logsumexp(0)
+            masked[place, given] += odds
+    return logits.index_put((rows,), masked)

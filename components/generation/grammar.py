@@ -79,6 +79,10 @@ class Vocabulary:
         self._lock = threading.Lock()
         self.in_text, self.in_structure = self._ranks()
         self.opening = np.array([bool(set(token) & set(b'"{[,:')) for token in self.tokens])
+        self.plain = np.ones(self.size, dtype=np.bool_)
+        """All but the special tokens."""
+        self.plain[self.special_token_ids] = False
+        self.quote = self._numbers.get(b'"')
         self.letter = next((number for number, token in enumerate(self.tokens) if token == b"z"), self.end_id)
 
     is_tokenizer_wrapper = True
@@ -176,11 +180,31 @@ class Follower:
     def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, closes: bool) -> None:
         self._vocabulary, self._matcher, self._closes = vocabulary, matcher, closes
         self._mask = _mask(vocabulary, matcher)
+        self._begins = True
         self._way: list[int] | None = None
         """The way to the end that was found last."""
         self.finished = False
         self.cut = False
         """The row was led to an end before its limit: it might have gone on."""
+
+    @property
+    def instead(self) -> tuple[list[int], list[int]] | None:
+        """What a model means that was never taught JSON, where its words have to be.
+
+        Words of its own are a wish to answer, not to call what it can; and at an end within a string it has said what
+        it had to say: there the string is closed. Without this it calls at random, and rambles on in strings.
+        """
+        vocabulary, mask = self._vocabulary, self._mask
+        if not self._closes or mask[vocabulary.end_id]:
+            return None
+        if self._begins:
+            words = np.flatnonzero(mask & vocabulary.plain).tolist()
+            calls = bool((mask & ~vocabulary.plain).any())
+            return (np.flatnonzero(~mask & vocabulary.plain).tolist(), words) if words and calls else None
+        quote = vocabulary.quote
+        if quote is None or not (mask[vocabulary.letter] and mask[quote]):
+            return None
+        return [vocabulary.end_id], [quote]
 
     def allowed(self, left: int) -> Allowed:
         if not self._closes or left > CLOSING_TOKENS:
@@ -198,6 +222,7 @@ class Follower:
     def advance(self, token_id: int) -> None:
         if self._way is not None:
             self._way = self._way[1:] if self._way[0] == token_id else None
+        self._begins = False
         taken = self._matcher.consume_token(token_id)
         special = token_id in self._vocabulary.special_token_ids
         self._closes = self._closes and not special  # a special token begins a call, and calls are never cut short

@@ -194,6 +194,41 @@ def test_the_choice_of_tools_decides_what_a_turn_begins_with(tokenizer: ChatToke
     assert not first_tokens(turn_rules(tokenizer, tools, Wish(schema=True), runs_tools=True), last=True)[call]
 
 
+def test_where_words_have_a_form_other_words_are_a_wish_for_it_and_an_end_closes_a_string(
+    tokenizer: ChatTokenizer,
+) -> None:
+    tools = [tool("first", closed())]
+    form = closed(said={"type": "string"}, sure={"type": "boolean"})
+    follower = turn_rules(tokenizer, tools, Wish(schema=form), runs_tools=True).follow(last=False)
+    wished, given = follower.instead or ([], [])
+    allowed, special = follower.allowed(99), set(tokenizer.special_ids.values())
+    assert set(given) == set(np.flatnonzero(allowed)) - special
+    assert set(wished) == set(np.flatnonzero(~allowed)) - special
+    assert allowed[tokenizer.special_ids["<|call|>"]]
+    told = []
+    for token in tokenizer.encode_chat([{"role": "assistant", "content": '{"said": "Par", "sure": true}'}])[0][1:]:
+        follower.advance(token)
+        told.append((tokenizer.decode([token]), follower.instead))
+    [quote] = tokenizer.encode('"')
+    inside = [text for text, instead in told if instead == ([tokenizer.end_id], [quote])]
+    assert "".join(inside).endswith("Par"), told
+    assert {instead for text, instead in told if text not in inside} == {None}
+
+
+@pytest.mark.parametrize("wish", [Wish(), Wish("none"), Wish("required"), Wish("required", schema=True)])
+def test_where_words_are_free_or_none_a_wish_is_what_it_is(tokenizer: ChatTokenizer, wish: Wish) -> None:
+    call = {"function": {"name": "first", "arguments": {"s": "x"}}}
+    said: dict[str, Any] = {"role": "assistant", "content": "Paris" if wish.calls == "none" else ""}
+    if wish.calls != "none":
+        said["tool_calls"] = [call]
+    tools = [tool("first", closed(s={"type": "string"}))]
+    follower = turn_rules(tokenizer, tools, wish, runs_tools=False).follow(last=False)
+    for token in tokenizer.encode_chat([said])[0][1:]:
+        assert follower.instead is None
+        follower.advance(token)
+    assert follower.finished
+
+
 def test_one_tool_can_be_asked_for_and_one_call(tokenizer: ChatTokenizer) -> None:
     tools = [tool("first", closed()), tool("second", closed())]
     for seed in SEEDS:

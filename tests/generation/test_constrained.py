@@ -42,6 +42,8 @@ class Counting:
     def finished(self) -> bool:
         return len(self.taken) == self.length
 
+    instead: tuple[list[int], list[int]] | None = None
+
     def allowed(self, left: int) -> Allowed:
         self.left.append(left)
         return np.arange(CONFIG.vocab_size - 4) % 2 == 0
@@ -77,3 +79,20 @@ def test_without_rules_the_logits_are_left_alone() -> None:
     masked = mask_logits(logits, [None, Counting(3)], [1, 1])
     assert torch.equal(masked[0], logits[0])
     assert torch.isinf(masked[1]).sum() == 22
+
+
+def test_what_the_model_would_give_to_the_forbidden_goes_to_what_is_named_instead() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 40)
+    rules = [Counting(3), Counting(3)]
+    rules[1].instead = [7, 9, 11], [8, 10]
+    before, after = logits.softmax(-1), mask_logits(logits, rules, [1, 1]).softmax(-1)
+    # Row 0: the forbidden are shared out among all that is allowed.
+    allowed = before[0, :36:2] / before[0, :36:2].sum()
+    assert torch.allclose(after[0, :36:2], allowed)
+    # Row 1: they count for 8 and 10 first.
+    wished = before[1, 7:12].sum()
+    rest = before[1, :36:2].sum() - before[1, [8, 10]].sum()
+    assert torch.isclose(after[1, [8, 10]].sum(), wished / (wished + rest))
+    assert torch.isclose(after[1, 8] / after[1, 10], before[1, 8] / before[1, 10])
+    assert torch.equal(after[1] > 0, torch.arange(40).lt(36) & torch.arange(40).remainder(2).eq(0))
