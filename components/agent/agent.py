@@ -16,6 +16,7 @@ from components.agent.tools import Tool, call, reference_tools
 from components.agent.turn_grammar import Wish
 from components.agent.turns import Rules, followable, turn_rules
 from components.config import InputError
+from components.data.forms import form_message
 from components.data.tokenizer import Call, ChatTokenizer, Turn
 from components.generation.constrained import Constraint
 
@@ -72,12 +73,15 @@ class Agent:
         max_steps: int,
         context_len: int,
         guests: Callable[[], Sequence[Tool]] = tuple,
+        forms: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.own_tools = tuple(tools)
         """Those that it was trained on, and knows without being told."""
         self.guests = guests
         """Tools of others that are there now; while there are any, each prompt declares all tools."""
+        self.forms = forms
+        """Whether it was taught to be told the form of an answer (`components/data/forms.py`)."""
         self.max_steps = max_steps
         self.context_len = context_len
         self._usual: tuple[tuple[Tool, ...], Rules] | None = None
@@ -102,7 +106,8 @@ class Agent:
         unknown = [name for name in settings["tools"] if name not in known]
         if unknown:
             raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
-        return cls(tokenizer, [known[name] for name in settings["tools"]], settings["max_steps"], context_len, guests)
+        own, forms = [known[name] for name in settings["tools"]], bool(settings.get("forms"))
+        return cls(tokenizer, own, settings["max_steps"], context_len, guests, forms)
 
     def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, wish: Wish = AS_IT_LIKES) -> Rules:
         """What the turns of an answer may be; `tools` are the client's. Takes milliseconds, and less when asked again.
@@ -140,7 +145,7 @@ class Agent:
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
-        said = list(messages)
+        said = [*([form_message(rules.keys)] if self.forms and rules and rules.structured else []), *messages]
         steps = [] if steps is None else steps
         written = 0
         declared = tools or self._declared()

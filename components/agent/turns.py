@@ -10,6 +10,7 @@ from typing import Any
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Wish, turn_grammar
 from components.config import InputError
+from components.data.forms import schema_keys
 from components.data.tokenizer import ChatTokenizer
 from components.generation.grammar import Follower, Grammar, GrammarError, vocabulary_of
 from components.generation.schemas import Schema, SchemaError, checked
@@ -29,6 +30,8 @@ class Rules:
     """Of the last turn that the agent may take."""
     structured: bool
     """The words are JSON, which is closed when the turn nears its limit."""
+    keys: tuple[str, ...] = ()
+    """Of that JSON, as far as its schema names them."""
 
     def follow(self, last: bool) -> Follower:
         return (self.last if last else self.turn).follow(self.structured)
@@ -51,7 +54,7 @@ def turn_rules(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], wis
             last = vocabulary.compile(turn_grammar(tokenizer, Wish("none"), [], schema))
     except GrammarError as error:
         raise _blamed(tokenizer, wish, calls, schema, error) from None
-    return Rules(turn, last, schema is not None)
+    return Rules(turn, last, schema is not None, tuple(schema_keys(schema)) if schema is not None else ())
 
 
 def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[str, Any]]:

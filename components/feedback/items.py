@@ -16,6 +16,8 @@ from components.data.datasets import MESSAGES, Row
 
 NO_CALL = "conversation"
 """The skill of an answer that called no tool."""
+FORM = "form"
+"""The skill of an answer in JSON, whatever it called."""
 
 _COLUMNS: list[tuple[str, Any]] = [
     ("feedback_id", pa.string()),

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.data.datasets import Row
+from components.data.forms import asked_form
 from components.data.privacy import mask
-from components.feedback.items import NO_CALL, prompt_key
+from components.feedback.items import FORM, NO_CALL, prompt_key
 
 
 def item_of(vote: Mapping[str, Any]) -> Row:
@@ -18,13 +19,15 @@ def item_of(vote: Mapping[str, Any]) -> Row:
     `vote` is what `Store.behind_watermark` returns, with an answer.
     """
     body: Mapping[str, Any] = vote["body"]
+    form = asked_form(body.get("response_format"))
+    messages = [*([form] if form else []), *(body.get("messages") or [])]
     return {
         "feedback_id": vote["id"],
         "sequence": vote["sequence"],
         "completion_id": vote["completion_id"],
         "created": vote["created"],
         "model": vote["model"],
-        "messages": [_message(message) for message in body.get("messages") or []],
+        "messages": [_message(message) for message in messages],
         "tools": json.dumps(body["tools"], ensure_ascii=False) if body.get("tools") else None,
         "steps": json.dumps(_masked(vote["steps"]), ensure_ascii=False),
         "answer": mask(vote["content"]),
@@ -32,7 +35,7 @@ def item_of(vote: Mapping[str, Any]) -> Row:
         "correction": _mask(vote["correction"]),
         "comment": _mask(vote["comment"]),
         "voice": vote["voice"],
-        "skill": _skill(vote),
+        "skill": FORM if form else _skill(vote),
     }
 
 

@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from components.config import InputError
 from components.data.datasets import Row
 from components.reference.chains import Chains
-from components.reference.dialogue import ERROR, Message, asked, row
+from components.reference.dialogue import ERROR, Message, arguments, asked, row
+from components.reference.forms import in_form
 from components.reference.knowledge import NOT_FOUND
 from components.reference.questions import SYMBOL_TOOLS, Asker, Manner
 
 KINDS = {"question": 48, "chain": 25, "small_talk": 9, "off_topic": 9, "two": 4, "chat_first": 2, "follow_up": 3}
 """Conversations of each kind, in a hundred."""
+ONE_ANSWER = ("question", "chain", "small_talk", "off_topic")
 DISTURBED_SHARE = 0.25
+FORM_SHARE = 0.06
+"""Of the conversations of one answer, those that give it as JSON."""
 MAX_CHARACTERS = 420
 """Of a conversation: some 200 tokens, so that it fits one row of training."""
 TRIES = 50
@@ -25,14 +29,17 @@ TRIES = 50
 
 
 def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str]) -> Iterator[Row]:
-    """Exactly `count` conversations, no two asking the same, none asking what is in `avoid`."""
+    """Exactly `count` conversations, no two asking the same, none what is in `avoid` or about what is held out."""
     rng = random.Random(f"{seed}:train")
     chains = Chains(asker, seed)
     seen = set(avoid)
+    unseen = {symbol.name for symbol in (*asker.held_out.symbols, *asker.held_out.modules)}
     for number in range(count):
         for _ in range(TRIES):
             messages = _conversation(asker, chains, rng)
-            if asked(messages) not in seen and sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
+            short = sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS
+            # A made-up name can be that of something real.
+            if short and asked(messages) not in seen and not unseen & arguments(messages):
                 break
         else:
             raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
@@ -43,12 +50,9 @@ def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str])
 def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Message]:
     manner = Manner(rng, disturbed=rng.random() < DISTURBED_SHARE)
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    if kind == "chain":
-        return chains.any_question(manner).messages()
-    if kind == "small_talk":
-        return asker.talk(manner, rng.choice(asker.small_talk))
-    if kind == "off_topic":
-        return asker.talk(manner, rng.choice(asker.off_topic))
+    if kind in ONE_ANSWER:
+        messages = _one_answer(asker, chains, manner, kind)
+        return in_form(rng, messages) if rng.random() < FORM_SHARE else messages
     if kind == "chat_first":
         return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
     if kind == "follow_up":
@@ -56,8 +60,15 @@ def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Mess
         if first.hops[0].result.startswith((NOT_FOUND, ERROR)):
             return first.messages()
         return first.messages() + asker.follow_up(manner, first).messages(2)
-    question = asker.any_question(manner).messages()
-    return question + _second(asker, manner) if kind == "two" else question
+    return asker.any_question(manner).messages() + _second(asker, manner)
+
+
+def _one_answer(asker: Asker, chains: Chains, manner: Manner, kind: str) -> list[Message]:
+    if kind == "chain":
+        return chains.any_question(manner).messages()
+    if kind == "question":
+        return asker.any_question(manner).messages()
+    return asker.talk(manner, manner.rng.choice(asker.small_talk if kind == "small_talk" else asker.off_topic))
 
 
 def _second(asker: Asker, manner: Manner) -> list[Message]:

@@ -76,3 +76,9 @@ def row(messages: Sequence[Message], suite: str | None = None) -> Row:
 def asked(messages: Sequence[Message]) -> str:
     """Everything the user says."""
     return "\n".join(str(message["content"]) for message in messages if message["role"] == "user")
+
+
+def arguments(messages: Sequence[Message]) -> set[str]:
+    """Everything that tools are asked about, without the () of functions."""
+    calls = (call["function"]["arguments"] for message in messages for call in message.get("tool_calls") or ())
+    return {str(value).removesuffix("()") for call in calls for value in json.loads(call).values()}

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from components.data.datasets import Row
 from components.reference.chains import CHAINS, Chain, Chains
 from components.reference.dialogue import Hop, Message, asked, exchange, row, said
+from components.reference.forms import in_form
 from components.reference.held_out import is_askable_class
 from components.reference.phrasings import hand_written
 from components.reference.questions import SYMBOL_TOOLS, Asker, Manner, written
@@ -46,6 +47,9 @@ def _makers(asker: Asker, seed: int) -> dict[str, Maker]:
         if pool:
             makers[f"{tool}/held_out_modules_phrasings"] = _about_symbols(asker, tool, pool, held_out_wording=True)
             makers[f"{tool}/held_out_modules_hand_written"] = _hand_written(asker, tool, pool)
+    formed = {name: make for name, make in makers.items() if name.endswith("/held_out_symbols")}
+    if formed:
+        makers["form/held_out_symbols"] = _in_form(list(formed.values()))
     if tasks := [symbol for symbol in _fit(asker, "lookup", asker.held_out.symbols) if task(symbol)]:
         makers["search/held_out_symbols"] = lambda rng, number: asker.searching(
             Manner(rng), tasks[number % len(tasks)], real=True
@@ -70,6 +74,11 @@ def _about_symbols(asker: Asker, tool: str, pool: Sequence[Symbol], held_out_wor
     return lambda rng, number: asker.about_symbol(
         Manner(rng, held_out_wording), tool, pool[number % len(pool)]
     ).messages()
+
+
+def _in_form(makers: Sequence[Maker]) -> Maker:
+    """Questions of other suites by turns, to be answered in JSON."""
+    return lambda rng, number: in_form(rng, makers[number % len(makers)](rng, number // len(makers)))
 
 
 def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:

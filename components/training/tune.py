@@ -54,5 +54,6 @@ def _kept(base: Path) -> dict[str, Path | str]:
 def _agent_files(run: StageRun) -> dict[str, Path | str]:
     """What makes the model an agent: which tools it knows, and the facts they look up."""
     tools = REFERENCE_TOOLS if REFERENCE_CONVERSATIONS in run.params.tune.datasets else ()
-    agent = json.dumps({"tools": list(tools), "max_steps": AGENT_STEPS}, indent=2) + "\n"
+    # The reference conversations say in the prompt what form an answer is to have.
+    agent = json.dumps({"tools": list(tools), "max_steps": AGENT_STEPS, "forms": bool(tools)}, indent=2) + "\n"
     return {"agent.json": agent} | ({"knowledge.sqlite": run.paths.knowledge} if tools else {})

@@ -128,6 +128,17 @@ def test_where_words_have_a_form_a_call_without_end_gives_way_to_them(agent: Age
     assert (twice.content, twice.finish_reason, twice.steps) == ("", "length", ())
 
 
+def test_an_agent_that_was_taught_forms_is_told_the_keys(tokenizer: ChatTokenizer) -> None:
+    schema = {"type": "object", "properties": {"result": {"type": "integer"}, "sure": {"type": "boolean"}}}
+    for forms in (True, False):
+        agent = Agent(tokenizer, [tool("echo", shout)], max_steps=3, context_len=200, forms=forms)
+        for wish, told in ((Wish(), ""), (Wish(schema=schema), "Answer in JSON: result, sure")):
+            answer = agent.answer(QUESTION, rules=agent.rules(wish=wish))
+            shown = tokenizer.decode(next(answer).ids)
+            assert ("Answer in JSON" in shown) == bool(told and forms)
+            assert not forms or shown.startswith(f" {told}" if told else " What")
+
+
 def test_a_clients_tools_are_the_clients_to_call(agent: Agent) -> None:
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {}}}}}]
     answer, prompts = drive(agent, [written(agent.tokenizer, calls=[("weather", {"city": "Rome"})])], tools)

@@ -104,6 +104,21 @@ def test_content_parts_are_flattened_and_the_clients_tools_kept(store: Store) ->
     assert item["skill"] == "conversation"
 
 
+def test_what_was_to_be_json_is_asked_for_as_the_model_was(store: Store) -> None:
+    schema = {"type": "object", "properties": {"answer": {"type": "string"}, "sure": {"type": "boolean"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}
+    messages = [{"role": "user", "content": "What does f do?"}]
+    for number, given in enumerate(({"type": "text"}, {"type": "json_object"}, form)):
+        store.add_request(f"c{number}", "agent/1", {"messages": messages, "response_format": given})
+        store.add_answer(f"c{number}", Answered("{}", "stop", 1, 1, 0.1))
+        store.add_feedback(f"c{number}", "down", '{"answer": "x"}')
+    words, anything, named = map(item_of, store.behind_watermark(9))
+    assert [message["role"] for message in words["messages"]] == ["user"]
+    assert (words["skill"], anything["skill"], named["skill"]) == ("conversation", "form", "form")
+    said = [item["messages"][0]["content"] for item in (anything, named)]
+    assert said == ["Answer in JSON", "Answer in JSON: answer, sure"]
+
+
 def test_secrets_and_personal_data_never_reach_a_partition(store: Store, tmp_path: Path) -> None:
     key = "AKIA" + "QYLPMN5HHHFPZAM2"
     said(store, 1, question=f"my key {key}", answer=f"it is {key}", correction=f"say {key} no more", comment=key)

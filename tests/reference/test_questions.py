@@ -10,12 +10,14 @@ import pytest
 from components.agent.tools import Tool, call, reference_tools
 from components.config import InputError
 from components.data.datasets import Row
+from components.data.forms import form_message
 from components.reference.chains import CHAINS, Chains, composed
 from components.reference.conversations import MAX_CHARACTERS, training_conversations
-from components.reference.dialogue import Hop, answer, asked, exchange
+from components.reference.dialogue import ERROR, Hop, answer, arguments, asked, exchange
 from components.reference.facts import build
+from components.reference.forms import KEYS
 from components.reference.held_out import HeldOut, hold_out
-from components.reference.knowledge import Knowledge
+from components.reference.knowledge import NOT_FOUND, Knowledge
 from components.reference.phrasings import hand_written, talks, templates
 from components.reference.questions import SYMBOL_TOOLS, Asker
 from components.reference.stdlib import library_symbols
@@ -63,8 +65,8 @@ def calls(row: Row) -> list[tuple[str, dict[str, str]]]:
     return [(function["name"], json.loads(function["arguments"])) for function in functions]
 
 
-def arguments(rows: list[Row]) -> set[str]:
-    return {value.removesuffix("()") for row in rows for _, given in calls(row) for value in given.values()}
+def trained_on(rows: list[Row]) -> set[str]:
+    return {argument for row in rows for argument in arguments(row["messages"])}
 
 
 def test_there_are_as_many_as_asked_for_and_no_two_alike(training: list[Row]) -> None:
@@ -78,7 +80,7 @@ def test_every_skill_has_its_suite(tests: list[Row]) -> None:
     whole = [f"{skill}/{part}" for skill in skills for part in ("held_out_symbols", "held_out_modules")]
     whole += [f"{skill}/held_out_modules_{how}" for skill in skills for how in ("phrasings", "hand_written")]
     whole += ["search/held_out_symbols", "search/held_out_symbols_hand_written", "arithmetic/unseen_operands"]
-    whole += ["arithmetic/unseen_phrasings", "arithmetic/hand_written"]
+    whole += ["arithmetic/unseen_phrasings", "arithmetic/hand_written", "form/held_out_symbols"]
     whole += ["small_talk/unseen_wordings", "off_topic/unseen_wordings"]
     assert {name: counts[name] for name in whole} == dict.fromkeys(whole, COUNT)
     assert set(counts) == {*whole, "small_talk/hand_written", "off_topic/hand_written"}
@@ -90,7 +92,7 @@ def test_no_test_question_symbol_or_package_is_trained_on(
 ) -> None:
     assert not {asked(row["messages"]) for row in tests} & {asked(row["messages"]) for row in training}
     unseen = {symbol.name for symbol in (*held_out.symbols, *held_out.modules)}
-    assert arguments(training) & unseen == set()
+    assert trained_on(training) & unseen == set()
     said = "\n".join(message["content"] for row in training for message in row["messages"])
     known = {symbol.summary for symbol in held_out.train}
     summaries = {symbol.summary for symbol in held_out.symbols if symbol.summary} - known
@@ -102,8 +104,32 @@ def test_calls_of_tests_give_the_results_and_answers_they_state(tests: list[Row]
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         for (name, given), result in zip(calls(row), results, strict=True):
             assert call(tools, name, given) == result
+        said = row["messages"][-1]["content"]
+        if results and row["suite"].startswith("form/"):
+            assert answer(name, result) in json.loads(said).values()
+        elif results:
+            assert said == answer(name, result)
+
+
+def test_a_form_is_filled_as_its_keys_say(training: list[Row], tests: list[Row]) -> None:
+    formed = [row for row in [*training, *tests] if row["messages"][0]["role"] == "system"]
+    assert 0.04 < sum(not row["suite"] for row in formed) / len(training) < 0.08
+    keys = set()
+    for row in formed:
+        system, *_, last = row["messages"]
+        results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
+        fields = json.loads(last["content"])
+        assert system["content"] == form_message(fields)["content"]
+        assert fields.pop("calls", len(results)) == len(results)
+        found = bool(results) and not results[-1].startswith((NOT_FOUND, ERROR))
+        assert fields.pop("found", found) == found
+        [(key, words)] = fields.items()
+        keys.add(key)
+        assert words
+        calls_of_row = calls(row)
         if results:
-            assert row["messages"][-1]["content"] == answer(name, result)
+            assert words == answer(calls_of_row[-1][0], results[-1])
+    assert keys == set(KEYS)
 
 
 def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row], training: list[Row]) -> None:

@@ -47,6 +47,7 @@ def test_the_stages_leave_a_base_and_an_agent(project: Paths, new_run: NewRun) -
     assert json.loads((project.agent / "agent.json").read_text()) == {
         "tools": ["lookup", "bases", "module", "calculate", "search"],
         "max_steps": 6,
+        "forms": True,
     }
     assert (project.agent / "knowledge.sqlite").read_bytes() == b"facts"
     for folder in (project.base("decoder"), project.agent):
