@@ -233,9 +233,11 @@ async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
     if not declared.isdigit() or int(declared) > limit:
         raise TooLarge
     parts: list[bytes] = []
+    size = 0
     while not body.ended:
         parts.append((await body()).get("body", b""))
-        if sum(map(len, parts)) > limit:
+        size += len(parts[-1])
+        if size > limit:
             raise TooLarge
     whole: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 

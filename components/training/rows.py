@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Generic, TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from components.data.batches import IGNORED, Batch, Indices
-from components.data.ragged import Chunks, LabelledRows, SentencePairs, seq2seq, tensors
+from components.data.ragged import Chunks, LabelledRows, RaggedRows, SentencePairs, seq2seq, tensors
 from components.data.text_tokenizer import CLS, MASK, SEP, TextTokenizer
 from components.settings import EncoderDecoderPretrainConfig, EncoderPretrainConfig
 from components.training.corruption import corrupt_spans, mask_tokens
 
+R = TypeVar("R", bound=RaggedRows)
 
-class MaskedRows:
+
+class _Shown(Generic[R]):
+    """Rows on disk, shown to a model in another way at each step."""
+
+    def __init__(self, rows: R, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self.folder, self.seq_len, self.vocab_size = rows.folder, rows.seq_len, rows.vocab_size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self, indices: Indices) -> Indices:
+        return self.rows.lengths(indices)
+
+    def _random(self, step: int, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, step, index])
+
+
+class MaskedRows(_Shown[SentencePairs]):
     """Sentence pairs with masked tokens: what `masked_lm_next_sentence` reads."""
 
     def __init__(
         self, pairs: SentencePairs, tokenizer: TextTokenizer, config: EncoderPretrainConfig, seed: int
     ) -> None:
-        self.pairs, self.config, self.seed = pairs, config, seed
-        self.folder, self.seq_len, self.vocab_size = pairs.folder, pairs.seq_len, pairs.vocab_size
+        super().__init__(pairs, seed)
+        self.config = config
         self._hiding = Hiding(tokenizer)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def lengths(self, indices: Indices) -> Indices:
-        return self.pairs.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, token_type_ids and attention_mask (B, T); next_sentence_labels (B,)."""
-        batch = dict(self.pairs.batch(indices, step))
+        batch = dict(self.rows.batch(indices, step))
         words = batch.pop("words").numpy()
         whole = words if self.config.whole_words else None
         hidden = self._hiding.masked(
@@ -40,23 +55,17 @@ class MaskedRows:
         return batch | tensors(hidden)
 
 
-class AdaptedRows:
+class AdaptedRows(_Shown[LabelledRows]):
     """Labelled texts with masked tokens and no second segment: pretraining goes on with them."""
 
     def __init__(self, texts: LabelledRows, tokenizer: TextTokenizer, masked_share: float, seed: int) -> None:
-        self.texts, self.masked_share, self.seed = texts, masked_share, seed
-        self.folder, self.seq_len, self.vocab_size = texts.folder, texts.seq_len, texts.vocab_size
+        super().__init__(texts, seed)
+        self.masked_share = masked_share
         self._hiding = Hiding(tokenizer)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def lengths(self, indices: Indices) -> Indices:
-        return self.texts.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `MaskedRows`."""
-        batch = self.texts.batch(indices, step)
+        batch = self.rows.batch(indices, step)
         hidden = self._hiding.masked(batch["input_ids"].numpy(), None, indices, step, self.masked_share, self.seed)
         return batch | tensors(hidden) | {"next_sentence_labels": torch.full((len(indices),), IGNORED)}
 
@@ -100,57 +109,45 @@ class Hiding:
         return np.where(hidden, self._mask, ids)
 
 
-class SpanRows:
+class SpanRows(_Shown[Chunks]):
     """Running text with corrupted spans as sources, and what was in them as targets."""
 
     def __init__(
         self, chunks: Chunks, tokenizer: TextTokenizer, config: EncoderDecoderPretrainConfig, seed: int
     ) -> None:
-        self.chunks, self.config, self.seed = chunks, config, seed
-        self.folder, self.seq_len, self.vocab_size = chunks.folder, chunks.seq_len, chunks.vocab_size
+        super().__init__(chunks, seed)
+        self.config = config
         self._sentinels, self._end = tokenizer.sentinels, tokenizer.id_of("</s>")
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def lengths(self, indices: Indices) -> Indices:
-        return self.chunks.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """What `sequence_to_sequence` reads."""
         made = [self._corrupted(index, step) for index in indices.tolist()]
         sources, targets = ([np.array(pair[side], np.int64) for pair in made] for side in (0, 1))
-        return seq2seq(sources, targets, self.chunks.pad_id)
+        return seq2seq(sources, targets, self.rows.pad_id)
 
     def _corrupted(self, index: int, step: int) -> tuple[list[int], list[int]]:
-        text = self.chunks.ids(index)
+        text = self.rows.ids(index)
         if len(text) < 2:
             return [*text.tolist(), self._end], [self._end]
-        random = np.random.default_rng([self.seed, step, index])
+        random = self._random(step, index)
         share, length = self.config.corrupted_share, self.config.span_length
         return corrupt_spans(text[: self.seq_len - 1], random, self._sentinels, self._end, share, length)
 
 
-class HiddenRows:
+class HiddenRows(_Shown[LabelledRows]):
     """Labelled texts with a share of their tokens shown as [MASK], so that no single word is relied on."""
 
     def __init__(self, texts: LabelledRows, tokenizer: TextTokenizer, share: float, seed: int) -> None:
-        self.texts, self.share, self.seed = texts, share, seed
-        self.folder, self.seq_len, self.vocab_size = texts.folder, texts.seq_len, texts.vocab_size
+        super().__init__(texts, seed)
+        self.share = share
         self._hiding = Hiding(tokenizer)
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def lengths(self, indices: Indices) -> Indices:
-        return self.texts.lengths(indices)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `LabelledRows`."""
-        batch = self.texts.batch(indices, step)
+        batch = self.rows.batch(indices, step)
         if not self.share:
             return batch
-        randoms = [np.random.default_rng([self.seed, step, index]) for index in indices.tolist()]
+        randoms = [self._random(step, index) for index in indices.tolist()]
         ids = batch["input_ids"].numpy()
         rows = [self._hiding.some(row, self.share, random) for row, random in zip(ids, randoms, strict=True)]
         return batch | tensors({"input_ids": np.stack(rows)})
