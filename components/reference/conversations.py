@@ -20,7 +20,7 @@ KINDS = {"question": 48, "chain": 25, "small_talk": 9, "off_topic": 9, "two": 4,
 """Conversations of each kind, in a hundred."""
 ONE_ANSWER = ("question", "chain", "small_talk", "off_topic")
 DISTURBED_SHARE = 0.25
-FORM_SHARE = 0.06
+FORM_SHARE = 0.08
 """Of the conversations of one answer, those that give it as JSON."""
 MAX_CHARACTERS = 420
 """Of a conversation: some 200 tokens, so that it fits one row of training."""

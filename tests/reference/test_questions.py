@@ -113,7 +113,7 @@ def test_calls_of_tests_give_the_results_and_answers_they_state(tests: list[Row]
 
 def test_a_form_is_filled_as_its_keys_say(training: list[Row], tests: list[Row]) -> None:
     formed = [row for row in [*training, *tests] if row["messages"][0]["role"] == "system"]
-    assert 0.04 < sum(not row["suite"] for row in formed) / len(training) < 0.08
+    assert 0.05 < sum(not row["suite"] for row in formed) / len(training) < 0.1
     keys = set()
     for row in formed:
         system, *_, last = row["messages"]
