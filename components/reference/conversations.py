@@ -16,9 +16,13 @@ from components.reference.forms import in_form
 from components.reference.knowledge import NOT_FOUND
 from components.reference.questions import SYMBOL_TOOLS, Asker, Manner
 
-KINDS = {"question": 48, "chain": 25, "small_talk": 9, "off_topic": 9, "two": 4, "chat_first": 2, "follow_up": 3}
+KINDS = {"question": 44, "chain": 24, "small_talk": 8, "off_topic": 8, "several": 11, "chat_first": 2, "follow_up": 3}
 """Conversations of each kind, in a hundred."""
 ONE_ANSWER = ("question", "chain", "small_talk", "off_topic")
+AMONG_SEVERAL = {"question": 55, "chain": 20, "small_talk": 15, "off_topic": 10}
+"""Questions of each kind, in a hundred, of conversations with several."""
+THIRD_SHARE = 0.25
+"""Of these, that have three."""
 DISTURBED_SHARE = 0.25
 FORM_SHARE = 0.08
 """Of the conversations of one answer, those that give it as JSON."""
@@ -51,7 +55,7 @@ def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Mess
     manner = Manner(rng, disturbed=rng.random() < DISTURBED_SHARE)
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     if kind in ONE_ANSWER:
-        messages = _one_answer(asker, chains, manner, kind)
+        messages = one_answer(asker, chains, manner, kind)
         return in_form(rng, messages) if rng.random() < FORM_SHARE else messages
     if kind == "chat_first":
         return asker.talk(manner, rng.choice(list(asker.talks))) + asker.any_question(manner).messages()
@@ -60,18 +64,27 @@ def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Mess
         if first.hops[0].result.startswith((NOT_FOUND, ERROR)):
             return first.messages()
         return first.messages() + asker.follow_up(manner, first).messages(2)
-    return asker.any_question(manner).messages() + _second(asker, manner)
+    return several_questions(asker, chains, manner)
 
 
-def _one_answer(asker: Asker, chains: Chains, manner: Manner, kind: str) -> list[Message]:
+def several_questions(asker: Asker, chains: Chains, manner: Manner) -> list[Message]:
+    """Two or three questions that have nothing to do with each other, each with its answer."""
+    messages: list[Message] = []
+    for _ in range(3 if manner.rng.random() < THIRD_SHARE else 2):
+        messages += any_answer(asker, chains, manner, 1 + len(messages))
+    return messages
+
+
+def any_answer(asker: Asker, chains: Chains, manner: Manner, number: int = 1) -> list[Message]:
+    """One question of those that have nothing to do with each other."""
+    kind = manner.rng.choices(list(AMONG_SEVERAL), list(AMONG_SEVERAL.values()))[0]
+    return one_answer(asker, chains, manner, kind, number)
+
+
+def one_answer(asker: Asker, chains: Chains, manner: Manner, kind: str, number: int = 1) -> list[Message]:
+    """A question and its answer; `number` is that of the first call."""
     if kind == "chain":
-        return chains.any_question(manner).messages()
+        return chains.any_question(manner).messages(number)
     if kind == "question":
-        return asker.any_question(manner).messages()
+        return asker.any_question(manner).messages(number)
     return asker.talk(manner, manner.rng.choice(asker.small_talk if kind == "small_talk" else asker.off_topic))
-
-
-def _second(asker: Asker, manner: Manner) -> list[Message]:
-    if manner.rng.random() < 0.3:
-        return asker.talk(manner, manner.rng.choice(list(asker.talks)))
-    return asker.any_question(manner).messages(2)

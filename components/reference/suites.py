@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from components.data.datasets import Row
 from components.reference.chains import CHAINS, Chain, Chains
+from components.reference.conversations import MAX_CHARACTERS, any_answer
 from components.reference.dialogue import Hop, Message, asked, exchange, row, said
 from components.reference.forms import in_form
 from components.reference.held_out import is_askable_class
@@ -20,6 +21,11 @@ from components.reference.stdlib import Symbol
 from components.reference.tasks import task
 from components.reference.wordings import quoted
 
+LATER = {
+    *(f"{skill}/held_out_symbols" for skill in (*SYMBOL_TOOLS, "search", "multi_hop")),
+    *("arithmetic/unseen_operands", "small_talk/unseen_wordings", "off_topic/unseen_wordings"),
+}
+"""Suites whose questions are also put behind another."""
 Maker = Callable[[random.Random, int], list[Message]]
 """Makes the question of a number."""
 
@@ -55,7 +61,23 @@ def _makers(asker: Asker, seed: int) -> dict[str, Maker]:
             Manner(rng), tasks[number % len(tasks)], real=True
         ).messages()
         makers["search/held_out_symbols_hand_written"] = _hand_written_search(asker, tasks)
-    return makers | _multi_hop(Chains(asker, seed)) | _arithmetic(asker) | _talks(asker)
+    chains = Chains(asker, seed)
+    makers |= _multi_hop(chains) | _arithmetic(asker) | _talks(asker)
+    later = [make for name, make in makers.items() if name in LATER]
+    return makers | {"later_question/held_out_symbols": _later(chains, later)}
+
+
+def _later(chains: Chains, makers: Sequence[Maker]) -> Maker:
+    """Questions of other suites by turns, behind another one that was answered and has nothing to do with them."""
+
+    def make(rng: random.Random, number: int) -> list[Message]:
+        last = makers[number % len(makers)](rng, number // len(makers))
+        while True:
+            messages = any_answer(chains.asker, chains, Manner(rng), 1 + len(last)) + last
+            if sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
+                return messages
+
+    return make
 
 
 def _fit(asker: Asker, tool: str, pool: Sequence[Symbol]) -> list[Symbol]:

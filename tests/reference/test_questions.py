@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def training(asker: Asker, tests: list[Row]) -> list[Row]:
     return list(training_conversations(asker, 3000, 0, {asked(row["messages"]) for row in tests}))
 
 
+def last_question(row: Row) -> Row:
+    """The row from its last question on."""
+    messages = row["messages"]
+    start = max(place for place, message in enumerate(messages) if message["role"] == "user")
+    return row | {"messages": messages[start:]}
+
+
 def calls(row: Row) -> list[tuple[str, dict[str, str]]]:
     functions = [one["function"] for message in row["messages"] for one in message["tool_calls"] or []]
     return [(function["name"], json.loads(function["arguments"])) for function in functions]
@@ -81,6 +89,7 @@ def test_every_skill_has_its_suite(tests: list[Row]) -> None:
     whole += [f"{skill}/held_out_modules_{how}" for skill in skills for how in ("phrasings", "hand_written")]
     whole += ["search/held_out_symbols", "search/held_out_symbols_hand_written", "arithmetic/unseen_operands"]
     whole += ["arithmetic/unseen_phrasings", "arithmetic/hand_written", "form/held_out_symbols"]
+    whole += ["later_question/held_out_symbols"]
     whole += ["small_talk/unseen_wordings", "off_topic/unseen_wordings"]
     assert {name: counts[name] for name in whole} == dict.fromkeys(whole, COUNT)
     assert set(counts) == {*whole, "small_talk/hand_written", "off_topic/hand_written"}
@@ -100,7 +109,7 @@ def test_no_test_question_symbol_or_package_is_trained_on(
 
 
 def test_calls_of_tests_give_the_results_and_answers_they_state(tests: list[Row], tools: list[Tool]) -> None:
-    for row in tests:
+    for row in map(last_question, tests):  # what was asked before may be made up
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         for (name, given), result in zip(calls(row), results, strict=True):
             assert call(tools, name, given) == result
@@ -134,7 +143,7 @@ def test_a_form_is_filled_as_its_keys_say(training: list[Row], tests: list[Row])
 
 def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row], training: list[Row]) -> None:
     chains = Counter()
-    for row in [*tests, *training]:
+    for row in map(last_question, [*tests, *training]):
         if len(row["messages"]) < 6 or row["messages"][4]["role"] != "tool" or row["messages"][2]["role"] != "tool":
             continue
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
@@ -144,6 +153,26 @@ def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row
         chains[tuple(name for name, _ in done)] += 1
     assert set(chains) == set(CHAINS)
     assert chains.total() > 0.08 * len(training)
+
+
+def test_questions_of_one_conversation_are_of_every_kind_and_order(training: list[Row], tests: list[Row]) -> None:
+    pairs, counts = Counter[tuple[str, str]](), Counter[int]()
+    for row in training:
+        places = [place for place, message in enumerate(row["messages"]) if message["role"] == "user"]
+        counts[len(places)] += 1
+        if len(places) > 1:
+            parts = [row["messages"][start:end] for start, end in zip(places, [*places[1:], None], strict=True)]
+            names = [next((name for name, _ in calls({"messages": part})), "none") for part in parts]
+            pairs.update(pairwise(names))
+        numbers = [call["id"] for message in row["messages"] for call in message["tool_calls"] or []]
+        assert len(numbers) == len(set(numbers))
+    assert 0.1 < counts[2] / len(training) < 0.2
+    assert 0 < counts[3] < counts[2] / 3
+    kinds = {*SYMBOL_TOOLS, "search", "calculate", "none"}
+    common = kinds - {"module", "search"}
+    assert {(one, other) for one in common for other in common} <= set(pairs)
+    later = [row for row in tests if row["suite"].startswith("later_question/")]
+    assert {next((name for name, _ in calls(last_question(row))), "none") for row in later} == kinds
 
 
 def test_a_chain_ends_where_a_call_finds_no_single_thing(asker: Asker) -> None:
