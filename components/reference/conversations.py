@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from components.config import InputError
 from components.data.datasets import Row
 from components.reference.chains import Chains
-from components.reference.dialogue import ERROR, Message, arguments, asked, row
+from components.reference.dialogue import ERROR, Message, arguments, asked, in_words, row
 from components.reference.forms import in_form
 from components.reference.knowledge import NOT_FOUND
 from components.reference.questions import SYMBOL_TOOLS, Asker, Manner
@@ -23,6 +23,8 @@ AMONG_SEVERAL = {"question": 55, "chain": 20, "small_talk": 15, "off_topic": 10}
 """Questions of each kind, in a hundred, of conversations with several."""
 THIRD_SHARE = 0.25
 """Of these, that have three."""
+IN_WORDS_SHARE = 0.6
+"""Of the answers before the last one, those that stand without the calls that led to them."""
 DISTURBED_SHARE = 0.25
 FORM_SHARE = 0.08
 """Of the conversations of one answer, those that give it as JSON."""
@@ -63,16 +65,21 @@ def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Mess
         first = asker.made_up(manner, rng.choice(SYMBOL_TOOLS))
         if first.hops[0].result.startswith((NOT_FOUND, ERROR)):
             return first.messages()
-        return first.messages() + asker.follow_up(manner, first).messages(2)
+        return told_again(rng, first.messages()) + asker.follow_up(manner, first).messages(2)
     return several_questions(asker, chains, manner)
 
 
 def several_questions(asker: Asker, chains: Chains, manner: Manner) -> list[Message]:
     """Two or three questions that have nothing to do with each other, each with its answer."""
     messages: list[Message] = []
-    for _ in range(3 if manner.rng.random() < THIRD_SHARE else 2):
-        messages += any_answer(asker, chains, manner, 1 + len(messages))
-    return messages
+    for _ in range(2 if manner.rng.random() < THIRD_SHARE else 1):
+        messages += told_again(manner.rng, any_answer(asker, chains, manner, 1 + len(messages)))
+    return messages + any_answer(asker, chains, manner, 1 + len(messages))
+
+
+def told_again(rng: random.Random, messages: list[Message]) -> list[Message]:
+    """An answered question as it stands in a later prompt: most clients send words back, and no calls."""
+    return in_words(messages) if rng.random() < IN_WORDS_SHARE else messages
 
 
 def any_answer(asker: Asker, chains: Chains, manner: Manner, number: int = 1) -> list[Message]:

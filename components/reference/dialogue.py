@@ -67,6 +67,11 @@ def answer(tool: str, result: str) -> str:
     return f"The result is {result}." if tool == "calculate" else result
 
 
+def in_words(messages: Sequence[Message]) -> list[Message]:
+    """The messages without calls and their results."""
+    return [message for message in messages if message["role"] != "tool" and not message["tool_calls"]]
+
+
 def row(messages: Sequence[Message], suite: str | None = None) -> Row:
     """A conversation as a row of its dataset."""
     content = (f"{message['role']}: {message['content']}" for message in messages)

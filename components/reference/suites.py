@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from components.data.datasets import Row
 from components.reference.chains import CHAINS, Chain, Chains
-from components.reference.conversations import MAX_CHARACTERS, any_answer
+from components.reference.conversations import MAX_CHARACTERS, any_answer, told_again
 from components.reference.dialogue import Hop, Message, asked, exchange, row, said
 from components.reference.forms import in_form
 from components.reference.held_out import is_askable_class
@@ -73,7 +73,8 @@ def _later(chains: Chains, makers: Sequence[Maker]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
         last = makers[number % len(makers)](rng, number // len(makers))
         while True:
-            messages = any_answer(chains.asker, chains, Manner(rng), 1 + len(last)) + last
+            first = any_answer(chains.asker, chains, Manner(rng), 1 + len(last))
+            messages = told_again(rng, first) + last
             if sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
                 return messages
 
