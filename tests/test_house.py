@@ -25,7 +25,7 @@ REFERENCE = "components/reference"
 ALLOWED = {
     **dict.fromkeys(CONFIG, CONFIG),
     MODELS: {*CONFIG, MODELS},
-    REFERENCE: {*CONFIG, "components/data/datasets.py", REFERENCE},
+    REFERENCE: {*CONFIG, "components/data/datasets.py", "components/data/forms.py", REFERENCE},
     DATA: {*CONFIG, STAGE, DATA, REFERENCE},
     "components/training": {*CONFIG, STAGE, MODELS, DATA, "components/training"},
     GENERATION: {*CONFIG, MODELS, DATA, GENERATION},
