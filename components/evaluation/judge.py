@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,11 @@ def _scores(
         table += answer_questions(model, agent, corrected, params.evaluate)
     words, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     tools: dict[str, str] = {}
-    for row in table:
+    asked_of = [(row, json.loads(row["expected_calls"])) for row in table]
+    mixed = _mixed([(row["suite"], expected) for row, expected in asked_of])
+    for row, expected in asked_of:
         if "/" in row["suite"]:  # a sample of free text has no right answer
-            skill, tool = _skill(row["suite"], json.loads(row["expected_calls"]))
+            skill, tool = _skill(row["suite"], expected, mixed)
             tools.setdefault(skill, tool)
             words[skill].append(float(row["correct"]))
             calls[skill].append(float(row["right_calls"]))
@@ -192,16 +194,28 @@ def _scores(
     return Scores(dict(words), dict(calls), texts, tools, {f"{FEEDBACK}preferences": preferred}), answers
 
 
-def _skill(suite: str, expected: list[Row]) -> tuple[str, str]:
+def _skill(suite: str, expected: list[Row], mixed: set[str]) -> tuple[str, str]:
     """The skill that a question counts for, and the tool whose result its answer puts into words: the last it calls.
 
-    Questions of several calls are parted by that tool, as people may want other words of one of them.
+    Questions of suites that end on several tools are parted by it, as people may want other words of one of them.
     """
-    tool = str(expected[-1]["name"]) if expected else NO_CALL
+    tool = _last_tool(expected)
     if suite.startswith(FEEDBACK):
         return suite, tool
     skill = suite.partition("/")[0]
-    return (f"{skill} to {tool}" if len(expected) > 1 else skill), tool
+    return (f"{skill} to {tool}" if skill in mixed else skill), tool
+
+
+def _last_tool(expected: list[Row]) -> str:
+    return str(expected[-1]["name"]) if expected else NO_CALL
+
+
+def _mixed(asked: Iterable[tuple[str, list[Row]]]) -> set[str]:
+    """Skills whose questions end on more than one tool."""
+    tools = defaultdict[str, set[str]](set)
+    for suite, expected in asked:
+        tools[suite.partition("/")[0]].add(_last_tool(expected))
+    return {skill for skill, found in tools.items() if len(found) > 1}
 
 
 def _most(params: Params) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from components.data.datasets import Row
 from components.evaluation.evaluate import held_out_digest
-from components.evaluation.judge import Scores, _skill, _slices, judge
+from components.evaluation.judge import Scores, _mixed, _skill, _slices, judge
 from components.evaluation.questions import COLUMNS
 from components.feedback.curate import curate
 from components.feedback.items import NO_CALL
@@ -155,13 +155,20 @@ def test_overruled_wording_guards_its_calls_once_the_new_one_is_learned(
     assert found["target"] is False
 
 
-def test_questions_of_several_calls_are_parted_by_the_tool_that_is_put_into_words() -> None:
+def test_suites_that_end_on_several_tools_are_parted_by_the_one_that_is_put_into_words() -> None:
     bases, module = {"name": "bases", "arguments": {}}, {"name": "module", "arguments": {}}
-    assert _skill("bases/held_out_symbols", [bases]) == ("bases", "bases")
-    assert _skill("multi_hop/held_out_symbols", [bases, module]) == ("multi_hop to module", "module")
-    assert _skill("multi_hop/held_out_symbols", [bases, bases]) == ("multi_hop to bases", "bases")
-    assert _skill("feedback/module", [bases, module]) == ("feedback/module", "module")
-    assert _skill("small_talk/hand_written", []) == ("small_talk", NO_CALL)
+    asked = [
+        ("bases/held_out_symbols", [bases], "bases", "bases"),
+        ("multi_hop/held_out_symbols", [bases, module], "multi_hop to module", "module"),
+        ("multi_hop/held_out_modules", [bases, bases], "multi_hop to bases", "bases"),
+        ("later_question/held_out_symbols", [bases], "later_question to bases", "bases"),
+        ("later_question/held_out_symbols", [], f"later_question to {NO_CALL}", NO_CALL),
+        ("feedback/module", [bases, module], "feedback/module", "module"),
+        ("small_talk/hand_written", [], "small_talk", NO_CALL),
+    ]
+    mixed = _mixed([(suite, calls) for suite, calls, _, _ in asked])
+    for suite, calls, skill, tool in asked:
+        assert _skill(suite, calls, mixed) == (skill, tool)
 
 
 def test_overruled_skills_still_fall_with_their_calls(paths: Paths) -> None:
