@@ -27,7 +27,6 @@ from serving.engine import Called, Engine, Failed, Finished, Late, Started, Step
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
 LOOK_SECONDS = 0.05
 """Between looks whether the client is still there."""
-
 KEPT_SECONDS = 2.0
 """A connection waits for its next request; less than the five after which servers close theirs."""
 TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
@@ -199,11 +198,13 @@ class RemoteReply:
         if not told or told == "[DONE]":
             return None
         try:
-            chunk: dict[str, Any] = json.loads(told)
+            chunk = json.loads(told)
         except ValueError as error:
             raise BackendDown(f"{self.engine.url}: an event is no JSON: {error}") from error
-        if "error" in chunk:
-            raise BackendDown(f"{self.engine.url}: {chunk['error'].get('message')}")
+        if not isinstance(chunk, dict):
+            raise BackendDown(f"{self.engine.url}: an event is no JSON object: {told[:80]}")
+        if wrong := chunk.get("error"):
+            raise BackendDown(f"{self.engine.url}: {wrong.get('message') if isinstance(wrong, dict) else wrong}")
         return chunk
 
     async def _run_tool(self, wanted: dict[str, Any]) -> None:

@@ -158,11 +158,12 @@ class Agent:
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
             ended = self.tokenizer.end_id in generated and not (constraint is not None and constraint.cut)
-            endless = bool(rules and rules.structured and turn.calls) and not (ended or tools or last)
-            if not endless and (not turn.calls or not ended or tools or last):
+            if rules and rules.structured and turn.calls and not (ended or tools or last):
+                endless = True
+                continue
+            if not turn.calls or not ended or tools or last:
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
-            if not endless:
-                said += self._call(turn, steps)
+            said += self._call(turn, steps)
         raise AssertionError("the last turn returns")
 
     def _declared(self) -> list[dict[str, Any]] | None:

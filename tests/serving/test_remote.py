@@ -172,7 +172,9 @@ def answering(events: bytes) -> Iterator[str]:
     ("sent", "said"),
     [
         (b"data: <html>\n\n", "an event is no JSON"),
+        (b"data: 3\n\n", "an event is no JSON object: 3"),
         (b'data:{"error": {"message": "out of memory"}}\n\n', "out of memory"),
+        (b'data: {"error": "gone"}\n\n', "gone"),
     ],
 )
 def test_broken_events_are_said_so(agent_folder: Path, sent: bytes, said: str) -> None:
