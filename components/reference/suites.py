@@ -26,6 +26,8 @@ LATER = {
     *("arithmetic/unseen_operands", "small_talk/unseen_wordings", "off_topic/unseen_wordings"),
 }
 """Suites whose questions are also put behind another."""
+TRIES = 1_000
+"""Draws for one that is short enough to stand before another."""
 Maker = Callable[[random.Random, int], list[Message]]
 """Makes the question of a number."""
 
@@ -72,11 +74,12 @@ def _later(chains: Chains, makers: Sequence[Maker]) -> Maker:
 
     def make(rng: random.Random, number: int) -> list[Message]:
         last = makers[number % len(makers)](rng, number // len(makers))
-        while True:
+        for _ in range(TRIES):
             first = any_answer(chains.asker, chains, Manner(rng), 1 + len(last))
             messages = told_again(rng, first) + last
             if sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
                 return messages
+        return last  # so long that nothing fits before it
 
     return make
 
