@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.stage import ENVIRONMENT
+from components.runtime.stage import ENVIRONMENT
 
 SOURCE = Path(__file__).parents[1]
 BANKING = "banking77"
@@ -41,9 +41,9 @@ class Silent:
 
 def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | None) -> dict[str, Any]:
     """Every stage on one dataset; the figures of the assessment, and the seconds of each stage."""
-    from components.config import load_params
-    from components.paths import Paths
-    from components.stage import StageRun, stage_function
+    from components.config.params import load_params
+    from components.config.paths import Paths
+    from components.runtime.stage import StageRun, stage_function
 
     paths = Paths(root)
     # Other datasets of the reference project cost time and change nothing here.
@@ -66,8 +66,8 @@ def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | Non
 
 def _add_banking(folder: Path, target: Path, seed: int) -> None:
     """BANKING77 with the test set that everyone reports on."""
-    from components.data.datasets import DatasetWriter, Row
-    from components.data.strata import stratified
+    from components.datasets.formats import DatasetWriter, Row
+    from components.datasets.stratified_split import stratified
 
     def rows(split: str) -> list[Row]:
         with (folder / f"banking77_{split}.csv").open(encoding="utf-8", newline="") as file:

@@ -51,7 +51,7 @@ def random_classifier(folder: Path, params: Path) -> Path:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-    from components.config import load_params
+    from components.config.params import load_params
     from components.models.checkpoint import save_model
     from components.models.encoder import Classifier, EncoderConfig
 
@@ -76,7 +76,7 @@ def random_classifier(folder: Path, params: Path) -> Path:
 @contextmanager
 def serving(folder: Path, root: Path) -> Iterator[int]:
     """A server of that classifier in a project of its own while the block runs; gives its port."""
-    from components.registry import Registry
+    from components.tracking.registry import Registry
 
     source = Path(__file__).parents[1]
     for name in ("params.yaml", "dvc.yaml"):
@@ -155,7 +155,7 @@ def _batches(metrics: bytes) -> dict[str, float]:
 
 def forward_ms(folder: Path, words: list[str], rounds: int) -> float:
     """One forward pass over all texts, tokenizing included: the median, in milliseconds."""
-    from serving.readers import Reader
+    from serving.engine.classifier_worker import Reader
 
     reader = Reader.load(folder, "classifier/1")
     taken = []

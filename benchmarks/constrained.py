@@ -39,7 +39,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
     from components.agent.turn_grammar import Wish
     from components.agent.turns import turn_rules
-    from components.data.tokenizer import ChatTokenizer
+    from components.tokenization.chat_tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(folder)
     turn_rules(tokenizer, [], Wish(), runs_tools=False)  # the vocabulary is made once

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.stage import ENVIRONMENT
+from components.runtime.stage import ENVIRONMENT
 
 if TYPE_CHECKING:
-    from components.data.tokenizer import ChatTokenizer
+    from components.tokenization.chat_tokenizer import ChatTokenizer
 
 SHAPES = {
     "laptop": (2048, 192, 4, 3, 3, 64, 512),
@@ -56,9 +56,9 @@ def make_folder(folder: Path, size: str) -> Path:
     """A model folder with random weights and a tokenizer learned from the standard library."""
     import torch
 
-    from components.data import tokenizer
     from components.models.checkpoint import save_decoder
     from components.models.decoder import Decoder, DecoderConfig
+    from components.tokenization import chat_tokenizer as tokenizer
 
     sources = sorted(Path(statistics.__file__).parent.glob("*.py"))[:80]
     learned = tokenizer.train([source.read_text(encoding="utf-8") for source in sources], SHAPES[size][0])
@@ -97,17 +97,17 @@ class Loopwright:
     """Our engine, asked by as many at a time as are let."""
 
     def __init__(self, folder: Path) -> None:
-        from components.config import SCALES_FILE, load_params
-        from serving.engine import Engine
+        from components.config.params import SCALES_FILE, load_params
+        from serving.engine.local import Engine
 
-        config = load_params(SCALES_FILE.parents[1] / "params.yaml").serve
+        config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
         self.engine = Engine.load(folder, "agent/1", config.model_copy(update={"max_running": CROWD}))
 
     def contender(self, concurrent: int) -> Contender:
         return lambda asked: self.answer(asked, concurrent)
 
     def answer(self, asked: Prompts, concurrent: int) -> int:
-        from serving.engine import Ask, Event, Failed, Finished
+        from serving.engine.local import Ask, Event, Failed, Finished
 
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         waiting, running, written = list(asked), 0, 0

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from components.data.validate import Validator
+from components.config.loop_settings import FeedbackConfig
 from components.feedback.ingest import ingest, write_withdrawals
 from components.feedback.ledger import DAY_SECONDS
 from components.feedback.store import Answered, Store
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
-from components.loop_settings import FeedbackConfig
+from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[1]
 CONFIG = FeedbackConfig(max_items=10_000, max_per_voice=500, improve_after=20, keep_days=None)

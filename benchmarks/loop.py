@@ -22,16 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.agent.agent import Agent, Answer
-from components.agent.lockstep import answer_all
-from components.config import load_params
-from components.data.datasets import Row, read_rows
-from components.evaluation.judge import judge
+from components.agent.batch_rollout import answer_all
+from components.config.params import load_params
+from components.config.paths import Paths, find_root
+from components.datasets.formats import Row, read_rows
+from components.evaluation.compare_agents import judge
 from components.feedback.curate import curate
 from components.feedback.items import SCHEMA
-from components.generation.decode import Sampling
+from components.inference.generate import Sampling
 from components.models.checkpoint import load_decoder
-from components.paths import Paths, find_root
-from components.stage import StageRun
+from components.runtime.stage import StageRun
 from components.training.align import align
 
 CORRECTIONS = 40

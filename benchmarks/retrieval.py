@@ -1,6 +1,6 @@
 """Whether vectors find what words do not: `python -m benchmarks.retrieval` in a project whose pipeline has run.
 
-The agent's `search` looks for words (BM25 in SQLite, `components/reference/knowledge.py`) among names and first
+The agent's `search` looks for words (BM25 in SQLite, `examples/stdlib_agent/knowledge.py`) among names and first
 sentences of docstrings. Asked here is what somebody could type who never saw that sentence: the second sentence of the
 docstring of each symbol that training never sees, its name taken out. Compared are BM25, the mean-pooled vectors of
 each encoder given, and both by reciprocal rank fusion (Cormack et al. 2009): share of first places (recall@1) and mean
@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from components.config import load_params
-from components.paths import Paths, find_root
-from components.prediction.texts import TextEncoder
-from components.reference.held_out import hold_out
-from components.reference.knowledge import _RANK, _STOP_WORDS, MAX_QUERY_WORDS
-from components.reference.stdlib import library_symbols
+from components.config.params import load_params
+from components.config.paths import Paths, find_root
+from components.inference.classifier import TextEncoder
+from examples.stdlib_agent.held_out import hold_out
+from examples.stdlib_agent.knowledge import _RANK, _STOP_WORDS, MAX_QUERY_WORDS
+from examples.stdlib_agent.stdlib import library_symbols
 
 DEEP = 100
 """Places that count."""

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from components.feedback.store import Store
-    from serving.engine import Engine
-    from serving.state import Serving
+    from serving.engine.local import Engine
+    from serving.models.state import Serving
 
 ROUNDS = 300
 WARM = 20
@@ -48,8 +48,8 @@ def listening(serving: Serving) -> Iterator[int]:
     """The port of the public routes over real HTTP while the block runs."""
     import uvicorn
 
-    from serving.api import new_api
-    from serving.edge import Edge
+    from serving.http.app import new_api
+    from serving.http.gateway import Edge
     from serving.server import listen
 
     api = new_api()
@@ -95,7 +95,7 @@ class Client:
 
 def ask_engine(engine: Engine) -> float:
     """Milliseconds of the same question, asked without HTTP."""
-    from serving.engine import Ask, Failed, Finished
+    from serving.engine.local import Ask, Failed, Finished
 
     ended = threading.Event()
     began = time.perf_counter()
@@ -107,12 +107,12 @@ def ask_engine(engine: Engine) -> float:
 
 def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
     """Medians in milliseconds; the three ways take turns, so that noise meets all."""
-    from components.config import SCALES_FILE, load_params
-    from serving.metrics import Metrics
-    from serving.state import Serving
-    from serving.versions import Bundled
+    from components.config.params import SCALES_FILE, load_params
+    from serving.models.state import Serving
+    from serving.models.versions import Bundled
+    from serving.observability.metrics import Metrics
 
-    config = load_params(SCALES_FILE.parents[1] / "params.yaml").serve
+    config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
     kept = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
     kept.wait()
     with ExitStack() as stack:

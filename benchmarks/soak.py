@@ -63,9 +63,9 @@ def serve(folder: Path, home: Path) -> None:
     """The endpoint on a port of its own, its tools slowed, until standard input ends."""
     from benchmarks.serving import listening
     from components.agent.tools import Tool
-    from components.config import SCALES_FILE, load_params
-    from serving.api import Serving
-    from serving.versions import Bundled
+    from components.config.params import SCALES_FILE, load_params
+    from serving.http.app import Serving
+    from serving.models.versions import Bundled
 
     def slowed(tool: Tool) -> Tool:
         def function(**arguments: Any) -> str:
@@ -74,7 +74,7 @@ def serve(folder: Path, home: Path) -> None:
 
         return replace(tool, function=function)
 
-    config = load_params(SCALES_FILE.parents[1] / "params.yaml").serve
+    config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
     config = config.model_copy(update={"requests_per_minute": 10**6})
     serving = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
     serving.models.first.wait()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.stage import ENVIRONMENT
+from components.runtime.stage import ENVIRONMENT
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +48,9 @@ def ours(optimizer: str) -> Peer:
     """The very loop of `pretrain`: objective, clipping, optimizer and precision as the stage has them."""
     import torch
 
+    from components.config.model_settings import TrainConfig
     from components.models.decoder import Decoder, DecoderConfig
     from components.models.devices import compute_dtype
-    from components.settings import TrainConfig
     from components.training.loop import Training
     from components.training.objectives import causal_lm
 

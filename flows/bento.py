@@ -11,15 +11,16 @@ import time
 from contextlib import chdir
 from pathlib import Path
 
-from components.paths import Paths
-from components.process import ask_to_die_with_parent
-from components.registry import Registry
-from flows.candidates import Asking
-from flows.server import free_port, stop
+from components.config.paths import Paths
+from components.runtime.process import ask_to_die_with_parent
+from components.tracking.registry import Registry
+from flows.orchestration.prefect_server import free_port, stop
+from flows.release_targets import Asking
 
 _SECONDS_TO_SERVE = 180.0
 _IN_A_BENTO = (
     "/components/",
+    "/examples/",
     "/serving/",
     "/loopwright/__init__.py",
     "/params.yaml",

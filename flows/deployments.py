@@ -20,12 +20,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed
 from prefect.types.entrypoint import EntrypointType
 
-from components.config import InputError, Refused
-from components.paths import Paths, find_root
-from components.process import end_with_parent, holder
+from components.config.params import InputError, Refused
+from components.config.paths import Paths, find_root
+from components.runtime.process import end_with_parent, holder
+from flows.orchestration.prefect_server import home_tag
+from flows.orchestration.services import has_champion
 from flows.pipeline import Order, run_pipeline
-from flows.server import home_tag
-from flows.services import has_champion
 
 POOL = "loopwright"
 ENOUGH = "loopwright.feedback.enough"

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from components.config import InputError, Params, load_params
-from components.data.datasets import Row
+from components.config.params import InputError, Params, load_params
+from components.config.paths import Paths
+from components.datasets.formats import Row
 from components.feedback.ingest import WITHDRAWN, Taken, withdrawals_are_written, write_withdrawals
 from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
-from components.paths import Paths
-from components.process import only_one
-from flows.flow_run import Echo, FlowRun, effect, run_flow
+from components.runtime.process import only_one
+from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import version_data
 
 ENOUGH = "loopwright.feedback.enough"
@@ -128,7 +128,7 @@ class _Job:
         return _mark(self.paths)
 
     def _gate(self, rows: Sequence[Row]) -> Mapping[int, str]:
-        from components.data.validate import Validator
+        from components.validation.validate import Validator
 
         return Validator(self.paths.expectations).failing(rows, "feedback")
 

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.config import InputError, Refused, load_params
+from components.config.params import InputError, Refused, load_params
+from components.config.paths import Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
 from components.feedback.store import Store
-from components.paths import Paths
-from components.process import only_one
-from components.registry import ModelVersion, Registry, is_empty
-from components.stage import remove
+from components.runtime.process import only_one
+from components.runtime.stage import remove
+from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import write_down_withdrawals
-from flows.flow_run import Echo, FlowRun, effect, run_flow
+from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import Order, Report, bring_up_to_date, look
 from flows.release import (
     NAME,

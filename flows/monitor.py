@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from components.data.datasets import read_info, shards
+from components.config.paths import Paths
+from components.datasets.formats import read_info, shards
 from components.feedback.drift import Measure, compare, first_words, lengths, rating_change
 from components.feedback.store import Store, has_store
-from components.paths import Paths
-from flows.flow_run import Echo, FlowRun, effect, run_flow
+from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 EVENT = "loopwright.drift"
 DAY_SECONDS = 86_400

@@ -1,7 +1,7 @@
 """The pipeline: Prefect tasks built from dvc.yaml, one per stage, each brought up to date in turn.
 
 DVC says in this process what is out of date and why; what runs, runs in a process of its own
-(flows/reproduce.py). The models' release follows (flows/release.py).
+(flows/orchestration/run_stage.py). The models' release follows (flows/release.py).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from components.config import InputError, Refused, load_params
-from components.paths import Paths
-from components.process import only_one
-from components.stage import PROGRESS, read_stages
-from flows.bases import bring_bases
-from flows.flow_run import FlowRun, run_flow
-from flows.passing_over import pass_over_datasets, pass_over_parameters
+from components.config.params import InputError, Refused, load_params
+from components.config.paths import Paths
+from components.runtime.process import only_one
+from components.runtime.stage import PROGRESS, read_stages
+from flows.orchestration.base_models import bring_bases
+from flows.orchestration.dvc_repo import pass_over_datasets, pass_over_parameters
+from flows.orchestration.flow_run import FlowRun, run_flow
+from flows.orchestration.run_stage import StageResult, reproduce
 from flows.release import Release, Releases, look_at_releases, release
-from flows.reproduce import StageResult, reproduce
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
 LOOP = ("curate", "align", "judge")

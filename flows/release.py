@@ -17,14 +17,14 @@ from pathlib import Path
 
 import yaml
 
-from components.config import Refused, load_params
-from components.journal import PARENT_RUN
-from components.paths import Paths
-from components.registry import ModelVersion, Registry, is_empty
-from components.tracking import attach, attached
+from components.config.params import Refused, load_params
+from components.config.paths import Paths
+from components.tracking.event_log import PARENT_RUN
+from components.tracking.mlflow_client import attach, attached
+from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
-from flows.candidates import CANDIDATES, Candidate, Contestant, candidate
-from flows.flow_run import Echo, effect
+from flows.orchestration.flow_run import Echo, effect
+from flows.release_targets import CANDIDATES, Candidate, Contestant, candidate
 
 NAME = "agent"
 """The model that people talk to, and that learns from them."""

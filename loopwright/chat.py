@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.config import InputError
+from components.config.params import InputError
 from loopwright.endpoint import ADDRESS, ContextTooLong, check, endpoint, headers, post
 from loopwright.output import Json, print_json, say
 

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from components.config import InputError, Refused
+from components.config.params import InputError, Refused
 from loopwright.output import print_json, say
 
 COMMANDS = (

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.config import InputError, load_params
-from components.paths import Paths, find_root
+from components.config.params import InputError, load_params
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from components.data.findings import Findings
+    from components.validation.report import Findings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Datasets: list, show, add and validate.", rich_markup_mode=None
@@ -42,7 +42,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show one dataset: rows per split, what was dropped, sources, first rows, whether it is valid."""
-    from components.data.datasets import read_rows
+    from components.datasets.formats import read_rows
 
     paths = Paths(find_root())
     folder = _folder(paths, name)
@@ -77,14 +77,14 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
-    from components.data.files import Columns
-    from components.data.files import add as add_files
+    from components.datasets.importers import Columns
+    from components.datasets.importers import add as add_files
 
     paths = Paths(find_root())
     allowed = load_params(paths.params).validate_.max_failed_share
 
     def check(folder: Path) -> Findings:
-        from components.data.validate import validate_dataset
+        from components.validation.validate import validate_dataset
 
         say("validating; Great Expectations takes some seconds to start")
         findings = validate_dataset(folder, paths.expectations, allowed)
@@ -107,8 +107,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Hold datasets against the expectations of their kind; exit code 3 when one fails."""
-    from components.data.findings import refusal
-    from components.data.validate import Validator
+    from components.validation.report import refusal
+    from components.validation.validate import Validator
 
     paths = Paths(find_root())
     folders = [_folder(paths, name)] if name else list(_folders(paths))
@@ -143,7 +143,7 @@ _TRAIN_ON = {
 
 
 def _names(paths: Paths) -> list[str]:
-    from components.data.collect import REFERENCE
+    from components.datasets.collect import REFERENCE
 
     added = {path.parent.name for path in paths.added.glob("*/dataset.json")}
     pointers = {path.stem for path in paths.added.glob("*.dvc")}
@@ -160,7 +160,7 @@ def _folders(paths: Paths) -> Iterator[Path]:
 
 def _folder(paths: Paths, name: str) -> Path:
     """Where a dataset lies: as it was added, or as `collect` wrote it."""
-    from components.data.collect import REFERENCE
+    from components.datasets.collect import REFERENCE
 
     folder = (paths.collected if name in REFERENCE else paths.added) / name
     if (folder / "dataset.json").is_file():
@@ -174,8 +174,8 @@ def _folder(paths: Paths, name: str) -> Path:
 
 def _summary(paths: Paths, name: str) -> dict[str, Any]:
     """What `list` and `show` say of a dataset, also of one whose data is not here."""
-    from components.data.collect import REFERENCE
-    from components.data.datasets import read_info
+    from components.datasets.collect import REFERENCE
+    from components.datasets.formats import read_info
 
     built_in = name in REFERENCE
     summary: dict[str, Any] = {"name": name, "kind": REFERENCE.get(name), "origin": "built in" if built_in else "added"}
@@ -201,8 +201,8 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
 
 def _noted(paths: Paths, folder: Path, findings: Findings) -> Findings:
     """Remember the outcome for the very files that were looked at."""
-    from components.data.datasets import write_json
-    from components.stage import digest
+    from components.datasets.formats import write_json
+    from components.runtime.stage import digest
 
     note = {"digest": digest(folder), "success": findings.success, "failed": len(findings.failed)}
     write_json(paths.home / "validation" / f"{findings.dataset}.json", note)
@@ -211,7 +211,7 @@ def _noted(paths: Paths, folder: Path, findings: Findings) -> Findings:
 
 def _validation(paths: Paths, folder: Path) -> str:
     """Whether the files as they are now were found valid, by the command or by the stage."""
-    from components.stage import digest
+    from components.runtime.stage import digest
 
     note = paths.home / "validation" / f"{folder.name}.json"
     noted = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None

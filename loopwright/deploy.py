@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 
 def deploy(as_json: Json = False) -> None:
     """Register pipeline, ingest, improve and monitor on the server of `up`, or the one PREFECT_API_URL names."""
     paths = Paths(find_root())
-    from components.services import running
-    from flows.server import Api, settings
+    from components.runtime.service_registry import running
+    from flows.orchestration.prefect_server import Api, settings
 
     url = os.environ.get("PREFECT_API_URL") or running(paths.home).get("prefect")
     if url is None:

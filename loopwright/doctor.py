@@ -14,8 +14,8 @@ from pathlib import Path
 
 import typer
 
-from components.config import InputError, load_params
-from components.paths import Paths, find_root
+from components.config.params import InputError, load_params
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 _GIB = 1 << 30

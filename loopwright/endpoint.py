@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import say
 
 ADDRESS = "http://127.0.0.1:3000"
@@ -28,7 +28,7 @@ def endpoint(url: str, model: str) -> Iterator[str]:
         raise InputError(f'--url: nothing answers on {url}; start it with "loopwright serve", or leave --url out')
     paths = Paths(find_root())
     say(f"no endpoint on {url}: loading {model} into this process")
-    from serving.local import local_endpoint
+    from serving.local_endpoint import local_endpoint
 
     with local_endpoint(paths, model) as address:
         yield address

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
 
@@ -22,7 +22,7 @@ def export(
     """Copy a registered model to a folder that transformers, vLLM and others load."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; choose another, or empty it first")
-    from components.registry import resolve
+    from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
     copy_whole(version.folder, folder)

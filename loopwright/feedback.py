@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def revoke(
 ) -> None:
     """Withdraw an item, and name every model version that learned from it."""
     from components.feedback.lineage import taught
-    from components.registry import Registry, is_empty
+    from components.tracking.registry import Registry, is_empty
 
     home = Paths(find_root()).home
     with _store() as store:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from components.paths import Paths, find_root
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 
@@ -28,7 +28,7 @@ def harness(
     if not tasks:
         raise typer.BadParameter("name at least one", param_hint="--task")
     from components.evaluation.harness import run_tasks
-    from components.registry import resolve
+    from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
     results = run_tasks(version.folder, tasks, include, limit, chat, batch_size)

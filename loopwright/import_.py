@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
 
@@ -22,8 +22,8 @@ def import_(
     """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"--name: {name!r}: letters, digits, '.', '_' and '-' make a name")
-    from components.hub import bring_in, look_at
-    from components.registry import Registry
+    from components.tracking.model_import import bring_in, look_at
+    from components.tracking.registry import Registry
 
     found = look_at(folder)
     version = bring_in(folder, found, name, Registry(Paths(find_root()).home))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.paths import find_root
+from components.config.paths import find_root
 from loopwright.output import Json, print_json, say
 from loopwright.run import Terminal, interrupt, told
 
@@ -22,7 +22,7 @@ def improve(
 ) -> None:
     """Curate what people said, train from the champion, put both before the gate, promote or refuse (exit 3)."""
     from flows.improve import improve as run
-    from flows.reproduce import StageFailed
+    from flows.orchestration.run_stage import StageFailed
 
     signal.signal(signal.SIGTERM, interrupt)
     try:

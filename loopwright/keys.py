@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from components.paths import Paths, find_root
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:

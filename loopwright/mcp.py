@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BaseModel, Field
 
-from components.config import InputError
+from components.config.params import InputError
 from loopwright.endpoint import ADDRESS, headers
 from loopwright.output import print_json
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from components.paths import Paths, find_root
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
 

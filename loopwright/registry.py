@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
-    from components.registry import ModelVersion, Registry
+    from components.tracking.registry import ModelVersion, Registry
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,7 +103,7 @@ def rollback(name: Name, as_json: Json = False) -> None:
 
 
 def _registry() -> Registry:
-    from components.registry import Registry, is_empty
+    from components.tracking.registry import Registry, is_empty
 
     home = Paths(find_root()).home
     if is_empty(home):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from components.config import InputError, Refused, load_params
-from components.paths import Paths, find_root
+from components.config.params import InputError, Refused, load_params
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from flows.orchestration.run_stage import StageFailed
     from flows.pipeline import Report
     from flows.release import Release
-    from flows.reproduce import StageFailed
 
 
 def run(
@@ -38,8 +38,8 @@ def run(
     signal.signal(signal.SIGTERM, interrupt)
     echo = Terminal(as_json)
     _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
+    from flows.orchestration.run_stage import StageFailed
     from flows.pipeline import Order, ReleaseRefused, run_pipeline
-    from flows.reproduce import StageFailed
 
     try:
         report = run_pipeline(Order(root, until, force, echo))
@@ -137,7 +137,7 @@ class Terminal:
         self._inside = False
 
     def __call__(self, line: str) -> None:
-        from components.stage import PROGRESS
+        from components.runtime.stage import PROGRESS
 
         progress = bool(PROGRESS.fullmatch(line)) and self._out.isatty()
         line = line[: shutil.get_terminal_size().columns - 1] if progress else line

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json
 
 
@@ -40,8 +40,9 @@ def serve(
     os.chdir(paths.root)
     _environment(paths)
 
-    from serving import logs, server
-    from serving.versions import DEFAULT
+    from serving import server
+    from serving.models.versions import DEFAULT
+    from serving.observability import logs
 
     wanted = ",".join(model) if model else DEFAULT
     server.check_host(host, paths.home)
@@ -62,7 +63,7 @@ def _environment(paths: Paths) -> None:
 
 def _become_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
     """Replace this process by one that runs the Bento's own code."""
-    from serving.bento import find_bento
+    from serving.models.bento import find_bento
 
     folder = find_bento(tag)
     source = folder / "src"

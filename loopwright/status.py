@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.config import load_params
-from components.paths import Paths, find_root
+from components.config.params import load_params
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 
@@ -33,7 +33,7 @@ def status(as_json: Json = False) -> None:
 
 def _running(paths: Paths) -> int | None:
     """The process of the run that goes on, if one does."""
-    from components.process import holder
+    from components.runtime.process import holder
 
     return holder(paths.home / "stages", "run")
 
@@ -47,7 +47,7 @@ def _stages(root: Path) -> list[dict[str, Any]]:
 
 
 def _champions(home: Path) -> list[dict[str, Any]]:
-    from components.registry import Registry, is_empty
+    from components.tracking.registry import Registry, is_empty
 
     if is_empty(home):
         return []
@@ -62,7 +62,7 @@ def _champions(home: Path) -> list[dict[str, Any]]:
 
 def _services(home: Path) -> list[dict[str, Any]]:
     """What answers on this machine: those of the running `up`, or that the environment names, or the usual ones."""
-    from components.services import running
+    from components.runtime.service_registry import running
 
     found = running(home)
     addresses = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from components.paths import Paths, find_root
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
 WIDTH = 12

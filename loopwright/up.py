@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from components.config import InputError
-from components.paths import Paths, find_root
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, say
 
 if TYPE_CHECKING:
-    from components.supervise import Kept, Supervisor
+    from components.runtime.supervisor import Kept, Supervisor
 
 STOP_SECONDS = 7.0
 _TICK_SECONDS = 0.2
@@ -43,10 +43,10 @@ def up(
         signal.signal(number, lambda *_: asked.set())
     ports = {"endpoint": endpoint_port, "prefect": prefect_port, "mlflow": mlflow_port}
 
-    from components.process import only_one
-    from components.services import LOCK, publish, withdraw
-    from components.supervise import Supervisor
-    from flows.services import platform
+    from components.runtime.process import only_one
+    from components.runtime.service_registry import LOCK, publish, withdraw
+    from components.runtime.supervisor import Supervisor
+    from flows.orchestration.services import platform
 
     with only_one(paths.home, LOCK):
         _check_ports(ports)

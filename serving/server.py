@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.store import Store, has_store
-from serving.keys import has_keys
-from serving.logs import log_to
+from serving.http.keys import has_keys
+from serving.observability.logs import log_to
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from serving.state import Serving
+    from serving.models.state import Serving
 
 PATIENCE_SECONDS = 30
 """For connections that are still open when the answers are finished."""
@@ -94,7 +94,7 @@ def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
 
 def run(app: Any, api: FastAPI, listener: socket.socket, ready: Ready) -> None:
     """Run an app on a socket; `ready` is called from a thread."""
-    from serving.edge import Edge
+    from serving.http.gateway import Edge
 
     config = uvicorn.Config(
         Edge(app, api),

@@ -13,14 +13,14 @@ from typing import Any
 import bentoml
 from pydantic import BaseModel, Field
 
-from components.config import load_params
-from components.paths import Paths
-from serving.api import new_api
-from serving.batching import CLOSED, MAX_BATCH_SIZE, MAX_LATENCY_MS, Batching, embed_all, label_all
-from serving.drain import drain_on_signals
-from serving.edge import Edge
-from serving.state import Serving
-from serving.versions import DEFAULT, Bundled
+from components.config.params import load_params
+from components.config.paths import Paths
+from serving.engine.adaptive_batching import CLOSED, MAX_BATCH_SIZE, MAX_LATENCY_MS, Batching, embed_all, label_all
+from serving.http.app import new_api
+from serving.http.gateway import Edge
+from serving.models.drain import drain_on_signals
+from serving.models.state import Serving
+from serving.models.versions import DEFAULT, Bundled
 
 DAY_SECONDS = 86_400
 ADAPTIVE: dict[str, Any] = {"batchable": True, "max_batch_size": MAX_BATCH_SIZE, "max_latency_ms": MAX_LATENCY_MS}

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from components.journal import PARENT_RUN
-from components.registry import ModelVersion, Registry
-from components.tracking import COURIER, connect
+from components.tracking.event_log import PARENT_RUN
+from components.tracking.mlflow_client import COURIER, connect
+from components.tracking.registry import ModelVersion, Registry
 
 SOURCE = Path(__file__).parents[1]
 

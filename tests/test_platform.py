@@ -16,14 +16,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.config import Refused, load_params
-from components.evaluation.judge import Model, judge_folders
-from components.paths import Paths
-from components.registry import Registry
-from components.stage import FAMILIES
-from components.tracking import mlflow_name
+from components.config.params import Refused, load_params
+from components.config.paths import Paths
+from components.evaluation.compare_agents import Model, judge_folders
+from components.runtime.stage import FAMILIES
+from components.tracking.mlflow_client import mlflow_name
+from components.tracking.registry import Registry
+from flows.orchestration.prefect_server import prefect_api
 from flows.release import fetch_answers
-from flows.server import prefect_api
 from loopwright.cli import app
 from tests.conftest import SOURCE, Project, Released
 

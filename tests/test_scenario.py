@@ -15,7 +15,7 @@ import httpx
 import pytest
 from ruamel.yaml import YAML
 
-from flows.server import prefect_api
+from flows.orchestration.prefect_server import prefect_api
 from tests.conftest import Project, Released
 
 pytestmark = [

@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from components.services import running
-from flows.server import free_port
+from components.runtime.service_registry import running
+from flows.orchestration.prefect_server import free_port
 from tests.conftest import Project, Released
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]

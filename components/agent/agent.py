@@ -15,10 +15,10 @@ from typing import Any, Literal
 from components.agent.tools import Tool, call, reference_tools
 from components.agent.turn_grammar import Wish
 from components.agent.turns import Rules, followable, turn_rules
-from components.config import InputError
-from components.data.forms import form_message
-from components.data.tokenizer import Call, ChatTokenizer, Turn
-from components.generation.constrained import Constraint
+from components.config.params import InputError
+from components.inference.constraints import Constraint
+from components.tokenization.chat_tokenizer import Call, ChatTokenizer, Turn
+from components.tokenization.response_format import form_message
 
 Message = Mapping[str, Any]
 Step = dict[str, Any]
@@ -81,7 +81,7 @@ class Agent:
         self.guests = guests
         """Tools of others that are there now; while there are any, each prompt declares all tools."""
         self.forms = forms
-        """Whether it was taught to be told the form of an answer (`components/data/forms.py`)."""
+        """Whether it was taught to be told the form of an answer (`components/tokenization/response_format.py`)."""
         self.max_steps = max_steps
         self.context_len = context_len
         self._usual: tuple[tuple[Tool, ...], Rules] | None = None

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 
 from components.agent.tools import Tool
-from components.config import InputError
-from components.loop_settings import McpServer
+from components.config.loop_settings import McpServer
+from components.config.params import InputError
 
 if TYPE_CHECKING:
     from mcp import Client

@@ -17,9 +17,9 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 from referencing import Registry
 
-from components.agent.confine import Touch, only_touching
-from components.reference.arithmetic import calculate
-from components.reference.knowledge import Knowledge, one_line
+from components.agent.sandbox import Touch, only_touching
+from examples.stdlib_agent.arithmetic import calculate
+from examples.stdlib_agent.knowledge import Knowledge, one_line
 
 MAX_RESULT = 400
 """Characters of a result shown to the model."""

@@ -1,4 +1,4 @@
-"""The grammar of one turn of the model, in the dialect of `components/generation/grammar.py`.
+"""The grammar of one turn of the model, in the dialect of `components/inference/grammar.py`.
 
 Our own template writes a call as `<|call|> name<|argument|> key<|value|> value`, so a tool's JSON schema becomes one
 rule for each argument. Strings stand as they are unless they could be read as JSON; all else is JSON. Other families
@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from components.data.foreign import CALL_MARKS
-from components.data.tokenizer import ChatTokenizer, stands_bare
-from components.generation.grammar import json_rule
-from components.generation.schemas import Schema, SchemaError, checked
+from components.inference.grammar import json_rule
+from components.inference.schemas import Schema, SchemaError, checked
+from components.tokenization.chat_tokenizer import ChatTokenizer, stands_bare
+from components.tokenization.hf_tokenizer import CALL_MARKS
 
 MAX_RESOLVED = 20
 """References that lead to references."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Wish, turn_grammar
-from components.config import InputError
-from components.data.forms import schema_keys
-from components.data.tokenizer import ChatTokenizer
-from components.generation.grammar import Follower, Grammar, GrammarError, vocabulary_of
-from components.generation.schemas import Schema, SchemaError, checked
+from components.config.params import InputError
+from components.inference.grammar import Follower, Grammar, GrammarError, vocabulary_of
+from components.inference.schemas import Schema, SchemaError, checked
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.response_format import schema_keys
 
 ANY_OBJECT: Schema = {"type": "object"}
 """What `json_object` asks for."""

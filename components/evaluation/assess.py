@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from components.evaluation.assess_classifier import assess_classifier
 from components.evaluation.assess_summarizer import assess_summarizer
-from components.stage import StageRun
+from components.runtime.stage import StageRun
 
 
 def assess(run: StageRun) -> None:

@@ -17,14 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config import InputError, Params
-from components.data.datasets import Row, read_rows, split_digest, write_json
-from components.data.labels import confusion_matrix, f1_scores, macro_f1, numbered
+from components.config.params import InputError, Params
+from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import tfidf_probabilities
 from components.evaluation.calibration import expected_calibration_error
 from components.evaluation.classifier_plots import draw_confusion, draw_f1, draw_reliability
-from components.prediction.texts import TextReader
-from components.stage import StageRun
+from components.evaluation.label_metrics import confusion_matrix, f1_scores, macro_f1, numbered
+from components.inference.classifier import TextReader
+from components.runtime.stage import StageRun
 
 PREDICTIONS, PREDICTIONS_OF = "predictions.parquet", "predictions.json"
 """What a classifier said of each held-out text, and which texts these were."""

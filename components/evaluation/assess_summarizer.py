@@ -14,13 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config import InputError, Params
-from components.data.datasets import Row, read_rows, split_digest, write_json
+from components.config.params import InputError, Params
+from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import nearest_targets
 from components.evaluation.gate import Slice, Verdict, decide
 from components.evaluation.overlap import overlap
-from components.prediction.writing import TextWriter
-from components.stage import StageRun
+from components.inference.summarizer import TextWriter
+from components.runtime.stage import StageRun
 
 WRITTEN = "written.parquet"
 """What a summarizer wrote of each held-out source, beside what was wanted."""

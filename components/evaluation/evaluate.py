@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import torch
 
 from components.agent.agent import Agent
-from components.config import Params
-from components.data.datasets import Row, read_rows, split_digest, write_json
-from components.evaluation.answering import Answering
+from components.config.model_settings import EvaluateConfig
+from components.config.params import Params
+from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
+from components.evaluation.parallel_rollout import Answering
 from components.evaluation.questions import COLUMNS, read_questions
 from components.models.decoder import Decoder
-from components.settings import EvaluateConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
 
 Figures = dict[str, Any]
 ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from components.agent.agent import Agent
-from components.data.datasets import Row, read_rows
+from components.config.model_settings import EvaluateConfig
+from components.datasets.formats import Row, read_rows
 from components.evaluation.questions import Question
-from components.settings import EvaluateConfig
 
 READ = 4_000
 """Training conversations that examples are taken from."""

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import binomtest
 
-from components.loop_settings import JudgeConfig
+from components.config.loop_settings import JudgeConfig
 
 Mode = Literal["gain", "replace", "any_gain"]
 """gain: what people spoke about must get better. replace: the champion must go, nothing may fall.

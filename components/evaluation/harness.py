@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import InputError
-from components.data.tokenizer import ChatTokenizer
+from components.config.params import InputError
 from components.evaluation.metrics import Encoded, score_pieces
-from components.generation.decode import Sampling, generate
+from components.inference.generate import Sampling, generate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 NEW_TOKENS = 256
 """Tokens of an answer at most, where a task does not say."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from components.data.tokenizer import ChatTokenizer
 from components.models.decoder import Decoder
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 Encoded = tuple[list[int], list[int]]
 """Ids and mask of one text or chat."""

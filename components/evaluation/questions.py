@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.agent.agent import Agent, Answer
-from components.agent.lockstep import answer_all
-from components.data.datasets import Row, read_rows
-from components.generation.decode import Sampling
+from components.agent.batch_rollout import answer_all
+from components.config.model_settings import EvaluateConfig
+from components.datasets.formats import Row, read_rows
+from components.inference.generate import Sampling
 from components.models.decoder import Decoder
-from components.settings import EvaluateConfig
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
 FREE_TEXT_SAMPLES = 64

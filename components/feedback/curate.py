@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from components.config import InputError
-from components.data.copying import Piece, with_noise
-from components.data.datasets import DatasetWriter, Row, Split, read_info, read_rows, write_json
-from components.data.packing import RowWriter, id_type, pack_rows, write_rows_file
-from components.data.preferences import write_preferences
-from components.data.tokenizer import ChatTokenizer
+from components.config.params import InputError
+from components.datasets.formats import DatasetWriter, Row, Split, read_info, read_rows, write_json
 from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.augmentation import Piece, with_noise
+from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
+from components.token_rows.preference_rows import write_preferences
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 FEEDBACK = "feedback"
 """The name in `align.dataset` that means what people said; any other is a dataset that a user added."""

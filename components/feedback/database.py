@@ -30,7 +30,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from components.config import InputError
+from components.config.params import InputError
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process's write, where nobody says otherwise."""

@@ -20,14 +20,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config import InputError
-from components.data.datasets import Row
-from components.data.privacy import is_nothing_but_masks
+from components.config.loop_settings import FeedbackConfig
+from components.config.params import InputError
+from components.datasets.formats import Row
 from components.feedback.items import SCHEMA
 from components.feedback.ledger import DAY_SECONDS, Outcome, Status
+from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
 from components.feedback.votes import content_digest, item_of, traits
-from components.loop_settings import FeedbackConfig
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
 """Holds flat rows against the suite `feedback`; returns what is wrong with the rows that fail, by their number."""

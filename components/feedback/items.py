@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.data.datasets import MESSAGES, Row
+from components.datasets.formats import MESSAGES, Row
 
 NO_CALL = "conversation"
 """The skill of an answer that called no tool."""

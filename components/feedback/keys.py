@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from sqlalchemy import select
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.database import Database
 from components.feedback.tables import API_KEYS
 

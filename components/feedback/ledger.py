@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, Select, and_, case, exists, func, select
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.database import Database
 from components.feedback.tables import ANSWERS, FEEDBACK, IMPROVEMENTS, OUTCOMES, PARTITIONS, REQUESTS, REVOCATIONS
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.feedback.store import Store
-from components.registry import ModelVersion, Registry
+from components.tracking.registry import ModelVersion, Registry
 
 LESSONS = "lessons.json"
 """In a model folder: the version it was trained from, and the ids of the feedback that it learned from."""

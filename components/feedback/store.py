@@ -18,7 +18,7 @@ from typing import Any, Literal
 from sqlalchemy import Column, Connection, Table, bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger

@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from components.data.datasets import Row
-from components.data.forms import asked_form
-from components.data.privacy import mask
+from components.datasets.formats import Row
 from components.feedback.items import FORM, NO_CALL, prompt_key
+from components.feedback.privacy import mask
+from components.tokenization.response_format import asked_form
 
 
 def item_of(vote: Mapping[str, Any]) -> Row:

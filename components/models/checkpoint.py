@@ -21,7 +21,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from components.config import InputError
+from components.config.params import InputError
 from components.models.attention import FusedLinear
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.formats import FORMATS, Fields, Format, architecture_of

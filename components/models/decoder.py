@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from components.config.model_settings import ModelConfig
 from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
 from components.models.blocks import Block, SwiGLU
 from components.models.fused import RMSNorm
 from components.models.positions import RotaryPositions
-from components.settings import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from components.config.model_settings import EncoderModelConfig
 from components.models.attention import Attention, padding_mask
 from components.models.blocks import ACTIVATIONS, FeedForward, PostNormBlock, dropped
-from components.settings import EncoderModelConfig
 
 
 @dataclass(frozen=True)

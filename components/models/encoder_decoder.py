@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from components.config.model_settings import EncoderDecoderModelConfig
 from components.models.attention import Attention, KVCache, Pair, additive, causal_mask, padding_mask
 from components.models.blocks import Block, FeedForward, dropped
 from components.models.fused import RMSNorm
 from components.models.positions import RelativeBias
-from components.settings import EncoderDecoderModelConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from components.config import InputError
+from components.config.params import InputError
 from components.models.blocks import ACTIVATIONS
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Classifier, Encoder, EncoderConfig, EncoderForPretraining

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from components.data.batches import TokenRows
-from components.data.preferences import AlignRows, PreferenceRows
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, settle_cpu
-from components.stage import StageRun, digest
+from components.runtime.stage import StageRun, digest
+from components.token_rows.batches import TokenRows
+from components.token_rows.preference_rows import AlignRows, PreferenceRows
 from components.training.loop import refuse_bad_masks, train
 from components.training.preferences import align_objective, reference_log_probs
 from components.training.report import describe, report

@@ -18,7 +18,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from components.config import InputError
+from components.config.params import InputError
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")

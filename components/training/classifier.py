@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.config import InputError
-from components.data.labels import class_weights, macro_f1
-from components.data.ragged import LabelledRows
-from components.data.text_tokenizer import TextTokenizer
+from components.config.model_settings import ClassifierConfig
+from components.config.params import InputError
+from components.evaluation.label_metrics import class_weights, macro_f1
 from components.models.checkpoint import load_model, save_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from
 from components.models.lora import add_lora, merge_lora
-from components.settings import ClassifierConfig
-from components.stage import StageRun, Tracker
+from components.runtime.stage import StageRun, Tracker
+from components.token_rows.variable_length import LabelledRows
+from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.checkpoints import Checkpoints
 from components.training.early_stopping import EarlyStopping
 from components.training.loop import train

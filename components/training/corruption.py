@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from components.data.batches import IGNORED
+from components.token_rows.batches import IGNORED
 
 Ids = npt.NDArray[np.int64]
 Marks = npt.NDArray[np.bool_]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from components.models.devices import settle_cpu
-from components.stage import StageRun
+from components.runtime.stage import StageRun
 from components.training.classifier import finetune_classifier
 from components.training.summarizer import finetune_summarizer
 

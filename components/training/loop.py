@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config import InputError
-from components.data.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.config.model_settings import TrainConfig
+from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
-from components.settings import TrainConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
 from components.training.checkpoints import Checkpoints, Saved
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.data.batches import IGNORED, Batch
 from components.models.decoder import Decoder
 from components.models.encoder import Classifier, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder
+from components.token_rows.batches import IGNORED, Batch
 
 CHUNK = 1024
 """Rows of logits in memory at a time on a CPU; a GPU wants larger products."""

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from components.config.model_settings import TrainConfig
 from components.models.attention import FusedLinear
-from components.settings import TrainConfig
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from components.data.batches import IGNORED, Batch
-from components.data.preferences import PreferenceRows, Role, trimmed
-from components.loop_settings import AlignConfig
+from components.config.loop_settings import AlignConfig
 from components.models.decoder import Decoder
+from components.token_rows.batches import IGNORED, Batch
+from components.token_rows.preference_rows import PreferenceRows, Role, trimmed
 from components.training.objectives import Loss, Objective, linear_cross_entropy
 
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from components.data.batches import Rows, TokenRows
-from components.data.ragged import Chunks, SentencePairs
-from components.data.text_tokenizer import TextTokenizer
+from components.config.model_settings import TrainConfig
 from components.models.checkpoint import save_model
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import settle_cpu
 from components.models.encoder import EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from components.settings import TrainConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import Rows, TokenRows
+from components.token_rows.variable_length import Chunks, SentencePairs
+from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm, masked_lm_next_sentence, sequence_to_sequence
 from components.training.report import TEST_ROWS, describe, report

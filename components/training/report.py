@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from components.config import InputError
-from components.data.batches import Rows
-from components.data.datasets import write_json
+from components.config.model_settings import Family, TrainConfig
+from components.config.params import InputError
+from components.datasets.formats import write_json
 from components.models.checkpoint import weights_digest
-from components.settings import Family, TrainConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import Rows
 from components.training.checkpoints import Checkpoints
 from components.training.loop import Measured
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.data.batches import IGNORED, Batch, Indices
-from components.data.ragged import Chunks, LabelledRows, RaggedRows, SentencePairs, seq2seq, tensors
-from components.data.text_tokenizer import CLS, MASK, SEP, TextTokenizer
-from components.settings import EncoderDecoderPretrainConfig, EncoderPretrainConfig
+from components.config.model_settings import EncoderDecoderPretrainConfig, EncoderPretrainConfig
+from components.token_rows.batches import IGNORED, Batch, Indices
+from components.token_rows.variable_length import Chunks, LabelledRows, RaggedRows, SentencePairs, seq2seq, tensors
+from components.tokenization.text_tokenizer import CLS, MASK, SEP, TextTokenizer
 from components.training.corruption import corrupt_spans, mask_tokens
 
 R = TypeVar("R", bound=RaggedRows)

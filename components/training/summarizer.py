@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from components.config import InputError
-from components.data.ragged import TextPairRows
+from components.config.params import InputError
 from components.models.checkpoint import load_model, save_model
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.lora import add_lora, merge_lora
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.variable_length import TextPairRows
 from components.training.loop import measure_loss, train
 from components.training.objectives import sequence_to_sequence
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report

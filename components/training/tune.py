@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from components.data.batches import TokenRows
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.devices import settle_cpu
 from components.models.lora import add_lora, merge_lora
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import TokenRows
 from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report

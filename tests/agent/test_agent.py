@@ -10,10 +10,10 @@ from components.agent.agent import GAVE_UP, Agent, Answer, ContextTooLong
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Wish
 from components.agent.turns import Rules
-from components.config import InputError
-from components.data import tokenizer as bpe
-from components.data.tokenizer import Call, ChatTokenizer
-from components.reference import facts
+from components.config.params import InputError
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import Call, ChatTokenizer
+from examples.stdlib_agent import facts
 
 QUESTION = [{"role": "user", "content": "What is six times seven?"}]
 

@@ -14,10 +14,10 @@ import pytest
 from components.agent.agent import Agent
 from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool, call
-from components.config import InputError
-from components.data import tokenizer as bpe
-from components.data.tokenizer import ChatTokenizer
-from components.loop_settings import McpServer
+from components.config.loop_settings import McpServer
+from components.config.params import InputError
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 SCRIPT = Path(__file__).with_name("mcp_server.py")
 WAIT = 60.0

@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel, Field
 
 from components.agent.tools import MAX_RESULT, Tool, call, reference_tools
-from components.config import InputError
-from components.reference.facts import build
-from components.reference.stdlib import library_symbols
+from components.config.params import InputError
+from examples.stdlib_agent.facts import build
+from examples.stdlib_agent.stdlib import library_symbols
 
 SCHEMA = {
     "type": "object",

@@ -8,15 +8,15 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from tests.data.foreign_tokenizers import chatml, llama, sentencepiece
 
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Wish
 from components.agent.turns import ANY_OBJECT, Rules, followable, turn_rules
-from components.config import InputError
-from components.data import tokenizer as bpe
-from components.data.tokenizer import ChatTokenizer
-from components.generation.schemas import SchemaError
-from tests.data.foreign_tokenizers import chatml, llama, sentencepiece
+from components.config.params import InputError
+from components.inference.schemas import SchemaError
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 SEEDS = range(12)
 CLOSED = {"type": "object", "additionalProperties": False}

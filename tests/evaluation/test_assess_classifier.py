@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import metrics
 
-from components.config import InputError, Params, load_params
+from components.config.params import InputError, Params, load_params
+from components.config.paths import Paths
 from components.evaluation.assess import assess
 from components.evaluation.assess_classifier import (
     Asked,
@@ -25,9 +26,8 @@ from components.evaluation.assess_classifier import (
     read_asked,
 )
 from components.evaluation.calibration import expected_calibration_error, reliability
-from components.evaluation.judge_classifier import judge_classifier, judge_guesses
-from components.paths import Paths
-from components.stage import StageRun
+from components.evaluation.compare_classifiers import judge_classifier, judge_guesses
+from components.runtime.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]
 WORDS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cow", "dog", "cat"]}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from components.config import Params, load_params
-from components.data.datasets import Row
+from components.config.params import Params, load_params
+from components.datasets.formats import Row
 from components.evaluation.assess_summarizer import flat_metrics, judge_texts, measure
 from tests.feedback.project import SOURCE
 

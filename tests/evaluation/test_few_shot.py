@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from components.evaluation.answering import Answering
+from components.config.paths import Paths
 from components.evaluation.few_shot import few_shot
+from components.evaluation.parallel_rollout import Answering
 from components.evaluation.questions import Question, read_questions
-from components.paths import Paths
 from tests.feedback.project import new_run, write_project
 
 

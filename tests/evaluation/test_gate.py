@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
 
+from components.config.loop_settings import JudgeConfig
 from components.evaluation.gate import Slice, decide, holm, p_greater, report, wins_needed
-from components.loop_settings import JudgeConfig
 
 CONFIG = JudgeConfig(max_questions=120, false_promotion_rate=0.01, min_corrected=0.6, max_fall=0.01, fall_rate=0.05)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from components.config import InputError
-from components.data import tokenizer as bpe
+from components.config.params import InputError
 from components.evaluation.harness import Answerer, run_tasks
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
+from components.tokenization import chat_tokenizer as bpe
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 TEXTS = ["the cat sat on the mat", "dogs bark at the moon and the cat", "what does json do? it reads text"]

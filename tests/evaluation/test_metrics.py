@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from components.data import tokenizer as bpe
-from components.data.tokenizer import ChatTokenizer
 from components.evaluation.metrics import bits_per_byte, wilson_interval
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (290, 300), (300, 300)])

@@ -12,16 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from components.config import load_params
-from components.data import tokenizer as bpe
-from components.data.datasets import DatasetWriter, Row
-from components.data.tokenizer import ChatTokenizer
+from components.config.model_settings import ModelConfig
+from components.config.params import load_params
+from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter, Row
 from components.feedback.items import SCHEMA
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
-from components.paths import Paths
-from components.settings import ModelConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 SOURCE = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config import InputError
-from components.data.datasets import DatasetWriter, Row, read_rows
-from components.data.tokenizer import ChatTokenizer
+from components.config.params import InputError
+from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter, Row, read_rows
 from components.feedback.curate import Lesson, curate, hold_out
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
-from components.paths import Paths
-from components.reference.dialogue import Hop, exchange
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from examples.stdlib_agent.dialogue import Hop, exchange
 from tests.feedback.project import chat, correction, item, lookup, new_run, write_partition, write_project
 
 

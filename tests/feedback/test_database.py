@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback import database
 from components.feedback.store import Answered, Store, StoreUnavailable
 from components.feedback.tables import METADATA

@@ -12,14 +12,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from components.config import InputError, Refused
-from components.data.datasets import Row
-from components.data.validate import Validator
+from components.config.loop_settings import FeedbackConfig
+from components.config.params import InputError, Refused
+from components.datasets.formats import Row
 from components.feedback.ingest import Taken, ingest, withdrawals_are_written, write_withdrawals
 from components.feedback.items import read_items
 from components.feedback.store import Answered, Store
 from components.feedback.votes import content_digest, item_of, traits
-from components.loop_settings import FeedbackConfig
+from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]
 CONFIG = FeedbackConfig(max_items=100, max_per_voice=50, improve_after=5, keep_days=None)
@@ -309,7 +309,7 @@ def test_the_digest_of_content_tells_voices_votes_and_answers_apart(store: Store
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from components.config import FeedbackConfig
+from components.config.params import FeedbackConfig
 from components.feedback import ingest as module
 from components.feedback.store import Answered, Store
 

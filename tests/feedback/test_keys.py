@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.keys import key_digest
 from components.feedback.store import Store
 

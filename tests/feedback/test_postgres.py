@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.ledger import Outcome
 from components.feedback.store import Answered, Store, StoreUnavailable, UnknownCompletion
 

@@ -14,7 +14,7 @@ from sqlite3 import IntegrityError
 
 import pytest
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.store import Answered, Store, UnknownCompletion, database_url
 
 BODY = {"messages": [{"role": "user", "content": "37*12? \N{GREEK SMALL LETTER PI}"}], "temperature": 0.5}

@@ -21,13 +21,13 @@ import psutil
 import pytest
 import yaml
 
-from components.config import InputError, Refused
+from components.config.params import InputError, Refused
 from components.feedback.store import Answered, Store
-from components.supervise import Supervisor, family
-from flows import flow_run
-from flows.flow_run import effect
-from flows.server import free_port, home_tag, living, send_logs
-from flows.services import platform as services
+from components.runtime.supervisor import Supervisor, family
+from flows.orchestration import flow_run
+from flows.orchestration.flow_run import effect
+from flows.orchestration.prefect_server import free_port, home_tag, living, send_logs
+from flows.orchestration.services import platform as services
 from tests.conftest import Project, Released
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
@@ -107,7 +107,7 @@ class Platform:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
-                if process.cwd() == str(self.project.root) and {"components.stage", "dvc"} & set(words):
+                if process.cwd() == str(self.project.root) and {"components.runtime.stage", "dvc"} & set(words):
                     found.append(process)
         return found
 

@@ -18,7 +18,7 @@ import yaml
 from components.feedback.items import read_items
 from components.feedback.store import Answered, Store
 from flows.feedback import ENOUGH
-from flows.server import prefect_api
+from flows.orchestration.prefect_server import prefect_api
 from tests.conftest import Project, clone
 
 pytestmark = pytest.mark.platform

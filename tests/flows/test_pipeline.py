@@ -15,11 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from components.config import InputError
-from components.paths import Paths
-from flows.passing_over import pass_over_datasets
+from components.config.params import InputError
+from components.config.paths import Paths
+from flows.orchestration.dvc_repo import pass_over_datasets
+from flows.orchestration.run_stage import StageFailed, reproduce
 from flows.pipeline import configure, look, version_data
-from flows.reproduce import StageFailed, reproduce
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -105,7 +105,7 @@ MATRIX = {
     "make": {
         "matrix": {"family": ["decoder", "encoder"]},
         "cmd": "cp source.txt ${item.family}.txt",
-        "params": ["model", "tune.dataset", {"components/scales.yaml": ["all.model"]}],
+        "params": ["model", "tune.dataset", {"components/config/scales.yaml": ["all.model"]}],
         "outs": ["${item.family}.txt"],
     }
 }
@@ -119,7 +119,7 @@ def test_a_family_is_not_restaled_by_anothers_parameters(project: Path) -> None:
 
     def written() -> dict[str, tuple[str, ...]]:
         (project / "params.yaml").write_text(yaml.safe_dump(params))
-        (project / "components/scales.yaml").write_text(yaml.safe_dump(scales))
+        (project / "components/config/scales.yaml").write_text(yaml.safe_dump(scales))
         return reasons(project)
 
     assert list(written()) == ["make@decoder", "make@encoder"]
@@ -133,7 +133,7 @@ def test_a_family_is_not_restaled_by_anothers_parameters(project: Path) -> None:
     assert written() == {"make@decoder": ("params.yaml: tune.dataset modified",), "make@encoder": ()}
     assert run("make@decoder", project) == "ran"
     scales["all"]["model"]["encoder"]["depth"] = 2
-    assert written() == {"make@decoder": (), "make@encoder": ("components/scales.yaml: all.model modified",)}
+    assert written() == {"make@decoder": (), "make@encoder": ("components/config/scales.yaml: all.model modified",)}
 
 
 COLLECTING = {
@@ -259,7 +259,7 @@ time.sleep(60)
 """
 RUN = """
 import pathlib, sys
-from flows.reproduce import reproduce
+from flows.orchestration.run_stage import reproduce
 reproduce('first', pathlib.Path(sys.argv[1]), False, print)
 """
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from components.config import Refused
-from components.paths import Paths
-from components.registry import ModelVersion, Registry
+from components.config.params import Refused
+from components.config.paths import Paths
+from components.tracking.registry import ModelVersion, Registry
 from flows.release import Ruling, conclude, current_release, gate, look_at_releases
 
 Register = Callable[..., ModelVersion]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from components.data.collect import REFERENCE
-from components.data.datasets import DatasetWriter
+from components.datasets.collect import REFERENCE
+from components.datasets.formats import DatasetWriter
 from loopwright.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from components.config import InputError, load_params
+from components.config.params import InputError, load_params
 from loopwright.run import Terminal, _overrides, _write_params
 
 PARAMS = """\

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from components.config import InputError
+from components.config.params import InputError
 from components.models.attention import FusedLinear
 from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model, weights_digest
 from components.models.decoder import Decoder, DecoderConfig

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.config import load_params
+from components.config.model_settings import ModelConfig
+from components.config.params import load_params
 from components.models.attention import Attention, KVCache
 from components.models.decoder import Decoder, DecoderConfig
-from components.settings import ModelConfig
 
 CONFIG = DecoderConfig(
     vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, max_seq_len=64

@@ -22,10 +22,10 @@ from transformers import (
     BertModel,
 )
 
-from components.config import InputError
+from components.config.model_settings import EncoderModelConfig
+from components.config.params import InputError
 from components.models.checkpoint import load_model, save_model
 from components.models.encoder import Classifier, Encoder, EncoderConfig, EncoderForPretraining, classifier_from
-from components.settings import EncoderModelConfig
 
 TINY = EncoderConfig(vocab_size=89, embed_dim=32, num_layers=2, num_heads=4, hidden_dim=48, max_seq_len=40)
 LABELED = replace(TINY, labels=("numbers", "text", "files"))

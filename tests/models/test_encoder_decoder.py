@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from components.config import InputError
+from components.config.model_settings import EncoderDecoderModelConfig
+from components.config.params import InputError
 from components.models.checkpoint import load_model, save_model
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from components.settings import EncoderDecoderModelConfig
 
 TINY = EncoderDecoderConfig(
     vocab_size=83,

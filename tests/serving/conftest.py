@@ -19,20 +19,20 @@ from fastapi.testclient import TestClient
 from httpx import Response
 from torch.nn import functional as F
 
-from components.config import SCALES_FILE, load_params
-from components.data import tokenizer as bpe
-from components.data.tokenizer import ChatTokenizer
+from components.config.params import SCALES_FILE, load_params
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
-from components.reference import facts
-from components.registry import Registry
-from serving.api import new_api
-from serving.edge import Edge
-from serving.engine import Engine
-from serving.state import Serving
-from serving.versions import Bundled
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tracking.registry import Registry
+from examples.stdlib_agent import facts
+from serving.engine.local import Engine
+from serving.http.app import new_api
+from serving.http.gateway import Edge
+from serving.models.state import Serving
+from serving.models.versions import Bundled
 
-ROOT = SCALES_FILE.parents[1]
+ROOT = SCALES_FILE.parents[2]
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
 LETTERS = " ".join("abcdefghijklmnopqrstuvwxyz" * 3)

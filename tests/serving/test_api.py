@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.feedback.store import Store
-from serving.follow import Lineup
+from serving.models.alias_watcher import Lineup
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from components.config import InputError
+from components.config.params import InputError
 from loopwright import chat as chatting
 from loopwright import endpoint
 from loopwright.classify import classify

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from serving.follow import Follower, Unfit
-from serving.readers import Reader
-from serving.versions import Bundled, Version
+from serving.engine.classifier_worker import Reader
+from serving.models.alias_watcher import Follower, Unfit
+from serving.models.versions import Bundled, Version
 
 TOPICS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cat", "dog", "cow"]}
 

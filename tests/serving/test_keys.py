@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from components.config import InputError
+from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
-from serving import keys
-from serving.edge import Edge
-from serving.keys import Pace, environment_keys
+from serving.http import keys
+from serving.http.gateway import Edge
+from serving.http.keys import Pace, environment_keys
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from mcp import Client, StdioServerParameters
 
+from components.config.paths import Paths
 from components.feedback.store import Store
-from components.paths import Paths
-from serving.local import local_endpoint
+from serving.local_endpoint import local_endpoint
 
 pytestmark = pytest.mark.platform
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from components.agent.tools import MAX_RESULT, call
-from components.prediction.writing import TextWriter
-from components.reference.knowledge import one_line
-from components.registry import Registry
-from serving.model_tools import ModelTools
+from components.inference.summarizer import TextWriter
+from components.tracking.registry import Registry
+from examples.stdlib_agent.knowledge import one_line
+from serving.engine.model_tools import ModelTools
 
 
 def test_the_champion_is_called_and_followed(classifier_folder: Path, tmp_path: Path) -> None:

@@ -17,17 +17,17 @@ import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from components.config import load_params
+from components.config.params import load_params
 from components.feedback.store import Store
-from serving.api import new_api
-from serving.edge import Edge
-from serving.engine import Full
-from serving.exchange import Exchange
-from serving.follow import Lineup
-from serving.page import POLICY
+from serving.engine.local import Full
+from serving.http.app import new_api
+from serving.http.chat_handler import Exchange
+from serving.http.gateway import Edge
+from serving.http.page_files import POLICY
+from serving.models.alias_watcher import Lineup
+from serving.models.state import Serving
+from serving.models.versions import Bundled
 from serving.server import listen
-from serving.state import Serving
-from serving.versions import Bundled
 
 pytestmark = pytest.mark.platform
 

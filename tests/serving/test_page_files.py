@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.page import FOLDER, POLICY, assets
+from serving.http.page_files import FOLDER, POLICY, assets
 
 NAMES = sorted(name for name in assets() if name != "index.html")
 

@@ -16,14 +16,14 @@ import uvicorn
 
 from components.agent.agent import ContextTooLong
 from components.agent.tools import Tool
-from components.config import InputError, load_params
-from components.loop_settings import ServeConfig
-from serving.api import Serving, new_api
-from serving.edge import Edge
-from serving.engine import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text
-from serving.remote import BackendDown, Remote
+from components.config.loop_settings import ServeConfig
+from components.config.params import InputError, load_params
+from serving.engine.local import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text
+from serving.engine.remote import BackendDown, Remote
+from serving.http.app import Serving, new_api
+from serving.http.gateway import Edge
+from serving.models.versions import Bundled
 from serving.server import listen
-from serving.versions import Bundled
 
 CONFIG = load_params(Path(__file__).parents[2] / "params.yaml").serve
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."

@@ -19,7 +19,7 @@ import openai
 import pytest
 
 from components.feedback.store import Store
-from components.registry import Registry
+from components.tracking.registry import Registry
 
 pytestmark = pytest.mark.platform
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from components.data import tokenizer as bpe
-from components.data.tokenizer import ChatTokenizer
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
 
 WEATHER = {
     "type": "object",

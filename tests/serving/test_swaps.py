@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from components.feedback.store import Store
-from components.registry import ModelVersion, Registry
+from components.tracking.registry import ModelVersion, Registry
 
 pytestmark = pytest.mark.platform
 

@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from components.feedback.store import Store
-from serving.edge import Edge
+from serving.http.gateway import Edge
 
 
 def vote(client: TestClient, completion_id: str, **options: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.config import load_params
-from components.paths import Paths
-from components.stage import StageRun
+from components.config.params import load_params
+from components.config.paths import Paths
+from components.runtime.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]
 SEQ_LEN, VOCAB = 32, 48

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from components.agent.agent import Agent
-from components.config import InputError
-from components.data.batches import TokenRows
-from components.data.datasets import DatasetWriter
-from components.data.preferences import AlignRows, PreferenceRows, Role
+from components.config.params import InputError
+from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter
 from components.feedback.curate import curate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.paths import Paths
-from components.stage import digest
+from components.runtime.stage import digest
+from components.token_rows.batches import TokenRows
+from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role
 from components.training.align import align
 from components.training.loop import train
 from components.training.preferences import align_objective, reference_log_probs, row_log_probs

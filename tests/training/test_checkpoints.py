@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.config import InputError
+from components.config.params import InputError
 from components.training.checkpoints import Checkpoints, Saved
 
 

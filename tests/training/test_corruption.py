@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.data.batches import IGNORED
+from components.token_rows.batches import IGNORED
 from components.training.corruption import corrupt_spans, mask_tokens
 
 MASK, REGULAR = 3, np.arange(5, 100)

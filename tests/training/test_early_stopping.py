@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from components.data.batches import TokenRows
 from components.models.decoder import Decoder, DecoderConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import TokenRows
 from components.training.early_stopping import EarlyStopping
 from components.training.loop import train
 from components.training.objectives import causal_lm

@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertForPreTraining, T5ForConditionalGeneration
 
-from components.data.batches import IGNORED, Batch
 from components.models.checkpoint import save_model
 from components.models.encoder import Classifier, EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import IGNORED, Batch
 from components.training.corruption import corrupt_spans, mask_tokens
 from components.training.loop import Training
 from components.training.objectives import (

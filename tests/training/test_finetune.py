@@ -21,17 +21,17 @@ from transformers import (
     BertForPreTraining,
 )
 
-from components.config import InputError, load_params
-from components.data.batches import IGNORED
-from components.data.datasets import DatasetWriter
-from components.data.prepare import prepare
-from components.data.ragged import Chunks, LabelledRows, SentencePairs
-from components.data.text_tokenizer import TextTokenizer
-from components.data.train_tokenizer import train_tokenizer
+from components.config.params import InputError, load_params
+from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter
 from components.models.checkpoint import load_model, save_model
 from components.models.encoder import Classifier, EncoderForPretraining
-from components.paths import Paths
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import IGNORED
+from components.token_rows.prepare import prepare
+from components.token_rows.variable_length import Chunks, LabelledRows, SentencePairs
+from components.tokenization.text_tokenizer import TextTokenizer
+from components.tokenization.train_tokenizer import train_tokenizer
 from components.training.finetune import finetune
 from components.training.pretrain import pretrain
 from components.training.rows import AdaptedRows, HiddenRows, MaskedRows, SpanRows

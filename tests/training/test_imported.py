@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from tests.test_hub import SOURCE, decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.agent.agent import Agent
 from components.agent.pyfunc import Predictor
-from components.config import load_params
-from components.data import tokenizer as bpe
-from components.data.datasets import DatasetWriter
-from components.data.prepare import prepare
-from components.data.tokenizer import ChatTokenizer
-from components.hub import bring_in, look_at
+from components.config.params import load_params
+from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter
 from components.models.checkpoint import load_decoder
-from components.paths import Paths
-from components.registry import Registry
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.prepare import prepare
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tracking.model_import import bring_in, look_at
+from components.tracking.registry import Registry
 from components.training.tune import tune
-from flows.bases import bring_bases
-from tests.test_hub import SOURCE, decoder
+from flows.orchestration.base_models import bring_bases
 
 QUESTIONS = [("What does json.dumps do?", "It serializes obj."), ("question?", "answer: 42 times.")]
 SETTINGS: dict[str, Any] = {

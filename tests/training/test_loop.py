@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from components.config import InputError
-from components.data.batches import Batch, TokenRows
+from components.config.params import InputError
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import compute_dtype
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import Batch, TokenRows
 from components.training.checkpoints import Checkpoints
 from components.training.loop import Training, measure_loss, refuse_bad_masks, train
 from components.training.objectives import causal_lm

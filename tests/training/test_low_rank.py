@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from components.data.batches import TokenRows
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.lora import add_lora, merge_lora
-from components.stage import StageRun
+from components.runtime.stage import StageRun
+from components.token_rows.batches import TokenRows
 from components.training.checkpoints import Checkpoints
 from components.training.loop import Training, train
 from components.training.objectives import causal_lm

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from components.data.batches import IGNORED, Batch
 from components.models.decoder import Decoder, DecoderConfig
+from components.token_rows.batches import IGNORED, Batch
 from components.training.objectives import causal_lm, linear_cross_entropy
 
 CONFIG = DecoderConfig(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from components.config.model_settings import TrainConfig
 from components.models.decoder import Decoder, DecoderConfig
-from components.settings import TrainConfig
 from components.training.optimizers import (
     AdamW,
     Masters,

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from components.config import load_params
-from components.data.batches import IGNORED, Batch
-from components.data.preferences import Role
-from components.loop_settings import AlignConfig
+from components.config.loop_settings import AlignConfig
+from components.config.params import load_params
 from components.models.decoder import Decoder, DecoderConfig
+from components.token_rows.batches import IGNORED, Batch
+from components.token_rows.preference_rows import Role
 from components.training.objectives import causal_lm
 from components.training.preferences import align_objective, dpo_losses, kto_losses, preference_loss, row_log_probs
 from tests.training.conftest import SOURCE

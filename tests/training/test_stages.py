@@ -21,10 +21,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from components.config import InputError
+from components.config.params import InputError
+from components.config.paths import Paths
 from components.models.checkpoint import load_decoder, save_decoder
-from components.paths import Paths
-from components.stage import StageRun
+from components.runtime.stage import StageRun
 from components.training.pretrain import pretrain
 from components.training.tune import tune
 
@@ -130,7 +130,7 @@ def test_a_corrupt_base_is_an_input_error(project: Paths, new_run: NewRun) -> No
 SERVER = """
 import json, os, sys
 import components.training.tune  # what takes seconds, once for all processes
-from components.stage import run_stage
+from components.runtime.stage import run_stage
 from pathlib import Path
 
 for line in sys.stdin:

@@ -1,0 +1,99 @@
+"""Answer many chats side by side on one model: as one ends, the next takes its slot."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
+from components.agent.turns import Rules
+from components.inference.batching import Row, Slots
+from components.inference.generate import Sampling
+from components.inference.schemas import SchemaError
+from components.models.decoder import Decoder
+
+Chat = tuple[Sequence[Any], Any]
+"""Messages, and the client's tools or None."""
+TOLD = 64
+"""Answers between two words of progress."""
+
+
+def answer_all(
+    model: Decoder,
+    agent: Agent,
+    chats: Sequence[Chat],
+    sampling: Sampling,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[Answer | None]:
+    """The agent's answers, in order; None where the chat does not fit the context.
+
+    Each is what the chat gets alone: with a seed, each draws the numbers of that seed.
+    """
+    lockstep = _Lockstep(agent, chats, sampling, progress)
+    slots = Slots(model, batch_size)
+    while True:
+        lockstep.begin(slots.free)
+        if not slots.reading:
+            slots.admit(lockstep.next_rows(slots))
+        if not (slots.reading or slots.writing):
+            return lockstep.answers
+        for act in (slots.read, slots.step):
+            for row in [row for row in act() if row.finished]:
+                slots.drop(row)
+                lockstep.end_turn(row)
+
+
+class _Lockstep:
+    """Conversations under way, and those to come."""
+
+    def __init__(
+        self, agent: Agent, chats: Sequence[Chat], sampling: Sampling, progress: Callable[[int], None]
+    ) -> None:
+        self._agent, self._chats, self._sampling, self._progress = agent, chats, sampling, progress
+        self._upcoming = iter(range(len(chats)))
+        self._waiting: deque[Row] = deque()
+        self._done = 0
+        self.answers: list[Answer | None] = [None] * len(chats)
+        self.talks: dict[Row, tuple[int, Conversation]] = {}
+        """Which chat a row is a turn of."""
+
+    def begin(self, free: int) -> None:
+        """Begin conversations for so many slots, less those of turns that wait already."""
+        while len(self._waiting) < free and (index := next(self._upcoming, None)) is not None:
+            messages, tools = self._chats[index]
+            conversation = self._agent.answer(messages, tools, rules=_rules(self._agent, tools))
+            self._go_on(index, conversation, partial(next, conversation))
+
+    def next_rows(self, slots: Slots) -> list[Row]:
+        return [self._waiting.popleft() for _ in range(slots.group(list(self._waiting)))]
+
+    def end_turn(self, row: Row) -> None:
+        """Tell the conversation what the model wrote; its next turn waits before the chats that are to come."""
+        index, conversation = self.talks.pop(row)
+        self._go_on(index, conversation, partial(conversation.send, row.generated))
+
+    def _go_on(self, index: int, conversation: Conversation, step: Callable[[], Prompt]) -> None:
+        try:
+            prompt = step()
+        except (StopIteration, ContextTooLong) as stop:
+            self.answers[index] = stop.value if isinstance(stop, StopIteration) else None
+            self._done += 1
+            if self._done % TOLD == 0 or self._done == len(self._chats):
+                self._progress(self._done)
+            return
+        s = self._sampling
+        row = Row(prompt.ids, s.max_new_tokens, s.temperature, s.top_p, s.seed, s.stop_ids, prompt.constraint)
+        self.talks[row] = index, conversation
+        self._waiting.append(row)
+
+
+def _rules(agent: Agent, tools: Any) -> Rules | None:
+    """What serving holds the answer to; None where a dataset's tools have schemas that serving would refuse."""
+    try:
+        return agent.rules(json.loads(tools) if isinstance(tools, str) else tools)
+    except SchemaError:
+        return None

@@ -1,0 +1,142 @@
+"""What a person may set: `params.yaml`, checked once, then trusted.
+
+Values come from two files: `components/config/scales.yaml` (what each scale derives) and
+`params.yaml` (what a person overrides). The classes of `settings` and `loop_settings` give
+type, meaning and bounds, and no values: DVC watches the files, so no default may hide in code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from components.config.loop_settings import AlignConfig, CurateConfig, FeedbackConfig, JudgeConfig, ServeConfig
+from components.config.model_settings import (
+    AssessConfig,
+    ClassifierConfig,
+    CollectConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PrepareConfig,
+    PretrainConfig,
+    Section,
+    SummarizerConfig,
+    TrainTokenizerConfig,
+    TuneConfig,
+    ValidateConfig,
+)
+
+Scale = Literal["smoke", "laptop", "gpu", "cluster"]
+
+
+SCALES_FILE = Path(__file__).with_name("scales.yaml")
+
+
+class InputError(ValueError):
+    """Wrong input that its giver can mend: *where: what, with its value; what is allowed or what to run*."""
+
+
+class Refused(Exception):
+    """A gate said no (data validation or promotion). The command exits with 3."""
+
+
+class Params(Section):
+    """All of `params.yaml`, resolved."""
+
+    scale: Scale
+    """The one dial: every value below is derived from it unless set."""
+    seed: int = Field(ge=0)
+    """Seed of every random choice."""
+    collect: CollectConfig
+    validate_: ValidateConfig = Field(alias="validate")
+    train_tokenizer: TrainTokenizerConfig
+    prepare: PrepareConfig
+    model: ModelConfig
+    pretrain: PretrainConfig
+    tune: TuneConfig
+    classifier: ClassifierConfig
+    summarizer: SummarizerConfig
+    assess: AssessConfig
+    evaluate: EvaluateConfig
+    feedback: FeedbackConfig
+    curate: CurateConfig
+    align: AlignConfig
+    judge: JudgeConfig
+    serve: ServeConfig
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> Params:
+        if self.prepare.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"prepare.seq_len: {self.prepare.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"
+            )
+        return self
+
+
+def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
+    """Read `params.yaml` over the values of its scale.
+
+    `overrides` maps `section.key` (or `section.family.key`, `scale`, `seed`) to a value that wins over the file.
+
+    Raises: InputError naming the file, the key and its value.
+    """
+    given = _read_yaml(path)
+    for dotted, value in (overrides or {}).items():
+        _assign(given, dotted, value)
+    scales = _read_yaml(SCALES_FILE)
+    scale = given.get("scale")
+    if scale not in scales or scale == "all":
+        raise InputError(f"{path.name}: scale: {scale!r} is not one of smoke, laptop, gpu, cluster")
+    values = _merge(_merge(scales["all"], scales[scale]), given, where=path.name)
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path.name}: {_first_error(error)}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; run inside a Loopwright project") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected sections such as 'pretrain:', found {type(value).__name__}")
+    return value
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, key = dotted.split(".")
+    for section in sections:
+        known = values.get(section)
+        values[section] = dict(known) if isinstance(known, dict) else {}
+        values = values[section]
+    values[key] = value
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml") -> dict[str, Any]:
+    """`over` wins key by key, in sections and their sub-sections."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(base.get(key), dict):
+            if value is not None and not isinstance(value, dict):
+                raise InputError(f"{where}: {key}: expected a section, found {value!r}")
+            merged[key] = _merge(base[key], value or {}, where)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _first_error(error: ValidationError) -> str:
+    """`section.key: value: reason`, from the first of pydantic's errors."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key; see components/config/model_settings.py for the keys of each section"
+    value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
+    return f"{place}: {value}{reason}" if place else f"{value}{reason}"

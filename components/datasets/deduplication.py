@@ -1,0 +1,248 @@
+"""Exact and near-duplicate removal, and the split that keeps every evaluation row out of training.
+
+Near-duplicates are found by MinHash over word 5-grams (Broder 1997) with locality-sensitive
+hashing (Indyk and Motwani 1998). Only hashes are kept: about 2 KB a document, never its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from components.config.params import InputError
+from components.datasets.formats import DatasetWriter, Kind, Row, Split
+
+SHINGLE_WORDS = 5
+MAX_SHINGLES = 4096  # of a longer document, those with the smallest hashes: the same choice in every near-copy
+PERMUTATIONS = 128
+_BLOCK = 256  # shingles permuted at once, so that the work stays in the processor's cache
+_MAX_CANDIDATES = 32  # compared per band; bounds the cost of boilerplate that a whole corpus shares
+
+Hashes = NDArray[np.uint64]
+Signature = NDArray[np.uint32]
+
+
+class Duplicates:
+    """Remembers what it has seen, as hashes, and says why a text is not new.
+
+    Rows to be held out are shown first, then `seal` is called: whatever equals one of
+    them from then on is `in_test`.
+    """
+
+    def __init__(self, similarity: float, seed: int = 0, exact_only: bool = False) -> None:
+        self.similarity = similarity
+        self.exact_only = exact_only
+        self._rows_per_band, self._bands = _banding(similarity)
+        random = np.random.default_rng(seed)
+        self._multipliers = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
+        self._offsets = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64)
+        self._exact: dict[int, bool] = {}  # digest -> whether it is held out
+        self._signatures: list[Signature] = []
+        self._buckets: dict[int, int | list[int]] = {}  # band -> documents, a list only where there are several
+        self._held_out = 0
+        self._sealed = False
+
+    def seal(self) -> None:
+        """Everything remembered so far is held out; only the first call counts."""
+        if self._sealed:
+            return
+        self._held_out = len(self._signatures)
+        self._sealed = True
+
+    def reason(self, text: str) -> str | None:
+        """None for a new text, which is remembered; else `exact_duplicate`, `near_duplicate` or `in_test`."""
+        normal = " ".join(text.split()) if self.exact_only else " ".join(text.casefold().split())
+        digest = hash_text(normal)
+        known = self._exact.get(digest)
+        if known is not None:
+            return "in_test" if known and self._sealed else "exact_duplicate"
+        shingles = None if self.exact_only else _shingles(normal)
+        if shingles is not None:
+            reason = self._near(self._signature(shingles))
+            if reason:
+                return reason
+        self._exact[digest] = not self._sealed
+        return None
+
+    def _near(self, signature: Signature) -> str | None:
+        """Why this signature is not new; a new one is remembered."""
+        keys = self._band_keys(signature)
+        close = [
+            index
+            for index in self._candidates(keys)
+            if np.count_nonzero(self._signatures[index] == signature) >= self.similarity * PERMUTATIONS
+        ]
+        if close:
+            return "in_test" if min(close) < self._held_out else "near_duplicate"
+        index = len(self._signatures)
+        self._signatures.append(signature)
+        for key in keys:
+            self._remember(key, index)
+        return None
+
+    def _candidates(self, keys: list[int]) -> set[int]:
+        found: set[int] = set()
+        for key in keys:
+            documents = self._buckets.get(key, [])
+            found.update(documents if isinstance(documents, list) else [documents])
+        return found
+
+    def _remember(self, key: int, index: int) -> None:
+        documents = self._buckets.get(key)
+        if documents is None:
+            self._buckets[key] = index
+        elif isinstance(documents, int):
+            self._buckets[key] = [documents, index]
+        elif len(documents) < _MAX_CANDIDATES:
+            documents.append(index)
+
+    def _signature(self, shingles: Hashes) -> Signature:
+        """The smallest hash of the set under each permutation: two sets agree in a share equal to their Jaccard."""
+        smallest = np.full(PERMUTATIONS, 2**64 - 1, dtype=np.uint64)
+        for start in range(0, len(shingles), _BLOCK):
+            block = shingles[start : start + _BLOCK, None] * self._multipliers + self._offsets  # modulo 2**64
+            np.minimum(smallest, block.min(axis=0), out=smallest)
+        return (smallest >> np.uint64(32)).astype(np.uint32)
+
+    def _band_keys(self, signature: Signature) -> list[int]:
+        bands = signature[: self._bands * self._rows_per_band].reshape(self._bands, self._rows_per_band)
+        return [
+            int.from_bytes(hashlib.blake2b(b"%d:" % i + band.tobytes(), digest_size=8).digest())
+            for i, band in enumerate(bands)
+        ]
+
+
+class Splits:
+    """Writes the splits of datasets of one kind: the test rows of all, then the training rows that equal none.
+
+    Documents, labelled texts and the sources of pairs are compared exactly and nearly, conversations exactly. A
+    conversation that asks what a test conversation asks, whatever it answers, is in the test split.
+    """
+
+    def __init__(self, kind: Kind, similarity: float, seed: int = 0) -> None:
+        self._duplicates = Duplicates(similarity, seed, exact_only=kind == "conversations")
+        self._asked: set[int] = set()
+
+    def write_test(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new; all datasets' before any training row."""
+        self._write_held_out("test", rows, writer)
+
+    def write_validation(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new and equal no test row; all datasets' before any training row."""
+        self._duplicates.seal()
+        self._write_held_out("validation", rows, writer)
+
+    def _write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        for row in rows:
+            reason = self._duplicates.reason(_content(row))
+            if reason:
+                writer.drop(reason)
+                continue
+            writer.write(split, row)
+            if "messages" in row:
+                self._asked.add(hash_text(question(row)))
+
+    def write_train(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the rows that are new and equal no test row; count the rest in the writer.
+
+        Raises: InputError when nothing is left to train on.
+        """
+        self._duplicates.seal()
+        for row in rows:
+            in_test = bool(self._asked) and hash_text(question(row)) in self._asked
+            reason = "in_test" if in_test else self._duplicates.reason(_content(row))
+            if reason:
+                writer.drop(reason)
+            else:
+                writer.write("train", row)
+        if not writer.info.rows.get("train"):
+            raise InputError(f"{writer.info.name}: no row left to train on ({_counts(writer)}); add more rows")
+
+
+def split(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> tuple[Iterator[Row], Iterator[Row]]:
+    """Test and training rows, each a pass of its own over what `rows` gives; of two rows, each gets one."""
+    chosen = _leave_both(rows, held_out)
+    return (row for row in rows() if chosen(row)), (row for row in rows() if not chosen(row))
+
+
+def question(row: Row) -> str:
+    """What a conversation asks: its system and user turns."""
+    return _joined(message["content"] or "" for message in row["messages"] if message["role"] in ("system", "user"))
+
+
+def hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _content(row: Row) -> str:
+    """Everything that makes a row what it is, its id apart."""
+    if "messages" not in row:
+        return str(row["source" if "target" in row else "text"])
+    parts = [row.get("tools") or ""]
+    for message in row["messages"]:
+        parts += [message["role"], message["content"] or ""]
+        for call in message.get("tool_calls") or []:
+            parts += [call["function"]["name"], call["function"]["arguments"]]
+    return _joined(parts)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return " ".join(" ".join(part.split()) + "\x00" for part in parts)
+
+
+def _leave_both(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> Callable[[Row], bool]:
+    """The choice itself, or, where it would leave a split empty (a handful of rows), the last row alone."""
+    outcomes: set[bool] = set()
+    ids: list[str] = []
+    for row in rows():
+        outcomes.add(held_out(row))
+        if len(outcomes) == 2:
+            return held_out
+        if not ids or row["id"] != ids[-1]:
+            ids = [*ids[:1], row["id"]]
+    return lambda row: len(ids) == 2 and row["id"] == ids[1]
+
+
+def _counts(writer: DatasetWriter) -> str:
+    counts = {"test": writer.info.rows.get("test", 0), **writer.info.dropped}
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _shingles(normal: str) -> Hashes | None:
+    """Hashes of the set of 5-grams, at most MAX_SHINGLES; None for a text shorter than one."""
+    words = normal.split(" ")
+    if len(normal) > 24 * len(words):  # written without spaces, as Chinese is: characters take the place of words
+        units = np.frombuffer(normal.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    else:
+        units = np.array([crc32(word.encode("utf-8", "surrogatepass")) for word in words], dtype=np.uint64)
+    if len(units) < SHINGLE_WORDS:
+        return None
+    count = len(units) - SHINGLE_WORDS + 1
+    grams = np.zeros(count, dtype=np.uint64)
+    for offset in range(SHINGLE_WORDS):
+        grams = _mixed(grams ^ units[offset : offset + count])
+    grams = np.unique(grams)  # sorted: the smallest come first
+    return grams[:MAX_SHINGLES]
+
+
+def _mixed(values: Hashes) -> Hashes:
+    """The finalizer of SplitMix64: each input bit changes every output bit."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: Hashes = values ^ (values >> np.uint64(31))
+    return mixed
+
+
+def _banding(similarity: float) -> tuple[int, int]:
+    """(rows per band, bands) that make 99 % of pairs of this similarity meet in one band."""
+    if similarity >= 1:
+        return 16, 1
+    rows = min(16, max(3, int(math.log(0.3) / math.log(similarity))))
+    bands = math.ceil(math.log(0.01) / math.log(1 - similarity**rows))
+    return rows, min(bands, PERMUTATIONS // rows)

@@ -1,0 +1,213 @@
+"""The kinds of dataset and how one lies on disk: a folder of Parquet shards and a `dataset.json`.
+
+    NAME/dataset.json            kind, row counts per split, what was dropped and why, digests of the sources
+    NAME/train-00000.parquet     what is learned from
+    NAME/validation-00000.parquet  held out, to choose by while training (labelled texts and text pairs)
+    NAME/test-00000.parquet      held out: never trained on, used by `evaluate`
+
+Message columns have the shape of OpenAI's chat API: `tool_calls` is a list of
+`{id, type, function: {name, arguments}}` with `arguments` a JSON string, `tools` a JSON string.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from components.config.model_settings import Family
+from components.config.params import InputError
+
+Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "text_pairs", "images"]
+Split = Literal["train", "validation", "test"]
+Row = dict[str, Any]
+
+PRETRAINED: dict[Family, tuple[Kind, ...]] = {
+    "decoder": ("documents",),
+    "encoder": ("documents", "labelled_texts"),
+    "encoder_decoder": ("documents",),
+}
+"""The kinds that hold running text for each family to be pretrained on."""
+ROWS_PER_SHARD = 50_000
+ROWS_PER_GROUP = 4_000
+
+_TOOL_CALL = pa.struct(
+    [
+        ("id", pa.string()),
+        ("type", pa.string()),
+        ("function", pa.struct([("name", pa.string()), ("arguments", pa.string())])),
+    ]
+)
+MESSAGES = pa.list_(
+    pa.struct(
+        [
+            ("role", pa.string()),
+            ("content", pa.string()),
+            ("tool_calls", pa.list_(_TOOL_CALL)),
+            ("tool_call_id", pa.string()),
+            ("name", pa.string()),
+        ]
+    )
+)
+
+SCHEMAS: dict[Kind, pa.Schema] = {
+    "documents": pa.schema([("id", pa.string()), ("text", pa.string()), ("source", pa.string())]),
+    "conversations": pa.schema(
+        [
+            ("id", pa.string()),
+            ("messages", MESSAGES),
+            ("tools", pa.string()),
+            # Held-out questions carry the name of their suite, such as "lookup/held_out_modules"; elsewhere null.
+            ("suite", pa.string()),
+        ]
+    ),
+    # Both sides of a pair, or the one side of a lone vote: chosen is liked, rejected disliked.
+    "preferences": pa.schema(
+        [
+            ("id", pa.string()),
+            ("prompt", MESSAGES),
+            ("chosen", MESSAGES),
+            ("rejected", MESSAGES),
+            ("tools", pa.string()),
+        ]
+    ),
+    # `suite` of what is held out of the reference data, as in conversations; elsewhere null.
+    "labelled_texts": pa.schema([(name, pa.string()) for name in ("id", "text", "label", "suite")]),
+    "text_pairs": pa.schema([(name, pa.string()) for name in ("id", "source", "target", "suite")]),
+}
+"""Columns of each kind that this project can hold today."""
+
+
+@dataclass
+class DatasetInfo:
+    """The content of `dataset.json`."""
+
+    name: str
+    kind: Kind
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows kept, by split."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Rows dropped, by reason: `exact_duplicate`, `near_duplicate`, `in_test`."""
+    sources: list[dict[str, str]] = field(default_factory=list)
+    """Where the rows came from: `{"name", "sha256"}`."""
+
+
+class DatasetWriter:
+    """Write the rows of one dataset, split by split, in bounded memory.
+
+    Use as a context manager; `dataset.json` is written last, on a clean exit, so a
+    folder without it is no dataset.
+    """
+
+    def __init__(self, folder: Path, name: str, kind: Kind) -> None:
+        self.folder = folder
+        self.info = DatasetInfo(name=name, kind=kind)
+        self.schema = SCHEMAS[kind]
+        self._pending: dict[str, list[Row]] = {}
+        self._writers: dict[str, pq.ParquetWriter] = {}
+        self._in_shard: dict[str, int] = {}
+        self._shards: dict[str, int] = {}
+
+    def __enter__(self) -> DatasetWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        if exc_type is None:
+            for split in list(self._pending):
+                self._flush(split)
+        for writer in self._writers.values():
+            writer.close()
+        if exc_type is None:
+            write_json(self.folder / "dataset.json", asdict(self.info))
+
+    def write(self, split: Split, row: Row) -> None:
+        """Append one row; columns it lacks become null."""
+        pending = self._pending.setdefault(split, [])
+        pending.append(row)
+        self.info.rows[split] = self.info.rows.get(split, 0) + 1
+        if len(pending) >= ROWS_PER_GROUP:
+            self._flush(split)
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        self.info.dropped[reason] = self.info.dropped.get(reason, 0) + count
+
+    def _flush(self, split: str) -> None:
+        rows = self._pending.pop(split, [])
+        if not rows:
+            return
+        if self._in_shard.get(split, ROWS_PER_SHARD) >= ROWS_PER_SHARD:
+            if split in self._writers:
+                self._writers[split].close()
+            number = self._shards.get(split, 0)
+            self._writers[split] = pq.ParquetWriter(self.folder / f"{split}-{number:05d}.parquet", self.schema)
+            self._shards[split] = number + 1
+            self._in_shard[split] = 0
+        self._writers[split].write_table(pa.Table.from_pylist(rows, schema=self.schema))
+        self._in_shard[split] += len(rows)
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Read `dataset.json`.
+
+    Raises: InputError when the folder holds no dataset.
+    """
+    try:
+        return DatasetInfo(**json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(f'{folder.name}: no such dataset; run "loopwright data list" for the names') from None
+
+
+def refuse_other_kinds(section: str, name: str, kind: Kind, learned: Sequence[Kind]) -> None:
+    """Raises: InputError when a section of params.yaml names a dataset of a kind that it does not learn from."""
+    if kind not in learned:
+        raise InputError(
+            f"params.yaml: {section}.dataset: {name!r} holds {kind}; {section} learns from {' and '.join(learned)}"
+        )
+
+
+def shards(folder: Path, split: str) -> list[Path]:
+    """The Parquet files of one split, in order."""
+    return sorted(folder.glob(f"{split}-*.parquet"))
+
+
+def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Iterator[Row]:
+    """Rows of one split in order, one row group in memory at a time."""
+    for shard in shards(folder, split):
+        with pq.ParquetFile(shard) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
+
+
+def split_digest(folders: Iterable[Path], split: Split, settings: str) -> str:
+    """Identity of a split of several datasets together with the settings by which it is read."""
+    digest = hashlib.blake2b(settings.encode(), digest_size=16)
+    for folder in folders:
+        for shard in shards(folder, split):
+            digest.update(f"{folder.name}/{shard.name}".encode())
+            with shard.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def in_test_split(key: str, share: float, seed: int = 0) -> bool:
+    """Whether a row with this key is held out: a fixed pseudo-random choice that no other row can change."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def row_id(*parts: str) -> str:
+    """A stable id of a row from its content."""
+    return hashlib.blake2b("\x1f".join(parts).encode(), digest_size=12).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, so that equal values have equal digests."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,315 @@
+"""A user's own files into a dataset: read by format, normalised by kind, kept whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replaced
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from components.config.params import InputError, Refused
+from components.datasets import chunks, records
+from components.datasets.collect import REFERENCE
+from components.datasets.conversations import read_conversation
+from components.datasets.deduplication import hash_text
+from components.datasets.formats import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
+from components.datasets.preferences import read_preference
+from components.datasets.records import Record
+from components.validation.report import Findings, refusal, shown
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of a table means what, where its name does not say."""
+
+    text: str | None = None
+    label: str | None = None
+    source: str | None = None
+    target: str | None = None
+
+
+Reader = Callable[[Path], Iterator[Record]]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How files become rows of one kind; a further kind is a further entry of `_KINDS`."""
+
+    formats: Callable[[Sequence[Path]], Mapping[str, Reader]]
+    """Readers by file suffix, chosen in sight of all the files."""
+    row: Callable[[Record, str, Columns], Row]
+    """A row of the kind's schema from one record of the named file."""
+    columns: tuple[str, ...]
+    """The columns that may be named."""
+    parallel: bool = False
+    """Whether two text files side by side make rows: line by line, the one's the sources, the other's the targets."""
+
+
+def add(
+    kind: str,
+    files: Sequence[Path],
+    name: str,
+    folder: Path,
+    columns: Columns | None = None,
+    replace: bool = False,
+    check: Callable[[Path], Findings] | None = None,
+) -> DatasetInfo:
+    """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
+
+    `check` is given the finished dataset before it takes its place.
+
+    Raises: InputError for the first thing that does not fit, with its file and row; Refused when `check`
+    finds fault. Nothing is kept then.
+    """
+    columns = columns or Columns()
+    reader = _reader(kind, columns)
+    _check_name(name, folder, replace)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
+    try:
+        info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)))
+        findings = check(temporary / name) if check else None
+        if findings and not findings.success:
+            _place(findings, temporary / name, _kept_rows(reader, files, columns))
+            raise Refused(refusal([findings]))
+        if (folder / name).exists():
+            os.rename(folder / name, temporary / "replaced")
+        os.rename(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary)
+    return info
+
+
+def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: DatasetWriter) -> DatasetInfo:
+    sources = [{"name": path.name, "sha256": records.inspect(path, path.suffix == ".parquet")} for path in files]
+    with writer:
+        writer.info.sources = sources
+        for _, row in _kept_rows(reader, files, columns, dropped=lambda: writer.drop("exact_duplicate")):
+            writer.write("train", row)
+    return writer.info
+
+
+def _kept_rows(
+    reader: _Kind, files: Sequence[Path], columns: Columns, dropped: Callable[[], None] = lambda: None
+) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every row that was not there already."""
+    formats = reader.formats(files)
+    seen: set[int] = set()
+    if reader.parallel and len(files) == 2 and not any(path.suffix.lower() in formats for path in files):
+        formats = {files[0].suffix.lower(): partial(records.read_parallel, target=files[1])}
+        files = files[:1]
+    for path in files:
+        read = formats.get(path.suffix.lower())
+        if read is None:
+            beside = ", or two text files of equally many lines" if reader.parallel else ""
+            found = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
+            raise InputError(f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}{beside}")
+        for place, row in _rows(reader, read, path, columns):
+            identity = hash_text(str(row["id"]))
+            if identity in seen and row["id"] == _content_id(row):
+                dropped()
+            else:
+                yield place, row
+            seen.add(identity)
+
+
+def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
+    record = None
+    for record in read(path):
+        try:
+            yield record.place, reader.row(record, path.name, columns)
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise InputError(f"{record.place}: {half!a}: half of a surrogate pair, no character; remove it") from None
+    if record is None:
+        raise InputError(f"{path}: holds no rows; nothing to add")
+
+
+def _place(findings: Findings, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
+    """Say of each offending row where it stands in the user's file: the files are read once more."""
+    import pyarrow.parquet as pq
+
+    before, offsets = 0, {}
+    for shard in shards(folder, "train"):
+        offsets[shard.name] = before
+        before += pq.read_metadata(shard).num_rows
+    wanted = {offsets[one.shard] + one.row for check in findings.failed for one in check.examples}
+    places = {number: place for number, (place, _) in enumerate(rows, 1) if number in wanted}
+    for check in findings.failed:
+        check.examples = [replaced(one, place=places[offsets[one.shard] + one.row]) for one in check.examples]
+
+
+def _document(record: Record, file: str, columns: Columns) -> Row:
+    values = record.values
+    name = columns.text or _text_column(record)
+    text = _value(record, name)
+    if not isinstance(text, str | None):
+        raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
+    row = {"text": text, "source": str(values.get("source") or file)}
+    return {**row, "id": _own_id(values, "documents") or _content_id(row) or row_id(record.place)}
+
+
+def _conversation(record: Record, file: str, columns: Columns) -> Row:
+    messages, tools = read_conversation(record.place, record.values)
+    row: Row = {"messages": messages, "tools": tools, "suite": None}
+    return {**row, "id": _own_id(record.values, "conversations") or _content_id(row)}
+
+
+def _preference(record: Record, file: str, columns: Columns) -> Row:
+    row = read_preference(record.place, record.values)
+    return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
+
+
+def _labelled_text(record: Record, file: str, columns: Columns) -> Row:
+    text = _text(record, _column(record, "text", columns.text))
+    name = _column(record, "label", columns.label)
+    label = _label(_value(record, name))
+    if not label:
+        raise InputError(f"{record.place}: {name}: {shown(_value(record, name))} is no label; every text needs one")
+    row: Row = {"text": text, "label": label, "suite": None}
+    own = _own_id(record.values, "labelled_texts")
+    return {**row, "id": own or _content_id(row) or row_id(record.place)}
+
+
+def _label(value: Any) -> str:
+    """A label as text: 3 and 3.0 (as tables with gaps hold whole numbers) are "3", true is "true"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, (str, int, float)) and value == value:
+        return str(value).strip()
+    return ""
+
+
+def _text_pair(record: Record, file: str, columns: Columns) -> Row:
+    source, target = (
+        _text(record, _column(record, side, named))
+        for side, named in (("source", columns.source), ("target", columns.target))
+    )
+    row: Row = {"source": source, "target": target, "suite": None}
+    return {**row, "id": _own_id(record.values, "text_pairs") or _content_id(row)}
+
+
+def _text(record: Record, name: str) -> str:
+    text = _value(record, name)
+    if not isinstance(text, str | None):
+        raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
+    return text or ""
+
+
+def _column(record: Record, meaning: str, named: str | None) -> str:
+    """The column that holds something: the one named for it, or the one called so."""
+    if named:
+        return named
+    for name in record.values:
+        if name.lower() == meaning:
+            return name
+    raise InputError(
+        f"{record.place}: no column {meaning!r}; found columns: {', '.join(record.values) or 'none'};"
+        f" name one with --{meaning}-column"
+    )
+
+
+def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
+    """The id of a row that comes in our own schema."""
+    own = set(values) == set(SCHEMAS[kind].names) and values["id"] is not None
+    return str(values["id"]) if own else None
+
+
+def _content_id(row: Row) -> str | None:
+    """The same for the same content, so that a row keeps its split when its file grows; None without content."""
+    if "messages" in row:
+        return row_id(json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
+    if "label" in row:
+        return row_id(row["text"], row["label"]) if row["text"] else None
+    if "target" in row:
+        return row_id(row["source"], row["target"])
+    if "prompt" in row:
+        told = (json.dumps(row[name], ensure_ascii=False) for name in ("prompt", "chosen", "rejected"))
+        return row_id(*told, row["tools"] or "")
+    return row_id(row["text"]) if row["text"] else None
+
+
+def _text_column(record: Record) -> str:
+    names = list(record.values)
+    for name in names:
+        if name.lower() == "text":
+            return name
+    if len(names) == 1:
+        return names[0]
+    raise InputError(
+        f"{record.place}: no column 'text'; found columns: {', '.join(names) or 'none'}; name one with --text-column"
+    )
+
+
+def _value(record: Record, name: str) -> Any:
+    """A column's value; a dot in the name reaches into nested columns."""
+    if name in record.values:
+        return record.values[name]
+    value: Any = record.values
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise InputError(f"{record.place}: no column {name!r}; found columns: {', '.join(record.values) or 'none'}")
+        value = value[part]
+    return value
+
+
+_JSON: Mapping[str, Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), records.read_json)
+_PARQUET: Mapping[str, Reader] = {".parquet": records.read_parquet}
+_CSV: Mapping[str, Reader] = dict.fromkeys((".csv", ".tsv"), records.read_csv)
+_TABLES: Mapping[str, Reader] = {**_CSV, **_JSON, **_PARQUET}
+
+
+def _document_formats(files: Sequence[Path]) -> Mapping[str, Reader]:
+    text = partial(chunks.read_text, chars=chunks.target_chars(files))
+    return {".txt": text, ".md": chunks.read_markdown, **_JSON, **_CSV, **_PARQUET}
+
+
+_KINDS: Mapping[Kind, _Kind] = {
+    "documents": _Kind(_document_formats, _document, ("text",)),
+    "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, ()),
+    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, ()),
+    "labelled_texts": _Kind(lambda files: _TABLES, _labelled_text, ("text", "label")),
+    "text_pairs": _Kind(lambda files: _TABLES, _text_pair, ("source", "target"), parallel=True),
+}
+
+
+def _known_kind(kind: str) -> Kind:
+    for known in _KINDS:
+        if kind == known:
+            return known
+    held = ", ".join(_KINDS)
+    if kind in get_args(Kind):
+        raise InputError(f"{kind}: this version holds {held}; datasets of kind {kind} come with a later one")
+    raise InputError(f"{kind!r} is not a kind of dataset; allowed: {held}")
+
+
+def _reader(kind: str, columns: Columns) -> _Kind:
+    reader = _KINDS[_known_kind(kind)]
+    for name, value in vars(columns).items():
+        if value is not None and name not in reader.columns:
+            allowed = ", ".join(f"--{column}-column" for column in reader.columns) or "none"
+            raise InputError(
+                f"--{name}-column: {value!r} means nothing to {kind}; column options of this kind: {allowed}"
+            )
+    return reader
+
+
+def _check_name(name: str, folder: Path, replace: bool) -> None:
+    if not _NAME.fullmatch(name):
+        raise InputError(f"--name: {name!r} is no name for a dataset; use up to 64 letters, digits, '-' and '_'")
+    if name in REFERENCE:
+        raise InputError(f"--name: {name!r} is a built-in dataset; choose another name")
+    taken = (folder / name).exists() or (folder / f"{name}.dvc").exists()
+    if taken and not replace:
+        raise InputError(f"--name: {name!r} exists already; choose another name, or put it in its place with --replace")

@@ -1,0 +1,373 @@
+"""Continuous batching: rows that come and go, each with keys and values in a slot of one dense cache.
+
+A row's tokens do not depend on what else is in the batch, bit for bit on a CPU: every product has a multiple of
+`EVEN_ROWS` rows, and then gives each row the same numbers, whichever part of a prompt it is read with. So a later
+prompt with the same beginning takes over what was read; what was written token by token went through other
+products (`steps.py`) and is read again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from components.config.params import InputError
+from components.inference.constraints import Constraint, mask_logits
+from components.inference.decode_step import Step
+from components.inference.sampling import drawn, likeliest, random_stream
+from components.models.attention import SHORT, KVCache, LayerCache
+from components.models.blocks import Block, SwiGLU
+from components.models.decoder import Decoder
+
+EVEN_ROWS = 4
+"""Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
+chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
+PREFILL_TOKENS = 512
+"""Prompt tokens read between two steps of the rows that already write, padding counted."""
+SEEN = 16
+"""Positions seen in a pass are a multiple of so many: the sum in a softmax goes vector by vector."""
+MIN_SHARED = 16
+"""Tokens of a common beginning from which on it is copied instead of read again."""
+Ids = tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Row:
+    """One sequence being continued: what is asked of it, and how far it is."""
+
+    prompt: Sequence[int]
+    limit: int
+    """Tokens it may get, at least one."""
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    ids: list[int] = field(init=False)
+    """The prompt and what was generated."""
+    key: Ids = field(init=False)
+    """The prompt, as others' are compared with it."""
+    read: int = 0
+    """Positions whose keys and values are in the cache."""
+    slot: int = -1
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids, self.key = list(self.prompt), tuple(self.prompt)
+        self._numbers = random_stream(self.seed) if self.temperature > 0 else None
+
+    @property
+    def generated(self) -> list[int]:
+        return self.ids[len(self.prompt) :]
+
+    @property
+    def left(self) -> int:
+        return self.limit - len(self.ids) + len(self.prompt)
+
+    def number(self) -> float:
+        """The next of the row's random numbers."""
+        assert self._numbers is not None
+        return float(self._numbers.random(dtype=np.float32))
+
+    def take(self, token: int) -> None:
+        """Add a token; the row is finished when it may get no other."""
+        self.ids.append(token)
+        ended = token in self.stop_ids or self.left == 0
+        if self.constraint is not None:
+            self.constraint.advance(token)
+            ended = ended or self.constraint.finished
+        self.finished = ended
+
+
+class _Layer(LayerCache):
+    """One layer's keys and values, as `components.models.attention` extends them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values  # (slots, K, span, D)
+        self._pass: tuple[slice, Tensor, int] | None = None
+
+    def at(self, slots: slice, index: Tensor, span: int) -> None:
+        """Prepare for one pass: which slots, which flat places are written, how many positions are seen."""
+        self._pass = slots, index, span
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write keys and values (B, K, T, D) to their places; the slots' first positions (B, K, S, D)."""
+        assert self._pass is not None
+        slots, index, span = self._pass
+        for whole, new in ((self.keys, keys), (self.values, values)):
+            whole.view(-1, whole.shape[-1]).index_copy_(0, index, new.reshape(-1, new.shape[-1]))
+        return self.keys[slots, :, :span], self.values[slots, :, :span]
+
+
+class SlotCache(KVCache):
+    """Keys and values (layers, 2, slots, K, span, D); behind the context's end padding is written."""
+
+    def __init__(self, model: Decoder, slots: int) -> None:
+        c, weight = model.config, model.embed.weight
+        self.length = 0  # not one for all rows: positions and masks are given with each pass
+        self.span = _up(c.max_seq_len + 1, SEEN)
+        shape = (c.num_layers, 2, slots, c.num_kv_heads, self.span, c.head_dim)
+        self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.passes = [_Layer(layer[0], layer[1]) for layer in self.whole]
+        self.layers = list[LayerCache](self.passes)
+        self._heads = torch.arange(c.num_kv_heads, device=weight.device)
+
+    def at(self, first: int, places: Tensor, seen: int) -> None:
+        """Prepare for a pass over slots from `first` on: it writes to places (B, T) and sees `seen` positions."""
+        slots = torch.arange(first, first + places.shape[0], device=places.device)
+        rows = slots.unsqueeze(1) * len(self._heads) + self._heads  # (B, K)
+        index = (rows.unsqueeze(2) * self.span + places.unsqueeze(1)).flatten()  # (B, K, T)
+        for layer in self.passes:
+            layer.at(slice(first, first + places.shape[0]), index, seen)
+
+    def advance(self, count: int) -> None:
+        """Rows count their own positions."""
+
+
+class Kept:
+    """Keys and values of rows that left, for prompts that begin alike; the least recently used go first."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self._entries: OrderedDict[Ids, Tensor] = OrderedDict()
+        self._sorted: list[Ids] = []
+        """The same, in an order in which those that begin alike are neighbours."""
+        self.tokens = 0
+
+    def keep(self, ids: Ids, part: Tensor) -> None:
+        """Keep keys and values (layers, 2, K, T, D) of T ids; the entry before it that these extend is dropped."""
+        place = bisect_left(self._sorted, ids)
+        if place and self._sorted[place - 1] == ids[: len(self._sorted[place - 1])]:
+            self._drop(self._sorted[place - 1])
+        if ids in self._entries:
+            self._drop(ids)
+        self._entries[ids] = part.clone()
+        insort(self._sorted, ids)
+        self.tokens += len(ids)
+        while self.tokens > self._max_tokens:
+            self._drop(next(iter(self._entries)))
+
+    def best(self, ids: Ids) -> tuple[int, Tensor | None]:
+        """The longest common beginning with what is kept, and whose it is."""
+        place = bisect_left(self._sorted, ids)
+        neighbours = self._sorted[max(0, place - 1) : place + 1]
+        found = max(neighbours, key=lambda key: common(key, ids), default=None)
+        if found is None or not (longest := common(found, ids)):
+            return 0, None
+        self._entries.move_to_end(found)
+        return longest, self._entries[found]
+
+    def _drop(self, ids: Ids) -> None:
+        del self._entries[ids]
+        del self._sorted[bisect_left(self._sorted, ids)]
+        self.tokens -= len(ids)
+
+
+def common(one: Ids, other: Ids) -> int:
+    """Length of the common beginning, 0 where it is too short to be worth a copy."""
+    length, most = 0, min(len(one), len(other))
+    while length < most:  # by halves: slices compare at the speed of memory
+        middle = (length + most + 1) // 2
+        if one[length:middle] == other[length:middle]:
+            length = middle
+        else:
+            most = middle - 1
+    return length if length >= MIN_SHARED else 0
+
+
+class Slots:
+    """Rows being continued on one model: `admit` them, `read` prompts, `step` all that write, `drop` who leaves."""
+
+    def __init__(self, model: Decoder, count: int) -> None:
+        self.model, self.count = model, count
+        self.context = model.config.max_seq_len
+        self.device = model.embed.weight.device
+        # Where the rows of a product do depend on how many there are, every step has all of them.
+        self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
+        self._cache = SlotCache(model, _up(count))
+        self._step = Step(model, self._cache.whole)
+        self._kept = Kept(count * self.context)
+        self._dtype = model.embed.weight.dtype
+        # Longer products of scores would go through another kernel.
+        self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
+        self.reading: list[Row] = []
+        """In adjoining slots behind those that write."""
+        self.writing: list[Row] = []
+
+    @property
+    def free(self) -> int:
+        return self.count - len(self.reading) - len(self.writing)
+
+    def group(self, waiting: Sequence[Row]) -> int:
+        """How many of the first that wait are read together: in one pass where they fit, else one alone."""
+        size, longest = 0, 0
+        for row in waiting[: self.free]:
+            longest = max(longest, len(row.ids))
+            if size and _up(longest) * (size + 1) > PREFILL_TOKENS:
+                break
+            size += 1
+        return size
+
+    def admit(self, rows: Sequence[Row]) -> None:
+        """Give slots to rows, of which none may be reading, and what is already known of their prompts.
+
+        Raises: InputError when a prompt is empty or leaves no room.
+        """
+        assert not self.reading
+        assert len(rows) <= self.free
+        self._settle()
+        for row in rows:
+            if not 0 < len(row.ids) <= self.context:
+                raise InputError(f"prompt: {len(row.ids)} tokens; the model takes 1 to {self.context}")
+            row.limit = min(row.limit, 1 + self.context - len(row.ids))
+            row.slot = len(self.writing) + len(self.reading)
+            self._recall(row)
+            self.reading.append(row)
+
+    @torch.inference_mode()
+    def read(self) -> list[Row]:
+        """Read on in the prompts of the rows that read; once all are read, each gets its first token and writes.
+
+        Returns the rows that got one.
+        """
+        if not (rows := self.reading):
+            return []
+        left = max(len(row.ids) - row.read for row in rows)
+        width = _up(min(left, self._widest))
+        seen = min(max(row.read for row in rows) + width, self.context)
+        tokens = np.zeros((len(rows), width), dtype=np.int64)
+        counts = [min(width, len(row.ids) - row.read) for row in rows]
+        for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            tokens[place, :count] = row.ids[row.read : row.read + count]
+        newest = [place * width + count - 1 for place, count in enumerate(counts)]
+        hidden = self._pass(rows[0].slot, tokens, [row.read for row in rows], counts, seen, newest)
+        for row, count in zip(rows, counts, strict=True):
+            row.read += count
+        if any(row.read < len(row.ids) for row in rows):
+            return []
+        self.reading = []
+        self.writing += rows
+        self._pick(rows, hidden)
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One more token for each row that writes; returns them."""
+        if not (rows := self.writing):
+            return []
+        self._settle()
+        padding = [0] * (_up(len(rows), self._multiple) - len(rows))
+        tokens = np.array([row.ids[-1] for row in rows] + padding)
+        positions = np.array([row.read for row in rows] + padding)
+        places = np.array([row.read for row in rows] + [self.context for _ in padding])
+        hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN), len(rows))
+        for row in rows:
+            row.read += 1
+        self._pick(rows, hidden)
+        return rows
+
+    def drop(self, row: Row) -> None:
+        """Take a row out; what it has read is kept for others."""
+        (self.writing if row in self.writing else self.reading).remove(row)
+        known = min(row.read, len(row.prompt))
+        if known >= MIN_SHARED:
+            self._kept.keep(row.key[:known], self._cache.whole[:, :, row.slot, :, :known])
+
+    def clear(self) -> None:
+        """Take all rows out, and forget what was kept."""
+        self.reading, self.writing = [], []
+        self._kept = Kept(self.count * self.context)
+
+    def _pass(
+        self, first: int, tokens: np.ndarray, starts: list[int], counts: list[int], seen: int, newest: list[int]
+    ) -> Tensor:
+        """Read tokens (B, T), `counts` of them real, from position `starts` on; the stream at `newest` and padding."""
+        steps = torch.arange(tokens.shape[1], device=self.device)
+        positions = torch.tensor(starts, device=self.device).unsqueeze(1) + steps
+        real = steps < torch.tensor(counts, device=self.device).unsqueeze(1)
+        seen = _up(seen, SEEN)
+        self._cache.at(first, positions.where(real, self.context), seen)
+        hidden = torch.arange(seen, device=self.device) > positions.unsqueeze(2)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self.device)
+        mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
+        newest = newest + newest[-1:] * (_up(len(newest)) - len(newest))
+        return self.model.hidden(
+            torch.from_numpy(tokens).to(self.device),
+            position_ids=positions.clamp(max=self.context - 1),
+            cache=self._cache,
+            attention_mask=mask,
+            rows=torch.tensor(newest, device=self.device),
+        )
+
+    def _pick(self, rows: Sequence[Row], hidden: Tensor) -> None:
+        """Give each row its next token."""
+        logits = self.model.head(hidden)[: len(rows)].float()
+        logits = mask_logits(logits, [row.constraint for row in rows], [row.left for row in rows])
+        tokens = likeliest(logits)
+        warm = [place for place, row in enumerate(rows) if row.temperature > 0]
+        if warm:
+            drawing = [rows[place] for place in warm]
+            settings = torch.tensor([[row.temperature, row.top_p, row.number()] for row in drawing], device=self.device)
+            temperature, top_p, numbers = torch.split(settings, 1, dim=1)
+            places = torch.tensor(warm, device=self.device)
+            tokens[places] = drawn(logits[places], temperature, top_p, numbers)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.take(token)
+
+    def _recall(self, row: Row) -> None:
+        """Copy what is known of the beginning of a prompt; its last token is always read, for what follows it."""
+        length, part = self._kept.best(row.key)
+        for other in self.writing:
+            if (shared := common(other.key, row.key)) > length:
+                length, part = shared, self._cache.whole[:, :, other.slot]
+        length = min(length, len(row.ids) - 1)
+        if part is not None and length >= MIN_SHARED:
+            self._cache.whole[:, :, row.slot, :, :length] = part[:, :, :, :length]
+            row.read = length
+
+    def _settle(self) -> None:
+        """Move rows that write into the first slots."""
+        taken = {row.slot for row in self.writing}
+        gaps = [slot for slot in range(len(self.writing)) if slot not in taken]
+        for row in self.writing:
+            if row.slot >= len(self.writing):
+                slot = gaps.pop()
+                self._cache.whole[:, :, slot, :, : row.read] = self._cache.whole[:, :, row.slot, :, : row.read]
+                row.slot = slot
+        self.writing.sort(key=lambda row: row.slot)
+
+
+def rows_are_independent(model: Decoder) -> bool:
+    """Whether products with this model's weights give a row the same bits beside few others and beside many.
+
+    Tried on a CPU; on CUDA they do not, as the number of rows decides which kernel runs.
+    """
+    if model.embed.weight.is_cuda:
+        return False
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    mlp = block.mlp
+    assert isinstance(mlp, SwiGLU)
+    products = (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head)
+    return all(_even(each, model.embed.weight.dtype) for each in products)
+
+
+@torch.inference_mode()
+def _even(product: nn.Module, dtype: torch.dtype) -> bool:
+    width: int = product.in_features  # type: ignore[assignment]
+    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width).to(dtype)
+    whole = product(rows)
+    parts = ((start, start + count) for start in (0, 3, 20) for count in (EVEN_ROWS, 2 * EVEN_ROWS, 9 * EVEN_ROWS))
+    return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)
+
+
+def _up(count: int, multiple: int = EVEN_ROWS) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple

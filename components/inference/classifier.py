@@ -1,0 +1,141 @@
+"""A classifier folder as a reader of texts: which label each has, and where it lies as a vector.
+
+Texts are padded as little as may be: those of one forward pass have nearly the same length.
+Shapes: B batch, T tokens, E embed_dim, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Encoding, Tokenizer
+from torch import Tensor
+
+from components.config.params import InputError
+from components.models.checkpoint import load_model
+from components.models.devices import best_device
+from components.models.encoder import Classifier, Encoder
+
+TOKENS_A_PASS = 16_384
+"""Padding included; more texts than that take several forward passes."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What a classifier says of one text."""
+
+    label: str
+    """The likeliest."""
+    scores: dict[str, float]
+    """Probability of every label, likeliest first."""
+    truncated: bool
+    """Whether the text was longer than the model reads, and only its beginning was read."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Where a text lies."""
+
+    vector: list[float]
+    """Of length 1."""
+    tokens: int
+    truncated: bool
+
+
+class TextEncoder:
+    """An encoder and its tokenizer: where texts lie."""
+
+    def __init__(self, model: Encoder, tokenizer: Tokenizer) -> None:
+        self.model, self._tokenizer = model.eval(), tokenizer
+        self.max_seq_len, self.embed_dim = model.config.max_seq_len, model.config.embed_dim
+        self._device = model.embed.weight.device
+        tokenizer.encode_special_tokens = True  # a text never turns into a special token
+        tokenizer.enable_truncation(self.max_seq_len)
+        tokenizer.no_padding()
+
+    @classmethod
+    def load(cls, folder: Path) -> TextEncoder:
+        """Raises: InputError when the folder holds no encoder with its tokenizer."""
+        model = load_model(folder, device=best_device())
+        if not isinstance(model, Encoder):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} is no encoder; give an encoder's folder")
+        return cls(model, load_tokenizer(folder))
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str]) -> list[Embedded]:
+        """The vector of each text: the mean over its tokens' of the last block, brought to length 1."""
+        read = self._tokenizer.encode_batch_fast(list(texts))
+        found: list[Embedded | None] = [None] * len(read)
+        for rows, input_ids, segments, mask in self._passes(read):
+            vectors = mean_pooled(self.model.hidden(input_ids, segments, mask), mask)
+            for row, vector in zip(rows, vectors.tolist(), strict=True):
+                found[row] = Embedded(vector, len(read[row].ids), bool(read[row].overflowing))
+        return [one for one in found if one is not None]
+
+    def _passes(self, read: Sequence[Encoding]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Rows of nearly one length, their input_ids, token_type_ids and attention_mask (B, T) each."""
+        order = sorted(range(len(read)), key=lambda row: len(read[row].ids))
+        while order:
+            rows = [order.pop()]
+            longest = len(read[rows[0]].ids)
+            while order and (len(rows) + 1) * longest <= TOKENS_A_PASS:
+                rows.append(order.pop())
+            ids = torch.zeros(len(rows), longest, dtype=torch.long)
+            segments, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+            for place, row in enumerate(rows):
+                length = len(read[row].ids)
+                ids[place, :length] = torch.tensor(read[row].ids)
+                segments[place, :length] = torch.tensor(read[row].type_ids)
+                mask[place, :length] = 1
+            yield rows, ids.to(self._device), segments.to(self._device), mask.to(self._device)
+
+
+class TextReader(TextEncoder):
+    """A classifier and its tokenizer: which label texts have, beside where they lie."""
+
+    model: Classifier
+
+    def __init__(self, model: Classifier, tokenizer: Tokenizer) -> None:
+        super().__init__(model, tokenizer)
+        self.labels = model.config.labels
+
+    @classmethod
+    def load(cls, folder: Path) -> TextReader:
+        """Raises: InputError when the folder holds no classifier with its tokenizer."""
+        model = load_model(folder, device=best_device())
+        if not isinstance(model, Classifier):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} has no labels; give a classifier's folder")
+        return cls(model, load_tokenizer(folder))
+
+    @torch.inference_mode()
+    def classify(self, texts: Sequence[str]) -> list[Labelled]:
+        """The label of each text, in order."""
+        read = self._tokenizer.encode_batch_fast(list(texts))
+        found: list[Labelled | None] = [None] * len(read)
+        for rows, input_ids, segments, mask in self._passes(read):
+            scores = self.model.logits(input_ids, segments, mask).float().softmax(-1)
+            ordered = scores.sort(stable=True, dim=-1, descending=True)
+            for row, values, order in zip(rows, ordered.values.tolist(), ordered.indices.tolist(), strict=True):
+                names = [self.labels[index] for index in order]
+                found[row] = Labelled(names[0], dict(zip(names, values, strict=True)), bool(read[row].overflowing))
+        return [one for one in found if one is not None]
+
+
+def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Vectors (B, E) of length 1: the means of hidden (B, T, E) where mask (B, T) is not 0."""
+    weight = mask.unsqueeze(-1).to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder.
+
+    Raises: InputError when there is none.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: not found; a model folder has its tokenizer")
+    return Tokenizer.from_file(str(path))

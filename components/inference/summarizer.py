@@ -1,0 +1,92 @@
+"""An encoder-decoder folder as a writer: a text in, the text that it was taught to make of it out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from components.config.params import InputError
+from components.inference.classifier import load_tokenizer
+from components.inference.seq2seq import Search, transduce
+from components.models.checkpoint import load_model
+from components.models.devices import best_device
+from components.models.encoder_decoder import EncoderDecoder
+
+END = "</s>"
+"""Ends a source and a target, in our tokenizers and in T5's own."""
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one source was turned into."""
+
+    text: str
+    ids: list[int]
+    """The tokens of the text."""
+    ended: bool
+    """False when the limit of tokens ended it."""
+    source_tokens: int
+    """As many as were read."""
+
+
+class TextWriter:
+    """An encoder-decoder and its tokenizer."""
+
+    def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer, no_repeat_ngram_size: int = 0) -> None:
+        end_id = tokenizer.token_to_id(END)
+        if end_id is None:
+            raise InputError(f"tokenizer.json: {END} is missing; an encoder-decoder's targets end with it")
+        self.model, self._tokenizer, self._end_id = model.eval(), tokenizer, end_id
+        self.max_seq_len = model.config.max_seq_len
+        self._no_repeat = no_repeat_ngram_size
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+
+    @classmethod
+    def load(cls, folder: Path) -> TextWriter:
+        """Raises: InputError when the folder holds no encoder-decoder with its tokenizer."""
+        model = load_model(folder, device=best_device())
+        if not isinstance(model, EncoderDecoder):
+            raise InputError(f"{folder}: a {type(model).__name__.lower()} writes no target; give an encoder-decoder's")
+        return cls(model, load_tokenizer(folder), _no_repeat_ngram_size(folder / "generation_config.json"))
+
+    def write(self, sources: Sequence[str], beams: int = 1) -> list[str]:
+        """What each source is turned into, in order; only the beginning is read of one that is too long."""
+        return [one.text for one in self.written(sources, beams)]
+
+    def written(self, sources: Sequence[str], beams: int = 1) -> list[Written]:
+        """As `write`, with the tokens."""
+        read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
+        # What is too long loses its end, not the token that ends it.
+        read = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in read]
+        search = Search(MAX_NEW_TOKENS, self._end_id, beams, no_repeat_ngram_size=self._no_repeat)
+        targets = transduce(self.model, read, search)
+        return [
+            Written(self.decode(target.ids), target.ids, target.ended, len(ids))
+            for target, ids in zip(targets, read, strict=True)
+        ]
+
+    def count(self, source: str) -> int:
+        """Tokens of a source, however long it is."""
+        return len(self._tokenizer.encode(source).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids))).strip()
+
+
+def _no_repeat_ngram_size(path: Path) -> int:
+    """What a model folder says of repetitions, under the name that `transformers` has for it."""
+    if not path.is_file():
+        return 0
+    try:
+        size = json.loads(path.read_text(encoding="utf-8")).get("no_repeat_ngram_size") or 0
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable generation configuration: {error}") from None
+    if not isinstance(size, int) or size < 0:
+        raise InputError(f"{path}: no_repeat_ngram_size: {size!r}; a count of tokens, 0 for none, is expected")
+    return size

@@ -1,0 +1,121 @@
+"""How processes of a run belong together: they end with their parent, and one at a time writes.
+
+A killed orchestrator must leave no training behind (facts: DVC alone does), and two
+writers on one output would corrupt it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from components.config.params import InputError
+
+RUN_PID = "LOOPWRIGHT_RUN_PID"
+"""Environment variable with the process id of the `loopwright run` a stage belongs to."""
+_PR_SET_PDEATHSIG = 1
+_SECONDS_TO_END = 60.0
+
+
+def ask_to_die_with_parent() -> None:
+    """Let the kernel send SIGTERM when the parent ends; only Linux can, elsewhere nothing happens.
+
+    Safe between fork and exec (`preexec_fn`): one system call.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_parent() -> None:
+    """End this process when its parent, or the run it belongs to, ends."""
+    parent, run = os.getppid(), int(os.environ.get(RUN_PID, "0"))
+    ask_to_die_with_parent()
+    if run and not alive(run):
+        sys.exit(128 + signal.SIGTERM)
+    # A shell between parent and child hides the parent's death from the kernel, and macOS has no such signal.
+    threading.Thread(target=_watch, args=(parent, run), name="parent-watch", daemon=True).start()
+
+
+def end_on_signals() -> None:
+    """Turn SIGINT and SIGTERM into an orderly exit, so that files and trackers are closed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A training stage replaces the handler of SIGTERM by one that saves a checkpoint: Ctrl-C takes the same way.
+    signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
+
+
+@contextmanager
+def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock `NAME.lock` in `folder`; it falls with the process, however that ends.
+
+    Raises: InputError naming the holder when it is still held after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise InputError(f"{name}: already running as process {holder}; wait for it, or stop it with kill")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def holder(folder: Path, name: str) -> int | None:
+    """The process that holds the lock `NAME.lock`, or None."""
+    path = folder / f"{name}.lock"
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8") as file:
+        return None if _try_lock(file.fileno()) else int(file.read() or "0")
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _watch(parent: int, run: int) -> None:
+    while os.getppid() == parent and (not run or alive(run)):
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SECONDS_TO_END)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process with this id runs; 0 is none."""
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return False
+
+
+# Loaded here because nothing may be loaded between fork and exec.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -1,0 +1,368 @@
+"""Run one stage of dvc.yaml by name: `python -m components.runtime.stage NAME`, `STAGE@ITEM` where it has a matrix.
+
+A stage is a pure function of its inputs. This file gives it what is around that: a
+digest of those inputs, a folder for checkpoints named by it, a lock, a tracker, an end
+that follows its parent's, and an exit code (1 wrong input, 3 refused by a gate).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+import yaml
+
+from components.config.model_settings import Family
+from components.config.params import InputError, Params, Refused, load_params
+from components.config.paths import Paths, find_root
+from components.runtime.process import end_on_signals, end_with_parent, only_one
+from components.tracking.mlflow_client import open_tracker
+
+STAGE_MODULES: Mapping[str, str] = {
+    "collect": "components.datasets.collect",
+    "validate": "components.validation.validate",
+    "train_tokenizer": "components.tokenization.train_tokenizer",
+    "prepare": "components.token_rows.prepare",
+    "pretrain": "components.training.pretrain",
+    "tune": "components.training.tune",
+    "finetune": "components.training.finetune",
+    "assess": "components.evaluation.assess",
+    "evaluate": "components.evaluation.evaluate",
+    "curate": "components.feedback.curate",
+    "align": "components.training.align",
+    "judge": "components.evaluation.compare_agents",
+}
+"""The module of each stage; its function has the stage's name."""
+
+ENVIRONMENT: Mapping[str, str] = {
+    # OpenMP threads wait for the next product in a short spin: to sleep and be woken between the many small ones of a
+    # step cost a quarter of the speed and more, to spin for long takes the core from whoever shares it.
+    "GOMP_SPINCOUNT": "10000",
+    # No tool reports home.
+    "DO_NOT_TRACK": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+"""Set before a stage imports its libraries, unless its caller set them."""
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+LEARNERS: Mapping[str, Family] = {
+    "tune": "decoder",
+    "classifier": "encoder",
+    "summarizer": "encoder_decoder",
+}
+"""Sections of params.yaml that one family alone reads."""
+SHARED = ("train_tokenizer", "prepare", "model", "pretrain")
+"""Sections that hold the decoder's values and, in sub-sections named as they are, the other families'."""
+
+PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
+"""A line of `StageRun.progress`, as the orchestrator reads it."""
+
+FORCE = "LOOPWRIGHT_FORCE"
+"""Environment variable: start over, without the checkpoints of an earlier run with the same inputs."""
+_STATES_KEPT = 2
+_SECONDS_FOR_DYING_WRITER = 15.0
+
+
+class Tracker(Protocol):
+    """What a stage may say to the experiment tracker; none of it slows or fails the stage."""
+
+    def params(self, values: Mapping[str, Any]) -> None: ...
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
+
+    def dataset(self, name: str, digest: str, source: str, context: str) -> None: ...
+
+    def table(self, name: str, columns: Mapping[str, list[Any]]) -> None: ...
+
+    def artifact(self, path: Path) -> None: ...
+
+    def figure(self, figure: Any, name: str) -> None: ...
+
+    def child(self, name: str) -> AbstractContextManager[Tracker]:
+        """A run within this one, such as a trial of a search."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """Everything a stage function is given."""
+
+    name: str
+    """As `--until` takes it: the stage, and behind an @ what of its matrix it runs for."""
+    params: Params
+    paths: Paths
+    state: Path
+    """Folder for resumable checkpoints, keyed by the stage's inputs; outlives a killed or failed run."""
+    tracker: Tracker
+
+    @property
+    def item(self) -> str:
+        """What of its matrix the stage runs for, such as `encoder`; empty for a stage without one."""
+        return self.name.partition("@")[2]
+
+    @property
+    def family(self) -> Family:
+        """The family of models that the stage works for."""
+        return family_of(self.name) or "decoder"
+
+    @property
+    def section(self) -> str:
+        """Where its values stand in params.yaml, such as `pretrain.encoder`."""
+        stage, _, item = self.name.partition("@")
+        if item in LEARNERS:
+            return item
+        return f"{stage}.{item}" if item and item != "decoder" else stage
+
+    def progress(self, done: int, total: int, **facts: float | str) -> None:
+        """Say how far the stage is, in one line that a person and the orchestrator can read."""
+        said = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        )
+        try:
+            print(f"{self.name}  {done}/{total}  {said}".rstrip(), flush=True)
+        except BrokenPipeError:
+            # Whoever listened was killed: end as when told to, with a checkpoint.
+            signal.raise_signal(signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage depends on, read from dvc.yaml: the one place that declares it."""
+
+    deps: dict[str, str]
+    """Content digest of each dependency, by its path."""
+    values: dict[str, Any]
+    """Resolved value of each parameter, by its dotted name."""
+
+    @property
+    def key(self) -> str:
+        """Digest of everything above: equal keys, equal results."""
+        return hashlib.sha256(json.dumps([self.deps, self.values], sort_keys=True).encode()).hexdigest()[:20]
+
+
+def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
+    """Digests of the stage's dependencies and values of its parameters.
+
+    Raises: InputError naming a dependency that does not exist and what makes it.
+    """
+    stages = read_stages(paths.root)
+    deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
+    resolved = params.model_dump(mode="json", by_alias=True)
+    family = family_of(name)
+    values = {
+        dotted: part
+        for dotted in _declared_params(stages[name])
+        if (part := family_part(dotted, _look_up(resolved, dotted), family)) is not None
+    }
+    return Inputs(deps, values)
+
+
+def read_stages(root: Path) -> dict[str, dict[str, Any]]:
+    """The `stages` of dvc.yaml by the names DVC gives them: one with a matrix or `foreach` once per item."""
+    declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
+
+
+def _instances(base: str, template: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for key, facts in template.get("foreach", {}).items():
+        item = {"${key}": key} | {f"${{item.{name}}}": str(value) for name, value in facts.items()}
+        yield f"{base}@{key}", _filled(template["do"], item)
+    if "foreach" in template:
+        return
+    stage = {key: value for key, value in template.items() if key != "matrix"}
+    axes = template.get("matrix", {})
+    for values in product(*axes.values()):
+        item = {f"${{item.{axis}}}": str(value) for axis, value in zip(axes, values, strict=True)}
+        yield "@".join([base, *(["-".join(item.values())] if item else [])]), _filled(stage, item)
+
+
+def _filled(value: Any, item: Mapping[str, str]) -> Any:
+    """The value with `${item.AXIS}` resolved in every text of it."""
+    if isinstance(value, str):
+        for axis, given in item.items():
+            value = value.replace(axis, given)
+        return value
+    if isinstance(value, Mapping):
+        return {_filled(key, item): _filled(one, item) for key, one in value.items()}
+    return [_filled(one, item) for one in value] if isinstance(value, list) else value
+
+
+def family_of(name: str) -> Family | None:
+    """The family that a stage with a matrix runs for; None where it has none: it may read of all."""
+    item = name.partition("@")[2]
+    return LEARNERS.get(item) or next((family for family in FAMILIES if family == item), None)
+
+
+def family_part(dotted: str, value: Any, family: Family | None) -> Any:
+    """What of a parameter a stage of this family reads; None when it is another family's alone."""
+    section, *keys = dotted.split(".")
+    if family is None or section not in (*LEARNERS, *SHARED):
+        return value
+    if section in LEARNERS:
+        return value if LEARNERS[section] == family else None
+    if keys:
+        return value if (keys[0] if keys[0] in FAMILIES else "decoder") == family else None
+    if family == "decoder":
+        return {key: one for key, one in (value or {}).items() if key not in FAMILIES}
+    return (value or {}).get(family, {})
+
+
+def datasets_of(name: str, stage: Mapping[str, Any], params: Params) -> list[str]:
+    """Datasets that a stage of dvc.yaml reads: those that its parameters name, less what is another family's."""
+    resolved, family = params.model_dump(mode="json", by_alias=True), family_of(name)
+    sections = [dotted for dotted in _declared_params(stage) if dotted.endswith(".dataset")]
+    named = [family_part(dotted, _look_up(resolved, dotted), family) for dotted in sections]
+    return sorted({one for given in named for one in ([given] if isinstance(given, str) else given or [])})
+
+
+def outs(stage: Mapping[str, Any]) -> list[str]:
+    """Paths of everything a stage of dvc.yaml writes: outs, metrics and plots."""
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, or of a folder's file names and contents."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = (f"{file.relative_to(path).as_posix()} {digest(file)}\n" for file in _files(path))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            yield path
+
+
+def _exists(dep: str, root: Path, stages: Mapping[str, Mapping[str, Any]]) -> bool:
+    if (root / dep).exists():
+        return True
+    makers = [name for name, stage in stages.items() if any(Path(dep).is_relative_to(out) for out in outs(stage))]
+    remedy = f'run "loopwright run --until {makers[0]}"' if makers else "restore it from git"
+    raise InputError(f"{dep}: not found; {remedy}")
+
+
+def _declared_params(stage: Mapping[str, Any]) -> list[str]:
+    """Dotted names under `params`; `all.model` and `${scale}.model` of scales.yaml both feed `model`."""
+    names: set[str] = set()
+    for entry in stage.get("params", []):
+        if isinstance(entry, dict):
+            names.update(dotted.rpartition(".")[2] for keys in entry.values() for dotted in keys)
+        else:
+            names.add(entry)
+    return sorted(names)
+
+
+def _look_up(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values[part]
+    return values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    flattened: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[f"{prefix}{key}"] = value
+    return flattened
+
+
+def stage_function(name: str) -> Any:
+    stage = name.partition("@")[0]
+    return getattr(importlib.import_module(STAGE_MODULES[stage]), stage)
+
+
+def run_stage(name: str, root: Path) -> int:
+    """Run one stage in this process and return its exit code."""
+    paths = Paths(root)
+    started, message = time.time(), ""
+    try:
+        with only_one(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
+            _run_locked(name, paths)
+        code = 0
+    except (InputError, Refused) as error:
+        message, code = str(error), 3 if isinstance(error, Refused) else 1
+        print(message, file=sys.stderr, flush=True)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        _report(paths, name, started, code, f"{type(error).__name__}: {error}")
+        raise
+    _report(paths, name, started, code, message)
+    return code
+
+
+def _run_locked(name: str, paths: Paths) -> None:
+    params = load_params(paths.params)
+    inputs = stage_inputs(name, paths, params)
+    # What a killed writer left behind; and a link into the DVC cache must not be written through.
+    for out in outs(read_stages(paths.root)[name]):
+        remove(paths.root / out)
+    with open_tracker(name, inputs.key, paths.home) as tracker:
+        tracker.params(flat(inputs.values))
+        for dep, content in inputs.deps.items():
+            if dep.startswith("data/"):
+                tracker.dataset(dep, content, dep, "input")
+        stage_function(name)(StageRun(name, params, paths, _state(name, inputs.key, paths), tracker))
+        tracker.artifact(paths.metrics / f"{name}.json")
+
+
+def _state(name: str, key: str, paths: Paths) -> Path:
+    """The folder of resumable checkpoints for these inputs; older ones go."""
+    folder = paths.home / "checkpoints" / name / key
+    if os.environ.get(FORCE):
+        remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    newest_first = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for old in newest_first[_STATES_KEPT:]:
+        remove(old)
+    return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
+    """Leave how the stage ended where the orchestrator, and `status`, find it."""
+    report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
+    (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def main() -> None:
+    """The command line: one argument, the stage's name."""
+    end_with_parent()
+    end_on_signals()
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    name, root = sys.argv[1] if len(sys.argv) == 2 else "", find_root()
+    if name not in (stages := read_stages(root)):
+        print(f"components.runtime.stage: {name!r} is no stage; one of {', '.join(stages)}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run_stage(name, root))
+
+
+if __name__ == "__main__":
+    main()

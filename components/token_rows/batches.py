@@ -1,0 +1,154 @@
+"""Packed token rows as batches: memory-mapped rows and an order that needs no memory.
+
+The rows of step s are a pure function of (seed, s), so the state of the sampler is the step number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from components.config.params import InputError
+
+IGNORED = -100
+"""Label of a position that is not learned."""
+Batch = dict[str, Tensor]
+Indices = npt.NDArray[np.int64]
+
+
+class Rows(Protocol):
+    """What the training loop draws its batches from."""
+
+    folder: Path
+    seq_len: int
+    vocab_size: int
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, indices: Indices) -> Indices:
+        """Tokens of each of these rows: micro-batches hold rows about as long as each other."""
+
+    def batch(self, indices: Indices, step: int = 0) -> Batch:
+        """Rows drawn in a step, by number: what is random about one is a function of seed, step and row."""
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that a batch gives to read, padding left out."""
+    return sum(int((batch[name] != 0).sum()) for name in _REAL if name in batch)
+
+
+_REAL = ("segment_ids", "attention_mask", "decoder_attention_mask")
+"""Not zero where a token is no padding; a batch has the first, or the others."""
+
+
+class TokenRows:
+    """One split of a folder that `prepare` wrote; rows are read from disk when asked for."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        try:
+            info = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f'{folder}: no token rows; run "loopwright run --until prepare"') from None
+        self.folder, self.split = folder, split
+        self.seq_len, self.vocab_size = int(info["seq_len"]), int(info["vocab_size"])
+        self.count = int(info["rows"].get(split, 0))
+        self._ids = self._map("ids", np.dtype(info["dtype"]).newbyteorder("<"))
+        self._segments = self._map("segments", np.dtype("<u2"))
+        self._mask = self._map("mask", np.dtype("u1"))
+
+    def _map(self, name: str, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+        path = self.folder / f"{self.split}.{name}.bin"
+        shape = (self.count, self.seq_len)
+        if not self.count:
+            return np.zeros(shape, dtype)
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self.count * self.seq_len * dtype.itemsize:
+            expected = self.count * self.seq_len * dtype.itemsize
+            raise InputError(f'{path}: {size} bytes, expected {expected}; run "loopwright run --until prepare"')
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def lengths(self, indices: Indices) -> Indices:
+        """All the same."""
+        return np.full(len(indices), self.seq_len)
+
+    def batch(self, indices: Indices, step: int = 0) -> Batch:
+        """input_ids, labels, segment_ids and position_ids, each (B, T) int64.
+
+        labels[t] is the token after t where both are of one document and that one is to be learned, else IGNORED.
+        """
+        order = np.asarray(indices)
+        ids = self._ids[order].astype(np.int64)
+        segments = self._segments[order].astype(np.int64)
+        learned = self._mask[order] != 0
+        labels = np.full_like(ids, IGNORED)
+        wanted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0) & learned[:, 1:]
+        labels[:, :-1][wanted] = ids[:, 1:][wanted]
+        arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def learned_share(self) -> tuple[int, int]:
+        """How many tokens are marked to be learned, and how many there are without padding."""
+        learned = tokens = 0
+        for start in range(0, self.count, 4096):
+            real = self._segments[start : start + 4096] != 0
+            tokens += int(real.sum())
+            learned += int(((self._mask[start : start + 4096] != 0) & real).sum())
+        return learned, tokens
+
+
+def _positions(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Positions counted from the start of each document of a row."""
+    place = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
+    starts = np.zeros_like(segments)
+    starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], place[:, 1:], 0)
+    return place - np.maximum.accumulate(starts, axis=1)
+
+
+class Sampler:
+    """Every row once per epoch, in a new pseudo-random order each epoch.
+
+    The order is a Feistel permutation with cycle walking: row i of an epoch is computed, not stored.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, rows: int, seed: int) -> None:
+        if rows < 1:
+            raise InputError("Sampler: 0 rows; there is nothing to learn from")
+        self.rows, self.seed = rows, seed
+        self._half_bits = max(1, ((rows - 1).bit_length() + 1) // 2)
+
+    def step(self, step: int, batch_size: int) -> Indices:
+        """Row numbers of one step's batch; batches run on over the ends of epochs."""
+        drawn = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+        epochs, places = drawn // self.rows, drawn % self.rows
+        chosen = np.empty_like(drawn)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            chosen[here] = self._permute(places[here], int(epoch))
+        return chosen
+
+    def _permute(self, places: Indices, epoch: int) -> Indices:
+        keys = np.random.default_rng([self.seed, epoch]).integers(0, 2**63, size=self.ROUNDS, dtype=np.uint64)
+        values = self._feistel(places.astype(np.uint64), keys)
+        while (outside := values >= self.rows).any():  # the cipher's range is up to four times the rows
+            values[outside] = self._feistel(values[outside], keys)
+        return values.astype(np.int64)
+
+    def _feistel(self, values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        bits, mask = np.uint64(self._half_bits), np.uint64(2**self._half_bits - 1)
+        left, right = values >> bits, values & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        return (left << bits) | right

@@ -1,0 +1,156 @@
+"""Stage: datasets to rows of tokens, in bounded memory: packed (packing.py) or of variable length, by family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from components.config.params import InputError
+from components.datasets.formats import PRETRAINED, Kind, read_info, read_rows, refuse_other_kinds, write_json
+from components.runtime.stage import StageRun
+from components.token_rows.augmentation import Piece, copying_rows, with_noise
+from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
+from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, tuned_tokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer
+
+BATCH = 512
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
+
+
+def prepare(run: StageRun) -> None:
+    """Write a folder per objective of the family into `data/tokens/FAMILY`.
+
+    Raises: InputError when a dataset is of the wrong kind or leaves nothing to learn.
+    """
+    params = run.params
+    section = "pretrain" if run.family == "decoder" else f"pretrain.{run.family}"
+    documents = _folders(run, section, params.pretrain.of(run.family).datasets, PRETRAINED[run.family])
+    match run.family:
+        case "decoder":
+            chats = _folders(run, "tune", params.tune.datasets, ("conversations",))
+            metrics = _prepare_decoder(run, documents, chats)
+        case "encoder":
+            labelled = _folders(run, "classifier", params.classifier.datasets, ("labelled_texts",))
+            metrics = prepare_encoder(run, documents, labelled)
+        case "encoder_decoder":
+            pairs = _folders(run, "summarizer", params.summarizer.datasets, ("text_pairs",))
+            metrics = prepare_encoder_decoder(run, documents, pairs)
+    write_json(run.paths.metrics / f"{run.name}.json", metrics)
+    run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})
+
+
+def _prepare_decoder(run: StageRun, documents: list[Path], conversations: list[Path]) -> dict[str, dict[str, int]]:
+    tokenizer = ChatTokenizer.load(run.paths.tokenizer(run.family))
+    metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
+    run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
+    metrics["tune"] = _prepare_conversations(run, ChatTokenizer.load(tuned_tokenizer(run)), conversations)
+    run.progress(2, 2, rows=metrics["tune"]["train_rows"])
+    return metrics
+
+
+def _folders(run: StageRun, section: str, datasets: list[str], learned: Sequence[Kind]) -> list[Path]:
+    folders = [run.paths.collected / name for name in datasets]
+    for folder in folders:
+        info = read_info(folder)
+        refuse_other_kinds(section, info.name, info.kind, learned)
+    return folders
+
+
+def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Path]) -> dict[str, int]:
+    rows = _Rows(run, tokenizer, "pretrain")
+    for split in ("train", "test"):
+        writer = rows.writer(split)
+        for folder in folders:
+            fill_rows(_documents(tokenizer, folder, split), writer)
+        if split == "train":
+            share = run.params.prepare.copy_share
+            names = _names(folders)
+            for row in copying_rows(
+                names, tokenizer, int(writer.rows * share / (1 - share)), writer.seq_len, run.params.seed
+            ):
+                writer.add(row)
+    return rows.close({})
+
+
+def _prepare_conversations(run: StageRun, tokenizer: ChatTokenizer, folders: list[Path]) -> dict[str, int]:
+    rows = _Rows(run, tokenizer, "tune")
+    too_long = 0
+    for split in ("train", "test"):
+        for folder in folders:
+            pieces = _conversations(tokenizer, folder, split)
+            if split == "train":
+                pieces = _practised(pieces, run, tokenizer)
+            too_long += pack_rows(pieces, rows.writer(split))
+    return rows.close({"too_long": too_long})
+
+
+def _documents(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterator[Piece]:
+    texts = (row["text"] for row in read_rows(folder, split, ["text"]))
+    while batch := list(islice(texts, BATCH)):
+        for ids in tokenizer.encode_batch(batch):
+            yield [tokenizer.document_id, *ids, tokenizer.end_id], [0] + [1] * (len(ids) + 1)
+
+
+def _conversations(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterator[Piece]:
+    chats = ((row["messages"], row["tools"]) for row in read_rows(folder, split, ["messages", "tools"]))
+    while batch := list(islice(chats, BATCH)):
+        yield from tokenizer.encode_chats(batch)
+
+
+def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer) -> Iterator[Piece]:
+    """The conversations, and a share of them once more with noise in what they copy."""
+    random = np.random.default_rng(run.params.seed)
+    for ids, mask in pieces:
+        yield ids, mask
+        if random.random() < run.params.prepare.noise_share:
+            noisy = with_noise(ids, random, tokenizer)
+            if noisy:
+                yield noisy, mask
+
+
+def _names(folders: list[Path], limit: int = 5_000) -> list[str]:
+    """Names from the training text itself, so that what is copied looks like what will be asked."""
+    found: dict[str, None] = {}
+    for folder in folders:
+        for row in read_rows(folder, "train", ["text"]):
+            found.update(dict.fromkeys(name for name in _NAME.findall(row["text"][:4_000]) if len(name) > 5))
+            if len(found) >= limit:
+                return list(found)[:limit]
+    return list(found)
+
+
+class _Rows:
+    """The writers of one objective's folder and, at the end, its `rows.json`."""
+
+    def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str) -> None:
+        self._folder = run.paths.tokens(run.family) / objective
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._objective, self._tokenizer, self._seq_len = objective, tokenizer, run.params.prepare.seq_len
+        self._writers: dict[str, RowWriter] = {}
+
+    def writer(self, split: str) -> RowWriter:
+        if split not in self._writers:
+            self._writers[split] = RowWriter(self._folder, split, self._seq_len, id_type(self._tokenizer))
+        return self._writers[split]
+
+    def close(self, dropped: dict[str, int]) -> dict[str, int]:
+        for writer in self._writers.values():
+            writer.close()
+        train = self._writers["train"]
+        if not train.learned:
+            said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+            raise InputError(
+                f"params.yaml: {self._objective}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
+                f" ({said or 'it is empty'}); add rows or raise prepare.seq_len"
+            )
+        write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers)
+        counts = {
+            f"{split}_{name}": getattr(writer, name)
+            for split, writer in self._writers.items()
+            for name in ("rows", "tokens", "learned")
+        }
+        return counts | dropped

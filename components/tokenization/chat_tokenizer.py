@@ -1,0 +1,331 @@
+"""Text to token ids and back: byte-level BPE that splits names and digits so that copying is learnable.
+
+Chats are rendered by the Jinja template that lies in the model folder, the same at training and
+serving; its `generation` block is the training mask. Call arguments stand as raw text, one
+spelling with the user's words, unless the text could be read as JSON.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from components.config.params import InputError
+from components.tokenization.chat_templates import (
+    compile_template,
+    defused,
+    marked_pieces,
+    plain_message,
+    read_template,
+)
+
+SPECIAL_TOKENS = (
+    "<|pad|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|call|>",
+    "<|argument|>",
+    "<|value|>",
+    "<|tools|>",
+    "<|document|>",
+)
+TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+
+# Words take a leading space, except a name's first (dotted, underscored or camelCase): behind a space
+# or a quote, a name is spelled alike. Parts of camelCase, each digit, mark and underscore stand alone.
+_SPACE = r"(?: (?![\p{L}\p{N}_]*(?:[\p{Ll}\p{N}]\p{Lu}|_|\.[\p{L}_])))?"
+SPLIT = (
+    rf"{_SPACE}\p{{Lu}}+(?!\p{{Ll}})|{_SPACE}\p{{Lu}}?[\p{{Ll}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+|\p{{N}}"
+    r"|\s+(?!\S)|\s|[^\s\p{L}\p{N}]"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call that the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn: words, calls, or both."""
+
+    content: str
+    calls: tuple[Call, ...] = ()
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn byte-level BPE merges; `vocab_size` counts the special tokens and the 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face's loaders expect them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATE_FILE.read_text(encoding="utf-8"),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class ChatTokenizer:
+    """The tokenizer of a model folder together with its chat template."""
+
+    native = True
+    """Of this project's make: calls are tokens and text that a grammar can hold to their schema."""
+    _special = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
+    """The beginning of a special token spelled out."""
+    _variables: Mapping[str, str] = {}
+    """What the template may name beside the chat."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        self._tokenizer = tokenizer
+        # Text never turns into a special token: rendered chats name theirs explicitly (see _parts).
+        self._tokenizer.encode_special_tokens = True
+        self._template = compile_template(template)
+        self._ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in SPECIAL_TOKENS}
+        self._names = {number: token for token, number in self._ids.items()}
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.pad_id: int = self._ids["<|pad|>"]
+        self.end_id: int = self._ids["<|end|>"]
+        self.document_id: int = self._ids["<|document|>"]
+        self.value_id: int = self._ids["<|value|>"]
+        self.tool_id: int = self._ids["<|tool|>"]
+
+    @classmethod
+    def load(cls, folder: Path) -> ChatTokenizer:
+        """Read a tokenizer or model folder.
+
+        Raises: InputError when a file is missing or unreadable.
+        """
+        # The library's threads and a forked stage do not mix; it only warns where this is not said.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except Exception as error:
+            raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+        template = read_template(folder, config)
+        if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
+            return ChatTokenizer(tokenizer, template)
+        from components.tokenization.hf_tokenizer import ForeignTokenizer  # it builds on this module
+
+        return ForeignTokenizer(tokenizer, template, config, folder)
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """The special tokens of chats and their ids."""
+        return self._ids
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        """The bytes of each token id; empty for special tokens."""
+        alphabet = byte_of_character()
+        table = [b""] * self.vocab_size
+        for text, number in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            if number not in self._names:
+                table[number] = bytes(alphabet[character] for character in text)
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; nothing in it is read as a special token."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, on all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens have none, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self._bytes[number] for number in ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, number: int) -> bytes:
+        """The bytes of one id; none for a special token."""
+        return self._bytes[number]
+
+    def stream(self) -> TextStream:
+        """Turn ids into text one at a time."""
+        return TextStream(self._bytes)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat as one text, special tokens spelled out."""
+        return "".join(text for text, _ in self._render(messages, tools, add_generation_prompt))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a chat and their training mask (1: the model writes this token, learn it)."""
+        return self.encode_chats([(messages, tools)], add_generation_prompt)[0]
+
+    def encode_chats(
+        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
+    ) -> list[tuple[list[int], list[int]]]:
+        """`encode_chat` of many `(messages, tools)`, with one call to the tokenizer for all their text."""
+        rendered = [self._parts(messages, tools, add_generation_prompt) for messages, tools in chats]
+        encoded = iter(self.encode_batch([text for parts in rendered for text, number, _ in parts if number is None]))
+        chats_ids = []
+        for parts in rendered:
+            ids: list[int] = []
+            mask: list[int] = []
+            for _, number, learned in parts:
+                piece = next(encoded) if number is None else [number]
+                ids += piece
+                mask += [int(learned)] * len(piece)
+            chats_ids.append((ids, mask))
+        return chats_ids
+
+    def parse_turn(self, ids: Iterable[int]) -> Turn:
+        """Read what the model wrote after <|assistant|>, up to <|end|>."""
+        fields = list(self._fields(ids))
+        content = "".join(text for kind, text in fields if kind == "")
+        calls: list[Call] = []
+        key = ""
+        for kind, text in fields:
+            if kind == "<|call|>":
+                calls.append(Call(text, {}))
+            elif kind == "<|argument|>":
+                key = text
+            elif kind == "<|value|>" and calls:
+                calls[-1].arguments[key] = read_value(text)
+        return Turn(content, tuple(calls))
+
+    def _fields(self, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """`(special token, text after it)`; the first has no token before it."""
+        kind, piece = "", list[int]()
+        for number in ids:
+            if number not in self._names:
+                piece.append(number)
+                continue
+            yield kind, self.decode(piece).removeprefix(" ")
+            kind, piece = self._names[number], []
+            if number == self.end_id:
+                return
+        yield kind, self.decode(piece).removeprefix(" ")
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> list[tuple[str, bool]]:
+        """`(text, the model writes it)` in order."""
+        if isinstance(tools, str):
+            tools = json.loads(tools)
+        try:
+            rendered = self._template.render(
+                messages=[plain_message(message, self._special) for message in messages],
+                tools=defused(tools, self._special) or None,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
+        return list(marked_pieces(rendered))
+
+    def _parts(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool
+    ) -> list[tuple[str, int | None, bool]]:
+        """`(text, its id when it is a special token of the template, the model writes it)` in order."""
+        return [
+            (part, self._ids.get(part), learned)
+            for text, learned in self._render(messages, tools, prompt)
+            for part in _RENDERED.split(text)
+            if part
+        ]
+
+
+_RENDERED = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
+
+
+class TextStream:
+    """Ids in, text out, never half a character."""
+
+    def __init__(self, table: Sequence[bytes]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, number: int) -> str:
+        """Text that became complete with this id; may be empty."""
+        return self._decoder.decode(self._table[number])
+
+    def flush(self) -> str:
+        """What is left: U+FFFD when the last character never became whole."""
+        return self._decoder.decode(b"", final=True)
+
+
+def stands_bare(text: str) -> bool:
+    """Whether the template writes this string as it stands: nothing reads it as JSON."""
+    return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
+
+
+def read_value(text: str) -> Any:
+    """The inverse of the template's rule for argument values."""
+    if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
+        try:
+            return json.loads(text, parse_float=_finite, parse_int=_integer)
+        except ValueError:
+            return text
+    return text
+
+
+def _finite(text: str) -> float:
+    """A number, at most the largest there is: infinity is no JSON."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
+
+
+def _integer(text: str) -> int:
+    """A whole number of any length, also where Python would refuse to read one so long."""
+    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def byte_of_character() -> dict[str, int]:
+    """The printable stand-in of each byte in byte-level BPE (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    for offset, byte in enumerate(sorted(set(range(256)) - set(printable))):
+        table[chr(256 + offset)] = byte
+    return table

@@ -1,0 +1,161 @@
+"""Tokenizers of the encoder and the encoder-decoder: byte-level BPE in Hugging Face's format, so nothing is unknown.
+
+The encoder's reads text without regard to case, as uncased BERT does: `[CLS] text [SEP]`, or `[CLS] a [SEP] b [SEP]`.
+The encoder-decoder's keeps every character, and splits names and digits as the decoder's does: `text </s>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+from components.config.params import InputError
+from components.tokenization.chat_tokenizer import SPLIT
+
+PAD, CLS, SEP, MASK = ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+ENCODER_DECODER_TOKENS = ("<pad>", "</s>", *SENTINELS)
+_WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]|\s"
+
+
+def train_encoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn the encoder's tokenizer; `vocab_size` counts the special tokens and the 256 bytes."""
+    tokenizer = _untrained(_WORDS)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+            normalizers.Prepend(" "),
+        ]
+    )
+    _train(tokenizer, texts, vocab_size, ENCODER_TOKENS)
+    ends = [(token, ENCODER_TOKENS.index(token)) for token in (CLS, SEP)]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=ends
+    )
+    return tokenizer
+
+
+def train_encoder_decoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn the encoder-decoder's tokenizer; `vocab_size` counts the special tokens and the 256 bytes."""
+    tokenizer = _untrained(SPLIT)
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    _train(tokenizer, texts, vocab_size, ENCODER_DECODER_TOKENS)
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ENCODER_DECODER_TOKENS.index("</s>"))]
+    )
+    return tokenizer
+
+
+def _untrained(split: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _train(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face's loaders expect them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if tokenizer.token_to_id(MASK) is not None:
+        roles = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    else:
+        roles = {"pad_token": "<pad>", "eos_token": "</s>"}
+        inputs = ["input_ids", "attention_mask"]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **roles,
+        "model_input_names": inputs,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class TextTokenizer:
+    """The tokenizer of an encoder's or encoder-decoder's folder."""
+
+    def __init__(self, tokenizer: Tokenizer, pad: str) -> None:
+        self._tokenizer = tokenizer
+        # Text never turns into a special token.
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size: int = tokenizer.get_vocab_size()
+        self.pad_id = self.id_of(pad)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """Read a tokenizer or model folder.
+
+        Raises: InputError when a file is missing or unreadable.
+        """
+        # The library's threads and a forked stage do not mix; it only warns where this is not said.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (folder / name).is_file():
+                raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            pad = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
+        except Exception as error:
+            raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+        # What a foreign folder cuts and pads is decided by who asks.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, pad if isinstance(pad, str) else pad["content"])
+
+    def id_of(self, token: str) -> int:
+        """The id of a special token.
+
+        Raises: InputError when there is none.
+        """
+        number = self._tokenizer.token_to_id(token)
+        if number is None:
+            raise InputError(f"tokenizer.json: special token {token!r} is missing; train it with this project")
+        return int(number)
+
+    @property
+    def sentinels(self) -> list[int]:
+        """Ids of `<extra_id_0>` and those behind it, as many as there are."""
+        found = (self._tokenizer.token_to_id(token) for token in SENTINELS)
+        return [number for number in found if number is not None]
+
+    @property
+    def regular(self) -> range:
+        """Ids of tokens that are not special: these come first."""
+        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        return range(max(special, default=-1) + 1, self.vocab_size)
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Ids of texts, on all cores; with `special`, what the model reads around a text too."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+    def encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """The texts' tokens with the number of each one's word, special tokens apart."""
+        return list(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; special tokens have none."""
+        return str(self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=True)).removeprefix(" ")

@@ -1,0 +1,358 @@
+"""The only door to MLflow: runs of stages, carried from their journals, and models that predict.
+
+SQLite and plain files under the state folder, or the server that MLFLOW_TRACKING_URI names.
+Run ids are always passed explicitly; MLflow is imported when it is first needed (seconds).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.params import InputError
+from components.runtime.model_tasks import Task, task_of
+from components.runtime.process import alive, only_one
+from components.tracking.event_log import Journal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from components.tracking.traces import Trace
+
+EXPERIMENT = "loopwright"
+DATABASE = "mlflow.db"
+"""In the folder `mlflow` of the state folder."""
+COURIER = "LOOPWRIGHT_COURIER"
+"""Environment variable with the process that carries journals for everyone."""
+
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    # A server that does not answer must not hold a stage for minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # They are written from a thread of our own, which shall know that they are.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
+_LOADERS: Mapping[Task, str] = {
+    "chat": "components.agent.pyfunc",
+    "classify": "components.inference.pyfunc",
+    "summarize": "components.inference.pyfunc",
+}
+"""The module that loads a model folder for MLflow, by what the model is for."""
+_MAX_BATCH = 1000
+_MAX_PARAM = 500
+_DATABASE_SECONDS = 120.0
+
+
+def connect(home: Path) -> MlflowClient:
+    """A client for the state folder's database, made on first use, or for MLFLOW_TRACKING_URI."""
+    for variable, value in _SETTINGS.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient
+
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = given or f"sqlite:///{home / 'mlflow' / DATABASE}"
+    client = MlflowClient(uri, uri)
+    try:
+        # Two processes that create the tables at once would trip over each other.
+        with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                files = None if given else (home / "mlflow" / "artifacts").as_uri()
+                client.create_experiment(EXPERIMENT, artifact_location=files)
+    except errors() as error:
+        if not given:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"MLFLOW_TRACKING_URI: {given}: {said}; start that server, or unset the variable") from error
+    return client
+
+
+def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:
+    """Start a run and return its id."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    own = {"mlflow.source.name": "loopwright", "mlflow.source.type": "PROJECT", **tags}
+    if parent:
+        own["mlflow.parentRunId"] = parent
+    run_id: str = client.create_run(experiment, start_time=start_ms, tags=own, run_name=name).info.run_id
+    return run_id
+
+
+def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
+    """Mark runs of that name in this state folder that still seem to run; their caller knows that none does."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    seeming = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.home = '{home}'"
+    for run in client.search_runs([experiment], seeming):
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+@contextmanager
+def open_tracker(stage: str, key: str, home: Path) -> Iterator[Journal]:
+    """A tracker for one stage; carries its journal itself when no run of the orchestrator does."""
+    folder = home / "tracking"
+    carried = alive(int(os.environ.get(COURIER, "0")))
+    courier = None if carried else Courier(home)
+    if courier:
+        courier.start()
+    try:
+        with Journal(folder, stage, key) as journal:
+            yield journal
+    finally:
+        if courier:
+            courier.finish()
+
+
+class Courier(threading.Thread):
+    """Carries journals to MLflow in the background while a run goes on."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__(name="courier", daemon=True)
+        self.folder = home / "tracking"
+        self._home = home
+        self._finishing = threading.Event()
+        self._client: MlflowClient | None = None
+
+    def finish(self, seconds: float = 60.0) -> None:
+        """Carry what is there, waiting no longer than `seconds`; the rest goes with the next run."""
+        self._finishing.set()
+        self.join(seconds)
+
+    def run(self) -> None:
+        while True:
+            last = self._finishing.is_set()
+            trouble = self._round(patience=10.0 if last else 0.0)
+            if last:
+                break
+            self._finishing.wait(5.0 if trouble else 1.0)
+        if trouble:
+            print(f"tracking: {trouble}; kept in {self.folder}, goes with the next run", file=sys.stderr, flush=True)
+
+    def _round(self, patience: float) -> str:
+        """Carry what is new; returns what went wrong. One courier at a time: it carries everyone's journals."""
+        try:
+            self._client = self._client or connect(self._home)
+            with only_one(self.folder, "courier", patience):
+                for lines in sorted(self.folder.glob("*/lines.jsonl")):
+                    _carry(self._client, lines.parent)
+        except InputError as error:
+            return str(error)
+        except errors() as error:
+            return " ".join(f"MLflow: {error}".split())[:300]
+        return ""
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What may go wrong between us and MLflow."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, OSError, ValueError)
+
+
+def _carry(client: MlflowClient, folder: Path) -> None:
+    """Send the lines of one journal that were not sent yet; a finished journal is removed."""
+    memory = folder / "delivered.json"
+    sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0, "children": {}}
+    if memory.exists():
+        sent = json.loads(memory.read_text())
+    with (folder / "lines.jsonl").open("rb") as file:
+        file.seek(sent["offset"])
+        read = file.read()
+    whole = read.rpartition(b"\n")[0]
+    end = sent["offset"] + len(read)
+    events = [event for line in whole.splitlines() if (event := _parsed(line))]
+    if events and events[0]["kind"] == "start" and "child" not in events[0]:
+        start = events[0]
+        sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
+        sent["pid"] = start["pid"]
+        memory.write_text(json.dumps(sent))
+    if not sent["run_id"]:
+        return
+    own = [event for event in events if "child" not in event]
+    _send(client, sent["run_id"], own, folder)
+    _carry_children(client, sent, [event for event in events if "child" in event], folder)
+    sent["offset"] += len(whole) + 1 if whole else 0
+    memory.write_text(json.dumps(sent))
+    ends = [event for event in own if event["kind"] == "end"]
+    if not ends and alive(sent["pid"]):
+        return
+    if not ends and (folder / "lines.jsonl").stat().st_size > end:
+        _carry(client, folder)  # it ended while its earlier lines were on their way; now nothing more can come
+        return
+    last = ends[-1] if ends else {"status": "KILLED", "time": None}
+    for run_id in (*sent["children"].values(), sent["run_id"]):
+        client.set_terminated(run_id, last["status"], last["time"])
+    shutil.rmtree(folder)
+
+
+def _carry_children(client: MlflowClient, sent: dict[str, Any], events: list[dict[str, Any]], folder: Path) -> None:
+    """Send what is of runs within the run; `sent["children"]` are those that have not ended, by their number."""
+    for number in dict.fromkeys(str(event["child"]) for event in events):
+        told = [event for event in events if str(event["child"]) == number]
+        if told[0]["kind"] == "start":
+            start = told[0]
+            sent["children"][number] = create_run(client, start["name"], start["tags"], sent["run_id"], start["time"])
+        run_id = sent["children"].get(number)
+        if run_id is None:  # its beginning was torn off by a full disk
+            continue
+        _send(client, run_id, told, folder)
+        if told[-1]["kind"] == "end":
+            client.set_terminated(run_id, told[-1]["status"], told[-1]["time"])
+            del sent["children"][number]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line, or None for one that a full disk has torn."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return event
+
+
+def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
+    metrics = [entry for event in events if event["kind"] == "metrics" for entry in _entries(event)]
+    log_metrics(client, run_id, metrics)
+    for event in events:
+        try:
+            _send_one(client, run_id, event, folder)
+        except errors() as error:
+            # One line that MLflow will never take must not hold up those behind it.
+            if not isinstance(error, ValueError) and not is_missing(error):
+                raise
+            print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
+
+
+def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folder: Path) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    match event["kind"]:
+        case "params":
+            values = [Param(mlflow_name(key), str(value)[:_MAX_PARAM]) for key, value in event["values"].items()]
+            for first in range(0, len(values), 100):
+                client.log_batch(run_id, params=values[first : first + 100])
+        case "dataset":
+            source = json.dumps({"uri": event["source"]})
+            data = Dataset(event["name"], event["digest"][:36], source_type="local", source=source)
+            client.log_inputs(run_id, [DatasetInput(data, [InputTag("mlflow.data.context", event["context"])])])
+        case "table":
+            import pandas as pd
+
+            # As objects: MLflow asks pandas for columns of that type, and pandas warns when it finds text instead.
+            client.log_table(run_id, pd.DataFrame(event["columns"], dtype=object), event["name"])
+        case "artifact":
+            path = folder / event["path"]
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), path.name)
+            else:
+                client.log_artifact(run_id, str(path))
+
+
+def _entries(event: Mapping[str, Any]) -> list[tuple[str, float, int, int]]:
+    return [(key, value, event["time"], event["step"]) for key, value in event["values"].items()]
+
+
+def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, float, int, int]]) -> None:
+    """Log `(name, value, time in ms, step)` entries in as few requests as MLflow takes."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(mlflow_name(key), *rest) for key, *rest in entries]
+    for first in range(0, len(metrics), _MAX_BATCH):
+        client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
+
+
+def attach(client: MlflowClient, run_id: str, given: Path | str, text: str | None = None) -> None:
+    """Keep a file with a run, or a text under a name."""
+    if text is None:
+        client.log_artifact(run_id, str(given))
+    else:
+        client.log_text(run_id, text, str(given))
+
+
+def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path | None:
+    """Fetch a file that was kept with a run into a folder; None where there is none."""
+    if not any(found.path == name for found in client.list_artifacts(run_id)):
+        return None
+    return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+def mlflow_name(key: str) -> str:
+    """A name, or a tag's key, in the letters, digits and _-. :/ that MLflow allows."""
+    return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
+
+
+def write_trace(client: MlflowClient, trace: Trace) -> None:
+    """Keep the steps of one answer, with the times they took."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # see save_pyfunc
+        import mlflow.pyfunc  # which starting a trace imports
+
+    whole, parts, facts = trace
+    # Traces go where the process's own address says, whatever the client's.
+    if mlflow.get_tracking_uri() != client.tracking_uri:
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(client.tracking_uri)
+        if given is None:  # that also tells it to every process we start, and to whoever opens another state folder
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    root = client.start_trace(
+        whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)
+    )
+    for part in parts:
+        span = client.start_span(
+            part.name, root.trace_id, root.span_id, part.kind, part.inputs, start_time_ns=_ns(part.start)
+        )
+        client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
+    client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def save_pyfunc(folder: Path, path: Path) -> None:
+    """Write an MLflow model around a model folder; our own code goes along, so that it loads anywhere."""
+    with warnings.catch_warnings():
+        # MLflow warns of types in its own code while it is imported.
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import AnyType
+
+    loader = importlib.import_module(_LOADERS[task_of(folder)])
+    logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)  # wants to know pip's version
+    kinds = {int: DataType.long, float: DataType.double}
+    settings = ParamSchema([ParamSpec(key, kinds[type(value)], value) for key, value in loader.DEFAULTS.items()])
+    # One unnamed column of any type: strings, or a frame with a column of texts or of messages.
+    signature = ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec(DataType.string)]), settings)
+    mlflow.pyfunc.save_model(
+        path,
+        loader_module=loader.__name__,
+        data_path=str(folder),
+        code_paths=[str(Path(__file__).parents[1])],
+        signature=signature,
+        input_example=[loader.EXAMPLE],
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDED],
+    )
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow says that it has no such thing, or that the name cannot be one."""
+    return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

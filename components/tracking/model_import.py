@@ -1,0 +1,141 @@
+"""Model folders from elsewhere into the registry: checked whole, then kept as they are, tokenizer and template too.
+
+Nothing is taken that could run: weights are safetensors, code and pickles stay behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.agent.agent import Agent
+from components.config.model_settings import Family
+from components.config.params import InputError
+from components.models.checkpoint import INDEX, check_model, weight_files
+from components.models.decoder import Decoder
+from components.models.encoder import Encoder
+from components.models.encoder_decoder import EncoderDecoder
+from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
+from components.tracking.registry import ModelVersion, Registry
+
+GOVERNED = ("agent", "classifier", "summarizer")
+"""Models whose champion a gate chooses."""
+KEPT = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "agent.json",
+    "knowledge.sqlite",
+)
+"""Files of a model folder that are taken along, beside its weights."""
+NEEDED = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
+"""Tokens, beside the one that pads, without which a family reads nothing."""
+FAMILIES: dict[type[Any], Family] = {Decoder: "decoder", Encoder: "encoder", EncoderDecoder: "encoder_decoder"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a model folder turned out to hold."""
+
+    family: Family
+    architecture: str
+    parameters: int
+    vocab_size: int
+
+
+def look_at(folder: Path) -> Found:
+    """Check that a folder holds a model that we can run and train, with its tokenizer.
+
+    Raises: InputError naming what is missing, unknown, misshapen or not supported.
+    """
+    model: Any = check_model(folder)
+    family = next(family for kind, family in FAMILIES.items() if isinstance(model, kind))
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(f"{folder / 'tokenizer.json'}: not found; save the model's fast tokenizer with it")
+    tokens = (
+        Agent.load(folder, model.config.max_seq_len).tokenizer.vocab_size
+        if family == "decoder"
+        else _count_tokens(folder, family)
+    )
+    if tokens > model.config.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
+            " config.json; give the tokenizer that the model was trained with"
+        )
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    return Found(family, architecture, model.num_parameters, model.config.vocab_size)
+
+
+def _count_tokens(folder: Path, family: Family) -> int:
+    tokenizer = TextTokenizer.load(folder)
+    for token in NEEDED[family]:
+        tokenizer.id_of(token)
+    return tokenizer.vocab_size
+
+
+def bring_in(folder: Path, found: Found, name: str, registry: Registry) -> ModelVersion:
+    """Register a model folder that was looked at; where no gate governs the name, the version is its champion.
+
+    Raises: InputError when the disk is full.
+    """
+    tags = {"imported_from": str(folder.resolve()), "architecture": found.architecture, "family": found.family}
+    registry.home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
+        clean = Path(scratch) / name
+        copy_model(folder, clean)
+        metrics = {"parameters": float(found.parameters)}
+        version = registry.register(clean, name, metrics, tags, None)
+    if name not in GOVERNED:
+        registry.promote(version)
+    return registry.resolve(str(version))
+
+
+def copy_model(folder: Path, place: Path) -> None:
+    """Copy what a model folder consists of, and nothing else that lies there.
+
+    Raises: InputError when the disk is full or the place cannot be written.
+    """
+    try:
+        place.mkdir(parents=True)
+        for file in _files(folder):
+            shutil.copyfile(file, place / file.name)
+    except OSError as error:
+        raise InputError(f"{place}: cannot be written: {error.strerror or error}; free space") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield from weight_files(folder)
+    yield from (folder / name for name in (*KEPT, INDEX) if (folder / name).is_file())
+
+
+def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
+    """Put a model folder, with `origin.json` beside it, into `place`, whose files that begin with a dot stay.
+
+    What was there goes first and config.json comes last, so that a half-placed model is none.
+    """
+    clear(place)
+    for left in place.parent.glob(f".{place.name}-*"):  # by a process that was killed meanwhile
+        shutil.rmtree(left)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
+        copied = Path(scratch) / "model"
+        copy_model(folder, copied)
+        (copied / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        for file in sorted(copied.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, place / file.name)
+
+
+def clear(place: Path) -> None:
+    """Take an imported model away again, config.json first."""
+    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != "config.json"):
+        file.unlink()

@@ -1,0 +1,80 @@
+"""Traces of answers, step by step, kept beside MLflow's runs; best effort: an answer never waits for its trace.
+
+MLflow writes some twenty traces a second (measured), so a share of the answers is drawn and a full
+queue drops the newest, counted. With OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set and an OTLP exporter
+installed, MLflow sends the same spans there instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.tracking.mlflow_client import connect, write_trace
+
+WAITING = 256
+"""Traces that may wait to be written."""
+CLOSE_SECONDS = 5.0
+
+logger = logging.getLogger("loopwright.traces")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took time."""
+
+    name: str
+    kind: str
+    """MLflow's span type: AGENT, LLM, TOOL; or QUEUE."""
+    start: float
+    """Seconds since the epoch."""
+    end: float
+    inputs: Any = None
+    outputs: Any = None
+
+
+Trace = tuple[Span, Sequence[Span], Mapping[str, str]]
+
+
+class Traces:
+    """Takes traces from any thread and writes a share of them from one of its own."""
+
+    def __init__(self, home: Path, share: float) -> None:
+        self._home, self._share = home, share
+        self._queue: queue.Queue[Trace | None] = queue.Queue(WAITING)
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
+        self._thread.start()
+
+    def add(self, whole: Span, parts: Sequence[Span], facts: Mapping[str, str]) -> None:
+        """Keep an answer's trace, if it is drawn and there is room."""
+        if random.random() >= self._share:
+            return
+        try:
+            self._queue.put_nowait((whole, parts, facts))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """Write what waits, for no longer than `seconds`."""
+        with suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+        self._thread.join(seconds)
+
+    def _write(self) -> None:
+        client = None
+        while (trace := self._queue.get()) is not None:
+            try:
+                client = client or connect(self._home)
+                write_trace(client, trace)
+            except Exception:
+                logger.exception("a trace could not be written")
+        if self.dropped:
+            logger.warning("%d traces were dropped: more came than could be written", self.dropped)

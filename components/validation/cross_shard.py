@@ -1,0 +1,136 @@
+"""Checks that no single shard can make: ids across shards, held-out rows in the training split, counts as declared.
+
+DuckDB reads only the columns it needs and spills to disk, so a set need not fit in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.datasets.formats import DatasetInfo
+from components.validation.report import EXAMPLES, Check, Example, shown
+
+if TYPE_CHECKING:
+    import duckdb
+
+_ALL = "all shards"
+_CONTENT = {
+    "documents": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
+    "conversations": "[m.content for m in messages if m.role in ('system', 'user')]::VARCHAR",
+    "preferences": "[m.content for m in prompt if m.role in ('system', 'user')]::VARCHAR",
+    "labelled_texts": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
+    "text_pairs": "trim(regexp_replace(lower(source), '\\s+', ' ', 'g'))",
+}
+"""What may not stand in both splits: a document's text, what a conversation or a rated prompt asks."""
+MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
+"""Labels that a classifier can tell apart; and rows of each, one to learn from and one to test it by."""
+
+
+def across_shards(files: list[Path], info: DatasetInfo) -> list[Check]:
+    """Hold all shards of a dataset together against what must be true of the whole."""
+    if not files:
+        return [_counts(info, {})]
+    import duckdb
+
+    with tempfile.TemporaryDirectory() as spill:
+        connection = duckdb.connect(config={"memory_limit": "1GB", "threads": 2, "temp_directory": spill})
+        with connection:
+            connection.execute("SET enable_progress_bar = false")
+            rows = connection.read_parquet([str(file) for file in files], filename=True, file_row_number=True)
+            rows.create_view("rows")
+            checks = [_counts(info, _rows_found(connection)), _unique_ids(connection)]
+            if info.kind in _CONTENT and info.rows.get("test"):
+                checks.append(_held_out(connection, _CONTENT[info.kind]))
+            if info.kind == "labelled_texts":
+                # Of what is split already, it counts that each label is learned.
+                held = _learned_labels if info.rows.get("test") else _rows_per_label
+                checks += [_label_count(connection), held(connection)]
+    return checks
+
+
+def _rows_found(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    found = connection.execute(
+        "SELECT split_part(parse_filename(filename), '-', 1), count(*) FROM rows GROUP BY 1 ORDER BY 1"
+    )
+    return {str(split): int(count) for split, count in found.fetchall()}
+
+
+def _counts(info: DatasetInfo, found: dict[str, int]) -> Check:
+    check = Check("row_counts_are_as_declared", None, "There are rows to train on, as many as dataset.json says", _ALL)
+    check.rows = sum(found.values())
+    if found != {split: count for split, count in info.rows.items() if count}:
+        check.broken = f"found {found or 'no rows'}; dataset.json says {info.rows}"
+    elif not found.get("train"):
+        check.broken = "no rows to train on"
+    return check
+
+
+def _unique_ids(connection: duckdb.DuckDBPyConnection) -> Check:
+    check = Check("ids_are_unique", "id", "No two rows of the dataset share an id", _ALL)
+    connection.execute(
+        "CREATE TEMP TABLE repeated AS SELECT id, count(*) AS n FROM rows GROUP BY id HAVING n > 1 AND id IS NOT NULL"
+    )
+    check.rows, check.failed = _pair(connection, "SELECT (SELECT count(*) FROM rows), (SELECT sum(n) FROM repeated)")
+    _note(connection, check, "id", "id IN (SELECT id FROM repeated)")
+    return check
+
+
+def _held_out(connection: duckdb.DuckDBPyConnection, content: str) -> Check:
+    check = Check("held_out_rows_are_not_trained_on", None, "Nothing in the test split is in the training split", _ALL)
+    test, train = (f"parse_filename(filename) LIKE '{split}-%'" for split in ("test", "train"))
+    connection.execute(
+        f"CREATE TEMP TABLE held_out AS SELECT DISTINCT hash({content}) AS content FROM rows WHERE {test}"
+    )
+    where = f"{train} AND hash({content}) IN (SELECT content FROM held_out)"
+    check.rows, check.failed = _pair(
+        connection, f"SELECT count(*) FILTER ({train}), count(*) FILTER ({where}) FROM rows"
+    )
+    _note(connection, check, content, where)
+    return check
+
+
+def _label_count(connection: duckdb.DuckDBPyConnection) -> Check:
+    about = f"There are {MIN_LABELS} to {MAX_LABELS:,} labels to tell apart"
+    check = Check("labels_can_be_told_apart", "label", about, _ALL)
+    check.rows, count = _pair(connection, "SELECT count(*), count(DISTINCT label) FROM rows")
+    if count < MIN_LABELS:
+        only = connection.execute("SELECT any_value(label) FROM rows").fetchone()
+        check.broken = f"found one label, {shown(only[0] if only else None)}; add rows of another"
+    elif count > MAX_LABELS:
+        check.broken = f"found {count:,} labels; join labels, or name the column that holds them with --label-column"
+    return check
+
+
+def _rows_per_label(connection: duckdb.DuckDBPyConnection) -> Check:
+    about = f"Every label has {MIN_ROWS} rows or more, one to learn from and one to test it by"
+    check = Check("labels_have_rows", "label", about, _ALL)
+    few = f"SELECT label FROM rows GROUP BY label HAVING count(*) < {MIN_ROWS}"
+    check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER (label IN ({few})) FROM rows")
+    _note(connection, check, "label", f"label IN ({few})")
+    return check
+
+
+def _learned_labels(connection: duckdb.DuckDBPyConnection) -> Check:
+    check = Check("held_out_labels_are_trained_on", "label", "Every held-out label is also in the training split", _ALL)
+    trained = "SELECT label FROM rows WHERE parse_filename(filename) LIKE 'train-%'"
+    where = f"label NOT IN ({trained})"
+    check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER ({where}) FROM rows")
+    _note(connection, check, "label", where)
+    return check
+
+
+def _pair(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[int, int]:
+    row = connection.execute(query).fetchone()
+    assert row is not None
+    return int(row[0]), int(row[1] or 0)
+
+
+def _note(connection: duckdb.DuckDBPyConnection, check: Check, value: str, where: str) -> None:
+    if not check.failed:
+        return
+    columns = f"parse_filename(filename), file_row_number, id, {value}"
+    found = connection.execute(f"SELECT {columns} FROM rows WHERE {where} ORDER BY 1, 2 LIMIT {EXAMPLES}")
+    for shard, row, identity, found_value in found.fetchall():
+        check.note(Example(shard, int(row) + 1, identity, shown(found_value)))

@@ -1,0 +1,307 @@
+"""The gate on data: every dataset is held against the Great Expectations suite of its kind, shard by shard.
+
+Suites are JSON in `data/expectations`. What no single shard can tell, such as an id used twice, is asked of DuckDB.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.params import InputError, Refused
+from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
+from components.runtime.stage import StageRun
+from components.validation.cross_shard import across_shards
+from components.validation.report import Check, Example, Findings, refusal, shown
+from components.validation.report_pages import offline, write_docs_index, write_page
+from components.validation.row_features import TRAITS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS = ("train", "validation", "test")
+_BATCH_BYTES = 32 << 20  # of a shard in memory at once
+_BATCH_ROWS = 12_000  # each batch costs Great Expectations a quarter of a second, however small
+
+
+def validate(run: StageRun) -> None:
+    """Check every collected dataset; refuse all of them if one fails, naming the rows."""
+    folders = sorted(path.parent for path in run.paths.collected.glob("*/dataset.json"))
+    if not folders:
+        raise InputError(f'{run.paths.collected}: no dataset; run "loopwright run --until collect"')
+    validator = Validator(run.paths.expectations, run.params.validate_.max_failed_share)
+    found = []
+    for done, folder in enumerate(folders, 1):
+        findings = validator.check(folder, docs=run.paths.home / "docs" / "validation")
+        found.append(findings)
+        run.progress(done, len(folders), dataset=findings.dataset, **findings.counts())
+    run.paths.validation.mkdir(parents=True, exist_ok=True)
+    write_json(run.paths.validation / "result.json", [findings.to_json() for findings in found])
+    page = write_page(run.paths.validation / "docs" / "index.html", found)
+    counts = {findings.dataset: findings.counts() for findings in found}
+    write_json(run.paths.metrics / "validate.json", counts)
+    run.tracker.metrics({f"{name}/{key}": value for name, values in counts.items() for key, value in values.items()})
+    run.tracker.artifact(page)
+    if not all(findings.success for findings in found):
+        raise Refused(refusal(found, str(page.relative_to(run.paths.root))))
+
+
+def validate_dataset(
+    folder: Path, expectations: Path, max_failed_share: float = 0.0, docs: Path | None = None
+) -> Findings:
+    """Check one dataset folder; Data Docs go to `docs/NAME` when it is given."""
+    return Validator(expectations, max_failed_share).check(folder, docs)
+
+
+class Validator:
+    """The suites, and what Great Expectations needs to run them, loaded once."""
+
+    def __init__(self, expectations: Path, max_failed_share: float = 0.0) -> None:
+        self._expectations = expectations
+        self._max_failed_share = max_failed_share
+        self._suites: dict[str, Any] = {}
+        with _quiet():
+            import great_expectations as gx
+            from great_expectations.data_context.types.base import ProgressBarsConfig
+
+            self._context = gx.get_context(mode="ephemeral")
+            self._context.variables.progress_bars = ProgressBarsConfig(globally=False)
+            asset = self._context.data_sources.add_pandas("shards").add_dataframe_asset("rows")
+            self._batches = asset.add_batch_definition_whole_dataframe("batch")
+
+    def check(self, folder: Path, docs: Path | None = None) -> Findings:
+        """Hold one dataset against the suite of its kind.
+
+        Raises: InputError when the folder holds no dataset, or its kind has no readable suite.
+        """
+        info = read_info(folder)
+        files = [shard for split in SPLITS for shard in shards(folder, split)]
+        findings = Findings(info.name, info.kind, dict(info.rows))
+        results = []
+        for shard in files:
+            findings.checks.append(_schema_check(shard, info.kind))
+            if findings.checks[-1].success:
+                results.append(self._run(shard, info.kind))
+                findings.checks += results[-1].checks.values()
+        if len(results) == len(files):
+            findings.checks += across_shards(files, info)
+        if docs is not None:
+            self._write_docs(docs, info.name, results)
+        return findings
+
+    def failing(self, rows: Sequence[Row], suite: str) -> dict[int, str]:
+        """What is wrong with those of these flat rows that fail a suite, by their number.
+
+        Raises: Refused when the rows as a whole are not what the suite speaks of.
+        """
+        import pandas as pd
+
+        found: dict[int, str] = {}
+        for offset in range(0, len(rows), _BATCH_ROWS):
+            frame = pd.DataFrame(rows[offset : offset + _BATCH_ROWS], dtype=object)
+            with _quiet():
+                batch = self._batches.get_batch(batch_parameters={"dataframe": frame})
+                validated = batch.validate(self._suite(suite), result_format={"result_format": "COMPLETE"})
+            for result in validated.results:
+                what = result.expectation_config.description or result.expectation_config.type.replace("_", " ")
+                if "unexpected_index_list" not in result.result:
+                    _refuse_if_broken(result, suite, what)
+                for index in result.result.get("unexpected_index_list") or []:
+                    found.setdefault(offset + index, what)
+        return found
+
+    def _run(self, shard: Path, kind: Kind) -> _ShardResult:
+        """Run the suite over one shard, a few thousand rows in memory at a time."""
+        suite = self._suite(kind)
+        result = _ShardResult(shard.name, self._max_failed_share)
+        for offset, frame in _frames(shard, kind):
+            with _quiet():
+                batch = self._batches.get_batch(batch_parameters={"dataframe": frame})
+                result.merge(batch.validate(suite, result_format={"result_format": "COMPLETE"}), frame, offset)
+        return result
+
+    def _suite(self, kind: str) -> Any:
+        if kind not in self._suites:
+            path = self._expectations / f"{kind}.json"
+            with _quiet():
+                self._suites[kind] = self._context.suites.add(_read_suite(path))
+        return self._suites[kind]
+
+    def _write_docs(self, docs: Path, name: str, results: list[_ShardResult]) -> None:
+        """Great Expectations' own page of each shard; it carries the time of the run, so it is no out of the stage."""
+        shutil.rmtree(docs / name, ignore_errors=True)
+        with _quiet():
+            from great_expectations.render.renderer import ValidationResultsPageRenderer
+            from great_expectations.render.view import DefaultJinjaPageView
+
+            for result in results:
+                if result.page is not None:
+                    html = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result.page))
+                    path = docs / name / f"{Path(result.shard).stem}.html"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(offline(str(html)), encoding="utf-8")
+        write_docs_index(docs)
+
+
+@dataclass
+class _ShardResult:
+    """The suite's results over the batches of one shard, added up."""
+
+    shard: str
+    max_failed_share: float
+    checks: dict[str, Check] = field(default_factory=dict)
+    page: Any = None
+    """Great Expectations' result of the first batch, with the counts of all."""
+
+    def merge(self, validated: Any, frame: pd.DataFrame, offset: int) -> None:
+        first = self.page is None
+        self.page = self.page or validated
+        pages = {_key(result): result for result in self.page.results}
+        for result in validated.results:
+            self._raise_if_broken(result)
+            check = self.checks.get(_key(result)) or self._new_check(result)
+            self._count(check, result, frame, offset)
+            page = pages[_key(result)]
+            if not first:
+                _add_up(page.result, result.result)
+            page.success = check.success
+        successes = sum(check.success for check in self.checks.values())
+        self.page.success = successes == len(self.checks)
+        self.page.statistics.update(
+            successful_expectations=successes,
+            unsuccessful_expectations=len(self.checks) - successes,
+            success_percent=100 * successes / max(len(self.checks), 1),
+        )
+
+    def _new_check(self, result: Any) -> Check:
+        config = result.expectation_config
+        share = max(self.max_failed_share, 1 - config.kwargs.get("mostly", 1))
+        description = config.description or config.type.replace("_", " ")
+        check = Check(config.type, config.kwargs.get("column"), description, self.shard, allowed_share=share)
+        self.checks[_key(result)] = check
+        return check
+
+    def _count(self, check: Check, result: Any, frame: pd.DataFrame, offset: int) -> None:
+        detail = result.result
+        if "unexpected_count" not in detail:
+            if not result.success:
+                check.broken = f"found {shown(detail.get('observed_value'))}"
+            return
+        check.rows += detail["element_count"]
+        check.failed += detail["unexpected_count"]
+        for index in detail.get("unexpected_index_list") or []:
+            row = frame.iloc[index]
+            value = row[check.column] if check.column in frame.columns else row.to_dict()
+            check.note(Example(self.shard, offset + index + 1, row["id"], shown(value)))
+
+    def _raise_if_broken(self, result: Any) -> None:
+        raised = result.exception_info or {}
+        causes = [raised] if "raised_exception" in raised else list(raised.values())
+        for cause in causes:
+            if isinstance(cause, Mapping) and cause.get("raised_exception"):
+                config = result.expectation_config
+                raise InputError(
+                    f"data/expectations: {config.type} of {config.kwargs.get('column')}: cannot be run: "
+                    f"{' '.join(str(cause.get('exception_message')).split())[:200]}"
+                )
+
+
+def _refuse_if_broken(result: Any, suite: str, what: str) -> None:
+    """Of a check that has no rows to name: whether it could be made, and what it said."""
+    if not result.success:
+        seen = result.result.get("observed_value") or result.exception_info
+        raise Refused(f"{suite}: data validation failed: {what}: found {shown(seen)}")
+
+
+def _read_suite(path: Path) -> Any:
+    import great_expectations as gx
+    from great_expectations.expectations.expectation_configuration import ExpectationConfiguration
+
+    try:
+        suite = json.loads(path.read_text(encoding="utf-8"))
+        # Built one by one: given a list, the suite would only log what it cannot build, and go without it.
+        built = [ExpectationConfiguration(**expectation).to_domain_obj() for expectation in suite.pop("expectations")]
+        return gx.ExpectationSuite(**suite, expectations=built)
+    except FileNotFoundError:
+        raise InputError(f"{path}: not found; every kind of dataset needs its suite") from None
+    except (ValueError, TypeError, KeyError, AttributeError, gx.exceptions.GreatExpectationsError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a Great Expectations suite: {reason}") from None
+
+
+def _key(result: Any) -> str:
+    """Which expectation of the suite a result is of."""
+    kwargs = {name: value for name, value in result.expectation_config.kwargs.items() if name != "batch_id"}
+    return json.dumps([result.expectation_config.type, kwargs], sort_keys=True)
+
+
+def _add_up(total: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add the counts of another batch to those that the page shows."""
+    for name in ("element_count", "missing_count", "unexpected_count"):
+        if name in more:
+            total[name] = total.get(name, 0) + more[name]
+    for name in ("partial_unexpected_list", "partial_unexpected_counts"):
+        if name in more:
+            total[name] = (total.get(name, []) + more[name])[:20]
+    rows, missing, failed = (total.get(name, 0) for name in ("element_count", "missing_count", "unexpected_count"))
+    total["unexpected_percent"] = total["unexpected_percent_nonmissing"] = 100 * failed / max(rows - missing, 1)
+    total["unexpected_percent_total"] = 100 * failed / max(rows, 1)
+
+
+def _schema_check(shard: Path, kind: Kind) -> Check:
+    """Whether a shard has the columns of its kind."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    check = Check("columns_match_schema", None, f"Columns are those of kind {kind}", shard.name)
+    expected = SCHEMAS[kind]
+    try:
+        found = pq.read_schema(shard)
+        found.empty_table().select(expected.names).cast(expected)
+        check.rows = pq.read_metadata(shard).num_rows
+    except (KeyError, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+        names = ", ".join(f"{name}: {type_}" for name, type_ in zip(found.names, found.types, strict=True))
+        check.broken = f"found {names[:300]}; expected {', '.join(expected.names)}"
+    except (pa.ArrowException, OSError) as error:
+        check.broken = f"not a readable Parquet file: {' '.join(str(error).split())[:200]}"
+    return check
+
+
+def _frames(shard: Path, kind: Kind) -> Iterator[tuple[int, pd.DataFrame]]:
+    """(rows before it, flat rows) of each batch of a shard."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(shard) as file:
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+        batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * file.metadata.num_rows // max(size, 1)))
+        offset = 0
+        for batch in file.iter_batches(batch_size=batch_rows, columns=SCHEMAS[kind].names):
+            if kind in TRAITS:
+                yield offset, pd.DataFrame([TRAITS[kind](row) for row in batch.to_pylist()])
+            else:
+                yield offset, batch.to_pandas()
+            offset += batch.num_rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Great Expectations without telemetry, warnings and log lines: what it finds is told by us."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    logger = logging.getLogger("great_expectations")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,128 @@
+"""One flow run: Prefect's, and the MLflow run beside it that the stages' runs are children of."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from components.config.params import InputError, Refused
+from components.tracking.event_log import PARENT_RUN
+from components.tracking.mlflow_client import Courier, connect, create_run, end_killed_runs, mlflow_name
+from flows.orchestration.prefect_server import bury_the_dead, home_tag, living, prefect_api, send_logs
+
+Note = Callable[[Mapping[str, str]], None]
+Echo = Callable[[str], None]
+T = TypeVar("T")
+
+RETRIES = 2
+SECONDS_BETWEEN_TRIES = 2.0
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """The flow run that goes on."""
+
+    id: str
+    """Prefect's."""
+    note: Note
+    """Puts tags on the MLflow run."""
+
+
+def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **parameters: Any) -> T:
+    """Call `body` as a flow run of this name and return what it returns.
+
+    Inside a flow run already (a deployment's, under a worker) that one is used; else one is started, on the
+    server that PREFECT_API_URL names or on one of our own, which is ready when MLflow and Prefect are imported.
+    """
+    if flow_run := _current():
+        with living(home, flow_run), _tracked(name, home) as note:
+            return _noted(FlowRun(flow_run, note), body)
+    with prefect_api(home) as api, _tracked(name, home) as note:
+        from prefect import flow, tags
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        @flow(name=name, validate_parameters=False)
+        def started(**facts: Any) -> T:  # what the run is shown with
+            flow_run = _current()
+            with living(home, flow_run):
+                return _noted(FlowRun(flow_run, note), body)
+
+        with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
+            if api.process is not None:
+                bury_the_dead(home)
+                echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
+            try:
+                result: T = started(**parameters)
+                return result
+            finally:
+                send_logs()
+
+
+def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int = RETRIES) -> T:
+    """Call `function` as a task of the flow run, under its own name and that of the model it is an effect `of`.
+
+    It is tried again, for a registry or a network may come back; what computes asks for no `retries`.
+    """
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    name = getattr(function, "__name__", "effect")
+    made = task(
+        name=name,
+        task_run_name=f"{name} {of}".strip(),
+        cache_policy=NO_CACHE,
+        retries=retries,
+        retry_delay_seconds=SECONDS_BETWEEN_TRIES,
+        retry_condition_fn=_may_come_back,
+    )
+    return made(lambda: function(*values))()
+
+
+def _may_come_back(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether another try could end otherwise: wrong input stays wrong, a refusal stays no."""
+    return not isinstance(state.data, InputError | Refused)
+
+
+def _current() -> str:
+    """The id of the flow run that this code runs in; empty outside of one."""
+    if "prefect" not in sys.modules:  # nor is it worth the seconds of its import to ask
+        return ""
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context and context.flow_run else ""
+
+
+def _noted(run: FlowRun, body: Callable[[FlowRun], T]) -> T:
+    run.note({"prefect.flow_run_id": run.id})
+    return body(run)
+
+
+@contextmanager
+def _tracked(name: str, home: Path) -> Iterator[Note]:
+    """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
+    courier = Courier(home)
+    client = connect(home)
+    end_killed_runs(client, name, home)
+    run_id = create_run(client, name, {"home": str(home)}, None, int(time.time() * 1000))
+    os.environ[PARENT_RUN] = run_id
+    courier.start()
+
+    def note(tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            client.set_tag(run_id, mlflow_name(key), value)
+
+    status = "FAILED"
+    try:
+        yield note
+        status = "FINISHED"
+    finally:
+        del os.environ[PARENT_RUN]
+        courier.finish()
+        client.set_terminated(run_id, status)

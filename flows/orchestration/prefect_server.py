@@ -1,0 +1,153 @@
+"""Prefect's API for the length of a run: the server that PREFECT_API_URL names, or a real one of our own.
+
+Not Prefect's ephemeral server: that one starts slower, outlives its own time-out and locks its database.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.config.params import InputError
+from components.runtime.process import ask_to_die_with_parent, holder, only_one
+from components.runtime.service_registry import running
+
+_SECONDS_TO_START = 180.0
+_SECONDS_TO_ANSWER = 10.0
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    # What a stage says reaches the terminal from us, once; Prefect's own loggers go to its API.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+}
+
+
+@dataclass(frozen=True)
+class Api:
+    """Where Prefect answers; `process` when the server is our own."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes] | None
+
+    def wait(self, seconds: float = _SECONDS_TO_ANSWER) -> str:
+        """Return the address once the server is healthy.
+
+        Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
+        """
+        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else seconds)
+        while not _healthy(self.url):
+            late = time.monotonic() > deadline
+            if self.process is None and late:
+                raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
+            if self.process is not None and (late or self.process.poll() is not None):
+                raise RuntimeError(f"Prefect's server did not start; see {self.log}")
+            time.sleep(0.1)
+        return self.url
+
+
+def settings(home: Path) -> Mapping[str, str]:
+    """Environment that keeps Prefect in the state folder, quiet and telling nobody."""
+    return {"PREFECT_HOME": str(home / "prefect"), **_SETTINGS}
+
+
+@contextmanager
+def prefect_api(home: Path) -> Iterator[Api]:
+    """The server that PREFECT_API_URL or a running `up` names; else one of our own, for the length of the block."""
+    (home / "prefect").mkdir(parents=True, exist_ok=True)
+    (home / "logs").mkdir(exist_ok=True)
+    for variable, value in settings(home).items():
+        os.environ.setdefault(variable, value)
+    log = home / "logs" / "prefect-server.log"
+    given = os.environ.get("PREFECT_API_URL") or running(home).get("prefect")
+    if given:
+        yield Api(given, log, None)
+        return
+    with log.open("wb") as file:
+        port = free_port()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the run, which stops the server after the flow has said how it ended.
+            start_new_session=True,
+            preexec_fn=ask_to_die_with_parent,
+        )
+    try:
+        yield Api(f"http://127.0.0.1:{port}/api", log, process)
+    finally:
+        stop(process)
+
+
+@contextmanager
+def living(home: Path, flow_run: str) -> Iterator[None]:
+    """Show for the length of the block that this flow run's process lives, by a lock that falls with it."""
+    with only_one(home / "flows", flow_run):
+        try:
+            yield
+        finally:
+            (home / "flows" / f"{flow_run}.lock").unlink(missing_ok=True)
+
+
+def home_tag(home: Path) -> str:
+    """The tag by which a server of several state folders tells their runs apart."""
+    return f"home:{home}"
+
+
+def bury_the_dead(home: Path) -> None:
+    """Mark flow runs of this state folder whose process was killed; what a living process runs stays."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    running = FlowRunFilter.model_validate({"state": {"type": {"any_": unended}}})
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=running):
+            homes = [tag for tag in run.tags if tag.startswith("home:")]
+            if home_tag(home) in homes and holder(home / "flows", str(run.id)) is None:
+                client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+
+
+def send_logs() -> None:
+    """Hand the last log lines to Prefect while its server is still there."""
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+    """Ask a process to end, and end it when it does not."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

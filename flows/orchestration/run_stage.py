@@ -1,0 +1,154 @@
+"""Bring one stage of dvc.yaml up to date, in a process of its own that ends with this one.
+
+DVC decides: the stage runs, or its outputs come back from the run cache, or nothing is to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from components.config.paths import Paths
+from components.runtime.process import RUN_PID, ask_to_die_with_parent
+from components.runtime.stage import FORCE
+from components.tracking.mlflow_client import COURIER
+
+Outcome = Literal["ran", "restored from cache", "up to date"]
+_SECONDS_TO_END = 90.0
+_CHATTER = (
+    "Running stage '",
+    "> python -m components.runtime.stage",
+    "Stage '",
+    "Generating lock file",
+    "Updating lock file",
+    "To track the changes with git",
+    "\tgit add",
+    "To enable auto staging",
+    "\tdvc config core.autostage",
+    "Use `dvc push`",
+    # Killed runs leave entries in its lock file, which it removes.
+    "WARNING: Process '",
+    "Data and pipelines are up to date",
+)
+"""What DVC says around a stage that a person need not read."""
+
+
+class StageFailed(Exception):
+    """A stage ended without its outputs; `exit_code` is 1 for wrong input and bugs, 3 for a refusal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """How a stage came to be up to date."""
+
+    name: str
+    outcome: Outcome
+    seconds: float
+
+
+def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -> StageResult:
+    """Run `dvc repro -s NAME`; `hear` is told each line the stage says.
+
+    Raises: StageFailed with the stage's own message.
+    """
+    report = Paths(root).home / "stages" / f"{name}.json"
+    report.unlink(missing_ok=True)
+    started = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), name],
+        cwd=root,
+        env=_environment(force),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # Not a new session: Ctrl-C in the terminal, and a worker that cancels, reach the stage too.
+        preexec_fn=ask_to_die_with_parent,
+    ) as process:
+        try:
+            said = _listen(process, hear)
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode:
+        raise _failure(name, report, said)
+    return StageResult(name, _outcome(name, said), time.monotonic() - started)
+
+
+def _environment(force: bool) -> dict[str, str]:
+    own = str(os.getpid())
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    forced = {FORCE: "1"} if force else {}
+    # A login shell's start-up files must not choose another Python.
+    return {
+        **os.environ,
+        "PATH": path,
+        "SHELL": "/bin/sh",
+        "PYTHONUNBUFFERED": "1",
+        RUN_PID: own,
+        COURIER: own,
+        **forced,
+    }
+
+
+def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list[str]:
+    """Pass on what the stage says; return what DVC says."""
+    assert process.stdout is not None
+    dvc: list[str] = []
+    for line in process.stdout:
+        line = line.rstrip("\n")
+        if line.startswith((*_CHATTER, "ERROR: ")):
+            dvc.append(line)
+        elif line.strip():
+            hear(line)
+    process.wait()
+    return dvc
+
+
+def _outcome(name: str, said: list[str]) -> Outcome:
+    if f"Running stage '{name}':" in said:
+        return "ran"
+    return "restored from cache" if any("is cached" in line for line in said) else "up to date"
+
+
+def _failure(name: str, report: Path, said: list[str]) -> StageFailed:
+    if report.exists():
+        ended = json.loads(report.read_text(encoding="utf-8"))
+        if ended["exit_code"]:
+            return StageFailed(ended["message"], ended["exit_code"])
+    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    return StageFailed(f"{name}: {'; '.join(errors) or 'dvc repro failed'}", 1)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End DVC and the stage; a stage that trains saves a checkpoint first."""
+    try:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    except psutil.Error:  # gone, or just going
+        family = []
+    for member in family:
+        _signal(member, signal.SIGTERM)
+    _, left = psutil.wait_procs(family, _SECONDS_TO_END)
+    for member in left:
+        _signal(member, signal.SIGKILL)
+    process.wait()
+
+
+def _signal(member: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.Error):
+        member.send_signal(number)

@@ -1,0 +1,96 @@
+"""The services of `loopwright up`: how each is started, and when it counts as healthy."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from components.runtime.process import alive
+from components.runtime.supervisor import Service, answers, lives
+from components.tracking.mlflow_client import DATABASE
+from flows.orchestration.prefect_server import settings
+from flows.orchestration.worker import HEALTH_FILE
+
+
+def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service]:
+    """MLflow, Prefect, worker and endpoint; what MLFLOW_TRACKING_URI or PREFECT_API_URL names is not started."""
+    mlflow = os.environ.get("MLFLOW_TRACKING_URI") or f"http://127.0.0.1:{ports['mlflow']}"
+    prefect = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{ports['prefect']}/api"
+    services = []
+    if "PREFECT_API_URL" not in os.environ:
+        services.append(_prefect(home, ports["prefect"], prefect))
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        services.append(_mlflow(home, ports["mlflow"], mlflow))
+    services.append(_worker(home, prefect, deploy))
+    services.append(_endpoint(home, ports["endpoint"]))
+    return services
+
+
+def _prefect(home: Path, port: int, url: str) -> Service:
+    command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    health = f"{url}/health"
+    return Service("prefect", _python(*command), url, answers(health), settings(home), lives=lives(health))
+
+
+def _mlflow(home: Path, port: int, url: str) -> Service:
+    folder = home / "mlflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
+    # The very files that commands beside the server read and write, under the same address.
+    command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
+    slim = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    health = f"{url}/health"
+    return Service("mlflow", _python(*command), url, answers(health), slim, lives=lives(health))
+
+
+def _worker(home: Path, prefect: str, deploy: bool) -> Service:
+    ready = home / HEALTH_FILE
+    # The worker does so at each start; until then a number of before a reboot could be another program's.
+    ready.unlink(missing_ok=True)
+    command = _python("flows.orchestration.worker", *([] if deploy else ["--no-deploy"]))
+    return Service("worker", command, "", lambda: _lives(ready), {**settings(home), "PREFECT_API_URL": prefect})
+
+
+def _lives(ready: Path) -> bool:
+    """Whether the worker that wrote its process id there still runs; a killed one leaves the file."""
+    return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
+
+
+def _endpoint(home: Path, port: int) -> Service:
+    url = f"http://127.0.0.1:{port}"
+    return Service(
+        "endpoint",
+        _python("loopwright", "serve", "--port", str(port)),
+        url,
+        answers(f"{url}/readyz"),
+        lives=lives(f"{url}/livez"),
+        may_start=lambda: has_champion(home),
+        waits_for='a champion; "loopwright run" makes one',
+    )
+
+
+def has_champion(home: Path) -> bool:
+    """Whether there is something to serve, told without MLflow's import and before its server has started."""
+    if given := os.environ.get("MLFLOW_TRACKING_URI", ""):
+        path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
+        return not given.startswith("http") or answers(f"{given}/{path}")()
+    try:
+        with closing(sqlite3.connect(f"file:{home / 'mlflow' / DATABASE}?mode=ro", uri=True)) as tables:
+            asked = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
+            return tables.execute(asked).fetchone() is not None
+    except sqlite3.Error:
+        return False
+
+
+def _python(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]

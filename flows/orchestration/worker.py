@@ -1,0 +1,50 @@
+"""The worker of `loopwright up`: waits for Prefect's server, registers the deployments, runs what is due."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+
+from components.config.paths import Paths, find_root
+from components.runtime.process import RUN_PID, end_with_parent
+from flows.orchestration.prefect_server import Api, bury_the_dead, settings
+
+HEALTH_FILE = "worker.ready"
+
+
+def main() -> None:
+    """Run until a signal comes."""
+    parser = argparse.ArgumentParser(prog="python -m flows.orchestration.worker", description=main.__doc__)
+    parser.add_argument("--no-deploy", action="store_true")
+    given = parser.parse_args()
+    end_with_parent()
+    root = find_root()
+    home = Paths(root).home
+    (home / HEALTH_FILE).unlink(missing_ok=True)
+    for variable, value in settings(home).items():
+        os.environ.setdefault(variable, value)
+    # What the worker starts ends with it, also when it is killed while they still import.
+    os.environ[RUN_PID] = str(os.getpid())
+    from prefect.workers.process import ProcessWorker
+
+    from flows.deployments import POOL, register
+
+    Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
+    bury_the_dead(home)
+    if not given.no_deploy:
+        register(root)
+    asyncio.run(_work(ProcessWorker(work_pool_name=POOL, name="loopwright"), home / HEALTH_FILE))
+
+
+async def _work(worker: object, ready: Path) -> None:
+    from prefect.workers.base import BaseWorker
+
+    assert isinstance(worker, BaseWorker)
+    ready.write_text(str(os.getpid()), encoding="utf-8")
+    await worker.start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The models that a run makes, and what sets them apart on the way from a folder to a champion.
+
+Each is measured by its own stage, judged on its own held-out rows, and asked its own kind of question over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components.config.params import load_params
+from components.config.paths import Paths
+
+if TYPE_CHECKING:
+    from components.evaluation.gate import Verdict
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What evaluation says of a model."""
+
+    metrics: Mapping[str, float]
+    """`score` among them."""
+    held_out_digest: str
+    """Identity of what was asked: figures compare only where it is equal."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model folder, and where its answers to the held-out rows are, if they were kept."""
+
+    folder: Path
+    answers: Path
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a question is put to a served model."""
+
+    path: str
+    body: Callable[[str], dict[str, Any]]
+    answer: Callable[[Any], str]
+    """Reads the answer out of the reply's JSON."""
+    question: str
+    """The smoke test's."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the models that a run makes."""
+
+    name: str
+    """In the registry, and of its folder in `Paths`."""
+    measured: Callable[[Paths], Measured]
+    judged: Callable[[Contestant, Contestant, Paths], Verdict]
+    """Candidate and champion on the same held-out rows."""
+    answers: Callable[[Paths], Path]
+    """Where its evaluation put what it answered."""
+    kept: tuple[str, ...]
+    """Files there that go with a version, so that its challengers need not ask it again."""
+    asking: Asking
+    baseline: str = ""
+    """Metric of a held-out suite, beside the model's `score`: what a simple model that learned from the same scores."""
+
+    def folder(self, paths: Paths) -> Path:
+        folder: Path = getattr(paths, self.name)
+        return folder
+
+    def out(self, paths: Paths) -> str:
+        """Its folder as dvc.yaml names it."""
+        return self.folder(paths).relative_to(paths.root).as_posix()
+
+
+def candidate(name: str) -> Candidate:
+    """The candidate of a registered name."""
+    return next(one for one in CANDIDATES if one.name == name)
+
+
+def _agent_measured(paths: Paths) -> Measured:
+    from components.evaluation.evaluate import flat_metrics
+
+    figures = _figures(paths, "evaluate")
+    return Measured(flat_metrics(figures), figures["held_out_digest"])
+
+
+def _agent_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+    from components.evaluation.compare_agents import Model, judge_folders
+
+    curated = paths.curated if (paths.curated / "curated.json").is_file() else None
+    candidate, theirs = (Model(one.folder, one.answers) for one in (ours, champion))
+    return judge_folders(candidate, theirs, paths.collected, curated, load_params(paths.params), "any_gain").verdict
+
+
+def _classifier_measured(paths: Paths) -> Measured:
+    from components.evaluation.assess_classifier import flat_metrics
+
+    figures = _figures(paths, "assess@classifier")
+    return Measured(flat_metrics(figures), figures["held_out_digest"])
+
+
+def _classifier_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+    from components.evaluation.compare_classifiers import judge_classifier
+
+    folders, said = (ours.folder, champion.folder), (ours.answers, champion.answers)
+    return judge_classifier(*folders, paths.collected, load_params(paths.params), *said)
+
+
+def _summarizer_measured(paths: Paths) -> Measured:
+    from components.evaluation.assess_summarizer import flat_metrics
+
+    figures = _figures(paths, "assess@summarizer")
+    return Measured(flat_metrics(figures), figures["held_out_digest"])
+
+
+def _summarizer_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+    from components.evaluation.assess_summarizer import judge_summarizer
+
+    return judge_summarizer(ours.folder, champion.folder, paths.collected, load_params(paths.params), ours.answers)
+
+
+def _figures(paths: Paths, stage: str) -> dict[str, Any]:
+    """The metrics file of a stage."""
+    figures: dict[str, Any] = json.loads((paths.metrics / f"{stage}.json").read_text(encoding="utf-8"))
+    return figures
+
+
+def _chat(question: str) -> Asking:
+    return Asking(
+        "/v1/chat/completions",
+        lambda text: {"messages": [{"role": "user", "content": text}]},
+        lambda reply: str(reply["choices"][0]["message"]["content"]),
+        question,
+    )
+
+
+CANDIDATES = (
+    Candidate(
+        "agent",
+        _agent_measured,
+        _agent_judged,
+        lambda paths: paths.evaluation,
+        ("answers.parquet", "answers.json"),
+        _chat("What does json.dumps do?"),
+    ),
+    Candidate(
+        "classifier",
+        _classifier_measured,
+        _classifier_judged,
+        lambda paths: paths.assessment("classifier"),
+        ("predictions.parquet", "predictions.json"),
+        Asking(
+            "/v1/classify",
+            lambda text: {"input": text},
+            lambda reply: str(reply["results"][0]["label"]),
+            "Serialize obj to a JSON formatted str.",
+        ),
+        "baseline_macro_f1",
+    ),
+    Candidate(
+        "summarizer",
+        _summarizer_measured,
+        _summarizer_judged,
+        lambda paths: paths.assessment("summarizer"),
+        ("written.parquet", "written.json"),
+        _chat("def add(first, second):\n    return first + second\n"),
+        "baseline_rougeL",
+    ),
+)
+"""In the order in which they are released."""

@@ -1,0 +1,252 @@
+"""An engine whose model is behind another server: any that speaks OpenAI's chat API (vLLM, llama.cpp, this one).
+
+The agent's loop stays here: its tools are declared to the server, the calls that come back are run, and what came of
+them is asked on. So are records, feedback and lineage, under the name of the registered version that it stands for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import threading
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import httpx
+
+from components.agent.agent import GAVE_UP, MAX_RESULT_CHARACTERS, Agent, ContextTooLong
+from components.agent.tools import call
+from components.config.loop_settings import ServeConfig
+from components.config.params import InputError
+from serving.engine.local import Called, Engine, Failed, Finished, Late, Started, Stepped, Text, Ticket
+
+KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
+LOOK_SECONDS = 0.05
+"""Between looks whether the client is still there."""
+KEPT_SECONDS = 2.0
+"""A connection waits for its next request; less than the five after which servers close theirs."""
+TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
+"""What servers say of a prompt that their model has no room for, in a code, a type or words."""
+T = TypeVar("T")
+
+logger = logging.getLogger("loopwright.remote")
+
+
+class BackendDown(Late):
+    """The server behind this one cannot answer now."""
+
+
+class Remote(Engine):
+    """Answers with the model of another server.
+
+    One event loop, on a thread of its own, speaks with that server for all requests and keeps its connections; tools
+    and records, which take their time, are the work of the engine's other threads.
+    """
+
+    def __init__(self, agent: Agent, name: str, config: ServeConfig) -> None:
+        if not config.backend_url or not config.backend_model:
+            raise InputError("params.yaml: serve.backend: openai needs serve.backend_url and serve.backend_model")
+        self._open(agent, name, config, 0)
+        self.model_name = config.backend_model
+        self.url = f"{config.backend_url.rstrip('/')}/chat/completions"
+        key = os.environ.get(KEY_VARIABLE)
+        limits = httpx.Limits(max_keepalive_connections=self.slots, keepalive_expiry=KEPT_SECONDS)
+        self.client = httpx.AsyncClient(
+            timeout=None, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {}
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._speak, name=f"{name}-backend", daemon=True)
+        self._thread.start()
+
+    def _speak(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(self.client.aclose())
+        self._loop.close()
+
+    def _start(self, ticket: Ticket) -> None:
+        self._count_in(ticket)
+        asyncio.run_coroutine_threadsafe(RemoteReply(self, ticket).run(), self._loop)
+
+    def _rest(self) -> None:
+        with suppress(RuntimeError):  # it was told before, and is closed
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _join(self) -> None:
+        self._thread.join()
+
+
+class RemoteReply:
+    """One request from its first message to its last event."""
+
+    def __init__(self, engine: Remote, ticket: Ticket) -> None:
+        self.engine, self.ask, self.ticket = engine, ticket.ask, ticket
+        self.said: list[str] = []
+        self.steps: list[dict[str, Any]] = []
+        self.messages = [dict(message) for message in self.ask.messages]
+        self.tools = self.ask.tools or [tool.declaration() for tool in engine.agent.tools]
+        self.usage: Mapping[str, int] = {}
+        self.written = 0
+        self.started = False
+
+    async def run(self) -> None:
+        try:
+            await self._aside(self.ticket.notify, await self._answer_or_leave())
+        except Exception as error:
+            if not isinstance(error, InputError | Late):
+                logger.error("a request failed", exc_info=error)
+            with suppress(Exception):
+                await self._aside(self.ticket.notify, Failed(error))
+        finally:
+            self.engine.let_go()
+            self.engine.done(self.ticket)
+
+    async def _aside(self, function: Callable[..., T], *given: Any) -> T:
+        """Run what may wait for a disk or a tool where no other request waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self.engine.pool, function, *given)
+
+    async def _answer_or_leave(self) -> Finished:
+        """The answer, or what there is of it when the client leaves or time is up."""
+        answer = asyncio.ensure_future(self._answer())
+        while not answer.done() and not self.ticket.cancelled.is_set() and not self.ticket.late:
+            await asyncio.wait([answer], timeout=LOOK_SECONDS)
+        if answer.done():
+            return answer.result()
+        answer.cancel()
+        with suppress(asyncio.CancelledError):
+            await answer
+        if not self.started and not self.ticket.cancelled.is_set():
+            raise Late("the backend did not answer within serve.request_seconds; try again later")
+        return self._finish("cancelled" if self.ticket.cancelled.is_set() else "length")
+
+    async def _answer(self) -> Finished:
+        for turns_left in reversed(range(self.engine.agent.max_steps)):
+            text, calls, reason = await self._turn(last=not turns_left and not self.ask.tools)
+            if not calls or self.ask.tools:
+                return self._finish(reason, calls[:1] if self.ask.one_call else calls)
+            self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
+            for wanted in calls:
+                await self._run_tool(wanted)
+        self._tell(GAVE_UP.format(steps=self.engine.agent.max_steps))
+        return self._finish("stop")
+
+    async def _turn(self, last: bool) -> tuple[str, list[dict[str, Any]], str]:
+        """Text, calls and the reason of the end of one turn of the model."""
+        text, calls, reason = "", dict[int, dict[str, Any]](), "stop"
+        async for chunk in self._chunks(self._body(last)):
+            if not self.started:
+                self.started = True
+                await self._aside(self.ticket.notify, Started())
+            self.usage = chunk.get("usage") or self.usage
+            for choice in chunk.get("choices", []):
+                delta, reason = choice.get("delta") or {}, choice.get("finish_reason") or reason
+                text += delta.get("content") or ""
+                self._tell(delta.get("content") or "")
+                for part in delta.get("tool_calls") or []:
+                    _join(calls.setdefault(part.get("index", 0), {}), part)
+                    if self.ask.tools:
+                        self.ticket.notify(Called(part))
+        self.written += int(self.usage.get("completion_tokens", 0))
+        return text, [calls[index] for index in sorted(calls)], reason
+
+    def _body(self, last: bool) -> dict[str, Any]:
+        limit = self.engine.max_new_tokens if self.ask.max_tokens is None else self.ask.max_tokens - self.written
+        body: dict[str, Any] = {
+            "model": self.engine.model_name,
+            "messages": self.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "max_tokens": max(1, limit),
+            "temperature": self.ask.temperature,
+            "top_p": self.ask.top_p,
+        }
+        wish = self.ask.wish
+        if self.tools and self.ask.may_call:
+            choice: Any = {"type": "function", "function": {"name": wish.tool}} if wish.tool else wish.calls
+            body |= {"tools": list(self.tools), "tool_choice": "none" if last else choice}
+        if wish.schema is not None:
+            shape = {"name": "answer", "schema": wish.schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": shape}
+        if self.ask.seed is not None:
+            body["seed"] = self.ask.seed
+        if self.ask.stops:
+            body["stop"] = list(self.ask.stops)
+        return body
+
+    async def _chunks(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The server's events.
+
+        Raises: InputError where it refuses the request, BackendDown where it cannot answer.
+        """
+        url = self.engine.url
+        try:
+            async with self.engine.client.stream("POST", url, json=body) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"))
+                async for line in response.aiter_lines():
+                    if (chunk := self._chunk(line)) is not None:
+                        yield chunk
+        except httpx.HTTPError as error:
+            raise BackendDown(f"{url}: {error or type(error).__name__}; is the backend up?") from error
+
+    def _chunk(self, line: str) -> dict[str, Any] | None:
+        """What a line of server-sent events tells, if anything."""
+        told = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if not told or told == "[DONE]":
+            return None
+        try:
+            chunk = json.loads(told)
+        except ValueError as error:
+            raise BackendDown(f"{self.engine.url}: an event is no JSON: {error}") from error
+        if not isinstance(chunk, dict):
+            raise BackendDown(f"{self.engine.url}: an event is no JSON object: {told[:80]}")
+        if wrong := chunk.get("error"):
+            raise BackendDown(f"{self.engine.url}: {wrong.get('message') if isinstance(wrong, dict) else wrong}")
+        return chunk
+
+    async def _run_tool(self, wanted: dict[str, Any]) -> None:
+        name, arguments = wanted["function"]["name"], wanted["function"]["arguments"]
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+        self._step({"type": "call", "name": name, "arguments": arguments})
+        content = (await self._aside(call, self.engine.agent.tools, name, arguments))[:MAX_RESULT_CHARACTERS]
+        self._step({"type": "result", "name": name, "content": content})
+        self.messages.append({"role": "tool", "tool_call_id": wanted["id"], "name": name, "content": content})
+
+    def _step(self, step: dict[str, Any]) -> None:
+        self.steps.append(step)
+        self.ticket.notify(Stepped(step))
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self.said.append(text)
+            self.ticket.notify(Text(text))
+
+    def _finish(self, reason: str, calls: list[dict[str, Any]] | None = None) -> Finished:
+        prompt_tokens = int(self.usage.get("prompt_tokens", 0))
+        return Finished("".join(self.said), self.steps, calls or [], reason, prompt_tokens, self.written)
+
+
+def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Add a delta to the call that it is a part of."""
+    function = part.get("function") or {}
+    if not call:
+        number = part.get("id") or f"call_{uuid.uuid4().hex[:24]}"
+        call |= {"id": number, "type": "function", "function": {"name": "", "arguments": ""}}
+    for key in ("name", "arguments"):
+        call["function"][key] += function.get(key) or ""
+
+
+def _refusal(status: int, body: str) -> Exception:
+    message, told = body[:500], body
+    with suppress(ValueError, KeyError, TypeError):
+        error = json.loads(body)["error"]
+        message = error["message"]
+        told = f"{error.get('code')} {error.get('type')} {message}"
+    if status in (400, 413, 422):
+        kind = ContextTooLong if any(words in told.lower() for words in TOO_LONG) else InputError
+        return kind(f"the backend refused the request: {message}")
+    return BackendDown(f"the backend answered {status}: {message}")

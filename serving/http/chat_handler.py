@@ -1,0 +1,197 @@
+"""One chat request between the engine's threads and the event loop, recorded as it goes.
+
+Records are written in the engine's thread, before the event that would let the client know:
+so an acknowledged answer is on disk, also when the client left or the loop is busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+from fastapi import Request
+
+from components.agent.agent import ContextTooLong
+from components.feedback.store import Answered, Store
+from components.tracking.traces import Traces
+from serving.engine.local import Ask, Called, Engine, Event, Failed, Finished, Late, Started, Stepped, Text, Ticket
+from serving.engine.summarizer_worker import Writer
+from serving.http.errors import ApiError
+from serving.http.schemas import ChatRequest
+from serving.observability.metrics import Metrics
+from serving.observability.request_metrics import Watch
+
+
+class ClientGone(Exception):
+    """The client closed its connection before it was answered."""
+
+
+class Broken(Exception):
+    """The answer failed after its first words were sent; the engine's log says why."""
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(
+        self,
+        engine: Engine | Writer,
+        body: ChatRequest,
+        store: Store,
+        metrics: Metrics,
+        role: str,
+        traces: Traces | None = None,
+    ) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.engine, self.body, self._role = engine, body, role
+        self._store, self._metrics, self._traces = store, metrics, traces
+        self._watch = Watch(self.id, engine.name, engine.tool_names, metrics)
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ticket: Ticket | None = None
+        self._started = 0.0
+        """Unix time; before, nothing is recorded."""
+
+    def submit(self, ask: Ask) -> None:
+        """Raises: Full, Retired."""
+        self._ticket = self.engine.submit(ask, self._notify)
+
+    def cancel(self) -> None:
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    async def started(self) -> None:
+        """Wait until a request that streams has a slot, and is on record; any other is recorded with its answer.
+
+        Raises: ApiError when the prompt does not fit.
+        """
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if isinstance(event, Failed):
+            raise _failure(event.error)
+
+    async def finished(self, request: Request) -> Finished:
+        """Wait for the whole answer.
+
+        Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
+        """
+        gone = asyncio.ensure_future(self._notice_leaving(request))
+        try:
+            _ = self._asked  # made while the model works, not when its answer waits to be recorded
+            return await self._last()
+        finally:
+            self.cancel()
+            gone.cancel()
+
+    async def _notice_leaving(self, request: Request) -> None:
+        """Whoever waits for the answer is told, in its place, that nobody else does."""
+        await _disconnected(request)
+        self._events.put_nowait(Failed(ClientGone()))
+
+    async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Finished | None]]:
+        """OpenAI's deltas in order; the last comes with the finished answer."""
+        try:
+            yield {"role": "assistant", "content": ""}, None
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Text):
+                    yield {"content": event.text}, None
+                elif isinstance(event, Stepped):
+                    yield {"steps": [event.step]}, None
+                elif isinstance(event, Called):
+                    yield {"tool_calls": [event.delta]}, None
+                elif isinstance(event, Finished):
+                    yield {}, event
+                    return
+                elif isinstance(event, Failed):
+                    raise Broken from event.error
+        finally:
+            self.cancel()  # the client left, or nothing is left to cancel
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
+
+    def usage(self, finished: Finished) -> dict[str, int]:
+        total = finished.prompt_tokens + finished.completion_tokens
+        return {
+            "prompt_tokens": finished.prompt_tokens,
+            "completion_tokens": finished.completion_tokens,
+            "total_tokens": total,
+        }
+
+    async def _last(self) -> Finished:
+        while True:
+            event = await self._events.get()
+            if isinstance(event, Finished):
+                return event
+            if isinstance(event, Failed):
+                raise _failure(event.error)
+
+    def _notify(self, event: Event) -> None:
+        """Called by the engine's thread: record first, then tell."""
+        self._watch.see(event)
+        if isinstance(event, Started):
+            if self.body.stream:  # the client is told the id before the end, and may speak of it
+                self._store.add_request(self.id, self.engine.name, self._asked)
+            self._started = time.time()
+        elif isinstance(event, Finished) and self._started:
+            self._record(event)
+        if not self.body.stream and not isinstance(event, Finished | Failed):
+            return  # nobody listens: the finished answer holds it all
+        # The loop is closed when the server ended without waiting for us.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    @cached_property
+    def _asked(self) -> dict[str, Any]:
+        """The request as it is recorded."""
+        return self.body.model_dump(exclude_unset=True, by_alias=True)
+
+    def _record(self, finished: Finished) -> None:
+        answer = Answered(
+            content=finished.content,
+            finish_reason=finished.finish_reason,
+            prompt_tokens=finished.prompt_tokens,
+            completion_tokens=finished.completion_tokens,
+            seconds=self._watch.seconds,
+            steps=finished.steps,
+            tool_calls=finished.tool_calls,
+        )
+        if self.body.stream:
+            self._store.add_answer(self.id, answer)
+        else:
+            self._store.add_exchange(self.id, self.engine.name, self._asked, self._started, answer)
+        self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
+        self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
+        self._metrics.answers.labels(finished.finish_reason).inc()
+        self._metrics.role_answers.labels(self._role).inc()
+        if self._traces is not None:
+            self._watch.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
+
+
+def sse(value: Mapping[str, Any]) -> bytes:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
+
+def _failure(error: Exception) -> Exception:
+    if isinstance(error, ContextTooLong):
+        return ApiError(400, str(error), "context_length_exceeded", "messages")
+    if isinstance(error, Late):
+        return ApiError(503, str(error), "timeout", headers={"Retry-After": "1"})
+    return error
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

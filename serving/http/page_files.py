@@ -1,0 +1,80 @@
+"""The chat page: the files of `page/`, served as they are, under a policy that lets the browser load nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
+
+from serving.http.errors import ApiError
+
+FOLDER = Path(__file__).parents[1] / "page"
+INDEX = "index.html"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # Kept by the browser, asked about each time: after an upgrade no old module meets a new one.
+    "Cache-Control": "no-cache",
+}
+
+router = APIRouter()
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One file of the page."""
+
+    body: bytes
+    media_type: str
+    etag: str
+
+
+@cache
+def assets() -> dict[str, Asset]:
+    """Every file of the page by its name; read once."""
+    return {path.name: _asset(path) for path in FOLDER.iterdir() if path.suffix in TYPES}
+
+
+def _asset(path: Path) -> Asset:
+    body = path.read_bytes()
+    return Asset(body, TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+
+
+@router.get("/", response_class=HTMLResponse)
+def home(request: Request) -> Response:
+    """The chat page."""
+    return _answer(request, assets()[INDEX])
+
+
+@router.get("/page/{name}", include_in_schema=False)
+def asset(name: str, request: Request) -> Response:
+    """A script, style or picture of the page."""
+    found = assets().get(name)
+    if found is None or name == INDEX:
+        raise ApiError(404, f"GET /page/{name}: no such file; the page is at /")
+    return _answer(request, found)
+
+
+def _answer(request: Request, asset: Asset) -> Response:
+    headers = {**HEADERS, "ETag": asset.etag}
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if asset.etag in known:
+        return Response(status_code=304, headers=headers)
+    return Response(asset.body, media_type=asset.media_type, headers=headers)

@@ -1,0 +1,75 @@
+"""params.yaml: the dial, the overrides, and what each mistake is told."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.config.params import InputError, load_params
+from components.config.paths import find_root
+
+ROOT = Path(__file__).parents[2]
+PARAMS = ROOT / "params.yaml"
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu", "cluster"])
+def test_every_scale_gives_a_value_to_every_key(scale: str) -> None:
+    assert load_params(PARAMS, {"scale": scale}).scale == scale
+
+
+def test_a_value_of_params_wins_over_its_scale() -> None:
+    assert load_params(PARAMS, {"scale": "smoke", "pretrain.max_steps": 7}).pretrain.max_steps == 7
+
+
+def test_a_dataset_may_be_a_name_or_a_list() -> None:
+    assert load_params(PARAMS, {"tune.dataset": ["a", "b"]}).tune.datasets == ["a", "b"]
+    assert load_params(PARAMS, {"tune.dataset": "a"}).tune.datasets == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"scale": "huge"}, "params.yaml: scale: 'huge' is not one of smoke, laptop, gpu, cluster"),
+        ({"pretrain.steps": 3}, "params.yaml: pretrain.steps: unknown key"),
+        ({"pretrian.max_steps": 3}, "params.yaml: pretrian: unknown key"),
+        ({"pretrain.learning_rate": -1}, "params.yaml: pretrain.learning_rate: -1: Input should be greater than 0"),
+        ({"pretrain.micro_batch_size": 3}, "micro_batch_size: 3 does not divide global_batch_size 8"),
+        ({"model.head_dim": 7}, "head_dim 7 is odd"),
+        ({"model.num_kv_heads": 2, "model.num_heads": 3}, "num_kv_heads 2 does not divide num_heads 3"),
+        ({"prepare.seq_len": 4096}, "prepare.seq_len: 4096 exceeds model.max_seq_len 512"),
+        ({"pretrain": 3}, "params.yaml: pretrain: expected a section, found 3"),
+        ({"tune.optimizer": "sgd"}, "params.yaml: tune.optimizer: 'sgd': Input should be 'adamw' or 'muon'"),
+    ],
+)
+def test_wrong_values_are_named_with_their_place(overrides: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_params(PARAMS, {"scale": "laptop", **overrides})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("scale: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_params(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not found"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_the_project_is_found_from_a_folder_inside_it() -> None:
+    assert find_root(ROOT / "components" / "data") == ROOT
+
+
+def test_outside_a_project_the_message_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no Loopwright project here or above"):
+        find_root(tmp_path)
+
+
+def test_sections_with_datasets_are_present_so_that_dvc_can_watch_them() -> None:
+    given = yaml.safe_load(PARAMS.read_text())
+    assert given["pretrain"]["dataset"]
+    assert given["tune"]["dataset"]

@@ -1,0 +1,79 @@
+"""A supervisor on real processes: restart after a death, giving up, ending children."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.runtime import supervisor as supervise
+from components.runtime.supervisor import Kept, Service, Supervisor, answers, family, lives
+from flows.orchestration.prefect_server import free_port
+
+
+def until(supervisor: Supervisor, state: str) -> Kept:
+    deadline = time.monotonic() + 30
+    while supervisor.kept[0].state != state:
+        assert time.monotonic() < deadline, supervisor.kept[0].state
+        supervisor.tick()
+        time.sleep(0.01)
+    return supervisor.kept[0]
+
+
+def keep(code: str, folder: Path) -> Supervisor:
+    return Supervisor([Service("x", [sys.executable, "-c", code], "", lambda: True)], folder, folder, lambda kept: None)
+
+
+def test_a_killed_service_comes_back_and_stop_leaves_nobody(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    supervisor = keep(code, tmp_path)
+    first = until(supervisor, "healthy").process
+    assert first is not None
+    first.kill()
+    until(supervisor, "pausing")
+    second = until(supervisor, "healthy").process
+    assert second is not None
+    assert second.pid != first.pid
+    members = family(second.pid)
+    supervisor.stop(1)
+    assert not [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_service_that_dies_at_once_again_and_again_is_given_up(tmp_path: Path) -> None:
+    supervisor = keep("raise SystemExit(1)", tmp_path)
+    for _ in range(supervise.QUICK_DEATHS):
+        supervisor.kept[0].next_start = 0.0
+        if (
+            until(
+                supervisor, "given up" if supervisor.kept[0].deaths == supervise.QUICK_DEATHS - 1 else "pausing"
+            ).state
+            == "given up"
+        ):
+            break
+        supervisor.kept[0].state = "waiting"
+    assert supervisor.kept[0].deaths == supervise.QUICK_DEATHS
+
+
+def test_a_service_that_no_longer_answers_is_killed_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "SECONDS_BETWEEN_ASKS", 0.0)
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
+    service = Service("x", command, address, answers(address), lives=lives(f"{address}/missing"))
+    supervisor = Supervisor([service], tmp_path, tmp_path, lambda kept: None)
+    first = until(supervisor, "healthy").process
+    assert first is not None
+    for _ in range(supervise.UNANSWERED_ASKS + 1):
+        supervisor.tick()
+    assert supervisor.kept[0].state == "healthy", "a refusal is an answer"
+    monkeypatch.setattr(supervise, "UNANSWERED_ASKS", 2)
+    first.send_signal(signal.SIGSTOP)
+    until(supervisor, "pausing")
+    until(supervisor, "healthy")
+    supervisor.stop(5)

@@ -1,0 +1,97 @@
+"""OpenAI's deltas of calls: put together they are the calls, whatever was written."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.agent.agent import openai_call
+from components.agent.turn_grammar import Wish
+from components.agent.turns import turn_rules
+from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from serving.http.tool_call_stream import CallStream
+
+VALUES = [
+    *("Paris", "", " led", "12", "12 apples", "1e", "-", "-Infinity", "-In", "true", "truest", "n", "nul", "NaN", "07"),
+    *('"quoted"', "{", "[x", 'a "b" \\ c\n\u0007', "日本語 \N{SNOWMAN} \U0001f600", "x" * 80, "1.5.2", "1 2"),
+    *(1, -2.5, 10**30, True, None, [], {}, [1, {"a": ["b", None]}], {"k": "v", "é": [0.1]}),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(bpe.train(["Weather of Paris true null 12.5"] * 9, 400), bpe.TEMPLATE_FILE.read_text())
+
+
+def assembled(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls that a client of the stream puts together."""
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        if "id" in delta:
+            assert delta["index"] == len(calls)
+            calls.append({key: value for key, value in delta.items() if key != "index"})
+            calls[-1]["function"] = dict(delta["function"])
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
+
+
+def streamed(tokenizer: ChatTokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], CallStream]:
+    stream = CallStream(tokenizer)
+    return [delta for number in ids for delta in stream.push(number)], stream
+
+
+def turn(tokenizer: ChatTokenizer, *calls: tuple[str, dict[str, Any]]) -> list[int]:
+    written = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    return tokenizer.encode_chat([{"role": "assistant", "content": "Well.", "tool_calls": written}])[0][1:]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: json.dumps(value)[:20])
+def test_the_pieces_of_a_call_make_the_call(tokenizer: ChatTokenizer, value: Any) -> None:
+    ids = turn(tokenizer, ("f", {}), ("g", {"a": value, "b": value}), ("f", {"c": value}))
+    deltas, stream = streamed(tokenizer, ids)
+    calls = tokenizer.parse_turn(ids).calls
+    assert calls[1].arguments == {"a": value, "b": value}
+    expected = [openai_call(call, number) for call, number in zip(calls, stream.ids, strict=True)]
+    assert assembled(deltas) == expected
+
+
+def test_the_pieces_of_any_calls_make_the_calls(tokenizer: ChatTokenizer) -> None:
+    schema = {"type": "object", "properties": {"a": {}, "b": {"type": "string"}, "c": {"type": "array"}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {**schema, "required": ["a", "b"]}}}]
+    rule = turn_rules(tokenizer, tools, Wish("required"), runs_tools=False)
+    for seed in range(40):
+        chance, follower, ids = np.random.default_rng(seed), rule.follow(last=False), list[int]()
+        while not follower.finished and len(ids) < 200:
+            ids.append(int(chance.choice(np.flatnonzero(follower.allowed(99)))))
+            follower.advance(ids[-1])
+        if not follower.finished:
+            ids.append(tokenizer.end_id)
+        deltas, stream = streamed(tokenizer, ids)
+        calls = tokenizer.parse_turn(ids).calls
+        if follower.finished:
+            expected = [openai_call(call, number) for call, number in zip(calls, stream.ids, strict=True)]
+            assert assembled(deltas) == expected
+
+
+def test_the_name_comes_first_and_long_text_in_pieces(tokenizer: ChatTokenizer) -> None:
+    ids = turn(tokenizer, ("f", {"text": "a long story about nothing " * 5}))
+    deltas, stream = streamed(tokenizer, ids)
+    assert deltas[0] == {
+        "index": 0,
+        "id": stream.ids[0],
+        "type": "function",
+        "function": {"name": "f", "arguments": ""},
+    }
+    assert len(deltas) > 20
+
+
+def test_a_call_that_was_cut_is_not_closed(tokenizer: ChatTokenizer) -> None:
+    ids = turn(tokenizer, ("f", {"text": "some words"}))[:-1]
+    [call] = assembled(streamed(tokenizer, ids)[0])
+    with pytest.raises(ValueError, match=r"Unterminated|delimiter"):
+        json.loads(call["function"]["arguments"])

@@ -1,0 +1,200 @@
+"""The rules of the house: directions of imports, one tool one door, one declaration of the stages."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.config.params import Params
+from components.config.paths import Paths
+from components.runtime.stage import FAMILIES, STAGE_MODULES, read_stages, stage_function
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("loopwright", "flows", "components", "serving", "examples")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+PIPELINE = read_stages(ROOT)
+
+_IN = "components/"
+EXAMPLES = "examples"
+# What a package may import; what is not listed is forbidden. From top to bottom: each builds on those above it.
+CONFIG, RUNTIME, TRACKING = _IN + "config", _IN + "runtime", _IN + "tracking"
+MODELS, DATASETS, VALIDATION = _IN + "models", _IN + "datasets", _IN + "validation"
+TOKENIZATION, TOKEN_ROWS, INFERENCE = _IN + "tokenization", _IN + "token_rows", _IN + "inference"
+AGENT, TRAINING, EVALUATION, FEEDBACK = _IN + "agent", _IN + "training", _IN + "evaluation", _IN + "feedback"
+TOP = {CONFIG, RUNTIME}
+ALLOWED = {
+    CONFIG: {CONFIG},
+    RUNTIME: TOP,
+    # The one stage runner opens the tracker that its stages report to.
+    "components/runtime/stage.py": {*TOP, TRACKING},
+    MODELS: {*TOP, MODELS},
+    DATASETS: {*TOP, DATASETS, EXAMPLES},
+    # A dataset that is added is validated before it is kept.
+    "components/datasets/importers.py": {*TOP, DATASETS, VALIDATION},
+    VALIDATION: {*TOP, DATASETS, VALIDATION},
+    TOKENIZATION: {*TOP, DATASETS, TOKENIZATION},
+    TOKEN_ROWS: {*TOP, DATASETS, TOKENIZATION, TOKEN_ROWS},
+    INFERENCE: {*TOP, MODELS, TOKENIZATION, TOKEN_ROWS, INFERENCE},
+    AGENT: {*TOP, MODELS, TOKENIZATION, INFERENCE, AGENT, EXAMPLES},
+    TRAINING: {*TOP, MODELS, DATASETS, TOKENIZATION, TOKEN_ROWS, INFERENCE, AGENT, TRAINING, EVALUATION},
+    EVALUATION: {*TOP, MODELS, DATASETS, TOKENIZATION, TOKEN_ROWS, INFERENCE, AGENT, EVALUATION, FEEDBACK, EXAMPLES},
+    FEEDBACK: {*TOP, DATASETS, TOKENIZATION, TOKEN_ROWS, FEEDBACK, TRACKING},
+    TRACKING: {*TOP, MODELS, TOKENIZATION, AGENT, TRACKING},
+    EXAMPLES: {"components", EXAMPLES},
+    "components/__init__.py": set(),
+    "serving": {"components", "serving"},
+    "flows": {"components", "flows"},
+    "loopwright": {"components", "serving", "flows", "loopwright"},
+}
+
+# What effects of the loop put there for its stages: taken in from people, fetched from the registry.
+BROUGHT = {"data/feedback", "data/models/champion", "data/models/start"}
+
+DOORS = {
+    "prefect": ("flows/",),
+    "bentoml": ("serving/", "flows/release.py", "flows/bento.py"),
+    "mlflow": ("components/tracking/mlflow_client.py",),
+    "great_expectations": ("components/validation/validate.py",),
+    "sklearn": ("components/evaluation/", "components/datasets/"),
+    "dvc": ("flows/",),
+    "optuna": ("components/training/search.py", "components/training/classifier.py"),
+    # tracking.py catches what MLflow lets through from its database.
+    "sqlalchemy": ("components/feedback/", "components/tracking/mlflow_client.py"),
+    "alembic": ("components/feedback/",),
+    "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
+    "llguidance": ("components/inference/grammar.py",),
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports when it runs, anywhere in it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    found: set[str] = set()
+    for node in set(ast.walk(tree)) - guarded:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def place(module: str) -> str | None:
+    """The file or folder of the house that a module name means."""
+    parts = module.split(".")
+    if parts[0] not in PACKAGES:
+        return None
+    for length in range(len(parts), 0, -1):
+        path = ROOT.joinpath(*parts[:length])
+        if path.with_suffix(".py").is_file():
+            return path.with_suffix(".py").relative_to(ROOT).as_posix()
+        if path.is_dir():
+            return path.relative_to(ROOT).as_posix()
+    raise AssertionError(f"{module}: no such module")
+
+
+def within(path: str, rooms: set[str]) -> bool:
+    return any(path == room or path.startswith(f"{room}/") for room in rooms)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_walk_one_way(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    room = max((room for room in ALLOWED if within(name, {room})), key=len)
+    targets = {target for module in imports(path) if (target := place(module)) and target != name}
+    strays = {target for target in targets if target not in PACKAGES and not within(target, ALLOWED[room])}
+    assert not strays, f"{name} imports {sorted(strays)}"
+
+
+@pytest.mark.parametrize("tool", DOORS)
+def test_one_tool_has_one_door(tool: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix() for path in SOURCES if tool in {name.split(".")[0] for name in imports(path)}
+    }
+    strays = {user for user in users if not user.startswith(DOORS[tool])}
+    assert not strays, f"{tool} is imported by {sorted(strays)}"
+
+
+def test_every_stage_is_a_section_a_module_and_a_function() -> None:
+    assert list(dict.fromkeys(name.partition("@")[0] for name in PIPELINE)) == list(STAGE_MODULES)
+    sections = {field.alias or name for name, field in Params.model_fields.items()}
+    for name, stage in PIPELINE.items():
+        # What is fine-tuned has a section of its own name.
+        assert sections & set(name.split("@"))
+        assert stage["cmd"] == f"python -m components.runtime.stage {name}"
+        assert callable(stage_function(name))
+
+
+def test_every_out_of_the_pipeline_has_a_name_in_paths() -> None:
+    paths = Paths(ROOT)
+    known = {getattr(paths, name) for name, value in vars(Paths).items() if isinstance(value, property)}
+    known |= {path(family) for path in (paths.tokenizer, paths.tokens, paths.base) for family in FAMILIES}
+    known |= {paths.assessment(name.partition("@")[2]) for name in PIPELINE if name.startswith("assess@")}
+    for stage in PIPELINE.values():
+        for out in stage["outs"]:
+            assert ROOT / out in known
+
+
+def test_every_dependency_of_the_pipeline_exists_or_is_an_out() -> None:
+    outs = {out for stage in PIPELINE.values() for out in stage["outs"]}
+    for stage in PIPELINE.values():
+        for dependency in stage["deps"]:
+            assert (ROOT / dependency).exists() or within(dependency, outs | BROUGHT), dependency
+
+
+def test_stages_declare_each_module_of_the_house_that_they_import() -> None:
+    for name, stage in PIPELINE.items():
+        declared = set(stage["deps"])
+        # Configuration values are watched in params.yaml and scales.yaml; the runner changes no result.
+        exempt = TOP
+        seen: set[str] = set()
+        module = name.partition("@")[0]
+        todo = [f"{STAGE_MODULES[module].replace('.', '/')}.py"]
+        while todo:
+            file = todo.pop()
+            seen.add(file)
+            for module in imports(ROOT / file):
+                target = place(module)
+                if target and target.endswith(".py") and target not in seen and not within(target, exempt):
+                    todo.append(target)
+        missing = {file for file in seen if not within(file, declared)}
+        assert not missing, f"{name}: dvc.yaml lists no dependency on {sorted(missing)}"
+
+
+def test_the_folder_mlflow_never_shadows_the_package() -> None:
+    assert not (ROOT / "mlflow" / "__init__.py").exists()
+
+
+def test_no_module_is_called_after_nothing() -> None:
+    names = {path.stem for path in SOURCES} | {path.parent.name for path in SOURCES}
+    assert not names & {"utils", "util", "common", "base", "core", "helpers", "managers", "misc"}
+
+
+def test_sources_hold_no_unfinished_work() -> None:
+    marks = re.compile(r"\b(TODO|FIXME|XXX|NotImplementedError)\b")
+    assert not [path for path in SOURCES if marks.search(path.read_text(encoding="utf-8"))]
+
+
+def test_every_value_that_a_stage_watches_is_there() -> None:
+    """DVC refuses to run a stage that watches a key which does not exist."""
+    scales = yaml.safe_load((ROOT / "components/config/scales.yaml").read_text())
+    names = [scale for scale in scales if scale != "all"]
+    given = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for stage in PIPELINE.values():
+        for entry in stage["params"]:
+            if isinstance(entry, str):
+                found = given
+                for part in entry.split("."):
+                    assert part in found, f"{entry}: {part} is not in params.yaml"
+                    found = found[part]
+            for dotted in entry["components/config/scales.yaml"] if isinstance(entry, dict) else ():
+                for scale in names:
+                    place, _, section = dotted.replace("${scale}", scale).partition(".")
+                    assert section in scales[place], f"{dotted}: {section} is not in {place}"

@@ -1,0 +1,190 @@
+"""Model folders of `transformers` into the registry and out: checked whole, kept as they are, a fault in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.data.foreign_tokenizers import TEXTS, chatml, llama
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from components.config.params import InputError
+from components.tracking.model_import import bring_in, look_at, place_model
+from components.tracking.registry import Registry
+from loopwright.cli import COMMANDS, app
+from loopwright.export import copy_whole
+
+SOURCE = Path(__file__).parents[2]
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def decoder(folder: Path) -> Path:
+    """A randomly initialised Llama in shards, a few pickles and scripts beside it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=416, num_key_value_heads=2, max_position_embeddings=128, **SHAPE))
+    model.save_pretrained(folder, max_shard_size="40KB")
+    (folder / "modeling_own.py").write_text("raise SystemExit('imported code must not run')")
+    (folder / "optimizer.pt").write_bytes(b"a pickle")
+    return chatml(folder)
+
+
+def words(folder: Path, special: list[str]) -> Path:
+    tokenizer = Tokenizer(models.WordPiece(unk_token=special[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=special))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": special[0]}))
+    return folder
+
+
+def encoder(folder: Path) -> Path:
+    BertForMaskedLM(BertConfig(vocab_size=128, max_position_embeddings=64, **SHAPE)).save_pretrained(folder)
+    return words(folder, ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+
+
+def encoder_decoder(folder: Path) -> Path:
+    config = T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return words(folder, ["<pad>", "</s>", "<unk>"])
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "LlamaForCausalLM": decoder,
+    "BertForMaskedLM": encoder,
+    "T5ForConditionalGeneration": encoder_decoder,
+}
+FAMILIES = dict(zip(MAKERS, ("decoder", "encoder", "encoder_decoder"), strict=True))
+
+
+@pytest.mark.parametrize("architecture", list(MAKERS))
+def test_a_folder_is_told_for_what_it_is(architecture: str, tmp_path: Path) -> None:
+    found = look_at(MAKERS[architecture](tmp_path / "model"))
+    assert (found.family, found.architecture) == (FAMILIES[architecture], architecture)
+    assert found.parameters > 10_000
+    assert found.vocab_size in (128, 416)
+
+
+def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Registry, tmp_path: Path) -> None:
+    folder = decoder(tmp_path / "model")
+    version = bring_in(folder, look_at(folder), "stranger", registry)
+    assert (str(version), version.aliases) == ("stranger/1", ("champion",))
+    assert version.tags["architecture"] == "LlamaForCausalLM"
+    copy_whole(version.folder, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} < names
+    assert not names & {"modeling_own.py", "optimizer.pt"}
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
+    again = bring_in(folder, look_at(folder), "stranger", registry)
+    assert (again.aliases, registry.resolve("stranger/1").aliases) == (("champion",), ("previous",))
+
+
+def test_an_import_moves_no_champion_that_a_gate_chooses(registry: Registry, tmp_path: Path) -> None:
+    folder = encoder(tmp_path / "model")
+    assert bring_in(folder, look_at(folder), "classifier", registry).aliases == ()
+
+
+def drop(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("make", "spoil", "message"),
+    [
+        (decoder, lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json: not found; save the model's"),
+        (
+            decoder,
+            lambda folder: llama_of_more_tokens(folder),
+            r"\d{3} tokens are more than the vocab_size 416 of conf",
+        ),
+        (
+            decoder,
+            lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
+            r"tokenizer_config\.json: chat_template is missing; add the one of the model",
+        ),
+        (encoder, lambda folder: words(folder, ["[PAD]"]), r"tokenizer\.json: special token '\[CLS\]' is missing"),
+        (encoder, lambda folder: (folder / "tokenizer.json").write_text("{"), "not a readable tokenizer: "),
+        (
+            encoder_decoder,
+            lambda folder: drop(folder, "encoder.block.1.layer.0.SelfAttention.q.weight"),
+            r"1 tensors missing: encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight; the weights do not fit",
+        ),
+        (
+            encoder,
+            lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"),
+            "pickled weights are refused; convert them to safetensors",
+        ),
+        (
+            encoder,
+            lambda folder: change(folder, architectures=["DebertaForMaskedLM"]),
+            r"config\.json: architectures: DebertaForMaskedLM is not supported; one of LlamaForCausalLM",
+        ),
+        (encoder_decoder, lambda folder: change(folder, d_ff=64), r"shape \(48, 32\) does not fit config\.json"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_one_line(
+    make: Callable[[Path], Path], spoil: Callable[[Path], Any], message: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model")
+    spoil(folder)
+    with pytest.raises(InputError, match=message) as error:
+        look_at(folder)
+    assert "\n" not in str(error.value)
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def llama_of_more_tokens(folder: Path) -> None:
+    llama(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"more{number}" for number in range(200)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_placing_replaces_what_was_placed_and_no_hidden_file(tmp_path: Path) -> None:
+    first, second, place = decoder(tmp_path / "first"), encoder(tmp_path / "second"), tmp_path / "place"
+    place.mkdir()
+    (place / ".gitkeep").write_text("")
+    place_model(first, place, {"version": "a/1"})
+    place_model(second, place, {"version": "b/1"})
+    assert json.loads((place / "origin.json").read_text()) == {"version": "b/1"}
+    names = {path.name for path in place.iterdir()} - {"generation_config.json"}
+    assert names == {
+        ".gitkeep",
+        "origin.json",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_command_checks_the_name_first(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    assert "import" in COMMANDS
+    ended = CliRunner().invoke(app, ["import", str(tmp_path), "--name", "a/b"])
+    assert isinstance(ended.exception, InputError)
+    assert str(ended.exception) == "--name: 'a/b': letters, digits, '.', '_' and '-' make a name"
