@@ -8,7 +8,6 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from tests.data.foreign_tokenizers import chatml, llama, sentencepiece
 
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Wish
@@ -17,6 +16,7 @@ from components.config.params import InputError
 from components.inference.schemas import SchemaError
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from tests.tokenization.hf_tokenizers import chatml, llama, sentencepiece
 
 SEEDS = range(12)
 CLOSED = {"type": "object", "additionalProperties": False}

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.test_hub import SOURCE, decoder, encoder
 
 from components.config.params import InputError
 from components.config.paths import Paths
 from components.tracking.model_import import bring_in, look_at
 from components.tracking.registry import Registry
 from flows.orchestration.base_models import bring_bases
+from tests.tracking.test_model_import import SOURCE, decoder, encoder
 
 
 @pytest.fixture

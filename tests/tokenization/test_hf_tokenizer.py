@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.foreign_tokenizers import CHATML, chatml, llama, sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from components.config.params import InputError
 from components.tokenization.chat_tokenizer import Call, ChatTokenizer
 from components.tokenization.hf_tokenizer import ForeignTokenizer
+from tests.tokenization.hf_tokenizers import CHATML, chatml, llama, sentencepiece
 
 CHAT = [
     {"role": "user", "content": "What does json.dumps do?"},

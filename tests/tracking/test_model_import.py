@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.data.foreign_tokenizers import TEXTS, chatml, llama
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from components.tracking.model_import import bring_in, look_at, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
 from loopwright.export import copy_whole
+from tests.tokenization.hf_tokenizers import TEXTS, chatml, llama
 
 SOURCE = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

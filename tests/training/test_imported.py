@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.test_hub import SOURCE, decoder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.agent.agent import Agent
@@ -24,6 +23,7 @@ from components.tracking.model_import import bring_in, look_at
 from components.tracking.registry import Registry
 from components.training.tune import tune
 from flows.orchestration.base_models import bring_bases
+from tests.tracking.test_model_import import SOURCE, decoder
 
 QUESTIONS = [("What does json.dumps do?", "It serializes obj."), ("question?", "answer: 42 times.")]
 SETTINGS: dict[str, Any] = {
