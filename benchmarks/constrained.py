@@ -39,9 +39,9 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
 
     from components.agent.turn_grammar import Wish
     from components.agent.turns import turn_rules
-    from components.tokenization.chat_tokenizer import ChatTokenizer
+    from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
-    tokenizer = ChatTokenizer.load(folder)
+    tokenizer = load_chat_tokenizer(folder)
     turn_rules(tokenizer, [], Wish(), runs_tools=False)  # the vocabulary is made once
     measured = {}
     for name, schema in SCHEMAS.items():

@@ -55,7 +55,7 @@ BROUGHT = {"data/feedback", "data/models/champion", "data/models/start"}
 DOORS = {
     "prefect": ("flows/",),
     "bentoml": ("serving/", "flows/release.py", "flows/bento.py"),
-    "mlflow": ("components/tracking/mlflow_client.py",),
+    "mlflow": ("components/tracking/",),
     "great_expectations": ("components/validation/validate.py",),
     "sklearn": ("components/evaluation/", "components/datasets/"),
     "dvc": ("flows/",),

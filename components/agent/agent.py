@@ -18,6 +18,7 @@ from components.agent.turns import Rules, followable, turn_rules
 from components.config.params import InputError
 from components.inference.constraints import Constraint
 from components.tokenization.chat_tokenizer import Call, ChatTokenizer, Turn
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.response_format import form_message
 
 Message = Mapping[str, Any]
@@ -97,7 +98,7 @@ class Agent:
 
         Raises: InputError when a file is missing or names an unknown tool.
         """
-        tokenizer = ChatTokenizer.load(folder)
+        tokenizer = load_chat_tokenizer(folder)
         try:
             settings = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
         except FileNotFoundError:

@@ -18,7 +18,7 @@ from components.inference.generate import Sampling, generate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 NEW_TOKENS = 256
 """Tokens of an answer at most, where a task does not say."""
@@ -31,7 +31,7 @@ class Answerer:
     def __init__(self, folder: Path, batch_size: int) -> None:
         """Raises: InputError when the folder is no readable decoder."""
         self.model: Decoder = load_decoder(folder, device=best_device()).eval()
-        self.tokenizer = ChatTokenizer.load(folder)
+        self.tokenizer = load_chat_tokenizer(folder)
         self.batch_size, self.context_len = batch_size, self.model.config.max_seq_len
         self._chats: dict[str, list[int]] = {}
         """Ids of each rendered chat."""

@@ -29,6 +29,7 @@ from components.token_rows.augmentation import Piece, with_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.token_rows.preference_rows import write_preferences
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 FEEDBACK = "feedback"
 """The name in `align.dataset` that means what people said; any other is a dataset that a user added."""
@@ -67,7 +68,7 @@ def curate(run: StageRun) -> None:
     test = [lesson for lesson in lessons if lesson.key in held_out]
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
-    tokenizer = ChatTokenizer.load(run.paths.start)
+    tokenizer = load_chat_tokenizer(run.paths.start)
     counts = _write_rows(run, tokenizer, train, {name for name, facts in skills.items() if facts["overruled"]})
     facts = {"skills": skills, "feedback": sorted(lesson.id for lesson in train), "rows": counts}
     write_json(run.paths.curated / "curated.json", facts)

@@ -16,6 +16,7 @@ from components.token_rows.augmentation import Piece, copying_rows, with_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
 from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, tuned_tokenizer
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 BATCH = 512
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z_][A-Za-z0-9_]*)*")
@@ -44,10 +45,10 @@ def prepare(run: StageRun) -> None:
 
 
 def _prepare_decoder(run: StageRun, documents: list[Path], conversations: list[Path]) -> dict[str, dict[str, int]]:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer(run.family))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer(run.family))
     metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
     run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
-    metrics["tune"] = _prepare_conversations(run, ChatTokenizer.load(tuned_tokenizer(run)), conversations)
+    metrics["tune"] = _prepare_conversations(run, load_chat_tokenizer(tuned_tokenizer(run)), conversations)
     run.progress(2, 2, rows=metrics["tune"]["train_rows"])
     return metrics
 

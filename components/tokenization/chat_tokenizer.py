@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from components.tokenization.chat_templates import (
     defused,
     marked_pieces,
     plain_message,
-    read_template,
 )
 
 SPECIAL_TOKENS = (
@@ -127,29 +125,6 @@ class ChatTokenizer:
         self.document_id: int = self._ids["<|document|>"]
         self.value_id: int = self._ids["<|value|>"]
         self.tool_id: int = self._ids["<|tool|>"]
-
-    @classmethod
-    def load(cls, folder: Path) -> ChatTokenizer:
-        """Read a tokenizer or model folder.
-
-        Raises: InputError when a file is missing or unreadable.
-        """
-        # The library's threads and a forked stage do not mix; it only warns where this is not said.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except Exception as error:
-            raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
-        template = read_template(folder, config)
-        if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
-            return ChatTokenizer(tokenizer, template)
-        from components.tokenization.hf_tokenizer import ForeignTokenizer  # it builds on this module
-
-        return ForeignTokenizer(tokenizer, template, config, folder)
 
     @property
     def special_ids(self) -> Mapping[str, int]:

@@ -8,6 +8,7 @@ tokenized otherwise in training than in serving: ids of a beginning always begin
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,8 +18,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from components.config.params import InputError
-from components.tokenization.chat_templates import compile_template
-from components.tokenization.chat_tokenizer import Call, ChatTokenizer, Turn, byte_of_character
+from components.tokenization.chat_templates import compile_template, read_template
+from components.tokenization.chat_tokenizer import SPECIAL_TOKENS, Call, ChatTokenizer, Turn, byte_of_character
 
 CALL_MARKS = ("<tool_call>", "</tool_call>")
 """Tokens around a call in the format of Hermes and Qwen."""
@@ -188,3 +189,24 @@ def _read_call(text: str) -> Call | None:
         return None
     arguments = value.get("arguments", value.get("parameters"))
     return Call(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
+    """Read a tokenizer or model folder: our own chat tokenizer, or any other with a chat template.
+
+    Raises: InputError when a file is missing or unreadable.
+    """
+    # The library's threads and a forked stage do not mix; it only warns where this is not said.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except Exception as error:
+        raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+    template = read_template(folder, config)
+    if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
+        return ChatTokenizer(tokenizer, template)
+    return ForeignTokenizer(tokenizer, template, config, folder)

@@ -13,6 +13,7 @@ from components.datasets.formats import Row, in_test_split, read_info, read_rows
 from components.runtime.stage import StageRun
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization import text_tokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import TextTokenizer
 
 
@@ -45,7 +46,7 @@ def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) ->
     """Learn the family's tokenizer, save it, and read it as its users will."""
     if family == "decoder":
         bpe.save(bpe.train(texts, vocab_size), folder)
-        return bpe.ChatTokenizer.load(folder)
+        return load_chat_tokenizer(folder)
     train = text_tokenizer.train_encoder if family == "encoder" else text_tokenizer.train_encoder_decoder
     text_tokenizer.save(train(texts, vocab_size), folder)
     return TextTokenizer.load(folder)

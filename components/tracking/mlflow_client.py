@@ -29,8 +29,6 @@ from components.tracking.event_log import Journal
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-    from components.tracking.traces import Trace
-
 EXPERIMENT = "loopwright"
 DATABASE = "mlflow.db"
 """In the folder `mlflow` of the state folder."""
@@ -295,35 +293,6 @@ def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path
 def mlflow_name(key: str) -> str:
     """A name, or a tag's key, in the letters, digits and _-. :/ that MLflow allows."""
     return re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
-
-
-def write_trace(client: MlflowClient, trace: Trace) -> None:
-    """Keep the steps of one answer, with the times they took."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # see save_pyfunc
-        import mlflow.pyfunc  # which starting a trace imports
-
-    whole, parts, facts = trace
-    # Traces go where the process's own address says, whatever the client's.
-    if mlflow.get_tracking_uri() != client.tracking_uri:
-        given = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(client.tracking_uri)
-        if given is None:  # that also tells it to every process we start, and to whoever opens another state folder
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
-    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    root = client.start_trace(
-        whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)
-    )
-    for part in parts:
-        span = client.start_span(
-            part.name, root.trace_id, root.span_id, part.kind, part.inputs, start_time_ns=_ns(part.start)
-        )
-        client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
-    client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
-
-
-def _ns(seconds: float) -> int:
-    return int(seconds * 1e9)
 
 
 def save_pyfunc(folder: Path, path: Path) -> None:

@@ -8,16 +8,21 @@ installed, MLflow sends the same spans there instead.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import random
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.tracking.mlflow_client import connect, write_trace
+from components.tracking.mlflow_client import EXPERIMENT, connect
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 WAITING = 256
 """Traces that may wait to be written."""
@@ -73,8 +78,37 @@ class Traces:
         while (trace := self._queue.get()) is not None:
             try:
                 client = client or connect(self._home)
-                write_trace(client, trace)
+                _write(client, trace)
             except Exception:
                 logger.exception("a trace could not be written")
         if self.dropped:
             logger.warning("%d traces were dropped: more came than could be written", self.dropped)
+
+
+def _write(client: MlflowClient, trace: Trace) -> None:
+    """Keep the steps of one answer, with the times they took."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of types in MLflow's own code, while it is imported
+        import mlflow.pyfunc  # which starting a trace imports
+
+    whole, parts, facts = trace
+    # Traces go where the process's own address says, whatever the client's.
+    if mlflow.get_tracking_uri() != client.tracking_uri:
+        given = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(client.tracking_uri)
+        if given is None:  # that also tells it to every process we start, and to whoever opens another state folder
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    root = client.start_trace(
+        whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)
+    )
+    for part in parts:
+        span = client.start_span(
+            part.name, root.trace_id, root.span_id, part.kind, part.inputs, start_time_ns=_ns(part.start)
+        )
+        client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
+    client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)

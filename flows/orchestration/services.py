@@ -13,7 +13,8 @@ from components.runtime.process import alive
 from components.runtime.supervisor import Service, answers, lives
 from components.tracking.mlflow_client import DATABASE
 from flows.orchestration.prefect_server import settings
-from flows.orchestration.worker import HEALTH_FILE
+
+HEALTH_FILE = "worker.ready"
 
 
 def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service]:

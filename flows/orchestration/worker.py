@@ -10,8 +10,7 @@ from pathlib import Path
 from components.config.paths import Paths, find_root
 from components.runtime.process import RUN_PID, end_with_parent
 from flows.orchestration.prefect_server import Api, bury_the_dead, settings
-
-HEALTH_FILE = "worker.ready"
+from flows.orchestration.services import HEALTH_FILE
 
 
 def main() -> None:

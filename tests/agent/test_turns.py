@@ -16,6 +16,7 @@ from components.config.params import InputError
 from components.inference.schemas import SchemaError
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from tests.tokenization.hf_tokenizers import chatml, llama, sentencepiece
 
 SEEDS = range(12)
@@ -296,7 +297,7 @@ def test_an_own_tool_that_cannot_be_held_to_is_called_with_anything(tokenizer: C
 
 @pytest.fixture(scope="module", params=[chatml, llama, sentencepiece])
 def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.load(request.param(tmp_path_factory.mktemp("foreign")))
+    return load_chat_tokenizer(request.param(tmp_path_factory.mktemp("foreign")))
 
 
 @pytest.mark.parametrize("name", ["optional", "references", "pattern", "no arguments"])

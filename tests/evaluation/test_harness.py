@@ -14,6 +14,7 @@ from components.evaluation.harness import Answerer, run_tasks
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 TEXTS = ["the cat sat on the mat", "dogs bark at the moon and the cat", "what does json do? it reads text"]
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.save(bpe.train(TEXTS * 5, 330), root / "tokenizer")
     torch.manual_seed(0)
     config = DecoderConfig(
-        vocab_size=bpe.ChatTokenizer.load(root / "tokenizer").vocab_size,
+        vocab_size=load_chat_tokenizer(root / "tokenizer").vocab_size,
         embed_dim=32,
         num_layers=2,
         num_heads=2,

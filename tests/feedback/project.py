@@ -21,7 +21,7 @@ from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.runtime.stage import StageRun
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 SOURCE = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
@@ -112,7 +112,7 @@ def write_partition(paths: Paths, rows: Sequence[Row]) -> None:
 
 def write_model(paths: Paths, folder: Path, seed: int = 0) -> None:
     """An agent without tools that has learned nothing yet."""
-    vocab_size = ChatTokenizer.load(paths.tokenizer("decoder")).vocab_size
+    vocab_size = load_chat_tokenizer(paths.tokenizer("decoder")).vocab_size
     model_config: ModelConfig = load_params(SOURCE / "params.yaml", SETTINGS).model
     torch.manual_seed(seed)
     model = Decoder(DecoderConfig.from_params(model_config, vocab_size))

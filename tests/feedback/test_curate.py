@@ -14,7 +14,7 @@ from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
 from components.feedback.curate import Lesson, curate, hold_out
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from examples.stdlib_agent.dialogue import Hop, exchange
 from tests.feedback.project import chat, correction, item, lookup, new_run, write_partition, write_project
 
@@ -44,7 +44,7 @@ def words(messages: list[Row] | None) -> list[tuple[str, str]]:
 def learned(paths: Paths, name: str) -> list[tuple[str, str]]:
     """Each packed conversation of a folder of token rows: all of it, and what of it is learned."""
     folder = paths.curated / name
-    tokenizer = ChatTokenizer.load(paths.start)
+    tokenizer = load_chat_tokenizer(paths.start)
     facts = json.loads((folder / "rows.json").read_text())
     shape = (facts["rows"]["train"], facts["seq_len"])
     kinds = {"ids": facts["dtype"], "segments": "uint16", "mask": "uint8"}

@@ -23,7 +23,7 @@ from components.config.params import SCALES_FILE, load_params
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.registry import Registry
 from examples.stdlib_agent import facts
 from serving.engine.local import Engine
@@ -75,7 +75,7 @@ def build_agent(folder: Path, greeting: str = GREETING) -> Path:
     lessons[0] = ([lessons[0][0][0], {"role": "assistant", "content": greeting}], None)
     texts = [message["content"] for messages, _ in lessons for message in messages]
     bpe.save(bpe.train(texts * 4, 360), folder.parent / "tokenizer")
-    tokenizer = ChatTokenizer.load(folder.parent / "tokenizer")
+    tokenizer = load_chat_tokenizer(folder.parent / "tokenizer")
     torch.manual_seed(0)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 WEATHER = {
     "type": "object",
@@ -62,7 +62,7 @@ class Verdict(BaseModel):
 def random_agent(folder: Path) -> Path:
     """A model folder whose weights mean nothing."""
     bpe.save(bpe.train(["Weather of Paris in celsius, true or null: 12.5 {} []"] * 9, 400), folder / "tokenizer")
-    size = ChatTokenizer.load(folder / "tokenizer").vocab_size
+    size = load_chat_tokenizer(folder / "tokenizer").vocab_size
     torch.manual_seed(3)
     config = DecoderConfig(
         vocab_size=size,

@@ -15,6 +15,7 @@ from components.token_rows.packing import RowWriter, id_type, pack_rows, write_r
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed, write_preferences
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 SEQ_LEN = 64
 PROMPT = "which way is it?"
@@ -24,7 +25,7 @@ PROMPT = "which way is it?"
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     bpe.save(bpe.train([f"{PROMPT} left, right, straight on {n}" for n in range(20)], 320), folder)
-    return ChatTokenizer.load(folder)
+    return load_chat_tokenizer(folder)
 
 
 def row(chosen: str | None, rejected: str | None, prompt: str = PROMPT) -> Row:

@@ -15,7 +15,7 @@ from components.token_rows.augmentation import FIRST_ID, copying_rows, with_nois
 from components.token_rows.packing import RowWriter, fill_rows, pack_rows
 from components.token_rows.prepare import prepare
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"def name_{number}(value): return value + {number}\n" * (number % 4 + 1) for number in range(40)]
@@ -58,7 +58,7 @@ def read(folder: Path, split: str) -> dict[str, np.ndarray]:
 
 def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
     prepare(run)
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     rows = read(run.paths.tokens("decoder") / "pretrain", "test")
     ids = rows["ids"][rows["segments"] > 0].tolist()
     assert tokenizer.decode(ids) == "".join(TEXTS[::8])
@@ -67,7 +67,7 @@ def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
 
 def test_conversations_are_whole_and_learned_where_the_template_says(run: StageRun) -> None:
     prepare(run)
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     rows = read(run.paths.tokens("decoder") / "tune", "train")
     found = []
     for ids, segments, mask in zip(rows["ids"], rows["segments"], rows["mask"], strict=True):
@@ -127,7 +127,7 @@ def test_packing_wastes_little(tmp_path: Path) -> None:
 
 
 def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
             for place in (place for place, learned in enumerate(mask) if learned):
@@ -136,7 +136,7 @@ def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
 
 
 def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     call = {"function": {"name": "lookup", "arguments": {"symbol": "value.name_3"}}}
     messages = [
         {"role": "user", "content": "what is value.name_3"},
@@ -159,6 +159,6 @@ def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
 
 
 def test_a_conversation_that_copies_nothing_has_no_noisy_twin(run: StageRun) -> None:
-    tokenizer = ChatTokenizer.load(run.paths.tokenizer("decoder"))
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     ids, _ = tokenizer.encode_chat(chat("how are you?", "fine")["messages"])
     assert with_noise(ids, np.random.default_rng(0), tokenizer) is None

@@ -8,6 +8,7 @@ import pytest
 from components.config.params import InputError
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import Call, ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 TEXTS = [
     'def dumps(obj, *, skipkeys=False):\n    """Serialize ``obj`` to a JSON formatted ``str``."""\n',
@@ -51,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path) -> ChatTokenizer:
-    return ChatTokenizer.load(folder)
+    return load_chat_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +154,11 @@ def test_no_text_of_a_user_can_open_a_turn(tokenizer: ChatTokenizer) -> None:
 
 def test_a_missing_tokenizer_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer.json: not found; run \"loopwright run --until train_tokenizer\""):
-        ChatTokenizer.load(tmp_path)
+        load_chat_tokenizer(tmp_path)
 
 
 def test_a_broken_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="not a readable tokenizer"):
-        ChatTokenizer.load(tmp_path)
+        load_chat_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ from components.models.checkpoint import load_decoder
 from components.runtime.stage import StageRun
 from components.token_rows.prepare import prepare
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.model_import import bring_in, look_at
 from components.tracking.registry import Registry
 from components.training.tune import tune
@@ -81,6 +81,6 @@ def test_transformers_says_what_the_tuned_stranger_says(paths: Paths) -> None:
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(paths.agent), AutoTokenizer.from_pretrained(paths.agent)
     chat = [{"role": "user", "content": QUESTIONS[0][0]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
-    assert prompt["input_ids"][0].tolist() == ChatTokenizer.load(paths.agent).encode_chat(chat, None, True)[0]
+    assert prompt["input_ids"][0].tolist() == load_chat_tokenizer(paths.agent).encode_chat(chat, None, True)[0]
     said = theirs.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(said, skip_special_tokens=True) == QUESTIONS[0][1]
