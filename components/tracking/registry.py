@@ -1,17 +1,18 @@
 """The model registry: versions of a model, and the aliases champion, challenger and previous.
 
-The three aliases move together though MLflow sets one a call: a move is first written down whole, as one
-tag of the registered model, and counts from then on. Whoever finds it unfinished finishes it.
+One write moves the championship: the alias `champion`. What else there is to know follows from what was written before
+it: a version's tag `previous` names the champion before it, and counts while that version is champion. The aliases
+`previous` and `challenger` are brought in line behind it, for programs that ask MLflow; a process that dies in between
+leaves nothing that this module reads wrongly.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ALIASES = ("champion", "challenger", "previous")
-MOVE = "move"
-"""Tag of a registered model: the last move of its aliases."""
+PREVIOUS = "previous"
+"""Tag of a version: the number of the champion before it, or empty; alias of the version that the tag names."""
 _MOVE_SECONDS = 60.0
-"""A move waits this long for another one."""
+"""A change of aliases waits this long for another one."""
 
 
 @dataclass(frozen=True)
@@ -64,44 +65,6 @@ class ModelVersion:
     def folder(self) -> Path:
         """The model folder (Hugging Face format) on this machine; downloaded once when a server keeps it."""
         return next((self.registry.files(self) / "data").iterdir())
-
-
-@dataclass(frozen=True)
-class _Move:
-    """Where the three aliases were, where they go, and what versions are told on the way."""
-
-    before: dict[str, int | None]
-    after: dict[str, int | None]
-    tags: dict[str, dict[str, str]]
-    """Tags to set, by version."""
-    done: bool = False
-
-    @classmethod
-    def read(cls, text: str | None) -> _Move | None:
-        return cls(**json.loads(text)) if text else None
-
-    def written(self, done: bool) -> str:
-        return json.dumps({"before": self.before, "after": self.after, "tags": self.tags, "done": done})
-
-
-@dataclass(frozen=True)
-class _Aliases:
-    """Where all aliases of a model point in MLflow, and the last move written down."""
-
-    set: dict[str, int]
-    move: _Move | None
-
-    @property
-    def unfinished(self) -> _Move | None:
-        return self.move if self.move and not self.move.done else None
-
-    @property
-    def meant(self) -> dict[str, int]:
-        """Where they point once the move is finished."""
-        if self.unfinished is None:
-            return self.set
-        meant = {**self.set, **self.unfinished.after}
-        return {alias: version for alias, version in meant.items() if version is not None}
 
 
 class Registry:
@@ -140,7 +103,7 @@ class Registry:
         if name not in (names := self.names()):
             raise InputError(f"{name}: no such model in the registry; {_one_of(names)}")
         found = self.client.search_model_versions(f"name = '{name}'")
-        aliases = self._seen(name)
+        aliases = self.aliases(name)
         return [self._version(row, aliases) for row in sorted(found, key=lambda row: -int(row.version))]
 
     def resolve(self, wanted: str) -> ModelVersion:
@@ -158,8 +121,8 @@ class Registry:
     def find(self, wanted: str) -> ModelVersion | None:
         """`resolve`, or None where there is none."""
         name, version, alias = _parse(wanted)
-        aliases = self._seen(name)
-        version = version or str(aliases.meant.get(alias, ""))
+        aliases = self.aliases(name)
+        version = version or str(aliases.get(alias, ""))
         if not version:
             return None
         try:
@@ -171,24 +134,23 @@ class Registry:
         return self._version(row, aliases)
 
     def aliases(self, name: str) -> dict[str, int]:
-        """The version that each alias points at, in one call; none for an unknown name.
-
-        A move that a killed process left half done is seen as done, and finished.
-        """
-        return self._seen(name).meant
-
-    def _seen(self, name: str) -> _Aliases:
+        """The version that each alias points at; none for an unknown name."""
         try:
-            aliases = self._aliases(name)
+            model = self.client.get_registered_model(name)
         except errors() as error:
             if not is_missing(error):
                 raise
-            return _Aliases({}, None)
-        if aliases.unfinished:
-            # Held: its mover lives and finishes it.
-            with suppress(InputError), self._moving(name, patience=0.0):
-                pass
-        return aliases
+            return {}
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        champion = aliases.get("champion")
+        if champion is None:
+            return aliases
+        tags = self.client.get_model_version(name, str(champion)).tags
+        if PREVIOUS in tags:  # versions of earlier releases have the alias alone
+            aliases.pop(PREVIOUS, None)
+            aliases |= {PREVIOUS: int(tags[PREVIOUS])} if tags[PREVIOUS] else {}
+        # No version has two: a challenger that was promoted is one no more, nor is it its own predecessor.
+        return {alias: version for alias, version in aliases.items() if alias == "champion" or version != champion}
 
     def files(self, version: ModelVersion) -> Path:
         """The MLflow model (pyfunc) of a version, as a local folder."""
@@ -227,103 +189,100 @@ class Registry:
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""
-        for key, value in tags.items():
-            self.client.set_model_version_tag(version.name, str(version.version), key, value)
+        self._tag(version.name, version.version, tags)
 
     def alias(self, name: str, alias: str, version: ModelVersion | None) -> None:
         """Point an alias at a version, or remove it."""
-        with self._moving(name) as aliases:
-            self._move(name, aliases, {alias: version.version if version else None}, {})
+        with self._locked():
+            self._point(name, {alias: version.version if version else None})
 
     def promote(self, version: ModelVersion) -> None:
         """Make a version the champion; the old champion becomes `previous`."""
-        with self._moving(version.name) as aliases:
-            champion = aliases.get("champion")
+        with self._locked():
+            champion = self.aliases(version.name).get("champion")
             if champion == version.version:
                 raise InputError(f"{version}: is the champion already")
-            self._move(version.name, aliases, _promotion(aliases, version.version), _cleared(version))
+            self._crown(version.name, version.version, champion)
 
     def rollback(self, name: str) -> ModelVersion:
-        """Give the championship back to `previous`: the same move backwards.
+        """Make `previous` the champion again; the champion becomes `previous`.
 
         Raises: InputError when there is no previous champion.
         """
-        if "previous" not in self.aliases(name):
+        if PREVIOUS not in self.aliases(name):
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
-        previous = self.resolve(f"{name}@previous")
-        with self._moving(name) as aliases:
-            if aliases.get("previous") != previous.version:
-                raise InputError(f"{name}@previous: moved meanwhile; look, and roll back again")
+        with self._locked():
+            aliases = self.aliases(name)
             # Its files may still be what the pipeline made last: a run must not promote them again.
-            tags = {str(aliases["champion"]): {"rolled_back": "true"}, **_cleared(previous)}
-            self._move(name, aliases, _promotion(aliases, previous.version), tags)
+            self._tag(name, aliases["champion"], {"rolled_back": "true"})
+            self._crown(name, aliases[PREVIOUS], aliases["champion"])
         return self.resolve(f"{name}@champion")
 
-    def withdraw(self, version: ModelVersion, reason: str) -> bool:
-        """Take back the promotion of a version that fails in service: every alias is again where it was before.
+    def demote(self, version: ModelVersion, reason: str) -> bool:
+        """Mark a version that fails in service; if it is the champion, the champion before it is champion again.
 
         False when there is nothing to go back to, or another process was first; the version is marked all the same.
         """
-        failed = {"smoke_failed": reason}
-        with self._moving(version.name) as aliases:
-            last = self._aliases(version.name).move
-            if aliases.get("champion") != version.version or "previous" not in aliases:
-                self.tag(version, failed)
+        with self._locked():
+            aliases = self.aliases(version.name)
+            self._tag(version.name, version.version, {"smoke_failed": reason})
+            if aliases.get("champion") != version.version or PREVIOUS not in aliases:
                 return False
-            target: dict[str, int | None] = {"champion": aliases["previous"], "previous": None}
-            if last and last.before["champion"] != last.after["champion"] == version.version:
-                target["previous"] = last.before["previous"]
-            if aliases.get("challenger") == version.version:
-                target["challenger"] = None
-            self._move(version.name, aliases, target, {str(version.version): {"rolled_back": "true", **failed}})
+            self._tag(version.name, version.version, {"rolled_back": "true"})
+            before = self.client.get_model_version(version.name, str(aliases[PREVIOUS])).tags.get(PREVIOUS)
+            self._crown(version.name, aliases[PREVIOUS], before)
             return True
 
-    def _aliases(self, name: str) -> _Aliases:
-        model = self.client.get_registered_model(name)
-        aliases = {alias: int(version) for alias, version in model.aliases.items()}
-        return _Aliases(aliases, _Move.read(model.tags.get(MOVE)))
+    def _locked(self) -> AbstractContextManager[None]:
+        """Keep others on this machine from changing aliases meanwhile.
 
-    @contextmanager
-    def _moving(self, name: str, patience: float = _MOVE_SECONDS) -> Iterator[dict[str, int]]:
-        """Keep others on this machine from moving, finish what is unfinished, and give the aliases as they are then.
-
-        Raises: InputError when another process moves for longer than `patience`.
+        Raises: InputError when another process does so for longer than `_MOVE_SECONDS`.
         """
-        with only_one(self.home / "mlflow", "aliases", patience):
-            aliases = self._aliases(name)
-            if aliases.unfinished:
-                self._finish(name, aliases.unfinished, aliases.set)
-            yield aliases.meant
+        return only_one(self.home / "mlflow", "aliases", _MOVE_SECONDS)
 
-    def _move(
-        self,
-        name: str,
-        aliases: Mapping[str, int],
-        target: Mapping[str, int | None],
-        tags: dict[str, dict[str, str]],
-    ) -> None:
-        """Write the move down, then make it."""
-        before = {alias: aliases.get(alias) for alias in {**dict.fromkeys(ALIASES), **target}}
-        move = _Move(before, {**before, **target}, tags)
-        self.client.set_registered_model_tag(name, MOVE, move.written(done=False))
-        self._finish(name, move, aliases)
+    def _crown(self, name: str, version: int, before: int | str | None) -> None:
+        """Make a version champion, with `before` as its `previous`.
 
-    def _finish(self, name: str, move: _Move, aliases: Mapping[str, int]) -> None:
-        for version, tags in move.tags.items():
-            for key, value in tags.items():
-                self.client.set_model_version_tag(name, version, key, value)
-        for alias, target in move.after.items():
-            if target is not None and aliases.get(alias) != target:
-                self.client.set_registered_model_alias(name, alias, str(target))
-            elif target is None and alias in aliases:
+        Tags first, which count for nothing until the alias moves: `previous` is read of the champion alone, and a
+        champion does not count as rolled back.
+        """
+        aliases = self._align(name)  # as a change that was cut short left them
+        champion = aliases.get("champion")
+        if champion and PREVIOUS in aliases:
+            self._tag(name, champion, {PREVIOUS: str(aliases[PREVIOUS])})
+        self._tag(name, version, {PREVIOUS: str(before or "")})
+        self.client.set_registered_model_alias(name, "champion", str(version))
+        tags = self.client.get_model_version(name, str(version)).tags
+        stale = {"rolled_back": "false", "smoke_failed": ""}
+        self._tag(name, version, {key: value for key, value in stale.items() if key in tags})
+        self._align(name)
+
+    def _align(self, name: str) -> dict[str, int]:
+        """Bring the aliases in MLflow in line with what they are here."""
+        aliases = self.aliases(name)
+        self._point(name, {alias: aliases.get(alias) for alias in ALIASES})
+        return aliases
+
+    def _point(self, name: str, target: Mapping[str, int | None]) -> None:
+        """Set each alias that is not yet so."""
+        aliases = self.client.get_registered_model(name).aliases
+        for alias, version in target.items():
+            if version is not None and aliases.get(alias) != str(version):
+                self.client.set_registered_model_alias(name, alias, str(version))
+            elif version is None and alias in aliases:
                 self.client.delete_registered_model_alias(name, alias)
-        self.client.set_registered_model_tag(name, MOVE, move.written(done=True))
 
-    def _version(self, row: Any, seen: _Aliases) -> ModelVersion:
+    def _tag(self, name: str, version: int, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            self.client.set_model_version_tag(name, str(version), key, value)
+
+    def _version(self, row: Any, pointing: Mapping[str, int]) -> ModelVersion:
         metrics = self.client.get_run(row.run_id).data.metrics
-        aliases = tuple(sorted(alias for alias, version in seen.meant.items() if version == int(row.version)))
-        tags = dict(row.tags) | (seen.unfinished.tags.get(str(row.version), {}) if seen.unfinished else {})
+        aliases = tuple(sorted(alias for alias, version in pointing.items() if version == int(row.version)))
+        tags = dict(row.tags)
+        if "champion" in aliases and "rolled_back" in tags:
+            tags["rolled_back"] = "false"
         created = row.creation_timestamp / 1000
         return ModelVersion(
             row.name, int(row.version), row.run_id, row.source, aliases, tags, dict(metrics), created, self
@@ -347,23 +306,6 @@ def _parse(wanted: str) -> tuple[str, str, str]:
         return name, "", alias
     name, slash, version = name.partition("/")
     return (name, version, "") if slash else (name, "", "champion")
-
-
-def _promotion(aliases: Mapping[str, int], version: int) -> dict[str, int | None]:
-    """The move that makes a version champion."""
-    target: dict[str, int | None] = {"champion": version}
-    if "champion" in aliases:
-        target["previous"] = aliases["champion"]
-    if aliases.get("challenger") == version:
-        target["challenger"] = None
-    return target
-
-
-def _cleared(version: ModelVersion) -> dict[str, dict[str, str]]:
-    """What stands against a version no longer does once it is made champion."""
-    stale = {"rolled_back": "false", "smoke_failed": ""}
-    tags = {key: value for key, value in stale.items() if key in version.tags}
-    return {str(version.version): tags} if tags else {}
 
 
 def _one_of(names: list[str]) -> str:

@@ -264,7 +264,7 @@ class Follower(Generic[M]):
         """Tell the registry of what failed; again at the next look when it is away."""
         for name, (version, fault) in list(self._unsaid.items()):
             try:
-                self._source.withdraw(version, fault)
+                self._source.demote(version, fault)
             except Exception:
                 logger.exception("the registry could not be told that %s failed", name)
             else:

@@ -31,7 +31,7 @@ class Aliases:
         self.challenger: int | None = None
         self.tags: dict[int, dict[str, str]] = {}
         self.folders: dict[int, Path] = {}
-        self.withdrawn: list[tuple[str, str]] = []
+        self.demoted: list[tuple[str, str]] = []
         self.loads: list[str] = []
         self.stamped: object = None
         self.looks = 0
@@ -51,10 +51,10 @@ class Aliases:
         facts = {"name": "agent", "version": number, "tags": self.tags.get(number, {})}
         return Bundled(self.folders.get(number, self.folder), facts)
 
-    def withdraw(self, version: Version, reason: str) -> None:
+    def demote(self, version: Version, reason: str) -> None:
         if self.number == 0:
             raise OSError("the registry is away")
-        self.withdrawn.append((str(version), reason))
+        self.demoted.append((str(version), reason))
 
     def load(self, folder: Path, name: str) -> Engine:
         self.loads.append(name)
@@ -150,10 +150,10 @@ def test_model_that_fails_before_the_swap_never_answers(follower: Follower, alia
         follower.look()
     assert names(follower) == ("agent/1", None)
     assert follower.served == {"agent/1"}
-    assert [name for name, _ in alias.withdrawn] == ["agent/2"]
+    assert [name for name, _ in alias.demoted] == ["agent/2"]
     follower.look()
     assert alias.loads == ["agent/1", "agent/2"], "not tried again"
-    assert len(alias.withdrawn) == 1
+    assert len(alias.demoted) == 1
 
 
 class Fading(Engine):
@@ -181,18 +181,18 @@ def test_model_that_fails_after_the_swap_gives_the_place_back(follower: Follower
     done = threading.Event()
     first.submit(Ask([USER], max_tokens=1), lambda event: done.set() if isinstance(event, Finished) else None)
     assert done.wait(60), "the old engine was kept until the test"
-    assert [name for name, _ in alias.withdrawn] == ["agent/2"]
+    assert [name for name, _ in alias.demoted] == ["agent/2"]
 
 
 def test_registry_that_is_away_hears_of_a_failure_later(follower: Follower, alias: Aliases) -> None:
     follower.look()
     alias.number, alias.tags[2] = 2, {"smoke_answer": "Something else"}
-    withdraw, alias.withdraw = alias.withdraw, None  # type: ignore[method-assign, assignment]
+    demote, alias.demote = alias.demote, None  # type: ignore[method-assign, assignment]
     with pytest.raises(Unfit):
         follower.look()
-    alias.withdraw = withdraw  # type: ignore[method-assign]
+    alias.demote = demote  # type: ignore[method-assign]
     follower.look()
-    assert [name for name, _ in alias.withdrawn] == ["agent/2"]
+    assert [name for name, _ in alias.demoted] == ["agent/2"]
     assert names(follower) == ("agent/1", None)
 
 
@@ -215,7 +215,7 @@ def test_challenger_comes_changes_fails_and_goes(follower: Follower, alias: Alia
     alias.challenger, alias.tags[5] = 5, {"smoke_answer": "Something else"}
     follower.look()
     follower.look()
-    assert [name for name, _ in alias.withdrawn] == ["agent/5"]
+    assert [name for name, _ in alias.demoted] == ["agent/5"]
     alias.challenger = 6
     follower.look()
     alias.challenger = None

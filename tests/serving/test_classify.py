@@ -134,7 +134,7 @@ class Alias:
         tags = {"smoke_question": "iron", "smoke_answer": self.answers.get(number, "metal")}
         return Bundled(self.folders[number], {"name": "classifier", "version": number, "tags": tags})
 
-    def withdraw(self, version: Version, reason: str) -> None:
+    def demote(self, version: Version, reason: str) -> None:
         self.withdrawn.append(f"{version}: {reason}")
 
 

@@ -14,9 +14,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from components.config.params import InputError
+from components.tracking import mlflow_client as tracking
 from components.tracking.event_log import PARENT_RUN, Journal
 from components.tracking.mlflow_client import COURIER, Courier, connect, create_run, end_killed_runs, open_tracker
-from components.tracking import mlflow_client as tracking
 from components.tracking.registry import ModelVersion, Registry, is_empty, resolve
 
 SOURCE = Path(__file__).parents[2]

@@ -1,14 +1,14 @@
-"""Aliases that move together: no kill leaves half a move, and going back restores what was."""
+"""The championship moves in one write: no kill leaves a registry that reads wrongly, and going back restores it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from components.runtime.process import only_one
+from components.config.params import InputError
 from components.tracking.registry import ModelVersion, Registry
 
 Register = Callable[..., ModelVersion]
@@ -47,44 +47,70 @@ def direct(registry: Registry) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("left", range(CALLS))
-def test_kill_between_any_two_calls_leaves_a_whole_move(registry: Registry, registered: Register, left: int) -> None:
+def test_kill_between_any_two_writes_reads_as_before_or_after(
+    registry: Registry, registered: Register, left: int
+) -> None:
     first, second = registered(0.5), registered(0.6)
     registry.promote(first)
     registry.alias("agent", "challenger", second)
+    registry.tag(second, {"rolled_back": "true"})
     before, after = {"champion": 1, "challenger": 2}, {"champion": 2, "previous": 1}
-    killed = False
-    try:
+    with suppress(Killed):
         mortal(registry, left).promote(second)
-    except Killed:
-        killed = True
-    assert killed == (left < 5), "the move is five calls"
     seen = Registry(registry.home).aliases("agent")
-    assert seen == (after if left else before)
-    assert direct(registry) == seen, "whoever looked finished it"
-    back = mortal(registry, left)
-    if seen == after:
-        with pytest.raises(Killed) if left < 5 else nullcontext():
-            back.rollback("agent")
-        assert registry.aliases("agent") == {"champion": 1, "previous": 2}
+    assert seen == (after if direct(registry)["champion"] == 2 else before)
+    assert registry.resolve("agent/2").tags["rolled_back"] == str(seen == before).lower()
+    with suppress(InputError):  # it is the champion already
+        registry.promote(second)
+    assert registry.aliases("agent") == after
+    with suppress(Killed):
+        mortal(registry, left).rollback("agent")
+    back = {"champion": 1, "previous": 2}
+    assert registry.aliases("agent") == (back if direct(registry)["champion"] == 1 else after)
+    if registry.aliases("agent") == back:
         assert registry.resolve("agent/2").tags["rolled_back"] == "true"
 
 
-def test_a_move_in_progress_is_seen_whole(registry: Registry, registered: Register) -> None:
-    first, second = registered(0.5), registered(0.6)
-    registry.promote(first)
-    registry.tag(second, {"rolled_back": "true"})
-    with pytest.raises(Killed):
-        mortal(registry, 1).promote(registry.resolve("agent/2"))
-    with only_one(registry.home / "mlflow", "aliases"):  # its mover lives: nobody else finishes it
-        named = [str(registry.resolve(f"agent@{alias}")) for alias in ("champion", "previous")]
-        assert named == ["agent/2", "agent/1"]
-        assert registry.resolve("agent@champion").tags["rolled_back"] == "false", "told with the move"
-        assert direct(registry) == {"champion": 1}
-    registry.aliases("agent")
-    assert direct(registry) == {"champion": 2, "previous": 1}
+@pytest.mark.parametrize("left", range(CALLS))
+def test_kill_within_a_demotion_leaves_one_that_can_be_repeated(
+    registry: Registry, registered: Register, left: int
+) -> None:
+    for version in [registered(score / 10) for score in range(3)]:
+        registry.promote(version)
+    with suppress(Killed):
+        mortal(registry, left).demote(registry.resolve("agent/3"), "says nothing")
+    assert registry.aliases("agent") in ({"champion": 3, "previous": 2}, {"champion": 2, "previous": 1})
+    registry.demote(registry.resolve("agent/3"), "says nothing")
+    assert registry.aliases("agent") == {"champion": 2, "previous": 1}
+    assert registry.resolve("agent/3").tags["rolled_back"] == "true"
 
 
-def test_withdrawal_restores_every_alias_and_happens_once(registry: Registry, registered: Register) -> None:
+def test_aliases_in_mlflow_follow_each_change(registry: Registry, registered: Register) -> None:
+    versions = [registered(score / 10) for score in range(3)]
+    registry.promote(versions[0])
+    registry.alias("agent", "challenger", versions[1])
+    registry.promote(versions[1])
+    assert direct(registry) == registry.aliases("agent") == {"champion": 2, "previous": 1}
+    registry.promote(versions[2])
+    registry.rollback("agent")
+    assert direct(registry) == registry.aliases("agent") == {"champion": 2, "previous": 3}
+
+
+def test_a_registry_of_an_earlier_release_reads_the_same(registry: Registry, registered: Register) -> None:
+    """Which had aliases and no tag `previous`, and the last move as a tag of the model."""
+    for number, alias in enumerate(("previous", "champion", "challenger"), start=1):
+        registered(number / 10)
+        registry.client.set_registered_model_alias("agent", alias, str(number))
+    registry.client.set_registered_model_tag("agent", "move", '{"before": {}, "after": {}, "tags": {}, "done": true}')
+    before = {"previous": 1, "champion": 2, "challenger": 3}
+    assert registry.aliases("agent") == before
+    registry.promote(registered(0.9))
+    assert registry.aliases("agent") == {"previous": 2, "champion": 4, "challenger": 3}
+    assert registry.demote(registry.resolve("agent/4"), "says nothing")
+    assert registry.aliases("agent") == before
+
+
+def test_demotion_restores_every_alias_and_happens_once(registry: Registry, registered: Register) -> None:
     versions = [registered(score / 10) for score in range(4)]
     for version in versions[:2]:
         registry.promote(version)
@@ -92,9 +118,9 @@ def test_withdrawal_restores_every_alias_and_happens_once(registry: Registry, re
     before = registry.aliases("agent")
     assert before == {"champion": 2, "previous": 1, "challenger": 4}
     registry.promote(versions[2])
-    assert registry.withdraw(versions[2], "says nothing")
+    assert registry.demote(versions[2], "says nothing")
     assert registry.aliases("agent") == before
-    assert not registry.withdraw(versions[2], "says nothing"), "another server was first"
+    assert not registry.demote(versions[2], "says nothing"), "another server was first"
     assert registry.aliases("agent") == before
     tags = registry.resolve("agent/3").tags
     assert (tags["smoke_failed"], tags["rolled_back"]) == ("says nothing", "true")
@@ -102,19 +128,19 @@ def test_withdrawal_restores_every_alias_and_happens_once(registry: Registry, re
     assert registry.resolve("agent/3").tags["smoke_failed"] == "", "a person's word counts more"
 
 
-def test_withdrawal_behind_another_move_leaves_no_version_two_aliases(registry: Registry, registered: Register) -> None:
+def test_demotion_keeps_the_challenger(registry: Registry, registered: Register) -> None:
     first, second, third = registered(0.4), registered(0.5), registered(0.6)
     registry.promote(first)
     registry.promote(second)
     registry.alias("agent", "challenger", third)
-    assert registry.withdraw(second, "says nothing")
+    assert registry.demote(second, "says nothing")
     assert registry.aliases("agent") == {"champion": 1, "challenger": 3}
 
 
 def test_sole_champion_that_fails_stays(registry: Registry, registered: Register) -> None:
     version = registered(0.5)
     registry.promote(version)
-    assert not registry.withdraw(version, "says nothing")
+    assert not registry.demote(version, "says nothing")
     assert registry.aliases("agent") == {"champion": 1}
     assert registry.resolve("agent/1").tags["smoke_failed"] == "says nothing"
     assert registry.aliases("nobody") == {}
