@@ -57,7 +57,7 @@ DOORS = {
     "bentoml": ("serving/", "flows/release.py", "flows/bento.py"),
     "mlflow": ("components/tracking/",),
     "great_expectations": ("components/validation/validate.py",),
-    "sklearn": ("components/evaluation/", "components/datasets/"),
+    "sklearn": ("components/evaluation/", "components/datasets/", "components/training/classifier.py"),
     "dvc": ("flows/",),
     "optuna": ("components/training/search.py", "components/training/classifier.py"),
     # tracking.py catches what MLflow lets through from its database.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sklearn.metrics import confusion_matrix, f1_score
 
 from components.config.params import InputError, Params
 from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import tfidf_probabilities
 from components.evaluation.calibration import expected_calibration_error
 from components.evaluation.classifier_plots import draw_confusion, draw_f1, draw_reliability
-from components.evaluation.label_metrics import confusion_matrix, f1_scores, macro_f1, numbered
 from components.inference.classifier import TextReader
 from components.runtime.stage import StageRun
 
@@ -84,7 +85,8 @@ def assess_classifier(run: StageRun) -> None:
     _write_plot(run.paths.metrics / f"{run.name}_f1.csv", figures["labels"])
     write_predictions(run.paths.assessment(run.item), asked, said, base, figures["held_out_digest"])
     run.tracker.metrics(flat_metrics(figures))
-    run.tracker.figure(draw_confusion(_confusion(asked, said, reader.labels), reader.labels), "confusion_matrix.png")
+    confusion = confusion_matrix(*_known(asked, said, reader.labels), labels=reader.labels)
+    run.tracker.figure(draw_confusion(confusion, reader.labels), "confusion_matrix.png")
     right = np.array(asked.labels) == np.array(said.labels)
     run.tracker.figure(draw_reliability(said.confidences, right), "reliability.png")
     run.tracker.figure(draw_f1(figures["labels"]), "f1_per_label.png")
@@ -121,11 +123,13 @@ def baseline(collected: Path, params: Params, names: Sequence[str], texts: Seque
 def measure(asked: Asked, said: Said, base: Said, names: Sequence[str]) -> Figures:
     """The figures of every suite, and of every label over all of them."""
     suites = {suite: _suite_figures(asked, said, base, places) for suite, places in asked.suites.items()}
-    ours, theirs = (f1_scores(_confusion(asked, one, names)) for one in (said, base))
-    counts = np.bincount(np.maximum(numbered(asked.labels, names), 0), minlength=len(names))
+    scores = (
+        f1_score(*_known(asked, one, names), labels=names, average=None, zero_division=np.nan) for one in (said, base)
+    )
+    counts = Counter(asked.labels)
     labels = {
-        name: {"f1": _number(ours[place]), "baseline_f1": _number(theirs[place]), "texts": int(counts[place])}
-        for place, name in enumerate(names)
+        name: {"f1": _number(candidate), "baseline_f1": _number(baseline), "texts": counts[name]}
+        for name, candidate, baseline in zip(names, *scores, strict=True)
     }
     score = sum(one["macro_f1"] for one in suites.values()) / len(suites)
     return {"score": round(score, 6), "suites": suites, "labels": labels}
@@ -136,22 +140,21 @@ def _suite_figures(asked: Asked, said: Said, base: Said, places: list[int]) -> F
     figures: Figures = {"texts": len(places)}
     for prefix, one in (("", said), ("baseline_", base)):
         guesses = [one.labels[place] for place in places]
-        names = sorted({*wanted, *guesses})
-        labels, taken = numbered(wanted, names), numbered(guesses, names)
+        right = np.array(wanted) == np.array(guesses)
         figures |= {
             f"{prefix}accuracy": round(accuracy(wanted, guesses), 4),
-            f"{prefix}macro_f1": round(macro_f1(labels, taken, len(names)), 4),
-            f"{prefix}ece": round(expected_calibration_error(one.confidences[places], labels == taken), 4),
+            f"{prefix}macro_f1": round(float(f1_score(wanted, guesses, average="macro")), 4),
+            f"{prefix}ece": round(expected_calibration_error(one.confidences[places], right), 4),
         }
     figures["baseline_is_better"] = figures["baseline_macro_f1"] > figures["macro_f1"]
     return figures
 
 
-def _confusion(asked: Asked, said: Said, names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Counts (L, L); texts of labels that the classifier does not know are left out."""
-    wanted, guesses = numbered(asked.labels, names), numbered(said.labels, names)
-    known = (wanted >= 0) & (guesses >= 0)
-    return confusion_matrix(wanted[known], guesses[known], len(names))
+def _known(asked: Asked, said: Said, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Labels and guesses of the texts whose labels the classifier knows."""
+    known = set(names)
+    pairs = [pair for pair in zip(asked.labels, said.labels, strict=True) if known.issuperset(pair)]
+    return [label for label, _ in pairs], [guess for _, guess in pairs]
 
 
 def accuracy(wanted: Sequence[str], guesses: Sequence[str]) -> float:

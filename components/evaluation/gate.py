@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from components.config.loop_settings import JudgeConfig
 
@@ -23,9 +23,8 @@ Mode = Literal["gain", "replace", "any_gain"]
 """gain: what people spoke about must get better. replace: the champion must go, nothing may fall.
 any_gain: some skill must get better, whichever."""
 
-EXACT_SIGNS = 14
-"""Pairs up to which all 2^n assignments of signs are counted."""
-RANDOM_SIGNS = 20_000
+SIGN_FLIPS = 20_000
+"""Assignments of signs: all of them for up to 14 pairs, else as many drawn."""
 Values = npt.NDArray[np.float64]
 
 
@@ -110,21 +109,18 @@ def p_greater(differences: Values) -> float:
         return 1.0
     if np.all(np.abs(moved) == 1):
         return float(binomtest(int((moved > 0).sum()), len(moved), alternative="greater").pvalue)
-    return _p_by_flips(moved)
-
-
-def _p_by_flips(moved: Values) -> float:
-    """Chance of a sum as large when each sign is a coin's: all assignments counted, or many drawn."""
-    observed = moved.sum() - 1e-12 * np.abs(moved).sum()
-    if len(moved) <= EXACT_SIGNS:
-        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
-        return float((signs @ moved >= observed).mean())
-    random = np.random.default_rng(0)
-    larger = sum(
-        int((random.choice((-1.0, 1.0), (1000, len(moved))) @ moved >= observed).sum())
-        for _ in range(RANDOM_SIGNS // 1000)
+    if len(moved) == 1:  # which scipy refuses: one coin
+        return 0.5 if moved[0] > 0 else 1.0
+    flips = permutation_test(
+        (moved,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=SIGN_FLIPS,
+        batch=1000,
+        alternative="greater",
+        rng=np.random.default_rng(0),
     )
-    return (larger + 1) / (RANDOM_SIGNS + 1)
+    return float(flips.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -10,9 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
 
 import numpy as np
+from scipy.stats import fisher_exact
 
 PSI_THRESHOLD = 0.2
 FALSE_ALARM_RATE = 0.001
@@ -53,21 +53,8 @@ def compare(name: str, reference: Sequence[int], current: Sequence[int], seed: i
 
 def rating_change(past: tuple[int, int], now: tuple[int, int]) -> Measure:
     """Two-sided p value of Fisher's exact test on (up, down) votes; small is a change."""
-    value = fisher(past, now)
+    value = float(fisher_exact([past, now]).pvalue)
     return Measure("rating (p value)", value, FALSE_ALARM_RATE, sum(now), value < FALSE_ALARM_RATE)
-
-
-def fisher(first: tuple[int, int], second: tuple[int, int]) -> float:
-    """Probability of a table as unlikely as this one, its margins given."""
-    ups, total, drawn = first[0] + second[0], sum(first) + sum(second), sum(second)
-    all_tables = comb(total, drawn)
-
-    def weight(up: int) -> int:
-        return comb(ups, up) * comb(total - ups, drawn - up)
-
-    seen = weight(second[0])
-    possible = range(max(0, drawn - (total - ups)), min(ups, drawn) + 1)
-    return sum(chance for up in possible if (chance := weight(up)) <= seen) / all_tables
 
 
 def lengths(prompts: Iterable[str]) -> list[int]:

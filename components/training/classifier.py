@@ -11,13 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import f1_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from components.config.model_settings import ClassifierConfig
 from components.config.params import InputError
-from components.evaluation.label_metrics import class_weights, macro_f1
 from components.models.checkpoint import load_model, save_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from
@@ -142,8 +144,8 @@ class Finetuning:
 
     def score(self, model: Classifier) -> float:
         """Macro-F1 on the validation texts."""
-        logits = validation_logits(model, self.validation)
-        return macro_f1(self.validation.numbers("label"), logits.argmax(1).numpy(), len(self.rows.labels))
+        labels, guesses = self.validation.numbers("label"), validation_logits(model, self.validation).argmax(1).numpy()
+        return float(f1_score(labels, guesses, average="macro")) if len(labels) else 0.0
 
 
 def finetune_classifier(run: StageRun) -> None:
@@ -234,18 +236,24 @@ def validation_logits(model: Classifier, rows: LabelledRows) -> Tensor:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T of softmax(logits / T) that makes the labels likeliest: (N, L) and (N,), by golden-section search."""
+    """The T of softmax(logits / T) with the lowest cross-entropy: logits (N, L), labels (N,)."""
     if not len(labels):
         return 1.0
 
     def loss(log_temperature: float) -> float:
         return float(F.cross_entropy(logits / np.exp(log_temperature), labels))
 
-    low, high, ratio = -2.0, 2.0, (5**0.5 - 1) / 2
-    for _ in range(40):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if loss(left) < loss(right) else (left, high)
-    return float(np.exp((low + high) / 2))
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def class_weights(numbers: npt.NDArray[np.int64], count: int, power: float) -> npt.NDArray[np.float64]:
+    """The weight (L,) of each label in the loss: (N / (L n)) ** power for one that n of the N texts have.
+
+    Power 1 weighs all labels alike however rare ("balanced" in scikit-learn), power 0 all texts alike.
+    """
+    found = np.bincount(numbers, minlength=count)
+    weights: npt.NDArray[np.float64] = (len(numbers) / (count * np.maximum(found, 1))) ** power
+    return weights
 
 
 @torch.no_grad()

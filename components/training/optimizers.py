@@ -2,7 +2,8 @@
 
 Muon (https://kellerjordan.github.io/posts/muon/): momentum, made orthogonal by a few steps of
 Newton-Schulz, on the matrices of the blocks; AdamW (arXiv 1711.05101) on everything else.
-Not `torch.optim`'s classes: making one imports torch's compiler, four seconds of every process.
+AdamW is `torch.optim`'s function rather than its class: making the class imports torch's compiler, four seconds of
+every process.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from components.config.model_settings import TrainConfig
 from components.models.attention import FusedLinear
@@ -53,7 +55,7 @@ class AdamW:
         self.weights = dict(weights)
         self.first = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.steps = torch.zeros((), device=next(iter(weights.values())).device)
+        self.steps = {name: torch.zeros((), device=weight.device) for name, weight in weights.items()}
         self.groups = [
             (names, decay)
             for names, decay in (
@@ -65,15 +67,15 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        self.steps += 1
         for names, decay in self.groups:
-            torch._fused_adamw_(
+            adamw(
                 [self.weights[name] for name in names],
                 _grads(self.weights, names),
                 [self.first[name] for name in names],
                 [self.second[name] for name in names],
                 [],
-                [self.steps] * len(names),
+                [self.steps[name] for name in names],
+                fused=True,
                 lr=self.learning_rate * factor,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
@@ -84,8 +86,8 @@ class AdamW:
             )
 
     def state(self) -> dict[str, Tensor]:
-        first = {f"first.{name}": moment for name, moment in self.first.items()}
-        return first | {f"second.{name}": moment for name, moment in self.second.items()} | {"steps": self.steps}
+        parts = {"first": self.first, "second": self.second, "steps": self.steps}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
 class Muon:
@@ -211,12 +213,12 @@ def build_optimizers(model: nn.Module, masters: Masters, config: TrainConfig, dt
     by_muon = {name: weights[name] for name in in_blocks} if config.optimizer == "muon" else {}
     by_adamw = {name: weight for name, weight in weights.items() if name not in by_muon}
     decayed = frozenset(parts)
-    adamw = AdamW(by_adamw, config.learning_rate, weight_decay=config.weight_decay, decayed=decayed)
+    rest = AdamW(by_adamw, config.learning_rate, weight_decay=config.weight_decay, decayed=decayed)
     if not by_muon:
-        return [adamw]
+        return [rest]
     heights = {name: parts[name] for name in in_blocks}
     muon = Muon(by_muon, config.muon_learning_rate, weight_decay=config.weight_decay, parts=heights, dtype=dtype)
-    return [muon, adamw]
+    return [muon, rest]
 
 
 @torch.no_grad()
