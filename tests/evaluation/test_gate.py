@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, permutation_test
 
-from components.config.loop_settings import JudgeConfig
-from components.evaluation.gate import Slice, decide, holm, p_greater, report, wins_needed
+from components.config.params import load_params
+from components.evaluation.gate import Mode, Slice, decide, holm, p_greater, report, wins_needed
+from tests.conftest import SOURCE
 
-CONFIG = JudgeConfig(max_questions=120, false_promotion_rate=0.01, min_corrected=0.6, max_fall=0.01, fall_rate=0.05)
+CONFIG = load_params(SOURCE / "params.yaml", {"scale": "smoke"}).judge
+"""The project's own: no gain by chance in more than 1 of 100, no fall of more than 1 % that is no accident at 5 %."""
 
 
 def right(*counts: int) -> list[float]:
@@ -123,6 +125,80 @@ def test_what_people_spoke_about_may_not_fall_at_all() -> None:
     assert not verdict.promote
     assert "falls: feedback/lookup" in verdict.reason
     assert decide([slices[0], guard(right(1600), right(1590, 10))], CONFIG).promote
+
+
+def moved(won: int, lost: int, questions: int, skill: str, spoken_of: bool) -> Slice:
+    """A skill of which the candidate answers `won` more and `lost` fewer questions right."""
+    same = questions - won - lost
+    return Slice(skill, spoken_of, right(0, won, lost + same), right(won, lost, same))
+
+
+def spoken_of(won: int, lost: int, questions: int, skill: str = "feedback/bases") -> Slice:
+    return moved(won, lost, questions, skill, True)
+
+
+def others(won: int, lost: int, questions: int, skill: str = "lookup") -> Slice:
+    return moved(won, lost, questions, skill, False)
+
+
+@pytest.mark.parametrize(
+    ("slices", "mode", "better"),
+    [
+        # The sign test's p is 1/128 after seven questions won and none lost, 1/64 after six.
+        pytest.param([spoken_of(7, 0, 7)], "gain", [True], id="seven of seven"),
+        pytest.param([spoken_of(6, 0, 7)], "gain", [False], id="six of seven"),
+        pytest.param([spoken_of(10, 1, 40)], "gain", [True], id="ten won, one lost: p = 0.0059"),
+        pytest.param([spoken_of(9, 1, 40)], "gain", [False], id="nine won, one lost: p = 0.0107"),
+        # Holm: the smallest of two p is doubled, the other one stays.
+        pytest.param([spoken_of(7, 0, 7), spoken_of(0, 0, 7, "feedback/b")], "gain", [False, False], id="one of two"),
+        pytest.param([spoken_of(8, 0, 8), spoken_of(0, 0, 7, "feedback/b")], "gain", [True, False], id="one more won"),
+        pytest.param([spoken_of(8, 0, 8), spoken_of(7, 0, 7, "feedback/b")], "gain", [True, True], id="both of two"),
+        # A skill that could not pass alone, or is not to gain, does not count among those that could have gained.
+        pytest.param([spoken_of(7, 0, 7), spoken_of(6, 0, 6, "feedback/b")], "gain", [True, False], id="too small"),
+        pytest.param([spoken_of(7, 0, 7), others(7, 0, 7)], "gain", [True, False], id="guards"),
+        pytest.param([others(7, 0, 7), others(0, 0, 7, "b")], "any_gain", [False, False], id="any of two"),
+        pytest.param([others(8, 0, 8), others(0, 0, 7, "b")], "any_gain", [True, False], id="any of two, one more won"),
+    ],
+)
+def test_a_gain_is_real_at_the_rate_corrected_for_the_skills_that_could_gain(
+    slices: list[Slice], mode: Mode, better: list[bool]
+) -> None:
+    verdict = decide(slices, CONFIG, mode)
+    assert [one.outcome == "better" for one in verdict.findings] == better
+    assert verdict.promote is any(better)
+
+
+@pytest.mark.parametrize(
+    ("slices", "worse"),
+    [
+        # The sign test's p is 1/32 after five questions lost and none won, 1/16 after four.
+        pytest.param([others(0, 5, 400)], True, id="five: p = 0.031"),
+        pytest.param([others(0, 4, 300)], False, id="four: p = 0.063"),
+        pytest.param([others(1, 7, 400)], True, id="seven lost, one won: p = 0.035"),
+        pytest.param([others(1, 6, 400)], False, id="six lost, one won: p = 0.063"),
+        pytest.param([others(0, 5, 499)], True, id="just above 1 % of the questions"),
+        pytest.param([others(0, 5, 500)], False, id="1 % of the questions"),
+        pytest.param([spoken_of(0, 5, 500)], True, id="what people spoke about, 1 %"),
+        pytest.param([spoken_of(0, 5, 50_000)], True, id="what people spoke about, 0.01 %"),
+        pytest.param([others(0, 5, 400), others(0, 0, 400, "b")], False, id="one of two: p = 0.063"),
+        pytest.param([others(0, 6, 400), others(0, 0, 400, "b")], True, id="one of two: p = 0.031"),
+        pytest.param([others(0, 6, 400), others(0, 0, 0, "b")], True, id="without questions does not count"),
+        pytest.param([others(0, 6, 400), others(0, 5, 400, "b")], True, id="two of two"),
+    ],
+)
+def test_a_fall_is_real_where_it_is_large_and_no_accident(slices: list[Slice], worse: bool) -> None:
+    assert decide(slices, CONFIG, "replace").promote is not worse
+
+
+def test_both_of_two_falls_are_named() -> None:
+    verdict = decide([others(0, 6, 400), others(0, 5, 400, "search")], CONFIG, "replace")
+    assert [one.outcome for one in verdict.findings] == ["worse", "worse"]
+
+
+@pytest.mark.parametrize(("corrected", "promote"), [(24, True), (23, False)])
+def test_a_gain_counts_from_the_share_of_corrections_that_must_be_answered(corrected: int, promote: bool) -> None:
+    learned = Slice("feedback/bases", True, right(0, 40), right(corrected, 40 - corrected), CONFIG.min_corrected)
+    assert decide([learned], CONFIG).promote is promote
 
 
 def test_the_report_names_each_skill_and_the_rate() -> None:
