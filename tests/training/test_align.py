@@ -18,11 +18,11 @@ from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter
 from components.feedback.curate import curate
 from components.models.checkpoint import load_decoder
-from components.models.decoder import Decoder
+from components.models.decoder import Decoder, DecoderConfig
 from components.runtime.stage import digest
 from components.token_rows.batches import TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role
-from components.training.align import align
+from components.training.align import align, freeze
 from components.training.loop import train
 from components.training.preferences import align_objective, reference_log_probs, row_log_probs
 from tests.feedback.project import SETTINGS, chat, correction, item, new_run, write_partition, write_project
@@ -128,6 +128,18 @@ def test_the_reference_stays_as_it_was(paths: Paths) -> None:
 def equal(one: Decoder, other: Decoder) -> bool:
     theirs = other.state_dict()
     return all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("share", "blocks"), [(0.01, [3]), (0.25, [3]), (0.5, [2, 3]), (0.75, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_the_last_blocks_learn_and_the_embeddings_only_with_all_of_them(share: float, blocks: list[int]) -> None:
+    model = Decoder(DecoderConfig(31, 16, 4, 2, 1, 8, 24, 32))
+    freeze(model, share)
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {int(name.split(".")[1]) for name in learning if name.startswith("blocks.")} == set(blocks)
+    assert "norm.weight" in learning
+    assert ("embed.weight" in learning) is (share == 1)
 
 
 def test_rows_longer_than_the_model_takes_are_refused(paths: Paths) -> None:

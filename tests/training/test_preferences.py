@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.params import load_params
@@ -88,6 +89,17 @@ def test_the_kl_of_mismatched_rows_is_measured_and_not_trained() -> None:
     assert slope[1:].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("mismatched", "kl"), [([2.0, 1.0], 1.5), ([-1.0, 1.5], 0.25), ([-2.0, 1.0], 0.0), ([-2.0, -1.0], 0.0)]
+)
+def test_the_kl_is_the_mean_over_mismatched_rows_and_never_below_zero(mismatched: list[float], kl: float) -> None:
+    given = batch([Role.DISLIKED, Role.MISMATCHED, Role.MISMATCHED])
+    given["reference"] = torch.tensor([-4.0, -7.0, -7.0])
+    loss, count = preference_loss(torch.tensor([-3.0, *(value - 7.0 for value in mismatched)]), given, beta=0.5)
+    assert count == 1
+    assert loss.item() == pytest.approx(1 - 1 / (1 + math.exp(0.5 * (1.0 - kl))))
+
+
 def test_micro_batches_add_up_to_the_large_batch(config: AlignConfig) -> None:
     model, reference = new_model(), new_model(1)
     pairs = with_reference(reference, batch([Role.CHOSEN, Role.REJECTED] * 2))
@@ -121,6 +133,40 @@ def test_replay_has_no_gradient_where_nothing_has_changed(config: AlignConfig) -
     align_objective(config, new_model())(model, batch([Role.REPLAY, Role.REPLAY])).total.backward()
     largest = max(float(weight.grad.abs().max()) for weight in model.parameters() if weight.grad is not None)
     assert largest < 1e-5
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0, 0.25])
+def test_a_replayed_token_counts_for_its_weight(config: AlignConfig, weight: float) -> None:
+    model, reference, given = new_model(), new_model(1), batch([Role.REPLAY, Role.REPLAY])
+    loss = align_objective(config.model_copy(update={"replay_weight": weight}), reference)(model, given)
+    learned = given["labels"] != IGNORED
+    inputs = (given["input_ids"], given["segment_ids"], given["position_ids"])
+    ours, theirs = ((one.hidden(*inputs) @ one.head.weight.T)[learned] for one in (model, reference))
+    torch.testing.assert_close(loss.total, weight * F.cross_entropy(ours, theirs.softmax(-1), reduction="sum"))
+    assert loss.targets == weight * int(learned.sum())
+
+
+@pytest.mark.parametrize("weight", [1.0, 8.0, 0.0])
+def test_a_preference_counts_for_its_weight(config: AlignConfig, weight: float) -> None:
+    model = new_model()
+    roles = [Role.CHOSEN, Role.REJECTED, Role.LIKED, Role.MISMATCHED, Role.DISLIKED, Role.MISMATCHED]
+    given = with_reference(new_model(1), batch(roles))
+    loss = align_objective(config.model_copy(update={"preference_weight": weight}), new_model(1))(model, given)
+    preferred, count = preference_loss(row_log_probs(model, given), given, config.beta)
+    assert count == 3
+    torch.testing.assert_close(loss.total, weight * preferred)
+    assert loss.targets == weight * 3
+
+
+def test_what_is_told_replayed_and_preferred_adds_up(config: AlignConfig) -> None:
+    """Each token told counts for one, a replayed one and a preference for what the project says."""
+    model, reference = new_model(), new_model(1)
+    roles = [Role.SFT, Role.REPLAY, Role.CHOSEN, Role.REJECTED]
+    given = with_reference(reference, batch(roles))
+    tokens = int((given["labels"][0] != IGNORED).sum())
+    loss = align_objective(config, reference)(model, given)
+    assert loss.targets == tokens + config.replay_weight * tokens + config.preference_weight
+    assert config.replay_weight != 1 != config.preference_weight
 
 
 def test_a_preference_flips_and_the_reference_stays(config: AlignConfig) -> None:
