@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from graphlib import TopologicalSorter
@@ -118,6 +118,7 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
     try:
         # DVC names stages and files as seen from the current folder.
         with chdir(root), Repo() as repo:
+            _remove_broken_lock(repo)
             every = _needs(repo, root)
             pass_over_parameters(repo)
             needs = {name: every[name] for name in every if (name in LOOP) == loop}
@@ -134,6 +135,19 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
         again = force or (name == "collect" and bool(other_python))
         states[name] = StageState(name, tuple(needs[name]), tuple(reasons), again)
     return list(states.values())
+
+
+def _remove_broken_lock(repo: Any) -> None:
+    """Remove DVC's lock file where a process that was killed left half of it: DVC itself refuses it for ever.
+
+    It is read and written under the repository's lock, so nobody writes it meanwhile.
+    """
+    path = Path(repo.tmp_dir) / "rwlock"
+    with suppress(FileNotFoundError), repo.lock:
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            path.unlink()
 
 
 def version_data(root: Path, folder: Path) -> str:

@@ -51,6 +51,17 @@ def end_on_signals() -> None:
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
+def heed_interrupts() -> None:
+    """Let SIGINT raise KeyboardInterrupt, also where this process was started to ignore it.
+
+    A shell starts so what a script puts behind `&`. The stage takes Ctrl-C all the same; a run that did not would take
+    the stage's end for a failure.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock `NAME.lock` in `folder`; it falls with the process, however that ends.

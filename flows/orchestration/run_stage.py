@@ -20,12 +20,14 @@ from typing import Literal
 import psutil
 
 from components.config.paths import Paths
-from components.runtime.process import RUN_PID, ask_to_die_with_parent
+from components.runtime.process import RUN_PID, ask_to_die_with_parent, heed_interrupts
 from components.runtime.stage import FORCE
 from components.tracking.mlflow_client import COURIER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
 _SECONDS_TO_END = 90.0
+_SECONDS_TO_HEAR = 2.0
+"""In which DVC, while no stage runs, ends by the terminal's own Ctrl-C; a second one would disturb it."""
 _CHATTER = (
     "Running stage '",
     "> python -m components.runtime.stage",
@@ -64,10 +66,11 @@ class StageResult:
 def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -> StageResult:
     """Run `dvc repro -s NAME`; `hear` is told each line the stage says.
 
-    Raises: StageFailed with the stage's own message.
+    Raises: StageFailed with the stage's own message; KeyboardInterrupt, once the stage has ended.
     """
     report = Paths(root).home / "stages" / f"{name}.json"
     report.unlink(missing_ok=True)
+    heed_interrupts()
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), name],
@@ -136,16 +139,25 @@ def _failure(name: str, report: Path, said: list[str]) -> StageFailed:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End DVC and the stage; a stage that trains saves a checkpoint first."""
-    try:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.Error:  # gone, or just going
-        family = []
-    for member in family:
-        _signal(member, signal.SIGTERM)
-    _, left = psutil.wait_procs(family, _SECONDS_TO_END)
+    """End the stage, which saves a checkpoint first where it trains; DVC ends when its stage has.
+
+    DVC gets no SIGTERM: killed while it writes its lock file, it leaves one that no later DVC can read.
+    """
+    started, stage, interrupted = time.monotonic(), set[psutil.Process](), False
+    while process.poll() is None and (waited := time.monotonic() - started) < _SECONDS_TO_END:
+        with suppress(psutil.Error):  # gone, or just going
+            for member in set(psutil.Process(process.pid).children(recursive=True)) - stage:
+                stage.add(member)
+                _signal(member, signal.SIGTERM)
+        if not stage and not interrupted and waited > _SECONDS_TO_HEAR:
+            process.send_signal(signal.SIGINT)
+            interrupted = True
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+    _, left = psutil.wait_procs(stage, max(0.0, started + _SECONDS_TO_END - time.monotonic()))
     for member in left:
         _signal(member, signal.SIGKILL)
+    process.kill()
     process.wait()
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -264,14 +265,22 @@ reproduce('first', pathlib.Path(sys.argv[1]), False, print)
 """
 
 
-def test_an_interrupted_run_lets_the_stage_save_and_ends_it(project: Path) -> None:
+@pytest.mark.parametrize("started_to", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "behind an & of a script"])
+def test_an_interrupted_run_lets_the_stage_save_and_ends_it(project: Path, started_to: signal.Handlers) -> None:
     (project / "first.py").write_text(TRAIN)
     command = [sys.executable, "-u", "-c", RUN, str(project)]
     source = Path(__file__).parents[2]
     said = project / "stderr"
     with (
         said.open("w") as stderr,
-        subprocess.Popen(command, cwd=source, stdout=subprocess.PIPE, stderr=stderr, text=True) as run,
+        subprocess.Popen(
+            command,
+            cwd=source,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, started_to),
+        ) as run,
     ):
         assert run.stdout is not None
         while run.stdout.readline() != "first  1/9\n":
@@ -281,6 +290,47 @@ def test_an_interrupted_run_lets_the_stage_save_and_ends_it(project: Path) -> No
     assert run.returncode == -signal.SIGINT, said.read_text()
     assert not any(member.is_running() for member in family), "waited for"
     assert (project / "checkpoint").exists()
+
+
+HELD = """
+import json, time
+dump = json.dump
+def held(value, file, **options):
+    if str(getattr(file, "name", "")).endswith("rwlock"):
+        json.dump = dump
+        print("locking", flush=True)
+        time.sleep(0.5)
+    dump(value, file, **options)
+json.dump = held
+"""
+"""DVC as it writes its lock file, once, with time for an interrupt."""
+
+
+def test_an_interrupted_dvc_leaves_a_lock_file_that_it_can_read(project: Path) -> None:
+    (project / "first.py").write_text(TRAIN)
+    (project / "sitecustomize.py").write_text(HELD)
+    lock = project / ".dvc/tmp/rwlock"
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", RUN, str(project)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": str(project)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "locking\n"
+        assert lock.read_text() == ""
+        run.send_signal(signal.SIGINT)
+    assert run.returncode == -signal.SIGINT
+    assert isinstance(json.loads(lock.read_text()), dict)
+
+
+def test_a_lock_file_that_a_killed_dvc_cut_off_is_written_anew(project: Path) -> None:
+    run_all(project)
+    (project / ".dvc/tmp/rwlock").write_text('{"write": {')
+    assert reasons(project) == {"first": (), "side": (), "last": ()}
+    assert run_all(project) == ["up to date"] * 3
 
 
 def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None:
