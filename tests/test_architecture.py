@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,6 +168,14 @@ def test_stages_declare_each_module_of_the_house_that_they_import() -> None:
                     todo.append(target)
         missing = {file for file in seen if not within(file, declared)}
         assert not missing, f"{name}: dvc.yaml lists no dependency on {sorted(missing)}"
+
+
+def test_lint_sees_every_source() -> None:
+    """`data` and `var` are left out at the root alone, not wherever a folder is called so."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--show-files", "--no-respect-gitignore", "--no-cache"]
+    packages = [*PACKAGES, "tests", "benchmarks"]
+    seen = set(subprocess.run([*ruff, *packages], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    assert {str(path) for package in packages for path in (ROOT / package).rglob("*.py")} == seen
 
 
 def test_the_folder_mlflow_never_shadows_the_package() -> None:
