@@ -18,6 +18,7 @@ from components.feedback.ingest import WITHDRAWN, Taken, withdrawals_are_written
 from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
 from components.runtime.process import only_one
+from components.tracking.event_log import warn_on_failure
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import version_data
 
@@ -97,7 +98,8 @@ class _Job:
         self.report.version = effect(self.version)
         counts = {"accepted": taken.accepted, "quarantined": sum(taken.quarantined.values())}
         run.note({f"feedback.{name}": str(count) for name, count in counts.items()})
-        self._show(taken)
+        with warn_on_failure("Prefect artifact feedback"):
+            self._show(taken)
         waiting = self.store.waiting()
         if waiting >= self.params.feedback.improve_after:
             effect(_ask_to_improve, waiting)

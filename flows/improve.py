@@ -108,7 +108,8 @@ class _Job:
         if version.version == self.champion.version:
             return self._done(sequence, version, "promoted", "it is the champion already", None)
         effect(keep_answers, self.registry, version, self.paths.judged)
-        page = (self.paths.judged / "report.md").read_text(encoding="utf-8")
+        report = self.paths.judged / "report.md"
+        page = report.read_text(encoding="utf-8") if report.is_file() else ""
         ruling = Ruling(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
         try:
             told = effect(conclude, self.registry, version, ruling)

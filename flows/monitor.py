@@ -13,6 +13,7 @@ from components.config.paths import Paths
 from components.datasets.formats import read_info, shards
 from components.feedback.drift import Measure, compare, first_words, lengths, rating_change
 from components.feedback.store import Store, has_store
+from components.tracking.event_log import warn_on_failure
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 EVENT = "loopwright.drift"
@@ -94,7 +95,8 @@ def _report(paths: Paths, measures: list[Measure]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"drift-{time.strftime('%Y-%m-%d')}.md"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    create_markdown_artifact("\n".join(lines), key="drift", description="Prompts and ratings against the past")
+    with warn_on_failure("Prefect artifact drift"):
+        create_markdown_artifact("\n".join(lines), key="drift", description="Prompts and ratings against the past")
     return file
 
 

@@ -23,7 +23,7 @@ from uuid import UUID
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.runtime.process import only_one
-from components.runtime.stage import PROGRESS, read_stages
+from components.runtime.stage import PROGRESS, read_stages, warn_on_failure
 from flows.orchestration.base_models import bring_bases
 from flows.orchestration.dvc_repo import pass_over_datasets, pass_over_parameters
 from flows.orchestration.flow_run import FlowRun, run_flow
@@ -287,7 +287,8 @@ def bring_up_to_date(order: Order, states: list[StageState], report: Report, run
             run.note({f"stage.{state.name}": report.stages[-1].outcome})
     finally:
         rows = [{"stage": row.name, "outcome": row.outcome, "seconds": round(row.seconds, 1)} for row in report.stages]
-        create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
+        with warn_on_failure("Prefect artifact stages"):
+            create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
 
 
 def _stage_task(order: Order, state: StageState, report: Report) -> Any:
@@ -321,9 +322,11 @@ class _Ear:
 
         self._echo = echo
         self._log = get_run_logger()
-        made = create_progress_artifact(0.0, key=f"{re.sub('[_@]', '-', stage)}-progress", description=stage)
-        assert isinstance(made, UUID)
-        self._artifact = made
+        self._artifact: UUID | None = None
+        with warn_on_failure(f"Prefect artifact of {stage}"):
+            made = create_progress_artifact(0.0, key=f"{re.sub('[_@]', '-', stage)}-progress", description=stage)
+            assert isinstance(made, UUID)
+            self._artifact = made
         self._next_update = 0.0
 
     def __call__(self, line: str) -> None:
@@ -337,4 +340,6 @@ class _Ear:
     def _update(self, percent: float, facts: str) -> None:
         from prefect.artifacts import update_progress_artifact
 
-        update_progress_artifact(self._artifact, progress=percent, description=facts)
+        if self._artifact is not None:
+            with warn_on_failure("Prefect progress artifact"):
+                update_progress_artifact(self._artifact, progress=percent, description=facts)

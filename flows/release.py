@@ -19,7 +19,7 @@ import yaml
 
 from components.config.params import Refused, load_params
 from components.config.paths import Paths
-from components.tracking.event_log import PARENT_RUN
+from components.tracking.event_log import PARENT_RUN, warn_on_failure
 from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
@@ -258,7 +258,8 @@ def conclude(registry: Registry, version: ModelVersion, ruling: Ruling) -> str:
     Raises: Refused when it is no; the version is then the challenger.
     """
     if ruling.page:
-        _show(registry, version, ruling.page)
+        with warn_on_failure(f"gate.md of {version}"):
+            _show(registry, version, ruling.page)
     if ruling.promote:
         return ruling.reason
     overrule = f'overrule with "loopwright registry promote {version.name} {version.version}"'

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from components.evaluation.baseline import tfidf_probabilities
 from components.evaluation.calibration import expected_calibration_error
 from components.evaluation.classifier_plots import draw_confusion, draw_f1, draw_reliability
 from components.inference.classifier import TextReader
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, warn_on_failure
 
 PREDICTIONS, PREDICTIONS_OF = "predictions.parquet", "predictions.json"
 """What a classifier said of each held-out text, and which texts these were."""
@@ -86,10 +86,15 @@ def assess_classifier(run: StageRun) -> None:
     write_predictions(run.paths.assessment(run.item), asked, said, base, figures["held_out_digest"])
     run.tracker.metrics(flat_metrics(figures))
     confusion = confusion_matrix(*_known(asked, said, reader.labels), labels=reader.labels)
-    run.tracker.figure(draw_confusion(confusion, reader.labels), "confusion_matrix.png")
     right = np.array(asked.labels) == np.array(said.labels)
-    run.tracker.figure(draw_reliability(said.confidences, right), "reliability.png")
-    run.tracker.figure(draw_f1(figures["labels"]), "f1_per_label.png")
+    drawings: dict[str, Callable[[], Any]] = {
+        "confusion_matrix.png": lambda: draw_confusion(confusion, reader.labels),
+        "reliability.png": lambda: draw_reliability(said.confidences, right),
+        "f1_per_label.png": lambda: draw_f1(figures["labels"]),
+    }
+    for name, draw in drawings.items():
+        with warn_on_failure(name):
+            run.tracker.figure(draw(), name)
 
 
 def read_asked(collected: Path, params: Params) -> Asked:

@@ -12,6 +12,8 @@ from components.evaluation.calibration import expected_calibration_error, reliab
 
 READABLE = 40
 """Labels up to which each is named beside the matrix."""
+MAX_INCHES = 300
+"""Height of a figure; matplotlib refuses 2^16 pixels and more."""
 
 
 def draw_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> Any:
@@ -24,8 +26,8 @@ def draw_confusion(confusion: npt.NDArray[np.int64], names: Sequence[str]) -> An
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     figure.colorbar(axes.imshow(shares, vmin=0, vmax=1, cmap="Blues"), shrink=0.7, label="share of the label's texts")
     if len(names) <= READABLE:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+        axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     axes.set_xlabel("taken for")
     axes.set_ylabel("is")
     return figure
@@ -53,14 +55,14 @@ def draw_f1(labels: Mapping[str, Mapping[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
     shown = {name: one for name, one in reversed(list(labels.items())) if one["f1"] is not None}
-    figure = Figure(figsize=(8, 0.35 * len(shown) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, min(0.35 * len(shown) + 1.2, MAX_INCHES)), layout="constrained")
     axes = figure.add_subplot()
     places = np.arange(len(shown))
     axes.barh(places + 0.2, [one["f1"] for one in shown.values()], 0.4, label="classifier", color="#4477aa")
     axes.barh(
         places - 0.2, [one["baseline_f1"] or 0.0 for one in shown.values()], 0.4, label="baseline", color="#bbbbbb"
     )
-    axes.set_yticks(places, list(shown), fontsize=7)
+    axes.set_yticks(places, list(shown), fontsize=7, parse_math=False)
     axes.set_xlim(0, 1)
     axes.set_xlabel("F1")
     axes.legend(loc="lower right")

@@ -36,7 +36,7 @@ from components.feedback.items import NO_CALL
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, warn_on_failure
 from components.token_rows.preference_rows import Answer, Role, encode_preferences
 
 MODE = "gate.json"
@@ -88,14 +88,15 @@ def judge(run: StageRun) -> None:
     mode: Mode = json.loads(mode_file.read_text(encoding="utf-8"))["mode"] if mode_file.is_file() else "gain"
     candidate, champion = Model(paths.candidate), Model(paths.champion, paths.champion)
     judged = judge_folders(candidate, champion, paths.collected, paths.curated, run.params, mode, run.progress)
-    page = report(judged.verdict, "candidate", "champion")
     paths.judged.mkdir(parents=True, exist_ok=True)
-    (paths.judged / "report.md").write_text(page, encoding="utf-8")
+    page = paths.judged / "report.md"
+    with warn_on_failure(str(page)):
+        page.write_text(report(judged.verdict, "candidate", "champion"), encoding="utf-8")
     pq.write_table(_paired(judged.slices), paths.judged / "paired.parquet")
     write_answers(paths.judged, judged.answers, paths.collected, run.params, run.params.judge.max_questions)
     write_json(paths.metrics / "judge.json", {"score": judged.score, **judged.verdict.to_json()})
     run.tracker.metrics(judged_metrics(judged))
-    run.tracker.artifact(paths.judged / "report.md")
+    run.tracker.artifact(page)
 
 
 def judged_metrics(judged: Judgement) -> dict[str, float]:

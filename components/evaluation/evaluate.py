@@ -25,7 +25,7 @@ from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interva
 from components.evaluation.parallel_rollout import Answering
 from components.evaluation.questions import COLUMNS, read_questions
 from components.models.decoder import Decoder
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, warn_on_failure
 
 Figures = dict[str, Any]
 ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
@@ -55,7 +55,8 @@ def evaluate(run: StageRun) -> None:
     )
     run.tracker.metrics(flat_metrics(figures))
     run.tracker.table("evaluation_answers.json", _columns(evaluation.table))
-    run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
+    with warn_on_failure("evaluation_suites.png"):
+        run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
 
 
 def _measured(answering: Answering, collected: Path, params: Params, progress: Callable[..., None]) -> Evaluation:
@@ -191,7 +192,8 @@ def _draw(suites: dict[str, Figures]) -> Any:
     values = [row["exact_match"] for row in shown.values()]
     below = [max(0.0, row["exact_match"] - row["ci95_low"]) for row in shown.values()]
     above = [max(0.0, row["ci95_high"] - row["exact_match"]) for row in shown.values()]
-    axes.barh(list(shown), values, xerr=[below, above], color="#4477aa")
+    axes.barh(range(len(shown)), values, xerr=[below, above], color="#4477aa")
+    axes.set_yticks(range(len(shown)), list(shown), parse_math=False)
     axes.set_xlim(0, 1)
     axes.set_xlabel("final answer exactly right (95 % interval)")
     return figure

@@ -29,6 +29,7 @@ from components.config.model_settings import Family
 from components.config.params import InputError, Params, Refused, load_params
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_on_signals, end_with_parent, only_one
+from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
 
 STAGE_MODULES: Mapping[str, str] = {

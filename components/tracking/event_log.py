@@ -16,12 +16,23 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PARENT_RUN = "LOOPWRIGHT_PARENT_RUN"
 """Environment variable with the tracker's run that a stage's run is a child of."""
+
+
+@contextmanager
+def warn_on_failure(name: str) -> Iterator[None]:
+    """Plots and reports never end a run whose work is done: a failure is a warning that names the report."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a plot or a page fails at, the results stand without it
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        print(f"{name}: not written: {reason}; going on without", file=sys.stderr, flush=True)
 
 
 class Journal:
@@ -70,8 +81,11 @@ class Journal:
         """Keep a copy, because a later run of the stage may remove the original before it is carried."""
         target = self._lines.folder / f"{self._lines.number():04d}" / name
         self._lines.attempt(target.parent.mkdir)
-        self._lines.attempt(lambda: write(target))
-        self._say(kind, path=target.relative_to(self._lines.folder).as_posix())
+        if not target.parent.is_dir():
+            return
+        with warn_on_failure(f"tracking: {name}"):
+            write(target)
+            self._say(kind, path=target.relative_to(self._lines.folder).as_posix())
 
     def _say(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **self._child, **fields}, default=str)

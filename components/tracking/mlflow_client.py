@@ -230,9 +230,9 @@ def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folde
     for event in events:
         try:
             _send_one(client, run_id, event, folder)
-        except errors() as error:
+        except Exception as error:
             # One line that MLflow will never take must not hold up those behind it.
-            if not isinstance(error, ValueError) and not is_missing(error):
+            if isinstance(error, errors()) and not isinstance(error, ValueError) and not is_missing(error):
                 raise
             print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, warn_on_failure
 from components.validation.cross_shard import across_shards
 from components.validation.report import Check, Example, Findings, refusal, shown
 from components.validation.report_pages import offline, write_docs_index, write_page
@@ -45,7 +45,9 @@ def validate(run: StageRun) -> None:
         run.progress(done, len(folders), dataset=findings.dataset, **findings.counts())
     run.paths.validation.mkdir(parents=True, exist_ok=True)
     write_json(run.paths.validation / "result.json", [findings.to_json() for findings in found])
-    page = write_page(run.paths.validation / "docs" / "index.html", found)
+    page = run.paths.validation / "docs" / "index.html"
+    with warn_on_failure(str(page)):
+        write_page(page, found)
     counts = {findings.dataset: findings.counts() for findings in found}
     write_json(run.paths.metrics / "validate.json", counts)
     run.tracker.metrics({f"{name}/{key}": value for name, values in counts.items() for key, value in values.items()})
@@ -94,7 +96,8 @@ class Validator:
         if len(results) == len(files):
             findings.checks += across_shards(files, info)
         if docs is not None:
-            self._write_docs(docs, info.name, results)
+            with warn_on_failure(f"{docs / info.name}: Data Docs"):
+                self._write_docs(docs, info.name, results)
         return findings
 
     def failing(self, rows: Sequence[Row], suite: str) -> dict[int, str]:

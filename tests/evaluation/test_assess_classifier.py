@@ -16,6 +16,7 @@ from sklearn import metrics
 
 from components.config.params import InputError, Params, load_params
 from components.config.paths import Paths
+from components.evaluation import assess_classifier
 from components.evaluation.assess import assess
 from components.evaluation.assess_classifier import (
     Asked,
@@ -26,7 +27,9 @@ from components.evaluation.assess_classifier import (
     read_asked,
 )
 from components.evaluation.calibration import expected_calibration_error, reliability
+from components.evaluation.classifier_plots import draw_confusion, draw_f1
 from components.evaluation.compare_classifiers import judge_classifier, judge_guesses
+from components.evaluation.evaluate import _draw
 from components.runtime.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]
@@ -86,6 +89,25 @@ class Told:
         yield self
 
 
+PRICES = ("$", "$$", "$$$", "$x^{2$", "a_b", r"\frac{", "<&>", "\n")
+
+
+def test_labels_are_drawn_as_they_are() -> None:
+    """matplotlib reads text between two dollar signs as mathematics, and refuses most of it."""
+    labels = {name: {"f1": 0.5, "baseline_f1": None} for name in PRICES}
+    figures = (draw_confusion(np.eye(len(PRICES), dtype=np.int64), PRICES), draw_f1(labels))
+    for figure in figures:
+        figure.draw_without_rendering()
+        assert {*PRICES} <= {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    suites = {name: {"exact_match": 0.5, "ci95_low": 0.4, "ci95_high": 0.6} for name in PRICES}
+    _draw(suites).draw_without_rendering()
+
+
+def test_thousands_of_labels_fit_a_figure() -> None:
+    figure = draw_f1({str(number): {"f1": 0.5, "baseline_f1": None} for number in range(3_000)})
+    assert figure.get_figheight() * figure.dpi < 2**16, "more is refused by matplotlib"
+
+
 def test_ece_is_that_of_the_paper_by_hand() -> None:
     """Two bins: (0.8, 0.867] holds two guesses, one right; (0.933, 1] holds two, both right."""
     confidences = np.array([0.82, 0.86, 0.95, 1.0])
@@ -135,6 +157,28 @@ def test_the_stage_measures_each_suite_beside_the_baseline(
     lines = (paths.metrics / "assess@classifier_f1.csv").read_text().splitlines()
     assert lines[0] == "label,f1,baseline_f1,texts"
     assert lines[1:] == ["fruit,1.0,1.0,16", "metal,1.0,1.0,16", "animal,1.0,1.0,16"]
+
+
+def test_a_plot_that_fails_does_not_fail_the_stage(
+    collected: Path,
+    classifier_folder: Path,
+    params: Params,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*given: Any) -> Any:
+        raise RuntimeError("no font\nfound")
+
+    monkeypatch.setattr(assess_classifier, "draw_confusion", fails)
+    paths, told = Paths(tmp_path), Told()
+    paths.classifier.parent.mkdir(parents=True)
+    paths.classifier.symlink_to(classifier_folder)
+    paths.metrics.mkdir(parents=True)
+    assess(StageRun("assess@classifier", params, paths, tmp_path / "state", told))
+    assert "confusion_matrix.png: not written: no font found; going on without\n" in capsys.readouterr().err
+    assert told.figures == ["reliability.png", "f1_per_label.png"]
+    assert {file.name for file in paths.metrics.iterdir()} == {"assess@classifier.json", "assess@classifier_f1.csv"}
 
 
 def test_a_dataset_without_held_out_texts_is_refused(collected: Path, params: Params, tmp_path: Path) -> None:

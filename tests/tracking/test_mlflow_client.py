@@ -70,6 +70,23 @@ def test_everything_a_stage_says_is_in_mlflow(home: Path, tmp_path: Path) -> Non
     assert list((home / "mlflow/artifacts").iterdir()), "artifacts lie in the state folder"
 
 
+def test_a_picture_that_cannot_be_drawn_is_a_warning_that_names_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = Figure()
+    figure.add_subplot().set_title("$x^{2$")
+    with open_tracker("assess", "key", home) as tracker:
+        tracker.figure(figure, "price.png")
+        tracker.artifact(home / "absent.html")
+        tracker.metrics({"score": 0.5})
+    said = capsys.readouterr().err
+    assert "price.png: not written: " in said
+    assert "absent.html: not written: " in said
+    run = run_named("assess", home)
+    assert (run.info.status, run.data.metrics, artifacts(run, home)) == ("FINISHED", {"score": 0.5}, [])
+    assert not list((home / "tracking").glob("*/lines.jsonl")), "nothing is held up by what is missing"
+
+
 def test_a_stage_is_a_child_of_the_run_it_belongs_to(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = create_run(connect(home), "pipeline", {}, None, 0)
     monkeypatch.setenv(PARENT_RUN, parent)

@@ -339,6 +339,21 @@ def test_outs_are_the_same_for_the_same_data(run: StageRun) -> None:
     assert outs[0] == outs[1]
 
 
+def test_a_page_that_cannot_be_written_does_not_fail_the_stage(
+    run: StageRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page in (run.paths.validation / "docs", run.paths.home / "docs"):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text("a file where the folder belongs")
+    write_good(run)
+    validate(run)
+    said = capsys.readouterr().err
+    assert said.count(f"{run.paths.validation / 'docs' / 'index.html'}: not written: ") == 1
+    assert "Data Docs: not written: " in said
+    assert (run.paths.validation / "result.json").is_file()
+    assert (run.paths.metrics / "validate.json").is_file()
+
+
 def test_stage_refuses_faulty_data_and_names_the_rows(run: StageRun) -> None:
     write_good(run)
     dataset(run.paths.collected / "c", "documents", [document("fine"), document("<b>\x00")])
