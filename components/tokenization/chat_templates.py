@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pydantic_core
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -77,10 +78,20 @@ def plain_message(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[
     calls = []
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
+        calls.append({"type": "function", "function": {"name": name, "arguments": _read_arguments(arguments)}})
     said = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
     return {key: defused(value, special) for key, value in said.items() if value or key == "content"}
+
+
+def _read_arguments(arguments: Any) -> Any:
+    """A call's arguments by name; of a call that was cut off, whose text is no JSON object, that text as one."""
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        value = pydantic_core.from_json(arguments.strip() or "{}")
+    except ValueError:
+        value = arguments
+    return value if isinstance(value, Mapping) else {"arguments": arguments} if value is not None else {}
 
 
 def defused(value: Any, special: re.Pattern[str]) -> Any:

@@ -100,6 +100,7 @@ class Exchange:
 
     async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Finished | None]]:
         """OpenAI's deltas in order; the last comes with the finished answer."""
+        steps = 0
         try:
             yield {"role": "assistant", "content": ""}, None
             while True:
@@ -107,7 +108,8 @@ class Exchange:
                 if isinstance(event, Text):
                     yield {"content": event.text}, None
                 elif isinstance(event, Stepped):
-                    yield {"steps": [event.step]}, None
+                    yield {"steps": [{"index": steps, **event.step}]}, None  # without it OpenAI's client cannot add up
+                    steps += 1
                 elif isinstance(event, Called):
                     yield {"tool_calls": [event.delta]}, None
                 elif isinstance(event, Finished):

@@ -12,6 +12,7 @@ import pydantic_core
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -50,6 +51,17 @@ class TextPart(Wire):
     text: str
 
 
+class RefusalPart(Wire):
+    """Why an earlier answer was declined."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
 class OtherPart(Wire):
     """Pictures, sound and files, which this endpoint cannot read."""
 
@@ -64,7 +76,7 @@ class OtherPart(Wire):
 
 def _part_tag(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "~text" if kind == "text" else "~other"
+    return f"~{kind}" if kind in ("text", "refusal") else "~other"
 
 
 def _text_or_list(value: Any) -> str | None:
@@ -76,7 +88,7 @@ def _either(message: str) -> Discriminator:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[OtherPart, Tag("~other")],
+    Annotated[TextPart, Tag("~text")] | Annotated[RefusalPart, Tag("~refusal")] | Annotated[OtherPart, Tag("~other")],
     Discriminator(_part_tag),
 ]
 Content = Annotated[
@@ -90,18 +102,25 @@ Stop = Annotated[
 ]
 
 
+def _object_or_cut(arguments: Any) -> Any:
+    """`{}` for no arguments, however a client keeps them; a call that was cut off stays as it is."""
+    if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
+        return "{}"
+    return arguments
+
+
 class CalledFunction(Wire):
     name: str
-    arguments: str
-    """A JSON object, as text."""
+    arguments: Annotated[str, BeforeValidator(_object_or_cut)]
+    """A JSON object, as text; empty and null: without any. What is no JSON was cut off, and stays text."""
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
         try:
-            arguments = pydantic_core.from_json(self.arguments, allow_inf_nan=False)  # bounded in depth
-        except ValueError:
-            arguments = None
-        if not isinstance(arguments, dict):
+            wrong = not isinstance(pydantic_core.from_json(self.arguments), dict)
+        except ValueError as error:
+            wrong = "recursion limit" in str(error)
+        if wrong:
             raise ValueError("arguments: expected a JSON object as text")
         return self
 
@@ -112,14 +131,40 @@ class ToolCall(Wire):
     function: CalledFunction
 
 
+def _function_call(call: Any) -> Any:
+    custom = call.get("custom") if isinstance(call, dict) and call.get("type") == "custom" else None
+    if not isinstance(custom, dict):
+        return call
+    function = {"name": custom.get("name"), "arguments": pydantic_core.to_json({"input": custom.get("input")}).decode()}
+    return {"id": call.get("id"), "type": "function", "function": function}
+
+
 class Message(Wire):
     """One message of any role; which fields a role needs is checked below."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    refusal: str | None = None
+    """Instead of the content of an earlier answer."""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_deprecated_forms(cls, value: Any) -> Any:
+        """Deprecated `function_call` with its result of role `function`, and custom tools, as calls of functions."""
+        if not isinstance(value, dict):
+            return value
+        calls, name = value.get("tool_calls"), value.get("name")
+        if value.get("role") == "function" and isinstance(name, str):
+            value = {**value, "role": "tool", "tool_call_id": f"call_{name}"}
+        if value.get("role") == "assistant" and isinstance(function := value.get("function_call"), dict) and not calls:
+            number = f"call_{function.get('name')}"
+            value = {**value, "tool_calls": [{"id": number, "type": "function", "function": function}]}
+        if value.get("role") == "assistant" and isinstance(calls, list):
+            value = {**value, "tool_calls": [_function_call(call) for call in calls]}
+        return value
 
     @model_validator(mode="after")
     def _has_what_its_role_needs(self) -> Message:
@@ -127,7 +172,7 @@ class Message(Wire):
             raise ValueError("a message of role 'tool' needs tool_call_id")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls belong to messages of role 'assistant'")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role!r} needs content")
         return self
 
@@ -135,8 +180,10 @@ class Message(Wire):
         """The message as the chat template reads it."""
         content = self.content
         if isinstance(content, list):
-            content = "".join(part.text for part in content if isinstance(part, TextPart))
-        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content or ""}
+            content = "".join(part.text for part in content if not isinstance(part, OtherPart))
+        content = content or self.refusal or ""
+        plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        plain |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
         if self.tool_calls:
             plain["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return plain
