@@ -9,16 +9,36 @@ import codecs
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from datetime import timedelta
+from decimal import Decimal
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+from uuid import UUID
+
+from pydantic_core import to_jsonable_python
 
 from components.config.params import InputError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _BLOCK = 1 << 16
 _MAX_VALUE_CHARS = 1 << 26  # of one value in a JSON array
+_GUESS_ROWS = 100  # of a CSV file, to tell its separator by
+
+
+def _integer(digits: str) -> int | Decimal:
+    """An integer; one with more digits than Python converts to an int stays a Decimal."""
+    return int(digits) if len(digits) <= sys.int_info.default_max_str_digits else Decimal(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+decode_json = _DECODER.decode
+"""The value of a JSON text, whatever the size of its numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +55,9 @@ def inspect(path: Path, binary: bool = False) -> str:
 
     Raises: InputError saying why it cannot, with line and byte.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: a folder; name the files in it, such as {path}/*")
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: a folder; name the files in it, such as {path}/*")
         if not path.stat().st_size:
             raise InputError(f"{path}: empty file; nothing to add")
         return _digest(path, binary)
@@ -74,14 +94,14 @@ def read_json(path: Path) -> Iterator[Record]:
         start = ""
         while not start and (line := file.readline(_BLOCK)):
             start = line.strip()
-        lines = not start.startswith("[") and (path.suffix != ".json" or _is_json(start))
+        lines = not start.startswith("[") and (path.suffix.lower() != ".json" or _is_json(start))
     return _json_lines(path) if lines else _json_values(path)
 
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
-    except ValueError:
+        decode_json(text)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -93,7 +113,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
                 continue
             place = f"{path.name}:{number}"
             try:
-                value = json.loads(line.rstrip())
+                value = decode_json(line.rstrip())
             except json.JSONDecodeError as error:
                 raise InputError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
             except RecursionError:
@@ -131,7 +151,6 @@ class _JsonStream:
         self._file = file
         self._text = ""
         self._position = 0
-        self._decoder = json.JSONDecoder()
 
     def at_end(self) -> bool:
         return not self._peek()
@@ -152,7 +171,7 @@ class _JsonStream:
         self._peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._position)
+                value, end = _DECODER.raw_decode(self._text, self._position)
                 if end < len(self._text) or not self._fill():  # a number may go on in the next block
                     return self._step(end), value
             except RecursionError:
@@ -197,31 +216,88 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Rows of a CSV file with a header; the separator is the one of `, ; tab` that splits the header most."""
+    """Rows of a CSV file with a header, separated by tabs in a `.tsv`, else by what separates its first rows alike."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        separator = max((",", ";", "\t"), key=header.count)
+        if path.suffix.lower() == ".tsv":
+            separator, quoted = "\t", _quoted(path.name, file)
+        else:
+            separator, quoted = _separator(path.name, file), True
         file.seek(0)
-        reader = csv.reader(file, delimiter=separator, strict=True)
+        reader = csv.reader(
+            file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
+        )
         try:
-            names = _header(path.name, next(reader))
+            names = [field.strip() for field in next(reader, [])]
+            _refuse_alike(f"{path.name}:1", names)
             for row in reader:
                 if row:
-                    yield Record(
-                        f"{path.name}:{reader.line_num}", _fields(f"{path.name}:{reader.line_num}", names, row)
-                    )
+                    place = f"{path.name}:{reader.line_num}"
+                    yield Record(place, _fields(place, names, row))
         except csv.Error as error:
             raise InputError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _header(name: str, row: list[str]) -> list[str]:
-    names = [field.strip() for field in row]
+def _separator(name: str, file: TextIO) -> str:
+    """The one of `, ; tab` that splits the first rows into equally many fields; else what splits the header most.
+
+    Raises: InputError when more than one does.
+    """
+    widths: dict[str, int] = {}
+    fitting = []
+    for separator in ",;\t":
+        file.seek(0)
+        rows = list(_readable(csv.reader(file, delimiter=separator, strict=True)))
+        widths[separator] = len(rows[0]) if rows and '"' not in "".join(rows[0]) else 0
+        if rows[-1:] != [[]] and widths[separator] > 1 and len({len(row) for row in rows}) == 1:
+            fitting.append(separator)
+    if len(fitting) > 1:
+        raise InputError(
+            f"{name}:1: {' and '.join(map(repr, fitting))} both separate its rows; "
+            "put fields that hold the one that does not in double quotes"
+        )
+    return fitting[0] if fitting else max(widths, key=lambda separator: widths[separator])
+
+
+def _readable(reader: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The first rows of a CSV file; what cannot be read is an empty row, and the last."""
+    try:
+        yield from islice(filter(None, reader), _GUESS_ROWS)
+    except csv.Error:
+        yield []
+
+
+def _quoted(name: str, file: TextIO) -> bool:
+    """Whether quotes enclose fields of a `.tsv`: not where each line is a row by itself and quotes do not pair up.
+
+    Raises: InputError when quotes join lines of which each is a row by itself.
+    """
+    file.seek(0)
+    tabs = {line.count("\t") for line in file if line.strip("\r\n")}
+    if len(tabs) != 1 or tabs == {0}:
+        return True
+    file.seek(0)
+    reader = csv.reader(file, delimiter="\t", strict=True)
+    line, joined = 0, 0
+    try:
+        for _ in reader:
+            joined = joined or (line + 1 if reader.line_num > line + 1 else 0)
+            line = reader.line_num
+    except csv.Error:
+        return False
+    if joined:
+        raise InputError(
+            f"{name}:{joined}: a quote joins it to the line below, and each is a row by itself; "
+            "double the quotes that belong to the text, within a field in quotes"
+        )
+    return True
+
+
+def _refuse_alike(place: str, names: Sequence[str]) -> None:
     if not any(names) or len(set(names)) < len(names):
         raise InputError(
-            f"{name}:1: expected a header of distinct column names, found {', '.join(map(repr, row))[:200]}"
+            f"{place}: expected a header of distinct column names, found {', '.join(map(repr, names))[:200]}"
         )
-    return names
 
 
 def _fields(place: str, names: list[str], row: list[str]) -> dict[str, Any]:
@@ -238,7 +314,11 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
 
     Raises: InputError when one has more lines than the other.
     """
-    with source.open(encoding="utf-8-sig") as sources, target.open(encoding="utf-8-sig") as targets:
+    # Only a line feed ends a line: a carriage return within one would shift all pairs below it.
+    with (
+        source.open(encoding="utf-8-sig", newline="\n") as sources,
+        target.open(encoding="utf-8-sig", newline="\n") as targets,
+    ):
         for number, (one, other) in enumerate(zip_longest(sources, targets), 1):
             if one is None or other is None:
                 short, long = (source, target) if one is None else (target, source)
@@ -249,17 +329,80 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file, a small batch in memory at a time."""
+    """Rows of a Parquet file as JSON would hold them, a small batch in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    place = path.name
     try:
         with pq.ParquetFile(path) as file:
-            number = 0
+            schema, number = file.schema_arrow, 0
+            _refuse_alike(place, schema.names)
+            features = _features(schema)
             for batch in file.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
+                for row in range(batch.num_rows):
                     number += 1
-                    yield Record(f"{path.name}: row {number}", values)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                    place = f"{path.name}: row {number}"
+                    values = {
+                        field.name: _plain(column[row].as_py(), field.type, features.get(field.name))
+                        for field, column in zip(schema, batch.columns, strict=True)
+                    }
+                    yield Record(place, values)
+    except InputError:
+        raise
+    # What pyarrow raises of damaged files, of dates beyond Python's and of time zones that are not known.
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path.name}: not a readable Parquet file: {reason}") from None
+        raise InputError(f"{place}: not a readable Parquet file: {reason}") from None
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What the library `datasets` notes of its columns in the file."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (TypeError, LookupError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _plain(value: Any, kind: Any, feature: Any) -> Any:
+    """An Arrow value as JSON would hold it, classes by their names.
+
+    All rows of a struct have all its fields: a null there says that the row has no such field. Maps are objects,
+    dates and times ISO 8601, bytes their text where they are UTF-8.
+    """
+    import pyarrow as pa
+
+    noted = feature if isinstance(feature, dict) else {}
+    if value is None:
+        return None
+    if pa.types.is_struct(kind):
+        fields = {field.name: _plain(value[field.name], field.type, noted.get(field.name)) for field in kind}
+        return {name: item for name, item in fields.items() if item is not None}
+    if pa.types.is_map(kind):
+        keys = [str(_plain(key, kind.key_type, None)) for key, _ in value]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"a map holds a key twice: {keys}")
+        return dict(zip(keys, (_plain(item, kind.item_type, None) for _, item in value), strict=True))
+    if isinstance(value, list):
+        inner = noted.get("feature") or (feature[0] if isinstance(feature, list) and feature else None)
+        return [_plain(item, kind.value_type, inner) for item in value]
+    if noted.get("_type") == "ClassLabel" and noted.get("names"):
+        return noted["names"][value] if 0 <= value < len(noted["names"]) else None
+    if getattr(kind, "extension_name", "") == "arrow.json":
+        return decode_json(value)
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, Decimal):
+        number = decode_json(format(value, "f")) if value.is_finite() else value
+        return number if Decimal(str(number)) == value else str(value)
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return to_jsonable_python(value) if isinstance(value, timedelta | UUID) else value

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Json, Value
 
 from components.config.params import InputError
 from components.datasets import records
-from components.datasets.records import inspect, read_csv, read_json, read_parquet
+from components.datasets.records import inspect, read_csv, read_json, read_parallel, read_parquet
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -53,6 +57,8 @@ def test_missing_file_and_folder_are_told_apart(tmp_path: Path) -> None:
         inspect(tmp_path / "no.txt")
     with pytest.raises(InputError, match="a folder; name the files in it"):
         inspect(tmp_path)
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        inspect(tmp_path / ("x" * 300))
 
 
 ROWS = [{"text": "a\u2028b", "n": 1}, {"text": "ü 😀", "nested": {"x": [1, "]", "}"]}}, {"text": ""}]
@@ -142,8 +148,177 @@ def test_csv_that_does_not_fit_its_header_is_said(tmp_path: Path, content: str, 
         list(read_csv(written(tmp_path / "a.csv", content)))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "A.JSON"])
+def test_json_numbers_of_any_length_are_read(tmp_path: Path, name: str) -> None:
+    digits = "9" * 6000
+    content = f'[{{"text": "a",\n "n": {digits}}}]' if name != "a.jsonl" else f'{{"text": "a", "n": {digits}}}'
+    (record,) = read_json(written(tmp_path / name, content))
+    assert record.values == {"text": "a", "n": Decimal(digits)}
+
+
+def test_json_object_over_several_lines_is_read_whatever_the_case_of_its_suffix(tmp_path: Path) -> None:
+    assert [record.values for record in read_json(written(tmp_path / "A.JSON", '{\n"text": "a"\n}'))] == [{"text": "a"}]
+
+
+def test_deep_first_line_of_json_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nested too deep"):
+        list(read_json(written(tmp_path / "a.json", '{"a":' * 100_000)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('text,"label (a; b; c)"\n"x; y",a\nz,b\n', [{"text": "x; y", "label (a; b; c)": "a"}, "z"]),
+        ('text;"label, or\tclass"\nx,y;a\nz;b\n', [{"text": "x,y", "label, or\tclass": "a"}, "z"]),
+        ("text;label, or class\nx;a\nz;b\n", [{"text": "x", "label, or class": "a"}, "z"]),
+        ('"text, raw"\n"x, y"\nz\n', [{"text, raw": "x, y"}, "z"]),
+        ("text\nx; y\nz\n", [{"text": "x; y"}, "z"]),
+    ],
+)
+def test_csv_separator_is_told_by_rows_not_by_signs(tmp_path: Path, content: str, expected: list[Any]) -> None:
+    first, second = (record.values for record in read_csv(written(tmp_path / "a.csv", content)))
+    assert (first, next(iter(second.values()))) == tuple(expected)
+
+
+def test_csv_that_two_separators_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.csv:1: ',' and ';' both separate its rows; put fields"):
+        list(read_csv(written(tmp_path / "a.csv", "width,cm;height,cm\n1,5;2,5\n3,5;4,5\n")))
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('text\tn\n"quoted"\t1\n"a\tb ""c"""\t2\n', ["quoted", 'a\tb "c"']),
+        ('text\tn\n"line\nbreak"\t1\n', ["line\nbreak"]),
+        ('text\tn\n"Hi," he said.\t1\n"Oh\t2\n', ['"Hi," he said.', '"Oh']),
+        ('text\tn\n5" pipe\t1\n', ['5" pipe']),
+        ("text, raw\nHello, you\n", ["Hello, you"]),
+    ],
+)
+def test_tsv_quotes_enclose_fields_unless_each_line_is_a_row(tmp_path: Path, content: str, texts: list[str]) -> None:
+    read = [record.values for record in read_csv(written(tmp_path / "a.TSV", content))]
+    assert [next(iter(values.values())) for values in read] == texts
+
+
+def test_tsv_lines_that_a_quote_would_join_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.tsv:3: a quote joins it to the line below, and each is a row by itself"):
+        list(read_csv(written(tmp_path / "a.tsv", 'text\tn\nx\t1\n"A\t2\nB"\t3\n')))
+
+
+def test_parallel_lines_end_with_line_feeds_alone(tmp_path: Path) -> None:
+    source, target = written(tmp_path / "a.en", "one\rtwo\r\nthree\n"), written(tmp_path / "a.de", "eins zwei\ndrei\n")
+    assert [tuple(record.values.values()) for record in read_parallel(source, target)] == [
+        ("one\rtwo", "eins zwei"),
+        ("three", "drei"),
+    ]
+
+
+def parquet(path: Path, rows: list[Any], schema: pa.Schema | None = None) -> list[dict[str, Any]]:
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    return [record.values for record in read_parquet(path)]
+
+
+def test_parquet_fields_that_a_row_does_not_have_are_left_out(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"a": {"x": 1, "of": {"deep": [1, None]}}, "n": None},
+        {"a": {"y": "b", "of": {}}, "n": 1},
+        {"a": None, "n": 2},
+    ]
+    assert parquet(tmp_path / "a.parquet", rows) == rows
+
+
+def test_parquet_maps_are_objects(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"m": [(1, [("a", None)]), (2, [])]}, {"m": []}]
+    kind = pa.map_(pa.int64(), pa.map_(pa.string(), pa.string()))
+    schema = pa.schema([("m", kind)])
+    read = parquet(tmp_path / "a.parquet", rows, schema)
+    assert read == [{"m": {"1": {"a": None}, "2": {}}}, {"m": {}}]
+    twice = pa.schema([("m", pa.map_(pa.string(), pa.string()))])
+    with pytest.raises(InputError, match=r"a\.parquet: row 1: .*a map holds a key twice"):
+        parquet(tmp_path / "a.parquet", [{"m": [("a", "1"), ("a", "2")]}], twice)
+
+
+def test_parquet_values_that_json_lacks_are_text(tmp_path: Path) -> None:
+    fields: list[tuple[str, pa.DataType]] = [
+        ("at", pa.timestamp("us", "UTC")),
+        ("nanos", pa.timestamp("ns")),
+        ("day", pa.date32()),
+        ("long", pa.duration("s")),
+        ("price", pa.decimal128(10, 2)),
+        ("whole", pa.decimal128(30, 0)),
+        ("exact", pa.decimal128(38, 30)),
+        ("text", pa.binary()),
+        ("bytes", pa.binary()),
+        ("uuid", pa.uuid()),
+    ]
+    schema = pa.schema(fields)
+    row = {
+        "at": datetime(2024, 5, 1, 9, 30, tzinfo=UTC),
+        "nanos": 1,
+        "day": date(2024, 5, 1),
+        "long": timedelta(hours=1),
+        "price": Decimal("12.50"),
+        "whole": Decimal(10**29),
+        "exact": Decimal("0." + "1" * 30),
+        "text": "ü".encode(),
+        "bytes": b"\xff",
+        "uuid": bytes(range(16)),
+    }
+    assert parquet(tmp_path / "a.parquet", [row], schema) == [
+        {
+            "at": "2024-05-01T09:30:00+00:00",
+            "nanos": "1970-01-01T00:00:00.000000001",
+            "day": "2024-05-01",
+            "long": "PT1H",
+            "price": 12.5,
+            "whole": 10**29,
+            "exact": "0." + "1" * 30,
+            "text": "ü",
+            "bytes": b"\xff",
+            "uuid": "00010203-0405-0607-0809-0a0b0c0d0e0f",
+        }
+    ]
+
+
+def test_parquet_date_that_python_cannot_hold_is_said_with_its_row(tmp_path: Path) -> None:
+    schema = pa.schema([("at", pa.timestamp("s"))])
+    with pytest.raises(InputError, match=r"^a\.parquet: row 2: not a readable Parquet file: [^\n]*$"):
+        parquet(tmp_path / "a.parquet", [{"at": 0}, {"at": 2**50}], schema)
+
+
+def test_parquet_of_datasets_is_read_as_datasets_reads_it(tmp_path: Path) -> None:
+    features = Features(
+        {
+            "label": ClassLabel(names=["no", "yes"]),
+            "data": {"label": ClassLabel(names=["a", "b"]), "n": Value("int64")},
+            "arguments": Json(),
+        }
+    )
+    rows = [
+        {"label": 1, "data": {"label": 0, "n": 1}, "arguments": {"a": None}},
+        {"label": -1, "data": {"label": 1, "n": 0}, "arguments": [1]},
+    ]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    assert [record.values for record in read_parquet(tmp_path / "a.parquet")] == [
+        {"label": "yes", "data": {"label": "a", "n": 1}, "arguments": {"a": None}},
+        {"label": None, "data": {"label": "b", "n": 0}, "arguments": [1]},
+    ]
+
+
+@pytest.mark.parametrize("metadata", [b"{oh", b"[]", b'{"info": {"features": {"n": {"_type": "ClassLabel"}}}}'])
+def test_parquet_metadata_that_says_nothing_is_passed_over(tmp_path: Path, metadata: bytes) -> None:
+    schema = pa.schema([("n", pa.int64())], {b"huggingface": metadata})
+    assert parquet(tmp_path / "a.parquet", [{"n": 1}], schema) == [{"n": 1}]
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: expected a header of distinct column names, found 'a', 'a'"):
+        list(read_parquet(tmp_path / "a.parquet"))
+
+
 def test_parquet_is_read_with_nested_columns(tmp_path: Path) -> None:
-    rows = [{"text": "a", "meta": {"tags": ["x", "y"]}}, {"text": None, "meta": None}]
+    rows: list[dict[str, Any]] = [{"text": "a", "meta": {"tags": ["x", "y"]}}, {"text": None, "meta": None}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = list(read_parquet(tmp_path / "a.parquet"))
     assert [record.values for record in read] == rows
