@@ -73,10 +73,15 @@ def add(
     label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
     source_column: Annotated[str | None, typer.Option(help="Column that holds the source of a pair.")] = None,
     target_column: Annotated[str | None, typer.Option(help="Column that holds what is written of it.")] = None,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=ROLE", help="What a turn's role is, as bing=assistant; repeatable."),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a dataset of that name.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
+    from components.datasets.conversations import named_roles
     from components.datasets.importers import Columns
     from components.datasets.importers import add as add_files
 
@@ -90,7 +95,7 @@ def add(
         findings = validate_dataset(folder, paths.expectations, allowed)
         return _noted(paths, folder, findings) if findings.success else findings
 
-    columns = Columns(text_column, label_column, source_column, target_column)
+    columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []))
     info = add_files(kind, files, name, paths.added, columns, replace, check)
     pointer = _version(paths, name)
     if as_json:

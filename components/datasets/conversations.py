@@ -1,27 +1,37 @@
 """Conversations as others write them, in the one shape of OpenAI's chat API.
 
-Read are OpenAI `messages`, ShareGPT `conversations` (from/value, function_call, observation) and
-Alpaca `instruction`/`input`/`output`. What cannot be read is said with the place it stands at.
+Read are OpenAI `messages`, ShareGPT `conversations` (from/value, function_call, observation), Alpaca
+`instruction`/`input`/`output` and TRL `prompt`/`completion`. What cannot be read is said with the place it stands at.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.config.params import InputError
+from components.datasets.records import decode_json
 
 Message = dict[str, Any]
 
-_ROLES = {
+ROLES = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "gpt4": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
+    "gemini": "assistant",
+    "ai": "assistant",
+    "chatbot": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "function_call": "call",
@@ -35,23 +45,61 @@ _ROLES = {
 """What a turn may be called, and what it is; `call` is an assistant's turn that holds tool calls alone."""
 
 
-def read_conversation(place: str, values: Mapping[str, Any]) -> tuple[list[Message], str | None]:
+_TURNS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("instruction", "prompt", "question")
+ASKED = ("prompt", *_TURNS, *_QUESTIONS)
+_ANSWERS = ("output", "completion", "response")
+_RATINGS = ("rejected", "non_preferred_output", "rejected_response")
+_DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
+
+
+def named_roles(pairs: Sequence[str]) -> dict[str, str]:
+    """What turns may be called, `NAME=ROLE` among it."""
+    roles = dict(ROLES)
+    for pair in pairs:
+        name, _, role = pair.rpartition("=")
+        if not name or role not in ROLES:
+            raise InputError(f"--role: {pair!r} is not NAME=ROLE; allowed roles: {', '.join(ROLES)}")
+        roles[name.lower()] = ROLES[role]
+    return roles
+
+
+def read_conversation(
+    place: str, values: Mapping[str, Any], roles: Mapping[str, str] = ROLES
+) -> tuple[list[Message], str | None]:
     """(messages, tools as a JSON string or None) of one record.
 
     Raises: InputError naming the place and the reason.
     """
-    if isinstance(values.get("label"), bool) or values.get("rejected") is not None:
-        rating = '"chosen" and "rejected"' if "rejected" in values else 'the boolean "label"'
-        raise InputError(f"{place}: found {rating}: rated answers are of kind preferences, not conversations")
-    messages = read_messages(place, turns_of(place, values))
+    rating = first_of(values, _RATINGS)
+    label = next((name for name in ("label", "kto_tag") if isinstance(values.get(name), bool)), None)
+    if rating or label:
+        rated = f'the boolean "{label}"' if label else f'"chosen" and "{rating}"'
+        raise InputError(f"{place}: found {rated}: rated answers are of kind preferences, not conversations")
+    turns = turns_of(place, values)
+    messages = read_messages(place, turns, roles=roles)
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{place}: no assistant turn among {len(messages)}; there is nothing to learn from")
+    _refuse_untrained(place, turns, roles)
     return messages, read_tools(place, values.get("tools") or values.get("functions"))
 
 
-def read_messages(place: str, turns: Sequence[Any], before: Sequence[Any] = ()) -> list[Message]:
+def _refuse_untrained(place: str, turns: Sequence[Mapping[str, Any]], roles: Mapping[str, str]) -> None:
+    """Turns of the assistant that are there to be read, not learned."""
+    for number, turn in enumerate(turns, 1):
+        marked = next((name for name in ("weight", "train", "training") if turn.get(name) not in (None, 1)), None)
+        if marked and _role(turn, roles) in ("assistant", "call"):
+            raise InputError(
+                f"{place}: turn {number}: {marked}: {turn[marked]!r}: the assistant's turns are all trained on, "
+                "and alike; remove the turn and those behind it, or the mark"
+            )
+
+
+def read_messages(
+    place: str, turns: Sequence[Any], before: Sequence[Any] = (), roles: Mapping[str, str] = ROLES
+) -> list[Message]:
     """Messages of the turns; `before` are those that they follow, whose tool calls they may answer."""
-    reader = _Reader(place)
+    reader = _Reader(place, roles)
     for number, turn in enumerate(before, 1):
         reader.push(number, turn)
     known = len(reader.messages)
@@ -60,40 +108,90 @@ def read_messages(place: str, turns: Sequence[Any], before: Sequence[Any] = ()) 
     return reader.messages[known:]
 
 
+def first_of(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these columns that holds something."""
+    return next((name for name in names if values.get(name) is not None), None)
+
+
 def turns_of(place: str, values: Mapping[str, Any]) -> list[Any]:
     """The turns of one record as they were written."""
-    if values.get("messages") is not None or values.get("conversations") is not None:
-        name = "messages" if values.get("messages") is not None else "conversations"
-        turns = parsed(place, name, values[name])
-        if not isinstance(turns, list):
-            raise InputError(f"{place}: {name}: expected a list of turns, found {type(turns).__name__}")
-        system = values.get("system")
-        return [{"role": "system", "content": system}, *turns] if system else turns
-    if "instruction" in values and "output" in values:
-        return _alpaca_turns(place, values)
-    raise InputError(
-        f"{place}: no conversation; found columns: {', '.join(values) or 'none'}; "
-        'expected "messages" (OpenAI), "conversations" (ShareGPT) or "instruction" with "output" (Alpaca)'
-    )
+    if first_of(values, _TURNS):
+        return question_of(place, values, _TURNS)
+    answer = first_of(values, _ANSWERS)
+    if not answer or not first_of(values, _QUESTIONS):
+        raise InputError(
+            f"{place}: no conversation; found columns: {', '.join(values) or 'none'}; expected "
+            '"messages" (OpenAI), "conversations" (ShareGPT), "instruction" with "output" (Alpaca) '
+            'or "prompt" with "completion" (TRL)'
+        )
+    question = question_of(place, values, _QUESTIONS)
+    return [*question, *written_turns(f"{place}: {answer}", values[answer], "assistant")]
 
 
-def _alpaca_turns(place: str, values: Mapping[str, Any]) -> list[Any]:
+def question_of(place: str, values: Mapping[str, Any], names: Sequence[str] = ASKED) -> list[Any]:
+    """The turns in the first of these columns that holds something, behind `system` and `history`; without one, none.
+
+    A text is a turn of the user; `input` follows it in a paragraph of its own.
+    """
+    name = first_of(values, names)
+    if name is None:
+        return []
+    if name in _TURNS:
+        asked = parsed(place, name, values[name])
+        if not isinstance(asked, list):
+            raise InputError(f"{place}: {name}: expected a list of turns, found {type(asked).__name__}")
+    elif name == "prompt":
+        asked = written_turns(f"{place}: {name}", values[name], "user")
+    else:
+        parts = [_text(place, part, values.get(part)) for part in (name, "input")]
+        asked = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
     turns = [{"role": "system", "content": values["system"]}] if values.get("system") else []
-    for pair in values.get("history") or []:
+    for pair in (values.get("history") or []) if name not in _TURNS else []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise InputError(f"{place}: history: expected pairs of question and answer, found {str(pair)[:40]!r}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    asked = [_text(place, name, values.get(name)) for name in ("instruction", "input")]
-    question = "\n\n".join(part for part in asked if part.strip())
-    return [*turns, {"role": "user", "content": question}, {"role": "assistant", "content": values["output"]}]
+    return [*turns, *asked]
+
+
+def written_turns(place: str, value: Any, role: str) -> list[Any]:
+    """The turns that a text, a turn or a list of turns is; a text by itself is one of `role`."""
+    value = _turns_in(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, list):
+        raise InputError(f"{place}: expected text, a turn or a list of turns, found {type(value).__name__}")
+    return value
+
+
+def _turns_in(text: str) -> Any:
+    """The turns that a text holds as JSON or as a dialogue of "Human:" and "Assistant:"; else the text itself."""
+    if _DIALOGUE.match(text):
+        _, *parts = _DIALOGUE.split(text)
+        return [{"role": role, "content": told.strip()} for role, told in zip(parts[::2], parts[1::2], strict=True)]
+    if not (text[:1] in "[{" and text.strip()[-1:] in ("]", "}")):
+        return text
+    try:
+        value = decode_json(text)
+    except (ValueError, RecursionError):
+        return text
+    turns = value if isinstance(value, list) else [value]
+    told = all(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in turns)
+    return value if turns and told else text
+
+
+def _role(turn: Mapping[str, Any], roles: Mapping[str, str]) -> str | None:
+    return roles.get(str(turn["from"] if turn.get("from") is not None else turn.get("role")).lower())
 
 
 class _Reader:
     """Turns in order into messages: joins calls to the turn that makes them and results to their calls."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, roles: Mapping[str, str]) -> None:
         self.messages: list[Message] = []
         self._place = place
+        self._roles = roles
         self._calls = 0
         self._open: list[tuple[str, str]] = []  # (id, name) of calls without a result yet
 
@@ -101,15 +199,18 @@ class _Reader:
         place = f"{self._place}: turn {number}"
         if not isinstance(turn, Mapping):
             raise InputError(f"{place}: expected an object with role and content, found {type(turn).__name__}")
-        named = "from" if turn.get("from") is not None else "role"
-        role = _ROLES.get(str(turn.get(named)).lower())
+        role = _role(turn, self._roles)
         if role is None:
-            raise InputError(f"{place}: {named}: {turn.get(named)!r} is not a role; allowed: {', '.join(_ROLES)}")
+            named = "from" if turn.get("from") is not None else "role"
+            raise InputError(
+                f"{place}: {named}: {turn.get(named)!r} is not a role; allowed: {', '.join(self._roles)}; "
+                "name another with --role NAME=ROLE"
+            )
         content = turn.get("value") if "value" in turn and turn.get("content") is None else turn.get("content")
         if role == "call":
             self._add_calls(place, _called(place, content))
         elif role == "tool":
-            content = json.dumps(content, ensure_ascii=False) if isinstance(content, Mapping) else content
+            content = _dumped(place, "content", content) if isinstance(content, Mapping) else content
             self._add_result(place, turn, _text(place, "content", content))
         else:
             self._add_turn(place, role, turn, _text(place, "content", content))
@@ -165,7 +266,7 @@ def _call(place: str, call: Any, number: int) -> Message:
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise InputError(f"{place}: arguments of {name}: expected a JSON object, found {str(arguments)[:40]!r}")
-    written = json.dumps(arguments, ensure_ascii=False)
+    written = _dumped(place, f"arguments of {name}", arguments)
     return {
         "id": str(call.get("id") or f"call_{number}"),
         "type": "function",
@@ -184,7 +285,14 @@ def read_tools(place: str, value: Any) -> str | None:
         if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
             raise InputError(f"{place}: tools: expected functions with a name, found {str(tool)[:60]!r}")
         wrapped.append({"type": "function", "function": function})
-    return json.dumps(wrapped, ensure_ascii=False) if wrapped else None
+    return _dumped(place, "tools", wrapped) if wrapped else None
+
+
+def _dumped(place: str, name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: {name}: cannot be written as JSON: {error}") from None
 
 
 def _text(place: str, name: str, content: Any) -> str:
@@ -210,6 +318,6 @@ def parsed(place: str, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return decode_json(value)
     except (ValueError, RecursionError):
         raise InputError(f"{place}: {name}: not JSON: {value[:60]!r}") from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, get_args
 from components.config.params import InputError, Refused
 from components.datasets import chunks, records
 from components.datasets.collect import REFERENCE
-from components.datasets.conversations import read_conversation
+from components.datasets.conversations import ROLES, read_conversation
 from components.datasets.deduplication import hash_text
 from components.datasets.formats import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.datasets.preferences import read_preference
@@ -29,12 +30,13 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a table means what, where its name does not say."""
+    """Which column of a table means what, and which role of a turn, where its name does not say."""
 
     text: str | None = None
     label: str | None = None
     source: str | None = None
     target: str | None = None
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
 
 
 Reader = Callable[[Path], Iterator[Record]]
@@ -49,7 +51,7 @@ class _Kind:
     row: Callable[[Record, str, Columns], Row]
     """A row of the kind's schema from one record of the named file."""
     columns: tuple[str, ...]
-    """The columns that may be named."""
+    """The columns that may be named, or "roles"."""
     parallel: bool = False
     """Whether two text files side by side make rows: line by line, the one's the sources, the other's the targets."""
 
@@ -79,7 +81,7 @@ def add(
         info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)))
         findings = check(temporary / name) if check else None
         if findings and not findings.success:
-            _place(findings, temporary / name, _kept_rows(reader, files, columns))
+            _place(findings, temporary / name, _kept_rows(reader, _readers(reader, files), columns))
             raise Refused(refusal([findings]))
         if (folder / name).exists():
             os.rename(folder / name, temporary / "replaced")
@@ -90,30 +92,56 @@ def add(
 
 
 def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: DatasetWriter) -> DatasetInfo:
-    sources = [{"name": path.name, "sha256": records.inspect(path, path.suffix == ".parquet")} for path in files]
+    readers = _readers(reader, files)
+    sources = [
+        {"name": _shown_name(path), "sha256": records.inspect(path, path.suffix.lower() == ".parquet")}
+        for path in files
+    ]
     with writer:
         writer.info.sources = sources
-        for _, row in _kept_rows(reader, files, columns, dropped=lambda: writer.drop("exact_duplicate")):
+        for _, row in _kept_rows(reader, readers, columns, dropped=lambda: writer.drop("exact_duplicate")):
             writer.write("train", row)
     return writer.info
 
 
-def _kept_rows(
-    reader: _Kind, files: Sequence[Path], columns: Columns, dropped: Callable[[], None] = lambda: None
-) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every row that was not there already."""
+def _shown_name(path: Path) -> str:
+    """The name of a file, also of one that is not UTF-8."""
+    return os.fsencode(path.name).decode("utf-8", "backslashreplace")
+
+
+def _readers(reader: _Kind, files: Sequence[Path]) -> list[tuple[Path, Reader]]:
+    """How to read which files; of two parallel ones, the first with the second.
+
+    Raises: InputError for a format that is not one of the kind.
+    """
     formats = reader.formats(files)
-    seen: set[int] = set()
-    if reader.parallel and len(files) == 2 and not any(path.suffix.lower() in formats for path in files):
-        formats = {files[0].suffix.lower(): partial(records.read_parallel, target=files[1])}
-        files = files[:1]
-    for path in files:
-        read = formats.get(path.suffix.lower())
-        if read is None:
+    suffixes = [path.suffix.lower() for path in files]
+    if reader.parallel and len(files) == 2 and not {*formats, *_PACKED} & set(suffixes):
+        return [(files[0], partial(records.read_parallel, target=files[1]))]
+    for path, suffix in zip(files, suffixes, strict=True):
+        if suffix not in formats:
             beside = ", or two text files of equally many lines" if reader.parallel else ""
             found = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
-            raise InputError(f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}{beside}")
+            unpack = "; unpack the file first" if suffix in _PACKED else ""
+            raise InputError(
+                f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}{beside}{unpack}"
+            )
+    return [(path, formats[suffix]) for path, suffix in zip(files, suffixes, strict=True)]
+
+
+def _kept_rows(
+    reader: _Kind,
+    readers: Sequence[tuple[Path, Reader]],
+    columns: Columns,
+    dropped: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[str, Row]]:
+    """(place, row) of every row that was not there already."""
+    seen: set[int] = set()
+    labels: dict[str, str] = {}
+    for path, read in readers:
         for place, row in _rows(reader, read, path, columns):
+            if "label" in row:
+                _refuse_two_spellings(place, row["label"], labels)
             identity = hash_text(str(row["id"]))
             if identity in seen and row["id"] == _content_id(row):
                 dropped()
@@ -122,16 +150,53 @@ def _kept_rows(
             seen.add(identity)
 
 
+def _refuse_two_spellings(place: str, label: str, labels: dict[str, str]) -> None:
+    """Labels "1" and "1.0", as tables with and without gaps write one whole number, would be two classes."""
+    other = labels.setdefault(re.sub(r"(?<=\d)\.0+$", "", label), label)
+    if other != label:
+        raise InputError(f"{place}: label: {label!r} and {other!r} are one number written in two ways; write it in one")
+
+
 def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    record = None
+    first, file = True, _shown_name(path)
     for record in read(path):
+        if first:
+            columns, first = _columns_of(record, reader, columns), False
         try:
-            yield record.place, reader.row(record, path.name, columns)
+            row = reader.row(record, file, columns)
+            json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise InputError(f"{record.place}: {half!a}: half of a surrogate pair, no character; remove it") from None
-    if record is None:
+        except RecursionError:
+            raise InputError(f"{record.place}: not readable: nested too deep") from None
+        yield record.place, row
+    if first:
         raise InputError(f"{path}: holds no rows; nothing to add")
+
+
+def _columns_of(record: Record, reader: _Kind, columns: Columns) -> Columns:
+    """The columns of a file, chosen once, by its first row."""
+    names = [meaning for meaning in reader.columns if meaning != "roles"]
+    chosen: dict[str, Any] = {meaning: _column(record, meaning, columns, names) for meaning in names}
+    return replaced(columns, **chosen)
+
+
+def _column(record: Record, meaning: str, columns: Columns, meanings: Sequence[str]) -> str:
+    """The column that holds something: the one named for it, or the one called so; for one alone, the only one."""
+    if named := getattr(columns, meaning):
+        return str(named)
+    if meaning in record.values:
+        return meaning
+    called = [name for name in record.values if name.lower() == meaning]
+    if not called and len(meanings) == len(record.values) == 1:
+        called = list(record.values)
+    if len(called) != 1:
+        raise InputError(
+            f"{record.place}: {'more than one' if called else 'no'} column {meaning!r}; "
+            f"found columns: {', '.join(record.values) or 'none'}; name one with --{meaning}-column"
+        )
+    return called[0]
 
 
 def _place(findings: Findings, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
@@ -149,32 +214,26 @@ def _place(findings: Findings, folder: Path, rows: Iterator[tuple[str, Row]]) ->
 
 
 def _document(record: Record, file: str, columns: Columns) -> Row:
-    values = record.values
-    name = columns.text or _text_column(record)
-    text = _value(record, name)
-    if not isinstance(text, str | None):
-        raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
-    row = {"text": text, "source": str(values.get("source") or file)}
-    return {**row, "id": _own_id(values, "documents") or _content_id(row) or row_id(record.place)}
+    row = {"text": _text(record, columns.text), "source": str(record.values.get("source") or file)}
+    return {**row, "id": _own_id(record.values, "documents") or _content_id(row) or row_id(record.place)}
 
 
 def _conversation(record: Record, file: str, columns: Columns) -> Row:
-    messages, tools = read_conversation(record.place, record.values)
+    messages, tools = read_conversation(record.place, record.values, columns.roles)
     row: Row = {"messages": messages, "tools": tools, "suite": None}
     return {**row, "id": _own_id(record.values, "conversations") or _content_id(row)}
 
 
 def _preference(record: Record, file: str, columns: Columns) -> Row:
-    row = read_preference(record.place, record.values)
+    row = read_preference(record.place, record.values, columns.roles)
     return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
 
 
 def _labelled_text(record: Record, file: str, columns: Columns) -> Row:
-    text = _text(record, _column(record, "text", columns.text))
-    name = _column(record, "label", columns.label)
-    label = _label(_value(record, name))
+    text, value = _text(record, columns.text) or "", _value(record, columns.label)
+    label = _label(value)
     if not label:
-        raise InputError(f"{record.place}: {name}: {shown(_value(record, name))} is no label; every text needs one")
+        raise InputError(f"{record.place}: {columns.label}: {shown(value)} is no label; every text needs one")
     row: Row = {"text": text, "label": label, "suite": None}
     own = _own_id(record.values, "labelled_texts")
     return {**row, "id": own or _content_id(row) or row_id(record.place)}
@@ -186,38 +245,22 @@ def _label(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    if isinstance(value, (str, int, float)) and value == value:
+    if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value).strip()
     return ""
 
 
 def _text_pair(record: Record, file: str, columns: Columns) -> Row:
-    source, target = (
-        _text(record, _column(record, side, named))
-        for side, named in (("source", columns.source), ("target", columns.target))
-    )
+    source, target = (_text(record, column) or "" for column in (columns.source, columns.target))
     row: Row = {"source": source, "target": target, "suite": None}
     return {**row, "id": _own_id(record.values, "text_pairs") or _content_id(row)}
 
 
-def _text(record: Record, name: str) -> str:
+def _text(record: Record, name: str | None) -> str | None:
     text = _value(record, name)
     if not isinstance(text, str | None):
         raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
-    return text or ""
-
-
-def _column(record: Record, meaning: str, named: str | None) -> str:
-    """The column that holds something: the one named for it, or the one called so."""
-    if named:
-        return named
-    for name in record.values:
-        if name.lower() == meaning:
-            return name
-    raise InputError(
-        f"{record.place}: no column {meaning!r}; found columns: {', '.join(record.values) or 'none'};"
-        f" name one with --{meaning}-column"
-    )
+    return text
 
 
 def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
@@ -240,20 +283,9 @@ def _content_id(row: Row) -> str | None:
     return row_id(row["text"]) if row["text"] else None
 
 
-def _text_column(record: Record) -> str:
-    names = list(record.values)
-    for name in names:
-        if name.lower() == "text":
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise InputError(
-        f"{record.place}: no column 'text'; found columns: {', '.join(names) or 'none'}; name one with --text-column"
-    )
-
-
-def _value(record: Record, name: str) -> Any:
+def _value(record: Record, name: str | None) -> Any:
     """A column's value; a dot in the name reaches into nested columns."""
+    assert name is not None  # chosen by the first row
     if name in record.values:
         return record.values[name]
     value: Any = record.values
@@ -268,17 +300,20 @@ _JSON: Mapping[str, Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), reco
 _PARQUET: Mapping[str, Reader] = {".parquet": records.read_parquet}
 _CSV: Mapping[str, Reader] = dict.fromkeys((".csv", ".tsv"), records.read_csv)
 _TABLES: Mapping[str, Reader] = {**_CSV, **_JSON, **_PARQUET}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 
 
 def _document_formats(files: Sequence[Path]) -> Mapping[str, Reader]:
-    text = partial(chunks.read_text, chars=chunks.target_chars(files))
+    def text(path: Path) -> Iterator[Record]:
+        return chunks.read_text(path, chunks.target_chars(files))
+
     return {".txt": text, ".md": chunks.read_markdown, **_JSON, **_CSV, **_PARQUET}
 
 
 _KINDS: Mapping[Kind, _Kind] = {
     "documents": _Kind(_document_formats, _document, ("text",)),
-    "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, ()),
-    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, ()),
+    "conversations": _Kind(lambda files: {**_JSON, **_PARQUET}, _conversation, ("roles",)),
+    "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, ("roles",)),
     "labelled_texts": _Kind(lambda files: _TABLES, _labelled_text, ("text", "label")),
     "text_pairs": _Kind(lambda files: _TABLES, _text_pair, ("source", "target"), parallel=True),
 }
@@ -296,9 +331,11 @@ def _known_kind(kind: str) -> Kind:
 
 def _reader(kind: str, columns: Columns) -> _Kind:
     reader = _KINDS[_known_kind(kind)]
+    if columns.roles != ROLES and "roles" not in reader.columns:
+        raise InputError(f"--role: is not supported by {kind}, which has no turns; allowed: conversations, preferences")
     for name, value in vars(columns).items():
-        if value is not None and name not in reader.columns:
-            allowed = ", ".join(f"--{column}-column" for column in reader.columns) or "none"
+        if name != "roles" and value is not None and name not in reader.columns:
+            allowed = ", ".join(f"--{column}-column" for column in reader.columns if column != "roles") or "none"
             raise InputError(
                 f"--{name}-column: {value!r} means nothing to {kind}; column options of this kind: {allowed}"
             )

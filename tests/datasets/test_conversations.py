@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from components.config.params import InputError
-from components.datasets.conversations import read_conversation
+from components.datasets.conversations import named_roles, read_conversation
+from components.datasets.records import decode_json
 
 CALL = {"id": "c7", "type": "function", "function": {"name": "lookup", "arguments": '{"symbol": "json.dumps"}'}}
 TOOL = {"type": "function", "function": {"name": "lookup", "description": "Look up", "parameters": {"type": "object"}}}
@@ -179,7 +180,10 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
             {"messages": [{"role": "narrator", "content": "x"}]},
             r"turn 1: role: 'narrator' is not a role; allowed: ",
         ),
-        ({"conversations": [{"from": "bing", "value": "x"}]}, r"turn 1: from: 'bing' is not a role; allowed: "),
+        (
+            {"conversations": [{"from": "bong", "value": "x"}]},
+            r"from: 'bong' is not a role; allowed: .*--role NAME=ROLE",
+        ),
         ({"conversations": [{"value": "x"}]}, r"turn 1: role: None is not a role"),
         ({"messages": [{"role": "user", "content": 7}]}, r"turn 1: content: expected text, found int 7|'7'"),
         (
@@ -249,3 +253,52 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
 def test_what_is_wrong_is_said_with_its_place(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_conversation("a.jsonl:3", values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": "x", "completion": "y"},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": [USER], "completion": "y", "messages": None},
+        {"instruction": "x", "response": "y"},
+        {"question": "x", "response": "y"},
+        {"conversation": [USER, ANSWER]},
+        {"messages": [USER, {**ANSWER, "weight": 1}], "parallel_tool_calls": True},
+        {"messages": [USER, {**ANSWER, "train": True}]},
+        {"messages": [{**USER, "weight": 0}, ANSWER]},
+    ],
+)
+def test_other_tools_shapes_are_the_same_conversation(values: dict[str, Any]) -> None:
+    assert read(**values) == ([USER, ANSWER], None)
+
+
+@pytest.mark.parametrize(
+    ("marked", "said"),
+    [({"weight": 0}, "weight: 0"), ({"weight": 0.5}, "weight: 0.5"), ({"train": False}, "train: False")],
+)
+def test_a_turn_that_is_not_to_be_learned_is_refused(marked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=rf"a\.jsonl:3: turn 2: {said}: the assistant's turns are all trained on"):
+        read_conversation("a.jsonl:3", {"messages": [USER, {**ANSWER, **marked}, USER, ANSWER]})
+
+
+@pytest.mark.parametrize("name", ["bing", "Bard", "claude", "ai", "chatgpt", "gemini"])
+def test_assistants_go_by_many_names(name: str) -> None:
+    turns = [{"from": "human", "value": "x"}, {"from": name, "value": "y"}]
+    assert read(conversations=turns)[0] == [USER, ANSWER]
+
+
+def test_roles_may_be_named() -> None:
+    turns = [{"from": "Caller", "value": "x"}, {"from": "agent", "value": "y"}]
+    known = named_roles(["caller=user", "Agent=assistant"])
+    assert read_conversation("a.jsonl:3", {"conversations": turns}, known)[0] == [USER, ANSWER]
+    for wrong in ("agent", "=user", "agent=boss"):
+        with pytest.raises(InputError, match=rf"--role: '{wrong}' is not NAME=ROLE; allowed roles: system"):
+            named_roles([wrong])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), decode_json("9" * 6000), b"\xff"])
+def test_arguments_that_json_cannot_hold_are_said(number: Any) -> None:
+    call = calling({"function": {"name": "f", "arguments": {"x": number}}})
+    with pytest.raises(InputError, match=r"a\.jsonl:3: turn 2: arguments of f: cannot be written as JSON: "):
+        read_conversation("a.jsonl:3", {"messages": [USER, call]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from components.config.params import InputError, Refused
 from components.datasets import formats as datasets
+from components.datasets.conversations import named_roles
 from components.datasets.formats import SCHEMAS, DatasetWriter, read_info, read_rows, shards
 from components.datasets.importers import Columns, add
 from components.validation.report import Check, Example, Findings
@@ -56,6 +58,43 @@ def test_documents_are_read_from_every_format(tmp_path: Path, name: str, content
     rows = rows_of(tmp_path / "added/mine")
     assert [(row["text"], row["source"]) for row in rows] == [("One.", name), ("Two.", name)]
     assert pq.read_schema(shards(tmp_path / "added/mine", "train")[0]).equals(SCHEMAS["documents"])
+
+
+def test_capitals_of_a_suffix_change_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.parquet", [{"text": "One."}]).rename(tmp_path / "A.PARQUET")
+    assert add("documents", [path], "mine", tmp_path / "added").rows == {"train": 1}
+
+
+def test_packed_files_side_by_side_are_no_texts(tmp_path: Path) -> None:
+    files = [written(tmp_path / f"a.{name}.gz", b"\x1f\x8b") for name in ("en", "de")]
+    with pytest.raises(InputError, match=r"a\.en\.gz: '\.gz' is not a format of this kind"):
+        add("text_pairs", files, "mine", tmp_path / "added")
+
+
+def test_a_file_whose_name_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), [{"text": "One."}])
+    info = add("documents", [path], "mine", tmp_path / "added")
+    assert [source["name"] for source in info.sources] == ["caf\\xe9.jsonl"]
+    assert [row["source"] for row in rows_of(tmp_path / "added/mine")] == ["caf\\xe9.jsonl"]
+
+
+def test_columns_are_chosen_once_for_a_file(tmp_path: Path) -> None:
+    rows = [{"TEXT": "a", "text": "one", "label": "x"}, {"text": "two", "Text": "b", "label": "y"}]
+    add("labelled_texts", [written(tmp_path / "a.jsonl", rows)], "mine", tmp_path / "added")
+    assert [row["text"] for row in rows_of(tmp_path / "added/mine")] == ["one", "two"]
+
+
+def test_roles_can_be_named_where_there_are_turns(tmp_path: Path) -> None:
+    turns = [{"from": "caller", "value": "x"}, {"from": "agent", "value": "y"}]
+    path = written(tmp_path / "a.jsonl", [{"conversations": turns}])
+    columns = Columns(roles=named_roles(["caller=user", "agent=assistant"]))
+    add("conversations", [path], "mine", tmp_path / "added", columns)
+    (row,) = rows_of(tmp_path / "added/mine")
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    rated = written(tmp_path / "b.jsonl", [{"conversations": turns[:1], "chosen": turns[1], "rejected": "z"}])
+    assert add("preferences", [rated], "rated", tmp_path / "added", columns).rows == {"train": 1}
+    with pytest.raises(InputError, match=r"--role: is not supported by documents, which has no turns"):
+        add("documents", [path], "other", tmp_path / "added", columns)
 
 
 def test_markdown_files_become_documents_with_their_names(tmp_path: Path) -> None:
@@ -129,6 +168,36 @@ def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
         ("documents", "a.docx", "x", r"a\.docx: '\.docx' is not a format of this kind; allowed: \.txt, \.md, \.jsonl,"),
         ("documents", "notes", "x", r"notes: a name without suffix is not a format of this kind"),
         ("conversations", "a.txt", "x", r"a\.txt: '\.txt' is not a format of this kind; allowed: \.jsonl,"),
+        ("documents", "a.jsonl.gz", b"\x1f\x8b", r"'\.gz' is not a format of this kind; .*; unpack the file first"),
+        ("labelled_texts", "a.csv.ZST", b"(\xb5", r"'\.ZST' is not a format of this kind; .*; unpack the file first"),
+        ("text_pairs", "a.zip", b"PK\xff", r"'\.zip' is not a format of this kind; .*; unpack the file first"),
+        (
+            "documents",
+            "a.jsonl",
+            [{"only": "x"}, {"other": "y"}],
+            r"a\.jsonl:2: no column 'only'; found columns: other",
+        ),
+        ("documents", "a.csv", "Text,TEXT\na,b\n", r"a\.csv:2: more than one column 'text'; found columns: Text, TEXT"),
+        (
+            "documents",
+            "a.jsonl",
+            '{"id": "1", "text": "x", "source": "\\ud83d"}',
+            r"a\.jsonl:1: '\\ud83d': half of a surrogate pair",
+        ),
+        (
+            "labelled_texts",
+            "a.csv",
+            "text,label\na,1\nb,2.0\nc,1.0\n",
+            r"a\.csv:4: label: '1\.0' and '1' are one number written in two ways",
+        ),
+        ("labelled_texts", "a.jsonl", '{"text": "a", "label": 1e999}', r"a\.jsonl:1: label: inf is no label"),
+        ("labelled_texts", "a.jsonl", f'{{"text": "a", "label": {"9" * 6000}}}', r"a\.jsonl:1: label: .* is no label"),
+        (
+            "conversations",
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": ' + '{"a":' * 900 + "1" + "}" * 900 + "}]}",
+            r"a\.jsonl:1: ",
+        ),
         ("documents", "a.txt", "", r"a\.txt: empty file; nothing to add"),
         ("documents", "a.txt", " \n\n", r"a\.txt: holds no rows; nothing to add"),
         ("documents", "a.json", "[]", r"a\.json: holds no rows; nothing to add"),

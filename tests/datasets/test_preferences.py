@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,18 @@ def checked(folder: Path) -> Findings:
             "chosen": {"from": "gpt", "value": "Ada."},
             "rejected": {"role": "assistant", "content": "Eve."},
         },
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 8.0},
+        {"chosen": "\n\nHuman: Who?\n\nAssistant: Ada.", "rejected": "\n\nHuman: Who?\n\nAssistant: Eve."},
+        {"instruction": "Who?", "input": "", "chosen": "Ada.", "rejected": "Eve."},
+        {"question": "Who?", "system": "", "chosen": "Ada.", "rejected": "Eve."},
+        {"instruction": "Who?", "chosen_response": "Ada.", "rejected_response": "Eve."},
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {"prompt": "Who?", "messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [GOOD],
+            "non_preferred_output": [BAD],
+        },
     ],
 )
 def test_a_pair_is_read_from_every_shape(values: dict[str, Any]) -> None:
@@ -56,9 +69,41 @@ def test_a_pair_is_read_from_every_shape(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("label", "side", "other"), [(True, "chosen", "rejected"), (False, "rejected", "chosen")])
 def test_a_lone_vote_is_the_one_side(label: bool, side: str, other: str) -> None:
-    for values in ({"messages": [USER, GOOD]}, {"prompt": "Who?", "completion": "Ada."}):
-        row = read_preference("a:1", {**values, "label": label})
+    shapes: list[dict[str, Any]] = [
+        {"messages": [USER, GOOD]},
+        {"prompt": "Who?", "completion": "Ada."},
+        {"prompt": [USER], "completion": [GOOD]},
+        {"instruction": "Who?", "input": "", "output": "Ada."},
+    ]
+    for name, values in product(("label", "kto_tag"), shapes):
+        row = read_preference("a:1", {**values, name: label})
         assert (row["prompt"], row[side], row[other]) == ([USER], [GOOD], None)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is green.", "The sky is"),
+        ("The sky is blue.", "The sky is black.", "The sky is"),
+        ("Sky?\nblue", "Sky?\nred", "Sky?\n"),
+        ("The sky is", "The sky is blue.", "The sky"),
+    ],
+)
+def test_texts_without_a_prompt_begin_with_it(chosen: str, rejected: str, prompt: str) -> None:
+    row = read_preference("a:1", {"chosen": chosen, "rejected": rejected})
+    assert row["prompt"] == [{"role": "user", "content": prompt}]
+    assert [row[side][0]["content"] for side in ("chosen", "rejected")] == [
+        chosen.removeprefix(prompt),
+        rejected.removeprefix(prompt),
+    ]
+
+
+def test_a_prompt_that_is_only_told_by_the_pair_holds_the_calls_that_both_make() -> None:
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    begun = [USER, called, {"role": "tool", "content": "1"}]
+    row = read_preference("a:1", {"system": "Be brief.", "chosen": [*begun, GOOD], "rejected": [*begun, BAD]})
+    assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "tool"]
+    assert (row["chosen"], row["rejected"]) == ([GOOD], [BAD])
 
 
 def test_an_answer_that_is_json_stays_text() -> None:
@@ -92,7 +137,7 @@ def test_a_pair_may_answer_a_tool_result_of_its_prompt() -> None:
         ({"prompt": "x", "chosen": "y", "rejected": None}, "rejected: missing"),
         ({"chosen": "y", "rejected": "z"}, 'prompt: missing; expected "prompt" or "conversations"'),
         ({"prompt": " ", "chosen": "y", "rejected": "z"}, "prompt: empty; say what was answered"),
-        ({"prompt": 3, "chosen": "y", "rejected": "z"}, "prompt: expected text or a list of turns, found int"),
+        ({"prompt": 3, "chosen": "y", "rejected": "z"}, "prompt: expected text, a turn or a list of turns, found int"),
         ({"prompt": [], "chosen": "y", "rejected": "z"}, "prompt: no turn of a user that says something"),
         ({"prompt": [USER, GOOD], "chosen": "y", "rejected": "z"}, "prompt: ends with a turn of role assistant"),
         ({"prompt": "x", "chosen": USER, "rejected": "z"}, "chosen: begins with a turn of role user"),
