@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from io import TextIOWrapper
 from keyword import iskeyword
 from typing import Any
 
@@ -71,6 +72,8 @@ def loopwright() -> None:
 
 def main() -> None:
     """Run the command line; wrong input ends with 1 and one line on stderr, a gate's refusal with 3."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show ends no command
     try:
         app()
     except (InputError, Refused) as error:

@@ -13,8 +13,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 def print_json(document: Any) -> None:
-    """The one document of `--json`."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+    """The one document of `--json`, in ASCII where the terminal cannot show it otherwise."""
+    written = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    try:
+        written.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        written = json.dumps(document, indent=2, default=str)
+    print(written)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

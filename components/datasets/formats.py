@@ -156,12 +156,15 @@ class DatasetWriter:
 def read_info(folder: Path) -> DatasetInfo:
     """Read `dataset.json`.
 
-    Raises: InputError when the folder holds no dataset.
+    Raises: InputError when the folder holds no dataset, or a damaged one.
     """
+    path = folder / "dataset.json"
     try:
-        return DatasetInfo(**json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
+        return DatasetInfo(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise InputError(f'{folder.name}: no such dataset; run "loopwright data list" for the names') from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f'{path}: damaged: {error}; run "dvc checkout --force {folder}"') from None
 
 
 def refuse_other_kinds(section: str, name: str, kind: Kind, learned: Sequence[Kind]) -> None:
@@ -178,11 +181,18 @@ def shards(folder: Path, split: str) -> list[Path]:
 
 
 def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Iterator[Row]:
-    """Rows of one split in order, one row group in memory at a time."""
+    """Rows of one split in order, one row group in memory at a time.
+
+    Raises: InputError for a damaged shard.
+    """
     for shard in shards(folder, split):
-        with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
+        try:
+            with pq.ParquetFile(shard) as file:
+                for batch in file.iter_batches(batch_size=1024, columns=columns):
+                    yield from batch.to_pylist()
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {folder}"') from None
 
 
 def split_digest(folders: Iterable[Path], split: Split, settings: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,48 @@ def test_conversation_is_shown_turn_by_turn(loopwright: Loopwright, conversation
     assert "  user       What is x?" in out
     assert '             calls lookup {"symbol": "x"}' in out
     assert "  tool       A letter." in out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_rows_are_shown_whatever_the_encoding_of_the_terminal(project: Path, tmp_path: Path, encoding: str) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9 \xc3\xbc.jsonl"
+    written(Path(os.fsdecode(name)), {"text": "Grüße 😀 项目"})
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+
+    def run(*words: str | bytes) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "loopwright", "data", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, encoding=encoding)
+
+    added = run("add", "documents", name, "--name", "notes")
+    assert (added.returncode, added.stderr.count("Traceback")) == (0, 0), added.stderr
+    shown = run("show", "notes")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "caf" in shown.stdout
+    assert ("Grüße 😀" if encoding == "utf-8" else "\\U0001f600") in shown.stdout
+    document = json.loads(run("show", "notes", "--json").stdout)
+    assert document["first_rows"][0]["text"] == "Grüße 😀 项目"
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "train-00000.parquet"])
+def test_damaged_dataset_is_said_in_one_line(loopwright: Loopwright, project: Path, documents: Path, file: str) -> None:
+    loopwright("add", "documents", documents, "--name", "notes")
+    (project / "data/added/notes" / file).write_bytes(b"{}\xff" * 10)
+    code, out, err = loopwright("show", "notes")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert f"{file}: damaged: " in err
+    assert 'run "dvc checkout --force ' in err
+
+
+def test_role_is_named_by_an_option(loopwright: Loopwright, tmp_path: Path) -> None:
+    turns = [{"from": "caller", "value": "x"}, {"from": "agent", "value": "y"}]
+    path = written(tmp_path / "calls.jsonl", {"conversations": turns})
+    code, _, err = loopwright("add", "conversations", path, "--name", "calls")
+    assert code == 1
+    assert "'caller' is not a role" in err
+    assert "--role NAME=ROLE" in err
+    named = ("--role", "caller=user", "--role", "agent=assistant")
+    assert loopwright("add", "conversations", path, "--name", "calls", *named)[0] == 0
+    assert "  assistant  y" in loopwright("show", "calls")[1]
 
 
 def test_file_that_does_not_fit_ends_with_1_and_one_line(loopwright: Loopwright, project: Path, tmp_path: Path) -> None:
