@@ -67,7 +67,7 @@ def show(
 @app.command()
 def add(
     kind: Annotated[str, typer.Argument(help="documents, conversations, preferences, labelled_texts or text_pairs.")],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in data/README.md.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md.")],
     name: Annotated[str, typer.Option(help="What the dataset shall be called.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
