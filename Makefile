@@ -15,13 +15,20 @@ unexport PYTHONDONTWRITEBYTECODE
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
+# Scripts and the editable install hold the path of their environment: one that was moved or copied here is made anew.
+ifneq ($(shell test -e $(VENV)/ready && test "$$(cat $(VENV)/ready)" != "$$(pwd -P)" && ! grep -qsF "$$(pwd -P)/$(VENV)/" $(BIN)/loopwright && echo moved),)
+.PHONY: $(VENV)/ready
+$(VENV)/ready: STALE := rm -rf $(VENV)
+endif
+
 $(VENV)/ready: requirements.lock pyproject.toml
+	@$(STALE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON): Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11"; rm -rf $(VENV); exit 1; }
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
-	@touch $@
+	@pwd -P > $@
 
 setup: $(VENV)/ready  ## build .venv from requirements.lock
 

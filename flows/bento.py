@@ -13,6 +13,7 @@ from pathlib import Path
 
 from components.config.paths import Paths
 from components.runtime.process import ask_to_die_with_parent
+from components.runtime.service_registry import answers
 from components.tracking.registry import Registry
 from flows.orchestration.prefect_server import free_port, stop
 from flows.release_targets import Asking
@@ -87,15 +88,10 @@ def smoke(paths: Paths, tag: str, asking: Asking) -> str:
 
 
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    import httpx
-
     deadline = time.monotonic() + _SECONDS_TO_SERVE
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if httpx.get(url, timeout=2).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
+        if answers(url):
+            return
         time.sleep(0.2)
     raise RuntimeError(f"the served Bento was not ready; {log} ends:\n{log.read_text(errors='replace')[-2000:]}")
 

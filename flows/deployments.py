@@ -98,7 +98,8 @@ def register(root: Path) -> list[dict[str, str]]:
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
                 entrypoint_type=EntrypointType.MODULE_PATH,
-                job_variables={"working_dir": str(root)},
+                # Where the worker runs: a project that was moved or copied must not work in its old place.
+                job_variables={"working_dir": "."},
             )
             made.apply()
     return [

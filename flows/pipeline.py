@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -89,20 +90,25 @@ class Order:
 
 
 def configure(root: Path) -> None:
-    """Point DVC's caches and its remote at the state folder; without git, let DVC version alone."""
-    from dvc.config import Config
+    """Point DVC's caches and its remote at the state folder; without git, let DVC version alone.
+
+    Nothing absolute is written that a copy of the project would take along: DVC would go on in the original.
+    """
+    from configobj import ConfigObj
 
     home = Paths(root).home
+    os.environ["DVC_SITE_CACHE_DIR"] = str(home / "dvc")
     (root / ".dvc").mkdir(exist_ok=True)
-    core = {"site_cache_dir": str(home / "dvc"), "no_scm": str(not _has_git(root)).lower()}
-    url = str(home / "dvc-remote")
-    config = Config(str(root / ".dvc"), validate=False)
-    written = config.load_one("local")
-    if core.items() <= written["core"].items() and written["remote"].get("local", {}).get("url") == url:
-        return
-    with config.edit("local") as local:
-        local["core"].update(core)
-        local["remote"].setdefault("local", {})["url"] = url
+    remote = home / "dvc-remote"
+    url = os.path.relpath(remote, root / ".dvc") if home.is_relative_to(root) else str(remote)
+    # Not by DVC, which writes ASCII alone (and reads the file as what it is).
+    local = ConfigObj(str(root / ".dvc" / "config.local"), encoding="utf-8")
+    before = local.dict()
+    local.setdefault("core", {})["no_scm"] = str(not _has_git(root)).lower()
+    local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
+    local.setdefault('remote "local"', {})["url"] = url
+    if local.dict() != before:
+        local.write()
 
 
 def look(root: Path, force: bool = False, until: str | None = None, loop: bool = False) -> list[StageState]:

@@ -83,16 +83,13 @@ def _cuda(_: Paths) -> tuple[str, str]:
 
 
 def _port(_: Paths) -> tuple[str, str]:
-    import httpx
+    from components.runtime.service_registry import answers
 
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 3000)):
             return "3000 is free", ""
-    try:
-        if httpx.get("http://127.0.0.1:3000/livez", timeout=2).status_code == 200:
-            return "3000: an endpoint answers", ""
-    except httpx.HTTPError:
-        pass
+    if answers("http://127.0.0.1:3000/livez"):
+        return "3000: an endpoint answers", ""
     return "3000 is in use by another program", 'serve on another one: "loopwright serve --port 3001"'
 
 

@@ -62,7 +62,7 @@ def _champions(home: Path) -> list[dict[str, Any]]:
 
 def _services(home: Path) -> list[dict[str, Any]]:
     """What answers on this machine: those of the running `up`, or that the environment names, or the usual ones."""
-    from components.runtime.service_registry import running
+    from components.runtime.service_registry import answers, running
 
     found = running(home)
     addresses = {
@@ -71,19 +71,10 @@ def _services(home: Path) -> list[dict[str, Any]]:
         "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or found.get("mlflow", "http://127.0.0.1:5000"), "/health"),
     }
     return [
-        {"name": name, "address": url, "answers": _answers(url + path)}
+        {"name": name, "address": url, "answers": answers(url + path)}
         for name, (url, path) in addresses.items()
         if url.startswith("http")
     ]
-
-
-def _answers(url: str) -> bool:
-    import httpx
-
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 def _feedback(home: Path) -> dict[str, int]:

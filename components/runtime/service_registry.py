@@ -1,15 +1,21 @@
-"""Where the running platform answers: `loopwright up` writes its addresses, every other command reads them."""
+"""Where the running platform answers: `loopwright up` writes its addresses, every other command reads them.
+
+What answers on this machine is asked directly, whatever proxies the environment names.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 from components.runtime.process import alive, holder
 
 LOCK = "up"
 FILE = "services.json"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def running(home: Path) -> dict[str, str]:
@@ -35,3 +41,62 @@ def publish(home: Path, addresses: dict[str, str]) -> None:
 def withdraw(home: Path) -> None:
     """The services end."""
     (home / FILE).unlink(missing_ok=True)
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Whether a GET of the address is answered with 200."""
+    return _status(url, seconds) == 200
+
+
+def lives(url: str, seconds: float = 2.0) -> bool:
+    """Whether a GET of the address is answered at all, be it with a refusal."""
+    return _status(url, seconds) != 0
+
+
+def _status(url: str, seconds: float) -> int:
+    """HTTP status of a GET; 0 where nothing answers."""
+    import httpx
+
+    try:
+        # Certificates take thirty times as long to load as the answer to come.
+        return httpx.get(url, timeout=seconds, verify=url.startswith("https:")).status_code
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return 0
+
+
+def bypass_proxies_for_loopback() -> None:
+    """Have this process and those it starts reach this machine directly; what is remote goes by the proxies as before.
+
+    HTTP clients read `NO_PROXY`. httpx, Prefect's client too, cannot even be made where it does not understand one of
+    these variables: such a proxy is left out and named, such an exception (an IPv6 network) matches nothing anyway.
+    """
+    proxies = [name for name, value in os.environ.items() if name.lower() in _PROXIES and value.strip()]
+    if not proxies:
+        return
+    import httpx
+
+    for name in proxies:
+        url = os.environ[name].strip().replace("socks://", "socks5://")  # as desktops write it
+        os.environ[name] = url
+        try:
+            httpx.Proxy(url if "://" in url else f"http://{url}")
+        except (ValueError, httpx.InvalidURL) as error:
+            del os.environ[name]
+            print(
+                f"{name}: {url}: {error}; left out; http, https, socks5 and socks5h work", file=sys.stderr, flush=True
+            )
+    given = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in given.split(",")]
+    known = [host for host in hosts if host and _is_understood(host)]
+    value = "*" if "*" in hosts else ",".join(dict.fromkeys([*known, *_LOOPBACK]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = value
+
+
+def _is_understood(host: str) -> bool:
+    import httpx
+
+    try:
+        httpx.URL(f"all://[{host}]" if host.count(":") > 1 else f"all://*{host}")
+    except httpx.InvalidURL:
+        return False
+    return True

@@ -9,8 +9,6 @@ import os
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -147,34 +145,6 @@ class Supervisor:
     def _change(self, kept: Kept, state: State) -> None:
         kept.state = state
         self._tell(kept)
-
-
-def answers(url: str) -> Callable[[], bool]:
-    """Whether a GET of the address is answered with 200."""
-
-    def ask() -> bool:
-        try:
-            with urllib.request.urlopen(url, timeout=1) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
-
-    return ask
-
-
-def lives(url: str) -> Callable[[], bool]:
-    """Whether a GET of the address is answered at all, be it with a refusal."""
-
-    def ask() -> bool:
-        try:
-            urllib.request.urlopen(url, timeout=2).close()
-        except urllib.error.HTTPError as refusal:
-            refusal.close()
-        except OSError:
-            return False
-        return True
-
-    return ask
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -12,14 +12,16 @@ import logging
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlparse
 
 from components.config.params import InputError
 from components.runtime.model_tasks import Task, task_of
@@ -54,6 +56,15 @@ _LOADERS: Mapping[Task, str] = {
     "summarize": "components.inference.pyfunc",
 }
 """The module that loads a model folder for MLflow, by what the model is for."""
+_ARTIFACT_COLUMNS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("trace_tags", "value"),
+)
+"""Where MLflow's tables hold absolute addresses of artifacts."""
 _MAX_BATCH = 1000
 _MAX_PARAM = 500
 _DATABASE_SECONDS = 120.0
@@ -71,6 +82,8 @@ def connect(home: Path) -> MlflowClient:
     try:
         # Two processes that create the tables at once would trip over each other.
         with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+            if not given:
+                relocate(home)
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 files = None if given else (home / "mlflow" / "artifacts").as_uri()
                 client.create_experiment(EXPERIMENT, artifact_location=files)
@@ -80,6 +93,43 @@ def connect(home: Path) -> MlflowClient:
         said = " ".join(str(error).split())[:200]
         raise InputError(f"MLFLOW_TRACKING_URI: {given}: {said}; start that server, or unset the variable") from error
     return client
+
+
+def relocate(home: Path) -> None:
+    """Correct the artifact addresses in the state folder's database after the folder was moved, copied or restored.
+
+    MLflow stores them absolute, reads and writes where they point, and has no call that changes those of a run.
+    """
+    database, artifacts = home / "mlflow" / DATABASE, home / "mlflow" / "artifacts"
+    if not database.is_file():
+        return
+    with closing(sqlite3.connect(database, timeout=_DATABASE_SECONDS)) as tables, tables:
+        try:
+            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
+        except sqlite3.OperationalError:  # MLflow has not made its tables yet
+            return
+        stored, current = row[0] if row else "", artifacts.as_uri()
+        before = Path(unquote(urlparse(stored).path))
+        if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
+            return
+        _copy_missing(tables, before, artifacts)
+        for table, column in _ARTIFACT_COLUMNS:
+            tables.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
+                [current, len(stored) + 1, len(stored) + 1, f"{stored}/"],
+            )
+        # MLflow's own default experiment lies where the first command was run.
+        default = "experiment_id = 0 AND artifact_location LIKE '%/mlruns/0'"
+        tables.execute(f"UPDATE experiments SET artifact_location = ? WHERE {default}", [f"{current}/0"])
+        moved = [str(home), str(before.parents[1])]
+        tables.execute("UPDATE tags SET value = ? WHERE key = 'home' AND value = ?", moved)
+
+
+def _copy_missing(tables: sqlite3.Connection, before: Path, artifacts: Path) -> None:
+    """Fetch the artifacts of runs of a copied state folder that earlier code wrote into the original."""
+    for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
+        if (before / run_id).is_dir() and not (artifacts / run_id).exists():
+            shutil.copytree(before / run_id, artifacts / run_id)
 
 
 def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:

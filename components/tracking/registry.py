@@ -157,7 +157,10 @@ class Registry:
         run_id, _, path = version.source.removeprefix("runs:/").partition("/")
         stored = f"{self.client.get_run(run_id).info.artifact_uri}/{path}"
         if stored.startswith("file:"):
-            return Path(unquote(urlparse(stored).path))
+            folder = Path(unquote(urlparse(stored).path))
+            if not (folder / "data").is_dir():
+                raise InputError(f"{version}: {folder}: its files are missing; restore the whole state folder")
+            return folder
         kept = self.home / "mlflow" / "downloads" / version.name / str(version.version)
         if not kept.is_dir():
             with tempfile.TemporaryDirectory(dir=self.home) as scratch:

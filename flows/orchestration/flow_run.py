@@ -55,7 +55,7 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
 
         with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
             if api.process is not None:
-                bury_the_dead(home)
+                bury_the_dead(home, own_server=True)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
             try:
                 result: T = started(**parameters)

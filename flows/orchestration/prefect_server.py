@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +17,7 @@ from pathlib import Path
 
 from components.config.params import InputError
 from components.runtime.process import ask_to_die_with_parent, holder, only_one
-from components.runtime.service_registry import running
+from components.runtime.service_registry import answers, running
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
@@ -47,7 +45,7 @@ class Api:
         Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
         """
         deadline = time.monotonic() + (_SECONDS_TO_START if self.process else seconds)
-        while not _healthy(self.url):
+        while not answers(f"{self.url}/health"):
             late = time.monotonic() > deadline
             if self.process is None and late:
                 raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
@@ -105,8 +103,11 @@ def home_tag(home: Path) -> str:
     return f"home:{home}"
 
 
-def bury_the_dead(home: Path) -> None:
-    """Mark flow runs of this state folder whose process was killed; what a living process runs stays."""
+def bury_the_dead(home: Path, own_server: bool) -> None:
+    """Mark flow runs of this state folder whose process was killed; what a living process runs stays.
+
+    The folder's own server also has those that carry the path of before the folder was moved or copied.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import StateType
@@ -116,8 +117,9 @@ def bury_the_dead(home: Path) -> None:
     running = FlowRunFilter.model_validate({"state": {"type": {"any_": unended}}})
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=running):
-            homes = [tag for tag in run.tags if tag.startswith("home:")]
-            if home_tag(home) in homes and holder(home / "flows", str(run.id)) is None:
+            homes = [Path(tag.removeprefix("home:")) for tag in run.tags if tag.startswith("home:")]
+            ours = home in homes or (own_server and homes)
+            if ours and not any(holder(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 
@@ -143,11 +145,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False

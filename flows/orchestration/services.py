@@ -7,11 +7,13 @@ import sqlite3
 import sys
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from components.runtime.process import alive
-from components.runtime.supervisor import Service, answers, lives
-from components.tracking.mlflow_client import DATABASE
+from components.runtime.service_registry import answers, lives
+from components.runtime.supervisor import Service
+from components.tracking.mlflow_client import DATABASE, relocate
 from flows.orchestration.prefect_server import settings
 
 HEALTH_FILE = "worker.ready"
@@ -34,12 +36,15 @@ def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service
 def _prefect(home: Path, port: int, url: str) -> Service:
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     health = f"{url}/health"
-    return Service("prefect", _python(*command), url, answers(health), settings(home), lives=lives(health))
+    return Service(
+        "prefect", _python(*command), url, partial(answers, health, 1.0), settings(home), lives=partial(lives, health)
+    )
 
 
 def _mlflow(home: Path, port: int, url: str) -> Service:
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
+    relocate(home)
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
     # The very files that commands beside the server read and write, under the same address.
@@ -51,7 +56,7 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         "GIT_PYTHON_REFRESH": "quiet",
     }
     health = f"{url}/health"
-    return Service("mlflow", _python(*command), url, answers(health), slim, lives=lives(health))
+    return Service("mlflow", _python(*command), url, partial(answers, health, 1.0), slim, lives=partial(lives, health))
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
@@ -73,8 +78,8 @@ def _endpoint(home: Path, port: int) -> Service:
         "endpoint",
         _python("loopwright", "serve", "--port", str(port)),
         url,
-        answers(f"{url}/readyz"),
-        lives=lives(f"{url}/livez"),
+        partial(answers, f"{url}/readyz", 1.0),
+        lives=partial(lives, f"{url}/livez"),
         may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
     )
@@ -84,9 +89,9 @@ def has_champion(home: Path) -> bool:
     """Whether there is something to serve, told without MLflow's import and before its server has started."""
     if given := os.environ.get("MLFLOW_TRACKING_URI", ""):
         path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
-        return not given.startswith("http") or answers(f"{given}/{path}")()
+        return not given.startswith("http") or answers(f"{given}/{path}", 1.0)
     try:
-        with closing(sqlite3.connect(f"file:{home / 'mlflow' / DATABASE}?mode=ro", uri=True)) as tables:
+        with closing(sqlite3.connect(f"{(home / 'mlflow' / DATABASE).as_uri()}?mode=ro", uri=True)) as tables:
             asked = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
             return tables.execute(asked).fetchone() is not None
     except sqlite3.Error:

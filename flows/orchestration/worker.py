@@ -9,6 +9,7 @@ from pathlib import Path
 
 from components.config.paths import Paths, find_root
 from components.runtime.process import RUN_PID, end_with_parent
+from components.runtime.service_registry import bypass_proxies_for_loopback, running
 from flows.orchestration.prefect_server import Api, bury_the_dead, settings
 from flows.orchestration.services import HEALTH_FILE
 
@@ -19,7 +20,9 @@ def main() -> None:
     parser.add_argument("--no-deploy", action="store_true")
     given = parser.parse_args()
     end_with_parent()
+    bypass_proxies_for_loopback()
     root = find_root()
+    os.chdir(root)  # where its flow runs start
     home = Paths(root).home
     (home / HEALTH_FILE).unlink(missing_ok=True)
     for variable, value in settings(home).items():
@@ -30,8 +33,8 @@ def main() -> None:
 
     from flows.deployments import POOL, register
 
-    Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
-    bury_the_dead(home)
+    url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
+    bury_the_dead(home, own_server=running(home).get("prefect") == url)
     if not given.no_deploy:
         register(root)
     asyncio.run(_work(ProcessWorker(work_pool_name=POOL, name="loopwright"), home / HEALTH_FILE))

@@ -3,13 +3,15 @@
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
 from components.runtime import supervisor as supervise
-from components.runtime.supervisor import Kept, Service, Supervisor, answers, family, lives
+from components.runtime.service_registry import answers, lives
+from components.runtime.supervisor import Kept, Service, Supervisor, family
 from flows.orchestration.prefect_server import free_port
 
 
@@ -65,7 +67,7 @@ def test_a_service_that_no_longer_answers_is_killed_and_comes_back(
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
-    service = Service("x", command, address, answers(address), lives=lives(f"{address}/missing"))
+    service = Service("x", command, address, partial(answers, address), lives=partial(lives, f"{address}/missing"))
     supervisor = Supervisor([service], tmp_path, tmp_path, lambda kept: None)
     first = until(supervisor, "healthy").process
     assert first is not None
