@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from components.config.params import InputError, Refused
+from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
 
 COMMANDS = (
@@ -68,6 +69,7 @@ app = typer.Typer(
 @app.callback()
 def loopwright() -> None:
     """Raw text in, a served language-model agent out, and back again: every step versioned, tracked, gated."""
+    bypass_proxies_for_loopback()
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 
 from components.config.params import load_params
 from components.config.paths import Paths
+from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.engine.adaptive_batching import CLOSED, MAX_BATCH_SIZE, MAX_LATENCY_MS, Batching, embed_all, label_all
 from serving.http.app import new_api
 from serving.http.gateway import Edge
@@ -48,6 +49,7 @@ class Endpoint:
         weights = bentoml.models.BentoModel(arguments.weights)
 
     def __init__(self) -> None:
+        bypass_proxies_for_loopback()  # `bentoml serve` comes by no other door
         paths = Paths(Path.cwd())
         config = load_params(paths.params).serve
         bundled = _bundled(self.weights) if arguments.weights else None
