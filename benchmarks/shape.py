@@ -74,7 +74,7 @@ def lines(paths: list[Path]) -> int:
 
 
 def walks() -> dict[str, list[str]]:
-    """The files on each path that docs/architecture.md follows: a heading `## Path: NAME`, then `path/file.py` in it."""
+    """The files on each path that docs/architecture.md follows: `path/file.py` below a heading `## Path: NAME`."""
     page = ROOT / "docs/architecture.md"
     if not page.is_file():
         return {}
