@@ -11,7 +11,7 @@ from typing import Any
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
 from components.agent.turns import Rules
 from components.inference.batching import Row, Slots
-from components.inference.generate import Sampling
+from components.inference.sampling import Sampling
 from components.inference.schemas import SchemaError
 from components.models.decoder import Decoder
 
@@ -41,10 +41,8 @@ def answer_all(
             slots.admit(lockstep.next_rows(slots))
         if not (slots.reading or slots.writing):
             return lockstep.answers
-        for act in (slots.read, slots.step):
-            for row in [row for row in act() if row.finished]:
-                slots.drop(row)
-                lockstep.end_turn(row)
+        for row in slots.advance():
+            lockstep.end_turn(row)
 
 
 class _Lockstep:

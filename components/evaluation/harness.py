@@ -14,7 +14,7 @@ from typing import Any
 
 from components.config.params import InputError
 from components.evaluation.metrics import Encoded, score_pieces
-from components.inference.generate import Sampling, generate
+from components.inference.batching import Row, generate
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
@@ -61,10 +61,11 @@ class Answerer:
 
     def generate_until(self, asked: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """What follows each context, up to the first of the strings under `until` or the end of the answer."""
+        rows = [self._row(context, options) for context, options in asked]
+        generate(self.model, rows, self.batch_size)
         return [
-            text
-            for start in range(0, len(asked), self.batch_size)
-            for text in self._write(asked[start:][: self.batch_size])
+            _until(self.tokenizer.decode(row.generated), options.get("until") or ())
+            for row, (_, options) in zip(rows, asked, strict=True)
         ]
 
     def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = True) -> str:
@@ -88,19 +89,13 @@ class Answerer:
         learned = min(len(after), len(ids) - 1)
         return ids, [0] * (len(ids) - learned) + [1] * learned
 
-    def _write(self, asked: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        wanted = [
-            int(options.get("max_gen_toks") or options.get("max_new_tokens") or NEW_TOKENS) for _, options in asked
-        ]
-        most = min(max(wanted), self.context_len // 2)
-        prompts = [self._ids(context)[-(self.context_len - most) :] for context, _ in asked]
-        warm = {float(options.get("temperature") or 0) if options.get("do_sample") else 0.0 for _, options in asked}
-        sampling = Sampling(most, temperature=max(warm), stop_ids=(self.tokenizer.end_id,))
-        written = generate(self.model, prompts, sampling)
-        return [
-            _until(self.tokenizer.decode(ids[:limit]), options.get("until") or ())
-            for ids, limit, (_, options) in zip(written, wanted, asked, strict=True)
-        ]
+    def _row(self, context: str, options: Mapping[str, Any]) -> Row:
+        """What a task asks to be written behind a context, of which the end is read where all has no room."""
+        wanted = int(options.get("max_gen_toks") or options.get("max_new_tokens") or NEW_TOKENS)
+        limit = min(wanted, self.context_len // 2)
+        temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
+        prompt = self._ids(context)[-(self.context_len - limit) :]
+        return Row(prompt, limit, temperature, stop_ids=(self.tokenizer.end_id,))
 
 
 def _until(text: str, stops: str | Sequence[str]) -> str:

@@ -9,7 +9,7 @@ products (`steps.py`) and is read again.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -273,6 +273,15 @@ class Slots:
         self._pick(rows, hidden)
         return rows
 
+    def advance(self) -> list[Row]:
+        """Read on in prompts and step once; returns the rows that are finished, which have left."""
+        ended = []
+        for act in (self.read, self.step):
+            for row in [row for row in act() if row.finished]:
+                self.drop(row)
+                ended.append(row)
+        return ended
+
     def drop(self, row: Row) -> None:
         """Take a row out; what it has read is kept for others."""
         (self.writing if row in self.writing else self.reading).remove(row)
@@ -342,6 +351,18 @@ class Slots:
                 self._cache.whole[:, :, slot, :, : row.read] = self._cache.whole[:, :, row.slot, :, : row.read]
                 row.slot = slot
         self.writing.sort(key=lambda row: row.slot)
+
+
+def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32) -> None:
+    """Continue rows to their ends, at most `max_rows` at a time; what each gets depends on nothing but itself.
+
+    Raises: InputError when a prompt is empty or leaves no room.
+    """
+    slots, waiting = Slots(model, min(max_rows, max(1, len(rows)))), deque(rows)
+    while waiting or slots.free < slots.count:
+        if not slots.reading:
+            slots.admit([waiting.popleft() for _ in range(slots.group(list(waiting)[:max_rows]))])
+        slots.advance()
 
 
 def rows_are_independent(model: Decoder) -> bool:

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to pick tokens, and when to stop."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: always the likeliest token."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int | None = None
+    """Same seed, same tokens."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a row; the one that did is the row's last."""
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -32,6 +48,6 @@ def drawn(logits: Tensor, temperature: Tensor | float, top_p: Tensor | float, nu
     return tokens
 
 
-def random_stream(seed: int | None, row: int = 0) -> np.random.Generator:
-    """The numbers of one row: the same seed and row, the same numbers; without a seed, new ones each time."""
-    return np.random.default_rng([secrets.randbits(64) if seed is None else seed % 2**64, row])
+def random_stream(seed: int | None) -> np.random.Generator:
+    """The numbers of one row: the same seed, the same numbers; without a seed, new ones each time."""
+    return np.random.default_rng([secrets.randbits(64) if seed is None else seed % 2**64, 0])

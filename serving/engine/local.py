@@ -21,8 +21,7 @@ import torch
 from components.agent.agent import Agent
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
-from components.inference.batching import Slots
-from components.inference.generate import Sampling, generate
+from components.inference.batching import Row, Slots, generate
 from components.inference.packed_weights import pack, packing_pays, round_checked
 from components.models.checkpoint import load_decoder, read_config
 from components.models.decoder import Decoder
@@ -280,6 +279,7 @@ class Engine:
 def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
     """Some questions, each with the model's own answer."""
     chats: list[tuple[list[dict[str, str]], None]] = [([{"role": "user", "content": text}], None) for text in SAMPLES]
-    prompts = [ids for ids, _ in agent.tokenizer.encode_chats(chats, add_generation_prompt=True)]
-    answers = generate(model, prompts, Sampling(48, stop_ids=(agent.tokenizer.end_id,)))
-    return [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    prompts = agent.tokenizer.encode_chats(chats, add_generation_prompt=True)
+    rows = [Row(ids, 48, stop_ids=(agent.tokenizer.end_id,)) for ids, _ in prompts]
+    generate(model, rows)
+    return [row.ids for row in rows]

@@ -1,19 +1,25 @@
-"""Continuous batching changes no bit of any row: whoever comes, goes, waits or shares a beginning."""
+"""Continuous batching writes what the whole forward pass says, and changes no bit of any row: whoever comes, goes,
+waits or shares a beginning.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
-from components.inference.batching import MIN_SHARED, Row, Slots, rows_are_independent
-from components.inference.generate import Sampling, generate
+from components.inference.batching import MIN_SHARED, Row, Slots, generate, rows_are_independent
 from components.inference.packed_weights import RoundedLinear, pack, round_weights
+from components.inference.sampling import drawn, likeliest
+from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 
 CONFIGS = {
@@ -22,13 +28,24 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded"])
-def model(request: pytest.FixtureRequest) -> Decoder:
+def random_decoder(config: DecoderConfig) -> Decoder:
+    """Weights so large that what follows depends on the prompt."""
     torch.manual_seed(0)
-    made = Decoder(CONFIGS.get(request.param, CONFIGS["grouped"])).eval()
+    made = Decoder(config).eval()
     with torch.no_grad():
         for weight in made.parameters():
             weight.copy_(torch.randn_like(weight) * 0.4 + (weight.dim() == 1))
+    return made
+
+
+@pytest.fixture(scope="module")
+def grouped() -> Decoder:
+    return random_decoder(CONFIGS["grouped"])
+
+
+@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded"])
+def model(request: pytest.FixtureRequest) -> Decoder:
+    made = random_decoder(CONFIGS.get(request.param, CONFIGS["grouped"]))
     if request.param == "packed":
         pack(made)
     elif request.param == "rounded":
@@ -80,14 +97,94 @@ def asked(model: Decoder, number: int) -> dict[str, Any]:
     return {"prompt": prompt, "limit": dice.randint(1, 30), "seed": number, **sampling}
 
 
-def test_rows_follow_generate(model: Decoder) -> None:
+@torch.inference_mode()
+def uncached(model: Decoder, row: Row) -> list[int]:
+    """What follows the row's prompt by the whole forward pass for each token."""
+    same = Row(row.prompt, row.limit, row.temperature, row.top_p, row.seed)
+    while not same.finished:
+        logits = model(torch.tensor([same.ids]))[:, -1].float()
+        if same.temperature > 0:
+            token = drawn(logits, same.temperature, same.top_p, torch.tensor([[same.number()]]))
+        else:
+            token = likeliest(logits)
+        same.take(int(token))
+    return same.generated
+
+
+def continued(model: Decoder, prompts: Sequence[Sequence[int]], limit: int, **options: Any) -> list[list[int]]:
+    rows = [Row(prompt, limit, **options) for prompt in prompts]
+    generate(model, rows)
+    return [row.generated for row in rows]
+
+
+def test_rows_follow_the_whole_forward_pass(model: Decoder) -> None:
     if isinstance(model.blocks[0].attention.out, RoundedLinear):
         pytest.skip("rounding turns the last bit of what is rounded into more")
     rows = [Row(**asked(model, number)) for number in range(12)]
     run(Slots(model, 5), rows)
     for row in rows:
-        sampling = Sampling(row.limit, row.temperature, row.top_p, row.seed)
-        assert row.generated == generate(model, [list(row.prompt)], sampling)[0]
+        assert row.generated == uncached(model, row)
+
+
+def test_greedy_rows_are_those_of_transformers(grouped: Decoder, tmp_path: Path) -> None:
+    save_decoder(grouped, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    prompts = [asked(grouped, number)["prompt"] for number in range(6)]
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        expected.append(out[0, len(prompt) :].tolist())
+    assert continued(grouped, prompts, 20) == expected
+
+
+def test_rows_end_with_their_stop_token_and_the_others_go_on(grouped: Decoder) -> None:
+    prompts = [asked(grouped, number)["prompt"] for number in range(7)]
+    free = continued(grouped, prompts, 20)
+    stops = tuple(token for token, _ in Counter(token for row in free for token in row[2:9]).most_common(3))
+    stopped = continued(grouped, prompts, 20, stop_ids=stops)
+    for row, unstopped in zip(stopped, free, strict=True):
+        end = next((place for place, token in enumerate(unstopped) if token in stops), 19)
+        assert row == unstopped[: end + 1]
+    assert len({len(row) for row in stopped}) > 2
+
+
+def test_a_seed_fixes_what_is_sampled(grouped: Decoder) -> None:
+    prompts = [[1, 2, 3], [7]]
+    first = continued(grouped, prompts, 15, temperature=1.5, seed=11)
+    assert continued(grouped, prompts, 15, temperature=1.5, seed=11) == first
+    assert continued(grouped, prompts, 15, temperature=1.5, seed=12) != first
+    assert continued(grouped, prompts, 15, temperature=1.5) != first
+    assert continued(grouped, prompts, 15, temperature=1.5, seed=-4)
+
+
+def test_sampling_follows_the_probabilities(grouped: Decoder) -> None:
+    with torch.no_grad():
+        expected = (grouped(torch.tensor([[9, 4]]))[0, -1] / 2.0).softmax(-1)
+    rows = [Row([9, 4], 1, temperature=2.0, seed=seed) for seed in range(4000)]
+    generate(grouped, rows)
+    counts = torch.bincount(torch.tensor([row.ids[-1] for row in rows]), minlength=61) / 4000
+    assert (counts - expected).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+def test_top_p_leaves_out_the_unlikely(grouped: Decoder) -> None:
+    with torch.no_grad():
+        ordered, ids = (grouped(torch.tensor([[9, 4]]))[0, -1] / 3.0).softmax(-1).sort(descending=True)
+    allowed = set(ids[: int((ordered.cumsum(0) < 0.5).sum()) + 1].tolist())
+    rows = [Row([9, 4], 1, temperature=3.0, top_p=0.5, seed=seed) for seed in range(500)]
+    generate(grouped, rows)
+    assert {row.ids[-1] for row in rows} == allowed
+    assert len(allowed) > 2
+
+
+def test_a_tiny_top_p_is_greedy(grouped: Decoder) -> None:
+    prompts = [[1, 2, 3], [7]]
+    assert continued(grouped, prompts, 8, temperature=1.0, top_p=1e-6) == continued(grouped, prompts, 8)
+
+
+def test_no_rows_are_continued_at_once() -> None:
+    generate(random_decoder(CONFIGS["grouped"]), [])
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -137,7 +234,9 @@ def test_long_prompts_are_read_in_parts_while_others_write(model: Decoder, monke
         slots.step()
     assert len(short.generated) == 6
     assert len(long.generated) == 2
-    assert long.generated == generate(model, [list(long.prompt)], Sampling(2))[0]
+    long.limit = 2
+    if not isinstance(model.blocks[0].attention.out, RoundedLinear):
+        assert long.generated == uncached(model, long)
 
 
 def test_what_is_kept_is_bounded(model: Decoder) -> None:
@@ -152,8 +251,10 @@ def test_generation_ends_where_the_context_does(model: Decoder) -> None:
     row = Row([1] * 90, 50)
     run(Slots(model, 1), [row])
     assert len(row.ids) == model.config.max_seq_len + 1
-    with pytest.raises(InputError, match="prompt: 97 tokens; the model takes 1 to 96"):
-        Slots(model, 1).admit([Row([1] * 97, 1)])
+    assert len(continued(model, [[5] * 96], 50)[0]) == 1
+    for length in (0, 97):
+        with pytest.raises(InputError, match=f"prompt: {length} tokens; the model takes 1 to 96"):
+            generate(model, [Row([1] * length, 1)])
 
 
 def test_short_beginnings_are_read_again(model: Decoder) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from components.inference.batching import Row, generate
 from components.inference.constraints import Allowed, Constraint, mask_logits
-from components.inference.generate import Sampling, generate, stream
 from components.models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -54,22 +54,20 @@ class Counting:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_constrained_rows_keep_their_rules_and_the_others_do_not_notice(model: Decoder, temperature: float) -> None:
-    sampling = Sampling(12, temperature, seed=1)
-    free = generate(model, PROMPTS, sampling)
+    def continued(*constraints: Constraint | None) -> list[list[int]]:
+        given = zip(PROMPTS, constraints, strict=True)
+        rows = [Row(prompt, 12, temperature, seed=1, constraint=rules) for prompt, rules in given]
+        generate(model, rows)
+        return [row.generated for row in rows]
+
     first, last = Counting(5), Counting(50)
-    mixed = generate(model, PROMPTS, sampling, [first, None, last])
-    assert mixed[1] == free[1]
+    mixed = continued(first, None, last)
+    assert mixed[1] == continued(None, None, None)[1]
     assert mixed[0] == first.taken
     assert mixed[2] == last.taken
     assert (len(mixed[0]), len(mixed[2])) == (5, 12)
     assert all(token % 2 == 0 and token < 36 for token in mixed[0] + mixed[2])
     assert first.left == [12, 11, 10, 9, 8]
-
-
-def test_streaming_keeps_the_rules_of_generate(model: Decoder) -> None:
-    for sampling in (Sampling(9), Sampling(9, temperature=1.0, top_p=0.9, seed=3)):
-        whole = generate(model, PROMPTS[:1], sampling, [Counting(6)])
-        assert list(stream(model, PROMPTS[0], sampling, Counting(6))) == whole[0]
 
 
 def test_without_rules_the_logits_are_left_alone() -> None:

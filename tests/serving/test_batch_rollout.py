@@ -10,7 +10,7 @@ import pytest
 
 from components.agent import batch_rollout as lockstep
 from components.agent.batch_rollout import answer_all
-from components.inference.generate import Sampling
+from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
 from serving.engine.local import Ask, Engine, Event, Failed, Finished
 
