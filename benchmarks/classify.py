@@ -26,7 +26,7 @@ from typing import Any
 CLIENTS = 64
 ROUNDS = 30
 WARM = 10
-"""Rounds before the clock counts: BentoML's dispatcher learns by them what a text costs."""
+"""Rounds before the clock counts."""
 LABELS = 20
 PATH = "/v1/classify"
 
@@ -156,8 +156,9 @@ def _batches(metrics: bytes) -> dict[str, float]:
 def forward_ms(folder: Path, words: list[str], rounds: int) -> float:
     """One forward pass over all texts, tokenizing included: the median, in milliseconds."""
     from serving.engine.classifier_worker import Reader
+    from serving.observability.metrics import Metrics
 
-    reader = Reader.load(folder, "classifier/1")
+    reader = Reader.load(folder, "classifier/1", Metrics())
     taken = []
     for _ in range(rounds + 3):
         began = time.perf_counter()

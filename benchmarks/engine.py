@@ -107,7 +107,7 @@ class Loopwright:
         return lambda asked: self.answer(asked, concurrent)
 
     def answer(self, asked: Prompts, concurrent: int) -> int:
-        from serving.engine.local import Ask, Event, Failed, Finished
+        from serving.engine.backend import Ask, Event, Failed, Finished
 
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         waiting, running, written = list(asked), 0, 0

@@ -15,8 +15,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from components.feedback.store import Store
     from serving.engine.local import Engine
-    from serving.models.state import Serving
 
 ROUNDS = 300
 WARM = 20
@@ -41,28 +39,6 @@ def forgetful(home: Path) -> Store:
             """Forget it."""
 
     return Forgetful.of(home)
-
-
-@contextmanager
-def listening(serving: Serving) -> Iterator[int]:
-    """The port of the public routes over real HTTP while the block runs."""
-    import uvicorn
-
-    from serving.http.app import new_api
-    from serving.http.gateway import Edge
-    from serving.server import listen
-
-    api = new_api()
-    api.state.serving = serving
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(Edge(api, api), log_config=None, access_log=False, lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 class Client:
@@ -95,7 +71,7 @@ class Client:
 
 def ask_engine(engine: Engine) -> float:
     """Milliseconds of the same question, asked without HTTP."""
-    from serving.engine.local import Ask, Failed, Finished
+    from serving.engine.backend import Ask, Failed, Finished
 
     ended = threading.Event()
     began = time.perf_counter()
@@ -111,6 +87,7 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
     from serving.models.state import Serving
     from serving.models.versions import Bundled
     from serving.observability.metrics import Metrics
+    from serving.server import serve_in_thread
 
     config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
     kept = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
@@ -119,8 +96,9 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
         stack.callback(kept.close)
         store = forgetful(home)
         stack.callback(store.close)
-        ports = [stack.enter_context(listening(one)) for one in (replace(kept, store=store, metrics=Metrics()), kept)]
-        clients = [stack.enter_context(closing(Client(port))) for port in ports]
+        endpoints = (replace(kept, store=store, metrics=Metrics()), kept)
+        urls = [stack.enter_context(serve_in_thread(one)) for one in endpoints]
+        clients = [stack.enter_context(closing(Client(int(url.rpartition(":")[2])))) for url in urls]
         engine = kept.models.engine
         assert engine is not None
         for _ in range(WARM):

@@ -28,7 +28,7 @@ def endpoint(url: str, model: str) -> Iterator[str]:
         raise InputError(f'--url: nothing answers on {url}; start it with "loopwright serve", or leave --url out')
     paths = Paths(find_root())
     say(f"no endpoint on {url}: loading {model} into this process")
-    from serving.local_endpoint import local_endpoint
+    from serving.server import local_endpoint
 
     with local_endpoint(paths, model) as address:
         yield address

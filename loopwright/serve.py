@@ -63,7 +63,7 @@ def _environment(paths: Paths) -> None:
 
 def _become_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
     """Replace this process by one that runs the Bento's own code."""
-    from serving.models.bento import find_bento
+    from serving.server import find_bento
 
     folder = find_bento(tag)
     source = folder / "src"

@@ -1,6 +1,6 @@
-"""Run the endpoint in this process: the BentoML service's app on uvicorn.
+"""Run the endpoint in this process: our ASGI app on uvicorn.
 
-One process, so that no kill leaves half of a server behind; `bentoml serve` runs the same service
+One process, so that no kill leaves half of a server behind; `bentoml serve` runs the same app
 under its own supervisor. `python -m serving.server --bento FOLDER ...`, started inside a Bento's
 `src` folder, serves that Bento with the code it was built with.
 """
@@ -16,21 +16,21 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from components.config.params import InputError
+from components.config.params import InputError, load_params
+from components.config.paths import Paths
 from components.feedback.store import Store, has_store
+from serving.http.app import new_api
+from serving.http.gateway import Edge
 from serving.http.keys import has_keys
+from serving.models.drain import drain_on_signals
+from serving.models.state import Serving
 from serving.observability.logs import log_to
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from serving.models.state import Serving
 
 PATIENCE_SECONDS = 30
 """For connections that are still open when the answers are finished."""
@@ -76,10 +76,8 @@ def serve_model(model: str, share: float, listener: socket.socket, ready: Ready)
 
     Raises: InputError when the first model cannot be loaded.
     """
-    from serving import service
-
-    service.arguments = service.Arguments(model=model, challenger_share=share)
-    run(service.endpoint.to_asgi(), service.api, listener, ready)
+    paths = Paths(Path.cwd())
+    serve(Serving.open(paths.home, load_params(paths.params).serve, model, share=share), listener, ready)
 
 
 def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
@@ -87,27 +85,28 @@ def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
     import bentoml
 
     bentoml.load(str(folder))  # gives the service below the arguments that the Bento was built with
-    from serving.service import api, endpoint
+    from serving.service import open_serving
 
-    run(endpoint.to_asgi(), api, listener, ready)
+    serve(open_serving(), listener, ready)
 
 
-def run(app: Any, api: FastAPI, listener: socket.socket, ready: Ready) -> None:
-    """Run an app on a socket; `ready` is called from a thread."""
-    from serving.http.gateway import Edge
+def find_bento(tag: str) -> Path:
+    """The folder of a built Bento in this server's BentoML home, by `NAME:VERSION` or `NAME:latest`.
 
-    config = uvicorn.Config(
-        Edge(app, api),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=PATIENCE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    watch = _FirstModel(api, server, url, ready)
-    watch.start()
+    Raises: InputError naming the Bentos there are.
+    """
+    import bentoml
+
+    try:
+        return Path(bentoml.get(tag).path)
+    except (bentoml.exceptions.BentoMLException, ValueError):
+        known = ", ".join(str(bento.tag) for bento in bentoml.list()) or 'none; run "loopwright package"'
+        raise InputError(f"--bento: {tag!r} is not a built Bento; there are: {known}") from None
+
+
+def serve(serving: Serving, listener: socket.socket, ready: Ready) -> None:
+    """Answer on a socket until a signal stops the process; `ready` is called from a thread."""
+    server = _Server(serving, listener, ready)
     # uvicorn raises the signal again when all is done; that must not turn a clean end into a death by signal.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -115,33 +114,80 @@ def run(app: Any, api: FastAPI, listener: socket.socket, ready: Ready) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    watch.ended.set()
+        serving.close()
     gc.freeze()  # the interpreter's last collection would walk all of torch and MLflow for seconds
-    if watch.error is not None:
-        raise watch.error
+    if server.error is not None:
+        raise server.error
 
 
-class _FirstModel(threading.Thread):
-    """Says when the first model answers, and stops a server whose model cannot be loaded."""
+@contextmanager
+def serve_in_thread(serving: Serving) -> Iterator[str]:
+    """Answer on a free loopback port while the block runs; gives the address."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(_config(serving))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="endpoint", daemon=True)
+    thread.start()
+    try:
+        yield _address(listener)
+    finally:
+        server.should_exit = True
+        thread.join()
 
-    def __init__(self, api: FastAPI, server: uvicorn.Server, url: str, ready: Ready) -> None:
-        super().__init__(name="first-model", daemon=True)
-        self._api, self._server, self._url, self._ready = api, server, url, ready
-        self.ended = threading.Event()
+
+@contextmanager
+def local_endpoint(paths: Paths, model: str) -> Iterator[str]:
+    """Serve a model of the registry on a thread while the block runs; gives the address once it answers.
+
+    Raises: InputError when the model cannot be had.
+    """
+    serving = Serving.open(paths.home, load_params(paths.params).serve, model)
+    try:
+        serving.wait()
+        with serve_in_thread(serving) as address:
+            yield address
+    finally:
+        serving.close()
+
+
+def _config(serving: Serving) -> uvicorn.Config:
+    api = new_api()
+    api.state.serving = serving
+    return uvicorn.Config(
+        Edge(api, api),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=PATIENCE_SECONDS,
+    )
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Server(uvicorn.Server):
+    """Says when the first model answers, stops when it cannot be loaded, and drains before a signal stops it."""
+
+    def __init__(self, serving: Serving, listener: socket.socket, ready: Ready) -> None:
+        super().__init__(_config(serving))
+        self._serving, self._url, self._ready = serving, _address(listener), ready
         self.error: Exception | None = None
 
-    def run(self) -> None:
-        while not self._server.started:
-            if self.ended.wait(0.02):
-                return
-        serving: Serving = self._api.state.serving
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        drain_on_signals(self._serving)
+        threading.Thread(target=self._wait, name="first-model", daemon=True).start()
+
+    def _wait(self) -> None:
         try:
-            serving.wait()
-        except Exception as error:  # noqa: BLE001 (raised by `run`, in the thread that is to end)
+            self._serving.wait()
+        except Exception as error:  # noqa: BLE001 (raised by `serve`, in the thread that is to end)
             self.error = error
-            self._server.should_exit = True
+            self.should_exit = True
         else:
-            self._ready(self._url, serving.served)
+            self._ready(self._url, self._serving.served)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ BROUGHT = {"data/feedback", "data/models/champion", "data/models/start"}
 
 DOORS = {
     "prefect": ("flows/",),
-    "bentoml": ("serving/", "flows/release.py", "flows/bento.py"),
+    "bentoml": ("serving/service.py", "serving/server.py", "flows/bento.py"),
     "mlflow": ("components/tracking/",),
     "great_expectations": ("components/validation/validate.py",),
     "sklearn": ("components/evaluation/", "components/datasets/", "components/training/classifier.py"),
@@ -68,6 +68,51 @@ DOORS = {
     "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
     "llguidance": ("components/inference/grammar.py",),
 }
+
+
+# What we use of other packages although its name begins with an underscore, and why.
+PRIVATE = {
+    **dict.fromkeys(
+        ("_foreach_copy_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"),
+        "PyTorch documents its foreach functions under these names (docs: torch, Foreach Operators)",
+    ),
+    "_fused_adamw_": "the kernel of torch.optim.AdamW(fused=True), which torch.optim calls by this name",
+    "_int_mm": "the int8 product that torchao and PyTorch's own examples call; no other name reaches it",
+    "_reorder_linear_weight": "oneDNN's packed weights, as TorchInductor lays them out; no other name reaches them",
+    "_linear_pointwise": "the product with a weight packed so",
+    "_softmax_backward_data": "the softmax kernel's backward pass, which transformers calls by this name too",
+}
+
+
+def private_names(path: Path, own: set[str]) -> set[str]:
+    """What a file uses of others under a name with a leading underscore; `own` are names that our sources define."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Import):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom) and node.module != "__future__":
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Constant) and node.value == "_internal":  # a path into another package
+            found.add(node.value)
+    dunder = {name for name in found if name.startswith("__") and name != "__self__"}
+    return {name for name in found - dunder - own if name.startswith("_")}
+
+
+def own_names(paths: list[Path]) -> set[str]:
+    """Names that these files define: functions, classes, variables and attributes of `self`."""
+    names: set[str] = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+    return names
 
 
 def imports(path: Path) -> set[str]:
@@ -122,6 +167,13 @@ def test_one_tool_has_one_door(tool: str) -> None:
     }
     strays = {user for user in users if not user.startswith(DOORS[tool])}
     assert not strays, f"{tool} is imported by {sorted(strays)}"
+
+
+def test_no_package_is_reached_into_behind_its_public_names() -> None:
+    own = own_names(SOURCES)
+    used = {name for path in SOURCES for name in private_names(path, own)}
+    assert used - set(PRIVATE) == set()
+    assert set(PRIVATE) - used == set(), "allowed, and no longer used"
 
 
 def test_every_stage_is_a_section_a_module_and_a_function() -> None:

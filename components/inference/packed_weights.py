@@ -60,7 +60,7 @@ def pack(model: Decoder) -> None:
 
 def _packable(model: Decoder) -> bool:
     weight = model.embed.weight
-    return not weight.is_cuda and weight.dtype == torch.float32 and bool(torch._C._has_mkldnn)
+    return not weight.is_cuda and weight.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @torch.inference_mode()

@@ -1,38 +1,48 @@
-"""A loaded classifier that serves: labels and vectors of texts, for as long as a request holds it."""
+"""A loaded classifier that serves: labels and vectors of texts, those of several requests in one forward pass."""
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from components.inference.classifier import TextReader
+from components.inference.classifier import Embedded, Labelled, TextReader
 from components.models.devices import SMALL_MODEL
+from components.runtime.model_tasks import Task
+from serving.engine.adaptive_batching import Batcher
+from serving.observability.metrics import Metrics
 
 WARM = "Warm up."
+R = TypeVar("R")
 
 
 class Reader:
-    """One version of a classifier. Its work is done by whoever batches requests; here it is counted who still asks."""
+    """One version of a classifier."""
 
-    def __init__(self, texts: TextReader, name: str) -> None:
+    task: Task = "classify"
+
+    def __init__(self, texts: TextReader, name: str, metrics: Metrics) -> None:
         self.texts, self.name = texts, name
         self.loaded = int(time.time())
         self.running = 0
+        """Requests that wait for their texts to be read, or are."""
         self.waiting = 0
-        self._changed = threading.Lock()
+        thread = ThreadPoolExecutor(1, f"{name}-classifier")
+        self._labels = Batcher(texts.classify, thread, metrics.classify_batch.observe)
+        self._vectors = Batcher(texts.embed, thread, metrics.embed_batch.observe)
 
     @classmethod
-    def load(cls, folder: Path, name: str) -> Reader:
+    def load(cls, folder: Path, name: str, metrics: Metrics) -> Reader:
         """Load a model folder and read one text, so that the first real one is not slow.
 
         Raises: InputError when the folder holds no usable classifier.
         """
-        reader = cls(TextReader.load(folder), name)
+        reader = cls(TextReader.load(folder), name, metrics)
         if reader.texts.model.num_parameters <= SMALL_MODEL:
             torch.set_num_threads(1)  # the other cores carry the requests in and out
         reader.texts.classify([WARM])
@@ -43,19 +53,23 @@ class Reader:
         """Tokens that are read of a text."""
         return self.texts.max_seq_len
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Counts a request in while the block runs."""
-        with self._changed:
-            self.running += 1
+    async def classify(self, texts: Sequence[str]) -> list[Labelled]:
+        """Raises: Overloaded."""
+        return await self._read(self._labels, texts)
+
+    async def embed(self, texts: Sequence[str]) -> list[Embedded]:
+        """Raises: Overloaded."""
+        return await self._read(self._vectors, texts)
+
+    async def _read(self, batcher: Batcher[str, R], texts: Sequence[str]) -> list[R]:
+        self.running += 1  # on the event loop alone
         try:
-            yield
+            return await asyncio.wrap_future(batcher.submit(texts))
         finally:
-            with self._changed:
-                self.running -= 1
+            self.running -= 1
 
     def retire(self) -> None:
-        """Nothing runs here by itself: the last request that holds it lets it go."""
+        """Nothing runs here by itself: the thread ends with the last request that holds this."""
 
     def close(self) -> None:
         """As `retire`."""

@@ -1,87 +1,59 @@
-"""One loaded model answering requests: `submit` goes in, events come out, nothing is known of HTTP.
+"""A model of this process: its requests are written by one scheduler, a step of the model for all of them at a time.
 
-The tokens of all requests come from one scheduler (`serving/engine/scheduler.py`), a step of the model for all of
-them at a time. Prompts, tools and records are the work of other threads, so that none of them is waited for.
-The bound on how many may wait is what keeps the endpoint honest when it is full.
+Prompts, tools and records are the work of other threads (`serving/engine/scheduler.py` says why), so that none of them
+is waited for.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from components.agent.agent import Agent
+from components.agent.agent import Agent, Answer, ContextTooLong, Prompt, openai_call
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.inference.batching import Row, Slots, generate
 from components.inference.packed_weights import pack, packing_pays, round_checked
-from components.models.checkpoint import load_decoder, read_config
+from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device, compute_dtype
-from serving.engine.generation_task import (
+from serving.engine.backend import (
     Ask,
     Called,
-    Event,
     Failed,
     Finished,
     Late,
     Notify,
-    Reply,
+    QueuedBackend,
     Started,
     Stepped,
-    Text,
     Ticket,
+    load_agent,
 )
-from serving.engine.scheduler import Scheduler
+from serving.engine.scheduler import Scheduler, Turn
+from serving.http.stop_filter import Speech
+from serving.http.tool_call_stream import CallStream
 
 INT8_AGREEMENT = 0.98
 """Of the tokens that a model takes behind its own answers to SAMPLES, in full and rounded to int8."""
 SAMPLES = ("Hello", "Thank you!", "What can you do?", "What does json.dumps do?", "What is 37*12?", "Tell me a story.")
+COLD = 1e-4
+"""Temperatures under this are greedy; dividing by them would overflow."""
 
-__all__ = [
-    "Ask",
-    "Called",
-    "Engine",
-    "Event",
-    "Failed",
-    "Finished",
-    "Full",
-    "Late",
-    "Notify",
-    "Retired",
-    "Started",
-    "Stepped",
-    "Text",
-    "Ticket",
-]
+logger = logging.getLogger("loopwright.engine")
 
 
-class Full(Exception):
-    """As many requests wait as may wait."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after} s")
-        self.retry_after = retry_after
-
-
-class Retired(Exception):
-    """This engine takes no more requests: another model took its place."""
-
-
-class Engine:
+class Engine(QueuedBackend):
     """One model, its agent, and who answers with them."""
 
-    model: Decoder
-    scheduler: Scheduler | None = None
-    """None where the tokens are made elsewhere."""
+    agent: Agent
 
     def __init__(
         self,
@@ -93,32 +65,13 @@ class Engine:
         stepped: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """`stepped` is told of each step of the model how many requests wrote a token in it."""
-        self._open(agent, name, config, slots)
+        super().__init__(agent, name, config, slots)
         self.model = model
-        self._stepped = stepped
-        self.scheduler = Scheduler(Slots(model, self.slots), name, self._on_step)
-
-    def _open(self, agent: Agent, name: str, config: ServeConfig, slots: int) -> None:
-        """Get ready to take requests in."""
-        self.name = name
-        """`NAME/VERSION`."""
-        self.loaded = int(time.time())
-        """Unix time."""
-        self.agent = agent
         self.max_new_tokens = config.max_new_tokens
-        self.slots = slots or config.max_running
-        self._room = self.slots + config.max_waiting
-        self._request_seconds = config.request_seconds
-        self._waiting: deque[Ticket] = deque()
-        self._running: set[Ticket] = set()
-        self._busy = 0
-        """Running requests that write, or are about to: those that wait for a tool let others in."""
-        self._changed = threading.RLock()
-        self._retired = False
-        self._seconds = 1.0
-        """Running mean of what one request takes, for `Retry-After`."""
+        self._stepped = stepped
         # As many as there may be requests: every one of them may be waiting for a tool.
-        self.pool = ThreadPoolExecutor(self._room, f"{name}-reply")
+        self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
+        self.scheduler = Scheduler(Slots(model, self.slots), name, self._on_step)
 
     @classmethod
     def load(
@@ -131,16 +84,9 @@ class Engine:
     ) -> Engine:
         """Load a model folder and answer one throw-away request, so that the first real one is not slow.
 
-        `guests` are tools that its agent may call beside its own, asked for at each request.
-
         Raises: InputError when the folder holds no usable model.
         """
-        agent = Agent.load(folder, read_config(folder).max_seq_len, guests)
-        agent.max_steps = min(agent.max_steps, config.max_steps)
-        if config.backend == "openai":
-            from serving.engine.remote import Remote
-
-            return Remote(agent, name, config)
+        agent = load_agent(folder, config, guests)
         device = best_device()
         # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
         model = load_decoder(folder, compute_dtype("auto", device) if device.type == "cuda" else torch.float32, device)
@@ -163,117 +109,29 @@ class Engine:
         done.wait()
 
     @property
-    def tool_names(self) -> frozenset[str]:
-        """Of the agent's own tools."""
-        return frozenset(tool.name for tool in self.agent.tools)
-
-    @property
     def context_len(self) -> int:
-        """Tokens of prompt and answer together."""
         return self.agent.context_len
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
-    def submit(self, ask: Ask, notify: Notify, first: bool = False) -> Ticket:
-        """Queue a request; `notify` is called from the engine's threads, last with Finished or Failed.
-
-        `first` puts it before all that wait, however many they are.
-
-        Raises: Full, Retired.
-        """
-        ticket = Ticket(ask, notify, time.monotonic() + self._request_seconds, self._forget)
-        with self._changed:
-            if self._retired:
-                raise Retired
-            unfinished = len(self._waiting) + len(self._running)
-            if unfinished >= self._room and not first:
-                raise Full(max(1, math.ceil(self._seconds * unfinished / self.slots)))
-            self._waiting.insert(0 if first else len(self._waiting), ticket)
-        self._begin()
-        return ticket
-
-    def retire(self) -> None:
-        """Take no more requests; finish those that are here, then let go of the threads."""
-        with self._changed:
-            self._retired = True
-        self._begin()
-
-    def close(self) -> None:
-        """Retire, cancel what is left and wait for the threads."""
-        self.retire()
-        with self._changed:
-            for ticket in (*self._waiting, *self._running):
-                ticket.cancel()
-        self._join()
-        self.pool.shutdown()
-
-    def hold(self) -> None:
-        """A request is about to write again."""
-        with self._changed:
-            self._busy += 1
-
-    def let_go(self) -> None:
-        """A request no longer writes: another may."""
-        with self._changed:
-            self._busy -= 1
-        self._begin()
-
-    def done(self, ticket: Ticket) -> None:
-        """A request has ended."""
-        with self._changed:
-            self._running.discard(ticket)
-            self._seconds += 0.2 * (time.monotonic() - ticket.begun - self._seconds)
-        self._begin()
-
-    def _forget(self, ticket: Ticket) -> None:
-        """Begin with a cancelled request right away, which ends it."""
-        with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._start(ticket)
-
-    def _count_in(self, ticket: Ticket) -> None:
-        ticket.begun = time.monotonic()
-        self._running.add(ticket)
-        self._busy += 1
+    def _ticket(self, ask: Ask, notify: Notify) -> Ticket:
+        return Reply(self, ask, notify)
 
     def _start(self, ticket: Ticket) -> None:
-        self._count_in(ticket)
-        self.pool.submit(Reply(self, ticket).begin)
+        assert isinstance(ticket, Reply)
+        self.pool.submit(ticket.begin)
 
     def _on_step(self, rows: int) -> None:
         """While all slots are taken, nothing but steps happens: who has waited too long is told so after one."""
         self._stepped(rows)
         if self._waiting and self._waiting[0].late:
-            self._begin()
+            self.begin()
 
-    def _begin(self) -> None:
-        """Begin with those that wait, as far as there are slots, and with those that are late, which ends them.
-
-        Lets go of the threads when nobody comes any more.
-        """
-        with self._changed:
-            while self._waiting and (self._busy < self.slots or self._waiting[0].late):
-                self._start(self._waiting.popleft())
-            if self._retired and not self._waiting and not self._running:
-                self._rest()
-                self.pool.shutdown(wait=False)
-
-    def _rest(self) -> None:
-        """Let whoever makes the tokens end: nobody comes any more. May be called again."""
-        if self.scheduler is not None:
-            self.scheduler.end()
+    def _stop(self) -> None:
+        self.scheduler.end()
+        self.pool.shutdown(wait=False)
 
     def _join(self) -> None:
-        """Wait for whoever makes the tokens."""
-        if self.scheduler is not None:
-            self.scheduler.join()
+        self.scheduler.join()
+        self.pool.shutdown()
 
 
 def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
@@ -283,3 +141,158 @@ def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
     rows = [Row(ids, 48, stop_ids=(agent.tokenizer.end_id,)) for ids, _ in prompts]
     generate(model, rows)
     return [row.ids for row in rows]
+
+
+class _Steps(list[dict[str, Any]]):
+    """What the agent does, told as it happens: a call before its tool has run."""
+
+    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._told = tell
+
+    def append(self, step: dict[str, Any]) -> None:
+        super().append(step)
+        self._told(step)
+
+
+class Reply(Ticket):
+    """One request from its first prompt to its last event: the agent's turns, the words as they come, its tools.
+
+    `begin` and `_go_on` run on the engine's pool, `_push` and `_ended` on the scheduler's thread: one at a time.
+    """
+
+    def __init__(self, engine: Engine, ask: Ask, notify: Notify) -> None:
+        super().__init__(engine, ask, notify)
+        self.engine, agent = engine, engine.agent
+        self.agent = agent if self.ask.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
+        self.calls = CallStream(agent.tokenizer)
+        self.steps = _Steps(lambda step: notify(Stepped(step)))
+        self.conversation = self.agent.answer(self.ask.messages, self.ask.tools, self.steps, self.ask.rules)
+        self.speech = Speech(agent.tokenizer, self.ask.stops)
+        self.turn = -1
+        self.row: Row | None = None
+        """What the model writes in this turn; none where it may write nothing."""
+        self.stopped = False
+        self.prompt_tokens = 0
+
+    def begin(self) -> None:
+        """Make the first prompt and hand it in."""
+        try:
+            prompt = self._first()
+        except Exception as error:  # noqa: BLE001 - logged below, and told
+            self.engine.let_go()
+            self._fail(error)
+        else:
+            if prompt is None:
+                self.engine.let_go()
+            else:
+                self._write(prompt)
+
+    def _first(self) -> Prompt | None:
+        if self.cancelled.is_set():
+            self._end(self._finish(None, "cancelled"))
+            return None
+        if self.late:
+            raise Late("no slot became free within serve.request_seconds; try again later")
+        prompt = next(self.conversation)
+        self.notify(Started())
+        return prompt
+
+    def _write(self, prompt: Prompt) -> None:
+        """Let the model write a turn."""
+        self.turn += 1
+        self.prompt_tokens = len(prompt.ids)
+        left = self.engine.max_new_tokens if self.ask.max_tokens is None else self.ask.max_tokens - self.written
+        left = min(left, self.agent.context_len - len(prompt.ids))
+        self.speech = Speech(self.agent.tokenizer, self.ask.stops)
+        if left <= 0:
+            self.row = None
+            self._ended(None)
+            return
+        greedy = self.ask.temperature < COLD or self.ask.top_p == 0
+        self.row = Row(
+            prompt.ids,
+            left,
+            temperature=0.0 if greedy else self.ask.temperature,
+            top_p=self.ask.top_p or 1.0,
+            seed=None if self.ask.seed is None else self.ask.seed + self.turn,
+            stop_ids=(self.agent.tokenizer.end_id,),
+            constraint=prompt.constraint,
+        )
+        turn = Turn(self.row, self._push, self._ended, self.deadline, self.cancelled)
+        self.engine.scheduler.submit(turn, first=self.turn > 0)
+
+    def _push(self, number: int) -> bool:
+        """Tell the words that a token makes whole; false when no more are wanted."""
+        self.written += 1
+        self.tell(self.speech.push(number))
+        for delta in self.calls.push(number) if self.ask.tools else ():
+            self.notify(Called(delta))
+        return not self.speech.stopped
+
+    def _ended(self, error: Exception | None) -> None:
+        """The turn is written; what comes of it is worked out elsewhere, and may take its time."""
+        self.engine.pool.submit(self._go_on, error)
+        self.engine.let_go()
+
+    def _go_on(self, error: Exception | None) -> None:
+        """Run the tools that the turn calls and hand in the next one, or end."""
+        try:
+            if error is not None:
+                raise error
+            if self.cancelled.is_set():
+                self._end(self._finish(None, "cancelled"))
+                return
+            prompt = self._answer()
+        except Exception as failure:  # noqa: BLE001 - logged below, and told
+            self._fail(failure)
+        else:
+            if prompt is not None:
+                self.engine.hold()
+                self._write(prompt)
+
+    def _answer(self) -> Prompt | None:
+        """The prompt of the next turn; None when that was the last."""
+        self.tell(self.speech.flush())
+        self.stopped = self.speech.stopped
+        if self.late:
+            self._end(self._finish(None))
+            return None
+        answer = None
+        try:
+            return self.conversation.send(self.row.generated if self.row is not None else [])
+        except StopIteration as stop:
+            answer = stop.value
+        except ContextTooLong:
+            pass  # a tool's result left no room for an answer
+        self._end(self._finish(answer))
+        return None
+
+    def _end(self, finished: Finished) -> None:
+        self.notify(finished)
+        self.engine.done(self)
+
+    def _fail(self, error: Exception) -> None:
+        # Bad input is the client's to hear of, anything else also ours to mend.
+        if not isinstance(error, ContextTooLong | Late):
+            logger.error("a request failed", exc_info=error)
+        try:
+            self.notify(Failed(error))
+        finally:
+            self.engine.done(self)
+
+    def _finish(self, answer: Answer | None, reason: str = "length") -> Finished:
+        calls: list[dict[str, Any]] = []
+        if answer is not None:
+            reason = "stop" if self.stopped else answer.finish_reason
+            calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
+            if not self.said and not self.stopped:
+                self.tell(answer.content)  # the agent's own words, when the model ended on a call
+        return Finished(
+            content="".join(self.said),
+            steps=list(self.steps),
+            tool_calls=calls[:1] if self.ask.one_call else calls,
+            finish_reason=reason,
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.written,
+        )

@@ -1,4 +1,4 @@
-"""An engine whose model is behind another server: any that speaks OpenAI's chat API (vLLM, llama.cpp, this one).
+"""A backend whose model is behind another server: any that speaks OpenAI's chat API (vLLM, llama.cpp, this one).
 
 The agent's loop stays here: its tools are declared to the server, the calls that come back are run, and what came of
 them is asked on. So are records, feedback and lineage, under the name of the registered version that it stands for.
@@ -12,17 +12,31 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
 from components.agent.agent import GAVE_UP, MAX_RESULT_CHARACTERS, Agent, ContextTooLong
-from components.agent.tools import call
+from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
-from serving.engine.local import Called, Engine, Failed, Finished, Late, Started, Stepped, Text, Ticket
+from serving.engine.backend import (
+    Ask,
+    Called,
+    Failed,
+    Finished,
+    Late,
+    Notify,
+    QueuedBackend,
+    Started,
+    Stepped,
+    Ticket,
+    load_agent,
+)
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
 LOOK_SECONDS = 0.05
@@ -40,17 +54,22 @@ class BackendDown(Late):
     """The server behind this one cannot answer now."""
 
 
-class Remote(Engine):
+class Remote(QueuedBackend):
     """Answers with the model of another server.
 
     One event loop, on a thread of its own, speaks with that server for all requests and keeps its connections; tools
-    and records, which take their time, are the work of the engine's other threads.
+    and records, which take their time, are the work of other threads.
     """
 
+    agent: Agent
+
     def __init__(self, agent: Agent, name: str, config: ServeConfig) -> None:
+        """Raises: InputError when the server's address is missing."""
         if not config.backend_url or not config.backend_model:
             raise InputError("params.yaml: serve.backend: openai needs serve.backend_url and serve.backend_model")
-        self._open(agent, name, config, 0)
+        super().__init__(agent, name, config)
+        self.max_new_tokens = config.max_new_tokens
+        self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
         self.model_name = config.backend_model
         self.url = f"{config.backend_url.rstrip('/')}/chat/completions"
         key = os.environ.get(KEY_VARIABLE)
@@ -62,47 +81,63 @@ class Remote(Engine):
         self._thread = threading.Thread(target=self._speak, name=f"{name}-backend", daemon=True)
         self._thread.start()
 
+    @classmethod
+    def load(cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Remote:
+        """The agent of a model folder, whose model the server has.
+
+        Raises: InputError when the folder holds no usable agent, or the server's address is missing.
+        """
+        return cls(load_agent(folder, config, guests), name, config)
+
+    @property
+    def context_len(self) -> int:
+        return self.agent.context_len
+
     def _speak(self) -> None:
         self._loop.run_forever()
         self._loop.run_until_complete(self.client.aclose())
         self._loop.close()
 
-    def _start(self, ticket: Ticket) -> None:
-        self._count_in(ticket)
-        asyncio.run_coroutine_threadsafe(RemoteReply(self, ticket).run(), self._loop)
+    def _ticket(self, ask: Ask, notify: Notify) -> Ticket:
+        return RemoteReply(self, ask, notify)
 
-    def _rest(self) -> None:
+    def _start(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, RemoteReply)
+        asyncio.run_coroutine_threadsafe(ticket.run(), self._loop)
+
+    def _stop(self) -> None:
         with suppress(RuntimeError):  # it was told before, and is closed
             self._loop.call_soon_threadsafe(self._loop.stop)
+        self.pool.shutdown(wait=False)
 
     def _join(self) -> None:
         self._thread.join()
+        self.pool.shutdown()
 
 
-class RemoteReply:
+class RemoteReply(Ticket):
     """One request from its first message to its last event."""
 
-    def __init__(self, engine: Remote, ticket: Ticket) -> None:
-        self.engine, self.ask, self.ticket = engine, ticket.ask, ticket
-        self.said: list[str] = []
+    def __init__(self, engine: Remote, ask: Ask, notify: Notify) -> None:
+        super().__init__(engine, ask, notify)
+        self.engine = engine
         self.steps: list[dict[str, Any]] = []
         self.messages = [dict(message) for message in self.ask.messages]
         self.tools = self.ask.tools or [tool.declaration() for tool in engine.agent.tools]
         self.usage: Mapping[str, int] = {}
-        self.written = 0
         self.started = False
 
     async def run(self) -> None:
         try:
-            await self._aside(self.ticket.notify, await self._answer_or_leave())
+            await self._aside(self.notify, await self._answer_or_leave())
         except Exception as error:
             if not isinstance(error, InputError | Late):
                 logger.error("a request failed", exc_info=error)
             with suppress(Exception):
-                await self._aside(self.ticket.notify, Failed(error))
+                await self._aside(self.notify, Failed(error))
         finally:
             self.engine.let_go()
-            self.engine.done(self.ticket)
+            self.engine.done(self)
 
     async def _aside(self, function: Callable[..., T], *given: Any) -> T:
         """Run what may wait for a disk or a tool where no other request waits for it."""
@@ -111,16 +146,16 @@ class RemoteReply:
     async def _answer_or_leave(self) -> Finished:
         """The answer, or what there is of it when the client leaves or time is up."""
         answer = asyncio.ensure_future(self._answer())
-        while not answer.done() and not self.ticket.cancelled.is_set() and not self.ticket.late:
+        while not answer.done() and not self.cancelled.is_set() and not self.late:
             await asyncio.wait([answer], timeout=LOOK_SECONDS)
         if answer.done():
             return answer.result()
         answer.cancel()
         with suppress(asyncio.CancelledError):
             await answer
-        if not self.started and not self.ticket.cancelled.is_set():
+        if not self.started and not self.cancelled.is_set():
             raise Late("the backend did not answer within serve.request_seconds; try again later")
-        return self._finish("cancelled" if self.ticket.cancelled.is_set() else "length")
+        return self._finish("cancelled" if self.cancelled.is_set() else "length")
 
     async def _answer(self) -> Finished:
         for turns_left in reversed(range(self.engine.agent.max_steps)):
@@ -130,7 +165,7 @@ class RemoteReply:
             self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
             for wanted in calls:
                 await self._run_tool(wanted)
-        self._tell(GAVE_UP.format(steps=self.engine.agent.max_steps))
+        self.tell(GAVE_UP.format(steps=self.engine.agent.max_steps))
         return self._finish("stop")
 
     async def _turn(self, last: bool) -> tuple[str, list[dict[str, Any]], str]:
@@ -139,16 +174,16 @@ class RemoteReply:
         async for chunk in self._chunks(self._body(last)):
             if not self.started:
                 self.started = True
-                await self._aside(self.ticket.notify, Started())
+                await self._aside(self.notify, Started())
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk.get("choices", []):
                 delta, reason = choice.get("delta") or {}, choice.get("finish_reason") or reason
                 text += delta.get("content") or ""
-                self._tell(delta.get("content") or "")
+                self.tell(delta.get("content") or "")
                 for part in delta.get("tool_calls") or []:
                     _join(calls.setdefault(part.get("index", 0), {}), part)
                     if self.ask.tools:
-                        self.ticket.notify(Called(part))
+                        self.notify(Called(part))
         self.written += int(self.usage.get("completion_tokens", 0))
         return text, [calls[index] for index in sorted(calls)], reason
 
@@ -218,12 +253,7 @@ class RemoteReply:
 
     def _step(self, step: dict[str, Any]) -> None:
         self.steps.append(step)
-        self.ticket.notify(Stepped(step))
-
-    def _tell(self, text: str) -> None:
-        if text:
-            self.said.append(text)
-            self.ticket.notify(Text(text))
+        self.notify(Stepped(step))
 
     def _finish(self, reason: str, calls: list[dict[str, Any]] | None = None) -> Finished:
         prompt_tokens = int(self.usage.get("prompt_tokens", 0))

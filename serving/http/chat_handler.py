@@ -16,16 +16,35 @@ from functools import cached_property
 from typing import Any
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
-from components.agent.agent import ContextTooLong
+from components.agent.agent import Agent, ContextTooLong
 from components.feedback.store import Answered, Store
+from components.inference.schemas import SchemaError
 from components.tracking.traces import Traces
-from serving.engine.local import Ask, Called, Engine, Event, Failed, Finished, Late, Started, Stepped, Text, Ticket
-from serving.engine.summarizer_worker import Writer
-from serving.http.errors import ApiError
+from serving.engine.backend import (
+    Ask,
+    Backend,
+    Called,
+    Event,
+    Failed,
+    Finished,
+    Full,
+    Late,
+    Retired,
+    Started,
+    Stepped,
+    Text,
+    Ticket,
+)
+from serving.http.errors import ApiError, broken_body
 from serving.http.schemas import ChatRequest
+from serving.models.state import Serving
 from serving.observability.metrics import Metrics
 from serving.observability.request_metrics import Watch
+
+UNSUPPORTED = ("tools", "tool_choice", "response_format", "temperature", "top_p", "stop")
+"""By a summarizer."""
 
 
 class ClientGone(Exception):
@@ -41,7 +60,7 @@ class Exchange:
 
     def __init__(
         self,
-        engine: Engine | Writer,
+        engine: Backend,
         body: ChatRequest,
         store: Store,
         metrics: Metrics,
@@ -79,6 +98,33 @@ class Exchange:
             raise
         if isinstance(event, Failed):
             raise _failure(event.error)
+
+    async def completion(self, request: Request) -> dict[str, Any]:
+        """The whole answer in OpenAI's shape.
+
+        Raises: as `finished`.
+        """
+        finished = await self.finished(request)
+        message = {"role": "assistant", "content": finished.content, "refusal": None, "steps": finished.steps}
+        if finished.tool_calls:
+            message |= {"tool_calls": finished.tool_calls, "content": finished.content or None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.finish_reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(finished)}
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """OpenAI's stream: the role, the words and steps as they come, the reason of the end, `[DONE]`."""
+        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
+        head = self._head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
+        try:
+            async for delta, finished in self.deltas():
+                reason = finished.finish_reason if finished else None
+                yield sse(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
+                if finished and with_usage:
+                    yield sse(head | {"choices": [], "usage": self._usage(finished)})
+        except Broken as broken:
+            yield sse(broken_body(broken.__cause__))
+            return
+        yield b"data: [DONE]\n\n"
 
     async def finished(self, request: Request) -> Finished:
         """Wait for the whole answer.
@@ -120,10 +166,10 @@ class Exchange:
         finally:
             self.cancel()  # the client left, or nothing is left to cancel
 
-    def head(self, kind: str) -> dict[str, Any]:
+    def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
 
-    def usage(self, finished: Finished) -> dict[str, int]:
+    def _usage(self, finished: Finished) -> dict[str, int]:
         total = finished.prompt_tokens + finished.completion_tokens
         return {
             "prompt_tokens": finished.prompt_tokens,
@@ -179,6 +225,63 @@ class Exchange:
         self._metrics.role_answers.labels(self._role).inc()
         if self._traces is not None:
             self._watch.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
+
+
+async def begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
+    """Submit a request; one that streams waits until it has a slot: whatever is wrong with it still has a status."""
+    while True:
+        follower = serving.chatting(body.model)
+        backend = serving.choose(follower, body.model, asker)
+        ask = source_of(body, backend.name) if backend.agent is None else await _ask(body, backend.agent)
+        role = follower.role(backend.name)
+        exchange = Exchange(backend, body, serving.store, serving.metrics, role, serving.traces)
+        try:
+            exchange.submit(ask)
+        except Retired:
+            continue  # swapped between the two lines above; the successor is in place
+        except Full as full:
+            raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
+        if body.stream:
+            await exchange.started()
+        return exchange
+
+
+async def _ask(body: ChatRequest, agent: Agent) -> Ask:
+    may_call = body.tool_choice != "none"
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
+    try:
+        rules = agent.known_rules(tools, body.wish)
+        if rules is None:  # compiling grammars would keep the other requests waiting here
+            rules = await run_in_threadpool(agent.rules, tools, body.wish)
+    except SchemaError as error:
+        raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
+    return Ask(
+        messages=[message.plain() for message in body.messages],
+        tools=tools,
+        may_call=may_call,
+        one_call=body.parallel_tool_calls is False,
+        rules=rules,
+        wish=body.wish,
+        max_tokens=body.token_limit,
+        temperature=body.temperature or 0.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stops=body.stops,
+    )
+
+
+def source_of(body: ChatRequest, name: str) -> Ask:
+    """What a chat asks of a model that makes one text of another.
+
+    Raises: ApiError for whatever it cannot do.
+    """
+    asked = next((field for field in UNSUPPORTED if getattr(body, field, None)), None)
+    if asked is not None:
+        raise ApiError(400, f"{asked}: {name} has no use for it; leave it out", "unsupported_parameter", asked)
+    if len(body.messages) != 1 or body.messages[0].role != "user":
+        message = f"messages: {len(body.messages)}: {name} reads one text; send it as one message of role user"
+        raise ApiError(400, message, "invalid_value", "messages")
+    return Ask([body.messages[0].plain()], max_tokens=body.token_limit)
 
 
 def sse(value: Mapping[str, Any]) -> bytes:

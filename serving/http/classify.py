@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Awaitable
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -13,12 +13,14 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from components.inference.classifier import Embedded, Labelled
-from serving.engine.adaptive_batching import Asked, Batches, Unbatched
+from serving.engine.adaptive_batching import Overloaded
 from serving.engine.classifier_worker import Reader
 from serving.http.errors import ERRORS, ApiError
 from serving.http.routes import DirectRoute
 from serving.http.schemas import Wire
 from serving.models.state import Running, Serving, who
+
+R = TypeVar("R", Labelled, Embedded)
 
 router = APIRouter(route_class=DirectRoute, responses=ERRORS)
 
@@ -114,9 +116,7 @@ class Embeddings(BaseModel):
 async def classify(body: ClassifyRequest, serving: Running, request: Request) -> JSONResponse:
     """The label of each text, with the probability of every label."""
     reader = _reader(body, serving, request)
-    with reader.held():
-        found = await _batches(request, serving).classify([Asked(reader, text) for text in body.texts])
-    _count_truncated(serving, "/v1/classify", found)
+    found = await _read(serving, "/v1/classify", reader.classify(body.texts))
     results = [{"label": one.label, "scores": one.scores, "truncated": one.truncated} for one in found]
     return JSONResponse({"model": reader.name, "results": results})
 
@@ -129,9 +129,7 @@ async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request
     if body.dimensions not in (None, width):
         message = f"dimensions: {body.dimensions}: {reader.name} has {width}; send that or leave it out"
         raise ApiError(400, message, "unsupported_parameter", "dimensions")
-    with reader.held():
-        found = await _batches(request, serving).embed([Asked(reader, text) for text in body.texts])
-    _count_truncated(serving, "/v1/embeddings", found)
+    found = await _read(serving, "/v1/embeddings", reader.embed(body.texts))
     packed = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _packed(one.vector) if packed else one.vector}
@@ -150,14 +148,18 @@ def _reader(body: TextsRequest, serving: Serving, request: Request) -> Reader:
     return serving.choose(serving.readers, body.model, who(request, body.user))
 
 
-def _batches(request: Request, serving: Serving) -> Batches:
-    dispatched: Batches | None = getattr(request.app.state, "batches", None)
-    return dispatched or Unbatched(serving.metrics)
+async def _read(serving: Serving, route: str, reading: Awaitable[list[R]]) -> list[R]:
+    """The results, counted.
 
-
-def _count_truncated(serving: Serving, route: str, found: Sequence[Labelled | Embedded]) -> None:
+    Raises: ApiError when too many texts wait.
+    """
+    try:
+        found = await reading
+    except Overloaded as full:
+        raise ApiError(429, str(full), "queue_full", headers={"Retry-After": "1"}) from None
     serving.metrics.texts.labels(route).inc(len(found))
     serving.metrics.truncated.labels(route).inc(sum(one.truncated for one in found))
+    return found
 
 
 def _packed(vector: list[float]) -> str:

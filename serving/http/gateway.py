@@ -1,9 +1,8 @@
 """What every request passes before any route: address, key, pace, body limit, draining; and on the way out error shape
 and counts.
 
-An ASGI middleware on the BentoML service rather than on the mounted app, because paths that
-match no route never reach that app (BentoML 1.4). `serving.server` puts another around all of that service: our own
-routes then need none of its layers, which take as long as everything else of a request but the model and the disk.
+An ASGI middleware around the app under uvicorn, and around all of BentoML's service under `bentoml serve`: paths that
+match no route never reach an app that is mounted there (BentoML 1.4), and our own routes need none of its layers.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ VOICE_DIGITS = 16
 """Of a key's digest, so many tell whose vote it is; the key itself is never stored."""
 OTHER = "other"
 """The route of a path that is none of ours."""
-PASSED = "loopwright.edge"
-"""In the scope of a request that has passed: `server` has one around BentoML's layers, the service one within."""
 STANDARD = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
 
 
@@ -51,12 +48,12 @@ class TooLarge(Exception):
 
 
 class Edge:
-    """Wraps the whole service; `api.state.serving` holds what it needs to know."""
+    """Wraps `app`, which is `api` or has it mounted; `api.state.serving` holds what it needs to know."""
 
     def __init__(self, app: App, api: FastAPI) -> None:
         self.app, self.api = app, api
         routes = [route for router in ROUTERS for route in router.routes]
-        paths = ["/openapi.json", *(route.path for route in routes if isinstance(route, APIRoute))]
+        paths = ["/openapi.json", "/docs", *(route.path for route in routes if isinstance(route, APIRoute))]
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
@@ -64,10 +61,9 @@ class Edge:
         self._open_to: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or PASSED in scope:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope[PASSED] = True
         serving: Serving = self.api.state.serving
         # Closed to the pages of other sites unless they are named: then a browser is told so.
         origins = tuple(serving.config.allowed_origins)

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
+from serving.engine.backend import Backend, Loaded
 from serving.engine.classifier_worker import Reader
-from serving.engine.summarizer_worker import Writer
-from serving.models.smoke import Loaded, smoke_fault
+from serving.models.smoke import smoke_fault
 from serving.models.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
@@ -31,7 +31,7 @@ Role = Literal["champion", "challenger", "former"]
 logger = logging.getLogger("loopwright.follow")
 
 
-M = TypeVar("M", bound=Loaded)
+M = TypeVar("M", bound=Reader | Backend)
 """What answers: an engine that chats, a reader that classifies."""
 
 
@@ -316,6 +316,6 @@ def _described(engine: Loaded, role: str) -> dict[str, Any]:
         "name": name,
         "version": version,
         "role": role,
-        "task": "classify" if isinstance(engine, Reader) else "summarize" if isinstance(engine, Writer) else "chat",
+        "task": engine.task,
         "context_length": engine.context_len,
     }

@@ -6,11 +6,9 @@ import logging
 import queue
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
+from serving.engine.backend import Ask, Backend, Event, Failed, Finished
 from serving.engine.classifier_worker import Reader
-from serving.engine.local import Ask, Engine, Event, Failed, Finished
-from serving.engine.summarizer_worker import Writer
 
 QUESTION = "Hello"
 """Asked of a version that was registered without a question of its own."""
@@ -20,41 +18,11 @@ PATIENCE_SECONDS = 60.0
 logger = logging.getLogger("loopwright.smoke")
 
 
-class Loaded(Protocol):
-    """A loaded version of a model, whatever it answers."""
-
-    @property
-    def name(self) -> str:
-        """`NAME/VERSION`."""
-
-    @property
-    def loaded(self) -> int:
-        """Unix time."""
-
-    @property
-    def context_len(self) -> int:
-        """Tokens that it reads and writes at most."""
-
-    @property
-    def running(self) -> int:
-        """Requests that it is answering."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    def retire(self) -> None:
-        """Take no more requests, finish those that are here."""
-
-    def close(self) -> None:
-        """Retire, and let go of everything."""
-
-
-def smoke_fault(loaded: Loaded, tags: Mapping[str, str]) -> str:
+def smoke_fault(loaded: Reader | Backend, tags: Mapping[str, str]) -> str:
     """What is wrong with the answer to a version's `smoke_question`, or "" when it is its `smoke_answer`."""
     question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
     if isinstance(loaded, Reader):
         return _label_fault(loaded, question, expected)
-    assert isinstance(loaded, Engine | Writer)
     return _chat_fault(loaded, question, expected)
 
 
@@ -67,7 +35,7 @@ def _label_fault(reader: Reader, question: str, expected: str | None) -> str:
     return _fault(question, said, expected)
 
 
-def _chat_fault(engine: Engine | Writer, question: str, expected: str | None) -> str:
+def _chat_fault(engine: Backend, question: str, expected: str | None) -> str:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     deadline = time.monotonic() + PATIENCE_SECONDS
     ask = Ask([{"role": "user", "content": question}])

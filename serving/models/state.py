@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from components.agent.mcp_servers import McpServers
+from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.feedback.lineage import FactsOf, registry_facts
@@ -18,9 +19,11 @@ from components.feedback.store import Store
 from components.runtime.model_tasks import Task, task_of
 from components.tracking.registry import Registry
 from components.tracking.traces import Traces
+from serving.engine.backend import Backend
 from serving.engine.classifier_worker import Reader
 from serving.engine.local import Engine
 from serving.engine.model_tools import ModelTools
+from serving.engine.remote import Remote
 from serving.engine.summarizer_worker import Writer
 from serving.http.errors import ApiError
 from serving.models.alias_watcher import Follower, M, describe
@@ -32,11 +35,11 @@ from serving.observability.metrics import Metrics
 class Serving:
     """What the routes share while the server runs."""
 
-    models: Follower[Engine]
+    models: Follower[Backend]
     """Who answers chats."""
     readers: Follower[Reader]
     """Who classifies texts and says where they lie."""
-    writers: Follower[Writer]
+    writers: Follower[Backend]
     """Who summarizes: a chat of one message, for whoever names it."""
     store: Store
     config: ServeConfig
@@ -92,7 +95,7 @@ class Serving:
             raise ApiError(404, f"model: {follower.error}", "model_not_found", "model")
         raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
 
-    def chatting(self, model: str | None) -> Follower[Any]:
+    def chatting(self, model: str | None) -> Follower[Backend]:
         """Whose model a chat is for: the summarizer's where it is named, or where nobody else chats."""
         named = model is not None and self.writers.answers_to(model)
         return self.writers if self.writers.spec and (named or not self.models.spec) else self.models
@@ -126,15 +129,18 @@ class Serving:
             return Follower(spec, source, load, seconds, share)
 
         metrics = Metrics()
-        load = partial(
-            Engine.load,
-            config=config,
-            guests=lambda: [*own.tools(), *mcp.tools()],
-            stepped=metrics.chat_batch.observe,
+
+        def guests() -> list[Tool]:
+            return [*own.tools(), *mcp.tools()]
+
+        load: Callable[[Path, str], Backend] = (
+            partial(Remote.load, config=config, guests=guests)
+            if config.backend == "openai"
+            else partial(Engine.load, config=config, guests=guests, stepped=metrics.chat_batch.observe)
         )
         serving = cls(
             models=follow("chat", load),
-            readers=follow("classify", Reader.load),
+            readers=follow("classify", partial(Reader.load, metrics=metrics)),
             writers=follow("summarize", partial(Writer.load, config=config)),
             store=Store.of(home),
             config=config,

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from components.tracking.traces import Span, Traces
-from serving.engine.local import Called, Event, Failed, Finished, Started, Stepped, Text
+from serving.engine.backend import Called, Event, Failed, Finished, Started, Stepped, Text
 from serving.observability.logs import FACTS
 from serving.observability.metrics import Metrics
 

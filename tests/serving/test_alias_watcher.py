@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from components.config.params import InputError, load_params
-from serving.engine.local import Ask, Engine, Finished, Notify, Retired, Ticket
+from serving.engine.backend import Ask, Finished, Notify, Retired, Ticket
+from serving.engine.local import Engine
 from serving.models.alias_watcher import Follower, Unfit, describe
 from serving.models.versions import Bundled, Version
 

@@ -12,7 +12,8 @@ from components.agent import batch_rollout as lockstep
 from components.agent.batch_rollout import answer_all
 from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
-from serving.engine.local import Ask, Engine, Event, Failed, Finished
+from serving.engine.backend import Ask, Event, Failed, Finished
+from serving.engine.local import Engine
 
 QUESTIONS = ("Hello", "What is 6*7?", "A story", "Letters", "Weather in Paris?")
 NEW_TOKENS = 64

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serving.engine.adaptive_batching import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, Overloaded
 from serving.engine.classifier_worker import Reader
 from serving.models.alias_watcher import Follower, Unfit
 from serving.models.versions import Bundled, Version
+from serving.observability.metrics import Metrics
 
 TOPICS = {"fruit": ["apple", "pear", "plum"], "metal": ["iron", "zinc", "tin"], "animal": ["cat", "dog", "cow"]}
 
@@ -144,7 +150,7 @@ def test_a_classifier_is_swapped_after_its_smoke_test_alone(
     turned = classifier_maker(tmp_path / "turned", turned=1)
     alias = Alias({1: classifier_folder, 2: turned, 3: turned})
     alias.answers = {3: "animal"}
-    follower = Follower("classifier@champion", alias, Reader.load, None)
+    follower = Follower("classifier@champion", alias, partial(Reader.load, metrics=Metrics()), None)
     follower.look()
     alias.number = 2
     with pytest.raises(
@@ -154,10 +160,95 @@ def test_a_classifier_is_swapped_after_its_smoke_test_alone(
     assert follower.engine is not None
     assert follower.engine.name == "classifier/1"
     assert alias.withdrawn == ["classifier/2: 'iron': answered 'animal' instead of 'metal'"]
-    with follower.engine.held():
+    old = follower.engine
+
+    async def ask_across_the_swap() -> list[tuple[str, int]]:
+        asking = asyncio.ensure_future(old.classify(["iron"]))
+        await asyncio.sleep(0)
         alias.number = 3
         follower.look()
-        assert [(one.name, one.running) for one in follower.engines] == [("classifier/3", 0), ("classifier/1", 1)]
+        found = [(one.name, one.running) for one in follower.engines]
+        assert [one.label for one in await asking] == ["metal"]
+        return found
+
+    assert asyncio.run(ask_across_the_swap()) == [("classifier/3", 0), ("classifier/1", 1)]
     follower.look()
     assert [one.name for one in follower.engines] == ["classifier/3"], "whoever held the old one is done"
     follower.close()
+
+
+class Gate:
+    """A function that is held until a test lets it go, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.began, self.go_on = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+
+    def __call__(self, items: list[int]) -> list[int]:
+        self.batches.append(items)
+        self.began.set()
+        assert self.go_on.wait(60)
+        if -1 in items:
+            raise ValueError("a wrong item")
+        return [2 * item for item in items]
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def batcher(gate: Gate) -> Iterator[Batcher[int, int]]:
+    with ThreadPoolExecutor(1) as thread:
+        yield Batcher(gate, thread, lambda size: None)
+        gate.go_on.set()
+
+
+def held(batcher: Batcher[int, int], gate: Gate, *requests: list[int]) -> list[Future[list[int]]]:
+    """The first request is being read while the others come."""
+    futures = [batcher.submit(requests[0])]
+    assert gate.began.wait(60)
+    return futures + [batcher.submit(items) for items in requests[1:]]
+
+
+def test_what_comes_while_a_batch_is_read_makes_the_next_one(batcher: Batcher[int, int], gate: Gate) -> None:
+    futures = held(batcher, gate, [1], [2, 3], [4], [5, 6])
+    gate.go_on.set()
+    assert [future.result(60) for future in futures] == [[2], [4, 6], [8], [10, 12]]
+    assert gate.batches == [[1], [2, 3, 4, 5, 6]]
+
+
+def test_batches_are_bounded_and_requests_stay_whole(batcher: Batcher[int, int], gate: Gate) -> None:
+    many = list(range(MAX_BATCH_SIZE + 10))
+    futures = held(batcher, gate, [1], many[:40], many[:30], many, [7])
+    gate.go_on.set()
+    assert futures[3].result(60) == [2 * item for item in many]
+    assert futures[4].result(60) == [14]
+    assert [len(batch) for batch in gate.batches] == [1, 40, 30, len(many), 1]
+
+
+def test_whoever_leaves_is_not_read_and_an_error_reaches_its_batch(batcher: Batcher[int, int], gate: Gate) -> None:
+    futures = held(batcher, gate, [1], [2], [-1], [4])
+    assert futures[1].cancel()
+    gate.go_on.set()
+    assert futures[0].result(60) == [2]
+    for future in futures[2:]:
+        with pytest.raises(ValueError, match="a wrong item"):
+            future.result(60)
+    assert gate.batches[1] == [-1, 4]
+    assert batcher.submit([8]).result(60) == [16]
+
+
+def test_more_than_can_be_read_in_time_is_refused(
+    batcher: Batcher[int, int], gate: Gate, texts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held(batcher, gate, [1], [2] * 10)
+    batcher._seconds = MAX_WAIT_SECONDS / 9
+    with pytest.raises(Overloaded, match="10 texts wait"):
+        batcher.submit([3])
+    monkeypatch.setattr(texts.serving.readers.engine._labels, "_seconds", MAX_WAIT_SECONDS)
+    monkeypatch.setattr(texts.serving.readers.engine._labels, "_count", 2)
+    refused = classify(texts, {"input": "iron"})
+    assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+    assert refused.json()["error"]["code"] == "queue_full"

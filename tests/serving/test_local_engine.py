@@ -15,18 +15,8 @@ from components.agent.agent import Agent, ContextTooLong
 from components.agent.tools import Tool
 from components.config.params import load_params
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from serving.engine.local import (
-    Ask,
-    Engine,
-    Event,
-    Failed,
-    Finished,
-    Full,
-    Retired,
-    Started,
-    Stepped,
-    Text,
-)
+from serving.engine.backend import Ask, Event, Failed, Finished, Full, Retired, Started, Stepped, Text
+from serving.engine.local import Engine
 from serving.http.stop_filter import Speech
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
@@ -264,7 +254,7 @@ def test_who_waits_too_long_is_told_while_the_slot_is_still_taken(narrow: Engine
         if isinstance(event, Text):
             order.append("text")
             if len(order) == 1:
-                narrow._request_seconds = 0.0
+                narrow.request_seconds = 0.0
                 narrow.submit(STORY_ASK, late.put)
             elif len(order) == 5:
                 failed = late.get(timeout=60)

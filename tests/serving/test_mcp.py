@@ -12,7 +12,7 @@ from mcp import Client, StdioServerParameters
 
 from components.config.paths import Paths
 from components.feedback.store import Store
-from serving.local_endpoint import local_endpoint
+from serving.server import local_endpoint
 
 pytestmark = pytest.mark.platform
 

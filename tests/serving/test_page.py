@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from components.config.params import load_params
 from components.feedback.store import Store
-from serving.engine.local import Full
+from serving.engine.backend import Full
 from serving.http.app import new_api
 from serving.http.chat_handler import Exchange
 from serving.http.gateway import Edge

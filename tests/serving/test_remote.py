@@ -12,18 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 
 from components.agent.agent import ContextTooLong
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError, load_params
-from serving.engine.local import Ask, Engine, Event, Failed, Finished, Started, Stepped, Text
+from serving.engine.backend import Ask, Backend, Event, Failed, Finished, Started, Stepped, Text
 from serving.engine.remote import BackendDown, Remote
-from serving.http.app import Serving, new_api
+from serving.http.app import new_api
 from serving.http.gateway import Edge
+from serving.models.state import Serving
 from serving.models.versions import Bundled
-from serving.server import listen
+from serving.server import listen, serve_in_thread
 
 CONFIG = load_params(Path(__file__).parents[2] / "params.yaml").serve
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
@@ -35,28 +35,13 @@ WEATHER = {
 }
 
 
-@contextmanager
-def listening(serving: Serving) -> Iterator[str]:
-    api = new_api()
-    api.state.serving = serving
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(Edge(api, api), log_config=None, access_log=False, lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def backend(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Serving]]:
     home = tmp_path_factory.mktemp("backend")
     serving = Serving.open(home, CONFIG, "", Bundled(agent_folder, {"name": "agent", "version": 7}))
     serving.models.first.wait()
-    with listening(serving) as url:
-        yield url, serving
+    with serve_in_thread(serving) as url:
+        yield f"{url}/v1", serving
     serving.close()
 
 
@@ -65,15 +50,15 @@ def pointed(url: str) -> ServeConfig:
 
 
 @pytest.fixture
-def remote(agent_folder: Path, backend: tuple[str, Serving]) -> Iterator[Engine]:
-    engine = Engine.load(agent_folder, "agent/1", pointed(backend[0]))
+def remote(agent_folder: Path, backend: tuple[str, Serving]) -> Iterator[Backend]:
+    engine = Remote.load(agent_folder, "agent/1", pointed(backend[0]))
     assert isinstance(engine, Remote)
     engine.agent.own_tools = ()
     yield engine
     engine.close()
 
 
-def events(engine: Engine, content: str, **options: Any) -> list[Event]:
+def events(engine: Backend, content: str, **options: Any) -> list[Event]:
     told: queue.Queue[Event] = queue.Queue()
     engine.submit(Ask([{"role": "user", "content": content}], **options), told.put)
     found = [told.get(timeout=60)]
@@ -82,7 +67,7 @@ def events(engine: Engine, content: str, **options: Any) -> list[Event]:
     return found
 
 
-def test_words_come_through_as_they_are_written(remote: Engine) -> None:
+def test_words_come_through_as_they_are_written(remote: Backend) -> None:
     told = events(remote, "Hello")
     last = told[-1]
     assert isinstance(told[0], Started)
@@ -93,7 +78,7 @@ def test_words_come_through_as_they_are_written(remote: Engine) -> None:
     assert last.completion_tokens > 5 < last.prompt_tokens
 
 
-def test_calls_that_come_back_are_run_and_asked_on(remote: Engine) -> None:
+def test_calls_that_come_back_are_run_and_asked_on(remote: Backend) -> None:
     asked: list[str] = []
 
     def weather(city: str) -> str:
@@ -112,7 +97,7 @@ def test_calls_that_come_back_are_run_and_asked_on(remote: Engine) -> None:
     assert told[-1].steps == steps
 
 
-def test_calls_of_the_clients_tools_are_handed_back(remote: Engine) -> None:
+def test_calls_of_the_clients_tools_are_handed_back(remote: Backend) -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
     last = events(remote, "Weather in Paris?", tools=tools)[-1]
     assert isinstance(last, Finished)
@@ -120,7 +105,7 @@ def test_calls_of_the_clients_tools_are_handed_back(remote: Engine) -> None:
     assert last.finish_reason == "tool_calls"
 
 
-def test_requests_share_a_connection(remote: Engine) -> None:
+def test_requests_share_a_connection(remote: Backend) -> None:
     assert isinstance(remote, Remote)
     ports: list[int] = []
 
@@ -142,7 +127,7 @@ def test_requests_share_a_connection(remote: Engine) -> None:
     ],
 )
 def test_what_the_backend_refuses_is_told_in_its_words(
-    remote: Engine, content: str, options: dict[str, Any], kind: type[InputError], said: str
+    remote: Backend, content: str, options: dict[str, Any], kind: type[InputError], said: str
 ) -> None:
     last = events(remote, content, **options)[-1]
     assert isinstance(last, Failed)
@@ -179,7 +164,7 @@ def answering(events: bytes) -> Iterator[str]:
 )
 def test_broken_events_are_said_so(agent_folder: Path, sent: bytes, said: str) -> None:
     with answering(sent) as url:
-        engine = Engine.load(agent_folder, "agent/1", pointed(url))
+        engine = Remote.load(agent_folder, "agent/1", pointed(url))
         last = events(engine, "Hello")[-1]
         engine.close()
     assert isinstance(last, Failed)
@@ -187,7 +172,7 @@ def test_broken_events_are_said_so(agent_folder: Path, sent: bytes, said: str) -
     assert said in str(last.error)
 
 
-def test_cancelling_lets_the_backend_go(remote: Engine, backend: tuple[str, Serving]) -> None:
+def test_cancelling_lets_the_backend_go(remote: Backend, backend: tuple[str, Serving]) -> None:
     told: queue.Queue[Event] = queue.Queue()
     ask = Ask([{"role": "user", "content": "A story"}], temperature=2.0, seed=1, max_tokens=200)
     ticket = remote.submit(ask, told.put)
@@ -204,7 +189,7 @@ def test_backend_that_is_away_is_said_so(agent_folder: Path) -> None:
     listener = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     listener.close()
-    engine = Engine.load(agent_folder, "agent/1", pointed(url))
+    engine = Remote.load(agent_folder, "agent/1", pointed(url))
     last = events(engine, "Hello")[-1]
     assert isinstance(last, Failed)
     assert isinstance(last.error, BackendDown)
@@ -235,4 +220,4 @@ def test_endpoint_in_front_answers_records_and_traces(
 def test_backend_without_an_address_is_an_input_error(agent_folder: Path) -> None:
     config = pointed("http://127.0.0.1:1").model_copy(update={"backend_model": None})
     with pytest.raises(InputError, match=r"needs serve\.backend_url and serve\.backend_model"):
-        Engine.load(agent_folder, "agent/1", config)
+        Remote.load(agent_folder, "agent/1", config)

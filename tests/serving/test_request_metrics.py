@@ -13,7 +13,7 @@ import pytest
 
 from components.tracking.mlflow_client import EXPERIMENT, connect
 from components.tracking.traces import Span, Traces
-from serving.engine.local import Finished, Started, Stepped, Text
+from serving.engine.backend import Finished, Started, Stepped, Text
 from serving.observability.logs import FACTS, JsonLines
 from serving.observability.metrics import Metrics
 from serving.observability.request_metrics import Watch

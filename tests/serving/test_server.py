@@ -128,12 +128,6 @@ def test_a_request_of_many_texts_is_split_and_put_together_again(url: str) -> No
     assert [one["label"] for one in answer["results"]] == ["metal", "animal", "fruit"] * 60
 
 
-def test_the_routes_of_bentoml_itself_are_shut(url: str) -> None:
-    for path in ("/batches/classify", "/batches/embed"):
-        answer = httpx.post(f"{url}{path}", json={"asked": ["iron"]})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
-
-
 def test_many_clients_at_once_get_their_own_answers(client: openai.OpenAI) -> None:
     said: list[str] = []
     threads = [
