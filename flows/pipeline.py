@@ -26,7 +26,7 @@ from components.config.paths import Paths
 from components.runtime.process import only_one
 from components.runtime.stage import PROGRESS, read_stages, warn_on_failure
 from flows.orchestration.base_models import bring_bases
-from flows.orchestration.dvc_repo import pass_over_datasets, pass_over_parameters
+from flows.orchestration.dvc_repo import pass_over_datasets
 from flows.orchestration.flow_run import FlowRun, run_flow
 from flows.orchestration.run_stage import StageResult, reproduce
 from flows.release import Release, Releases, look_at_releases, release
@@ -126,7 +126,6 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
         with chdir(root), Repo() as repo:
             _remove_broken_lock(repo)
             every = _needs(repo, root)
-            pass_over_parameters(repo)
             needs = {name: every[name] for name in every if (name in LOOP) == loop}
             changed = repo.status(list(needs)) if needs else {}
     except DvcException as error:

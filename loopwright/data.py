@@ -138,7 +138,7 @@ def validate(
 
 
 _TRAIN_ON = {
-    "documents": "loopwright run --set pretrain.dataset={}",
+    "documents": "loopwright run --set pretrain.decoder.dataset={}",
     "conversations": "loopwright run --set tune.dataset={}",
     "labelled_texts": "loopwright run --set classifier.dataset={}",
     "text_pairs": "loopwright run --set summarizer.dataset={}",

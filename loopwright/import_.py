@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.config.params import InputError
+from components.config.params import FAMILY_OF_SECTION, InputError
 from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json
 
@@ -30,6 +30,6 @@ def import_(
     if as_json:
         print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
         return
-    section = {"decoder": "tune", "encoder": "classifier", "encoder_decoder": "summarizer"}[found.family]
+    section = next(name for name, family in FAMILY_OF_SECTION.items() if family == found.family)
     print(f"{version}: {found.architecture}, {found.parameters:,} parameters, {found.vocab_size:,} tokens")
     print(f'Next: "loopwright run --set {section}.base={version} --set {section}.lora_rank=8"')

@@ -73,7 +73,9 @@ def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         dotted, equals, value = assignment.partition("=")
         if not equals or not dotted.strip():
-            raise InputError(f"--set: {assignment!r}: expected SECTION.KEY=VALUE, such as pretrain.max_steps=100")
+            raise InputError(
+                f"--set: {assignment!r}: expected SECTION.KEY=VALUE, such as pretrain.decoder.max_steps=100"
+            )
         try:
             overrides[dotted.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:

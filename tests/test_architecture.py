@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config.params import Params
+from components.config.params import FAMILIES, Params
 from components.config.paths import Paths
-from components.runtime.stage import FAMILIES, STAGE_MODULES, read_stages, stage_function
+from components.runtime.stage import STAGE_MODULES, read_stages, stage_function
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("loopwright", "flows", "components", "serving", "examples")
@@ -53,6 +53,8 @@ ALLOWED = {
 
 # What effects of the loop put there for its stages: taken in from people, fetched from the registry.
 BROUGHT = {"data/feedback", "data/models/champion", "data/models/start"}
+
+SCALES = "components/config/scales.yaml"
 
 DOORS = {
     "prefect": ("flows/",),
@@ -246,7 +248,7 @@ def test_sources_hold_no_unfinished_work() -> None:
 
 def test_every_value_that_a_stage_watches_is_there() -> None:
     """DVC refuses to run a stage that watches a key which does not exist."""
-    scales = yaml.safe_load((ROOT / "components/config/scales.yaml").read_text())
+    scales = yaml.safe_load((ROOT / SCALES).read_text())
     names = [scale for scale in scales if scale != "all"]
     given = yaml.safe_load((ROOT / "params.yaml").read_text())
     for stage in PIPELINE.values():
@@ -256,7 +258,33 @@ def test_every_value_that_a_stage_watches_is_there() -> None:
                 for part in entry.split("."):
                     assert part in found, f"{entry}: {part} is not in params.yaml"
                     found = found[part]
-            for dotted in entry["components/config/scales.yaml"] if isinstance(entry, dict) else ():
+            for dotted in entry[SCALES] if isinstance(entry, dict) else ():
                 for scale in names:
-                    place, _, section = dotted.replace("${scale}", scale).partition(".")
-                    assert section in scales[place], f"{dotted}: {section} is not in {place}"
+                    found = scales
+                    for part in dotted.replace("${scale}", scale).split("."):
+                        assert part in found, f"{dotted}: {part} is not in scales.yaml for {scale}"
+                        found = found[part]
+
+
+def test_a_stage_watches_every_place_of_a_value_that_it_reads() -> None:
+    """A value set in params.yaml, for all scales, or for one scale: each is seen when it changes."""
+    scales = yaml.safe_load((ROOT / SCALES).read_text())
+
+    def has(scale: str, dotted: str) -> bool:
+        found = scales[scale]
+        for part in dotted.split("."):
+            if not isinstance(found, dict) or part not in found:
+                return False
+            found = found[part]
+        return True
+
+    for name, stage in PIPELINE.items():
+        given = {entry for entry in stage["params"] if isinstance(entry, str)} - {"seed"}
+        scaled = {dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry[SCALES]}
+        for dotted in given:
+            # A dataset's name is in params.yaml, always.
+            if not dotted.endswith(".dataset"):
+                wanted = {f"all.{dotted}"} if has("all", dotted) else set()
+                wanted |= {f"${{scale}}.{dotted}"} if any(has(one, dotted) for one in set(scales) - {"all"}) else set()
+                assert wanted <= scaled, f"{name}: dvc.yaml watches no {sorted(wanted - scaled)}"
+        assert {one.partition(".")[2] for one in scaled} <= given, name

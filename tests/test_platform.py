@@ -16,10 +16,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from components.config.params import Refused, load_params
+from components.config.params import FAMILIES, Refused, load_params
 from components.config.paths import Paths
 from components.evaluation.compare_agents import Model, judge_folders
-from components.runtime.stage import FAMILIES
 from components.tracking.mlflow_client import mlflow_name
 from components.tracking.registry import Registry
 from flows.orchestration.prefect_server import prefect_api
@@ -206,7 +205,7 @@ def prefect(released: Released) -> Iterator[str]:
 def test_a_killed_run_leaves_no_orphan_and_keeps_its_checkpoint(released: Released, prefect: str) -> None:
     project = released.project
     given = (project.root / "params.yaml").read_text()
-    long = ["--set", "pretrain.max_steps=100000", "--set", "pretrain.checkpoint_seconds=0.5"]
+    long = ["--set", "pretrain.decoder.max_steps=100000", "--set", "pretrain.decoder.checkpoint_seconds=0.5"]
     with subprocess.Popen(
         project.command("run", "--until", "pretrain", *long),
         cwd=project.root,

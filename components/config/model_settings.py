@@ -55,11 +55,27 @@ class TokenizerConfig(Section):
     """Rows of each dataset sampled to learn merges from."""
 
 
-class TrainTokenizerConfig(TokenizerConfig):
-    """Byte-level BPE: the decoder's, and in sub-sections the other families'."""
+class TrainTokenizerConfig(Section):
+    """Byte-level BPE, by family."""
 
+    decoder: TokenizerConfig
     encoder: TokenizerConfig
     encoder_decoder: TokenizerConfig
+
+    def of(self, family: Family) -> TokenizerConfig:
+        config: TokenizerConfig = getattr(self, family)
+        return config
+
+
+class DecoderRowsConfig(Section):
+    """Rows of the decoder: packed documents and conversations."""
+
+    seq_len: int = Field(ge=32)
+    """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
+    copy_share: float = Field(ge=0, lt=1)
+    """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
+    noise_share: float = Field(ge=0, le=1)
+    """Share of conversations told once more with random tokens in the names and results that they copy."""
 
 
 class EncoderRowsConfig(Section):
@@ -79,14 +95,9 @@ class EncoderDecoderRowsConfig(Section):
 
 
 class PrepareConfig(Section):
-    """Token rows for training: the decoder's, and in sub-sections the other families'."""
+    """Token rows for training, by family."""
 
-    seq_len: int = Field(ge=32)
-    """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
-    copy_share: float = Field(ge=0, lt=1)
-    """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
-    noise_share: float = Field(ge=0, le=1)
-    """Share of conversations told once more with random tokens in the names and results that they copy."""
+    decoder: DecoderRowsConfig
     encoder: EncoderRowsConfig
     encoder_decoder: EncoderDecoderRowsConfig
 
@@ -139,8 +150,8 @@ class EncoderDecoderModelConfig(Section):
     """One matrix for embedding and output head."""
 
 
-class ModelConfig(Section):
-    """Shape of the decoder, and in sub-sections of the other families."""
+class DecoderModelConfig(Section):
+    """Shape of the decoder."""
 
     embed_dim: int = Field(ge=8)
     """Width of the residual stream."""
@@ -162,18 +173,22 @@ class ModelConfig(Section):
     """RMSNorm on queries and keys: Qwen3's format; without it the format is Llama's."""
     tie_embeddings: bool
     """One matrix for embedding and output head."""
-    encoder: EncoderModelConfig
-    """Shape of the encoder."""
-    encoder_decoder: EncoderDecoderModelConfig
-    """Shape of the encoder-decoder."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> ModelConfig:
+    def _heads_divide(self) -> DecoderModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even width")
         return self
+
+
+class ModelConfig(Section):
+    """Shapes of the models, by family."""
+
+    decoder: DecoderModelConfig
+    encoder: EncoderModelConfig
+    encoder_decoder: EncoderDecoderModelConfig
 
 
 class TrainConfig(Section):
@@ -252,17 +267,15 @@ class FineTuneConfig(TrainConfig):
     """What the pairs add is scaled by lora_alpha / lora_rank."""
 
 
-class PretrainConfig(TrainConfig):
-    """Causal language modelling from scratch, and in sub-sections what the other families are pretrained with."""
+class PretrainConfig(Section):
+    """Pretraining from scratch, by family."""
 
+    decoder: TrainConfig
+    """Causal language modelling."""
     encoder: EncoderPretrainConfig
     """Masked language modelling and next-sentence prediction."""
     encoder_decoder: EncoderDecoderPretrainConfig
     """Span corruption."""
-
-    def of(self, family: Family) -> TrainConfig:
-        """What a family is pretrained with."""
-        return {"decoder": self, "encoder": self.encoder, "encoder_decoder": self.encoder_decoder}[family]
 
 
 class ClassifierConfig(FineTuneConfig):

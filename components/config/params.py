@@ -7,8 +7,9 @@ type, meaning and bounds, and no values: DVC watches the files, so no default ma
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -19,11 +20,14 @@ from components.config.model_settings import (
     ClassifierConfig,
     CollectConfig,
     EvaluateConfig,
+    Family,
+    FineTuneConfig,
     ModelConfig,
     PrepareConfig,
     PretrainConfig,
     Section,
     SummarizerConfig,
+    TrainConfig,
     TrainTokenizerConfig,
     TuneConfig,
     ValidateConfig,
@@ -31,6 +35,15 @@ from components.config.model_settings import (
 
 Scale = Literal["smoke", "laptop", "gpu", "cluster"]
 
+FAMILIES: tuple[Family, ...] = get_args(Family)
+FAMILY_OF_SECTION: Mapping[str, Family] = {
+    "tune": "decoder",
+    "classifier": "encoder",
+    "summarizer": "encoder_decoder",
+}
+"""Sections of params.yaml that fine-tune a model of one family."""
+BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
+"""Sections that have a sub-section for each family."""
 
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
@@ -69,11 +82,26 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _rows_fit(self) -> Params:
-        if self.prepare.seq_len > self.model.max_seq_len:
-            raise ValueError(
-                f"prepare.seq_len: {self.prepare.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}"
-            )
+        seq_len, longest = self.prepare.decoder.seq_len, self.model.decoder.max_seq_len
+        if seq_len > longest:
+            raise ValueError(f"prepare.decoder.seq_len: {seq_len} exceeds model.decoder.max_seq_len {longest}")
         return self
+
+    @property
+    def datasets(self) -> dict[str, list[str]]:
+        """Names of the datasets that each section learns from, by the section's dotted name."""
+        pretrained: dict[str, TrainConfig] = {f"pretrain.{name}": getattr(self.pretrain, name) for name in FAMILIES}
+        return {name: config.datasets for name, config in (pretrained | self.fine_tuned).items()}
+
+    def datasets_of(self, family: Family) -> list[str]:
+        """Names of the datasets that a family learns from, each once."""
+        sections = [f"pretrain.{family}", *(name for name, of in FAMILY_OF_SECTION.items() if of == family)]
+        return list(dict.fromkeys(name for section in sections for name in self.datasets[section]))
+
+    @property
+    def fine_tuned(self) -> dict[str, FineTuneConfig]:
+        """The sections of `FAMILY_OF_SECTION`."""
+        return {name: getattr(self, name) for name in FAMILY_OF_SECTION}
 
 
 def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
@@ -131,12 +159,22 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml
     return merged
 
 
+def _decoder_keys(section: str) -> Collection[str]:
+    """What stood in the section itself before each family had a sub-section."""
+    by_family: Any = Params.model_fields[section].annotation
+    keys: Collection[str] = by_family.model_fields["decoder"].annotation.model_fields
+    return keys
+
+
 def _first_error(error: ValidationError) -> str:
     """`section.key: value: reason`, from the first of pydantic's errors."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
+        section, _, key = place.partition(".")
+        if section in BY_FAMILY and key in _decoder_keys(section):
+            return f"{place}: each family has values of its own; write {section}.decoder.{key}"
         return f"{place}: unknown key; see components/config/model_settings.py for the keys of each section"
     value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
     return f"{place}: {value}{reason}" if place else f"{value}{reason}"

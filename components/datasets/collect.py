@@ -17,10 +17,9 @@ from functools import partial
 from itertools import compress
 from typing import Any, NamedTuple
 
-from components.config.params import InputError, Params
+from components.config.params import InputError
 from components.datasets.deduplication import Splits, split
 from components.datasets.formats import (
-    PRETRAINED,
     DatasetInfo,
     DatasetWriter,
     Kind,
@@ -120,7 +119,7 @@ def _wanted(run: StageRun) -> dict[str, Kind]:
     added = run.paths.added
     kinds = {path.parent.name: read_info(path.parent).kind for path in sorted(added.glob("*/dataset.json"))} | REFERENCE
     wanted: dict[str, Kind] = {}
-    for section, names, learned in _learners(run.params):
+    for section, names in run.params.datasets.items():
         if not names:
             raise InputError(f"params.yaml: {section}.dataset: no dataset named; known: {', '.join(sorted(kinds))}")
         for name in names:
@@ -129,22 +128,9 @@ def _wanted(run: StageRun) -> dict[str, Kind]:
                     f"params.yaml: {section}.dataset: {name!r} is not a dataset; known: {', '.join(sorted(kinds))}; "
                     'add one with "loopwright data add"'
                 )
-            refuse_other_kinds(section, name, kinds[name], learned)
+            refuse_other_kinds(section, name, kinds[name])
             wanted[name] = kinds[name]
     return wanted
-
-
-def _learners(params: Params) -> list[tuple[str, list[str], tuple[Kind, ...]]]:
-    """Each section that names datasets, and the kinds that it learns from."""
-    pretrain = params.pretrain
-    return [
-        ("pretrain", pretrain.datasets, PRETRAINED["decoder"]),
-        ("pretrain.encoder", pretrain.encoder.datasets, PRETRAINED["encoder"]),
-        ("pretrain.encoder_decoder", pretrain.encoder_decoder.datasets, PRETRAINED["encoder_decoder"]),
-        ("tune", params.tune.datasets, ("conversations",)),
-        ("classifier", params.classifier.datasets, ("labelled_texts",)),
-        ("summarizer", params.summarizer.datasets, ("text_pairs",)),
-    ]
 
 
 def _reference(run: StageRun, writer: DatasetWriter, library: Library) -> Parts:

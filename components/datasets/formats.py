@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,19 +21,21 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config.model_settings import Family
 from components.config.params import InputError
 
 Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "text_pairs", "images"]
 Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
 
-PRETRAINED: dict[Family, tuple[Kind, ...]] = {
-    "decoder": ("documents",),
-    "encoder": ("documents", "labelled_texts"),
-    "encoder_decoder": ("documents",),
+LEARNED_KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "pretrain.decoder": ("documents",),
+    "pretrain.encoder": ("documents", "labelled_texts"),
+    "pretrain.encoder_decoder": ("documents",),
+    "tune": ("conversations",),
+    "classifier": ("labelled_texts",),
+    "summarizer": ("text_pairs",),
 }
-"""The kinds that hold running text for each family to be pretrained on."""
+"""The kinds that each section of params.yaml learns from."""
 ROWS_PER_SHARD = 50_000
 ROWS_PER_GROUP = 4_000
 
@@ -167,9 +169,9 @@ def read_info(folder: Path) -> DatasetInfo:
         raise InputError(f'{path}: damaged: {error}; run "dvc checkout --force {folder}"') from None
 
 
-def refuse_other_kinds(section: str, name: str, kind: Kind, learned: Sequence[Kind]) -> None:
+def refuse_other_kinds(section: str, name: str, kind: Kind) -> None:
     """Raises: InputError when a section of params.yaml names a dataset of a kind that it does not learn from."""
-    if kind not in learned:
+    if kind not in (learned := LEARNED_KINDS[section]):
         raise InputError(
             f"params.yaml: {section}.dataset: {name!r} holds {kind}; {section} learns from {' and '.join(learned)}"
         )

@@ -68,7 +68,9 @@ def _measured(answering: Answering, collected: Path, params: Params, progress: C
         question for name in params.tune.datasets for question in read_questions(collected / name, config.max_questions)
     ]
     answering.prepare(len(questions))
-    documents = {name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.datasets}
+    documents = {
+        name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.decoder.datasets
+    }
     table = answering(questions, progress)
     suites = _figures(table)
     for name in params.tune.datasets:
@@ -102,7 +104,7 @@ def _columns(table: list[Row]) -> dict[str, list[Any]]:
 
 def held_out_digest(collected: Path, params: Params) -> str:
     """Identity of what is asked: two evaluations compare only when theirs are equal."""
-    folders = [collected / name for name in [*params.pretrain.datasets, *params.tune.datasets]]
+    folders = [collected / name for name in [*params.pretrain.decoder.datasets, *params.tune.datasets]]
     return split_digest(folders, "test", params.evaluate.model_dump_json(exclude={"shots", "shot_questions"}))
 
 

@@ -172,7 +172,7 @@ def _skills(train: Sequence[Lesson], test: Sequence[Lesson], min_corrections: in
 
 def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Lesson], overruled: set[str]) -> Row:
     """The token rows of everything that is trained on; returns how many there are of each."""
-    seq_len = run.params.prepare.seq_len
+    seq_len = run.params.prepare.decoder.seq_len
     random = np.random.default_rng(run.params.seed)
     replay = list(_replay(run, tokenizer, overruled, random))
     chats = [(row["messages"], row["tools"]) for lesson in train if (row := lesson.demonstration)]
@@ -196,7 +196,7 @@ def _pack(
     """Pack shuffled pieces into rows; returns how many were too long for one."""
     folder = run.paths.curated / name
     folder.mkdir(exist_ok=True)
-    writer = RowWriter(folder, "train", run.params.prepare.seq_len, id_type(tokenizer))
+    writer = RowWriter(folder, "train", run.params.prepare.decoder.seq_len, id_type(tokenizer))
     too_long = pack_rows((pieces[number] for number in random.permutation(len(pieces))), writer)
     writer.close()
     write_rows_file(folder, tokenizer, writer.seq_len, {"train": writer})
@@ -217,7 +217,7 @@ def _replay(
         if skill_of(row["messages"]) in overruled:
             mask = _but_last_turn(mask)
         yield ids, mask
-        noisy = with_noise(ids, random, tokenizer) if random.random() < run.params.prepare.noise_share else None
+        noisy = with_noise(ids, random, tokenizer) if random.random() < run.params.prepare.decoder.noise_share else None
         if noisy:
             yield noisy, mask
 

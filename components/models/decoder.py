@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from components.config.model_settings import ModelConfig
+from components.config.model_settings import DecoderModelConfig
 from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
 from components.models.blocks import Block, SwiGLU
 from components.models.fused import RMSNorm
@@ -35,8 +35,8 @@ class DecoderConfig:
     tie_embeddings: bool = False
 
     @classmethod
-    def from_params(cls, model: ModelConfig, vocab_size: int) -> DecoderConfig:
-        return cls(vocab_size=vocab_size, **model.model_dump(exclude={"encoder", "encoder_decoder"}))
+    def from_params(cls, model: DecoderModelConfig, vocab_size: int) -> DecoderConfig:
+        return cls(vocab_size=vocab_size, **model.model_dump())
 
 
 class Decoder(nn.Module):

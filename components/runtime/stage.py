@@ -21,12 +21,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import yaml
 
 from components.config.model_settings import Family
-from components.config.params import InputError, Params, Refused, load_params
+from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_on_signals, end_with_parent, only_one
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
@@ -58,16 +58,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 """Set before a stage imports its libraries, unless its caller set them."""
-
-FAMILIES: tuple[Family, ...] = get_args(Family)
-LEARNERS: Mapping[str, Family] = {
-    "tune": "decoder",
-    "classifier": "encoder",
-    "summarizer": "encoder_decoder",
-}
-"""Sections of params.yaml that one family alone reads."""
-SHARED = ("train_tokenizer", "prepare", "model", "pretrain")
-"""Sections that hold the decoder's values and, in sub-sections named as they are, the other families'."""
 
 PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
 """A line of `StageRun.progress`, as the orchestrator reads it."""
@@ -117,15 +107,13 @@ class StageRun:
     @property
     def family(self) -> Family:
         """The family of models that the stage works for."""
-        return family_of(self.name) or "decoder"
+        families: Mapping[str, Family] = {**{one: one for one in FAMILIES}, **FAMILY_OF_SECTION}
+        return families.get(self.item, "decoder")
 
     @property
     def section(self) -> str:
         """Where its values stand in params.yaml, such as `pretrain.encoder`."""
-        stage, _, item = self.name.partition("@")
-        if item in LEARNERS:
-            return item
-        return f"{stage}.{item}" if item and item != "decoder" else stage
+        return self.item if self.item in FAMILY_OF_SECTION else self.name.replace("@", ".")
 
     def progress(self, done: int, total: int, **facts: float | str) -> None:
         """Say how far the stage is, in one line that a person and the orchestrator can read."""
@@ -162,13 +150,7 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
     stages = read_stages(paths.root)
     deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
     resolved = params.model_dump(mode="json", by_alias=True)
-    family = family_of(name)
-    values = {
-        dotted: part
-        for dotted in _declared_params(stages[name])
-        if (part := family_part(dotted, _look_up(resolved, dotted), family)) is not None
-    }
-    return Inputs(deps, values)
+    return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
 
 
 def read_stages(root: Path) -> dict[str, dict[str, Any]]:
@@ -199,34 +181,6 @@ def _filled(value: Any, item: Mapping[str, str]) -> Any:
     if isinstance(value, Mapping):
         return {_filled(key, item): _filled(one, item) for key, one in value.items()}
     return [_filled(one, item) for one in value] if isinstance(value, list) else value
-
-
-def family_of(name: str) -> Family | None:
-    """The family that a stage with a matrix runs for; None where it has none: it may read of all."""
-    item = name.partition("@")[2]
-    return LEARNERS.get(item) or next((family for family in FAMILIES if family == item), None)
-
-
-def family_part(dotted: str, value: Any, family: Family | None) -> Any:
-    """What of a parameter a stage of this family reads; None when it is another family's alone."""
-    section, *keys = dotted.split(".")
-    if family is None or section not in (*LEARNERS, *SHARED):
-        return value
-    if section in LEARNERS:
-        return value if LEARNERS[section] == family else None
-    if keys:
-        return value if (keys[0] if keys[0] in FAMILIES else "decoder") == family else None
-    if family == "decoder":
-        return {key: one for key, one in (value or {}).items() if key not in FAMILIES}
-    return (value or {}).get(family, {})
-
-
-def datasets_of(name: str, stage: Mapping[str, Any], params: Params) -> list[str]:
-    """Datasets that a stage of dvc.yaml reads: those that its parameters name, less what is another family's."""
-    resolved, family = params.model_dump(mode="json", by_alias=True), family_of(name)
-    sections = [dotted for dotted in _declared_params(stage) if dotted.endswith(".dataset")]
-    named = [family_part(dotted, _look_up(resolved, dotted), family) for dotted in sections]
-    return sorted({one for given in named for one in ([given] if isinstance(given, str) else given or [])})
 
 
 def outs(stage: Mapping[str, Any]) -> list[str]:
@@ -263,7 +217,7 @@ def _declared_params(stage: Mapping[str, Any]) -> list[str]:
     names: set[str] = set()
     for entry in stage.get("params", []):
         if isinstance(entry, dict):
-            names.update(dotted.rpartition(".")[2] for keys in entry.values() for dotted in keys)
+            names.update(dotted.partition(".")[2] for keys in entry.values() for dotted in keys)
         else:
             names.add(entry)
     return sorted(names)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from components.config.params import InputError
-from components.datasets.formats import PRETRAINED, Kind, read_info, read_rows, refuse_other_kinds, write_json
+from components.datasets.formats import read_info, read_rows, refuse_other_kinds, write_json
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, copying_rows, with_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
-from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, tuned_tokenizer
+from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, section_of, tuned_tokenizer
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
@@ -27,19 +27,14 @@ def prepare(run: StageRun) -> None:
 
     Raises: InputError when a dataset is of the wrong kind or leaves nothing to learn.
     """
-    params = run.params
-    section = "pretrain" if run.family == "decoder" else f"pretrain.{run.family}"
-    documents = _folders(run, section, params.pretrain.of(run.family).datasets, PRETRAINED[run.family])
+    documents = _folders(run, f"pretrain.{run.family}")
     match run.family:
         case "decoder":
-            chats = _folders(run, "tune", params.tune.datasets, ("conversations",))
-            metrics = _prepare_decoder(run, documents, chats)
+            metrics = _prepare_decoder(run, documents, _folders(run, "tune"))
         case "encoder":
-            labelled = _folders(run, "classifier", params.classifier.datasets, ("labelled_texts",))
-            metrics = prepare_encoder(run, documents, labelled)
+            metrics = prepare_encoder(run, documents, _folders(run, "classifier"))
         case "encoder_decoder":
-            pairs = _folders(run, "summarizer", params.summarizer.datasets, ("text_pairs",))
-            metrics = prepare_encoder_decoder(run, documents, pairs)
+            metrics = prepare_encoder_decoder(run, documents, _folders(run, "summarizer"))
     write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({f"{name}.{key}": float(value) for name, row in metrics.items() for key, value in row.items()})
 
@@ -53,11 +48,11 @@ def _prepare_decoder(run: StageRun, documents: list[Path], conversations: list[P
     return metrics
 
 
-def _folders(run: StageRun, section: str, datasets: list[str], learned: Sequence[Kind]) -> list[Path]:
-    folders = [run.paths.collected / name for name in datasets]
+def _folders(run: StageRun, section: str) -> list[Path]:
+    folders = [run.paths.collected / name for name in run.params.datasets[section]]
     for folder in folders:
         info = read_info(folder)
-        refuse_other_kinds(section, info.name, info.kind, learned)
+        refuse_other_kinds(section, info.name, info.kind)
     return folders
 
 
@@ -68,7 +63,7 @@ def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Pa
         for folder in folders:
             fill_rows(_documents(tokenizer, folder, split), writer)
         if split == "train":
-            share = run.params.prepare.copy_share
+            share = run.params.prepare.decoder.copy_share
             names = _names(folders)
             for row in copying_rows(
                 names, tokenizer, int(writer.rows * share / (1 - share)), writer.seq_len, run.params.seed
@@ -107,7 +102,7 @@ def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer)
     random = np.random.default_rng(run.params.seed)
     for ids, mask in pieces:
         yield ids, mask
-        if random.random() < run.params.prepare.noise_share:
+        if random.random() < run.params.prepare.decoder.noise_share:
             noisy = with_noise(ids, random, tokenizer)
             if noisy:
                 yield noisy, mask
@@ -130,7 +125,8 @@ class _Rows:
     def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str) -> None:
         self._folder = run.paths.tokens(run.family) / objective
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._objective, self._tokenizer, self._seq_len = objective, tokenizer, run.params.prepare.seq_len
+        self._section = section_of(run, objective)
+        self._tokenizer, self._seq_len = tokenizer, run.params.prepare.decoder.seq_len
         self._writers: dict[str, RowWriter] = {}
 
     def writer(self, split: str) -> RowWriter:
@@ -145,8 +141,8 @@ class _Rows:
         if not train.learned:
             said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
             raise InputError(
-                f"params.yaml: {self._objective}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
-                f" ({said or 'it is empty'}); add rows or raise prepare.seq_len"
+                f"params.yaml: {self._section}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
+                f" ({said or 'it is empty'}); add rows or raise prepare.decoder.seq_len"
             )
         write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers)
         counts = {

@@ -141,6 +141,11 @@ def _text_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Co
     return rows.close(config.seq_len, facts, cut)
 
 
+def section_of(run: StageRun, objective: str) -> str:
+    """The section of params.yaml that names the datasets of an objective's rows."""
+    return f"pretrain.{run.family}" if objective == "pretrain" else objective
+
+
 def _shortened(ids: list[int], limit: int, end: int, cut: Counts, name: str) -> list[int]:
     """The ids, or their beginning with the token that ends a text; `cut` counts it."""
     cut.setdefault(name, 0)
@@ -177,7 +182,8 @@ class _Rows:
         numbers: Mapping[str, str],
     ) -> None:
         self._folder = run.paths.tokens(run.family) / objective
-        self._objective, self._tokenizer, self._tokens, self._numbers = objective, tokenizer, tokens, numbers
+        self._section = section_of(run, objective)
+        self._tokenizer, self._tokens, self._numbers = tokenizer, tokens, numbers
         self._writers: dict[str, RaggedWriter] = {}
 
     def writer(self, split: str) -> RaggedWriter:
@@ -189,7 +195,7 @@ class _Rows:
         for writer in self._writers.values():
             writer.close()
         if not self._writers["train"].rows:
-            raise InputError(f"params.yaml: {self._objective}.dataset: not one row of {seq_len} tokens; add rows")
+            raise InputError(f"params.yaml: {self._section}.dataset: not one row of {seq_len} tokens; add rows")
         special = {"pad": self._tokenizer.pad_id, **_mapping(facts.get("special"))}
         info = {
             **facts,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from components.config.model_settings import Family, TokenizerConfig
+from components.config.model_settings import Family
 from components.config.params import InputError
 from components.datasets.formats import Row, in_test_split, read_info, read_rows, write_json
 from components.runtime.stage import StageRun
@@ -22,7 +22,7 @@ def train_tokenizer(run: StageRun) -> None:
 
     Raises: InputError when the datasets hold no text.
     """
-    config = _config(run)
+    config = run.params.train_tokenizer.of(run.family)
     texts = list(_sample(run, config.max_documents))
     if not any(texts):
         raise InputError('data/collected: no text to learn a tokenizer from; run "loopwright data list"')
@@ -34,12 +34,6 @@ def train_tokenizer(run: StageRun) -> None:
     write_json(run.paths.metrics / f"{run.name}.json", metrics)
     run.tracker.metrics({key: float(value) for key, value in metrics.items()})
     run.progress(1, 1, **metrics)
-
-
-def _config(run: StageRun) -> TokenizerConfig:
-    config = run.params.train_tokenizer
-    others = {"encoder": config.encoder, "encoder_decoder": config.encoder_decoder}
-    return others.get(run.family, config)
 
 
 def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) -> bpe.ChatTokenizer | TextTokenizer:
@@ -54,13 +48,7 @@ def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) ->
 
 def _sample(run: StageRun, limit: int) -> Iterator[str]:
     """At most `limit` training texts of each dataset, a seeded choice spread over all of it."""
-    params = run.params
-    tuning = {
-        "decoder": params.tune.datasets,
-        "encoder": params.classifier.datasets,
-        "encoder_decoder": params.summarizer.datasets,
-    }
-    for name in dict.fromkeys([*params.pretrain.of(run.family).datasets, *tuning[run.family]]):
+    for name in run.params.datasets_of(run.family):
         folder = run.paths.collected / name
         share = min(1.0, 1.2 * limit / max(1, read_info(folder).rows.get("train", 0)))
         chosen = (row for row in read_rows(folder, "train") if in_test_split(row["id"], share, run.params.seed))

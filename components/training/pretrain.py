@@ -39,8 +39,8 @@ def _decoder(run: StageRun) -> None:
     rows, test = (TokenRows(_folder(run), split) for split in ("train", "test"))
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
-    config = DecoderConfig.from_params(run.params.model, rows.vocab_size)
-    _learn(run, run.params.pretrain, Decoder(config), config.max_seq_len, (rows, test), causal_lm)
+    config = DecoderConfig.from_params(run.params.model.decoder, rows.vocab_size)
+    _learn(run, run.params.pretrain.decoder, Decoder(config), config.max_seq_len, (rows, test), causal_lm)
 
 
 def _encoder(run: StageRun) -> None:

@@ -24,7 +24,9 @@ TEST_ROWS = 128
 def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:
     """Check that the rows fit the model, and tell the tracker their sizes."""
     if rows.seq_len > max_seq_len:
-        raise InputError(f"params.yaml: prepare.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model")
+        raise InputError(
+            f"params.yaml: prepare.{run.family}.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model"
+        )
     run.tracker.params({"parameters": count_parameters(model), "rows": len(rows), "seq_len": rows.seq_len})
 
 

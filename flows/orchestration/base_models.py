@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from components.config.model_settings import Family, FineTuneConfig
-from components.config.params import InputError, load_params
+from components.config.model_settings import Family
+from components.config.params import FAMILY_OF_SECTION, InputError, load_params
 from components.config.paths import Paths
-from components.runtime.stage import LEARNERS, digest
+from components.runtime.stage import digest
 from components.tracking.registry import Registry, is_empty
 from flows.orchestration.flow_run import Echo
 
@@ -22,10 +22,8 @@ def bring_bases(paths: Paths, echo: Echo) -> None:
     Raises: InputError when there is no such model, or it is of another family than the section trains.
     """
     params = load_params(paths.params)
-    for section, family in LEARNERS.items():
-        config = getattr(params, section, None)
-        if isinstance(config, FineTuneConfig):
-            _bring(section, family, config.base, paths, echo)
+    for section, config in params.fine_tuned.items():
+        _bring(section, FAMILY_OF_SECTION[section], config.base, paths, echo)
 
 
 def _bring(section: str, family: Family, base: str, paths: Paths, echo: Echo) -> None:

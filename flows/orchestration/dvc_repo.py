@@ -1,6 +1,6 @@
-"""What DVC holds for changed and a stage does not read: parts of other families, datasets that others learn from.
+"""What DVC holds for changed and a stage does not read: datasets that others learn from.
 
-DVC watches whole sections and folders. Here dvc.lock learns of a change that is nothing to a stage, which is then up
+DVC watches the folder of all datasets. Here dvc.lock learns of a change that is nothing to a stage, which is then up
 to date for DVC too.
 """
 
@@ -11,44 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from components.config.model_settings import Family
-from components.config.params import SCALES_FILE, load_params
+from components.config.params import load_params
 from components.config.paths import Paths
-from components.runtime.stage import datasets_of, family_of, family_part, read_stages
+from components.runtime.stage import read_stages, stage_inputs
 
 COLLECTED, VALIDATION = "data/collected", "data/validation"
 """A folder for each dataset; and what says that all of them passed, which no stage reads."""
-
-
-def pass_over_parameters(repo: Any) -> None:
-    """Let dvc.lock know the present parameters of stages of which only another family's part changed.
-
-    DVC watches whole sections of params.yaml and scales.yaml, a stage with a matrix reads its family's part.
-    """
-    from dvc.dependency import ParamsDependency
-    from dvc.stage import PipelineStage
-
-    for stage in repo.index.stages:
-        if not isinstance(stage, PipelineStage) or (family := family_of(stage.addressing)) is None:
-            continue
-        params = [dep for dep in stage.deps if isinstance(dep, ParamsDependency) and dep.hash_info.value]
-        others = [dep for dep in params if dep.status() and _reads_the_same(dep, family)]
-        for dep in others:
-            dep.hash_info = dep.get_hash()
-        if others:
-            with repo.lock:
-                stage.dump(update_pipeline=False)
-
-
-def _reads_the_same(dep: Any, family: Family) -> bool:
-    """Whether the family's part of every parameter of a file is what dvc.lock has of it."""
-    before, now = dep.hash_info.value, dep.read_params()
-    scaled = Path(dep.fs_path).name == SCALES_FILE.name  # there, a scale stands before the section
-    return before.keys() == now.keys() and all(
-        family_part(name.partition(".")[2] if scaled else name, before[name], family)
-        == family_part(name.partition(".")[2] if scaled else name, now[name], family)
-        for name in now
-    )
 
 
 def pass_over_datasets(name: str, root: Path) -> None:
@@ -63,7 +31,9 @@ def pass_over_datasets(name: str, root: Path) -> None:
     declared = read_stages(root)[name]
     if COLLECTED not in declared.get("deps", ()):
         return
-    datasets = datasets_of(name, declared, load_params(Paths(root).params))
+    values = stage_inputs(name, Paths(root), load_params(Paths(root).params)).values
+    named = [value for dotted, value in values.items() if dotted.endswith(".dataset")]
+    datasets = {one for value in named for one in ([value] if isinstance(value, str) else value)}
     if not datasets:
         return
     with suppress(DvcException), Repo(str(root)) as repo:  # DVC itself says then what is wrong

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config.params import InputError, load_params
+from components.config.params import FAMILIES, InputError, load_params
 from components.config.paths import find_root
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +18,7 @@ def test_every_scale_gives_a_value_to_every_key(scale: str) -> None:
 
 
 def test_a_value_of_params_wins_over_its_scale() -> None:
-    assert load_params(PARAMS, {"scale": "smoke", "pretrain.max_steps": 7}).pretrain.max_steps == 7
+    assert load_params(PARAMS, {"scale": "smoke", "pretrain.decoder.max_steps": 7}).pretrain.decoder.max_steps == 7
 
 
 def test_a_dataset_may_be_a_name_or_a_list() -> None:
@@ -31,12 +31,16 @@ def test_a_dataset_may_be_a_name_or_a_list() -> None:
     [
         ({"scale": "huge"}, "params.yaml: scale: 'huge' is not one of smoke, laptop, gpu, cluster"),
         ({"pretrain.steps": 3}, "params.yaml: pretrain.steps: unknown key"),
+        ({"pretrain.encoder.steps": 3}, "params.yaml: pretrain.encoder.steps: unknown key"),
         ({"pretrian.max_steps": 3}, "params.yaml: pretrian: unknown key"),
-        ({"pretrain.learning_rate": -1}, "params.yaml: pretrain.learning_rate: -1: Input should be greater than 0"),
-        ({"pretrain.micro_batch_size": 3}, "micro_batch_size: 3 does not divide global_batch_size 8"),
-        ({"model.head_dim": 7}, "head_dim 7 is odd"),
-        ({"model.num_kv_heads": 2, "model.num_heads": 3}, "num_kv_heads 2 does not divide num_heads 3"),
-        ({"prepare.seq_len": 4096}, "prepare.seq_len: 4096 exceeds model.max_seq_len 512"),
+        (
+            {"pretrain.decoder.learning_rate": -1},
+            "params.yaml: pretrain.decoder.learning_rate: -1: Input should be greater than 0",
+        ),
+        ({"pretrain.decoder.micro_batch_size": 3}, "micro_batch_size: 3 does not divide global_batch_size 8"),
+        ({"model.decoder.head_dim": 7}, "head_dim 7 is odd"),
+        ({"model.decoder.num_kv_heads": 2, "model.decoder.num_heads": 3}, "num_kv_heads 2 does not divide num_heads 3"),
+        ({"prepare.decoder.seq_len": 4096}, "prepare.decoder.seq_len: 4096 exceeds model.decoder.max_seq_len 512"),
         ({"pretrain": 3}, "params.yaml: pretrain: expected a section, found 3"),
         ({"tune.optimizer": "sgd"}, "params.yaml: tune.optimizer: 'sgd': Input should be 'adamw' or 'muon'"),
     ],
@@ -46,6 +50,21 @@ def test_wrong_values_are_named_with_their_place(overrides: dict[str, object], m
         load_params(PARAMS, {"scale": "laptop", **overrides})
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "old",
+    ["pretrain.dataset", "pretrain.max_steps", "model.embed_dim", "prepare.seq_len", "train_tokenizer.vocab_size"],
+)
+def test_the_name_that_a_value_had_before_families_is_refused_with_the_one_it_has(old: str, tmp_path: Path) -> None:
+    section, key = old.split(".")
+    message = f"{old}: each family has values of its own; write {section}.decoder.{key}"
+    with pytest.raises(InputError, match=message):
+        load_params(PARAMS, {old: 3})
+    path = tmp_path / "params.yaml"
+    path.write_text(f"scale: smoke\n{section}:\n  {key}: 3\n  encoder: {{}}\n")
+    with pytest.raises(InputError, match=message):
+        load_params(path)
 
 
 def test_broken_yaml_is_named(tmp_path: Path) -> None:
@@ -71,5 +90,5 @@ def test_outside_a_project_the_message_says_so(tmp_path: Path) -> None:
 
 def test_sections_with_datasets_are_present_so_that_dvc_can_watch_them() -> None:
     given = yaml.safe_load(PARAMS.read_text())
-    assert given["pretrain"]["dataset"]
+    assert all(given["pretrain"][family]["dataset"] for family in FAMILIES)
     assert given["tune"]["dataset"]

@@ -96,7 +96,7 @@ def test_held_out_symbols_are_in_no_training_document(collected: Path) -> None:
 def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     add(tmp_path, "notes", "documents", 50)
     add(tmp_path, "chats", "conversations", 50)
-    collect(stage_run(tmp_path, pretrain__dataset=[DOCUMENTS, "notes"], tune__dataset="chats"))
+    collect(stage_run(tmp_path, pretrain__decoder__dataset=[DOCUMENTS, "notes"], tune__dataset="chats"))
     folder = tmp_path / "data/collected"
     assert sorted(path.name for path in folder.iterdir()) == [
         "chats",
@@ -118,23 +118,29 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (
-            {"pretrain__dataset": "nothing"},
-            r"params\.yaml: pretrain\.dataset: 'nothing' is not a dataset; known: notes, stdlib-areas, "
+            {"pretrain__decoder__dataset": "nothing"},
+            r"params\.yaml: pretrain\.decoder\.dataset: 'nothing' is not a dataset; known: notes, stdlib-areas, "
             r'stdlib-conversations, stdlib-documents, stdlib-summaries; add one with "loopwright data add"',
         ),
         (
             {"tune__dataset": ["stdlib-conversations", "notes"]},
             r"params\.yaml: tune\.dataset: 'notes' holds documents; tune learns from conversations",
         ),
-        ({"pretrain__dataset": []}, r"params\.yaml: pretrain\.dataset: no dataset named; known: notes, stdlib"),
+        (
+            {"pretrain__decoder__dataset": []},
+            r"params\.yaml: pretrain\.decoder\.dataset: no dataset named; known: notes, stdlib",
+        ),
         ({"tune__dataset": "../notes"}, r"params\.yaml: tune\.dataset: '\.\./notes' is not a dataset"),
         ({"collect__modules": ["jsn"]}, r"params\.yaml: collect\.modules: 'jsn' is not in the standard library"),
-        ({"pretrain__dataset": "empty"}, r"empty: the dataset is empty; add rows with \"loopwright data add\""),
+        (
+            {"pretrain__decoder__dataset": "empty"},
+            r"empty: the dataset is empty; add rows with \"loopwright data add\"",
+        ),
     ],
 )
 def test_wrong_names_are_refused(tmp_path: Path, overrides: dict[str, Any], message: str) -> None:
     add(tmp_path, "notes", "documents", 5)
-    if overrides.get("pretrain__dataset") == "empty":
+    if overrides.get("pretrain__decoder__dataset") == "empty":
         add(tmp_path, "empty", "documents", 0)
     with pytest.raises(InputError, match=f"^{message}"):
         collect(stage_run(tmp_path, **overrides))

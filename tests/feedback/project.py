@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from components.config.model_settings import ModelConfig
+from components.config.model_settings import DecoderModelConfig
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row
@@ -26,17 +26,17 @@ from components.tokenization.hf_tokenizer import load_chat_tokenizer
 SOURCE = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
     "scale": "smoke",
-    "pretrain.dataset": "none",
+    "pretrain.decoder.dataset": "none",
     "tune.dataset": "talks",
-    "prepare.seq_len": 96,
-    "prepare.noise_share": 0.0,
-    "model.embed_dim": 16,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
-    "model.hidden_dim": 24,
-    "model.max_seq_len": 128,
+    "prepare.decoder.seq_len": 96,
+    "prepare.decoder.noise_share": 0.0,
+    "model.decoder.embed_dim": 16,
+    "model.decoder.num_layers": 2,
+    "model.decoder.num_heads": 2,
+    "model.decoder.num_kv_heads": 1,
+    "model.decoder.head_dim": 8,
+    "model.decoder.hidden_dim": 24,
+    "model.decoder.max_seq_len": 128,
     "curate.replay": 20,
     "curate.noise": 0.0,
     "align.max_steps": 24,
@@ -113,7 +113,7 @@ def write_partition(paths: Paths, rows: Sequence[Row]) -> None:
 def write_model(paths: Paths, folder: Path, seed: int = 0) -> None:
     """An agent without tools that has learned nothing yet."""
     vocab_size = load_chat_tokenizer(paths.tokenizer("decoder")).vocab_size
-    model_config: ModelConfig = load_params(SOURCE / "params.yaml", SETTINGS).model
+    model_config: DecoderModelConfig = load_params(SOURCE / "params.yaml", SETTINGS).model.decoder
     torch.manual_seed(seed)
     model = Decoder(DecoderConfig.from_params(model_config, vocab_size))
     files: dict[str, Path | str] = {

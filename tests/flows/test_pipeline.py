@@ -112,31 +112,6 @@ MATRIX = {
 }
 
 
-def test_a_family_is_not_restaled_by_anothers_parameters(project: Path) -> None:
-    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": MATRIX}))
-    (project / "components").mkdir()
-    params: dict[str, Any] = {"model": {"width": 1, "encoder": {"width": 1}}, "tune": {"dataset": "a"}}
-    scales: dict[str, Any] = {"all": {"model": {"depth": 1, "encoder": {"depth": 1}}}}
-
-    def written() -> dict[str, tuple[str, ...]]:
-        (project / "params.yaml").write_text(yaml.safe_dump(params))
-        (project / "components/config/scales.yaml").write_text(yaml.safe_dump(scales))
-        return reasons(project)
-
-    assert list(written()) == ["make@decoder", "make@encoder"]
-    for name in written():
-        assert run(name, project) == "ran"
-    params["model"]["encoder"]["width"] = 2
-    assert written() == {"make@decoder": (), "make@encoder": ("params.yaml: model modified",)}
-    assert run("make@decoder", project) == "up to date", "DVC has learned of it too"
-    assert run("make@encoder", project) == "ran"
-    params["tune"]["dataset"] = "b"
-    assert written() == {"make@decoder": ("params.yaml: tune.dataset modified",), "make@encoder": ()}
-    assert run("make@decoder", project) == "ran"
-    scales["all"]["model"]["encoder"]["depth"] = 2
-    assert written() == {"make@decoder": (), "make@encoder": ("components/config/scales.yaml: all.model modified",)}
-
-
 COLLECTING = {
     "collect": {
         "cmd": "mkdir -p data/collected && cp -r sources/* data/collected",

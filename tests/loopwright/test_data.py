@@ -82,7 +82,7 @@ def test_added_dataset_is_listed_shown_validated_and_versioned(
     assert code == 0
     assert out.splitlines() == [
         "notes: 2 train rows of kind documents (1 exact_duplicate dropped); valid",
-        "train on it: loopwright run --set pretrain.dataset=notes",
+        "train on it: loopwright run --set pretrain.decoder.dataset=notes",
     ]
     assert "version noted in data/added/notes.dvc; git add data/added/notes.dvc data/added/.gitignore" in err
     assert "path: notes" in (project / "data/added/notes.dvc").read_text()

@@ -31,7 +31,9 @@ def params(tmp_path: Path) -> Path:
 
 def test_values_are_written_beside_their_comments(params: Path) -> None:
     told: list[str] = []
-    wanted = _overrides("smoke", ["pretrain.dataset=[a, b]", "model.num_layers=3", "tune.learning_rate=1e-3"])
+    wanted = _overrides(
+        "smoke", ["pretrain.decoder.dataset=[a, b]", "model.decoder.num_layers=3", "tune.learning_rate=1e-3"]
+    )
     _write_params(params, wanted, told.append)
     text = params.read_text()
     assert "# The dial.\nscale: smoke   # or smoke\n" in text
@@ -39,7 +41,7 @@ def test_values_are_written_beside_their_comments(params: Path) -> None:
     assert "  learning_rate: 0.001\n" in text
     written = load_params(params)
     assert (written.scale, written.model.num_layers, written.tune.learning_rate) == ("smoke", 3, 1e-3)
-    assert written.pretrain.datasets == ["a", "b"]
+    assert written.pretrain.decoder.datasets == ["a", "b"]
     assert "params.yaml: scale: laptop → smoke" in told
     assert "params.yaml: model.num_layers: unset → 3" in told
 
@@ -55,9 +57,13 @@ def test_nothing_is_written_when_nothing_changes(params: Path) -> None:
     [
         ("huge", "seed=1", r"params.yaml: scale: 'huge' is not one of smoke, laptop, gpu, cluster"),
         (None, "pretrain.stepz=1", r"params.yaml: pretrain.stepz: unknown key"),
-        (None, "model.num_heads=0", r"params.yaml: model.num_heads: 0: Input should be greater than or equal to 1"),
-        (None, "pretrain.micro_batch_size=3", r"micro_batch_size: 3 does not divide global_batch_size 8"),
-        (None, "seed", r"--set: 'seed': expected SECTION.KEY=VALUE, such as pretrain.max_steps=100"),
+        (
+            None,
+            "model.decoder.num_heads=0",
+            r"params.yaml: model.decoder.num_heads: 0: Input should be greater than or equal to 1",
+        ),
+        (None, "pretrain.decoder.micro_batch_size=3", r"micro_batch_size: 3 does not divide global_batch_size 8"),
+        (None, "seed", r"--set: 'seed': expected SECTION.KEY=VALUE, such as pretrain.decoder.max_steps=100"),
         (None, "seed=[1", r"--set: 'seed=\[1': not a YAML value"),
     ],
 )

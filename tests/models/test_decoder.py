@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from components.config.model_settings import ModelConfig
+from components.config.model_settings import DecoderModelConfig
 from components.config.params import load_params
 from components.models.attention import Attention, KVCache
 from components.models.decoder import Decoder, DecoderConfig
@@ -142,7 +142,7 @@ def test_an_untrained_model_guesses_evenly() -> None:
 def test_the_configuration_of_params_is_that_of_the_decoder() -> None:
     given = load_params(Path(__file__).parents[2] / "params.yaml").model.model_dump()
     values = {key: value for key, value in vars(CONFIG).items() if key not in ("vocab_size", "norm_eps")}
-    assert DecoderConfig.from_params(ModelConfig(**{**given, **values}), vocab_size=61) == CONFIG
+    assert DecoderConfig.from_params(DecoderModelConfig(**{**given, **values}), vocab_size=61) == CONFIG
 
 
 def test_cross_attention_reads_its_context() -> None:

@@ -57,17 +57,17 @@ def test_key_follows_dependencies_and_declared_params_alone(project: Paths) -> N
     key = key_of("pretrain@decoder", project)
     assert key == key_of("pretrain@decoder", project)
     assert key == key_of("pretrain@decoder", project, tune__max_steps=7)
-    assert key != key_of("pretrain@decoder", project, pretrain__max_steps=7)
-    assert key != key_of("pretrain@decoder", project, model__num_layers=3)
+    assert key != key_of("pretrain@decoder", project, pretrain__decoder__max_steps=7)
+    assert key != key_of("pretrain@decoder", project, model__decoder__num_layers=3)
     assert key != key_of("pretrain@decoder", project, seed=1)
     (project.tokens("decoder") / "pretrain" / "file").write_text("other content")
     assert key != key_of("pretrain@decoder", project)
 
 
 def test_key_holds_resolved_values_not_spelling(project: Paths) -> None:
-    assert key_of("pretrain@decoder", project) == key_of("pretrain@decoder", project, pretrain__max_steps=30), (
-        "30 is smoke's own value"
-    )
+    assert key_of("pretrain@decoder", project) == key_of(
+        "pretrain@decoder", project, pretrain__decoder__max_steps=30
+    ), "30 is smoke's own value"
 
 
 def test_a_stage_with_a_matrix_is_one_stage_per_item(tmp_path: Path) -> None:
@@ -87,26 +87,10 @@ stages:
 
 
 @pytest.mark.parametrize(
-    ("dotted", "value", "parts"),
-    [
-        ("pretrain", {"steps": 1, "encoder": {"steps": 2}}, ({"steps": 1}, {"steps": 2}, {})),
-        ("pretrain.dataset", "a", ("a", None, None)),
-        ("pretrain.encoder.dataset", "a", (None, "a", None)),
-        ("classifier.dataset", "a", (None, "a", None)),
-        ("tune", {}, ({}, None, None)),
-        ("seed", 0, (0, 0, 0)),
-    ],
-)
-def test_a_family_reads_its_own_part_of_a_section(dotted: str, value: Any, parts: tuple[Any, ...]) -> None:
-    assert tuple(stage.family_part(dotted, value, family) for family in stage.FAMILIES) == parts
-    assert stage.family_part(dotted, value, None) == value
-
-
-@pytest.mark.parametrize(
     ("name", "item", "family", "section"),
     [
         ("tune", "", "decoder", "tune"),
-        ("pretrain@decoder", "decoder", "decoder", "pretrain"),
+        ("pretrain@decoder", "decoder", "decoder", "pretrain.decoder"),
         ("pretrain@encoder_decoder", "encoder_decoder", "encoder_decoder", "pretrain.encoder_decoder"),
         ("finetune@classifier", "classifier", "encoder", "classifier"),
     ],

@@ -34,7 +34,12 @@ def chat(question: str, answer: str) -> Row:
 
 @pytest.fixture
 def run(tmp_path: Path) -> StageRun:
-    overrides = {"scale": "smoke", "prepare.seq_len": 64, "pretrain.dataset": "docs", "tune.dataset": "chats"}
+    overrides = {
+        "scale": "smoke",
+        "prepare.decoder.seq_len": 64,
+        "pretrain.decoder.dataset": "docs",
+        "tune.dataset": "chats",
+    }
     paths = Paths(tmp_path)
     with DatasetWriter(paths.collected / "docs", "docs", "documents") as writer:
         for number, text in enumerate(TEXTS):
@@ -91,15 +96,17 @@ def test_preparing_twice_gives_the_same_bytes(run: StageRun) -> None:
 
 
 def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
-    params = load_params(ROOT / "params.yaml", {"scale": "smoke", "pretrain.dataset": "chats", "tune.dataset": "chats"})
+    params = load_params(
+        ROOT / "params.yaml", {"scale": "smoke", "pretrain.decoder.dataset": "chats", "tune.dataset": "chats"}
+    )
     with pytest.raises(
-        InputError, match=r"pretrain.dataset: 'chats' holds conversations; pretrain learns from documents"
+        InputError, match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain learns from documents"
     ):
         prepare(StageRun("prepare@decoder", params, run.paths, run.state, run.tracker))
 
 
 def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> None:
-    overrides = {"scale": "smoke", "pretrain.dataset": "docs", "tune.dataset": "long"}
+    overrides = {"scale": "smoke", "pretrain.decoder.dataset": "docs", "tune.dataset": "long"}
     with DatasetWriter(run.paths.collected / "long", "long", "conversations") as writer:
         writer.write("train", {"id": "1", **chat("why?", "because " * 500)})
     with pytest.raises(InputError, match=r"tune.dataset: nothing to learn in its rows of 256 tokens \(1 too_long\)"):

@@ -53,7 +53,11 @@ def prepared(tmp_path: Path) -> NewRun:
         for number, split in enumerate(("train", "train", "test")):
             row = {"id": str(number), "source": LONG if number else "def f(): pass", "target": f"Do {number}."}
             writer.write(split, row)  # type: ignore[arg-type]
-    names = {"pretrain.dataset": "docs", "pretrain.encoder.dataset": ["docs", "moods"], "classifier.dataset": "moods"}
+    names = {
+        "pretrain.decoder.dataset": "docs",
+        "pretrain.encoder.dataset": ["docs", "moods"],
+        "classifier.dataset": "moods",
+    }
     names |= {"pretrain.encoder_decoder.dataset": "docs", "summarizer.dataset": "pairs"}
     params = load_params(ROOT / "params.yaml", {"scale": "smoke", **names})
     text_tokenizer.save(text_tokenizer.train_encoder(TEXTS, 400), paths.tokenizer("encoder"))

@@ -20,14 +20,14 @@ SOURCE = Path(__file__).parents[2]
 SEQ_LEN, VOCAB = 32, 48
 TINY = {
     "scale": "smoke",
-    "prepare.seq_len": SEQ_LEN,
-    "model.embed_dim": 16,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 8,
-    "model.hidden_dim": 24,
-    "model.max_seq_len": 64,
+    "prepare.decoder.seq_len": SEQ_LEN,
+    "model.decoder.embed_dim": 16,
+    "model.decoder.num_layers": 2,
+    "model.decoder.num_heads": 2,
+    "model.decoder.num_kv_heads": 1,
+    "model.decoder.head_dim": 8,
+    "model.decoder.hidden_dim": 24,
+    "model.decoder.max_seq_len": 64,
 } | {
     f"{stage}.{key}": value
     for stage in ("pretrain", "tune")

@@ -143,9 +143,9 @@ def test_the_last_blocks_learn_and_the_embeddings_only_with_all_of_them(share: f
 
 
 def test_rows_longer_than_the_model_takes_are_refused(paths: Paths) -> None:
-    larger = {"prepare__seq_len": 192, "model__max_seq_len": 256}
+    larger = {"prepare__decoder__seq_len": 192, "model__decoder__max_seq_len": 256}
     curate(new_run(paths, "curate", **larger))
-    with pytest.raises(InputError, match=r"prepare\.seq_len: 192 exceeds the 128 tokens of the model"):
+    with pytest.raises(InputError, match=r"prepare\.decoder\.seq_len: 192 exceeds the 128 tokens of the model"):
         align(new_run(paths, "align", **larger))
 
 

@@ -24,7 +24,7 @@ class Seen:
 
     def __init__(self, run: StageRun, looks: int = 0, patience: int = 3) -> None:
         torch.manual_seed(0)
-        self.model = Decoder(DecoderConfig.from_params(run.params.model, 48))
+        self.model = Decoder(DecoderConfig.from_params(run.params.model.decoder, 48))
         self.weights: list[torch.Tensor] = []
         self.scores: Iterator[float] = iter(SCORES[looks:])
         self.told: list[tuple[int, float]] = []
@@ -39,7 +39,7 @@ class Seen:
 def trained(run: StageRun, seen: Seen) -> Seen:
     train(
         run,
-        run.params.pretrain,
+        run.params.pretrain.decoder,
         seen.model,
         TokenRows(run.paths.tokens("decoder") / "pretrain", "train"),
         causal_lm,

@@ -172,7 +172,7 @@ def test_each_objective_learns_what_it_never_saw(
     """A loss on other rows, drawn anew each step in training, far below where it began."""
     run = new_run(optimizer="muon", max_steps=steps, learning_rate=0.01, decay_share=0.5, precision="fp32")
     torch.manual_seed(0)
-    training = Training(model().train(), objective, run.params.pretrain, seed=0)
+    training = Training(model().train(), objective, run.params.pretrain.decoder, seed=0)
     unseen = batches(64, seed=10**6)
     with torch.no_grad():
         first = objective(training.model, unseen)

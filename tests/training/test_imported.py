@@ -28,8 +28,8 @@ from tests.tracking.test_model_import import SOURCE, decoder
 QUESTIONS = [("What does json.dumps do?", "It serializes obj."), ("question?", "answer: 42 times.")]
 SETTINGS: dict[str, Any] = {
     "scale": "smoke",
-    "prepare.seq_len": 64,
-    "pretrain.dataset": "docs",
+    "prepare.decoder.seq_len": 64,
+    "pretrain.decoder.dataset": "docs",
     "tune.dataset": "chats",
     "tune.base": "stranger@champion",
     "tune.lora_rank": 8,

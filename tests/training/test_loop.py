@@ -24,12 +24,12 @@ NewRun = Callable[..., StageRun]
 
 def new_model(run: StageRun) -> Decoder:
     torch.manual_seed(run.params.seed)
-    return Decoder(DecoderConfig.from_params(run.params.model, 48))
+    return Decoder(DecoderConfig.from_params(run.params.model.decoder, 48))
 
 
 def trained(run: StageRun) -> tuple[Decoder, Any]:
     model = new_model(run)
-    return model, train(run, run.params.pretrain, model, rows(run), causal_lm)
+    return model, train(run, run.params.pretrain.decoder, model, rows(run), causal_lm)
 
 
 def rows(run: StageRun, split: str = "train") -> TokenRows:
@@ -50,7 +50,7 @@ def assert_same(a: Decoder, b: Decoder) -> None:
 def test_one_batch_is_learned_by_heart(optimizer: str, precision: str, new_run: NewRun) -> None:
     run = new_run(optimizer=optimizer, max_steps=120, learning_rate=0.02, precision=precision)
     model = new_model(run).to(compute_dtype(precision, torch.device("cpu")))
-    training = Training(model, causal_lm, run.params.pretrain, seed=0)
+    training = Training(model, causal_lm, run.params.pretrain.decoder, seed=0)
     batch = batches(run, [0, 1])
     training.train_step(batch)
     first = training.read_loss()
@@ -65,8 +65,8 @@ def test_one_batch_is_learned_by_heart(optimizer: str, precision: str, new_run: 
 def test_micro_batches_add_up_to_the_large_batch(new_run: NewRun) -> None:
     """Also where one has few targets and another many: the mean is over targets, not over batches."""
     whole, parts = new_run(), new_run()
-    a = Training(new_model(whole), causal_lm, whole.params.pretrain, 0)
-    b = Training(new_model(parts), causal_lm, parts.params.pretrain, 0)
+    a = Training(new_model(whole), causal_lm, whole.params.pretrain.decoder, 0)
+    b = Training(new_model(parts), causal_lm, parts.params.pretrain.decoder, 0)
     large, small = batches(whole, [0, 1, 2, 3]), batches(whole, [0], [1, 2], [3])
     for batch in (large[0]["labels"][0], small[0]["labels"][0]):
         batch[:20] = -100
@@ -80,7 +80,7 @@ def test_micro_batches_add_up_to_the_large_batch(new_run: NewRun) -> None:
 
 def test_a_step_without_targets_changes_nothing(new_run: NewRun) -> None:
     run = new_run()
-    training = Training(new_model(run), causal_lm, run.params.pretrain, 0)
+    training = Training(new_model(run), causal_lm, run.params.pretrain.decoder, 0)
     (batch,) = batches(run, [0, 1])
     batch["labels"].fill_(-100)
     training.train_step([batch])
@@ -102,15 +102,15 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(optimizer: str, precision: str, 
             if training.step % 5 == 0:
                 training.read_loss()
 
-    unbroken = Training(new_model(run).to(dtype), causal_lm, run.params.pretrain, 0)
+    unbroken = Training(new_model(run).to(dtype), causal_lm, run.params.pretrain.decoder, 0)
     steps(unbroken, 12)
-    broken = Training(new_model(run).to(dtype), causal_lm, run.params.pretrain, 0)
+    broken = Training(new_model(run).to(dtype), causal_lm, run.params.pretrain.decoder, 0)
     steps(broken, 7)
     Checkpoints(run.state).save(broken.state())
     torch.manual_seed(99)
     saved = Checkpoints(run.state).load()
     assert saved is not None
-    resumed = Training(Decoder(new_model(run).config).to(dtype), causal_lm, run.params.pretrain, 0)
+    resumed = Training(Decoder(new_model(run).config).to(dtype), causal_lm, run.params.pretrain.decoder, 0)
     assert resumed.restore(saved)
     steps(resumed, 5)
     assert_same(resumed.model, unbroken.model)
@@ -122,15 +122,15 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(optimizer: str, precision: str, 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(new_run: NewRun) -> None:
     run = new_run()
-    training = Training(new_model(run), causal_lm, run.params.pretrain, 0)
+    training = Training(new_model(run), causal_lm, run.params.pretrain.decoder, 0)
     Checkpoints(run.state).save(training.state())
     saved = Checkpoints(run.state).load()
     assert saved is not None
     for other in (new_run(learning_rate=0.1), new_run(max_steps=99)):
-        assert not Training(new_model(other), causal_lm, other.params.pretrain, 0).restore(saved)
-    assert not Training(new_model(run), causal_lm, run.params.pretrain, seed=1).restore(saved)
+        assert not Training(new_model(other), causal_lm, other.params.pretrain.decoder, 0).restore(saved)
+    assert not Training(new_model(run), causal_lm, run.params.pretrain.decoder, seed=1).restore(saved)
     same = new_run(checkpoint_seconds=9)
-    assert Training(new_model(same), causal_lm, same.params.pretrain, 0).restore(saved)
+    assert Training(new_model(same), causal_lm, same.params.pretrain.decoder, 0).restore(saved)
 
 
 def test_equal_seeds_give_equal_weights(new_run: NewRun) -> None:
@@ -161,7 +161,7 @@ def test_the_loop_says_how_far_it_is(new_run: NewRun, capsys: pytest.CaptureFixt
 
 def test_a_diverged_run_is_an_input_error(new_run: NewRun) -> None:
     run = new_run(learning_rate=1e30, muon_learning_rate=1e30, optimizer="adamw")
-    with pytest.raises(InputError, match=r"pretrain\.learning_rate: the loss is (nan|inf) at step \d+; lower"):
+    with pytest.raises(InputError, match=r"pretrain\.decoder\.learning_rate: the loss is (nan|inf) at step \d+; lower"):
         trained(run)
 
 
@@ -173,8 +173,8 @@ def test_compiled_blocks_are_those_of_the_model(new_run: NewRun) -> None:
     for block in model.blocks:
         block.compile(backend="eager")
     assert [name for name, _ in model.named_parameters()] == names
-    training = Training(model, causal_lm, new_run().params.pretrain, 0)
-    plain = Training(new_model(new_run()), causal_lm, new_run().params.pretrain, 0)
+    training = Training(model, causal_lm, new_run().params.pretrain.decoder, 0)
+    plain = Training(new_model(new_run()), causal_lm, new_run().params.pretrain.decoder, 0)
     for each in (training, plain):
         each.train_step(batches(new_run(), [0, 1]))
     assert training.read_loss() == pytest.approx(plain.read_loss(), rel=1e-5)

@@ -37,7 +37,7 @@ def test_pairs_alone_learn_and_the_base_keeps_every_bit(
     model, untouched = adapted(), dict(adapted().named_parameters())
     write_rows(run.paths.root / "rows")
     rows = TokenRows(run.paths.root / "rows", "train")
-    measured = train(run, run.params.pretrain, model, rows, causal_lm)
+    measured = train(run, run.params.pretrain.decoder, model, rows, causal_lm)
     assert measured.losses[-1][1] < measured.losses[0][1] - 0.1
     for name, weight in model.named_parameters():
         assert torch.equal(weight, untouched[name]) == ("lora" not in name), name
@@ -57,15 +57,15 @@ def test_lora_resumes_bit_for_bit(new_run: NewRun, write_rows: Callable[..., obj
         for _ in range(count):
             training.train_step([rows.batch(np.array([training.step, training.step + 1]))])
 
-    unbroken = Training(adapted(), causal_lm, run.params.pretrain, 0)
+    unbroken = Training(adapted(), causal_lm, run.params.pretrain.decoder, 0)
     steps(unbroken, 8)
-    broken = Training(adapted(), causal_lm, run.params.pretrain, 0)
+    broken = Training(adapted(), causal_lm, run.params.pretrain.decoder, 0)
     steps(broken, 5)
     Checkpoints(run.state).save(broken.state())
     saved = Checkpoints(run.state).load()
     assert saved is not None
     assert all("lora" in name for name in saved.tensors if name.startswith(("weights.", "adamw.first.")))
-    resumed = Training(adapted(), causal_lm, run.params.pretrain, 0)
+    resumed = Training(adapted(), causal_lm, run.params.pretrain.decoder, 0)
     assert resumed.restore(saved)
     steps(resumed, 3)
     for (name, ours), (_, theirs) in zip(

@@ -115,7 +115,7 @@ def test_tune_refuses_rows_longer_than_the_base_takes(project: Paths, new_run: N
     model = load_decoder(project.base("decoder"))
     model.config = replace(model.config, max_seq_len=16)
     save_decoder(model, project.base("decoder"), project.tokenizer("decoder"))
-    with pytest.raises(InputError, match=r"prepare\.seq_len: 32 exceeds the 16 tokens of the model"):
+    with pytest.raises(InputError, match=r"prepare\.decoder\.seq_len: 32 exceeds the 16 tokens of the model"):
         tune(new_run("tune"))
 
 
@@ -205,7 +205,7 @@ class Processes:
 
 @pytest.fixture
 def processes(project: Paths, tiny_settings: dict[str, Any]) -> Iterator[Processes]:
-    made = Processes(project, tiny_settings | {"pretrain.max_steps": 80, "tune.max_steps": 80})
+    made = Processes(project, tiny_settings | {"pretrain.decoder.max_steps": 80, "tune.max_steps": 80})
     with made.server:
         yield made
         assert made.server.stdin is not None
