@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks import shape
 from components.config.params import FAMILIES, Params
 from components.config.paths import Paths
 from components.runtime.stage import STAGE_MODULES, read_stages, stage_function
@@ -78,7 +79,6 @@ PRIVATE = {
         ("_foreach_copy_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"),
         "PyTorch documents its foreach functions under these names (docs: torch, Foreach Operators)",
     ),
-    "_fused_adamw_": "the kernel of torch.optim.AdamW(fused=True), which torch.optim calls by this name",
     "_int_mm": "the int8 product that torchao and PyTorch's own examples call; no other name reaches it",
     "_reorder_linear_weight": "oneDNN's packed weights, as TorchInductor lays them out; no other name reaches them",
     "_linear_pointwise": "the product with a weight packed so",
@@ -169,6 +169,18 @@ def test_one_tool_has_one_door(tool: str) -> None:
     }
     strays = {user for user in users if not user.startswith(DOORS[tool])}
     assert not strays, f"{tool} is imported by {sorted(strays)}"
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    assert shape.circles(shape.import_graph()) == []
+
+
+def test_the_shape_stays_within_its_bounds() -> None:
+    figures = shape.figures()
+    assert figures["modules outside a package in components"] == 0
+    assert figures["function length, longest"] <= 80
+    assert figures["files"] <= 190
+    assert figures["source lines"] <= 27_500
 
 
 def test_no_package_is_reached_into_behind_its_public_names() -> None:
