@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from components.config.loop_settings import FeedbackConfig
-from components.feedback.ingest import ingest, write_withdrawals
+from components.feedback.ingest import ingest, write_revocations
 from components.feedback.ledger import DAY_SECONDS
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
 from components.validation.validate import Validator
 
@@ -29,7 +29,7 @@ STEPS = [
     {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}},
     {"type": "result", "name": "lookup", "content": "Serialize obj to a JSON formatted str."},
 ]
-ANSWER = Answered("json.dumps serializes obj to a JSON formatted str.", "stop", 60, 20, 0.2, STEPS)
+ANSWER = AnswerRecord("json.dumps serializes obj to a JSON formatted str.", "stop", 60, 20, 0.2, STEPS)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def ingestions(folder: Path, old: int, new: int, runs: int = 5) -> tuple[list[fl
         store = Store.of(home)
         while ingest(store, home / "feedback", CONFIG, lambda rows: validator.failing(rows, "feedback")).partition:
             pass
-        write_withdrawals(store, home / "feedback")
+        write_revocations(store, home / "feedback")
         store.waiting()
         store.close()
 

@@ -32,10 +32,10 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max
 
 def forgetful(home: Path) -> Store:
     """A store that writes nothing."""
-    from components.feedback.store import Answered, Store
+    from components.feedback.store import AnswerRecord, Store
 
     class Forgetful(Store):
-        def add_exchange(self, completion_id: str, model: str, body: Any, asked: float, answer: Answered) -> None:
+        def add_exchange(self, completion_id: str, model: str, body: Any, asked: float, answer: AnswerRecord) -> None:
             """Forget it."""
 
     return Forgetful.of(home)

@@ -298,9 +298,9 @@ def main() -> None:
     options = parser.parse_args()
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
-    from components.models.devices import settle_cpu
+    from components.models.devices import configure_cpu
 
-    settle_cpu()
+    configure_cpu()
     figures = run(options.rounds, options.nanogpt)
     print(json.dumps(figures, indent=2) if options.json else table(figures, options.rounds))
 

@@ -16,7 +16,7 @@ from components.runtime.process import ask_to_die_with_parent
 from components.runtime.service_registry import answers
 from components.tracking.registry import Registry
 from flows.orchestration.prefect_server import free_port, stop
-from flows.release_targets import Asking
+from flows.release_targets import SmokeProbe
 
 _SECONDS_TO_SERVE = 180.0
 _IN_A_BENTO = (
@@ -58,7 +58,7 @@ def package(paths: Paths, wanted: str) -> str:
     return str(bento.tag)
 
 
-def smoke(paths: Paths, tag: str, asking: Asking) -> str:
+def smoke(paths: Paths, tag: str, asking: SmokeProbe) -> str:
     """Serve a built Bento on a free port, ask it its question over HTTP, and return the answer.
 
     Raises: RuntimeError with the server's log when it does not answer.

@@ -22,10 +22,10 @@ from prefect.types.entrypoint import EntrypointType
 
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, find_root
-from components.runtime.process import end_with_parent, holder
+from components.runtime.process import end_with_parent, lock_owner
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
-from flows.pipeline import Order, run_pipeline
+from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
 ENOUGH = "loopwright.feedback.enough"
@@ -44,7 +44,7 @@ class Schedule:
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> Any:
     """Bring every stage up to date, then release."""
-    return _alone(lambda root, echo: run_pipeline(Order(root, echo=echo)))
+    return _alone(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
 
 
 @flow(name="ingest", validate_parameters=False)
@@ -115,7 +115,7 @@ def _alone(body: Any) -> State[Any] | None:
     """Run what trains and writes `data/`; skipped, not failed, while another such run goes on."""
     end_with_parent()
     root = find_root()
-    if pid := holder(Paths(root).home / "stages", "run"):
+    if pid := lock_owner(Paths(root).home / "stages", "run"):
         return Cancelled(name="Skipped", message=f"process {pid} trains already; the next schedule tries again")
     try:
         body(root, get_run_logger().info)

@@ -14,10 +14,10 @@ from pathlib import Path
 from components.config.params import InputError, Params, load_params
 from components.config.paths import Paths
 from components.datasets.formats import Row
-from components.feedback.ingest import WITHDRAWN, Taken, withdrawals_are_written, write_withdrawals
+from components.feedback.ingest import WITHDRAWN, IngestResult, revocations_are_written, write_revocations
 from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
-from components.runtime.process import only_one
+from components.runtime.process import file_lock
 from components.tracking.event_log import warn_on_failure
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import version_data
@@ -64,7 +64,7 @@ def ingest(root: Path, echo: Echo = print) -> Report:
         return report
     store = Store.of(paths.home)
     try:
-        with only_one(paths.home / "stages", "ingest"):
+        with file_lock(paths.home / "stages", "ingest"):
             job = _Job(paths, load_params(paths.params), store, echo, report)
             if job.is_needed():
                 run_flow("ingest", paths.home, echo, job.run)
@@ -87,7 +87,7 @@ class _Job:
     def is_needed(self) -> bool:
         """Whether something is new, was withdrawn, or was left unversioned by a run that was killed."""
         unversioned = self._mark.exists() or bool(self.store.unversioned())
-        return bool(self.store.fresh()) or unversioned or not withdrawals_are_written(self.store, self.paths.feedback)
+        return bool(self.store.fresh()) or unversioned or not revocations_are_written(self.store, self.paths.feedback)
 
     def run(self, run: FlowRun) -> None:
         """The flow run: take in, write down what was withdrawn, version, and ask for an improvement."""
@@ -105,13 +105,13 @@ class _Job:
             effect(_ask_to_improve, waiting)
             self.echo(f"ingest: {waiting} accepted items wait to be learned from")
 
-    def take(self) -> Taken:
+    def take(self) -> IngestResult:
         """Write the next partition and its record."""
         return take_in(self.store, self.paths.feedback, self.params.feedback, self._gate)
 
     def version(self) -> str | None:
         """Write down what was withdrawn and put data/feedback under DVC as it is now; null when nothing changed."""
-        write_down_withdrawals(self.paths, self.store)
+        commit_revocations(self.paths, self.store)
         names = self.store.unversioned()
         if not names and not self._mark.exists():
             return None
@@ -134,7 +134,7 @@ class _Job:
 
         return Validator(self.paths.expectations).failing(rows, "feedback")
 
-    def _show(self, taken: Taken) -> None:
+    def _show(self, taken: IngestResult) -> None:
         """A table of what came of the votes, in Prefect."""
         from prefect.artifacts import create_table_artifact
 
@@ -143,13 +143,13 @@ class _Job:
         create_table_artifact(table=rows, key="feedback", description=f"Partition {taken.partition or 'none'}")
 
 
-def write_down_withdrawals(paths: Paths, store: Store) -> None:
+def commit_revocations(paths: Paths, store: Store) -> None:
     """Bring `withdrawn.json` up to date; the next ingestion versions it if this one does not."""
-    if not (paths.feedback / WITHDRAWN).is_file() or not withdrawals_are_written(store, paths.feedback):
+    if not (paths.feedback / WITHDRAWN).is_file() or not revocations_are_written(store, paths.feedback):
         mark = _mark(paths)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
-        write_withdrawals(store, paths.feedback)
+        write_revocations(store, paths.feedback)
 
 
 def _mark(paths: Paths) -> Path:

@@ -19,16 +19,16 @@ from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
 from components.feedback.store import Store
-from components.runtime.process import only_one
+from components.runtime.process import file_lock
 from components.runtime.stage import remove
 from components.tracking.registry import ModelVersion, Registry, is_empty
-from flows.feedback import write_down_withdrawals
+from flows.feedback import commit_revocations
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
-from flows.pipeline import Order, Report, bring_up_to_date, look
+from flows.pipeline import Report, RunOptions, bring_up_to_date, look
 from flows.release import (
     NAME,
+    GateReport,
     Release,
-    Ruling,
     conclude,
     fetch_answers,
     keep_answers,
@@ -66,7 +66,7 @@ def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
     store = Store.of(paths.home)
     try:
-        with only_one(paths.home / "stages", "run"):
+        with file_lock(paths.home / "stages", "run"):
             job = _Job(paths, Registry(paths.home), store, champion, echo, force)
             if (why := job.needless()) is not None:
                 return Improvement("nothing new", str(champion), why)
@@ -98,7 +98,7 @@ class _Job:
         sequence = self.store.last_accepted_sequence()
         start = self._start()
         effect(self.fetch, start)
-        order = Order(self.paths.root, force=self.force, echo=self.echo)
+        order = RunOptions(self.paths.root, force=self.force, echo=self.echo)
         bring_up_to_date(order, look(self.paths.root, self.force, loop=True), Report(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
@@ -110,7 +110,7 @@ class _Job:
         effect(keep_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
-        ruling = Ruling(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
+        ruling = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
         try:
             told = effect(conclude, self.registry, version, ruling)
         except Refused as refusal:
@@ -121,9 +121,9 @@ class _Job:
 
     def fetch(self, start: ModelVersion) -> None:
         """Put the models that the stages read where they read them."""
-        with only_one(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS):
+        with file_lock(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS):
             clear_orphans(self.store, self.paths.feedback)
-            write_down_withdrawals(self.paths, self.store)
+            commit_revocations(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
         _place(self.champion, self.paths.champion, {"gate.json": {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)

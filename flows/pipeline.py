@@ -23,9 +23,9 @@ from uuid import UUID
 
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
-from components.runtime.process import only_one
+from components.runtime.process import file_lock
 from components.runtime.stage import PROGRESS, read_stages, warn_on_failure
-from flows.orchestration.base_models import bring_bases
+from flows.orchestration.base_models import fetch_base_models
 from flows.orchestration.dvc_repo import pass_over_datasets
 from flows.orchestration.flow_run import FlowRun, run_flow
 from flows.orchestration.run_stage import StageResult, reproduce
@@ -73,7 +73,7 @@ class ReleaseRefused(Refused):
 
 
 @dataclass(frozen=True)
-class Order:
+class RunOptions:
     """What is asked of a run."""
 
     root: Path
@@ -173,7 +173,7 @@ def version_data(root: Path, folder: Path) -> str:
         raise InputError(f"{folder.relative_to(root)}: DVC: {' '.join(str(error).split())}") from error
 
 
-def run_pipeline(order: Order) -> Report:
+def run_pipeline(order: RunOptions) -> Report:
     """Bring every stage up to date as one Prefect flow run, then release the models.
 
     Raises: InputError, StageFailed, ReleaseRefused.
@@ -182,8 +182,8 @@ def run_pipeline(order: Order) -> Report:
     if not _has_git(order.root):
         order.echo('no git here: models will not know their commit; run "git init" and commit to change that')
     try:
-        with only_one(order.paths.home / "stages", "run"):
-            bring_bases(order.paths, order.echo)
+        with file_lock(order.paths.home / "stages", "run"):
+            fetch_base_models(order.paths, order.echo)
             states = look(order.root, order.force, order.until)
             if any(state.reasons for state in states) or not _all_released(order, report):
                 _run_as_flow(order, states, report)
@@ -195,7 +195,7 @@ def run_pipeline(order: Order) -> Report:
     return report
 
 
-def _run_as_flow(order: Order, states: list[StageState], report: Report) -> None:
+def _run_as_flow(order: RunOptions, states: list[StageState], report: Report) -> None:
     scale = load_params(order.paths.params).scale
     body = partial(_bring_and_release, order, states, report)
     run_flow("pipeline", order.paths.home, order.echo, body, scale=scale, until=order.until, force=order.force)
@@ -207,7 +207,7 @@ def _end(report: Report) -> None:
         raise ReleaseRefused(report)
 
 
-def _all_released(order: Order, report: Report) -> bool:
+def _all_released(order: RunOptions, report: Report) -> bool:
     """Whether no model waits for its release; the report then says what became of them."""
     found = Releases() if order.until else look_at_releases(order.paths)
     if not found.pending:
@@ -268,7 +268,7 @@ def _other_python(root: Path) -> str:
     return f"python {sys.version.split()[0]}, collected with {read.split()[0]}"
 
 
-def _bring_and_release(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:
+def _bring_and_release(order: RunOptions, states: list[StageState], report: Report, run: FlowRun) -> None:
     bring_up_to_date(order, states, report, run)
     if order.until is None:
         found = release(order.paths, order.echo, run.id)
@@ -276,7 +276,7 @@ def _bring_and_release(order: Order, states: list[StageState], report: Report, r
         _end(report)
 
 
-def bring_up_to_date(order: Order, states: list[StageState], report: Report, run: FlowRun) -> None:
+def bring_up_to_date(order: RunOptions, states: list[StageState], report: Report, run: FlowRun) -> None:
     """Inside a flow run: the stages one after another; the first that fails ends it with its own message."""
     from prefect.artifacts import create_table_artifact
 
@@ -296,7 +296,7 @@ def bring_up_to_date(order: Order, states: list[StageState], report: Report, run
             create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
 
 
-def _stage_task(order: Order, state: StageState, report: Report) -> Any:
+def _stage_task(order: RunOptions, state: StageState, report: Report) -> Any:
     """The Prefect task of one stage, under the stage's name."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
@@ -310,7 +310,7 @@ def _stage_task(order: Order, state: StageState, report: Report) -> Any:
             order.echo(f"{state.name}: {', '.join(said)}")
             if not state.force:
                 pass_over_datasets(state.name, order.root)
-            result = reproduce(state.name, order.root, state.force, _Ear(state.name, order.echo))
+            result = reproduce(state.name, order.root, state.force, _StageOutput(state.name, order.echo))
         report.stages.append(result)
         order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
         return Completed(name=result.outcome.capitalize(), message=f"{result.outcome} in {result.seconds:.1f} s")
@@ -318,7 +318,7 @@ def _stage_task(order: Order, state: StageState, report: Report) -> Any:
     return task(name=state.name, task_run_name=state.name, cache_policy=NO_CACHE)(bring_up_to_date)
 
 
-class _Ear:
+class _StageOutput:
     """Hears what a stage says: the terminal and Prefect's log get each line, a progress artifact the counts."""
 
     def __init__(self, stage: str, echo: Callable[[str], None]) -> None:

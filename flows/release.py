@@ -24,7 +24,7 @@ from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
 from flows.orchestration.flow_run import Echo, effect
-from flows.release_targets import CANDIDATES, Candidate, Contestant, candidate
+from flows.release_targets import CANDIDATES, Candidate, ModelUnderRelease, candidate
 
 NAME = "agent"
 """The model that people talk to, and that learns from them."""
@@ -203,7 +203,7 @@ def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> No
 
 
 @dataclass(frozen=True)
-class Ruling:
+class GateReport:
     """What the gate says of a version, and the page that says why."""
 
     promote: bool
@@ -211,13 +211,13 @@ class Ruling:
     page: str = ""
 
 
-def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> Ruling:
+def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> GateReport:
     """Whether a model got really better and nowhere really fell, against the champion on the same questions."""
     champion = registry.find(f"{version.name}@champion")
     if champion is None:
-        return Ruling(True, "; ".join(["there was no champion", *_beaten(version)]))
+        return GateReport(True, "; ".join(["there was no champion", *_beaten(version)]))
     if champion.version == version.version:
-        return Ruling(True, "it is the champion already")
+        return GateReport(True, "it is the champion already")
     from components.evaluation.gate import report
 
     echo(f"release: the champion {champion} answers the same questions")
@@ -225,10 +225,10 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     kept.mkdir(parents=True, exist_ok=True)
     fetch_answers(registry, champion, kept)
     one = candidate(version.name)
-    ours = Contestant(version.folder, one.answers(paths))
-    verdict = one.judged(ours, Contestant(champion.folder, kept), paths)
+    ours = ModelUnderRelease(version.folder, one.answers(paths))
+    verdict = one.judged(ours, ModelUnderRelease(champion.folder, kept), paths)
     page = report(verdict, str(version), str(champion))
-    return Ruling(verdict.promote, f"against {champion}: {verdict.reason}", page)
+    return GateReport(verdict.promote, f"against {champion}: {verdict.reason}", page)
 
 
 def _beaten(version: ModelVersion) -> list[str]:
@@ -252,7 +252,7 @@ def _scores(version: ModelVersion, metric: str) -> dict[str, float]:
     return {name.removesuffix(end): value for name, value in version.metrics.items() if name.endswith(end)}
 
 
-def conclude(registry: Registry, version: ModelVersion, ruling: Ruling) -> str:
+def conclude(registry: Registry, version: ModelVersion, ruling: GateReport) -> str:
     """Put the ruling where people look, and return its reason.
 
     Raises: Refused when it is no; the version is then the challenger.

@@ -15,7 +15,7 @@ from components.config.params import load_params
 from components.config.paths import Paths
 
 if TYPE_CHECKING:
-    from components.evaluation.gate import Verdict
+    from components.evaluation.gate import GateDecision
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class ModelUnderRelease:
     """A model folder, and where its answers to the held-out rows are, if they were kept."""
 
     folder: Path
@@ -37,7 +37,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Asking:
+class SmokeProbe:
     """How a question is put to a served model."""
 
     path: str
@@ -55,13 +55,13 @@ class Candidate:
     name: str
     """In the registry, and of its folder in `Paths`."""
     measured: Callable[[Paths], Measured]
-    judged: Callable[[Contestant, Contestant, Paths], Verdict]
+    judged: Callable[[ModelUnderRelease, ModelUnderRelease, Paths], GateDecision]
     """Candidate and champion on the same held-out rows."""
     answers: Callable[[Paths], Path]
     """Where its evaluation put what it answered."""
     kept: tuple[str, ...]
     """Files there that go with a version, so that its challengers need not ask it again."""
-    asking: Asking
+    asking: SmokeProbe
     baseline: str = ""
     """Metric of a held-out suite, beside the model's `score`: what a simple model that learned from the same scores."""
 
@@ -86,7 +86,7 @@ def _agent_measured(paths: Paths) -> Measured:
     return Measured(flat_metrics(figures), figures["held_out_digest"])
 
 
-def _agent_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+def _agent_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.compare_agents import Model, judge_folders
 
     curated = paths.curated if (paths.curated / "curated.json").is_file() else None
@@ -101,7 +101,7 @@ def _classifier_measured(paths: Paths) -> Measured:
     return Measured(flat_metrics(figures), figures["held_out_digest"])
 
 
-def _classifier_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+def _classifier_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.compare_classifiers import judge_classifier
 
     folders, said = (ours.folder, champion.folder), (ours.answers, champion.answers)
@@ -115,7 +115,7 @@ def _summarizer_measured(paths: Paths) -> Measured:
     return Measured(flat_metrics(figures), figures["held_out_digest"])
 
 
-def _summarizer_judged(ours: Contestant, champion: Contestant, paths: Paths) -> Verdict:
+def _summarizer_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.assess_summarizer import judge_summarizer
 
     return judge_summarizer(ours.folder, champion.folder, paths.collected, load_params(paths.params), ours.answers)
@@ -127,8 +127,8 @@ def _figures(paths: Paths, stage: str) -> dict[str, Any]:
     return figures
 
 
-def _chat(question: str) -> Asking:
-    return Asking(
+def _chat(question: str) -> SmokeProbe:
+    return SmokeProbe(
         "/v1/chat/completions",
         lambda text: {"messages": [{"role": "user", "content": text}]},
         lambda reply: str(reply["choices"][0]["message"]["content"]),
@@ -151,7 +151,7 @@ CANDIDATES = (
         _classifier_judged,
         lambda paths: paths.assessment("classifier"),
         ("predictions.parquet", "predictions.json"),
-        Asking(
+        SmokeProbe(
             "/v1/classify",
             lambda text: {"input": text},
             lambda reply: str(reply["results"][0]["label"]),

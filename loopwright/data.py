@@ -15,7 +15,7 @@ from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from components.validation.report import Findings
+    from components.validation.report import ValidationReport
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Datasets: list, show, add and validate.", rich_markup_mode=None
@@ -88,7 +88,7 @@ def add(
     paths = Paths(find_root())
     allowed = load_params(paths.params).validate_.max_failed_share
 
-    def check(folder: Path) -> Findings:
+    def check(folder: Path) -> ValidationReport:
         from components.validation.validate import validate_dataset
 
         say("validating; Great Expectations takes some seconds to start")
@@ -204,7 +204,7 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
     }
 
 
-def _noted(paths: Paths, folder: Path, findings: Findings) -> Findings:
+def _noted(paths: Paths, folder: Path, findings: ValidationReport) -> ValidationReport:
     """Remember the outcome for the very files that were looked at."""
     from components.datasets.formats import write_json
     from components.runtime.stage import digest

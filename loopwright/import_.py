@@ -22,11 +22,11 @@ def import_(
     """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(f"--name: {name!r}: letters, digits, '.', '_' and '-' make a name")
-    from components.tracking.model_import import bring_in, look_at
+    from components.tracking.model_import import import_model, inspect_model
     from components.tracking.registry import Registry
 
-    found = look_at(folder)
-    version = bring_in(folder, found, name, Registry(Paths(find_root()).home))
+    found = inspect_model(folder)
+    version = import_model(folder, found, name, Registry(Paths(find_root()).home))
     if as_json:
         print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
         return

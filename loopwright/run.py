@@ -39,10 +39,10 @@ def run(
     echo = Terminal(as_json)
     _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
     from flows.orchestration.run_stage import StageFailed
-    from flows.pipeline import Order, ReleaseRefused, run_pipeline
+    from flows.pipeline import ReleaseRefused, RunOptions, run_pipeline
 
     try:
-        report = run_pipeline(Order(root, until, force, echo))
+        report = run_pipeline(RunOptions(root, until, force, echo))
     except StageFailed as error:
         raise told(error) from error
     except ReleaseRefused as refused:
@@ -98,13 +98,13 @@ def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], N
     for dotted in overrides:
         *sections, key = dotted.split(".")
         # As validated: YAML reads 1e-3 as text, the configuration as a number.
-        value, holder = valid, values
+        value, lock_owner = valid, values
         for section in sections:
-            value, holder = value[section], _section(holder, section)
-        value, before = value[key], holder.get(key, "unset")
+            value, lock_owner = value[section], _section(lock_owner, section)
+        value, before = value[key], lock_owner.get(key, "unset")
         if before != value:
             echo(f"params.yaml: {dotted}: {before} → {value}")
-            holder[key] = _on_one_line(value)
+            lock_owner[key] = _on_one_line(value)
             changed = True
     if changed:
         with path.open("w", encoding="utf-8") as file:

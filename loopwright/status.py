@@ -33,9 +33,9 @@ def status(as_json: Json = False) -> None:
 
 def _running(paths: Paths) -> int | None:
     """The process of the run that goes on, if one does."""
-    from components.runtime.process import holder
+    from components.runtime.process import lock_owner
 
-    return holder(paths.home / "stages", "run")
+    return lock_owner(paths.home / "stages", "run")
 
 
 def _stages(root: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, say
 
 if TYPE_CHECKING:
-    from components.runtime.supervisor import Kept, Supervisor
+    from components.runtime.supervisor import SupervisedService, Supervisor
 
 STOP_SECONDS = 7.0
 _TICK_SECONDS = 0.2
@@ -43,12 +43,12 @@ def up(
         signal.signal(number, lambda *_: asked.set())
     ports = {"endpoint": endpoint_port, "prefect": prefect_port, "mlflow": mlflow_port}
 
-    from components.runtime.process import only_one
-    from components.runtime.service_registry import LOCK, publish, withdraw
+    from components.runtime.process import file_lock
+    from components.runtime.service_registry import LOCK, publish, unregister
     from components.runtime.supervisor import Supervisor
     from flows.orchestration.services import platform
 
-    with only_one(paths.home, LOCK):
+    with file_lock(paths.home, LOCK):
         _check_ports(ports)
         for folder in ("prefect", "logs"):
             (paths.home / folder).mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def up(
         finally:
             started = time.monotonic()
             supervisor.stop(STOP_SECONDS)
-            withdraw(paths.home)
+            unregister(paths.home)
             say(f"stopped in {time.monotonic() - started:.1f} s")
 
 
@@ -102,7 +102,7 @@ def _report(supervisor: Supervisor, seconds: float) -> dict[str, Any]:
     return {"services": rows, "seconds": round(seconds, 1), "pid": os.getpid()}
 
 
-def _tell(kept: Kept) -> None:
+def _tell(kept: SupervisedService) -> None:
     """One line for each change."""
     service = kept.service
     facts = {

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from components.tracking.event_log import PARENT_RUN
-from components.tracking.mlflow_client import COURIER, connect
+from components.tracking.mlflow_client import UPLOADER, connect
 from components.tracking.registry import ModelVersion, Registry
 
 SOURCE = Path(__file__).parents[1]
@@ -106,7 +106,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty state folder over a copy of those tables."""
-    for variable in ("MLFLOW_TRACKING_URI", PARENT_RUN, COURIER):
+    for variable in ("MLFLOW_TRACKING_URI", PARENT_RUN, UPLOADER):
         monkeypatch.delenv(variable, raising=False)
     place = tmp_path / "home"
     (place / "mlflow").mkdir(parents=True)

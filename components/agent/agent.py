@@ -19,7 +19,7 @@ from components.config.params import InputError
 from components.inference.constraints import Constraint
 from components.tokenization.chat_tokenizer import Call, ChatTokenizer, Turn
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
-from components.tokenization.response_format import form_message
+from components.tokenization.response_format import format_message
 
 Message = Mapping[str, Any]
 Step = dict[str, Any]
@@ -146,7 +146,7 @@ class Agent:
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
-        said = [*([form_message(rules.keys)] if self.forms and rules and rules.structured else []), *messages]
+        said = [*([format_message(rules.keys)] if self.forms and rules and rules.structured else []), *messages]
         steps = [] if steps is None else steps
         written = 0
         declared = tools or self._declared()

@@ -33,7 +33,7 @@ def answer_all(
 
     Each is what the chat gets alone: with a seed, each draws the numbers of that seed.
     """
-    lockstep = _Lockstep(agent, chats, sampling, progress)
+    lockstep = _BatchRollout(agent, chats, sampling, progress)
     slots = Slots(model, batch_size)
     while True:
         lockstep.begin(slots.free)
@@ -45,7 +45,7 @@ def answer_all(
             lockstep.end_turn(row)
 
 
-class _Lockstep:
+class _BatchRollout:
     """Conversations under way, and those to come."""
 
     def __init__(

@@ -54,7 +54,7 @@ def turn_grammar(
 
     Raises: SchemaError.
     """
-    turn = _Turn() if tokenizer.native else _ForeignTurn(tokenizer)
+    turn = _Turn() if tokenizer.native else _HFTurn(tokenizer)
     return turn.grammar(wish, functions, schema)
 
 
@@ -174,7 +174,7 @@ class _Turn:
         yield self._terminal(f"BARE & /(?s:.{{{shortest},{'' if longest is None else longest}}})/")
 
 
-class _ForeignTurn(_Turn):
+class _HFTurn(_Turn):
     """A turn of another family: a call is a JSON object, between marks where the tokenizer has them."""
 
     space = '" "?'

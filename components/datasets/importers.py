@@ -23,7 +23,7 @@ from components.datasets.deduplication import hash_text
 from components.datasets.formats import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
 from components.datasets.preferences import read_preference
 from components.datasets.records import Record
-from components.validation.report import Findings, refusal, shown
+from components.validation.report import ValidationReport, refusal, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -63,7 +63,7 @@ def add(
     folder: Path,
     columns: Columns | None = None,
     replace: bool = False,
-    check: Callable[[Path], Findings] | None = None,
+    check: Callable[[Path], ValidationReport] | None = None,
 ) -> DatasetInfo:
     """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
 
@@ -199,7 +199,7 @@ def _column(record: Record, meaning: str, columns: Columns, meanings: Sequence[s
     return called[0]
 
 
-def _place(findings: Findings, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
+def _place(findings: ValidationReport, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
     """Say of each offending row where it stands in the user's file: the files are read once more."""
     import pyarrow.parquet as pq
 

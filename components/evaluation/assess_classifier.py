@@ -35,7 +35,7 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Said:
+class Predictions:
     """What one model says of all texts, in their order."""
 
     labels: list[str]
@@ -45,7 +45,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Asked:
+class HeldOutTexts:
     """The held-out texts."""
 
     rows: list[Row]
@@ -70,7 +70,7 @@ class Asked:
 def assess_classifier(run: StageRun) -> None:
     """Ask data/models/classifier and the baseline every held-out text; write data/assessment, metrics and plots."""
     params, collected = run.params, run.paths.collected
-    asked = read_asked(collected, params)
+    asked = read_held_out(collected, params)
     if not asked.rows:
         raise InputError("params.yaml: classifier.dataset: no held-out texts in it; add rows")
     reader = TextReader.load(run.paths.classifier)
@@ -97,35 +97,35 @@ def assess_classifier(run: StageRun) -> None:
             run.tracker.figure(draw(), name)
 
 
-def read_asked(collected: Path, params: Params) -> Asked:
+def read_held_out(collected: Path, params: Params) -> HeldOutTexts:
     """The first `assess.max_texts` held-out texts of each suite of the classifier's datasets."""
     most = params.assess.max_texts
     rows = chain.from_iterable(read_rows(collected / name, "test") for name in params.classifier.datasets)
-    asked = Asked(list(rows))
+    asked = HeldOutTexts(list(rows))
     chosen = sorted(place for places in asked.suites.values() for place in places[:most])
-    return Asked([asked.rows[place] for place in chosen])
+    return HeldOutTexts([asked.rows[place] for place in chosen])
 
 
-def predict(reader: TextReader, texts: Sequence[str], batch_size: int = 1024) -> tuple[Said, int]:
+def predict(reader: TextReader, texts: Sequence[str], batch_size: int = 1024) -> tuple[Predictions, int]:
     """What a classifier says of texts, and how many were longer than it reads."""
     upcoming = iter(texts)
     found = []
     while batch := list(islice(upcoming, batch_size)):
         found += reader.classify(batch)
     confidences = np.array([one.scores[one.label] for one in found], float)
-    return Said([one.label for one in found], confidences), sum(one.truncated for one in found)
+    return Predictions([one.label for one in found], confidences), sum(one.truncated for one in found)
 
 
-def baseline(collected: Path, params: Params, names: Sequence[str], texts: Sequence[str]) -> Said:
+def baseline(collected: Path, params: Params, names: Sequence[str], texts: Sequence[str]) -> Predictions:
     """What TF-IDF with logistic regression says, having learned from the texts that the classifier trains on."""
     known = [row for name in params.classifier.datasets for row in read_rows(collected / name, "train")]
     labels = sorted({row["label"] for row in known} | set(names))
     learned = ([row["text"] for row in known], [row["label"] for row in known])
     probabilities = tfidf_probabilities(*learned, labels, texts, params.seed)
-    return Said([labels[place] for place in probabilities.argmax(1)], probabilities.max(1))
+    return Predictions([labels[place] for place in probabilities.argmax(1)], probabilities.max(1))
 
 
-def measure(asked: Asked, said: Said, base: Said, names: Sequence[str]) -> Figures:
+def measure(asked: HeldOutTexts, said: Predictions, base: Predictions, names: Sequence[str]) -> Figures:
     """The figures of every suite, and of every label over all of them."""
     suites = {suite: _suite_figures(asked, said, base, places) for suite, places in asked.suites.items()}
     scores = (
@@ -140,7 +140,7 @@ def measure(asked: Asked, said: Said, base: Said, names: Sequence[str]) -> Figur
     return {"score": round(score, 6), "suites": suites, "labels": labels}
 
 
-def _suite_figures(asked: Asked, said: Said, base: Said, places: list[int]) -> Figures:
+def _suite_figures(asked: HeldOutTexts, said: Predictions, base: Predictions, places: list[int]) -> Figures:
     wanted = [asked.labels[place] for place in places]
     figures: Figures = {"texts": len(places)}
     for prefix, one in (("", said), ("baseline_", base)):
@@ -155,7 +155,7 @@ def _suite_figures(asked: Asked, said: Said, base: Said, places: list[int]) -> F
     return figures
 
 
-def _known(asked: Asked, said: Said, names: Sequence[str]) -> tuple[list[str], list[str]]:
+def _known(asked: HeldOutTexts, said: Predictions, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Labels and guesses of the texts whose labels the classifier knows."""
     known = set(names)
     pairs = [pair for pair in zip(asked.labels, said.labels, strict=True) if known.issuperset(pair)]
@@ -186,7 +186,7 @@ def flat_metrics(figures: Figures) -> dict[str, float]:
     return flat
 
 
-def write_predictions(folder: Path, asked: Asked, said: Said, base: Said, digest: str) -> None:
+def write_predictions(folder: Path, asked: HeldOutTexts, said: Predictions, base: Predictions, digest: str) -> None:
     """Write `PREDICTIONS` and `PREDICTIONS_OF`."""
     folder.mkdir(parents=True, exist_ok=True)
     columns: dict[str, Any] = {name: [row.get(name) for row in asked.rows] for name in ("id", "suite", "text", "label")}

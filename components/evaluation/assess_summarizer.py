@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from components.config.params import InputError, Params
 from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import nearest_targets
-from components.evaluation.gate import Slice, Verdict, decide
+from components.evaluation.gate import GateDecision, Slice, decide
 from components.evaluation.overlap import overlap
 from components.inference.summarizer import TextWriter
 from components.runtime.stage import StageRun
@@ -119,7 +119,7 @@ def flat_metrics(figures: Figures) -> dict[str, float]:
 
 def judge_summarizer(
     candidate: Path, champion: Path, collected: Path, params: Params, candidate_wrote: Path | None = None
-) -> Verdict:
+) -> GateDecision:
     """Whether the summarizer in `candidate` may replace that in `champion`: by the ROUGE-L of each text, in pairs.
 
     The folder `candidate_wrote` holds what `assess` kept, if anything; the champion writes anew.
@@ -132,7 +132,9 @@ def judge_summarizer(
     return judge_texts(asked, ours, theirs, params)
 
 
-def judge_texts(asked: Sequence[Row], candidate: Sequence[str], champion: Sequence[str], params: Params) -> Verdict:
+def judge_texts(
+    asked: Sequence[Row], candidate: Sequence[str], champion: Sequence[str], params: Params
+) -> GateDecision:
     """The verdict on texts written of all sources, in their order."""
     wanted = [row["target"] for row in asked]
     ours, theirs = overlap(candidate, wanted).each, overlap(champion, wanted).each

@@ -29,7 +29,7 @@ from components.evaluation.evaluate import (
     read_conversations,
     write_answers,
 )
-from components.evaluation.gate import Mode, Slice, Verdict, decide, report
+from components.evaluation.gate import GateDecision, Mode, Slice, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
 from components.evaluation.questions import answer_questions, read_questions
 from components.feedback.items import NO_CALL
@@ -73,7 +73,7 @@ class Model:
 class Judgement:
     """The verdict with what it was reached from."""
 
-    verdict: Verdict
+    verdict: GateDecision
     slices: list[Slice]
     score: float
     """Mean of the candidate's share of right answers over the skills."""

@@ -17,13 +17,13 @@ from components.config.params import Params
 from components.evaluation.assess_classifier import (
     PREDICTIONS,
     PREDICTIONS_OF,
-    Asked,
+    HeldOutTexts,
     baseline,
     held_out_digest,
     predict,
-    read_asked,
+    read_held_out,
 )
-from components.evaluation.gate import Slice, Verdict, decide
+from components.evaluation.gate import GateDecision, Slice, decide
 from components.inference.classifier import TextReader
 
 
@@ -34,12 +34,12 @@ def judge_classifier(
     params: Params,
     candidate_said: Path | None = None,
     champion_said: Path | None = None,
-) -> Verdict:
+) -> GateDecision:
     """Whether the classifier in `candidate` may replace that in `champion`; its reason says when the baseline beats it.
 
     The folders `..._said` hold the predictions that `assess` kept, if any; those of other texts are asked for again.
     """
-    asked = read_asked(collected, params)
+    asked = read_held_out(collected, params)
     ours, base = _said(candidate, candidate_said, asked, collected, params)
     theirs, _ = _said(champion, champion_said, asked, collected, params)
     if base is None:
@@ -48,8 +48,8 @@ def judge_classifier(
 
 
 def judge_guesses(
-    asked: Asked, candidate: Sequence[str], champion: Sequence[str], baseline: Sequence[str], params: Params
-) -> Verdict:
+    asked: HeldOutTexts, candidate: Sequence[str], champion: Sequence[str], baseline: Sequence[str], params: Params
+) -> GateDecision:
     """The verdict on guesses of all texts, in their order."""
     right = {
         name: [float(guess == label) for guess, label in zip(guesses, asked.labels, strict=True)]
@@ -74,7 +74,7 @@ def judge_guesses(
 
 
 def _said(
-    folder: Path, kept: Path | None, asked: Asked, collected: Path, params: Params
+    folder: Path, kept: Path | None, asked: HeldOutTexts, collected: Path, params: Params
 ) -> tuple[list[str], list[str] | None]:
     """A model's guesses, and the baseline's where they were kept with them."""
     if kept is not None and _of_these(kept, held_out_digest(collected, params)):

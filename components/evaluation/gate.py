@@ -47,7 +47,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Finding:
+class SkillResult:
     """What the tests say of one skill."""
 
     skill: str
@@ -75,20 +75,20 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateDecision:
     """Whether the candidate is promoted, and why."""
 
     promote: bool
     reason: str
     mode: Mode
     false_promotion_rate: float
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[SkillResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") -> Verdict:
+def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") -> GateDecision:
     """Judge a candidate by its paired scores; slices without questions are left out."""
     asked = [one for one in slices if len(one.champion)]
     needed = wins_needed(config.false_promotion_rate)
@@ -99,7 +99,7 @@ def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") ->
     falls = holm([p_greater(-one.differences) for one in asked])
     findings = [_find(one, gains.get(id(one), 1.0), fall, config) for one, fall in zip(asked, falls, strict=True)]
     promote, reason = _conclude(findings, {one.skill for one in wanted}, needed, mode)
-    return Verdict(promote, reason, mode, config.false_promotion_rate, findings)
+    return GateDecision(promote, reason, mode, config.false_promotion_rate, findings)
 
 
 def p_greater(differences: Values) -> float:
@@ -138,7 +138,7 @@ def wins_needed(rate: float) -> int:
     return math.ceil(math.log2(1 / rate))
 
 
-def _find(one: Slice, p_gain: float, p_fall: float, config: JudgeConfig) -> Finding:
+def _find(one: Slice, p_gain: float, p_fall: float, config: JudgeConfig) -> SkillResult:
     moved = one.differences
     candidate = float(np.mean(one.candidate))
     # What people spoke about may not really fall at all; elsewhere a fall within `max_fall` is let pass.
@@ -147,10 +147,10 @@ def _find(one: Slice, p_gain: float, p_fall: float, config: JudgeConfig) -> Find
     wins, losses = int((moved > 0).sum()), int((moved < 0).sum())
     outcome = "worse" if fell else "better" if gained else "even"
     champion = float(np.mean(one.champion))
-    return Finding(one.skill, one.target, len(moved), champion, candidate, wins, losses, p_gain, p_fall, outcome)
+    return SkillResult(one.skill, one.target, len(moved), champion, candidate, wins, losses, p_gain, p_fall, outcome)
 
 
-def _conclude(findings: Sequence[Finding], wanted: set[str], needed: int, mode: Mode) -> tuple[bool, str]:
+def _conclude(findings: Sequence[SkillResult], wanted: set[str], needed: int, mode: Mode) -> tuple[bool, str]:
     worse = sorted((one for one in findings if one.outcome == "worse"), key=lambda one: one.difference)
     better = [one for one in findings if one.outcome == "better"]
     if worse:
@@ -169,7 +169,7 @@ def _conclude(findings: Sequence[Finding], wanted: set[str], needed: int, mode: 
     return False, f"no gain is real: closest is {closest.told}, p = {closest.p_gain:.2g}"
 
 
-def report(verdict: Verdict, candidate: str, champion: str) -> str:
+def report(verdict: GateDecision, candidate: str, champion: str) -> str:
     """The verdict as a page of Markdown."""
     word = "promoted" if verdict.promote else "refused"
     lines = [

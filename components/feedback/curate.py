@@ -25,7 +25,7 @@ from components.config.params import InputError
 from components.datasets.formats import DatasetWriter, Row, Split, read_info, read_rows, write_json
 from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
 from components.runtime.stage import StageRun
-from components.token_rows.augmentation import Piece, with_noise
+from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.token_rows.preference_rows import write_preferences
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -38,7 +38,7 @@ MAX_TOLD = 40
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingExample:
     """One thing to learn from, whoever said it."""
 
     id: str
@@ -77,7 +77,7 @@ def curate(run: StageRun) -> None:
     run.progress(1, 1, train=str(len(train)), held_out=str(len(test)))
 
 
-def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> set[str]:
+def hold_out(lessons: Sequence[TrainingExample], share: float, seed: int) -> set[str]:
     """Keys of the held-out prompts: of each skill, one of every 1/share new prompts in the order they came.
 
     Which one of them is a fixed pseudo-random choice. So the share is kept also among few, and a prompt never
@@ -97,16 +97,16 @@ def hold_out(lessons: Sequence[Lesson], share: float, seed: int) -> set[str]:
     return chosen
 
 
-def _lessons(run: StageRun, name: str) -> Iterator[Lesson]:
+def _lessons(run: StageRun, name: str) -> Iterator[TrainingExample]:
     if name == FEEDBACK:
-        yield from map(lesson_of, read_items(run.paths.feedback))
+        yield from map(training_example_of, read_items(run.paths.feedback))
         return
     folder = run.paths.added / name
     info = read_info(folder)
     if info.kind != "preferences":
         raise InputError(f"params.yaml: align.dataset: {name!r} holds {info.kind}; align learns from preferences")
     for row in read_rows(folder, "train"):
-        yield Lesson(str(row["id"]), prompt_key(row["prompt"]), name, None, row)
+        yield TrainingExample(str(row["id"]), prompt_key(row["prompt"]), name, None, row)
 
 
 def _withdrawn(folder: Path) -> set[str]:
@@ -115,7 +115,7 @@ def _withdrawn(folder: Path) -> set[str]:
     return set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
 
 
-def lesson_of(item: Item) -> Lesson:
+def training_example_of(item: Item) -> TrainingExample:
     """What one vote teaches."""
     context, tools = answered(item), item.tools
     said: Row = {"role": "assistant", "content": item.answer}
@@ -133,15 +133,15 @@ def lesson_of(item: Item) -> Lesson:
         preference = {"prompt": list(item.messages), "chosen": liked, "rejected": disliked}
     if preference is not None:
         preference |= {"id": item.feedback_id, "tools": tools}
-    return Lesson(item.feedback_id, prompt_key(item.messages), item.skill, demonstration, preference)
+    return TrainingExample(item.feedback_id, prompt_key(item.messages), item.skill, demonstration, preference)
 
 
-def _write_datasets(folder: Path, train: Sequence[Lesson], test: Sequence[Lesson]) -> None:
+def _write_datasets(folder: Path, train: Sequence[TrainingExample], test: Sequence[TrainingExample]) -> None:
     with (
         DatasetWriter(folder / "demonstrations", "demonstrations", "conversations") as demonstrations,
         DatasetWriter(folder / "preferences", "preferences", "preferences") as preferences,
     ):
-        sides: tuple[tuple[Split, Sequence[Lesson]], ...] = (("train", train), ("test", test))
+        sides: tuple[tuple[Split, Sequence[TrainingExample]], ...] = (("train", train), ("test", test))
         for split, lessons in sides:
             for lesson in lessons:
                 if lesson.demonstration is not None:
@@ -152,7 +152,9 @@ def _write_datasets(folder: Path, train: Sequence[Lesson], test: Sequence[Lesson
                     preferences.write(split, lesson.preference)
 
 
-def _skills(train: Sequence[Lesson], test: Sequence[Lesson], min_corrections: int) -> dict[str, dict[str, Any]]:
+def _skills(
+    train: Sequence[TrainingExample], test: Sequence[TrainingExample], min_corrections: int
+) -> dict[str, dict[str, Any]]:
     """Per skill: corrections, how many are held out, votes, and whether its old wording no longer holds."""
     changes = Counter(
         lesson.skill for lesson in (*train, *test) if lesson.demonstration is not None and lesson.preference is not None
@@ -170,7 +172,7 @@ def _skills(train: Sequence[Lesson], test: Sequence[Lesson], min_corrections: in
     }
 
 
-def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Lesson], overruled: set[str]) -> Row:
+def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], overruled: set[str]) -> Row:
     """The token rows of everything that is trained on; returns how many there are of each."""
     seq_len = run.params.prepare.decoder.seq_len
     random = np.random.default_rng(run.params.seed)
@@ -217,7 +219,11 @@ def _replay(
         if skill_of(row["messages"]) in overruled:
             mask = _but_last_turn(mask)
         yield ids, mask
-        noisy = with_noise(ids, random, tokenizer) if random.random() < run.params.prepare.decoder.noise_share else None
+        noisy = (
+            with_token_noise(ids, random, tokenizer)
+            if random.random() < run.params.prepare.decoder.noise_share
+            else None
+        )
         if noisy:
             yield noisy, mask
 
@@ -244,7 +250,11 @@ def _told(
     times = min(MAX_TOLD, max(1, round(wanted / tokens))) if tokens else 0
     for number in range(times):
         for ids, mask in demonstrations:
-            noisy = with_noise(ids, random, tokenizer) if number and random.random() < run.params.curate.noise else None
+            noisy = (
+                with_token_noise(ids, random, tokenizer)
+                if number and random.random() < run.params.curate.noise
+                else None
+            )
             yield noisy or ids, mask
 
 

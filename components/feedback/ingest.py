@@ -36,7 +36,7 @@ WITHDRAWN = "withdrawn.json"
 
 
 @dataclass(frozen=True)
-class Taken:
+class IngestResult:
     """What one ingestion took in."""
 
     partition: str | None = None
@@ -46,14 +46,14 @@ class Taken:
     """By reason."""
 
 
-def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> Taken:
+def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> IngestResult:
     """Take in the next votes behind the watermark, at most `max_items` of them.
 
     Raises: InputError when the folder belongs to another store; Refused by a suite that the whole table breaks.
     """
     votes = store.behind_watermark(config.max_items)
     if not votes:
-        return Taken()
+        return IngestResult()
     if store.watermark() and not folder.is_dir():
         raise InputError(f'{folder}: not found, but partitions were written there; run "dvc checkout {folder.name}"')
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> Ta
     digests = {item["feedback_id"]: content_digest(item) for item in items}
     outcomes = [_outcome(vote, reasons.get(vote["id"]), digests.get(vote["id"], "")) for vote in votes]
     store.commit_partition(name, digest, outcomes)
-    return Taken(name, len(accepted), dict(Counter(reasons.values()).most_common()))
+    return IngestResult(name, len(accepted), dict(Counter(reasons.values()).most_common()))
 
 
 def judge(
@@ -162,18 +162,18 @@ def write_durably(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def withdrawn_text(store: Store) -> bytes:
+def revocations_text(store: Store) -> bytes:
     """What `withdrawn.json` should say."""
     return (json.dumps(store.withdrawn(), indent=1, sort_keys=True) + "\n").encode()
 
 
-def withdrawals_are_written(store: Store, folder: Path) -> bool:
+def revocations_are_written(store: Store, folder: Path) -> bool:
     """Whether `withdrawn.json` says what the store says; where nothing was taken in, there is none to write."""
     path = folder / WITHDRAWN
-    return path.read_bytes() == withdrawn_text(store) if path.is_file() else not store.watermark()
+    return path.read_bytes() == revocations_text(store) if path.is_file() else not store.watermark()
 
 
-def write_withdrawals(store: Store, folder: Path) -> None:
+def write_revocations(store: Store, folder: Path) -> None:
     """Say in `withdrawn.json` which items of the partitions no longer count."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / WITHDRAWN, withdrawn_text(store))
+    write_durably(folder / WITHDRAWN, revocations_text(store))

@@ -24,7 +24,7 @@ from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 
-__all__ = ["Answered", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
+__all__ = ["AnswerRecord", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
 
 Rating = Literal["up", "down"]
 
@@ -34,7 +34,7 @@ class UnknownCompletion(InputError):
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerRecord:
     """One finished answer."""
 
     content: str
@@ -92,12 +92,12 @@ class Store(Ledger, Keys):
         with self._write(synced=False) as connection:
             connection.execute(REQUESTS.insert(), row)
 
-    def add_answer(self, completion_id: str, answer: Answered) -> None:
+    def add_answer(self, completion_id: str, answer: AnswerRecord) -> None:
         """Record the answer to a recorded request."""
         self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
     def add_exchange(
-        self, completion_id: str, model: str, body: Mapping[str, Any], asked: float, answer: Answered
+        self, completion_id: str, model: str, body: Mapping[str, Any], asked: float, answer: AnswerRecord
     ) -> None:
         """Record what was asked at `asked` (Unix time) together with its answer, in half the time of one by one."""
         row = {"id": completion_id, "created": asked, "model": model, "body": dict(body)}
@@ -179,7 +179,7 @@ class Store(Ledger, Keys):
             }
 
 
-def _answer_row(completion_id: str, answer: Answered) -> dict[str, Any]:
+def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:
     row = {"request_id": completion_id, "created": time.time(), **vars(answer)}
     row["content"] = answer.content.replace("\0", "\ufffd")  # PostgreSQL's text has no NUL
     return row

@@ -10,7 +10,7 @@ from typing import Any
 from components.datasets.formats import Row
 from components.feedback.items import FORM, NO_CALL, prompt_key
 from components.feedback.privacy import mask
-from components.tokenization.response_format import asked_form
+from components.tokenization.response_format import requested_format
 
 
 def item_of(vote: Mapping[str, Any]) -> Row:
@@ -19,7 +19,7 @@ def item_of(vote: Mapping[str, Any]) -> Row:
     `vote` is what `Store.behind_watermark` returns, with an answer.
     """
     body: Mapping[str, Any] = vote["body"]
-    form = asked_form(body.get("response_format"))
+    form = requested_format(body.get("response_format"))
     messages = [*([form] if form else []), *(body.get("messages") or [])]
     return {
         "feedback_id": vote["id"],

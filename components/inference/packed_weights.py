@@ -64,7 +64,7 @@ def _packable(model: Decoder) -> bool:
 
 
 @torch.inference_mode()
-def packing_pays(model: Decoder) -> bool:
+def should_pack(model: Decoder) -> bool:
     """Whether the model's products, few rows and many, take less time with packed weights.
 
     All of them in turn: a weight that is still in the processor's caches would say nothing of steps.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.models.fused import RMSNorm, pays, self_attention
+from components.models.fused import RMSNorm, self_attention, should_fuse
 from components.models.positions import Rotary, rotate
 
 Pair = tuple[Tensor, Tensor]
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         query sees every key. `rotary` turns queries and keys. `cache` is extended by this call's keys and values.
         `context` may be what `remember` made of it, so that decoding reads a context once.
         """
-        if pays(x) and context is None and cache is None and mask is not None and rotary is not None:
+        if should_fuse(x) and context is None and cache is None and mask is not None and rotary is not None:
             return self._train_on_cpu(x, mask, rotary)
         if context is None:
             queries, keys, values = self._project(x, rotary)

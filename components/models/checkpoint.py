@@ -114,7 +114,7 @@ def _opened(
     files = weight_files(folder)
     found = {_today(name): Stored(file, name) for file in files for name in _names_in(file)}
     config = form.settle(config, found)
-    with torch.device(device or "cpu"), _Undrawn():
+    with torch.device(device or "cpu"), _SkipInitialization():
         model = form.model(config).to(dtype)
     wanted = dict(_hub_tensors(model, form))
     absent = {name: wanted[name] for name in wanted.keys() - found.keys() if name.startswith(form.optional)}
@@ -207,7 +207,7 @@ def _draw(weights: Sequence[Tensor]) -> None:
         weight.copy_(torch.empty(weight.shape).normal_(generator=generator) * std)
 
 
-class _Undrawn(TorchFunctionMode):
+class _SkipInitialization(TorchFunctionMode):
     """Leaves out drawing initial weights, which are read right after (torch's meta device costs seconds of imports)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -27,7 +27,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def settle_cpu() -> None:
+def configure_cpu() -> None:
     """What makes steps faster on a CPU; to be called before torch starts its threads, which inherit the first of it."""
     torch.set_flush_denormal(True)  # probabilities fade below what a CPU multiplies at full speed
     if sys.platform != "linux":

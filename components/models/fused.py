@@ -19,7 +19,7 @@ QUERY_BLOCK = 64
 """Queries whose scores are made at a time: small enough to stay in the caches and to skip much that is hidden."""
 
 
-def pays(x: Tensor) -> bool:
+def should_fuse(x: Tensor) -> bool:
     """Whether this call is one of training on a CPU, and no compiler fuses the plain functions itself."""
     return torch.is_grad_enabled() and not x.is_cuda and not torch.compiler.is_compiling()
 
@@ -28,7 +28,7 @@ class RMSNorm(nn.RMSNorm):
     """Scale to root mean square one, then by a learned gain (arXiv 1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if pays(x):
+        if should_fuse(x):
             apply = cast(Callable[..., Tensor], _RMSNorm.apply)
             return apply(x, self.weight, self.eps or 0.0)
         if x.is_cuda or torch.is_grad_enabled():
@@ -66,7 +66,7 @@ def _norm_backward(grad: Tensor, normed: Tensor, along: Tensor) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of (..., 2 * hidden_dim)."""
-    if not pays(gate_up):
+    if not should_fuse(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
     apply = cast(Callable[..., Tensor], _SwiGLU.apply)

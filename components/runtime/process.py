@@ -63,10 +63,10 @@ def heed_interrupts() -> None:
 
 
 @contextmanager
-def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
+def file_lock(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock `NAME.lock` in `folder`; it falls with the process, however that ends.
 
-    Raises: InputError naming the holder when it is still held after `patience` seconds.
+    Raises: InputError naming the lock_owner when it is still held after `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("a+", encoding="utf-8") as file:
@@ -74,8 +74,8 @@ def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
         while not _try_lock(file.fileno()):
             if time.monotonic() >= deadline:
                 file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InputError(f"{name}: already running as process {holder}; wait for it, or stop it with kill")
+                lock_owner = file.read().strip() or "unknown"
+                raise InputError(f"{name}: already running as process {lock_owner}; wait for it, or stop it with kill")
             time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -83,7 +83,7 @@ def only_one(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-def holder(folder: Path, name: str) -> int | None:
+def lock_owner(folder: Path, name: str) -> int | None:
     """The process that holds the lock `NAME.lock`, or None."""
     path = folder / f"{name}.lock"
     if not path.exists():

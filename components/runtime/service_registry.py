@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from components.runtime.process import alive, holder
+from components.runtime.process import alive, lock_owner
 
 LOCK = "up"
 FILE = "services.json"
@@ -25,7 +25,7 @@ def running(home: Path) -> dict[str, str]:
     except (FileNotFoundError, ValueError):
         return {}
     # The lock falls with its process; the number in the file alone could by now be another program's.
-    if not alive(written["pid"]) or holder(home, LOCK) != written["pid"]:
+    if not alive(written["pid"]) or lock_owner(home, LOCK) != written["pid"]:
         return {}
     addresses: dict[str, str] = written["addresses"]
     return addresses
@@ -38,7 +38,7 @@ def publish(home: Path, addresses: dict[str, str]) -> None:
     scratch.replace(home / FILE)
 
 
-def withdraw(home: Path) -> None:
+def unregister(home: Path) -> None:
     """The services end."""
     (home / FILE).unlink(missing_ok=True)
 

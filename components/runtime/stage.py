@@ -28,7 +28,7 @@ import yaml
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, find_root
-from components.runtime.process import end_on_signals, end_with_parent, only_one
+from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
 
@@ -250,7 +250,7 @@ def run_stage(name: str, root: Path) -> int:
     paths = Paths(root)
     started, message = time.time(), ""
     try:
-        with only_one(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
+        with file_lock(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
             _run_locked(name, paths)
         code = 0
     except (InputError, Refused) as error:

@@ -54,7 +54,7 @@ class Service:
 
 
 @dataclass
-class Kept:
+class SupervisedService:
     """A service and how it fares."""
 
     service: Service
@@ -73,8 +73,10 @@ class Kept:
 class Supervisor:
     """Keeps services running until `stop`."""
 
-    def __init__(self, services: Sequence[Service], logs: Path, root: Path, tell: Callable[[Kept], None]) -> None:
-        self.kept = [Kept(service, logs / f"{service.name}.log") for service in services]
+    def __init__(
+        self, services: Sequence[Service], logs: Path, root: Path, tell: Callable[[SupervisedService], None]
+    ) -> None:
+        self.kept = [SupervisedService(service, logs / f"{service.name}.log") for service in services]
         self._root, self._tell = root, tell
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -103,7 +105,7 @@ class Supervisor:
             if kept.process is not None:
                 kept.process.wait()
 
-    def _start(self, kept: Kept) -> None:
+    def _start(self, kept: SupervisedService) -> None:
         if not kept.service.may_start():
             if not kept.told_waiting:
                 kept.told_waiting = True
@@ -126,14 +128,14 @@ class Supervisor:
         kept.started = time.monotonic()
         kept.state, kept.told_waiting = "starting", False
 
-    def _ask(self, kept: Kept) -> None:
+    def _ask(self, kept: SupervisedService) -> None:
         kept.unanswered = 0 if kept.service.lives() else kept.unanswered + 1
         kept.next_ask = time.monotonic() + SECONDS_BETWEEN_ASKS
         if kept.unanswered >= UNANSWERED_ASKS:
             self._change(kept, "hung")
             _kill_session(kept)
 
-    def _died(self, kept: Kept) -> None:
+    def _died(self, kept: SupervisedService) -> None:
         # The rest of its session must not hold its port, nor train on.
         _kill_session(kept)
         quick = time.monotonic() - kept.started < QUICK_DEATH_SECONDS
@@ -142,7 +144,7 @@ class Supervisor:
         self._change(kept, "given up" if kept.deaths >= QUICK_DEATHS else "pausing")
         kept.process = None
 
-    def _change(self, kept: Kept, state: State) -> None:
+    def _change(self, kept: SupervisedService, state: State) -> None:
         kept.state = state
         self._tell(kept)
 
@@ -156,7 +158,7 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _kill_session(kept: Kept) -> None:
+def _kill_session(kept: SupervisedService) -> None:
     assert kept.process is not None
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(kept.process.pid, signal.SIGKILL)

@@ -23,7 +23,7 @@ REPLACED = 0.35
 """Chance of each token of a copied span to be replaced."""
 
 
-def copying_rows(
+def copy_augmented_rows(
     names: Sequence[str], tokenizer: ChatTokenizer, count: int, seq_len: int, seed: int
 ) -> Iterator[list[Piece]]:
     """Rows of spans that come again, in another order.
@@ -52,7 +52,7 @@ def _span(random: np.random.Generator, encoded: Sequence[list[int]], vocab_size:
     return span
 
 
-def with_noise(ids: list[int], random: np.random.Generator, tokenizer: ChatTokenizer) -> list[int] | None:
+def with_token_noise(ids: list[int], random: np.random.Generator, tokenizer: ChatTokenizer) -> list[int] | None:
     """The conversation with random tokens in its copied spans, alike in every place; None without such spans."""
     noisy = list(ids)
     changed = False

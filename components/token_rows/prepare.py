@@ -12,7 +12,7 @@ import numpy as np
 from components.config.params import InputError
 from components.datasets.formats import read_info, read_rows, refuse_other_kinds, write_json
 from components.runtime.stage import StageRun
-from components.token_rows.augmentation import Piece, copying_rows, with_noise
+from components.token_rows.augmentation import Piece, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
 from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, section_of, tuned_tokenizer
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -65,7 +65,7 @@ def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Pa
         if split == "train":
             share = run.params.prepare.decoder.copy_share
             names = _names(folders)
-            for row in copying_rows(
+            for row in copy_augmented_rows(
                 names, tokenizer, int(writer.rows * share / (1 - share)), writer.seq_len, run.params.seed
             ):
                 writer.add(row)
@@ -103,7 +103,7 @@ def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer)
     for ids, mask in pieces:
         yield ids, mask
         if random.random() < run.params.prepare.decoder.noise_share:
-            noisy = with_noise(ids, random, tokenizer)
+            noisy = with_token_noise(ids, random, tokenizer)
             if noisy:
                 yield noisy, mask
 

@@ -16,7 +16,7 @@ from components.config.params import InputError
 from components.datasets.formats import Row, read_rows, shards, write_json
 from components.runtime.stage import StageRun
 from components.token_rows.sentence_pairs import Sentence, pairs, sentences
-from components.token_rows.variable_length import NO_PAIR, SPECIAL, RaggedWriter
+from components.token_rows.variable_length import NO_PAIR, SPECIAL, VariableLengthWriter
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 
 BATCH = 512
@@ -184,10 +184,10 @@ class _Rows:
         self._folder = run.paths.tokens(run.family) / objective
         self._section = section_of(run, objective)
         self._tokenizer, self._tokens, self._numbers = tokenizer, tokens, numbers
-        self._writers: dict[str, RaggedWriter] = {}
+        self._writers: dict[str, VariableLengthWriter] = {}
 
-    def writer(self, split: str) -> RaggedWriter:
-        self._writers[split] = RaggedWriter(self._folder, split, self._tokens, self._numbers)
+    def writer(self, split: str) -> VariableLengthWriter:
+        self._writers[split] = VariableLengthWriter(self._folder, split, self._tokens, self._numbers)
         return self._writers[split]
 
     def close(self, seq_len: int, facts: Mapping[str, object], counts: Counts) -> Counts:

@@ -30,7 +30,7 @@ NO_PAIR = 2
 """`random` of a row that has one segment alone; else 1 where the second is of another document."""
 
 
-class RaggedWriter:
+class VariableLengthWriter:
     """Append rows of one split. `tokens` maps each per-token field to its type, `numbers` each per-row field.
 
     A field named `a.b` has the lengths of the field `a`.
@@ -61,8 +61,8 @@ class RaggedWriter:
             file.close()
 
 
-class RaggedRows:
-    """One split of a folder that `RaggedWriter` wrote; rows are read from disk when asked for."""
+class VariableLengthRows:
+    """One split of a folder that `VariableLengthWriter` wrote; rows are read from disk when asked for."""
 
     measured = "ids"
     """The field by which rows count as long or short."""
@@ -125,7 +125,7 @@ def tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class SentencePairs(RaggedRows):
+class SentencePairs(VariableLengthRows):
     """`[CLS] A [SEP] B [SEP]`, B what follows A or a passage of another document: what BERT is pretrained on.
 
     Nothing is masked here; `words` of a row numbers its tokens' words, so that whole words can be.
@@ -158,7 +158,7 @@ class SentencePairs(RaggedRows):
         )
 
 
-class Chunks(RaggedRows):
+class Chunks(VariableLengthRows):
     """Running text of documents, each ended by `</s>`, cut into pieces of seq_len tokens: T5 hides spans of them."""
 
     def ids(self, index: int) -> Numbers:
@@ -171,7 +171,7 @@ class Chunks(RaggedRows):
         return tensors({"input_ids": padded(ids, self.pad_id), "attention_mask": mask})
 
 
-class LabelledRows(RaggedRows):
+class LabelledRows(VariableLengthRows):
     """Texts with the number of their label: what a classifier learns from."""
 
     @property
@@ -193,7 +193,7 @@ class LabelledRows(RaggedRows):
         )
 
 
-class TextPairRows(RaggedRows):
+class TextPairRows(VariableLengthRows):
     """Sources with what is to be written of them."""
 
     measured = "source"

@@ -30,7 +30,7 @@ PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
-class ForeignTokenizer(ChatTokenizer):
+class HFChatTokenizer(ChatTokenizer):
     """A tokenizer with the special tokens, the template and the calls of another model family."""
 
     native = False
@@ -209,4 +209,4 @@ def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
     template = read_template(folder, config)
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return ChatTokenizer(tokenizer, template)
-    return ForeignTokenizer(tokenizer, template, config, folder)
+    return HFChatTokenizer(tokenizer, template, config, folder)

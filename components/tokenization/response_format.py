@@ -13,7 +13,7 @@ MAX_KEYS = 12
 """Keys that are named; of more a small context would be full."""
 
 
-def form_message(keys: Iterable[str] = ()) -> dict[str, Any]:
+def format_message(keys: Iterable[str] = ()) -> dict[str, Any]:
     """The system message that asks for JSON with these keys; for any JSON where none are given."""
     named = ", ".join(list(keys)[:MAX_KEYS])
     return {"role": "system", "content": f"Answer in JSON: {named}" if named else "Answer in JSON"}
@@ -25,9 +25,9 @@ def schema_keys(schema: Mapping[str, Any] | bool) -> list[str]:
     return [str(key) for key in properties] if isinstance(properties, Mapping) else []
 
 
-def asked_form(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def requested_format(response_format: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The message for OpenAI's `response_format`; None where it asks for words."""
     given = response_format or {}
     if given.get("type") not in ("json_object", "json_schema"):
         return None
-    return form_message(schema_keys((given.get("json_schema") or {}).get("schema") or {}))
+    return format_message(schema_keys((given.get("json_schema") or {}).get("schema") or {}))

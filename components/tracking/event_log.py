@@ -35,7 +35,7 @@ def warn_on_failure(name: str) -> Iterator[None]:
         print(f"{name}: not written: {reason}; going on without", file=sys.stderr, flush=True)
 
 
-class Journal:
+class EventLog:
     """The tracker a stage talks to. A context manager: leaving it says how the stage ended."""
 
     def __init__(self, folder: Path, stage: str, key: str) -> None:
@@ -44,14 +44,14 @@ class Journal:
         parent = os.environ.get(PARENT_RUN)
         self._say("start", name=stage, tags={"stage": stage, "key": key}, parent=parent, pid=os.getpid())
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> EventLog:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         stopped = exc_type is not None and not issubclass(exc_type, Exception)
         self._say("end", status="KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
 
-    def child(self, name: str) -> Journal:
+    def child(self, name: str) -> EventLog:
         """A run within this one, such as a trial of a search; a context manager too."""
         child = copy.copy(self)
         child._child = {"child": self._lines.number()}
@@ -93,7 +93,7 @@ class Journal:
 
 
 class _Lines:
-    """The file that a journal and its children write into."""
+    """The file that a event_log and its children write into."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class _Lines:
         self.attempt(lambda: folder.mkdir(parents=True))
 
     def number(self) -> int:
-        """One that nothing else in this journal has."""
+        """One that nothing else in this event_log has."""
         with self._lock:
             self._count += 1
             return self._count

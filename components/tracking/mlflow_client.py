@@ -25,8 +25,8 @@ from urllib.parse import unquote, urlparse
 
 from components.config.params import InputError
 from components.runtime.model_tasks import Task, task_of
-from components.runtime.process import alive, only_one
-from components.tracking.event_log import Journal
+from components.runtime.process import alive, file_lock
+from components.tracking.event_log import EventLog
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 EXPERIMENT = "loopwright"
 DATABASE = "mlflow.db"
 """In the folder `mlflow` of the state folder."""
-COURIER = "LOOPWRIGHT_COURIER"
+UPLOADER = "LOOPWRIGHT_COURIER"
 """Environment variable with the process that carries journals for everyone."""
 
 _SETTINGS = {
@@ -81,7 +81,7 @@ def connect(home: Path) -> MlflowClient:
     client = MlflowClient(uri, uri)
     try:
         # Two processes that create the tables at once would trip over each other.
-        with only_one(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+        with file_lock(home / "mlflow", "database", patience=_DATABASE_SECONDS):
             if not given:
                 relocate(home)
             if client.get_experiment_by_name(EXPERIMENT) is None:
@@ -151,26 +151,26 @@ def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
 
 
 @contextmanager
-def open_tracker(stage: str, key: str, home: Path) -> Iterator[Journal]:
-    """A tracker for one stage; carries its journal itself when no run of the orchestrator does."""
+def open_tracker(stage: str, key: str, home: Path) -> Iterator[EventLog]:
+    """A tracker for one stage; carries its event_log itself when no run of the orchestrator does."""
     folder = home / "tracking"
-    carried = alive(int(os.environ.get(COURIER, "0")))
-    courier = None if carried else Courier(home)
-    if courier:
-        courier.start()
+    carried = alive(int(os.environ.get(UPLOADER, "0")))
+    uploader = None if carried else Uploader(home)
+    if uploader:
+        uploader.start()
     try:
-        with Journal(folder, stage, key) as journal:
-            yield journal
+        with EventLog(folder, stage, key) as event_log:
+            yield event_log
     finally:
-        if courier:
-            courier.finish()
+        if uploader:
+            uploader.finish()
 
 
-class Courier(threading.Thread):
+class Uploader(threading.Thread):
     """Carries journals to MLflow in the background while a run goes on."""
 
     def __init__(self, home: Path) -> None:
-        super().__init__(name="courier", daemon=True)
+        super().__init__(name="uploader", daemon=True)
         self.folder = home / "tracking"
         self._home = home
         self._finishing = threading.Event()
@@ -192,10 +192,10 @@ class Courier(threading.Thread):
             print(f"tracking: {trouble}; kept in {self.folder}, goes with the next run", file=sys.stderr, flush=True)
 
     def _round(self, patience: float) -> str:
-        """Carry what is new; returns what went wrong. One courier at a time: it carries everyone's journals."""
+        """Carry what is new; returns what went wrong. One uploader at a time: it carries everyone's journals."""
         try:
             self._client = self._client or connect(self._home)
-            with only_one(self.folder, "courier", patience):
+            with file_lock(self.folder, "uploader", patience):
                 for lines in sorted(self.folder.glob("*/lines.jsonl")):
                     _carry(self._client, lines.parent)
         except InputError as error:
@@ -214,7 +214,7 @@ def errors() -> tuple[type[Exception], ...]:
 
 
 def _carry(client: MlflowClient, folder: Path) -> None:
-    """Send the lines of one journal that were not sent yet; a finished journal is removed."""
+    """Send the lines of one event_log that were not sent yet; a finished event_log is removed."""
     memory = folder / "delivered.json"
     sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0, "children": {}}
     if memory.exists():

@@ -43,7 +43,7 @@ FAMILIES: dict[type[Any], Family] = {Decoder: "decoder", Encoder: "encoder", Enc
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelInfo:
     """What a model folder turned out to hold."""
 
     family: Family
@@ -52,7 +52,7 @@ class Found:
     vocab_size: int
 
 
-def look_at(folder: Path) -> Found:
+def inspect_model(folder: Path) -> ModelInfo:
     """Check that a folder holds a model that we can run and train, with its tokenizer.
 
     Raises: InputError naming what is missing, unknown, misshapen or not supported.
@@ -72,7 +72,7 @@ def look_at(folder: Path) -> Found:
             " config.json; give the tokenizer that the model was trained with"
         )
     architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    return Found(family, architecture, model.num_parameters, model.config.vocab_size)
+    return ModelInfo(family, architecture, model.num_parameters, model.config.vocab_size)
 
 
 def _count_tokens(folder: Path, family: Family) -> int:
@@ -82,7 +82,7 @@ def _count_tokens(folder: Path, family: Family) -> int:
     return tokenizer.vocab_size
 
 
-def bring_in(folder: Path, found: Found, name: str, registry: Registry) -> ModelVersion:
+def import_model(folder: Path, found: ModelInfo, name: str, registry: Registry) -> ModelVersion:
     """Register a model folder that was looked at; where no gate governs the name, the version is its champion.
 
     Raises: InputError when the disk is full.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from components.config.params import InputError
-from components.runtime.process import only_one
+from components.runtime.process import file_lock
 from components.tracking.mlflow_client import (
     DATABASE,
     connect,
@@ -242,7 +242,7 @@ class Registry:
 
         Raises: InputError when another process does so for longer than `_MOVE_SECONDS`.
         """
-        return only_one(self.home / "mlflow", "aliases", _MOVE_SECONDS)
+        return file_lock(self.home / "mlflow", "aliases", _MOVE_SECONDS)
 
     def _crown(self, name: str, version: int, before: int | str | None) -> None:
         """Make a version champion, with `before` as its `previous`.

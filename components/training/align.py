@@ -13,7 +13,7 @@ import torch
 
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device, compute_dtype, settle_cpu
+from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows
@@ -30,7 +30,7 @@ def align(run: StageRun) -> None:
 
     Raises: InputError when model and rows do not fit, when there is nothing to learn, or when saving fails.
     """
-    settle_cpu()
+    configure_cpu()
     config, curated = run.params.align, run.paths.curated
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)

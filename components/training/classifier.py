@@ -32,8 +32,8 @@ from components.training.early_stopping import EarlyStopping
 from components.training.loop import train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, refuse_other_vocabulary, report
-from components.training.rows import AdaptedRows, HiddenRows
-from components.training.search import Range, TrialWatch, Tried, Values, best_of, search
+from components.training.rows import AdaptedRows, TokenDropoutRows
+from components.training.search import Range, TrialMonitor, Tried, Values, best_of, search
 
 if TYPE_CHECKING:
     import optuna
@@ -107,7 +107,7 @@ class Finetuning:
         given = {name: float(getattr(config, name)) for name in _ranges(config)}
         return search(config.trials, self.run.params.seed, given, _ranges(config), self._attempt)
 
-    def _attempt(self, trial: optuna.trial.Trial, values: Values) -> TrialWatch:
+    def _attempt(self, trial: optuna.trial.Trial, values: Values) -> TrialMonitor:
         config = self.config
         title, before = f"trial-{trial.number}", config.adapt_steps + trial.number * config.trial_steps
         settings = config.model_copy(update={**values, "max_steps": config.trial_steps})
@@ -115,7 +115,7 @@ class Finetuning:
             tracker.params(values)
             part = self.part(title, before, tracker)
             model = self._new_model(settings)
-            watch = TrialWatch(
+            watch = TrialMonitor(
                 trial, lambda: self.score(model), settings.validation_steps, settings.patience, _told(part, tracker)
             )
             self._train(part, settings, model, watch)
@@ -139,7 +139,7 @@ class Finetuning:
         return model
 
     def _train(self, part: Part, settings: ClassifierConfig, model: Classifier, watch: EarlyStopping) -> Any:
-        rows = HiddenRows(self.rows, self.tokenizer, settings.hidden_share, self.run.params.seed)
+        rows = TokenDropoutRows(self.rows, self.tokenizer, settings.hidden_share, self.run.params.seed)
         return train(part, settings, model, rows, classification(self.weights, settings.label_smoothing), watch)
 
     def score(self, model: Classifier) -> float:
@@ -160,7 +160,7 @@ def finetune_classifier(run: StageRun) -> None:
     merge_lora(model)
     logits = validation_logits(model, work.validation)
     temperature = fit_temperature(logits, torch.from_numpy(work.validation.numbers("label")))
-    cool(model, temperature)
+    apply_temperature(model, temperature)
     save_model(model, run.paths.classifier, work.base)
     facts: dict[str, float | int | str | None] = {
         "validation_macro_f1": watch.best_score,
@@ -257,7 +257,7 @@ def class_weights(numbers: npt.NDArray[np.int64], count: int, power: float) -> n
 
 
 @torch.no_grad()
-def cool(model: Classifier, temperature: float) -> None:
+def apply_temperature(model: Classifier, temperature: float) -> None:
     """Divide the logits by a temperature, within the head: any reader of the folder gets calibrated probabilities."""
     model.head.weight.div_(temperature)
     model.head.bias.div_(temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.models.devices import settle_cpu
+from components.models.devices import configure_cpu
 from components.runtime.stage import StageRun
 from components.training.classifier import finetune_classifier
 from components.training.summarizer import finetune_summarizer
@@ -13,5 +13,5 @@ def finetune(run: StageRun) -> None:
 
     Raises: InputError when base and rows do not fit, when there is nothing to learn, or when saving fails.
     """
-    settle_cpu()
+    configure_cpu()
     {"classifier": finetune_classifier, "summarizer": finetune_summarizer}[run.item](run)

@@ -45,7 +45,7 @@ class Measured:
     window_targets: float = 0
 
 
-class Watch(Protocol):
+class TrainingMonitor(Protocol):
     """Looks at a model in training every so many steps, remembers its best weights, and may end the training."""
 
     every: int
@@ -70,7 +70,7 @@ class Training(Generic[M]):
     """One model being trained: everything that a step changes."""
 
     def __init__(
-        self, model: M, objective: Objective[M], config: TrainConfig, seed: int, watch: Watch | None = None
+        self, model: M, objective: Objective[M], config: TrainConfig, seed: int, watch: TrainingMonitor | None = None
     ) -> None:
         self.model, self.objective, self.config, self.seed = model, objective, config, seed
         self.watch = watch
@@ -182,7 +182,12 @@ class Training(Generic[M]):
 
 
 def train(
-    run: StageRun, config: TrainConfig, model: M, rows: Rows, objective: Objective[M], watch: Watch | None = None
+    run: StageRun,
+    config: TrainConfig,
+    model: M,
+    rows: Rows,
+    objective: Objective[M],
+    watch: TrainingMonitor | None = None,
 ) -> Measured:
     """Train `model` in place, going on from the last checkpoint where there is one.
 

@@ -13,7 +13,7 @@ import torch
 from components.config.model_settings import TrainConfig
 from components.models.checkpoint import save_model
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.devices import settle_cpu
+from components.models.devices import configure_cpu
 from components.models.encoder import EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.runtime.stage import StageRun
@@ -31,7 +31,7 @@ def pretrain(run: StageRun) -> None:
 
     Raises: InputError when there is nothing to learn, or when saving fails.
     """
-    settle_cpu()
+    configure_cpu()
     {"decoder": _decoder, "encoder": _encoder, "encoder_decoder": _encoder_decoder}[run.family](run)
 
 

@@ -10,11 +10,18 @@ import torch
 
 from components.config.model_settings import EncoderDecoderPretrainConfig, EncoderPretrainConfig
 from components.token_rows.batches import IGNORED, Batch, Indices
-from components.token_rows.variable_length import Chunks, LabelledRows, RaggedRows, SentencePairs, seq2seq, tensors
+from components.token_rows.variable_length import (
+    Chunks,
+    LabelledRows,
+    SentencePairs,
+    VariableLengthRows,
+    seq2seq,
+    tensors,
+)
 from components.tokenization.text_tokenizer import CLS, MASK, SEP, TextTokenizer
 from components.training.corruption import corrupt_spans, mask_tokens
 
-R = TypeVar("R", bound=RaggedRows)
+R = TypeVar("R", bound=VariableLengthRows)
 
 
 class _Shown(Generic[R]):
@@ -42,7 +49,7 @@ class MaskedRows(_Shown[SentencePairs]):
     ) -> None:
         super().__init__(pairs, seed)
         self.config = config
-        self._hiding = Hiding(tokenizer)
+        self._hiding = TokenMasking(tokenizer)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, token_type_ids and attention_mask (B, T); next_sentence_labels (B,)."""
@@ -61,7 +68,7 @@ class AdaptedRows(_Shown[LabelledRows]):
     def __init__(self, texts: LabelledRows, tokenizer: TextTokenizer, masked_share: float, seed: int) -> None:
         super().__init__(texts, seed)
         self.masked_share = masked_share
-        self._hiding = Hiding(tokenizer)
+        self._hiding = TokenMasking(tokenizer)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `MaskedRows`."""
@@ -70,7 +77,7 @@ class AdaptedRows(_Shown[LabelledRows]):
         return batch | tensors(hidden) | {"next_sentence_labels": torch.full((len(indices),), IGNORED)}
 
 
-class Hiding:
+class TokenMasking:
     """Masks tokens of an encoder's rows."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
@@ -134,13 +141,13 @@ class SpanRows(_Shown[Chunks]):
         return corrupt_spans(text[: self.seq_len - 1], random, self._sentinels, self._end, share, length)
 
 
-class HiddenRows(_Shown[LabelledRows]):
+class TokenDropoutRows(_Shown[LabelledRows]):
     """Labelled texts with a share of their tokens shown as [MASK], so that no single word is relied on."""
 
     def __init__(self, texts: LabelledRows, tokenizer: TextTokenizer, share: float, seed: int) -> None:
         super().__init__(texts, seed)
         self.share = share
-        self._hiding = Hiding(tokenizer)
+        self._hiding = TokenMasking(tokenizer)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """As that of `LabelledRows`."""

@@ -44,7 +44,7 @@ class Tried:
     pruned: bool
 
 
-class TrialWatch(EarlyStopping):
+class TrialMonitor(EarlyStopping):
     """Early stopping that also ends a trial which does worse than the median of those before it at the same step."""
 
     def __init__(
@@ -80,7 +80,7 @@ def search(
     seed: int,
     given: Values,
     ranges: Mapping[str, Range],
-    attempt: Callable[[optuna.trial.Trial, Values], TrialWatch],
+    attempt: Callable[[optuna.trial.Trial, Values], TrialMonitor],
 ) -> list[Tried]:
     """Try the `given` values, then others within `ranges`; `attempt` trains once with some and returns its watch."""
     import optuna

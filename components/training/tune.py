@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from components.models.checkpoint import load_decoder, save_decoder
-from components.models.devices import settle_cpu
+from components.models.devices import configure_cpu
 from components.models.lora import add_lora, merge_lora
 from components.runtime.stage import StageRun
 from components.token_rows.batches import TokenRows
@@ -28,7 +28,7 @@ def tune(run: StageRun) -> None:
 
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
-    settle_cpu()
+    configure_cpu()
     rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
     config, base = run.params.tune, run.paths.start_of("decoder")

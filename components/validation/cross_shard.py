@@ -28,7 +28,7 @@ MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
 """Labels that a classifier can tell apart; and rows of each, one to learn from and one to test it by."""
 
 
-def across_shards(files: list[Path], info: DatasetInfo) -> list[Check]:
+def cross_shard_checks(files: list[Path], info: DatasetInfo) -> list[Check]:
     """Hold all shards of a dataset together against what must be true of the whole."""
     if not files:
         return [_counts(info, {})]

@@ -57,7 +57,7 @@ class Check:
 
 
 @dataclass
-class Findings:
+class ValidationReport:
     """All checks of one dataset."""
 
     dataset: str
@@ -99,7 +99,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text)} characters)"
 
 
-def refusal(found: list[Findings], page: str | None = None) -> str:
+def refusal(found: list[ValidationReport], page: str | None = None) -> str:
     """Why data is refused: which dataset, which expectation, how many rows and the first of them.
 
     The first line says the first reason; the others say all.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.validation.report import Findings
+from components.validation.report import ValidationReport
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --soft: #8881; }
@@ -86,7 +86,7 @@ _FROM_NETWORK = re.compile(
 )
 
 
-def write_page(path: Path, found: Sequence[Findings]) -> Path:
+def write_page(path: Path, found: Sequence[ValidationReport]) -> Path:
     """Write our page of every check, failed ones first."""
     return _write(path, _PAGE, found=list(found))
 

@@ -14,7 +14,7 @@ from components.datasets.formats import Kind, Row
 _ROLES = ("system", "user", "assistant", "tool")
 
 
-def conversation_traits(row: Row) -> Row:
+def conversation_features(row: Row) -> Row:
     """One flat row of strings and counts; roles are joined by spaces, an assistant turn with tool calls is a `call`."""
     messages = row["messages"] or []
     roles = ["call" if message.get("tool_calls") else str(message.get("role")) for message in messages]
@@ -46,13 +46,13 @@ _FAULTS = (
 )
 
 
-def preference_traits(row: Row) -> Row:
+def preference_features(row: Row) -> Row:
     """One flat row of a pair or a lone vote; a fault says on which side it stands."""
     prompt = row["prompt"] or []
-    asked = conversation_traits({"id": row["id"], "messages": prompt, "tools": None})
+    asked = conversation_features({"id": row["id"], "messages": prompt, "tools": None})
     sides = {side: row[side] for side in ("chosen", "rejected") if row[side]}
     whole = {
-        side: conversation_traits({"id": row["id"], "messages": [*prompt, *messages], "tools": row["tools"]})
+        side: conversation_features({"id": row["id"], "messages": [*prompt, *messages], "tools": row["tools"]})
         for side, messages in sides.items()
     }
     faults = {
@@ -77,8 +77,8 @@ def preference_traits(row: Row) -> Row:
 
 
 TRAITS: Mapping[Kind, Callable[[Row], Row]] = {
-    "conversations": conversation_traits,
-    "preferences": preference_traits,
+    "conversations": conversation_features,
+    "preferences": preference_features,
 }
 """How a row of messages becomes flat; other kinds are flat as they are."""
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
 from components.runtime.stage import StageRun, warn_on_failure
-from components.validation.cross_shard import across_shards
-from components.validation.report import Check, Example, Findings, refusal, shown
+from components.validation.cross_shard import cross_shard_checks
+from components.validation.report import Check, Example, ValidationReport, refusal, shown
 from components.validation.report_pages import offline, write_docs_index, write_page
 from components.validation.row_features import TRAITS
 
@@ -58,7 +58,7 @@ def validate(run: StageRun) -> None:
 
 def validate_dataset(
     folder: Path, expectations: Path, max_failed_share: float = 0.0, docs: Path | None = None
-) -> Findings:
+) -> ValidationReport:
     """Check one dataset folder; Data Docs go to `docs/NAME` when it is given."""
     return Validator(expectations, max_failed_share).check(folder, docs)
 
@@ -79,14 +79,14 @@ class Validator:
             asset = self._context.data_sources.add_pandas("shards").add_dataframe_asset("rows")
             self._batches = asset.add_batch_definition_whole_dataframe("batch")
 
-    def check(self, folder: Path, docs: Path | None = None) -> Findings:
+    def check(self, folder: Path, docs: Path | None = None) -> ValidationReport:
         """Hold one dataset against the suite of its kind.
 
         Raises: InputError when the folder holds no dataset, or its kind has no readable suite.
         """
         info = read_info(folder)
         files = [shard for split in SPLITS for shard in shards(folder, split)]
-        findings = Findings(info.name, info.kind, dict(info.rows))
+        findings = ValidationReport(info.name, info.kind, dict(info.rows))
         results = []
         for shard in files:
             findings.checks.append(_schema_check(shard, info.kind))
@@ -94,7 +94,7 @@ class Validator:
                 results.append(self._run(shard, info.kind))
                 findings.checks += results[-1].checks.values()
         if len(results) == len(files):
-            findings.checks += across_shards(files, info)
+            findings.checks += cross_shard_checks(files, info)
         if docs is not None:
             with warn_on_failure(f"{docs / info.name}: Data Docs"):
                 self._write_docs(docs, info.name, results)

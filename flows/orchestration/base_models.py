@@ -16,7 +16,7 @@ from flows.orchestration.flow_run import Echo
 ORIGIN = "origin.json"
 
 
-def bring_bases(paths: Paths, echo: Echo) -> None:
+def fetch_base_models(paths: Paths, echo: Echo) -> None:
     """Put each model that a section's `base` names into data/imported, and take away what none names any more.
 
     Raises: InputError when there is no such model, or it is of another family than the section trains.
@@ -38,9 +38,9 @@ def _bring(section: str, family: Family, base: str, paths: Paths, echo: Echo) ->
     folder, origin = _find(f"params.yaml: {section}.base: {base}", base, paths)
     if (place / "config.json").is_file() and _read(place / ORIGIN) == origin:
         return
-    from components.tracking.model_import import look_at, place_model
+    from components.tracking.model_import import inspect_model, place_model
 
-    found = look_at(folder)
+    found = inspect_model(folder)
     if found.family != family:
         raise InputError(f"params.yaml: {section}.base: {base}: {found.architecture} is no {family}; name one that is")
     place_model(folder, place, dict(origin))

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from components.config.params import InputError, Refused
 from components.tracking.event_log import PARENT_RUN
-from components.tracking.mlflow_client import Courier, connect, create_run, end_killed_runs, mlflow_name
-from flows.orchestration.prefect_server import bury_the_dead, home_tag, living, prefect_api, send_logs
+from components.tracking.mlflow_client import Uploader, connect, create_run, end_killed_runs, mlflow_name
+from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api, send_logs
 
 Note = Callable[[Mapping[str, str]], None]
 Echo = Callable[[str], None]
@@ -41,7 +41,7 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
     server that PREFECT_API_URL names or on one of our own, which is ready when MLflow and Prefect are imported.
     """
     if flow_run := _current():
-        with living(home, flow_run), _tracked(name, home) as note:
+        with heartbeat(home, flow_run), _tracked(name, home) as note:
             return _noted(FlowRun(flow_run, note), body)
     with prefect_api(home) as api, _tracked(name, home) as note:
         from prefect import flow, tags
@@ -50,12 +50,12 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
         @flow(name=name, validate_parameters=False)
         def started(**facts: Any) -> T:  # what the run is shown with
             flow_run = _current()
-            with living(home, flow_run):
+            with heartbeat(home, flow_run):
                 return _noted(FlowRun(flow_run, note), body)
 
         with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
             if api.process is not None:
-                bury_the_dead(home, own_server=True)
+                mark_crashed_runs(home, own_server=True)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
             try:
                 result: T = started(**parameters)
@@ -107,12 +107,12 @@ def _noted(run: FlowRun, body: Callable[[FlowRun], T]) -> T:
 @contextmanager
 def _tracked(name: str, home: Path) -> Iterator[Note]:
     """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
-    courier = Courier(home)
+    uploader = Uploader(home)
     client = connect(home)
     end_killed_runs(client, name, home)
     run_id = create_run(client, name, {"home": str(home)}, None, int(time.time() * 1000))
     os.environ[PARENT_RUN] = run_id
-    courier.start()
+    uploader.start()
 
     def note(tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
@@ -124,5 +124,5 @@ def _tracked(name: str, home: Path) -> Iterator[Note]:
         status = "FINISHED"
     finally:
         del os.environ[PARENT_RUN]
-        courier.finish()
+        uploader.finish()
         client.set_terminated(run_id, status)

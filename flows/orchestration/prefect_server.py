@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.params import InputError
-from components.runtime.process import ask_to_die_with_parent, holder, only_one
+from components.runtime.process import ask_to_die_with_parent, file_lock, lock_owner
 from components.runtime.service_registry import answers, running
 
 _SECONDS_TO_START = 180.0
@@ -89,9 +89,9 @@ def prefect_api(home: Path) -> Iterator[Api]:
 
 
 @contextmanager
-def living(home: Path, flow_run: str) -> Iterator[None]:
+def heartbeat(home: Path, flow_run: str) -> Iterator[None]:
     """Show for the length of the block that this flow run's process lives, by a lock that falls with it."""
-    with only_one(home / "flows", flow_run):
+    with file_lock(home / "flows", flow_run):
         try:
             yield
         finally:
@@ -103,8 +103,8 @@ def home_tag(home: Path) -> str:
     return f"home:{home}"
 
 
-def bury_the_dead(home: Path, own_server: bool) -> None:
-    """Mark flow runs of this state folder whose process was killed; what a living process runs stays.
+def mark_crashed_runs(home: Path, own_server: bool) -> None:
+    """Mark flow runs of this state folder whose process was killed; what a heartbeat process runs stays.
 
     The folder's own server also has those that carry the path of before the folder was moved or copied.
     """
@@ -119,7 +119,7 @@ def bury_the_dead(home: Path, own_server: bool) -> None:
         for run in client.read_flow_runs(flow_run_filter=running):
             homes = [Path(tag.removeprefix("home:")) for tag in run.tags if tag.startswith("home:")]
             ours = home in homes or (own_server and homes)
-            if ours and not any(holder(folder / "flows", str(run.id)) for folder in (home, *homes)):
+            if ours and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 

@@ -22,7 +22,7 @@ import psutil
 from components.config.paths import Paths
 from components.runtime.process import RUN_PID, ask_to_die_with_parent, heed_interrupts
 from components.runtime.stage import FORCE
-from components.tracking.mlflow_client import COURIER
+from components.tracking.mlflow_client import UPLOADER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
 _SECONDS_TO_END = 90.0
@@ -104,7 +104,7 @@ def _environment(force: bool) -> dict[str, str]:
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
         RUN_PID: own,
-        COURIER: own,
+        UPLOADER: own,
         **forced,
     }
 

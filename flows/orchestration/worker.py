@@ -10,7 +10,7 @@ from pathlib import Path
 from components.config.paths import Paths, find_root
 from components.runtime.process import RUN_PID, end_with_parent
 from components.runtime.service_registry import bypass_proxies_for_loopback, running
-from flows.orchestration.prefect_server import Api, bury_the_dead, settings
+from flows.orchestration.prefect_server import Api, mark_crashed_runs, settings
 from flows.orchestration.services import HEALTH_FILE
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     from flows.deployments import POOL, register
 
     url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
-    bury_the_dead(home, own_server=running(home).get("prefect") == url)
+    mark_crashed_runs(home, own_server=running(home).get("prefect") == url)
     if not given.no_deploy:
         register(root)
     asyncio.run(_work(ProcessWorker(work_pool_name=POOL, name="loopwright"), home / HEALTH_FILE))

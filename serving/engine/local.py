@@ -20,7 +20,7 @@ from components.agent.agent import Agent, Answer, ContextTooLong, Prompt, openai
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.inference.batching import Row, Slots, generate
-from components.inference.packed_weights import pack, packing_pays, round_checked
+from components.inference.packed_weights import pack, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device, compute_dtype
@@ -94,7 +94,7 @@ class Engine(QueuedBackend):
         torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
         if config.int8 and not model.embed.weight.is_cuda:
             round_checked(model, _sample(model, agent), INT8_AGREEMENT)
-        if packing_pays(model):
+        if should_pack(model):
             pack(model)
         engine = cls(model, agent, name, config, stepped=stepped)
         engine.warm()

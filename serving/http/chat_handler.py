@@ -19,7 +19,7 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 
 from components.agent.agent import Agent, ContextTooLong
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 from components.inference.schemas import SchemaError
 from components.tracking.traces import Traces
 from serving.engine.backend import (
@@ -206,7 +206,7 @@ class Exchange:
         return self.body.model_dump(exclude_unset=True, by_alias=True)
 
     def _record(self, finished: Finished) -> None:
-        answer = Answered(
+        answer = AnswerRecord(
             content=finished.content,
             finish_reason=finished.finish_reason,
             prompt_tokens=finished.prompt_tokens,

@@ -17,7 +17,7 @@ from components.datasets import formats as datasets
 from components.datasets.conversations import named_roles
 from components.datasets.formats import SCHEMAS, DatasetWriter, read_info, read_rows, shards
 from components.datasets.importers import Columns, add
-from components.validation.report import Check, Example, Findings
+from components.validation.report import Check, Example, ValidationReport
 
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 
@@ -305,12 +305,12 @@ def test_taken_names_are_refused_unless_replaced(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".adding-*"))
 
 
-def failing(row: int, shard: str = "train-00000.parquet") -> Callable[[Path], Findings]:
-    def check(folder: Path) -> Findings:
+def failing(row: int, shard: str = "train-00000.parquet") -> Callable[[Path], ValidationReport]:
+    def check(folder: Path) -> ValidationReport:
         assert read_info(folder).rows == {"train": 4}
         check_ = Check("expect_x", "text", "A text is fine", shard, rows=4, failed=1)
         check_.note(Example(shard, row, "abc", "'bad'"))
-        return Findings("mine", "documents", {"train": 4}, [check_])
+        return ValidationReport("mine", "documents", {"train": 4}, [check_])
 
     return check
 

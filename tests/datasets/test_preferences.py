@@ -15,7 +15,7 @@ from components.config.params import InputError
 from components.datasets.formats import DatasetWriter, read_rows
 from components.datasets.importers import add
 from components.datasets.preferences import read_preference
-from components.validation.report import Findings
+from components.validation.report import ValidationReport
 from components.validation.validate import validate_dataset
 
 EXPECTATIONS = Path(__file__).parents[2] / "data/expectations"
@@ -33,7 +33,7 @@ def written(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def checked(folder: Path) -> Findings:
+def checked(folder: Path) -> ValidationReport:
     return validate_dataset(folder, EXPECTATIONS)
 
 

@@ -19,12 +19,12 @@ from components.config.paths import Paths
 from components.evaluation import assess_classifier
 from components.evaluation.assess import assess
 from components.evaluation.assess_classifier import (
-    Asked,
-    Said,
+    HeldOutTexts,
+    Predictions,
     flat_metrics,
     held_out_digest,
     measure,
-    read_asked,
+    read_held_out,
 )
 from components.evaluation.calibration import expected_calibration_error, reliability
 from components.evaluation.classifier_plots import draw_confusion, draw_f1
@@ -120,8 +120,8 @@ def test_ece_is_that_of_the_paper_by_hand() -> None:
 def test_figures_are_those_of_scikit_learn() -> None:
     random = np.random.default_rng(0)
     names = list("abcd")
-    asked = Asked([{"label": names[one], "text": "", "suite": None} for one in random.integers(0, 4, 200)])
-    said, base = (Said([names[one] for one in random.integers(0, 4, 200)], random.random(200)) for _ in range(2))
+    asked = HeldOutTexts([{"label": names[one], "text": "", "suite": None} for one in random.integers(0, 4, 200)])
+    said, base = (Predictions([names[one] for one in random.integers(0, 4, 200)], random.random(200)) for _ in range(2))
     figures = measure(asked, said, base, names)
     suite = figures["suites"]["test"]
     assert suite["accuracy"] == pytest.approx(metrics.accuracy_score(asked.labels, said.labels), abs=1e-4)
@@ -220,7 +220,7 @@ def test_kept_predictions_are_not_asked_for_again(
 
 def test_a_real_gain_over_all_texts_together_promotes(params: Params) -> None:
     """Each suite alone has too few texts to tell."""
-    asked = Asked([{"label": "a", "text": "", "suite": f"s{place % 3}"} for place in range(24)])
+    asked = HeldOutTexts([{"label": "a", "text": "", "suite": f"s{place % 3}"} for place in range(24)])
     champion = ["b"] * 12 + ["a"] * 12
     verdict = judge_guesses(asked, ["a"] * 24, champion, ["a"] * 24, params)
     assert verdict.promote
@@ -230,5 +230,5 @@ def test_a_real_gain_over_all_texts_together_promotes(params: Params) -> None:
 
 def test_texts_are_taken_suite_by_suite(collected: Path, params: Params) -> None:
     few = params.model_copy(update={"assess": params.assess.model_copy(update={"max_texts": 5})})
-    asked = read_asked(collected, few)
+    asked = read_held_out(collected, few)
     assert {suite: len(places) for suite, places in asked.suites.items()} == dict.fromkeys(SUITES, 5)

@@ -11,7 +11,7 @@ import pytest
 from components.agent.tools import Tool, call, reference_tools
 from components.config.params import InputError
 from components.datasets.formats import Row
-from components.tokenization.response_format import form_message
+from components.tokenization.response_format import format_message
 from examples.stdlib_agent.chains import CHAINS, Chains, composed
 from examples.stdlib_agent.conversations import MAX_CHARACTERS, training_conversations
 from examples.stdlib_agent.dialogue import ERROR, Hop, answer, arguments, asked, exchange
@@ -128,7 +128,7 @@ def test_a_form_is_filled_as_its_keys_say(training: list[Row], tests: list[Row])
         system, *_, last = row["messages"]
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         fields = json.loads(last["content"])
-        assert system["content"] == form_message(fields)["content"]
+        assert system["content"] == format_message(fields)["content"]
         assert fields.pop("calls", len(results)) == len(results)
         found = bool(results) and not results[-1].startswith((NOT_FOUND, ERROR))
         assert fields.pop("found", found) == found

@@ -12,7 +12,7 @@ import pytest
 from components.config.params import InputError
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
-from components.feedback.curate import Lesson, curate, hold_out
+from components.feedback.curate import TrainingExample, curate, hold_out
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from examples.stdlib_agent.dialogue import Hop, exchange
@@ -79,7 +79,7 @@ def test_prompts_are_held_out_and_never_rows(paths: Paths) -> None:
 
 
 def test_more_feedback_moves_no_prompt_to_the_other_side() -> None:
-    lessons = [Lesson(str(number), f"key {number}", "abc"[number % 3], None, None) for number in range(90)]
+    lessons = [TrainingExample(str(number), f"key {number}", "abc"[number % 3], None, None) for number in range(90)]
     everything = hold_out(lessons, 0.25, seed=3)
     assert everything != hold_out(lessons, 0.25, seed=4)
     for count in range(1, 91):

@@ -16,7 +16,7 @@ from alembic.script import ScriptDirectory
 
 from components.config.params import InputError
 from components.feedback import database
-from components.feedback.store import Answered, Store, StoreUnavailable
+from components.feedback.store import AnswerRecord, Store, StoreUnavailable
 from components.feedback.tables import METADATA
 
 MIGRATIONS = Path(database.__file__).with_name("migrations")
@@ -110,7 +110,7 @@ def test_a_locked_database_says_so_and_keeps_nothing(store: Store, tmp_path: Pat
         with pytest.raises(StoreUnavailable, match="cannot be written: database is locked; send it again"):
             store.add_feedback("c1", "up", correction="Better.")
         with pytest.raises(StoreUnavailable):
-            store.add_answer("c1", Answered("yes", "stop", 1, 1, 0.1))
+            store.add_answer("c1", AnswerRecord("yes", "stop", 1, 1, 0.1))
         assert store.counts() == {"requests": 1, "answers": 0, "feedback": 0}
         other.execute("ROLLBACK")
     store.add_feedback("c1", "up")
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_database_says_so(tmp_path: Path) -> None:
 def test_text_with_a_nul_character_is_refused(store: Store) -> None:
     with pytest.raises(InputError, match="correction: holds a NUL character; send text without it"):
         store.add_feedback("c1", "down", "a\0b")
-    store.add_answer("c1", Answered("a\0b", "stop", 1, 1, 0.1))
+    store.add_answer("c1", AnswerRecord("a\0b", "stop", 1, 1, 0.1))
     assert store.completion("c1")["answer"]["content"] == "a\N{REPLACEMENT CHARACTER}b"
 
 

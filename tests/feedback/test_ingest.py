@@ -15,9 +15,9 @@ import pytest
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError, Refused
 from components.datasets.formats import Row
-from components.feedback.ingest import Taken, ingest, withdrawals_are_written, write_withdrawals
+from components.feedback.ingest import IngestResult, ingest, revocations_are_written, write_revocations
 from components.feedback.items import read_items
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 from components.feedback.votes import content_digest, item_of, traits
 from components.validation.validate import Validator
 
@@ -59,7 +59,7 @@ def said(
     messages = [{"role": "user", "content": question or f"What does f{number} do?"}]
     store.add_request(completion, model, {"messages": messages})
     if answer is not None:
-        store.add_answer(completion, Answered(answer, "stop", 5, 5, 0.1, [CALL, RESULT]))
+        store.add_answer(completion, AnswerRecord(answer, "stop", 5, 5, 0.1, [CALL, RESULT]))
     assert rating in ("up", "down")
     return store.add_feedback(completion, "up" if rating == "up" else "down", correction, comment, None, voice)
 
@@ -70,7 +70,7 @@ def states(store: Store) -> dict[str, tuple[str, str | None]]:
 
 def test_a_vote_becomes_one_row_with_the_answer_it_is_about(store: Store, tmp_path: Path) -> None:
     vote = said(store, 1, correction="Better.", comment="hm")
-    assert ingest(store, tmp_path / "feedback", CONFIG, passes) == Taken("items-000000001-000000001", 1, {})
+    assert ingest(store, tmp_path / "feedback", CONFIG, passes) == IngestResult("items-000000001-000000001", 1, {})
     (item,) = read_items(tmp_path / "feedback")
     assert (item.feedback_id, item.sequence, item.completion_id) == (vote, 1, "chatcmpl-1")
     assert (item.model, item.answer, item.correction, item.comment) == ("agent/1", "It is this.", "Better.", "hm")
@@ -95,7 +95,7 @@ def test_content_parts_are_flattened_and_the_clients_tools_kept(store: Store) ->
     parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "x"}}]
     body = {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "this"}]}], "tools": [{"a": 1}]}
     store.add_request("c", "agent/1", body)
-    store.add_answer("c", Answered("yes", "stop", 1, 1, 0.1))
+    store.add_answer("c", AnswerRecord("yes", "stop", 1, 1, 0.1))
     store.add_feedback("c", "up")
     (vote,) = store.behind_watermark(1)
     item = item_of(vote)
@@ -110,7 +110,7 @@ def test_what_was_to_be_json_is_asked_for_as_the_model_was(store: Store) -> None
     messages = [{"role": "user", "content": "What does f do?"}]
     for number, given in enumerate(({"type": "text"}, {"type": "json_object"}, form)):
         store.add_request(f"c{number}", "agent/1", {"messages": messages, "response_format": given})
-        store.add_answer(f"c{number}", Answered("{}", "stop", 1, 1, 0.1))
+        store.add_answer(f"c{number}", AnswerRecord("{}", "stop", 1, 1, 0.1))
         store.add_feedback(f"c{number}", "down", '{"answer": "x"}')
     words, anything, named = map(item_of, store.behind_watermark(9))
     assert [message["role"] for message in words["messages"]] == ["user"]
@@ -194,17 +194,17 @@ def test_quarantine_alone_moves_the_watermark_and_writes_no_file(store: Store, t
 
 def test_withdrawals_are_written_also_when_there_are_none(store: Store, tmp_path: Path) -> None:
     folder = tmp_path / "feedback"
-    assert withdrawals_are_written(store, folder)
+    assert revocations_are_written(store, folder)
     first, second = said(store, 1), said(store, 2)
     ingest(store, folder, CONFIG, passes)
-    assert not withdrawals_are_written(store, folder)
-    write_withdrawals(store, folder)
+    assert not revocations_are_written(store, folder)
+    write_revocations(store, folder)
     assert json.loads((folder / "withdrawn.json").read_text()) == {}
     assert store.revoke(first, "poison")
     assert not store.revoke(first)
     changed = store.add_feedback("chatcmpl-2", "up", voice="user:a")
-    assert not withdrawals_are_written(store, folder)
-    write_withdrawals(store, folder)
+    assert not revocations_are_written(store, folder)
+    write_revocations(store, folder)
     assert json.loads((folder / "withdrawn.json").read_text()) == {first: "revoked", second: "replaced"}
     assert changed not in store.withdrawn()
     with pytest.raises(InputError, match="nope: no such feedback"):
@@ -289,7 +289,7 @@ def test_two_ingestions_of_the_same_votes_cannot_both_count(store: Store, tmp_pa
 def test_old_requests_without_feedback_are_forgotten(store: Store) -> None:
     said(store, 1)
     store.add_request("silent", "agent/1", {"messages": []})
-    store.add_answer("silent", Answered("yes", "stop", 1, 1, 0.1))
+    store.add_answer("silent", AnswerRecord("yes", "stop", 1, 1, 0.1))
     assert store.forget(1) == 0
     with store._write() as connection:
         connection.exec_driver_sql("UPDATE requests SET created = created - 200000")
@@ -311,7 +311,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from components.config.params import FeedbackConfig
 from components.feedback import ingest as module
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 
 home, rounds = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(7)
@@ -320,7 +320,7 @@ config = FeedbackConfig(max_items=7, max_per_voice=10_000, improve_after=5, keep
 def once(number):
     store = Store.of(home)
     module.ingest(store, home / "feedback", config, lambda rows: {})
-    module.write_withdrawals(store, home / "feedback")
+    module.write_revocations(store, home / "feedback")
     store.close()
 
 def timed(number):
@@ -338,7 +338,7 @@ def speak(count):
     for _ in range(count):
         name = f"c{number}"
         store.add_request(name, "agent/1", {"messages": [{"role": "user", "content": f"what is {number}?"}]})
-        store.add_answer(name, Answered("x", "stop", 1, 1, 0.1))
+        store.add_answer(name, AnswerRecord("x", "stop", 1, 1, 0.1))
         print(store.add_feedback(name, "down", f"it is {number}", voice="v"), flush=True)
         number += 1
     store.close()

@@ -15,7 +15,7 @@ from sqlalchemy.engine import make_url
 
 from components.config.params import InputError
 from components.feedback.ledger import Outcome
-from components.feedback.store import Answered, Store, StoreUnavailable, UnknownCompletion
+from components.feedback.store import AnswerRecord, Store, StoreUnavailable, UnknownCompletion
 
 ADDRESS = os.environ.get("LOOPWRIGHT_TEST_POSTGRES")
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 BODY = {"messages": [{"role": "user", "content": "37*12? \N{GREEK SMALL LETTER PI} \0"}]}
-ANSWER = Answered("444", "stop", 11, 7, 0.25, steps=[{"type": "call", "name": "calculate", "arguments": {}}])
+ANSWER = AnswerRecord("444", "stop", 11, 7, 0.25, steps=[{"type": "call", "name": "calculate", "arguments": {}}])
 
 OPENER = """
 import sys

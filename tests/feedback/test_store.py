@@ -15,10 +15,10 @@ from sqlite3 import IntegrityError
 import pytest
 
 from components.config.params import InputError
-from components.feedback.store import Answered, Store, UnknownCompletion, database_url
+from components.feedback.store import AnswerRecord, Store, UnknownCompletion, database_url
 
 BODY = {"messages": [{"role": "user", "content": "37*12? \N{GREEK SMALL LETTER PI}"}], "temperature": 0.5}
-ANSWER = Answered(
+ANSWER = AnswerRecord(
     content="444",
     finish_reason="stop",
     prompt_tokens=11,

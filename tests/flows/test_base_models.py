@@ -11,9 +11,9 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from components.tracking.model_import import bring_in, look_at
+from components.tracking.model_import import import_model, inspect_model
 from components.tracking.registry import Registry
-from flows.orchestration.base_models import bring_bases
+from flows.orchestration.base_models import fetch_base_models
 from tests.tracking.test_model_import import SOURCE, decoder, encoder
 
 
@@ -32,18 +32,18 @@ def name(paths: Paths, base: str) -> None:
 
 def test_a_named_model_is_fetched_once_and_goes_when_it_is_named_no_more(paths: Paths) -> None:
     folder, said = decoder(paths.root / "theirs"), list[str]()
-    bring_in(folder, look_at(folder), "stranger", Registry(paths.home))
+    import_model(folder, inspect_model(folder), "stranger", Registry(paths.home))
     place = paths.imported("decoder")
     assert paths.start_of("decoder") == paths.base("decoder")
     for base, origin in (("stranger@champion", {"version": "stranger/1"}), ("theirs", {"folder": "theirs"})):
         name(paths, base)
         for _ in range(2):
-            bring_bases(paths, said.append)
+            fetch_base_models(paths, said.append)
         assert origin.items() <= json.loads((place / "origin.json").read_text()).items()
         assert (place / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
         assert paths.start_of("decoder") == place
     name(paths, "")
-    bring_bases(paths, said.append)
+    fetch_base_models(paths, said.append)
     assert not (place / "config.json").exists()
     assert paths.start_of("decoder") == paths.base("decoder")
     assert [line.partition(" (")[0] for line in said] == [
@@ -65,5 +65,5 @@ def test_a_base_that_cannot_be_one_is_one_line(base: str, message: str, paths: P
     encoder(paths.root / "bert")
     name(paths, base)
     with pytest.raises(InputError, match=message):
-        bring_bases(paths, print)
+        fetch_base_models(paths, print)
     assert not (paths.imported("decoder") / "config.json").exists()

@@ -22,11 +22,11 @@ import pytest
 import yaml
 
 from components.config.params import InputError, Refused
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 from components.runtime.supervisor import Supervisor, family
 from flows.orchestration import flow_run
 from flows.orchestration.flow_run import effect
-from flows.orchestration.prefect_server import free_port, home_tag, living, send_logs
+from flows.orchestration.prefect_server import free_port, heartbeat, home_tag, send_logs
 from flows.orchestration.services import platform as services
 from tests.conftest import Project, Released
 
@@ -169,7 +169,7 @@ def test_a_schedule_fires_and_the_event_of_its_run_fires_an_improvement(at: Plat
     store = Store.of(at.project.home)
     for number in range(ENOUGH_ITEMS):
         store.add_request(f"c-{number}", "agent/1", {"messages": [{"role": "user", "content": f"What is {number}?"}]})
-        store.add_answer(f"c-{number}", Answered("I do not know.", "stop", 5, 5, 0.1))
+        store.add_answer(f"c-{number}", AnswerRecord("I do not know.", "stop", 5, 5, 0.1))
         store.add_feedback(f"c-{number}", "down", f"It is {number}.", voice="user:a")
     often = {"schedule": {"interval": 10, "anchor_date": datetime.now(UTC).isoformat()}, "active": True}
     ingest = at.deployment("ingest")["id"]
@@ -199,7 +199,7 @@ def test_runs_of_a_killed_worker_are_marked_and_those_that_live_stay(at: Platfor
     lives = at.ask("flow_runs/", **facts, state={"type": "RUNNING"})["id"]
     other = at.ask("flow_runs/", flow_id=facts["flow_id"], state={"type": "RUNNING"})["id"]
     worker = at.pid("worker")
-    with living(at.project.home, lives):
+    with heartbeat(at.project.home, lives):
         for member in family(worker):
             with suppress(psutil.NoSuchProcess):
                 member.kill()

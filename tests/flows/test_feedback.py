@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from components.feedback.items import read_items
-from components.feedback.store import Answered, Store
+from components.feedback.store import AnswerRecord, Store
 from flows.feedback import ENOUGH
 from flows.orchestration.prefect_server import prefect_api
 from tests.conftest import Project, clone
@@ -42,7 +42,7 @@ class Place:
         for number in range(first, first + count):
             asked = {"messages": [{"role": "user", "content": f"What does f{number} do?"}]}
             store.add_request(f"chatcmpl-{number}", "agent/1", asked)
-            store.add_answer(f"chatcmpl-{number}", Answered("I do not know.", "stop", 5, 5, 0.1))
+            store.add_answer(f"chatcmpl-{number}", AnswerRecord("I do not know.", "stop", 5, 5, 0.1))
             ids.append(store.add_feedback(f"chatcmpl-{number}", "down", f"It is {number}.", voice="user:a"))
         store.close()
         return ids

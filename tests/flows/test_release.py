@@ -10,7 +10,7 @@ import pytest
 from components.config.params import Refused
 from components.config.paths import Paths
 from components.tracking.registry import ModelVersion, Registry
-from flows.release import Ruling, conclude, current_release, gate, look_at_releases
+from flows.release import GateReport, conclude, current_release, gate, look_at_releases
 
 Register = Callable[..., ModelVersion]
 
@@ -28,17 +28,17 @@ def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
 
 def refuse(registry: Registry, version: ModelVersion) -> str:
     with pytest.raises(Refused) as caught:
-        conclude(registry, version, Ruling(False, "against agent/1: falls: lookup from 0.938 to 0.875"))
+        conclude(registry, version, GateReport(False, "against agent/1: falls: lookup from 0.938 to 0.875"))
     return str(caught.value)
 
 
 def test_the_first_model_passes(registry: Registry, registered: Register, paths: Paths) -> None:
-    assert gate(registry, registered(0.1), paths, print) == Ruling(True, "there was no champion")
+    assert gate(registry, registered(0.1), paths, print) == GateReport(True, "there was no champion")
 
 
 def test_a_model_that_passes_is_told_why(registry: Registry, registered: Register) -> None:
     registry.promote(registered(0.5))
-    assert conclude(registry, registered(0.6), Ruling(True, "against agent/1: gains")) == "against agent/1: gains"
+    assert conclude(registry, registered(0.6), GateReport(True, "against agent/1: gains")) == "against agent/1: gains"
 
 
 def test_a_model_that_is_refused_becomes_the_challenger(registry: Registry, registered: Register, paths: Paths) -> None:
@@ -123,6 +123,6 @@ def test_a_first_classifier_that_the_baseline_beats_passes_and_is_told_so(
 ) -> None:
     version = registered(0.7, "classifier", suite="by_symbol")
     registry.log_metrics(version.run_id, {"by_symbol/baseline_macro_f1": 0.75})
-    assert gate(registry, registry.resolve(str(version)), paths, print) == Ruling(
+    assert gate(registry, registry.resolve(str(version)), paths, print) == GateReport(
         True, "there was no champion; the baseline is better on by_symbol: 0.750 against 0.700"
     )

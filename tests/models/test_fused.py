@@ -71,7 +71,7 @@ def test_self_attention(
 
     ours = with_grads(attended, inputs)
     for place in (attention, fused):
-        monkeypatch.setattr(place, "pays", lambda x: False)
+        monkeypatch.setattr(place, "should_fuse", lambda x: False)
     assert_equal(ours, with_grads(attended, inputs))
 
 

@@ -18,10 +18,10 @@ import pytest
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.runtime import stage
-from components.runtime.process import RUN_PID, holder, only_one
+from components.runtime.process import RUN_PID, file_lock, lock_owner
 from components.runtime.stage import StageRun, digest, flat, run_stage, stage_inputs
-from components.tracking.event_log import Journal
-from components.tracking.mlflow_client import COURIER
+from components.tracking.event_log import EventLog
+from components.tracking.mlflow_client import UPLOADER
 
 SOURCE = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     """The declarations of this project, with a file in every place that a stage depends on."""
     monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
     # This process counts as the one that carries journals: no stage here needs MLflow.
-    monkeypatch.setenv(COURIER, str(os.getpid()))
+    monkeypatch.setenv(UPLOADER, str(os.getpid()))
     shutil.copy(SOURCE / "dvc.yaml", tmp_path)
     (tmp_path / "params.yaml").write_text("scale: smoke\n")
     for declared in stage.read_stages(tmp_path).values():
@@ -98,7 +98,7 @@ stages:
 def test_a_run_knows_its_family_and_where_its_values_stand(
     name: str, item: str, family: str, section: str, project: Paths
 ) -> None:
-    run = StageRun(name, load_params(project.params), project, project.home, Journal(project.home, name, ""))
+    run = StageRun(name, load_params(project.params), project, project.home, EventLog(project.home, name, ""))
     assert (run.item, run.family, run.section) == (item, family, section)
 
 
@@ -221,14 +221,14 @@ def test_progress_line_is_what_the_orchestrator_reads(
 
 
 def test_a_lock_has_one_holder_and_names_it(tmp_path: Path) -> None:
-    assert holder(tmp_path, "tune") is None
-    with only_one(tmp_path, "tune"):
-        assert holder(tmp_path, "tune") == os.getpid()
+    assert lock_owner(tmp_path, "tune") is None
+    with file_lock(tmp_path, "tune"):
+        assert lock_owner(tmp_path, "tune") == os.getpid()
         with pytest.raises(InputError, match=f"tune: already running as process {os.getpid()}; wait for it"):
-            only_one(tmp_path, "tune").__enter__()
-    with only_one(tmp_path, "tune"):
+            file_lock(tmp_path, "tune").__enter__()
+    with file_lock(tmp_path, "tune"):
         pass
-    assert holder(tmp_path, "tune") is None
+    assert lock_owner(tmp_path, "tune") is None
 
 
 def test_a_second_writer_is_refused_while_the_first_runs(

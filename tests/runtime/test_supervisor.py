@@ -11,11 +11,11 @@ import pytest
 
 from components.runtime import supervisor as supervise
 from components.runtime.service_registry import answers, lives
-from components.runtime.supervisor import Kept, Service, Supervisor, family
+from components.runtime.supervisor import Service, SupervisedService, Supervisor, family
 from flows.orchestration.prefect_server import free_port
 
 
-def until(supervisor: Supervisor, state: str) -> Kept:
+def until(supervisor: Supervisor, state: str) -> SupervisedService:
     deadline = time.monotonic() + 30
     while supervisor.kept[0].state != state:
         assert time.monotonic() < deadline, supervisor.kept[0].state

@@ -52,7 +52,7 @@ SCHEMAS = {"get_weather": WEATHER, "place_order": ORDER, "ping": {"maxProperties
 HOT: Any = {"temperature": 2.0, "max_tokens": 250}
 
 
-class Verdict(BaseModel):
+class GateDecision(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     fine: bool
@@ -148,12 +148,12 @@ def test_answers_parse_into_pydantic_models(wild: openai.OpenAI) -> None:
     parsed = wild.chat.completions.parse(
         model="agent",
         messages=[{"role": "user", "content": "Is it fine?"}],
-        response_format=Verdict,
+        response_format=GateDecision,
         temperature=1.0,
         seed=1,
         max_tokens=200,
     )
-    assert isinstance(parsed.choices[0].message.parsed, Verdict)
+    assert isinstance(parsed.choices[0].message.parsed, GateDecision)
 
 
 def test_free_and_held_requests_share_a_batch_and_neither_changes_the_other(wild: openai.OpenAI) -> None:
@@ -197,10 +197,10 @@ def test_a_tool_is_called_and_its_result_taken(client: openai.OpenAI) -> None:
 
 
 def test_the_agents_own_tools_and_a_form_go_together(client: openai.OpenAI) -> None:
-    form: Any = {"type": "json_schema", "json_schema": {"name": "v", "schema": Verdict.model_json_schema()}}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "v", "schema": GateDecision.model_json_schema()}}
     answer = asked(client, "What is 6*7?", response_format=form).choices[0]
     assert answer.finish_reason == "stop", answer.message.content
-    Verdict.model_validate_json(answer.message.content)
+    GateDecision.model_validate_json(answer.message.content)
 
 
 def test_openapi_tells_the_forms_exactly(local: Any) -> None:

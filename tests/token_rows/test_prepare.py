@@ -11,7 +11,7 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row
 from components.runtime.stage import StageRun
-from components.token_rows.augmentation import FIRST_ID, copying_rows, with_noise
+from components.token_rows.augmentation import FIRST_ID, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, pack_rows
 from components.token_rows.prepare import prepare
 from components.tokenization import chat_tokenizer as bpe
@@ -135,7 +135,7 @@ def test_packing_wastes_little(tmp_path: Path) -> None:
 
 def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
-    for row in copying_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
+    for row in copy_augmented_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
             for place in (place for place, learned in enumerate(mask) if learned):
                 pair = ids[place - 1 : place + 1]
@@ -152,7 +152,7 @@ def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
         {"role": "assistant", "content": "a def of name"},
     ]
     ids, mask = tokenizer.encode_chat(messages)
-    noisy = with_noise(ids, np.random.default_rng(0), tokenizer)
+    noisy = with_token_noise(ids, np.random.default_rng(0), tokenizer)
     assert noisy is not None
     name, result = (tokenizer.encode(text) for text in (" value.name_3", " a def of name"))
     groups = []
@@ -168,4 +168,4 @@ def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
 def test_a_conversation_that_copies_nothing_has_no_noisy_twin(run: StageRun) -> None:
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     ids, _ = tokenizer.encode_chat(chat("how are you?", "fine")["messages"])
-    assert with_noise(ids, np.random.default_rng(0), tokenizer) is None
+    assert with_token_noise(ids, np.random.default_rng(0), tokenizer) is None

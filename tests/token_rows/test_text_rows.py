@@ -17,7 +17,7 @@ from components.datasets.formats import DatasetWriter
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED
 from components.token_rows.prepare import prepare
-from components.token_rows.variable_length import Chunks, LabelledRows, RaggedRows, SentencePairs, TextPairRows
+from components.token_rows.variable_length import Chunks, LabelledRows, SentencePairs, TextPairRows, VariableLengthRows
 from components.tokenization import text_tokenizer
 from components.tokenization.text_tokenizer import TextTokenizer
 
@@ -167,7 +167,7 @@ def test_preparing_twice_gives_the_same_bytes(prepared: NewRun) -> None:
 
 def test_missing_and_torn_rows_are_said(prepared: NewRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r'no token rows; run "loopwright run --until prepare"'):
-        RaggedRows(tmp_path, "train")
+        VariableLengthRows(tmp_path, "train")
     folder = prepared("encoder").paths.tokens("encoder") / "classifier"
     ids = folder / "train.ids.bin"
     ids.write_bytes(ids.read_bytes()[:-4])

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from components.config.params import InputError
 from components.tokenization.chat_tokenizer import Call, ChatTokenizer
-from components.tokenization.hf_tokenizer import ForeignTokenizer, load_chat_tokenizer
+from components.tokenization.hf_tokenizer import HFChatTokenizer, load_chat_tokenizer
 from tests.tokenization.hf_tokenizers import CHATML, chatml, llama, sentencepiece
 
 CHAT = [
@@ -57,7 +57,7 @@ def learned(tokenizer: ChatTokenizer, messages: Any) -> list[str]:
 
 def test_a_foreign_chat_has_the_ids_of_transformers(folder: Path) -> None:
     tokenizer = load_chat_tokenizer(folder)
-    assert isinstance(tokenizer, ForeignTokenizer)
+    assert isinstance(tokenizer, HFChatTokenizer)
     theirs: Any = PreTrainedTokenizerFast.from_pretrained(folder)
     harmless = [CHAT[0], CHAT[1], {"role": "user", "content": "Naïve 漢字?"}, CHAT[3]]
     assert tokenizer.encode_chat(harmless)[0] == theirs.apply_chat_template(harmless)["input_ids"]

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from components.config.params import InputError
 from components.tracking import mlflow_client as tracking
-from components.tracking.event_log import PARENT_RUN, Journal
-from components.tracking.mlflow_client import COURIER, Courier, connect, create_run, end_killed_runs, open_tracker
+from components.tracking.event_log import PARENT_RUN, EventLog
+from components.tracking.mlflow_client import UPLOADER, Uploader, connect, create_run, end_killed_runs, open_tracker
 from components.tracking.registry import ModelVersion, Registry, is_empty, resolve
 
 SOURCE = Path(__file__).parents[2]
@@ -35,10 +35,10 @@ def artifacts(run: Any, home: Path) -> list[str]:
 
 
 def deliver(home: Path) -> None:
-    courier = Courier(home)
-    courier.start()
-    courier.finish()
-    assert not courier.is_alive()
+    uploader = Uploader(home)
+    uploader.start()
+    uploader.finish()
+    assert not uploader.is_alive()
 
 
 def test_everything_a_stage_says_is_in_mlflow(home: Path, tmp_path: Path) -> None:
@@ -96,16 +96,16 @@ def test_a_stage_is_a_child_of_the_run_it_belongs_to(home: Path, monkeypatch: py
 
 
 def test_trials_of_a_stage_are_runs_within_its_run(home: Path) -> None:
-    with Journal(home / "tracking", "finetune", "key") as journal:
+    with EventLog(home / "tracking", "finetune", "key") as event_log:
         for number in range(2):
-            with journal.child(f"trial-{number}") as trial:
+            with event_log.child(f"trial-{number}") as trial:
                 trial.params({"learning_rate": 0.1 * number})
                 trial.metrics({"macro_f1": 0.5}, 1)
                 if number:
                     deliver(home)
                     assert run_named("trial-1", home).info.status == "RUNNING"
                 trial.metrics({"macro_f1": 0.6 + number / 10}, 2)
-        journal.metrics({"macro_f1": 0.9})
+        event_log.metrics({"macro_f1": 0.9})
     deliver(home)
     parent = run_named("finetune", home)
     assert parent.data.metrics == {"macro_f1": 0.9}
@@ -121,13 +121,13 @@ def test_a_stage_that_ends_while_its_lines_are_on_their_way_was_not_killed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a busy machine MLflow takes seconds for the first lines, and a short stage is over by then."""
-    journal = Journal(home / "tracking", "collect", "key")
+    event_log = EventLog(home / "tracking", "collect", "key")
     send = tracking._send
 
     def slow(*given: Any) -> None:
         monkeypatch.setattr(tracking, "_send", send)
-        journal.metrics({"rows": 3.0})
-        journal.__exit__(None)
+        event_log.metrics({"rows": 3.0})
+        event_log.__exit__(None)
         monkeypatch.setattr(tracking, "alive", lambda pid: False)
         send(*given)
 
@@ -139,9 +139,9 @@ def test_a_stage_that_ends_while_its_lines_are_on_their_way_was_not_killed(
 
 
 def test_a_trial_of_a_killed_stage_is_closed_with_it(home: Path) -> None:
-    said = "journal.child('trial').metrics({'loss': 1.5}); os.kill(os.getpid(), 9)"
-    made = "import os, pathlib, sys; from components.tracking.event_log import Journal"
-    program = f"{made}; journal = Journal(pathlib.Path(sys.argv[1]), 'finetune', 'key'); {said}"
+    said = "event_log.child('trial').metrics({'loss': 1.5}); os.kill(os.getpid(), 9)"
+    made = "import os, pathlib, sys; from components.tracking.event_log import EventLog"
+    program = f"{made}; event_log = EventLog(pathlib.Path(sys.argv[1]), 'finetune', 'key'); {said}"
     subprocess.run([sys.executable, "-c", program, str(home / "tracking")], cwd=SOURCE)
     deliver(home)
     for name in ("finetune", "trial"):
@@ -163,8 +163,8 @@ def test_a_stage_that_ends_early_is_told_apart(home: Path, error: type[BaseExcep
 
 
 def test_the_run_of_a_killed_stage_is_closed(home: Path) -> None:
-    said = "Journal(pathlib.Path(sys.argv[1]), 'tune', 'key').metrics({'loss': 1.5}); os.kill(os.getpid(), 9)"
-    program = f"import os, pathlib, sys; from components.tracking.event_log import Journal; {said}"
+    said = "EventLog(pathlib.Path(sys.argv[1]), 'tune', 'key').metrics({'loss': 1.5}); os.kill(os.getpid(), 9)"
+    program = f"import os, pathlib, sys; from components.tracking.event_log import EventLog; {said}"
     subprocess.run([sys.executable, "-c", program, str(home / "tracking")], cwd=SOURCE)
     deliver(home)
     run = run_named("tune", home)
@@ -172,12 +172,12 @@ def test_the_run_of_a_killed_stage_is_closed(home: Path) -> None:
 
 
 def test_what_goes_on_is_seen_before_the_stage_ends(home: Path) -> None:
-    with Journal(home / "tracking", "tune", "key") as journal:
-        journal.metrics({"loss": 2.0}, 1)
+    with EventLog(home / "tracking", "tune", "key") as event_log:
+        event_log.metrics({"loss": 2.0}, 1)
         deliver(home)
         assert run_named("tune", home).info.status == "RUNNING"
         assert run_named("tune", home).data.metrics == {"loss": 2.0}
-        journal.metrics({"loss": 1.0}, 2)
+        event_log.metrics({"loss": 1.0}, 2)
     deliver(home)
     run = run_named("tune", home)
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
@@ -211,14 +211,14 @@ def test_a_tracker_that_does_not_answer_costs_nothing_and_loses_nothing(
 
 def test_a_disk_that_takes_no_more_does_not_end_the_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    with Journal(tmp_path / "file" / "tracking", "tune", "key") as journal:
-        journal.metrics({"loss": 1.0})
-        journal.artifact(tmp_path / "missing")
+    with EventLog(tmp_path / "file" / "tracking", "tune", "key") as event_log:
+        event_log.metrics({"loss": 1.0})
+        event_log.artifact(tmp_path / "missing")
     assert capsys.readouterr().err.count("going on without") == 1
 
 
 def test_within_a_run_the_orchestrator_carries(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(COURIER, str(os.getpid()))
+    monkeypatch.setenv(UPLOADER, str(os.getpid()))
     with open_tracker("tune", "key", home) as tracker:
         tracker.metrics({"loss": 1.0})
     assert len(list((home / "tracking").glob("*/lines.jsonl"))) == 1

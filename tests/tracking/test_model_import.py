@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from components.config.params import InputError
-from components.tracking.model_import import bring_in, look_at, place_model
+from components.tracking.model_import import import_model, inspect_model, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
 from loopwright.export import copy_whole
@@ -73,7 +73,7 @@ FAMILIES = dict(zip(MAKERS, ("decoder", "encoder", "encoder_decoder"), strict=Tr
 
 @pytest.mark.parametrize("architecture", list(MAKERS))
 def test_a_folder_is_told_for_what_it_is(architecture: str, tmp_path: Path) -> None:
-    found = look_at(MAKERS[architecture](tmp_path / "model"))
+    found = inspect_model(MAKERS[architecture](tmp_path / "model"))
     assert (found.family, found.architecture) == (FAMILIES[architecture], architecture)
     assert found.parameters > 10_000
     assert found.vocab_size in (128, 416)
@@ -81,7 +81,7 @@ def test_a_folder_is_told_for_what_it_is(architecture: str, tmp_path: Path) -> N
 
 def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Registry, tmp_path: Path) -> None:
     folder = decoder(tmp_path / "model")
-    version = bring_in(folder, look_at(folder), "stranger", registry)
+    version = import_model(folder, inspect_model(folder), "stranger", registry)
     assert (str(version), version.aliases) == ("stranger/1", ("champion",))
     assert version.tags["architecture"] == "LlamaForCausalLM"
     copy_whole(version.folder, tmp_path / "out")
@@ -91,13 +91,13 @@ def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Regis
     for name in names:
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
-    again = bring_in(folder, look_at(folder), "stranger", registry)
+    again = import_model(folder, inspect_model(folder), "stranger", registry)
     assert (again.aliases, registry.resolve("stranger/1").aliases) == (("champion",), ("previous",))
 
 
 def test_an_import_moves_no_champion_that_a_gate_chooses(registry: Registry, tmp_path: Path) -> None:
     folder = encoder(tmp_path / "model")
-    assert bring_in(folder, look_at(folder), "classifier", registry).aliases == ()
+    assert import_model(folder, inspect_model(folder), "classifier", registry).aliases == ()
 
 
 def drop(folder: Path, name: str) -> None:
@@ -146,7 +146,7 @@ def test_a_folder_that_is_no_model_is_one_line(
     folder = make(tmp_path / "model")
     spoil(folder)
     with pytest.raises(InputError, match=message) as error:
-        look_at(folder)
+        inspect_model(folder)
     assert "\n" not in str(error.value)
 
 

@@ -34,7 +34,7 @@ from components.tokenization.text_tokenizer import TextTokenizer
 from components.tokenization.train_tokenizer import train_tokenizer
 from components.training.finetune import finetune
 from components.training.pretrain import pretrain
-from components.training.rows import AdaptedRows, HiddenRows, MaskedRows, SpanRows
+from components.training.rows import AdaptedRows, MaskedRows, SpanRows, TokenDropoutRows
 
 SOURCE = Path(__file__).parents[2]
 WORDS = {
@@ -308,7 +308,7 @@ def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> 
     pairs = SentencePairs(paths.tokens("encoder") / "pretrain", "train")
     chunks = Chunks(paths.tokens("encoder_decoder") / "pretrain", "train")
     made: list[Callable[[int], Any]] = [
-        lambda seed: HiddenRows(texts, encoder, 0.3, seed),
+        lambda seed: TokenDropoutRows(texts, encoder, 0.3, seed),
         lambda seed: AdaptedRows(texts, encoder, 0.15, seed),
         lambda seed: MaskedRows(pairs, encoder, params.pretrain.encoder, seed),
         lambda seed: SpanRows(chunks, other, params.pretrain.encoder_decoder, seed),

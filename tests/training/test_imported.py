@@ -19,10 +19,10 @@ from components.runtime.stage import StageRun
 from components.token_rows.prepare import prepare
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
-from components.tracking.model_import import bring_in, look_at
+from components.tracking.model_import import import_model, inspect_model
 from components.tracking.registry import Registry
 from components.training.tune import tune
-from flows.orchestration.base_models import bring_bases
+from flows.orchestration.base_models import fetch_base_models
 from tests.tracking.test_model_import import SOURCE, decoder
 
 QUESTIONS = [("What does json.dumps do?", "It serializes obj."), ("question?", "answer: 42 times.")]
@@ -55,11 +55,11 @@ def paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, recorder:
             writer.write("test" if number > 5 else "train", {"id": str(number), "messages": said})
     bpe.save(bpe.train(["some other text entirely"], 320), paths.tokenizer("decoder"))
     folder = decoder(tmp_path / "theirs")
-    bring_in(folder, look_at(folder), "stranger", Registry(home))
+    import_model(folder, inspect_model(folder), "stranger", Registry(home))
     paths.params.write_text(
         (SOURCE / "params.yaml").read_text().replace("tune:", "tune:\n  base: stranger@champion", 1)
     )
-    bring_bases(paths, print)
+    fetch_base_models(paths, print)
     params = load_params(SOURCE / "params.yaml", SETTINGS)
     paths.metrics.mkdir(parents=True)
     prepare(StageRun("prepare@decoder", params, paths, tmp_path / "state", recorder))

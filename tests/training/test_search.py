@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from components.training.classifier import cool, fit_temperature
-from components.training.search import Range, TrialWatch, Tried, best_of, search
+from components.training.classifier import apply_temperature, fit_temperature
+from components.training.search import Range, TrialMonitor, Tried, best_of, search
 
 RANGES = {"rate": Range(0.001, 0.1, log=True), "share": Range(0.0, 0.5)}
 GIVEN = {"rate": 0.01, "share": 0.25}
 
 
-def attempts(seen: list[dict[str, float]], stop: int = 99) -> Callable[[Any, dict[str, float]], TrialWatch]:
+def attempts(seen: list[dict[str, float]], stop: int = 99) -> Callable[[Any, dict[str, float]], TrialMonitor]:
     """Trials whose score grows by steps towards 1 less their distance from a share of 0.4."""
 
-    def attempt(trial: Any, values: dict[str, float]) -> TrialWatch:
+    def attempt(trial: Any, values: dict[str, float]) -> TrialMonitor:
         if len(seen) == stop:
             raise KeyboardInterrupt
         seen.append(values)
-        watch = TrialWatch(trial, lambda: 0.0, 1, 9, lambda *_: None)
+        watch = TrialMonitor(trial, lambda: 0.0, 1, 9, lambda *_: None)
         for step in range(1, 5):
             score = (1 - abs(values["share"] - 0.4)) * step / 4
             watch.measure = lambda score=score: score  # type: ignore[misc]
@@ -96,5 +96,5 @@ def test_cooling_divides_the_logits_of_the_head() -> None:
     ids = torch.randint(0, 20, (3, 7))
     with torch.no_grad():
         before = model.logits(ids)
-        cool(model, 2.5)
+        apply_temperature(model, 2.5)
         torch.testing.assert_close(model.logits(ids), before / 2.5)

@@ -17,9 +17,9 @@ from components.config.paths import Paths
 from components.datasets import formats as datasets
 from components.datasets.formats import DatasetWriter, Kind, Row, row_id
 from components.runtime.stage import StageRun
-from components.tracking.event_log import Journal
+from components.tracking.event_log import EventLog
 from components.validation import validate as gate
-from components.validation.report import Findings, refusal, shown
+from components.validation.report import ValidationReport, refusal, shown
 from components.validation.validate import Validator, validate
 
 SOURCE = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def dataset(folder: Path, kind: Kind, train: list[Row], test: list[Row] = []) ->
     return folder
 
 
-def failed(findings: Findings) -> dict[str, list[str]]:
+def failed(findings: ValidationReport) -> dict[str, list[str]]:
     """Offending rows by the expectation, and the column, that they fail."""
     return {
         f"{check.expectation}({check.column or ''})": [str(example) for example in check.examples]
@@ -298,8 +298,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageRun]:
     root = tmp_path / "project"
     shutil.copytree(EXPECTATIONS, root / "data/expectations")
     params = load_params(SOURCE / "params.yaml", {"scale": "smoke"})
-    with Journal(tmp_path / "home/journal", "validate", "key") as journal:
-        yield StageRun("validate", params, Paths(root), tmp_path / "state", journal)
+    with EventLog(tmp_path / "home/event_log", "validate", "key") as event_log:
+        yield StageRun("validate", params, Paths(root), tmp_path / "state", event_log)
 
 
 def write_good(run: StageRun) -> None:
