@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from components.config.params import InputError
+from components.config.params import InputError, load_params
 from components.datasets import deduplication as duplicates
 from components.datasets.deduplication import Duplicates, Splits, question, split
 from components.datasets.formats import DatasetWriter, Row, read_rows, row_id
+from tests.conftest import SOURCE
 
 VOCABULARY = [f"word{number}" for number in range(4000)]
 
@@ -52,6 +53,17 @@ def test_text_with_few_changed_words_is_a_near_duplicate() -> None:
     assert seen.reason(changed(text, 4)) == "near_duplicate"
     assert seen.reason(changed(text, 150)) is None
     assert seen.reason(text_of(400, seed=2)) is None
+
+
+@pytest.mark.parametrize(("replaced", "reason"), [(1, "near_duplicate"), (3, "near_duplicate"), (12, None)])
+def test_the_projects_threshold_parts_copies_from_relatives(replaced: int, reason: str | None) -> None:
+    """Of 396 shingles each word that is replaced changes five: similarities of 0.98, 0.93 and 0.74."""
+    similarity = load_params(SOURCE / "params.yaml", {"scale": "smoke"}).collect.near_duplicate_similarity
+    for seed in range(10):
+        seen = Duplicates(similarity)
+        text = text_of(400, seed)
+        seen.reason(text)
+        assert seen.reason(changed(text, replaced)) == reason
 
 
 def test_short_texts_are_only_compared_exactly() -> None:

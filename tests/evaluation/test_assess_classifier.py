@@ -117,6 +117,13 @@ def test_ece_is_that_of_the_paper_by_hand() -> None:
     assert expected_calibration_error(confidences, right) == pytest.approx(expected)
 
 
+def test_guesses_are_parted_by_fifteenths() -> None:
+    edges = np.arange(1, 16) / 15
+    confidences = np.concatenate([edges - 0.01, edges - 0.05])
+    assert [one.texts for one in reliability(confidences, confidences > 0.5)] == [2] * 15
+    assert [one.texts for one in reliability(np.array([0.0, 0.06, 0.07]), np.array([True, True, True]))] == [2, 1]
+
+
 def test_figures_are_those_of_scikit_learn() -> None:
     random = np.random.default_rng(0)
     names = list("abcd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,42 @@ def test_only_the_last_turn_of_a_demonstration_is_learned(paths: Paths) -> None:
         f" in module_{name.removeprefix('fb-')}" for name in rows(paths, "demonstrations", "train")
     }
     assert all("lookup" in said for said, _ in told), "the call is there to be read"
+
+
+def tokens(paths: Paths, name: str) -> int:
+    return int((np.fromfile(paths.curated / name / "train.segments.bin", "uint16") != 0).sum())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_demonstrations_have_their_share_of_the_tokens(share: float, paths: Paths) -> None:
+    write_partition(paths, [correction(number) for number in range(4)])
+    curate(new_run(paths, "curate", curate__feedback_share=share))
+    told, replayed = tokens(paths, "sft"), tokens(paths, "replay")
+    times = len(learned(paths, "sft")) / 3
+    assert times == int(times)
+    assert abs(told - share / (1 - share) * replayed) <= told / times / 2, "one time more or less is further off"
+
+
+@pytest.mark.parametrize(("share", "corrections", "times"), [(0.9, 1, 40), (0.01, 20, 1)])
+def test_a_demonstration_is_told_once_at_least_and_forty_times_at_most(
+    share: float, corrections: int, times: int, paths: Paths
+) -> None:
+    write_partition(paths, [correction(number) for number in range(corrections)])
+    curate(new_run(paths, "curate", curate__feedback_share=share))
+    trained = len(rows(paths, "demonstrations", "train"))
+    assert trained > 0
+    assert len(learned(paths, "sft")) == times * trained
+
+
+def test_a_demonstration_is_told_as_it_is_first_and_with_noise_then(paths: Paths) -> None:
+    write_partition(paths, [correction(number) for number in range(4)])
+    plain = {}
+    for noise in (0.0, 1.0):
+        curate(new_run(paths, "curate", curate__feedback_share=0.6, curate__noise=noise))
+        plain[noise] = Counter(said for said, _ in learned(paths, "sft"))
+    assert len(plain[0.0]) == 3
+    for said, times in plain[0.0].items():
+        assert 1 <= plain[1.0][said] < times / 2
 
 
 def test_nothing_to_learn_is_an_input_error(paths: Paths) -> None:

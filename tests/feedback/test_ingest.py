@@ -169,6 +169,19 @@ def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
     assert found[quiet] == ("accepted", None)
 
 
+@pytest.mark.parametrize(("hours", "status"), [(1, "quarantined"), (23.9, "quarantined"), (24.1, "accepted")])
+def test_votes_of_the_last_day_count_against_a_voice(store: Store, tmp_path: Path, hours: float, status: str) -> None:
+    config = CONFIG.model_copy(update={"max_per_voice": 2})
+    for number in range(2):
+        said(store, number)
+    with store._write() as connection:
+        connection.exec_driver_sql(f"UPDATE feedback SET created = created - {hours * 3600}")
+    ingest(store, tmp_path / "feedback", config, passes)
+    third = said(store, 3)
+    ingest(store, tmp_path / "feedback", config, passes)
+    assert states(store)[third][0] == status
+
+
 def test_what_was_never_answered_replaced_or_revoked_is_quarantined(store: Store, tmp_path: Path) -> None:
     unanswered = said(store, 1, answer=None)
     replaced = said(store, 2)
@@ -286,15 +299,16 @@ def test_two_ingestions_of_the_same_votes_cannot_both_count(store: Store, tmp_pa
     assert store.waiting() == 1
 
 
-def test_old_requests_without_feedback_are_forgotten(store: Store) -> None:
+@pytest.mark.parametrize(("days", "forgotten"), [(0, 0), (6.9, 0), (7.1, 1)])
+def test_old_requests_without_feedback_are_forgotten(store: Store, days: float, forgotten: int) -> None:
     said(store, 1)
     store.add_request("silent", "agent/1", {"messages": []})
     store.add_answer("silent", AnswerRecord("yes", "stop", 1, 1, 0.1))
-    assert store.forget(1) == 0
     with store._write() as connection:
-        connection.exec_driver_sql("UPDATE requests SET created = created - 200000")
-    assert store.forget(1) == 1
-    assert store.counts() == {"requests": 1, "answers": 1, "feedback": 1}
+        connection.exec_driver_sql(f"UPDATE requests SET created = created - {days * 86_400}")
+    assert store.forget(7) == forgotten
+    left = 2 - forgotten
+    assert store.counts() == {"requests": left, "answers": left, "feedback": 1}
 
 
 def test_the_digest_of_content_tells_voices_votes_and_answers_apart(store: Store) -> None:
