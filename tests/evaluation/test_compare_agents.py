@@ -196,3 +196,18 @@ def test_a_suite_is_known_by_the_tool_it_calls_and_not_by_its_name() -> None:
     judged = [one.skill for one in _slices(ours, theirs, {"calculate"}, 0.6)]
     assert judged == ["arithmetic (calls)", "feedback/calculate"]
     assert [one.skill for one in _slices(ours, ours, {"calculate"}, 0.6)] == ["arithmetic", "feedback/calculate"]
+
+
+@pytest.mark.parametrize(("corrected", "guarded"), [(3, "lookup (calls)"), (2, "lookup")])
+def test_a_suite_guards_its_calls_alone_from_the_share_of_corrections_that_must_be_answered(
+    corrected: int, guarded: str
+) -> None:
+    """Three of five are 0.6."""
+    tools = {"lookup": "lookup", "feedback/lookup": "lookup"}
+    answered = [1.0] * corrected + [0.0] * (5 - corrected)
+    ours = Scores({"lookup": [1.0], "feedback/lookup": [0.0] * 5}, {"lookup": [1.0]}, {}, tools, {})
+    theirs = Scores({"lookup": [0.0], "feedback/lookup": answered}, {"lookup": [1.0]}, {}, tools, {})
+    suite, feedback = _slices(ours, theirs, {"lookup"}, 0.6)
+    assert suite.skill == guarded
+    assert (feedback.target, feedback.floor) == (True, 0.6)
+    assert not suite.target
