@@ -136,6 +136,7 @@ def test_a_pair_may_answer_a_tool_result_of_its_prompt() -> None:
         ({"prompt": "x", "chosen": "y"}, 'rejected: missing; a pair has "chosen" and "rejected"'),
         ({"prompt": "x", "chosen": "y", "rejected": None}, "rejected: missing"),
         ({"chosen": "y", "rejected": "z"}, 'prompt: missing; expected "prompt" or "conversations"'),
+        ({"completion": "y", "label": True}, 'prompt: missing; expected "prompt" or "conversations" beside the answer'),
         ({"prompt": " ", "chosen": "y", "rejected": "z"}, "prompt: empty; say what was answered"),
         ({"prompt": 3, "chosen": "y", "rejected": "z"}, "prompt: expected text, a turn or a list of turns, found int"),
         ({"prompt": [], "chosen": "y", "rejected": "z"}, "prompt: no turn of a user that says something"),

@@ -138,6 +138,7 @@ def test_csv_of_one_column_and_very_long_fields_is_read(tmp_path: Path) -> None:
             r"a\.csv:2: 2 fields where the header names 1 \(text\); put fields that hold the separator",
         ),
         ("a,b\nonly\n", r"a\.csv:2: 1 fields where the header names 2 \(a, b\)"),
+        ("\ufeff", r"a\.csv:1: expected a header of distinct column names"),
         ("a,a\n1,2\n", r"a\.csv:1: expected a header of distinct column names, found 'a', 'a'"),
         ('a,b\n"open,2\n', r"a\.csv:\d: not valid CSV: unexpected end of data"),
         ('a,b\n"x"y,2\n', r"a\.csv:2: not valid CSV: ',' expected after '\"'"),
@@ -169,6 +170,7 @@ def test_deep_first_line_of_json_is_said(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ('text,"label (a; b; c)"\n"x; y",a\nz,b\n', [{"text": "x; y", "label (a; b; c)": "a"}, "z"]),
+        ('text,"label (a; b)"\nx,"a; b"\nz,"c; d"\n', [{"text": "x", "label (a; b)": "a; b"}, "z"]),
         ('text;"label, or\tclass"\nx,y;a\nz;b\n', [{"text": "x,y", "label, or\tclass": "a"}, "z"]),
         ("text;label, or class\nx;a\nz;b\n", [{"text": "x", "label, or class": "a"}, "z"]),
         ('"text, raw"\n"x, y"\nz\n', [{"text, raw": "x, y"}, "z"]),
