@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from components.config.params import InputError, Refused, load_params
+from components.config.params import InputError, Refused, load_params, read_value
 from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
@@ -77,7 +77,7 @@ def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
                 f"--set: {assignment!r}: expected SECTION.KEY=VALUE, such as pretrain.decoder.max_steps=100"
             )
         try:
-            overrides[dotted.strip()] = yaml.safe_load(value)
+            overrides[dotted.strip()] = read_value(dotted.strip(), value)
         except yaml.YAMLError as error:
             raise InputError(f"--set: {assignment!r}: not a YAML value: {' '.join(str(error).split())}") from None
     return overrides
@@ -104,21 +104,23 @@ def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], N
         value, before = value[key], lock_owner.get(key, "unset")
         if before != value:
             echo(f"params.yaml: {dotted}: {before} → {value}")
-            lock_owner[key] = _on_one_line(value)
+            lock_owner[key] = _written(value)
             changed = True
     if changed:
         with path.open("w", encoding="utf-8") as file:
             text.dump(values, file)
 
 
-def _on_one_line(value: Any) -> Any:
+def _written(value: Any) -> Any:
+    """A value as it is to stand there: a list on one line, a text that YAML 1.1 would read otherwise in quotes."""
     from ruamel.yaml.comments import CommentedSeq
+    from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
-    if not isinstance(value, list):
-        return value
-    listed = CommentedSeq(value)
-    listed.fa.set_flow_style()
-    return listed
+    if isinstance(value, list):
+        listed = CommentedSeq(map(_written, value))
+        listed.fa.set_flow_style()
+        return listed
+    return SingleQuotedScalarString(value) if isinstance(value, str) and yaml.safe_load(value) != value else value
 
 
 def _section(values: Any, name: str) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -122,12 +123,42 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path.name}: {_first_error(error)}") from error
+        raise InputError(f"{path.name}: {_first_error(error, values)}") from error
+
+
+def read_value(dotted: str, text: str) -> Any:
+    """The value that a text has as YAML under `section.key`."""
+    value, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+    for key in reversed(dotted.split(".")):
+        value, written = {key: value}, {key: written}
+    value = _as_written(value, written, Params)
+    for key in dotted.split("."):
+        value = value[key]
+    return value
+
+
+def _as_written(value: Any, text: Any, kind: Any) -> Any:
+    """YAML's value, with what only text fits as it is written: a dataset may be called `no`, `null` or `2024_01_31`."""
+    if isinstance(value, list) and get_origin(kind) is list:
+        return [_as_written(one, written, get_args(kind)[0]) for one, written in zip(value, text, strict=True)]
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        kinds = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
+        return {key: _as_written(one, text.get(key), kinds.get(key)) for key, one in value.items()}
+    is_none = value is None and (not text or NoneType in get_args(kind))
+    return text if _is_text(kind) and not is_none else value
+
+
+def _is_text(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return all(isinstance(one, str) for one in get_args(kind))
+    nested = get_origin(kind) in (Union, UnionType, list, dict)
+    return kind in (str, NoneType) or (nested and all(map(_is_text, get_args(kind))))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = _as_written(yaml.safe_load(text), yaml.load(text, yaml.BaseLoader), Params)
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run inside a Loopwright project") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -166,15 +197,30 @@ def _decoder_keys(section: str) -> Collection[str]:
     return keys
 
 
-def _first_error(error: ValidationError) -> str:
-    """`section.key: value: reason`, from the first of pydantic's errors."""
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    reason = first["msg"].removeprefix("Value error, ")
+def _first_error(error: ValidationError, values: Any) -> str:
+    """`section.key: value: reason`, from the first of pydantic's errors, or what it says of a part of that value."""
+    places = [(_place(one, values), one) for one in error.errors()]
+    within = [(place, one) for place, one in places if place.startswith(places[0][0])]
+    place, first = max(within, key=lambda found: len(found[0]))
     if first["type"] == "extra_forbidden":
         section, _, key = place.partition(".")
         if section in BY_FAMILY and key in _decoder_keys(section):
             return f"{place}: each family has values of its own; write {section}.decoder.{key}"
         return f"{place}: unknown key; see components/config/model_settings.py for the keys of each section"
+    reasons = dict.fromkeys(one["msg"] for there, one in within if there == place)
+    reason = " or ".join(reasons).removeprefix("Value error, ").replace(" or Input should be", " or")
     value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
     return f"{place}: {value}{reason}" if place else f"{value}{reason}"
+
+
+def _place(error: Any, values: Any) -> str:
+    """Where an error is, in keys of the file: pydantic also names the type of a union that it tried."""
+    place = []
+    for part in error["loc"]:
+        if isinstance(part, int) and isinstance(values, list):
+            place.append(str(part))
+            values = values[part]
+        elif isinstance(values, dict) and (part in values or error["type"] == "missing"):
+            place.append(str(part))
+            values = values.get(part)
+    return ".".join(place)

@@ -42,6 +42,8 @@ def test_a_dataset_may_be_a_name_or_a_list() -> None:
         ({"model.decoder.num_kv_heads": 2, "model.decoder.num_heads": 3}, "num_kv_heads 2 does not divide num_heads 3"),
         ({"prepare.decoder.seq_len": 4096}, "prepare.decoder.seq_len: 4096 exceeds model.decoder.max_seq_len 512"),
         ({"pretrain": 3}, "params.yaml: pretrain: expected a section, found 3"),
+        ({"tune.dataset": 3}, "params.yaml: tune.dataset: 3: Input should be a valid string or a valid list"),
+        ({"tune.dataset": ["a", 3]}, "params.yaml: tune.dataset.1: 3: Input should be a valid string"),
         ({"tune.optimizer": "sgd"}, "params.yaml: tune.optimizer: 'sgd': Input should be 'adamw' or 'muon'"),
     ],
 )

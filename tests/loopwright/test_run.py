@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from ruamel.yaml import YAML
 
 from components.config.params import InputError, load_params
 from loopwright.run import Terminal, _overrides, _write_params
@@ -44,6 +46,30 @@ def test_values_are_written_beside_their_comments(params: Path) -> None:
     assert written.pretrain.decoder.datasets == ["a", "b"]
     assert "params.yaml: scale: laptop → smoke" in told
     assert "params.yaml: model.num_layers: unset → 3" in told
+
+
+@pytest.mark.parametrize("name", ["no", "123", "2024_01_31", "2024-01-31", "1e3", "0x1F", "null", "on", "[no, 1_0, a]"])
+def test_a_dataset_may_be_called_what_yaml_reads_as_something_else(params: Path, name: str) -> None:
+    wanted = name.strip("[]").split(", ")
+    for assignment in (f"tune.dataset={name}", f"pretrain.encoder.dataset={name}"):
+        _write_params(params, _overrides(None, [assignment]), lambda line: None)
+    written = load_params(params)
+    assert written.tune.datasets == written.pretrain.encoder.datasets == wanted
+    for read in (yaml.safe_load(params.read_text()), YAML(typ="safe").load(params.read_text())):
+        assert read["tune"]["dataset"] == (wanted if name.startswith("[") else name), "whoever reads the file"
+    told: list[str] = []
+    _write_params(params, _overrides(None, [f"tune.dataset={name}"]), told.append)
+    assert told == [], "it stands there already"
+    params.write_text(PARAMS.replace("stdlib-conversations", name), encoding="utf-8")
+    assert load_params(params).tune.datasets == wanted, "as a person writes it"
+
+
+def test_only_text_is_taken_as_written(params: Path) -> None:
+    wanted = ["serve.int8=no", "seed=0x1F", "serve.backend_url=null", "tune.compile=on", "pretrain.max_steps=1_000"]
+    _write_params(params, _overrides(None, wanted), lambda line: None)
+    read = load_params(params)
+    assert (read.serve.int8, read.seed, read.serve.backend_url) == (False, 31, None)
+    assert (read.tune.compile, read.pretrain.max_steps) == ("on", 1000)
 
 
 def test_nothing_is_written_when_nothing_changes(params: Path) -> None:
