@@ -113,6 +113,9 @@ class Retired(Exception):
 class Late(Exception):
     """Nobody had time for this request within its deadline."""
 
+    def __init__(self, message: str = "no slot became free within serve.request_seconds; try again later") -> None:
+        super().__init__(message)
+
 
 class Loaded(Protocol):
     """A loaded version of a model, whatever it answers."""

@@ -193,7 +193,7 @@ class Reply(Ticket):
             self._end(self._finish(None, "cancelled"))
             return None
         if self.late:
-            raise Late("no slot became free within serve.request_seconds; try again later")
+            raise Late
         prompt = next(self.conversation)
         self.notify(Started())
         return prompt

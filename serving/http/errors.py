@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -71,7 +72,8 @@ class ApiError(HTTPException):
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """OpenAI's error object; what has nothing to say of itself is told by its status, as `Bad Request`."""
+    message = message.strip() or HTTPStatus(status).phrase
     kind = TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from components.inference.pyfunc import _load_pyfunc
 from components.inference.summarizer import TextWriter
+from serving.http.errors import error_body
 
 SOURCE = "add"
 
@@ -55,6 +57,20 @@ def test_what_it_cannot_do_is_refused(writer: Any) -> None:
     long = writer.ask("add " * 40)
     assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert "summarizer/1 reads 32: send less" in long.json()["error"]["message"]
+
+
+def test_a_text_that_waited_too_long_is_told_so(writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer.serving.chatting("summarizer").engine, "_seconds", -1.0)
+    late = writer.ask(SOURCE)
+    assert late.status_code == 503
+    message = "no slot became free within serve.request_seconds; try again later"
+    assert (late.json()["error"]["message"], late.json()["error"]["code"]) == (message, "timeout")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 429, 500, 503])
+def test_no_error_is_without_a_message(status: int) -> None:
+    for message in ("", "  "):
+        assert error_body(status, message)["error"]["message"] == HTTPStatus(status).phrase
 
 
 def test_it_is_listed_with_its_task_and_loads_in_mlflow(writer: Any, summarizer_folder: Path, expected: str) -> None:
