@@ -37,8 +37,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     """For calls and answers of each schema: compiling in milliseconds, and a token in microseconds."""
     import numpy as np
 
-    from components.agent.turn_grammar import Wish
-    from components.agent.turns import turn_rules
+    from components.agent.turn_grammar import Wish, turn_rules
     from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
     tokenizer = load_chat_tokenizer(folder)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.agent.tools import Tool, call, reference_tools
-from components.agent.turn_grammar import Wish
-from components.agent.turns import Rules, followable, turn_rules
+from components.agent.turn_grammar import Rules, Wish, followable, turn_rules
 from components.config.params import InputError
 from components.inference.constraints import Constraint
-from components.tokenization.chat_tokenizer import Call, ChatTokenizer, Turn
+from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.response_format import format_message
+from components.tokenization.tool_calls import Call, Turn, openai_call
 
 Message = Mapping[str, Any]
 Step = dict[str, Any]
@@ -202,9 +202,3 @@ class Agent:
         if turn.calls and ended and not calls:
             content = turn.content or GAVE_UP.format(steps=self.max_steps)
         return Answer(content, tuple(steps), reason, calls, prompt_tokens, written)
-
-
-def openai_call(wanted: Call, number: str) -> dict[str, Any]:
-    """A call in the shape of OpenAI's chat API."""
-    arguments = json.dumps(wanted.arguments, ensure_ascii=False)
-    return {"id": number, "type": "function", "function": {"name": wanted.name, "arguments": arguments}}

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
-from components.agent.turns import Rules
+from components.agent.turn_grammar import Rules
 from components.inference.batching import Row, Slots
 from components.inference.sampling import Sampling
 from components.inference.schemas import SchemaError

@@ -1,4 +1,6 @@
-"""The grammar of one turn of the model, in the dialect of `components/inference/grammar.py`.
+"""What one turn of the model may be: words, a structured answer, calls of declared tools, and nothing in between.
+
+The grammar is in the dialect of `components/inference/grammar.py`.
 
 Our own template writes a call as `<|call|> name<|argument|> key<|value|> value`, so a tool's JSON schema becomes one
 rule for each argument. Strings stand as they are unless they could be read as JSON; all else is JSON. Other families
@@ -8,17 +10,23 @@ write the whole call as JSON.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from components.inference.grammar import json_rule
+from components.agent.tools import Tool
+from components.config.params import InputError
+from components.inference.grammar import Follower, Grammar, GrammarError, json_rule, vocabulary_of
 from components.inference.schemas import Schema, SchemaError, checked
-from components.tokenization.chat_tokenizer import ChatTokenizer, stands_bare
-from components.tokenization.hf_tokenizer import CALL_MARKS
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.response_format import schema_keys
+from components.tokenization.tool_calls import CALL_MARKS, stands_bare
 
 MAX_RESOLVED = 20
 """References that lead to references."""
+ANY_OBJECT: Schema = {"type": "object"}
+"""What `json_object` asks for."""
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters."""
 
@@ -31,6 +39,8 @@ JSON_LIKE: /(true|false|null|NaN|-?Infinity|-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)
 BARE: /(?s:[^ \t\n\r"\[\{].*)/ & ~JSON_LIKE
 """
 _ANNOTATIONS = {"$schema", "$defs", "definitions"}
+
+logger = logging.getLogger("loopwright.turns")
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,83 @@ class Wish:
     """A turn may hold several calls."""
     schema: Schema | bool | None = None
     """JSON schema of the answer's words; None: any words."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The grammars of a conversation's turns."""
+
+    turn: Grammar
+    last: Grammar
+    """Of the last turn that the agent may take."""
+    structured: bool
+    """The words are JSON, which is closed when the turn nears its limit."""
+    keys: tuple[str, ...] = ()
+    """Of that JSON, as far as its schema names them."""
+
+    def follow(self, last: bool) -> Follower:
+        return (self.last if last else self.turn).follow(self.structured)
+
+
+def turn_rules(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], wish: Wish, runs_tools: bool) -> Rules:
+    """What the turns of an agent may be that knows `tools` (OpenAI's list).
+
+    `runs_tools`: the agent runs them itself, so that its last turn has to be words where these have a form.
+
+    Raises: SchemaError or InputError, naming the tool's place or `response_format`.
+    """
+    schema = None if wish.schema is None else checked(wish.schema, "response_format.json_schema.schema")
+    calls = [] if wish.calls == "none" else [_function(tool) for tool in tools]
+    vocabulary = vocabulary_of(tokenizer)
+    try:
+        turn = vocabulary.compile(turn_grammar(tokenizer, wish, calls, schema))
+        last = turn
+        if runs_tools and schema is not None:
+            last = vocabulary.compile(turn_grammar(tokenizer, Wish("none"), [], schema))
+    except GrammarError as error:
+        raise _blamed(tokenizer, wish, calls, schema, error) from None
+    return Rules(turn, last, schema is not None, tuple(schema_keys(schema)) if schema is not None else ())
+
+
+def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
+    """The agent's own tools as `turn_rules` takes them.
+
+    One whose schema no grammar can hold to, as an MCP server's may be, may be called with any arguments: what does not
+    fit is told to the model when the tool is called.
+    """
+    declared: list[Mapping[str, Any]] = []
+    for tool in tools:
+        declaration = tool.declaration()
+        try:
+            turn_rules(tokenizer, [declaration], Wish("required"), runs_tools=True)
+        except SchemaError as error:
+            logger.warning("arguments of the tool %r are not held to its schema: %s", tool.name, error)
+            declaration = {**declaration, "function": {**declaration["function"], "parameters": ANY_OBJECT}}
+        declared.append(declaration)
+    return declared
+
+
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    function: Mapping[str, Any] = tool.get("function", tool)
+    return function
+
+
+def _blamed(
+    tokenizer: ChatTokenizer, wish: Wish, calls: Sequence[Mapping[str, Any]], schema: Schema | None, error: GrammarError
+) -> InputError:
+    """The error with the place that it comes from."""
+    vocabulary = vocabulary_of(tokenizer)
+    if schema is not None:
+        try:
+            vocabulary.compile(turn_grammar(tokenizer, Wish("none"), [], schema))
+        except GrammarError as own:
+            return SchemaError(f"response_format.json_schema.schema: {own}")
+    for place, function in enumerate(calls):
+        try:
+            vocabulary.compile(turn_grammar(tokenizer, Wish("required"), [function], None))
+        except GrammarError as own:
+            return SchemaError(f"tools[{place}].function.parameters: {own} (tool {function['name']!r})")
+    return SchemaError(f"tools: {error}; send fewer or smaller ones")
 
 
 def turn_grammar(

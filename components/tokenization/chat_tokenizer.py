@@ -1,8 +1,7 @@
 """Text to token ids and back: byte-level BPE that splits names and digits so that copying is learnable.
 
 Chats are rendered by the Jinja template that lies in the model folder, the same at training and
-serving; its `generation` block is the training mask. Call arguments stand as raw text, one
-spelling with the user's words, unless the text could be read as JSON.
+serving; its `generation` block is the training mask.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from components.tokenization.chat_templates import (
     marked_pieces,
     plain_message,
 )
+from components.tokenization.tool_calls import Turn, parse_fields
 
 SPECIAL_TOKENS = (
     "<|pad|>",
@@ -50,22 +48,6 @@ SPLIT = (
     rf"{_SPACE}\p{{Lu}}+(?!\p{{Ll}})|{_SPACE}\p{{Lu}}?[\p{{Ll}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}]+|\p{{N}}"
     r"|\s+(?!\S)|\s|[^\s\p{L}\p{N}]"
 )
-
-
-@dataclass(frozen=True)
-class Call:
-    """One tool call that the model wrote."""
-
-    name: str
-    arguments: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One assistant turn: words, calls, or both."""
-
-    content: str
-    calls: tuple[Call, ...] = ()
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -192,18 +174,7 @@ class ChatTokenizer:
 
     def parse_turn(self, ids: Iterable[int]) -> Turn:
         """Read what the model wrote after <|assistant|>, up to <|end|>."""
-        fields = list(self._fields(ids))
-        content = "".join(text for kind, text in fields if kind == "")
-        calls: list[Call] = []
-        key = ""
-        for kind, text in fields:
-            if kind == "<|call|>":
-                calls.append(Call(text, {}))
-            elif kind == "<|argument|>":
-                key = text
-            elif kind == "<|value|>" and calls:
-                calls[-1].arguments[key] = read_value(text)
-        return Turn(content, tuple(calls))
+        return parse_fields(self._fields(ids))
 
     def _fields(self, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
         """`(special token, text after it)`; the first has no token before it."""
@@ -262,39 +233,6 @@ class TextStream:
     def flush(self) -> str:
         """What is left: U+FFFD when the last character never became whole."""
         return self._decoder.decode(b"", final=True)
-
-
-def stands_bare(text: str) -> bool:
-    """Whether the template writes this string as it stands: nothing reads it as JSON."""
-    return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
-
-
-def read_value(text: str) -> Any:
-    """The inverse of the template's rule for argument values."""
-    if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
-        try:
-            return json.loads(text, parse_float=_finite, parse_int=_integer)
-        except ValueError:
-            return text
-    return text
-
-
-def _finite(text: str) -> float:
-    """A number, at most the largest there is: infinity is no JSON."""
-    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
-
-
-def _integer(text: str) -> int:
-    """A whole number of any length, also where Python would refuse to read one so long."""
-    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def byte_of_character() -> dict[str, int]:

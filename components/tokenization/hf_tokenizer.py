@@ -19,11 +19,9 @@ from tokenizers import Tokenizer
 
 from components.config.params import InputError
 from components.tokenization.chat_templates import compile_template, read_template
-from components.tokenization.chat_tokenizer import SPECIAL_TOKENS, Call, ChatTokenizer, Turn, byte_of_character
+from components.tokenization.chat_tokenizer import SPECIAL_TOKENS, ChatTokenizer, byte_of_character
+from components.tokenization.tool_calls import CALL_MARKS, Call, Turn, parse_json_calls
 
-CALL_MARKS = ("<tool_call>", "</tool_call>")
-"""Tokens around a call in the format of Hermes and Qwen."""
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
@@ -82,12 +80,7 @@ class HFChatTokenizer(ChatTokenizer):
             if number == self.end_id:
                 break
             written.append(self._names[number].encode() if number in self._names else self._bytes[number])
-        text = b"".join(written).decode("utf-8", errors="replace")
-        marked = [_CALL.split(text)[place] for place in range(1, len(_CALL.split(text)), 2)]
-        calls = [call for each in marked if (call := _read_call(each)) is not None]
-        if not marked and (call := _read_call(text)) is not None:
-            return Turn("", (call,))
-        return Turn(_CALL.sub("", text).strip() if marked else text.removeprefix(" "), tuple(calls))
+        return parse_json_calls(b"".join(written).decode("utf-8", errors="replace"))
 
     @cached_property
     def _reads_calls(self) -> bool:
@@ -177,18 +170,6 @@ class HFChatTokenizer(ChatTokenizer):
 def _content(token: Any) -> str | None:
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else None
-
-
-def _read_call(text: str) -> Call | None:
-    """A call written as JSON: `{"name": ..., "arguments": {...}}`, or with `parameters` as Llama has it."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters"))
-    return Call(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
 def load_chat_tokenizer(folder: Path) -> ChatTokenizer:

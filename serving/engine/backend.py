@@ -19,8 +19,7 @@ from typing import Any, Protocol
 
 from components.agent.agent import AS_IT_LIKES, Agent
 from components.agent.tools import Tool
-from components.agent.turn_grammar import Wish
-from components.agent.turns import Rules
+from components.agent.turn_grammar import Rules, Wish
 from components.config.loop_settings import ServeConfig
 from components.models.checkpoint import read_config
 from components.runtime.model_tasks import Task

@@ -24,8 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from components.agent.turn_grammar import Wish
-from components.agent.turns import ANY_OBJECT
+from components.agent.turn_grammar import ANY_OBJECT, Wish
 
 MAX_STOPS = 4
 MAX_TOOLS = 128

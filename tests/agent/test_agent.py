@@ -8,11 +8,11 @@ import pytest
 
 from components.agent.agent import GAVE_UP, Agent, Answer, ContextTooLong
 from components.agent.tools import Tool
-from components.agent.turn_grammar import Wish
-from components.agent.turns import Rules
+from components.agent.turn_grammar import Rules, Wish
 from components.config.params import InputError
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import Call, ChatTokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.tool_calls import Call
 from examples.stdlib_agent import facts
 
 QUESTION = [{"role": "user", "content": "What is six times seven?"}]

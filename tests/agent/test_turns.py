@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from components.agent.tools import Tool
-from components.agent.turn_grammar import Wish
-from components.agent.turns import ANY_OBJECT, Rules, followable, turn_rules
+from components.agent.turn_grammar import ANY_OBJECT, Rules, Wish, followable, turn_rules
 from components.config.params import InputError
 from components.inference.schemas import SchemaError
 from components.tokenization import chat_tokenizer as bpe

@@ -16,8 +16,7 @@ from components.agent.tools import Tool
 from components.config.params import load_params
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from serving.engine.backend import Ask, Event, Failed, Finished, Full, Retired, Started, Stepped, Text
-from serving.engine.local import Engine
-from serving.http.stop_filter import Speech
+from serving.engine.local import Engine, Speech
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."

@@ -7,8 +7,9 @@ import pytest
 
 from components.config.params import InputError
 from components.tokenization import chat_tokenizer as bpe
-from components.tokenization.chat_tokenizer import Call, ChatTokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
+from components.tokenization.tool_calls import Call
 
 TEXTS = [
     'def dumps(obj, *, skipkeys=False):\n    """Serialize ``obj`` to a JSON formatted ``str``."""\n',

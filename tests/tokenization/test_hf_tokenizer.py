@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from components.config.params import InputError
-from components.tokenization.chat_tokenizer import Call, ChatTokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import HFChatTokenizer, load_chat_tokenizer
+from components.tokenization.tool_calls import Call
 from tests.tokenization.hf_tokenizers import CHATML, chatml, llama, sentencepiece
 
 CHAT = [

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.agent.agent import openai_call
-from components.agent.turn_grammar import Wish
-from components.agent.turns import turn_rules
+from components.agent.turn_grammar import Wish, turn_rules
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from serving.http.tool_call_stream import CallStream
+from components.tokenization.tool_calls import CallStream, openai_call
 
 VALUES = [
     *("Paris", "", " led", "12", "12 apples", "1e", "-", "-Infinity", "-In", "true", "truest", "n", "nul", "NaN", "07"),

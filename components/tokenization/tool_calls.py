@@ -1,0 +1,226 @@
+"""Tool calls as models write them: reading a turn, the one rule for arguments, and the deltas that OpenAI streams.
+
+Our own chat template writes `<|call|> name<|argument|> key<|value|> value`, each argument as raw text, one spelling
+with the user's words, unless that text could be read as JSON: then it is written as JSON. Hermes, Qwen and Llama write
+the whole call as JSON. `components/agent/turn_grammar.py` holds a model to either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+CALL_MARKS = ("<tool_call>", "</tool_call>")
+"""Tokens around a call in the format of Hermes and Qwen."""
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+# What may still turn out to be JSON when more of it comes.
+_UNDECIDED = re.compile(r"-?\d*(\.\d*)?([eE][+-]?\d*)?[ \t\n\r]*")
+_JSON_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One tool call that the model wrote."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant turn: words, calls, or both."""
+
+    content: str
+    calls: tuple[Call, ...] = ()
+
+
+def openai_call(wanted: Call, number: str) -> dict[str, Any]:
+    """A call in the shape of OpenAI's chat API."""
+    arguments = json.dumps(wanted.arguments, ensure_ascii=False)
+    return {"id": number, "type": "function", "function": {"name": wanted.name, "arguments": arguments}}
+
+
+def parse_fields(fields: Iterable[tuple[str, str]]) -> Turn:
+    """A turn of our own template out of `(special token, the text behind it)`; the first has no token before it."""
+    content, calls, key = "", list[Call](), ""
+    for kind, text in fields:
+        if kind == "":
+            content += text
+        elif kind == "<|call|>":
+            calls.append(Call(text, {}))
+        elif kind == "<|argument|>":
+            key = text
+        elif kind == "<|value|>" and calls:
+            calls[-1].arguments[key] = read_value(text)
+    return Turn(content, tuple(calls))
+
+
+def parse_json_calls(text: str) -> Turn:
+    """A turn of another family: words with calls between marks, or one call and nothing else."""
+    pieces = _CALL.split(text)
+    marked = pieces[1::2]
+    calls = [call for each in marked if (call := _read_call(each)) is not None]
+    if not marked and (call := _read_call(text)) is not None:
+        return Turn("", (call,))
+    return Turn("".join(pieces[::2]).strip() if marked else text.removeprefix(" "), tuple(calls))
+
+
+def _read_call(text: str) -> Call | None:
+    """A call written as JSON: `{"name": ..., "arguments": {...}}`, or with `parameters` as Llama has it."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters"))
+    return Call(value["name"], arguments) if isinstance(arguments, dict) else None
+
+
+def stands_bare(text: str) -> bool:
+    """Whether the template writes this string as it stands: nothing reads it as JSON."""
+    return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
+
+
+def read_value(text: str) -> Any:
+    """The inverse of the template's rule for argument values."""
+    if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
+        try:
+            return json.loads(text, parse_float=_finite, parse_int=_integer)
+        except ValueError:
+            return text
+    return text
+
+
+def _finite(text: str) -> float:
+    """A number, at most the largest there is: infinity is no JSON."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
+
+
+def _integer(text: str) -> int:
+    """A whole number of any length, also where Python would refuse to read one so long."""
+    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class Stream(Protocol):
+    """Ids in, whole characters out."""
+
+    def push(self, number: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """What the deltas need of a `ChatTokenizer`."""
+
+    native: bool
+
+    @property
+    def special_ids(self) -> Mapping[str, int]: ...
+
+    def stream(self) -> Stream: ...
+
+    def parse_turn(self, ids: Iterable[int]) -> Turn: ...
+
+
+class CallStream:
+    """The deltas of a turn's calls as its ids come; all pieces of a call's arguments make one JSON object."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._names = {number: name for name, number in tokenizer.special_ids.items()}
+        self._tokenizer = tokenizer
+        self._kind, self._text, self._key = "", "", ""
+        self._stream = tokenizer.stream()
+        self._told: int | None = None
+        """Characters of this value that were told as a string; None: it is not certain to be one."""
+        self._arguments = 0
+        self._read: list[int] = []
+        self.ids: list[str] = []
+        """Of the calls so far."""
+
+    def push(self, number: int) -> list[dict[str, Any]]:
+        """What can be told now."""
+        if not self._tokenizer.native:
+            return self._whole(number)
+        if number not in self._names:
+            self._text += self._stream.push(number)
+            return self._part() if self._kind == "<|value|>" else []
+        self._text += self._stream.flush()
+        deltas = self._field()
+        self._kind, self._text, self._told, self._stream = self._names[number], "", None, self._tokenizer.stream()
+        if self._kind in ("<|call|>", "<|end|>") and self.ids and self._arguments >= 0:
+            deltas.append(self._piece("}" if self._arguments else "{}"))
+            self._arguments = -1  # this call is whole
+        return deltas
+
+    def _whole(self, number: int) -> list[dict[str, Any]]:
+        """Calls of another family's format, each when it is whole."""
+        self._read.append(number)
+        if number not in self._names:
+            return []
+        calls = self._tokenizer.parse_turn(self._read).calls[len(self.ids) :]
+        return [
+            delta
+            for call in calls
+            for delta in (self._head(call.name), self._piece(json.dumps(call.arguments, ensure_ascii=False)))
+        ]
+
+    def _head(self, name: str) -> dict[str, Any]:
+        """The first delta of a new call."""
+        self.ids.append(f"call_{uuid.uuid4().hex[:24]}")
+        function = {"name": name, "arguments": ""}
+        return {"index": len(self.ids) - 1, "id": self.ids[-1], "type": "function", "function": function}
+
+    def _field(self) -> list[dict[str, Any]]:
+        """What the field that ends here adds."""
+        text = self._text.removeprefix(" ")
+        if self._kind == "<|call|>":
+            self._arguments = 0
+            return [self._head(text)]
+        if self._kind == "<|argument|>":
+            self._key = text
+        elif self._kind == "<|value|>" and self.ids:
+            if self._told is not None:
+                return [self._piece(_inside(text[self._told :]) + '"')]
+            return [self._piece(self._opening() + json.dumps(read_value(text), ensure_ascii=False))]
+        return []
+
+    def _part(self) -> list[dict[str, Any]]:
+        """More of a value that is certain to be a string."""
+        text = self._text.removeprefix(" ")
+        start = ""
+        if self._told is None:
+            if not text or text[0] in '"[{' or _UNDECIDED.fullmatch(text) or _begins_word(text) or not self.ids:
+                return []
+            start, self._told = self._opening() + '"', 0
+        new, self._told = text[self._told :], len(text)
+        return [self._piece(start + _inside(new))] if start or new else []
+
+    def _opening(self) -> str:
+        self._arguments += 1
+        return ("{" if self._arguments == 1 else ", ") + json.dumps(self._key, ensure_ascii=False) + ": "
+
+    def _piece(self, text: str) -> dict[str, Any]:
+        return {"index": len(self.ids) - 1, "function": {"arguments": text}}
+
+
+def _begins_word(text: str) -> bool:
+    return any(word.startswith(text) for word in _JSON_WORDS)
+
+
+def _inside(text: str) -> str:
+    """A text as it stands within the quotes of JSON."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
