@@ -155,10 +155,10 @@ def _batches(metrics: bytes) -> dict[str, float]:
 
 def forward_ms(folder: Path, words: list[str], rounds: int) -> float:
     """One forward pass over all texts, tokenizing included: the median, in milliseconds."""
-    from serving.engine.classifier_worker import Reader
+    from serving.engine.classifier_worker import ClassifierWorker
     from serving.observability.metrics import Metrics
 
-    reader = Reader.load(folder, "classifier/1", Metrics())
+    reader = ClassifierWorker.load(folder, "classifier/1", Metrics())
     taken = []
     for _ in range(rounds + 3):
         began = time.perf_counter()

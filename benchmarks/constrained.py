@@ -51,16 +51,16 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
             compiled = time.perf_counter() - began
             taken = []
             for seed in range(ROWS):
-                chance, follower = np.random.default_rng(seed), rule.follow(last=False)
+                chance, watcher = np.random.default_rng(seed), rule.follow(last=False)
                 for left in range(TOKENS, 0, -1):
                     began = time.perf_counter()
-                    mask = follower.allowed(left)
+                    mask = watcher.allowed(left)
                     asked = time.perf_counter() - began
                     token = int(chance.choice(np.flatnonzero(mask)))
                     began = time.perf_counter()
-                    follower.advance(token)
+                    watcher.advance(token)
                     taken.append(asked + time.perf_counter() - began)
-                    if follower.finished:
+                    if watcher.finished:
                         break
             median, late = (float(1e6 * np.quantile(taken, share)) for share in (0.5, 0.99))
             measured[f"{name} {kind}"] = {"compile_ms": 1e3 * compiled, "token_us": median, "token_us_p99": late}

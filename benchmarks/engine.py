@@ -98,31 +98,31 @@ class Loopwright:
 
     def __init__(self, folder: Path) -> None:
         from components.config.params import SCALES_FILE, load_params
-        from serving.engine.local import Engine
+        from serving.engine.local import LocalEngine
 
         config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
-        self.engine = Engine.load(folder, "agent/1", config.model_copy(update={"max_running": CROWD}))
+        self.engine = LocalEngine.load(folder, "agent/1", config.model_copy(update={"max_running": CROWD}))
 
     def contender(self, concurrent: int) -> Contender:
         return lambda asked: self.answer(asked, concurrent)
 
     def answer(self, asked: Prompts, concurrent: int) -> int:
-        from serving.engine.backend import Ask, Event, Failed, Finished
+        from serving.engine.backend import Completion, Event, Failure, GenerationRequest
 
         told: queue.SimpleQueue[Event] = queue.SimpleQueue()
         waiting, running, written = list(asked), 0, 0
 
         def listen(event: Event) -> None:
-            if isinstance(event, Finished | Failed):
+            if isinstance(event, Completion | Failure):
                 told.put(event)
 
         while waiting or running:
             while waiting and running < concurrent:
                 chat = _chat(waiting.pop().text)
-                self.engine.submit(Ask(chat, may_call=False, max_tokens=WRITTEN), listen)
+                self.engine.submit(GenerationRequest(chat, may_call=False, max_tokens=WRITTEN), listen)
                 running += 1
             event = told.get()
-            assert isinstance(event, Finished)
+            assert isinstance(event, Completion)
             running -= 1
             written += event.completion_tokens
         return written

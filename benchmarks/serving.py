@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from components.feedback.store import Store
-    from serving.engine.local import Engine
+    from serving.engine.local import LocalEngine
 
 ROUNDS = 300
 WARM = 20
@@ -69,14 +69,14 @@ class Client:
         self._socket.close()
 
 
-def ask_engine(engine: Engine) -> float:
+def ask_engine(engine: LocalEngine) -> float:
     """Milliseconds of the same question, asked without HTTP."""
-    from serving.engine.backend import Ask, Failed, Finished
+    from serving.engine.backend import Completion, Failure, GenerationRequest
 
     ended = threading.Event()
     began = time.perf_counter()
-    ask = Ask(BODY["messages"], rules=engine.agent.rules(), max_tokens=BODY["max_tokens"])
-    engine.submit(ask, lambda event: ended.set() if isinstance(event, Finished | Failed) else None)
+    ask = GenerationRequest(BODY["messages"], rules=engine.agent.rules(), max_tokens=BODY["max_tokens"])
+    engine.submit(ask, lambda event: ended.set() if isinstance(event, Completion | Failure) else None)
     ended.wait()
     return 1000 * (time.perf_counter() - began)
 

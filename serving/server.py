@@ -26,7 +26,7 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.feedback.store import Store, has_store
 from serving.http.app import new_api
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 from serving.http.keys import has_keys
 from serving.models.drain import drain_on_signals
 from serving.models.state import Serving
@@ -153,7 +153,7 @@ def _config(serving: Serving) -> uvicorn.Config:
     api = new_api()
     api.state.serving = serving
     return uvicorn.Config(
-        Edge(api, api),
+        GatewayMiddleware(api, api),
         lifespan="off",
         log_config=None,
         access_log=False,

@@ -16,7 +16,7 @@ from components.config.params import load_params
 from components.config.paths import Paths
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.http.app import new_api
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 from serving.models.drain import drain_on_signals
 from serving.models.state import Serving
 from serving.models.versions import DEFAULT, Bundled
@@ -73,4 +73,4 @@ endpoint = bentoml.service(
     traffic={"timeout": DAY_SECONDS},
     metrics={"enabled": False, "namespace": "bentoml_service"},
 )
-endpoint.add_asgi_middleware(Edge, api=api)
+endpoint.add_asgi_middleware(GatewayMiddleware, api=api)

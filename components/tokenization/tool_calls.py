@@ -136,7 +136,7 @@ class Tokenizer(Protocol):
     def parse_turn(self, ids: Iterable[int]) -> Turn: ...
 
 
-class CallStream:
+class ToolCallDeltaParser:
     """The deltas of a turn's calls as its ids come; all pieces of a call's arguments make one JSON object."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

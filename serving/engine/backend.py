@@ -26,7 +26,7 @@ from components.runtime.model_tasks import Task
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """What to answer, and how."""
 
     messages: Sequence[Mapping[str, Any]]
@@ -48,34 +48,34 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Started:
+class Start:
     """The request has a slot and fits the context."""
 
 
 @dataclass(frozen=True)
-class Text:
+class TextDelta:
     """More of the answer, whole characters."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallDelta:
     """More of a call of the client's tools: OpenAI's delta, one of `tool_calls`."""
 
     delta: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Stepped:
+class AgentStep:
     """The agent called a tool, or a tool answered."""
 
     step: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The last event of a request: `content` is all its `Text` in one."""
+class Completion:
+    """The last event of a request: `content` is all its `TextDelta` in one."""
 
     content: str
     steps: list[dict[str, Any]]
@@ -87,17 +87,17 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failure:
     """The last event of a request that could not be answered."""
 
     error: Exception
 
 
-Event = Started | Text | Called | Stepped | Finished | Failed
+Event = Start | TextDelta | ToolCallDelta | AgentStep | Completion | Failure
 Notify = Callable[[Event], None]
 
 
-class Full(Exception):
+class QueueFull(Exception):
     """As many requests wait as may wait."""
 
     def __init__(self, retry_after: int) -> None:
@@ -105,18 +105,18 @@ class Full(Exception):
         self.retry_after = retry_after
 
 
-class Retired(Exception):
+class BackendRetired(Exception):
     """This backend takes no more requests: another model took its place."""
 
 
-class Late(Exception):
+class DeadlineExceeded(Exception):
     """Nobody had time for this request within its deadline."""
 
     def __init__(self, message: str = "no slot became free within serve.request_seconds; try again later") -> None:
         super().__init__(message)
 
 
-class Loaded(Protocol):
+class LoadedModel(Protocol):
     """A loaded version of a model, whatever it answers."""
 
     @property
@@ -148,7 +148,7 @@ class Loaded(Protocol):
         """Retire, and let go of everything."""
 
 
-class Backend(Loaded, Protocol):
+class Backend(LoadedModel, Protocol):
     """A loaded model that answers generation requests."""
 
     @property
@@ -159,8 +159,8 @@ class Backend(Loaded, Protocol):
     def tool_names(self) -> frozenset[str]:
         """Of the agent's own tools."""
 
-    def submit(self, ask: Ask, notify: Notify, first: bool = False) -> Ticket:
-        """Queue a request; `notify` is called from the backend's threads, last with Finished or Failed.
+    def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
+        """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
 
         `first` puts it before all that wait, however many they are.
 
@@ -168,11 +168,11 @@ class Backend(Loaded, Protocol):
         """
 
 
-class Ticket:
+class GenerationTask:
     """One submitted request; `cancel` frees its slot before the next token."""
 
-    def __init__(self, queue: QueuedBackend, ask: Ask, notify: Notify) -> None:
-        self._queue, self.ask, self.notify = queue, ask, notify
+    def __init__(self, queue: QueuedBackend, request: GenerationRequest, notify: Notify) -> None:
+        self._queue, self.request, self.notify = queue, request, notify
         self.deadline = time.monotonic() + queue.request_seconds
         self.begun = 0.0
         """By `time.monotonic()`."""
@@ -193,7 +193,7 @@ class Ticket:
         """Tell more of the answer, if there is more."""
         if text:
             self.said.append(text)
-            self.notify(Text(text))
+            self.notify(TextDelta(text))
 
 
 class QueuedBackend(ABC):
@@ -209,8 +209,8 @@ class QueuedBackend(ABC):
         self.room = self.slots + config.max_waiting
         """Requests that may be here at once."""
         self.request_seconds = config.request_seconds
-        self._waiting: deque[Ticket] = deque()
-        self._running: set[Ticket] = set()
+        self._waiting: deque[GenerationTask] = deque()
+        self._running: set[GenerationTask] = set()
         self._busy = 0
         """Running requests that write, or are about to: those that wait for a tool let others in."""
         self._changed = threading.RLock()
@@ -219,11 +219,11 @@ class QueuedBackend(ABC):
         """Running mean of what one request takes, for `Retry-After`."""
 
     @abstractmethod
-    def _ticket(self, ask: Ask, notify: Notify) -> Ticket:
+    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask:
         """A new request."""
 
     @abstractmethod
-    def _start(self, ticket: Ticket) -> None:
+    def _start(self, task: GenerationTask) -> None:
         """Let a request run on other threads; it says `let_go` and `done` at its end."""
 
     @abstractmethod
@@ -251,17 +251,17 @@ class QueuedBackend(ABC):
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, ask: Ask, notify: Notify, first: bool = False) -> Ticket:
-        ticket = self._ticket(ask, notify)
+    def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
+        task = self._new_task(request, notify)
         with self._changed:
             if self._retired:
-                raise Retired
+                raise BackendRetired
             unfinished = len(self._waiting) + len(self._running)
             if unfinished >= self.room and not first:
-                raise Full(max(1, math.ceil(self._seconds * unfinished / self.slots)))
-            self._waiting.insert(0 if first else len(self._waiting), ticket)
+                raise QueueFull(max(1, math.ceil(self._seconds * unfinished / self.slots)))
+            self._waiting.insert(0 if first else len(self._waiting), task)
         self.begin()
-        return ticket
+        return task
 
     def retire(self) -> None:
         with self._changed:
@@ -271,8 +271,8 @@ class QueuedBackend(ABC):
     def close(self) -> None:
         self.retire()
         with self._changed:
-            for ticket in (*self._waiting, *self._running):
-                ticket.cancel()
+            for task in (*self._waiting, *self._running):
+                task.cancel()
         self._join()
 
     def hold(self) -> None:
@@ -286,19 +286,19 @@ class QueuedBackend(ABC):
             self._busy -= 1
         self.begin()
 
-    def done(self, ticket: Ticket) -> None:
+    def done(self, task: GenerationTask) -> None:
         """A request has ended."""
         with self._changed:
-            self._running.discard(ticket)
-            self._seconds += 0.2 * (time.monotonic() - ticket.begun - self._seconds)
+            self._running.discard(task)
+            self._seconds += 0.2 * (time.monotonic() - task.begun - self._seconds)
         self.begin()
 
-    def forget(self, ticket: Ticket) -> None:
+    def forget(self, task: GenerationTask) -> None:
         """Begin with a cancelled request right away, which ends it."""
         with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
-                self._run(ticket)
+            if task in self._waiting:
+                self._waiting.remove(task)
+                self._run(task)
 
     def begin(self) -> None:
         """Begin with those that wait, as far as there are slots, and with those that are late, which ends them.
@@ -311,11 +311,11 @@ class QueuedBackend(ABC):
             if self._retired and not self._waiting and not self._running:
                 self._stop()
 
-    def _run(self, ticket: Ticket) -> None:
-        ticket.begun = time.monotonic()
-        self._running.add(ticket)
+    def _run(self, task: GenerationTask) -> None:
+        task.begun = time.monotonic()
+        self._running.add(task)
         self._busy += 1
-        self._start(ticket)
+        self._start(task)
 
 
 def load_agent(folder: Path, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Agent:

@@ -21,7 +21,7 @@ WARM = "Warm up."
 R = TypeVar("R")
 
 
-class Reader:
+class ClassifierWorker:
     """One version of a classifier."""
 
     task: Task = "classify"
@@ -37,7 +37,7 @@ class Reader:
         self._vectors = Batcher(texts.embed, thread, metrics.embed_batch.observe)
 
     @classmethod
-    def load(cls, folder: Path, name: str, metrics: Metrics) -> Reader:
+    def load(cls, folder: Path, name: str, metrics: Metrics) -> ClassifierWorker:
         """Load a model folder and read one text, so that the first real one is not slow.
 
         Raises: InputError when the folder holds no usable classifier.

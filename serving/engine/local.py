@@ -25,18 +25,18 @@ from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device, compute_dtype
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import CallStream, openai_call
+from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
-    Ask,
-    Called,
-    Failed,
-    Finished,
-    Late,
+    AgentStep,
+    Completion,
+    DeadlineExceeded,
+    Failure,
+    GenerationRequest,
+    GenerationTask,
     Notify,
     QueuedBackend,
-    Started,
-    Stepped,
-    Ticket,
+    Start,
+    ToolCallDelta,
     load_agent,
 )
 from serving.engine.scheduler import Scheduler, Turn
@@ -50,7 +50,7 @@ COLD = 1e-4
 logger = logging.getLogger("loopwright.engine")
 
 
-class Engine(QueuedBackend):
+class LocalEngine(QueuedBackend):
     """One model, its agent, and who answers with them."""
 
     agent: Agent
@@ -62,13 +62,13 @@ class Engine(QueuedBackend):
         name: str,
         config: ServeConfig,
         slots: int = 0,
-        stepped: Callable[[int], None] = lambda rows: None,
+        on_step: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """`stepped` is told of each step of the model how many requests wrote a token in it."""
+        """`on_step` is told of each step of the model how many requests wrote a token in it."""
         super().__init__(agent, name, config, slots)
         self.model = model
         self.max_new_tokens = config.max_new_tokens
-        self._stepped = stepped
+        self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
         self.scheduler = Scheduler(Slots(model, self.slots), name, self._on_step)
@@ -80,8 +80,8 @@ class Engine(QueuedBackend):
         name: str,
         config: ServeConfig,
         guests: Callable[[], Sequence[Tool]] = tuple,
-        stepped: Callable[[int], None] = lambda rows: None,
-    ) -> Engine:
+        on_step: Callable[[int], None] = lambda rows: None,
+    ) -> LocalEngine:
         """Load a model folder and answer one throw-away request, so that the first real one is not slow.
 
         Raises: InputError when the folder holds no usable model.
@@ -96,15 +96,15 @@ class Engine(QueuedBackend):
             round_checked(model, _sample(model, agent), INT8_AGREEMENT)
         if should_pack(model):
             pack(model)
-        engine = cls(model, agent, name, config, stepped=stepped)
+        engine = cls(model, agent, name, config, on_step=on_step)
         engine.warm()
         return engine
 
     def warm(self) -> None:
         done = threading.Event()
         self.submit(
-            Ask([{"role": "user", "content": "Hello"}], rules=self.agent.rules(), max_tokens=2),
-            lambda event: done.set() if isinstance(event, Finished | Failed) else None,
+            GenerationRequest([{"role": "user", "content": "Hello"}], rules=self.agent.rules(), max_tokens=2),
+            lambda event: done.set() if isinstance(event, Completion | Failure) else None,
         )
         done.wait()
 
@@ -112,16 +112,16 @@ class Engine(QueuedBackend):
     def context_len(self) -> int:
         return self.agent.context_len
 
-    def _ticket(self, ask: Ask, notify: Notify) -> Ticket:
-        return Reply(self, ask, notify)
+    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask:
+        return LocalTask(self, request, notify)
 
-    def _start(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, Reply)
-        self.pool.submit(ticket.begin)
+    def _start(self, task: GenerationTask) -> None:
+        assert isinstance(task, LocalTask)
+        self.pool.submit(task.begin)
 
     def _on_step(self, rows: int) -> None:
         """While all slots are taken, nothing but steps happens: who has waited too long is told so after one."""
-        self._stepped(rows)
+        self._observe_step(rows)
         if self._waiting and self._waiting[0].late:
             self.begin()
 
@@ -155,20 +155,20 @@ class _Steps(list[dict[str, Any]]):
         self._told(step)
 
 
-class Reply(Ticket):
+class LocalTask(GenerationTask):
     """One request from its first prompt to its last event: the agent's turns, the words as they come, its tools.
 
     `begin` and `_go_on` run on the engine's pool, `_push` and `_ended` on the scheduler's thread: one at a time.
     """
 
-    def __init__(self, engine: Engine, ask: Ask, notify: Notify) -> None:
-        super().__init__(engine, ask, notify)
+    def __init__(self, engine: LocalEngine, request: GenerationRequest, notify: Notify) -> None:
+        super().__init__(engine, request, notify)
         self.engine, agent = engine, engine.agent
-        self.agent = agent if self.ask.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
-        self.calls = CallStream(agent.tokenizer)
-        self.steps = _Steps(lambda step: notify(Stepped(step)))
-        self.conversation = self.agent.answer(self.ask.messages, self.ask.tools, self.steps, self.ask.rules)
-        self.speech = Speech(agent.tokenizer, self.ask.stops)
+        self.agent = agent if self.request.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
+        self.calls = ToolCallDeltaParser(agent.tokenizer)
+        self.steps = _Steps(lambda step: notify(AgentStep(step)))
+        self.conversation = self.agent.answer(self.request.messages, self.request.tools, self.steps, self.request.rules)
+        self.speech = StopSequenceFilter(agent.tokenizer, self.request.stops)
         self.turn = -1
         self.row: Row | None = None
         """What the model writes in this turn; none where it may write nothing."""
@@ -193,29 +193,29 @@ class Reply(Ticket):
             self._end(self._finish(None, "cancelled"))
             return None
         if self.late:
-            raise Late
+            raise DeadlineExceeded
         prompt = next(self.conversation)
-        self.notify(Started())
+        self.notify(Start())
         return prompt
 
     def _write(self, prompt: Prompt) -> None:
         """Let the model write a turn."""
         self.turn += 1
         self.prompt_tokens = len(prompt.ids)
-        left = self.engine.max_new_tokens if self.ask.max_tokens is None else self.ask.max_tokens - self.written
+        left = self.engine.max_new_tokens if self.request.max_tokens is None else self.request.max_tokens - self.written
         left = min(left, self.agent.context_len - len(prompt.ids))
-        self.speech = Speech(self.agent.tokenizer, self.ask.stops)
+        self.speech = StopSequenceFilter(self.agent.tokenizer, self.request.stops)
         if left <= 0:
             self.row = None
             self._ended(None)
             return
-        greedy = self.ask.temperature < COLD or self.ask.top_p == 0
+        greedy = self.request.temperature < COLD or self.request.top_p == 0
         self.row = Row(
             prompt.ids,
             left,
-            temperature=0.0 if greedy else self.ask.temperature,
-            top_p=self.ask.top_p or 1.0,
-            seed=None if self.ask.seed is None else self.ask.seed + self.turn,
+            temperature=0.0 if greedy else self.request.temperature,
+            top_p=self.request.top_p or 1.0,
+            seed=None if self.request.seed is None else self.request.seed + self.turn,
             stop_ids=(self.agent.tokenizer.end_id,),
             constraint=prompt.constraint,
         )
@@ -226,8 +226,8 @@ class Reply(Ticket):
         """Tell the words that a token makes whole; false when no more are wanted."""
         self.written += 1
         self.tell(self.speech.push(number))
-        for delta in self.calls.push(number) if self.ask.tools else ():
-            self.notify(Called(delta))
+        for delta in self.calls.push(number) if self.request.tools else ():
+            self.notify(ToolCallDelta(delta))
         return not self.speech.stopped
 
     def _ended(self, error: Exception | None) -> None:
@@ -268,37 +268,37 @@ class Reply(Ticket):
         self._end(self._finish(answer))
         return None
 
-    def _end(self, finished: Finished) -> None:
+    def _end(self, finished: Completion) -> None:
         self.notify(finished)
         self.engine.done(self)
 
     def _fail(self, error: Exception) -> None:
         # Bad input is the client's to hear of, anything else also ours to mend.
-        if not isinstance(error, ContextTooLong | Late):
+        if not isinstance(error, ContextTooLong | DeadlineExceeded):
             logger.error("a request failed", exc_info=error)
         try:
-            self.notify(Failed(error))
+            self.notify(Failure(error))
         finally:
             self.engine.done(self)
 
-    def _finish(self, answer: Answer | None, reason: str = "length") -> Finished:
+    def _finish(self, answer: Answer | None, reason: str = "length") -> Completion:
         calls: list[dict[str, Any]] = []
         if answer is not None:
             reason = "stop" if self.stopped else answer.finish_reason
             calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
             if not self.said and not self.stopped:
                 self.tell(answer.content)  # the agent's own words, when the model ended on a call
-        return Finished(
+        return Completion(
             content="".join(self.said),
             steps=list(self.steps),
-            tool_calls=calls[:1] if self.ask.one_call else calls,
+            tool_calls=calls[:1] if self.request.one_call else calls,
             finish_reason=reason,
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.written,
         )
 
 
-class Speech:
+class StopSequenceFilter:
     """The words of one turn as its ids come: whole characters, no call, nothing from a stop string on."""
 
     def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:

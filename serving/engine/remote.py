@@ -25,16 +25,16 @@ from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from serving.engine.backend import (
-    Ask,
-    Called,
-    Failed,
-    Finished,
-    Late,
+    AgentStep,
+    Completion,
+    DeadlineExceeded,
+    Failure,
+    GenerationRequest,
+    GenerationTask,
     Notify,
     QueuedBackend,
-    Started,
-    Stepped,
-    Ticket,
+    Start,
+    ToolCallDelta,
     load_agent,
 )
 
@@ -50,11 +50,11 @@ T = TypeVar("T")
 logger = logging.getLogger("loopwright.remote")
 
 
-class BackendDown(Late):
+class BackendUnavailable(DeadlineExceeded):
     """The server behind this one cannot answer now."""
 
 
-class Remote(QueuedBackend):
+class RemoteServer(QueuedBackend):
     """Answers with the model of another server.
 
     One event loop, on a thread of its own, speaks with that server for all requests and keeps its connections; tools
@@ -82,7 +82,9 @@ class Remote(QueuedBackend):
         self._thread.start()
 
     @classmethod
-    def load(cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Remote:
+    def load(
+        cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple
+    ) -> RemoteServer:
         """The agent of a model folder, whose model the server has.
 
         Raises: InputError when the folder holds no usable agent, or the server's address is missing.
@@ -98,12 +100,12 @@ class Remote(QueuedBackend):
         self._loop.run_until_complete(self.client.aclose())
         self._loop.close()
 
-    def _ticket(self, ask: Ask, notify: Notify) -> Ticket:
-        return RemoteReply(self, ask, notify)
+    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask:
+        return RemoteTask(self, request, notify)
 
-    def _start(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, RemoteReply)
-        asyncio.run_coroutine_threadsafe(ticket.run(), self._loop)
+    def _start(self, task: GenerationTask) -> None:
+        assert isinstance(task, RemoteTask)
+        asyncio.run_coroutine_threadsafe(task.run(), self._loop)
 
     def _stop(self) -> None:
         with suppress(RuntimeError):  # it was told before, and is closed
@@ -115,15 +117,15 @@ class Remote(QueuedBackend):
         self.pool.shutdown()
 
 
-class RemoteReply(Ticket):
+class RemoteTask(GenerationTask):
     """One request from its first message to its last event."""
 
-    def __init__(self, engine: Remote, ask: Ask, notify: Notify) -> None:
-        super().__init__(engine, ask, notify)
+    def __init__(self, engine: RemoteServer, request: GenerationRequest, notify: Notify) -> None:
+        super().__init__(engine, request, notify)
         self.engine = engine
         self.steps: list[dict[str, Any]] = []
-        self.messages = [dict(message) for message in self.ask.messages]
-        self.tools = self.ask.tools or [tool.declaration() for tool in engine.agent.tools]
+        self.messages = [dict(message) for message in self.request.messages]
+        self.tools = self.request.tools or [tool.declaration() for tool in engine.agent.tools]
         self.usage: Mapping[str, int] = {}
         self.started = False
 
@@ -131,10 +133,10 @@ class RemoteReply(Ticket):
         try:
             await self._aside(self.notify, await self._answer_or_leave())
         except Exception as error:
-            if not isinstance(error, InputError | Late):
+            if not isinstance(error, InputError | DeadlineExceeded):
                 logger.error("a request failed", exc_info=error)
             with suppress(Exception):
-                await self._aside(self.notify, Failed(error))
+                await self._aside(self.notify, Failure(error))
         finally:
             self.engine.let_go()
             self.engine.done(self)
@@ -143,7 +145,7 @@ class RemoteReply(Ticket):
         """Run what may wait for a disk or a tool where no other request waits for it."""
         return await asyncio.get_running_loop().run_in_executor(self.engine.pool, function, *given)
 
-    async def _answer_or_leave(self) -> Finished:
+    async def _answer_or_leave(self) -> Completion:
         """The answer, or what there is of it when the client leaves or time is up."""
         answer = asyncio.ensure_future(self._answer())
         while not answer.done() and not self.cancelled.is_set() and not self.late:
@@ -154,14 +156,14 @@ class RemoteReply(Ticket):
         with suppress(asyncio.CancelledError):
             await answer
         if not self.started and not self.cancelled.is_set():
-            raise Late("the backend did not answer within serve.request_seconds; try again later")
+            raise DeadlineExceeded("the backend did not answer within serve.request_seconds; try again later")
         return self._finish("cancelled" if self.cancelled.is_set() else "length")
 
-    async def _answer(self) -> Finished:
+    async def _answer(self) -> Completion:
         for turns_left in reversed(range(self.engine.agent.max_steps)):
-            text, calls, reason = await self._turn(last=not turns_left and not self.ask.tools)
-            if not calls or self.ask.tools:
-                return self._finish(reason, calls[:1] if self.ask.one_call else calls)
+            text, calls, reason = await self._turn(last=not turns_left and not self.request.tools)
+            if not calls or self.request.tools:
+                return self._finish(reason, calls[:1] if self.request.one_call else calls)
             self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
             for wanted in calls:
                 await self._run_tool(wanted)
@@ -174,7 +176,7 @@ class RemoteReply(Ticket):
         async for chunk in self._chunks(self._body(last)):
             if not self.started:
                 self.started = True
-                await self._aside(self.notify, Started())
+                await self._aside(self.notify, Start())
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk.get("choices", []):
                 delta, reason = choice.get("delta") or {}, choice.get("finish_reason") or reason
@@ -182,33 +184,35 @@ class RemoteReply(Ticket):
                 self.tell(delta.get("content") or "")
                 for part in delta.get("tool_calls") or []:
                     _join(calls.setdefault(part.get("index", 0), {}), part)
-                    if self.ask.tools:
-                        self.notify(Called(part))
+                    if self.request.tools:
+                        self.notify(ToolCallDelta(part))
         self.written += int(self.usage.get("completion_tokens", 0))
         return text, [calls[index] for index in sorted(calls)], reason
 
     def _body(self, last: bool) -> dict[str, Any]:
-        limit = self.engine.max_new_tokens if self.ask.max_tokens is None else self.ask.max_tokens - self.written
+        limit = (
+            self.engine.max_new_tokens if self.request.max_tokens is None else self.request.max_tokens - self.written
+        )
         body: dict[str, Any] = {
             "model": self.engine.model_name,
             "messages": self.messages,
             "stream": True,
             "stream_options": {"include_usage": True},
             "max_tokens": max(1, limit),
-            "temperature": self.ask.temperature,
-            "top_p": self.ask.top_p,
+            "temperature": self.request.temperature,
+            "top_p": self.request.top_p,
         }
-        wish = self.ask.wish
-        if self.tools and self.ask.may_call:
+        wish = self.request.wish
+        if self.tools and self.request.may_call:
             choice: Any = {"type": "function", "function": {"name": wish.tool}} if wish.tool else wish.calls
             body |= {"tools": list(self.tools), "tool_choice": "none" if last else choice}
         if wish.schema is not None:
             shape = {"name": "answer", "schema": wish.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": shape}
-        if self.ask.seed is not None:
-            body["seed"] = self.ask.seed
-        if self.ask.stops:
-            body["stop"] = list(self.ask.stops)
+        if self.request.seed is not None:
+            body["seed"] = self.request.seed
+        if self.request.stops:
+            body["stop"] = list(self.request.stops)
         return body
 
     async def _chunks(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -225,7 +229,7 @@ class RemoteReply(Ticket):
                     if (chunk := self._chunk(line)) is not None:
                         yield chunk
         except httpx.HTTPError as error:
-            raise BackendDown(f"{url}: {error or type(error).__name__}; is the backend up?") from error
+            raise BackendUnavailable(f"{url}: {error or type(error).__name__}; is the backend up?") from error
 
     def _chunk(self, line: str) -> dict[str, Any] | None:
         """What a line of server-sent events tells, if anything."""
@@ -235,11 +239,11 @@ class RemoteReply(Ticket):
         try:
             chunk = json.loads(told)
         except ValueError as error:
-            raise BackendDown(f"{self.engine.url}: an event is no JSON: {error}") from error
+            raise BackendUnavailable(f"{self.engine.url}: an event is no JSON: {error}") from error
         if not isinstance(chunk, dict):
-            raise BackendDown(f"{self.engine.url}: an event is no JSON object: {told[:80]}")
+            raise BackendUnavailable(f"{self.engine.url}: an event is no JSON object: {told[:80]}")
         if wrong := chunk.get("error"):
-            raise BackendDown(f"{self.engine.url}: {wrong.get('message') if isinstance(wrong, dict) else wrong}")
+            raise BackendUnavailable(f"{self.engine.url}: {wrong.get('message') if isinstance(wrong, dict) else wrong}")
         return chunk
 
     async def _run_tool(self, wanted: dict[str, Any]) -> None:
@@ -253,11 +257,11 @@ class RemoteReply(Ticket):
 
     def _step(self, step: dict[str, Any]) -> None:
         self.steps.append(step)
-        self.notify(Stepped(step))
+        self.notify(AgentStep(step))
 
-    def _finish(self, reason: str, calls: list[dict[str, Any]] | None = None) -> Finished:
+    def _finish(self, reason: str, calls: list[dict[str, Any]] | None = None) -> Completion:
         prompt_tokens = int(self.usage.get("prompt_tokens", 0))
-        return Finished("".join(self.said), self.steps, calls or [], reason, prompt_tokens, self.written)
+        return Completion("".join(self.said), self.steps, calls or [], reason, prompt_tokens, self.written)
 
 
 def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
@@ -279,4 +283,4 @@ def _refusal(status: int, body: str) -> Exception:
     if status in (400, 413, 422):
         kind = ContextTooLong if any(words in told.lower() for words in TOO_LONG) else InputError
         return kind(f"the backend refused the request: {message}")
-    return BackendDown(f"the backend answered {status}: {message}")
+    return BackendUnavailable(f"the backend answered {status}: {message}")

@@ -42,9 +42,9 @@ class Turn:
 class Scheduler:
     """Continues turns on slots until it is told to end."""
 
-    def __init__(self, slots: Slots, name: str, stepped: Callable[[int], None] = lambda rows: None) -> None:
-        """`stepped` is told of each step how many rows wrote a token in it."""
-        self._slots, self._stepped = slots, stepped
+    def __init__(self, slots: Slots, name: str, on_step: Callable[[int], None] = lambda rows: None) -> None:
+        """`on_step` is told of each step how many rows wrote a token in it."""
+        self._slots, self._observe_step = slots, on_step
         self._turns: dict[Row, Turn] = {}
         """Those that hold a slot."""
         self._waiting: deque[Turn] = deque()
@@ -92,7 +92,7 @@ class Scheduler:
             if self._slots.reading or not self._slots.free or len(self._waiting) <= len(self._slots.writing):
                 break
         if rows := self._slots.step():
-            self._stepped(len(rows))
+            self._observe_step(len(rows))
             self._tell(rows)
 
     def _admit(self) -> None:

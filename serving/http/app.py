@@ -51,15 +51,15 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
     if body.characters > (limit := serving.config.max_prompt_characters):
         message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
         raise ApiError(400, message, "context_length_exceeded", "messages")
-    exchange = await begin(body, serving, who(request, body.user))
+    handler = await begin(body, serving, who(request, body.user))
     if body.stream:
         return StreamingResponse(
-            exchange.chunks(),
+            handler.chunks(),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
     try:
-        return JSONResponse(await exchange.completion(request))
+        return JSONResponse(await handler.completion(request))
     except ClientGone:
         return Response(status_code=499)
 
@@ -67,15 +67,15 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
 @router.get("/v1/models")
 async def models(serving: Running) -> dict[str, Any]:
     """The models being served."""
-    return {"object": "list", "data": [row for one in serving.followers for row in describe(one)]}
+    return {"object": "list", "data": [row for one in serving.watchers for row in describe(one)]}
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, serving: Running) -> dict[str, Any]:
     """One model being served."""
-    for follower in serving.followers:
-        if (chosen := follower.choose(model, "")) is not None:
-            return next(row for row in describe(follower) if row["id"] == chosen.name)
+    for watcher in serving.watchers:
+        if (chosen := watcher.choose(model, "")) is not None:
+            return next(row for row in describe(watcher) if row["id"] == chosen.name)
     raise serving.unknown(model)
 
 
@@ -104,7 +104,7 @@ async def feedback(
         idempotency_key or None,
         _voice(request, asked["request"].get("user")),
     )
-    serving.metrics.vote(body.rating, serving.chatting(asked["model"]).role(asked["model"]))
+    serving.metrics.vote(body.rating, serving.chat_watcher(asked["model"]).role(asked["model"]))
     return {"id": feedback_id}
 
 
@@ -153,7 +153,7 @@ async def metrics(serving: Running) -> Response:
     """Counters for Prometheus."""
     engines = serving.models.engines
     serving.metrics.queue(sum(one.waiting for one in engines), sum(one.running for one in engines))
-    for lineup in (follower.lineup for follower in serving.followers):
-        if lineup.champion is not None:
-            serving.metrics.model(lineup.champion.name, lineup.challenger.name if lineup.challenger else None)
+    for models in (watcher.serving_models for watcher in serving.watchers):
+        if models.champion is not None:
+            serving.metrics.model(models.champion.name, models.challenger.name if models.challenger else None)
     return Response(serving.metrics.text(), media_type=CONTENT_TYPE)

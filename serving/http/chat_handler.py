@@ -23,25 +23,25 @@ from components.feedback.store import AnswerRecord, Store
 from components.inference.schemas import SchemaError
 from components.tracking.traces import Traces
 from serving.engine.backend import (
-    Ask,
+    AgentStep,
     Backend,
-    Called,
+    BackendRetired,
+    Completion,
+    DeadlineExceeded,
     Event,
-    Failed,
-    Finished,
-    Full,
-    Late,
-    Retired,
-    Started,
-    Stepped,
-    Text,
-    Ticket,
+    Failure,
+    GenerationRequest,
+    GenerationTask,
+    QueueFull,
+    Start,
+    TextDelta,
+    ToolCallDelta,
 )
 from serving.http.errors import ApiError, broken_body
 from serving.http.schemas import ChatRequest
 from serving.models.state import Serving
 from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import Watch
+from serving.observability.request_metrics import RequestMetrics
 
 UNSUPPORTED = ("tools", "tool_choice", "response_format", "temperature", "top_p", "stop")
 """By a summarizer."""
@@ -55,7 +55,7 @@ class Broken(Exception):
     """The answer failed after its first words were sent; the engine's log says why."""
 
 
-class Exchange:
+class ChatHandler:
     """One request and its answer."""
 
     def __init__(
@@ -71,20 +71,20 @@ class Exchange:
         self.created = int(time.time())
         self.engine, self.body, self._role = engine, body, role
         self._store, self._metrics, self._traces = store, metrics, traces
-        self._watch = Watch(self.id, engine.name, engine.tool_names, metrics)
+        self._request_metrics = RequestMetrics(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ticket: Ticket | None = None
+        self._new_task: GenerationTask | None = None
         self._started = 0.0
         """Unix time; before, nothing is recorded."""
 
-    def submit(self, ask: Ask) -> None:
+    def submit(self, generation: GenerationRequest) -> None:
         """Raises: Full, Retired."""
-        self._ticket = self.engine.submit(ask, self._notify)
+        self._new_task = self.engine.submit(generation, self._notify)
 
     def cancel(self) -> None:
-        if self._ticket is not None:
-            self._ticket.cancel()
+        if self._new_task is not None:
+            self._new_task.cancel()
 
     async def started(self) -> None:
         """Wait until a request that streams has a slot, and is on record; any other is recorded with its answer.
@@ -96,7 +96,7 @@ class Exchange:
         except asyncio.CancelledError:
             self.cancel()
             raise
-        if isinstance(event, Failed):
+        if isinstance(event, Failure):
             raise _failure(event.error)
 
     async def completion(self, request: Request) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Exchange:
             return
         yield b"data: [DONE]\n\n"
 
-    async def finished(self, request: Request) -> Finished:
+    async def finished(self, request: Request) -> Completion:
         """Wait for the whole answer.
 
         Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
@@ -142,26 +142,26 @@ class Exchange:
     async def _notice_leaving(self, request: Request) -> None:
         """Whoever waits for the answer is told, in its place, that nobody else does."""
         await _disconnected(request)
-        self._events.put_nowait(Failed(ClientGone()))
+        self._events.put_nowait(Failure(ClientGone()))
 
-    async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Finished | None]]:
+    async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Completion | None]]:
         """OpenAI's deltas in order; the last comes with the finished answer."""
         steps = 0
         try:
             yield {"role": "assistant", "content": ""}, None
             while True:
                 event = await self._events.get()
-                if isinstance(event, Text):
+                if isinstance(event, TextDelta):
                     yield {"content": event.text}, None
-                elif isinstance(event, Stepped):
+                elif isinstance(event, AgentStep):
                     yield {"steps": [{"index": steps, **event.step}]}, None  # without it OpenAI's client cannot add up
                     steps += 1
-                elif isinstance(event, Called):
+                elif isinstance(event, ToolCallDelta):
                     yield {"tool_calls": [event.delta]}, None
-                elif isinstance(event, Finished):
+                elif isinstance(event, Completion):
                     yield {}, event
                     return
-                elif isinstance(event, Failed):
+                elif isinstance(event, Failure):
                     raise Broken from event.error
         finally:
             self.cancel()  # the client left, or nothing is left to cancel
@@ -169,7 +169,7 @@ class Exchange:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
 
-    def _usage(self, finished: Finished) -> dict[str, int]:
+    def _usage(self, finished: Completion) -> dict[str, int]:
         total = finished.prompt_tokens + finished.completion_tokens
         return {
             "prompt_tokens": finished.prompt_tokens,
@@ -177,24 +177,24 @@ class Exchange:
             "total_tokens": total,
         }
 
-    async def _last(self) -> Finished:
+    async def _last(self) -> Completion:
         while True:
             event = await self._events.get()
-            if isinstance(event, Finished):
+            if isinstance(event, Completion):
                 return event
-            if isinstance(event, Failed):
+            if isinstance(event, Failure):
                 raise _failure(event.error)
 
     def _notify(self, event: Event) -> None:
         """Called by the engine's thread: record first, then tell."""
-        self._watch.see(event)
-        if isinstance(event, Started):
+        self._request_metrics.see(event)
+        if isinstance(event, Start):
             if self.body.stream:  # the client is told the id before the end, and may speak of it
                 self._store.add_request(self.id, self.engine.name, self._asked)
             self._started = time.time()
-        elif isinstance(event, Finished) and self._started:
+        elif isinstance(event, Completion) and self._started:
             self._record(event)
-        if not self.body.stream and not isinstance(event, Finished | Failed):
+        if not self.body.stream and not isinstance(event, Completion | Failure):
             return  # nobody listens: the finished answer holds it all
         # The loop is closed when the server ended without waiting for us.
         with suppress(RuntimeError):
@@ -205,13 +205,13 @@ class Exchange:
         """The request as it is recorded."""
         return self.body.model_dump(exclude_unset=True, by_alias=True)
 
-    def _record(self, finished: Finished) -> None:
+    def _record(self, finished: Completion) -> None:
         answer = AnswerRecord(
             content=finished.content,
             finish_reason=finished.finish_reason,
             prompt_tokens=finished.prompt_tokens,
             completion_tokens=finished.completion_tokens,
-            seconds=self._watch.seconds,
+            seconds=self._request_metrics.seconds,
             steps=finished.steps,
             tool_calls=finished.tool_calls,
         )
@@ -224,29 +224,30 @@ class Exchange:
         self._metrics.answers.labels(finished.finish_reason).inc()
         self._metrics.role_answers.labels(self._role).inc()
         if self._traces is not None:
-            self._watch.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
+            self._request_metrics.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
 
 
-async def begin(body: ChatRequest, serving: Serving, asker: str) -> Exchange:
+async def begin(body: ChatRequest, serving: Serving, asker: str) -> ChatHandler:
     """Submit a request; one that streams waits until it has a slot: whatever is wrong with it still has a status."""
     while True:
-        follower = serving.chatting(body.model)
-        backend = serving.choose(follower, body.model, asker)
-        ask = source_of(body, backend.name) if backend.agent is None else await _ask(body, backend.agent)
-        role = follower.role(backend.name)
-        exchange = Exchange(backend, body, serving.store, serving.metrics, role, serving.traces)
+        watcher = serving.chat_watcher(body.model)
+        backend = serving.choose(watcher, body.model, asker)
+        agent = backend.agent
+        generation = await _chat_request(body, agent) if agent else _source_request(body, backend.name)
+        role = watcher.role(backend.name)
+        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces)
         try:
-            exchange.submit(ask)
-        except Retired:
+            handler.submit(generation)
+        except BackendRetired:
             continue  # swapped between the two lines above; the successor is in place
-        except Full as full:
+        except QueueFull as full:
             raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
         if body.stream:
-            await exchange.started()
-        return exchange
+            await handler.started()
+        return handler
 
 
-async def _ask(body: ChatRequest, agent: Agent) -> Ask:
+async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
     may_call = body.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
@@ -255,7 +256,7 @@ async def _ask(body: ChatRequest, agent: Agent) -> Ask:
             rules = await run_in_threadpool(agent.rules, tools, body.wish)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
-    return Ask(
+    return GenerationRequest(
         messages=[message.plain() for message in body.messages],
         tools=tools,
         may_call=may_call,
@@ -270,7 +271,7 @@ async def _ask(body: ChatRequest, agent: Agent) -> Ask:
     )
 
 
-def source_of(body: ChatRequest, name: str) -> Ask:
+def _source_request(body: ChatRequest, name: str) -> GenerationRequest:
     """What a chat asks of a model that makes one text of another.
 
     Raises: ApiError for whatever it cannot do.
@@ -281,7 +282,7 @@ def source_of(body: ChatRequest, name: str) -> Ask:
     if len(body.messages) != 1 or body.messages[0].role != "user":
         message = f"messages: {len(body.messages)}: {name} reads one text; send it as one message of role user"
         raise ApiError(400, message, "invalid_value", "messages")
-    return Ask([body.messages[0].plain()], max_tokens=body.token_limit)
+    return GenerationRequest([body.messages[0].plain()], max_tokens=body.token_limit)
 
 
 def sse(value: Mapping[str, Any]) -> bytes:
@@ -292,7 +293,7 @@ def sse(value: Mapping[str, Any]) -> bytes:
 def _failure(error: Exception) -> Exception:
     if isinstance(error, ContextTooLong):
         return ApiError(400, str(error), "context_length_exceeded", "messages")
-    if isinstance(error, Late):
+    if isinstance(error, DeadlineExceeded):
         return ApiError(503, str(error), "timeout", headers={"Retry-After": "1"})
     return error
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from components.inference.classifier import Embedded, Labelled
 from serving.engine.adaptive_batching import Overloaded
-from serving.engine.classifier_worker import Reader
+from serving.engine.classifier_worker import ClassifierWorker
 from serving.http.errors import ERRORS, ApiError
 from serving.http.routes import DirectRoute
 from serving.http.schemas import Wire
@@ -140,12 +140,12 @@ async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request
     return JSONResponse({"object": "list", "model": reader.name, "data": data, "usage": usage})
 
 
-def _reader(body: TextsRequest, serving: Serving, request: Request) -> Reader:
+def _reader(body: TextsRequest, serving: Serving, request: Request) -> ClassifierWorker:
     limit = serving.config.max_texts
     if len(body.texts) > limit:
         message = f"input: {len(body.texts)} texts; send at most {limit} (serve.max_texts)"
         raise ApiError(413, message, "request_too_large", "input")
-    return serving.choose(serving.readers, body.model, who(request, body.user))
+    return serving.choose(serving.classifiers, body.model, who(request, body.user))
 
 
 async def _read(serving: Serving, route: str, reading: Awaitable[list[R]]) -> list[R]:

@@ -25,7 +25,7 @@ from components.feedback.keys import ApiKey
 from components.feedback.store import StoreUnavailable
 from serving.http.app import ROUTERS
 from serving.http.errors import error_response, store_unavailable
-from serving.http.keys import Keyring, Pace, wanted_scope
+from serving.http.keys import Keyring, TokenBucket, wanted_scope
 from serving.models.state import Serving
 
 Message = MutableMapping[str, Any]
@@ -47,7 +47,7 @@ class TooLarge(Exception):
     """The body passes the limit."""
 
 
-class Edge:
+class GatewayMiddleware:
     """Wraps `app`, which is `api` or has it mounted; `api.state.serving` holds what it needs to know."""
 
     def __init__(self, app: App, api: FastAPI) -> None:
@@ -57,7 +57,7 @@ class Edge:
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
-        self._pace = Pace()
+        self._pace = TokenBucket()
         self._open_to: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -90,7 +90,7 @@ class Keyring:
         return self._known.get(key_digest(given.strip())) if scheme.lower() == b"bearer" else None
 
 
-class Pace:
+class TokenBucket:
     """How often each key may ask: a bucket that holds a minute's requests and fills evenly."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
-from serving.engine.backend import Backend, Loaded
-from serving.engine.classifier_worker import Reader
+from serving.engine.backend import Backend, LoadedModel
+from serving.engine.classifier_worker import ClassifierWorker
 from serving.models.smoke import smoke_fault
 from serving.models.versions import Source, Version
 
@@ -31,16 +31,16 @@ Role = Literal["champion", "challenger", "former"]
 logger = logging.getLogger("loopwright.follow")
 
 
-M = TypeVar("M", bound=Reader | Backend)
+M = TypeVar("M", bound=ClassifierWorker | Backend)
 """What answers: an engine that chats, a reader that classifies."""
 
 
-class Unfit(InputError):
+class ModelRejected(InputError):
     """A version that cannot be loaded, or fails its smoke test."""
 
 
 @dataclass(frozen=True)
-class Lineup(Generic[M]):
+class ServingModels(Generic[M]):
     """Who answers now; replaced as a whole, so that each request sees one state."""
 
     champion: M | None = None
@@ -48,7 +48,7 @@ class Lineup(Generic[M]):
     challenger: M | None = None
 
 
-class Follower(Generic[M]):
+class AliasWatcher(Generic[M]):
     """Keeps the lineup at what `source` names for `spec`, looking again every `seconds` (None: loads once)."""
 
     def __init__(
@@ -64,19 +64,19 @@ class Follower(Generic[M]):
         self.name = spec.partition("@")[0].partition("/")[0]
         self._source, self._load, self._seconds, self._share = source, load, seconds, share
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._thread = threading.Thread(target=self._watch_source, name="follow", daemon=True)
         self._refused: set[str] = set()
         """Versions that are not tried again."""
         self._unchallenged = False
         """Whether the challenger could not be had, for a reason that may pass."""
-        self._unsaid: dict[str, tuple[Version, str]] = {}
+        self._unreported: dict[str, tuple[Version, str]] = {}
         """Versions that failed, of which the registry could not be told yet, and why they did."""
         self._retiring: list[M] = []
         self._seen: object = None
         """The source's stamp before the last look; None where that left something to do."""
         self._due = 0.0
         """By `time.monotonic()`, when to look again whatever the stamp is."""
-        self.lineup: Lineup[M] = Lineup()
+        self.serving_models: ServingModels[M] = ServingModels()
         self.first = threading.Event()
         """Set when the first load is over, well or not."""
         self.error: Exception | None = None
@@ -87,13 +87,13 @@ class Follower(Generic[M]):
     @property
     def engine(self) -> M | None:
         """The champion; None while the first one loads."""
-        return self.lineup.champion
+        return self.serving_models.champion
 
     @property
     def engines(self) -> list[M]:
         """All that may still be answering."""
-        lineup = self.lineup
-        return [engine for engine in (lineup.champion, lineup.challenger, *self._retiring) if engine is not None]
+        models = self.serving_models
+        return [engine for engine in (models.champion, models.challenger, *self._retiring) if engine is not None]
 
     def start(self) -> None:
         self._thread.start()
@@ -102,7 +102,7 @@ class Follower(Generic[M]):
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(CLOSE_SECONDS)
-        engines, self.lineup = self.engines, Lineup()
+        engines, self.serving_models = self.engines, ServingModels()
         for engine in engines:
             engine.close()
 
@@ -112,7 +112,7 @@ class Follower(Generic[M]):
         A version stays known after a swap, so that a client which pinned what `/v1/models` listed
         is answered by its successor (named in the answer) instead of being dropped.
         """
-        challenged = self.lineup.challenger is not None and model == f"{self.name}@challenger"
+        challenged = self.serving_models.challenger is not None and model == f"{self.name}@challenger"
         return challenged or model in (None, self.name, self.spec) or model in self.served
 
     def choose(self, model: str | None, who: str) -> M | None:
@@ -121,22 +121,22 @@ class Follower(Generic[M]):
         The challenger gets its share of those who leave the choice to us, and always the same people
         while it is the same challenger.
         """
-        lineup = self.lineup
-        if lineup.challenger is not None:
-            if model in (lineup.challenger.name, f"{self.name}@challenger"):
-                return lineup.challenger
-            if model in (None, self.name) and _portion(lineup.challenger.name, who) < self._share:
-                return lineup.challenger
-        return lineup.champion if self.answers_to(model) else None
+        models = self.serving_models
+        if models.challenger is not None:
+            if model in (models.challenger.name, f"{self.name}@challenger"):
+                return models.challenger
+            if model in (None, self.name) and _portion(models.challenger.name, who) < self._share:
+                return models.challenger
+        return models.champion if self.answers_to(model) else None
 
     def role(self, model: str) -> Role:
         """What `NAME/VERSION` is now."""
-        lineup = self.lineup
-        if lineup.challenger is not None and model == lineup.challenger.name:
+        models = self.serving_models
+        if models.challenger is not None and model == models.challenger.name:
             return "challenger"
-        return "champion" if lineup.champion is not None and model == lineup.champion.name else "former"
+        return "champion" if models.champion is not None and model == models.champion.name else "former"
 
-    def _follow(self) -> None:
+    def _watch_source(self) -> None:
         while not self._stop.is_set():
             stamp = self._source.stamp()
             if stamp is None or stamp != self._seen or time.monotonic() >= self._due:
@@ -158,7 +158,7 @@ class Follower(Generic[M]):
             logger.exception("looking for a new model failed")
             self._failed(error)
             return False
-        return not self._unsaid and not self._unchallenged
+        return not self._unreported and not self._unchallenged
 
     def _let_go(self) -> None:
         """Forget who retired and has answered its last request."""
@@ -179,17 +179,17 @@ class Follower(Generic[M]):
         champion, challenger = self._source.named(self.spec)
         challenger = challenger if self._share and challenger != champion else None
         try:
-            self._crown(champion, challenger)
+            self._swap_champion(champion, challenger)
         finally:
             if self.engine is not None:
                 self.first.set()  # whoever waits for a champion need not wait for its challenger
-                self._say()
-                self._challenge(challenger)
-                self._say()
+                self._report_failures()
+                self._swap_challenger(challenger)
+                self._report_failures()
 
-    def _crown(self, name: str, challenger: str | None) -> None:
+    def _swap_champion(self, name: str, challenger: str | None) -> None:
         """Make `name` the champion, and go back at once when it fails where people ask it."""
-        before = self.lineup
+        before = self.serving_models
         if name in self._refused or (before.champion is not None and before.champion.name == name):
             return
         version = self._version(name)
@@ -199,23 +199,23 @@ class Follower(Generic[M]):
         if before.champion is None:
             if fault:
                 logger.error("%s answers for want of another, though it failed its smoke test: %s", name, fault)
-            self._switch(Lineup(engine))
+            self._swap(ServingModels(engine))
             return
         if not fault:
             # The old champion stays loaded where it is the next challenger.
             other = before.champion if before.champion.name == challenger else None
-            self._switch(Lineup(engine, other or (None if beside else before.challenger)), keep=before.champion)
+            self._swap(ServingModels(engine, other or (None if beside else before.challenger)), keep=before.champion)
             fault = smoke_fault(engine, version.tags)
         if fault:
-            self._switch(replace(before, challenger=None if beside else before.challenger))
+            self._swap(replace(before, challenger=None if beside else before.challenger))
             self._end(engine)
-            raise self._unfit(version, fault)
+            raise self._reject(version, fault)
         self._end(before.champion)
 
-    def _challenge(self, name: str | None) -> None:
+    def _swap_challenger(self, name: str | None) -> None:
         """Let `name` answer beside the champion; whatever goes wrong with it is no business of the champion's."""
-        lineup = self.lineup
-        old = lineup.challenger
+        models = self.serving_models
+        old = models.challenger
         self._unchallenged = False
         if old is not None and old.name == name:
             return
@@ -227,14 +227,14 @@ class Follower(Generic[M]):
                 if fault := smoke_fault(engine, version.tags):
                     self._end(engine)
                     engine = None
-                    raise self._unfit(version, fault)
+                    raise self._reject(version, fault)
         except InputError as error:
             logger.warning("no challenger: %s", error)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
             self._unchallenged = True
         if engine is not old:
-            self._switch(replace(lineup, challenger=engine))
+            self._swap(replace(models, challenger=engine))
 
     def _version(self, name: str) -> Version:
         try:
@@ -253,27 +253,27 @@ class Follower(Generic[M]):
             if isinstance(error, InputError):
                 raise
             logger.exception("%s cannot be loaded", version)
-            raise Unfit(f"{version}: cannot be loaded: {error}") from error
+            raise ModelRejected(f"{version}: cannot be loaded: {error}") from error
 
-    def _unfit(self, version: Version, fault: str) -> Unfit:
+    def _reject(self, version: Version, fault: str) -> ModelRejected:
         self._refused.add(str(version))
-        self._unsaid[str(version)] = (version, fault)
-        return Unfit(f"{version}: failed its smoke test: {fault}")
+        self._unreported[str(version)] = (version, fault)
+        return ModelRejected(f"{version}: failed its smoke test: {fault}")
 
-    def _say(self) -> None:
+    def _report_failures(self) -> None:
         """Tell the registry of what failed; again at the next look when it is away."""
-        for name, (version, fault) in list(self._unsaid.items()):
+        for name, (version, fault) in list(self._unreported.items()):
             try:
-                self._source.demote(version, fault)
+                self._source.mark_failed(version, fault)
             except Exception:
                 logger.exception("the registry could not be told that %s failed", name)
             else:
-                del self._unsaid[name]
+                del self._unreported[name]
 
-    def _switch(self, lineup: Lineup[M], keep: M | None = None) -> None:
+    def _swap(self, models: ServingModels[M], keep: M | None = None) -> None:
         """Change who answers; who no longer does is retired, but for `keep`."""
-        before, self.lineup = self.lineup, lineup
-        now = (lineup.champion, lineup.challenger)
+        before, self.serving_models = self.serving_models, models
+        now = (models.champion, models.challenger)
         self.served.update(engine.name for engine in now if engine is not None)
         self.error = None
         names = [engine.name for engine in now if engine is not None]
@@ -284,8 +284,8 @@ class Follower(Generic[M]):
 
     def _end(self, engine: M) -> None:
         """Retire an engine that no longer answers."""
-        lineup = self.lineup
-        if engine not in (lineup.champion, lineup.challenger):
+        models = self.serving_models
+        if engine not in (models.champion, models.challenger):
             self._retiring.append(engine)
             engine.retire()
 
@@ -296,17 +296,17 @@ def _portion(challenger: str, who: str) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def describe(follower: Follower[Any]) -> list[dict[str, Any]]:
+def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
     """The models of `GET /v1/models`."""
-    lineup = follower.lineup
+    models = watcher.serving_models
     return [
         _described(engine, role)
-        for role, engine in (("champion", lineup.champion), ("challenger", lineup.challenger))
+        for role, engine in (("champion", models.champion), ("challenger", models.challenger))
         if engine is not None
     ]
 
 
-def _described(engine: Loaded, role: str) -> dict[str, Any]:
+def _described(engine: LoadedModel, role: str) -> dict[str, Any]:
     name, _, version = engine.name.partition("/")
     return {
         "id": engine.name,

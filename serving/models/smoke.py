@@ -7,8 +7,8 @@ import queue
 import time
 from collections.abc import Mapping
 
-from serving.engine.backend import Ask, Backend, Event, Failed, Finished
-from serving.engine.classifier_worker import Reader
+from serving.engine.backend import Backend, Completion, Event, Failure, GenerationRequest
+from serving.engine.classifier_worker import ClassifierWorker
 
 QUESTION = "Hello"
 """Asked of a version that was registered without a question of its own."""
@@ -18,15 +18,15 @@ PATIENCE_SECONDS = 60.0
 logger = logging.getLogger("loopwright.smoke")
 
 
-def smoke_fault(loaded: Reader | Backend, tags: Mapping[str, str]) -> str:
+def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> str:
     """What is wrong with the answer to a version's `smoke_question`, or "" when it is its `smoke_answer`."""
     question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
-    if isinstance(loaded, Reader):
+    if isinstance(loaded, ClassifierWorker):
         return _label_fault(loaded, question, expected)
     return _chat_fault(loaded, question, expected)
 
 
-def _label_fault(reader: Reader, question: str, expected: str | None) -> str:
+def _label_fault(reader: ClassifierWorker, question: str, expected: str | None) -> str:
     try:
         said = reader.texts.classify([question])[0].label
     except Exception as error:
@@ -38,18 +38,18 @@ def _label_fault(reader: Reader, question: str, expected: str | None) -> str:
 def _chat_fault(engine: Backend, question: str, expected: str | None) -> str:
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     deadline = time.monotonic() + PATIENCE_SECONDS
-    ask = Ask([{"role": "user", "content": question}])
+    ask = GenerationRequest([{"role": "user", "content": question}])
     # Before all that wait: a queue of people's questions is no fault of the model's.
-    ticket = engine.submit(ask, events.put, first=True)
+    task = engine.submit(ask, events.put, first=True)
     while True:
         try:
             event = events.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            ticket.cancel()
+            task.cancel()
             return f"{question!r}: no answer in {PATIENCE_SECONDS:.0f} s"
-        if isinstance(event, Failed):
+        if isinstance(event, Failure):
             return f"{question!r}: {type(event.error).__name__}: {event.error}"
-        if isinstance(event, Finished):
+        if isinstance(event, Completion):
             return _fault(question, event.content, expected)
 
 

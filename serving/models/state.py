@@ -20,14 +20,14 @@ from components.runtime.model_tasks import Task, task_of
 from components.tracking.registry import Registry
 from components.tracking.traces import Traces
 from serving.engine.backend import Backend
-from serving.engine.classifier_worker import Reader
-from serving.engine.local import Engine
+from serving.engine.classifier_worker import ClassifierWorker
+from serving.engine.local import LocalEngine
 from serving.engine.model_tools import ModelTools
-from serving.engine.remote import Remote
-from serving.engine.summarizer_worker import Writer
+from serving.engine.remote import RemoteServer
+from serving.engine.summarizer_worker import SummarizerWorker
 from serving.http.errors import ApiError
-from serving.models.alias_watcher import Follower, M, describe
-from serving.models.versions import TASKS, Bundled, Nothing, Registered, Source
+from serving.models.alias_watcher import AliasWatcher, M, describe
+from serving.models.versions import TASKS, Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
 
 
@@ -35,11 +35,11 @@ from serving.observability.metrics import Metrics
 class Serving:
     """What the routes share while the server runs."""
 
-    models: Follower[Backend]
+    models: AliasWatcher[Backend]
     """Who answers chats."""
-    readers: Follower[Reader]
+    classifiers: AliasWatcher[ClassifierWorker]
     """Who classifies texts and says where they lie."""
-    writers: Follower[Backend]
+    summarizers: AliasWatcher[Backend]
     """Who summarizes: a chat of one message, for whoever names it."""
     store: Store
     config: ServeConfig
@@ -53,22 +53,22 @@ class Serving:
     """True once the server was asked to stop: what runs is finished, nothing new is taken."""
 
     @property
-    def followers(self) -> tuple[Follower[Any], ...]:
-        return (self.models, self.readers, self.writers)
+    def watchers(self) -> tuple[AliasWatcher[Any], ...]:
+        return (self.models, self.classifiers, self.summarizers)
 
     @property
     def ready(self) -> bool:
         """Whether all that can be loaded is."""
-        return self.served != [] and all(one.first.is_set() for one in self.followers) and not self.draining
+        return self.served != [] and all(one.first.is_set() for one in self.watchers) and not self.draining
 
     @property
     def served(self) -> list[str]:
         """`NAME/VERSION` of each champion that answers."""
-        return [one.engine.name for one in self.followers if one.engine is not None]
+        return [one.engine.name for one in self.watchers if one.engine is not None]
 
     @property
     def busy(self) -> bool:
-        engines = [engine for one in self.followers for engine in one.engines]
+        engines = [engine for one in self.watchers for engine in one.engines]
         return any(engine.running or engine.waiting for engine in engines)
 
     def wait(self) -> None:
@@ -76,32 +76,32 @@ class Serving:
 
         Raises: InputError, or whatever else went wrong, when none could be.
         """
-        for one in self.followers:
+        for one in self.watchers:
             one.first.wait()
         if not self.served:
-            raise next(one.error for one in self.followers if one.error is not None and one.spec)
+            raise next(one.error for one in self.watchers if one.error is not None and one.spec)
 
-    def choose(self, follower: Follower[M], model: str | None, who: str) -> M:
+    def choose(self, watcher: AliasWatcher[M], model: str | None, who: str) -> M:
         """The model that answers `who` on a request for `model`.
 
         Raises: ApiError saying what is missing.
         """
-        chosen = follower.choose(model, who)
+        chosen = watcher.choose(model, who)
         if chosen is not None:
             return chosen
-        if follower.engine is not None:
+        if watcher.engine is not None:
             raise self.unknown(model)
-        if isinstance(follower.error, InputError):
-            raise ApiError(404, f"model: {follower.error}", "model_not_found", "model")
+        if isinstance(watcher.error, InputError):
+            raise ApiError(404, f"model: {watcher.error}", "model_not_found", "model")
         raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
 
-    def chatting(self, model: str | None) -> Follower[Backend]:
+    def chat_watcher(self, model: str | None) -> AliasWatcher[Backend]:
         """Whose model a chat is for: the summarizer's where it is named, or where nobody else chats."""
-        named = model is not None and self.writers.answers_to(model)
-        return self.writers if self.writers.spec and (named or not self.models.spec) else self.models
+        named = model is not None and self.summarizers.answers_to(model)
+        return self.summarizers if self.summarizers.spec and (named or not self.models.spec) else self.models
 
     def unknown(self, model: str | None) -> ApiError:
-        served = ", ".join(row["id"] for one in self.followers for row in describe(one)) or "none yet"
+        served = ", ".join(row["id"] for one in self.watchers for row in describe(one)) or "none yet"
         return ApiError(404, f"model: {model!r} is not served here; served: {served}", "model_not_found", "model")
 
     @classmethod
@@ -121,12 +121,12 @@ class Serving:
         source: Source = bundled or Registered(Registry(home))
         specs = _by_task([str(bundled)] if bundled else model.split(","), source)
 
-        def follow(task: Task, load: Callable[[Path, str], Any]) -> Follower[Any]:
+        def follow(task: Task, load: Callable[[Path, str], Any]) -> AliasWatcher[Any]:
             spec = specs.get(task)
             if spec is None:
-                return Follower("", Nothing(task, list(specs.values())), load, None)
+                return AliasWatcher("", NoModel(task, list(specs.values())), load, None)
             seconds = config.follow_seconds if "@" in spec and bundled is None else None
-            return Follower(spec, source, load, seconds, share)
+            return AliasWatcher(spec, source, load, seconds, share)
 
         metrics = Metrics()
 
@@ -134,14 +134,14 @@ class Serving:
             return [*own.tools(), *mcp.tools()]
 
         load: Callable[[Path, str], Backend] = (
-            partial(Remote.load, config=config, guests=guests)
+            partial(RemoteServer.load, config=config, guests=guests)
             if config.backend == "openai"
-            else partial(Engine.load, config=config, guests=guests, stepped=metrics.chat_batch.observe)
+            else partial(LocalEngine.load, config=config, guests=guests, on_step=metrics.chat_batch.observe)
         )
         serving = cls(
             models=follow("chat", load),
-            readers=follow("classify", partial(Reader.load, metrics=metrics)),
-            writers=follow("summarize", partial(Writer.load, config=config)),
+            classifiers=follow("classify", partial(ClassifierWorker.load, metrics=metrics)),
+            summarizers=follow("summarize", partial(SummarizerWorker.load, config=config)),
             store=Store.of(home),
             config=config,
             metrics=metrics,
@@ -149,12 +149,12 @@ class Serving:
             mcp=mcp,
             traces=Traces(home, config.trace_share) if config.traces == "mlflow" else None,
         )
-        for one in serving.followers:
+        for one in serving.watchers:
             one.start()
         return serving
 
     def close(self) -> None:
-        for one in self.followers:
+        for one in self.watchers:
             one.close()
         self.mcp.close()
         if self.traces is not None:

@@ -39,7 +39,7 @@ class Source(Protocol):
     def version(self, name: str) -> Version:
         """The version `NAME/VERSION`."""
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         """Note that a version failed; where it was just promoted, take that back."""
 
 
@@ -67,7 +67,7 @@ class Bundled:
     def version(self, _name: str) -> Version:
         return self
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         """A Bento is what it is."""
 
 
@@ -91,12 +91,12 @@ class Registered:
     def version(self, name: str) -> Version:
         return self._registry.resolve(name)
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         self._registry.demote(self._registry.resolve(str(version)), reason)
 
 
 @dataclass(frozen=True)
-class Nothing:
+class NoModel:
     """The source of a task that this server leaves to others."""
 
     task: str
@@ -112,5 +112,5 @@ class Nothing:
     def version(self, name: str) -> Version:
         raise InputError(f"{name}: not served here")
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         """Nothing fails where nothing is."""

@@ -8,14 +8,14 @@ from collections.abc import Collection
 from typing import Any
 
 from components.tracking.traces import Span, Traces
-from serving.engine.backend import Called, Event, Failed, Finished, Started, Stepped, Text
+from serving.engine.backend import AgentStep, Completion, Event, Failure, Start, TextDelta, ToolCallDelta
 from serving.observability.logs import FACTS
 from serving.observability.metrics import Metrics
 
 logger = logging.getLogger("loopwright.answers")
 
 
-class Watch:
+class RequestMetrics:
     """One request from its arrival to its last event; `see` is called from one thread at a time."""
 
     def __init__(self, completion_id: str, model: str, tools: Collection[str], metrics: Metrics) -> None:
@@ -35,17 +35,17 @@ class Watch:
 
     def see(self, event: Event) -> None:
         """Count an event, and remember what a trace tells of it."""
-        if isinstance(event, Text | Called):
+        if isinstance(event, TextDelta | ToolCallDelta):
             self._text()
-        elif isinstance(event, Started):
+        elif isinstance(event, Start):
             self._queued = self.seconds
             self._metrics.queue_seconds.observe(self._queued)
             self._span("queue", "QUEUE")
-        elif isinstance(event, Stepped):
+        elif isinstance(event, AgentStep):
             self._step(event.step)
-        elif isinstance(event, Finished):
+        elif isinstance(event, Completion):
             self._finish(event)
-        elif isinstance(event, Failed):
+        elif isinstance(event, Failure):
             facts = {"completion_id": self.completion_id, "model": self.model, "seconds": round(self.seconds, 4)}
             logger.warning("not answered: %s", event.error, extra={FACTS: facts})
 
@@ -71,7 +71,7 @@ class Watch:
         else:
             self._span(name, "TOOL", outputs=step["content"])
 
-    def _finish(self, finished: Finished) -> None:
+    def _finish(self, finished: Completion) -> None:
         self._span("turn", "LLM", outputs=finished.content)
         if finished.tool_calls:
             self._metrics.tool_calls.labels("client").inc(len(finished.tool_calls))

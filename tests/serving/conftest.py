@@ -26,9 +26,9 @@ from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.registry import Registry
 from examples.stdlib_agent import facts
-from serving.engine.local import Engine
+from serving.engine.local import LocalEngine
 from serving.http.app import new_api
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 from serving.models.state import Serving
 from serving.models.versions import Bundled
 
@@ -129,8 +129,8 @@ def agent_maker() -> Callable[[Path, str], Path]:
 
 
 @pytest.fixture(scope="session")
-def engine(agent_folder: Path) -> Iterator[Engine]:
-    engine = Engine.load(agent_folder, "agent/1", load_params(ROOT / "params.yaml").serve)
+def engine(agent_folder: Path) -> Iterator[LocalEngine]:
+    engine = LocalEngine.load(agent_folder, "agent/1", load_params(ROOT / "params.yaml").serve)
     yield engine
     engine.close()
 
@@ -157,7 +157,7 @@ def open_local(folder: Path, home: Path, name: str = "agent") -> Iterator[Local]
     api.state.serving = serving = Serving.open(home, load_params(ROOT / "params.yaml").serve, "", bundled)
     serving.wait()
     try:
-        yield Local(TestClient(Edge(api, api), raise_server_exceptions=False), serving)
+        yield Local(TestClient(GatewayMiddleware(api, api), raise_server_exceptions=False), serving)
     finally:
         serving.close()
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from components.config.params import InputError, load_params
-from serving.engine.backend import Ask, Finished, Notify, Retired, Ticket
-from serving.engine.local import Engine
-from serving.models.alias_watcher import Follower, Unfit, describe
+from serving.engine.backend import BackendRetired, Completion, GenerationRequest, GenerationTask, Notify
+from serving.engine.local import LocalEngine
+from serving.models.alias_watcher import AliasWatcher, ModelRejected, describe
 from serving.models.versions import Bundled, Version
 
 USER = {"role": "user", "content": "Hello"}
@@ -52,14 +52,14 @@ class Aliases:
         facts = {"name": "agent", "version": number, "tags": self.tags.get(number, {})}
         return Bundled(self.folders.get(number, self.folder), facts)
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         if self.number == 0:
             raise OSError("the registry is away")
         self.demoted.append((str(version), reason))
 
-    def load(self, folder: Path, name: str) -> Engine:
+    def load(self, folder: Path, name: str) -> LocalEngine:
         self.loads.append(name)
-        return Engine.load(folder, name, CONFIG)
+        return LocalEngine.load(folder, name, CONFIG)
 
 
 @pytest.fixture
@@ -68,61 +68,61 @@ def alias(agent_folder: Path) -> Aliases:
 
 
 @pytest.fixture
-def follower(alias: Aliases) -> Iterator[Follower]:
-    follower = Follower("agent@champion", alias, alias.load, None, share=0.25)
-    yield follower
-    follower.close()
+def watcher(alias: Aliases) -> Iterator[AliasWatcher]:
+    watcher = AliasWatcher("agent@champion", alias, alias.load, None, share=0.25)
+    yield watcher
+    watcher.close()
 
 
-def test_moved_alias_swaps_and_retires(follower: Follower, alias: Aliases) -> None:
-    assert describe(follower) == []
-    follower.look()
-    first = follower.engine
+def test_moved_alias_swaps_and_retires(watcher: AliasWatcher, alias: Aliases) -> None:
+    assert describe(watcher) == []
+    watcher.look()
+    first = watcher.engine
     assert first is not None
-    follower.look()
-    assert follower.engine is first
+    watcher.look()
+    assert watcher.engine is first
     alias.number = 2
-    follower.look()
-    assert follower.engine is not None
-    assert follower.engine.name == "agent/2"
-    assert [model["id"] for model in describe(follower)] == ["agent/2"]
-    with pytest.raises(Retired):
-        first.submit(Ask([]), lambda event: None)
+    watcher.look()
+    assert watcher.engine is not None
+    assert watcher.engine.name == "agent/2"
+    assert [model["id"] for model in describe(watcher)] == ["agent/2"]
+    with pytest.raises(BackendRetired):
+        first.submit(GenerationRequest([]), lambda event: None)
 
 
-def test_names_that_are_answered_to(follower: Follower, alias: Aliases) -> None:
-    follower.look()
+def test_names_that_are_answered_to(watcher: AliasWatcher, alias: Aliases) -> None:
+    watcher.look()
     alias.number = 2
-    follower.look()
+    watcher.look()
     for name in (None, "agent", "agent@champion", "agent/2", "agent/1"):
-        assert follower.answers_to(name)
+        assert watcher.answers_to(name)
     for name in ("agent/3", "agent@challenger", "other", ""):
-        assert not follower.answers_to(name)
+        assert not watcher.answers_to(name)
 
 
-def test_version_that_does_not_load_leaves_the_old_one(follower: Follower, alias: Aliases, tmp_path: Path) -> None:
-    follower.look()
+def test_version_that_does_not_load_leaves_the_old_one(watcher: AliasWatcher, alias: Aliases, tmp_path: Path) -> None:
+    watcher.look()
     good, alias.folder, alias.number = alias.folder, tmp_path, 2
     with pytest.raises(InputError):
-        follower.look()
-    follower.look()  # not tried again
-    assert follower.engine is not None
-    assert follower.engine.name == "agent/1"
+        watcher.look()
+    watcher.look()  # not tried again
+    assert watcher.engine is not None
+    assert watcher.engine.name == "agent/1"
     alias.folder, alias.number = good, 3
-    follower.look()
-    assert follower.engine.name == "agent/3"
+    watcher.look()
+    assert watcher.engine.name == "agent/3"
 
 
 def test_registry_that_is_away_leaves_the_old_one(
-    follower: Follower, alias: Aliases, caplog: pytest.LogCaptureFixture
+    watcher: AliasWatcher, alias: Aliases, caplog: pytest.LogCaptureFixture
 ) -> None:
-    follower.look()
+    watcher.look()
     alias.number = 0
-    follower.start()
-    assert follower.first.wait(60)
-    assert follower.error is None
-    assert follower.engine is not None
-    assert follower.engine.name == "agent/1"
+    watcher.start()
+    assert watcher.first.wait(60)
+    assert watcher.error is None
+    assert watcher.engine is not None
+    assert watcher.engine.name == "agent/1"
     deadline = time.monotonic() + 60
     while "the registry is away" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -131,36 +131,36 @@ def test_registry_that_is_away_leaves_the_old_one(
 
 def test_first_model_that_does_not_load_is_reported(alias: Aliases, tmp_path: Path) -> None:
     alias.folder = tmp_path
-    follower = Follower("agent@champion", alias, alias.load, None)
-    follower.start()
-    assert follower.first.wait(60)
-    assert isinstance(follower.error, InputError)
-    assert follower.engine is None
-    follower.close()
+    watcher = AliasWatcher("agent@champion", alias, alias.load, None)
+    watcher.start()
+    assert watcher.first.wait(60)
+    assert isinstance(watcher.error, InputError)
+    assert watcher.engine is None
+    watcher.close()
 
 
-def names(follower: Follower) -> tuple[str | None, str | None]:
-    lineup = follower.lineup
-    return tuple(engine.name if engine else None for engine in (lineup.champion, lineup.challenger))
+def names(watcher: AliasWatcher) -> tuple[str | None, str | None]:
+    serving_models = watcher.serving_models
+    return tuple(engine.name if engine else None for engine in (serving_models.champion, serving_models.challenger))
 
 
-def test_model_that_fails_before_the_swap_never_answers(follower: Follower, alias: Aliases) -> None:
-    follower.look()
+def test_model_that_fails_before_the_swap_never_answers(watcher: AliasWatcher, alias: Aliases) -> None:
+    watcher.look()
     alias.number, alias.tags[2] = 2, {"smoke_question": "Hello", "smoke_answer": "Something else"}
-    with pytest.raises(Unfit, match="agent/2: failed its smoke test: 'Hello': answered 'Gr"):
-        follower.look()
-    assert names(follower) == ("agent/1", None)
-    assert follower.served == {"agent/1"}
+    with pytest.raises(ModelRejected, match="agent/2: failed its smoke test: 'Hello': answered 'Gr"):
+        watcher.look()
+    assert names(watcher) == ("agent/1", None)
+    assert watcher.served == {"agent/1"}
     assert [name for name, _ in alias.demoted] == ["agent/2"]
-    follower.look()
+    watcher.look()
     assert alias.loads == ["agent/1", "agent/2"], "not tried again"
     assert len(alias.demoted) == 1
 
 
-class Fading(Engine):
+class Fading(LocalEngine):
     """A model that is well when it is tried beside the old one, and broken once people ask it."""
 
-    def submit(self, ask: Ask, notify: Notify, first: bool = False) -> Ticket:
+    def submit(self, ask: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
         if self.running == self.waiting == 0 and getattr(self, "asked", 0) == 2:
             with torch.no_grad():
                 for weight in self.model.parameters():
@@ -169,117 +169,117 @@ class Fading(Engine):
         return super().submit(ask, notify, first)
 
 
-def test_model_that_fails_after_the_swap_gives_the_place_back(follower: Follower, alias: Aliases) -> None:
-    follower.look()
-    first = follower.engine
+def test_model_that_fails_after_the_swap_gives_the_place_back(watcher: AliasWatcher, alias: Aliases) -> None:
+    watcher.look()
+    first = watcher.engine
     alias.number, alias.tags[2] = 2, {"smoke_question": "Hello", "smoke_answer": GREETING}
-    follower._load = lambda folder, name: Fading.load(folder, name, CONFIG)
-    with pytest.raises(Unfit, match="agent/2: failed its smoke test"):
-        follower.look()
-    assert "agent/2" in follower.served, "it did answer for a moment"
-    assert follower.engine is first
+    watcher._load = lambda folder, name: Fading.load(folder, name, CONFIG)
+    with pytest.raises(ModelRejected, match="agent/2: failed its smoke test"):
+        watcher.look()
+    assert "agent/2" in watcher.served, "it did answer for a moment"
+    assert watcher.engine is first
     assert first is not None
     done = threading.Event()
-    first.submit(Ask([USER], max_tokens=1), lambda event: done.set() if isinstance(event, Finished) else None)
+    first.submit(
+        GenerationRequest([USER], max_tokens=1), lambda event: done.set() if isinstance(event, Completion) else None
+    )
     assert done.wait(60), "the old engine was kept until the test"
     assert [name for name, _ in alias.demoted] == ["agent/2"]
 
 
-def test_registry_that_is_away_hears_of_a_failure_later(follower: Follower, alias: Aliases) -> None:
-    follower.look()
+def test_registry_that_is_away_hears_of_a_failure_later(watcher: AliasWatcher, alias: Aliases) -> None:
+    watcher.look()
     alias.number, alias.tags[2] = 2, {"smoke_answer": "Something else"}
-    demote, alias.demote = alias.demote, None  # type: ignore[method-assign, assignment]
-    with pytest.raises(Unfit):
-        follower.look()
-    alias.demote = demote  # type: ignore[method-assign]
-    follower.look()
+    mark_failed, alias.mark_failed = alias.mark_failed, None  # type: ignore[method-assign, assignment]
+    with pytest.raises(ModelRejected):
+        watcher.look()
+    alias.mark_failed = mark_failed  # type: ignore[method-assign]
+    watcher.look()
     assert [name for name, _ in alias.demoted] == ["agent/2"]
-    assert names(follower) == ("agent/1", None)
+    assert names(watcher) == ("agent/1", None)
 
 
-def test_challenger_comes_changes_fails_and_goes(follower: Follower, alias: Aliases, tmp_path: Path) -> None:
-    follower.look()
-    champion = follower.engine
+def test_challenger_comes_changes_fails_and_goes(watcher: AliasWatcher, alias: Aliases, tmp_path: Path) -> None:
+    watcher.look()
+    champion = watcher.engine
     alias.challenger = 2
-    follower.look()
-    assert names(follower) == ("agent/1", "agent/2")
-    assert [(row["id"], row["role"]) for row in describe(follower)] == [
+    watcher.look()
+    assert names(watcher) == ("agent/1", "agent/2")
+    assert [(row["id"], row["role"]) for row in describe(watcher)] == [
         ("agent/1", "champion"),
         ("agent/2", "challenger"),
     ]
     alias.challenger = 3
-    follower.look()
-    assert names(follower) == ("agent/1", "agent/3")
+    watcher.look()
+    assert names(watcher) == ("agent/1", "agent/3")
     alias.challenger, alias.folders[4] = 4, tmp_path
-    follower.look()
-    assert names(follower) == ("agent/1", None)
+    watcher.look()
+    assert names(watcher) == ("agent/1", None)
     alias.challenger, alias.tags[5] = 5, {"smoke_answer": "Something else"}
-    follower.look()
-    follower.look()
+    watcher.look()
+    watcher.look()
     assert [name for name, _ in alias.demoted] == ["agent/5"]
     alias.challenger = 6
-    follower.look()
+    watcher.look()
     alias.challenger = None
-    follower.look()
-    assert names(follower) == ("agent/1", None)
-    assert follower.engine is champion
+    watcher.look()
+    assert names(watcher) == ("agent/1", None)
+    assert watcher.engine is champion
     assert alias.loads == [f"agent/{number}" for number in range(1, 7)]
 
 
-def test_challenger_that_wins_is_not_loaded_twice(follower: Follower, alias: Aliases) -> None:
+def test_challenger_that_wins_is_not_loaded_twice(watcher: AliasWatcher, alias: Aliases) -> None:
     alias.challenger = 2
-    follower.look()
-    second = follower.lineup.challenger
+    watcher.look()
+    second = watcher.serving_models.challenger
     alias.number, alias.challenger = 2, 1
-    follower.look()
-    assert names(follower) == ("agent/2", "agent/1"), "and the beaten one may challenge"
-    assert follower.engine is second
+    watcher.look()
+    assert names(watcher) == ("agent/2", "agent/1"), "and the beaten one may challenge"
+    assert watcher.engine is second
     assert alias.loads == ["agent/1", "agent/2"]
 
 
-def test_share_is_sticky_about_right_and_shuffled_by_the_next_challenger(follower: Follower, alias: Aliases) -> None:
+def test_share_is_sticky_about_right_and_shuffled_by_the_next_challenger(watcher: AliasWatcher, alias: Aliases) -> None:
     people = [f"user-{number}" for number in range(2000)]
 
     def chosen() -> set[str]:
-        engines = {who: follower.choose("agent", who) for who in people}
-        assert {who: follower.choose(None, who) for who in people} == engines
-        return {who for who, engine in engines.items() if engine is follower.lineup.challenger}
+        engines = {who: watcher.choose("agent", who) for who in people}
+        assert {who: watcher.choose(None, who) for who in people} == engines
+        return {who for who, engine in engines.items() if engine is watcher.serving_models.challenger}
 
     alias.challenger = 2
-    follower.look()
+    watcher.look()
     first = chosen()
     assert 0.2 < len(first) / len(people) < 0.3
     alias.challenger = 3
-    follower.look()
+    watcher.look()
     second = chosen()
     assert 0.2 < len(second) / len(people) < 0.3
     assert len(first & second) / len(people) < 0.1, "independent draws: a sixteenth are in both"
 
 
-def test_pinned_models_are_answered_by_themselves(follower: Follower, alias: Aliases) -> None:
+def test_pinned_models_are_answered_by_themselves(watcher: AliasWatcher, alias: Aliases) -> None:
     alias.challenger = 2
-    follower.look()
-    champion, challenger = follower.lineup.champion, follower.lineup.challenger
+    watcher.look()
+    champion, challenger = watcher.serving_models.champion, watcher.serving_models.challenger
     assert all(
-        follower.choose(model, str(who)) is champion for model in ("agent/1", "agent@champion") for who in "abcdefgh"
+        watcher.choose(model, str(who)) is champion for model in ("agent/1", "agent@champion") for who in "abcdefgh"
     )
     assert all(
-        follower.choose(model, str(who)) is challenger
-        for model in ("agent/2", "agent@challenger")
-        for who in "abcdefgh"
+        watcher.choose(model, str(who)) is challenger for model in ("agent/2", "agent@challenger") for who in "abcdefgh"
     )
-    assert follower.choose("agent/9", "a") is None
-    assert [follower.role(model) for model in ("agent/1", "agent/2", "agent/9")] == ["champion", "challenger", "former"]
+    assert watcher.choose("agent/9", "a") is None
+    assert [watcher.role(model) for model in ("agent/1", "agent/2", "agent/9")] == ["champion", "challenger", "former"]
     alias.challenger = None
-    follower.look()
-    assert follower.choose("agent/2", "a") is champion, "whoever pinned it is not dropped"
-    assert follower.choose("agent@challenger", "a") is None
+    watcher.look()
+    assert watcher.choose("agent/2", "a") is champion, "whoever pinned it is not dropped"
+    assert watcher.choose("agent@challenger", "a") is None
 
 
 def test_a_registry_that_did_not_change_is_not_asked(alias: Aliases, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(3))
     alias.stamped = "same"
-    follower = Follower("agent@champion", alias, alias.load, 0.0)
+    watcher = AliasWatcher("agent@champion", alias, alias.load, 0.0)
     turns: list[Callable[[], None]] = [lambda: None, lambda: setattr(alias, "stamped", "another")]
 
     def wait(_seconds: float) -> bool:
@@ -287,18 +287,18 @@ def test_a_registry_that_did_not_change_is_not_asked(alias: Aliases, monkeypatch
             turns[tick]()
         return tick == len(turns)
 
-    monkeypatch.setattr(follower, "_stop", SimpleNamespace(is_set=lambda: False, wait=wait, set=lambda: None))
-    follower._follow()
+    monkeypatch.setattr(watcher, "_stop", SimpleNamespace(is_set=lambda: False, wait=wait, set=lambda: None))
+    watcher._watch_source()
     assert alias.looks == 2, "at first, and when its stamp was another"
-    follower.close()
+    watcher.close()
 
 
 def test_what_a_look_left_to_do_is_looked_at_again(alias: Aliases, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter((False, True))
     alias.stamped, alias.number = "same", 0
-    follower = Follower("agent@champion", alias, alias.load, 0.0)
+    watcher = AliasWatcher("agent@champion", alias, alias.load, 0.0)
     stop = SimpleNamespace(is_set=lambda: False, wait=lambda _seconds: next(ticks), set=lambda: None)
-    monkeypatch.setattr(follower, "_stop", stop)
-    follower._follow()
+    monkeypatch.setattr(watcher, "_stop", stop)
+    watcher._watch_source()
     assert alias.looks == 2, "the registry was away"
-    follower.close()
+    watcher.close()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from components.feedback.store import Store
-from serving.models.alias_watcher import Lineup
+from serving.models.alias_watcher import ServingModels
 
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
@@ -174,11 +174,11 @@ def test_bug_is_a_500_in_shape_without_its_details(local: Any, monkeypatch: pyte
 def test_loading_and_draining_answer_503(agent_folder: Path, tmp_path: Path, local_app: Any) -> None:
     with local_app(agent_folder, tmp_path) as app:
         assert app.client.get("/readyz").status_code == 200
-        lineup, app.serving.models.lineup = app.serving.models.lineup, Lineup()
+        serving_models, app.serving.models.serving_models = app.serving.models.serving_models, ServingModels()
         assert app.client.get("/readyz").status_code == 503
         loading = app.ask("Hello")
         assert (loading.status_code, loading.json()["error"]["code"]) == (503, "loading")
-        app.serving.models.lineup = lineup
+        app.serving.models.serving_models = serving_models
         app.serving.draining = True
         draining = app.ask("Hello")
         assert (draining.status_code, draining.json()["error"]["code"]) == (503, "draining")

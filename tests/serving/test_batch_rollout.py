@@ -12,24 +12,24 @@ from components.agent import batch_rollout as lockstep
 from components.agent.batch_rollout import answer_all
 from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
-from serving.engine.backend import Ask, Event, Failed, Finished
-from serving.engine.local import Engine
+from serving.engine.backend import Completion, Event, Failure, GenerationRequest
+from serving.engine.local import LocalEngine
 
 QUESTIONS = ("Hello", "What is 6*7?", "A story", "Letters", "Weather in Paris?")
 NEW_TOKENS = 64
 
 
-def served(engine: Engine, chat: list[dict[str, Any]]) -> tuple[str, int]:
+def served(engine: LocalEngine, chat: list[dict[str, Any]]) -> tuple[str, int]:
     told: queue.Queue[Event] = queue.Queue()
-    engine.submit(Ask(chat, rules=engine.agent.rules(), max_tokens=None), told.put)
-    while not isinstance(event := told.get(timeout=60), Finished | Failed):
+    engine.submit(GenerationRequest(chat, rules=engine.agent.rules(), max_tokens=None), told.put)
+    while not isinstance(event := told.get(timeout=60), Completion | Failure):
         pass
-    assert isinstance(event, Finished)
+    assert isinstance(event, Completion)
     return event.content, sum(step["type"] == "call" for step in event.steps)
 
 
 def test_chats_side_by_side_are_answered_as_the_engine_answers_each(
-    agent_folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    agent_folder: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lockstep, "TOLD", 3)
     monkeypatch.setattr(engine, "max_new_tokens", NEW_TOKENS)

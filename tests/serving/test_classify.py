@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from serving.engine.adaptive_batching import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, Overloaded
-from serving.engine.classifier_worker import Reader
-from serving.models.alias_watcher import Follower, Unfit
+from serving.engine.classifier_worker import ClassifierWorker
+from serving.models.alias_watcher import AliasWatcher, ModelRejected
 from serving.models.versions import Bundled, Version
 from serving.observability.metrics import Metrics
 
@@ -140,7 +140,7 @@ class Alias:
         tags = {"smoke_question": "iron", "smoke_answer": self.answers.get(number, "metal")}
         return Bundled(self.folders[number], {"name": "classifier", "version": number, "tags": tags})
 
-    def demote(self, version: Version, reason: str) -> None:
+    def mark_failed(self, version: Version, reason: str) -> None:
         self.withdrawn.append(f"{version}: {reason}")
 
 
@@ -150,31 +150,31 @@ def test_a_classifier_is_swapped_after_its_smoke_test_alone(
     turned = classifier_maker(tmp_path / "turned", turned=1)
     alias = Alias({1: classifier_folder, 2: turned, 3: turned})
     alias.answers = {3: "animal"}
-    follower = Follower("classifier@champion", alias, partial(Reader.load, metrics=Metrics()), None)
-    follower.look()
+    watcher = AliasWatcher("classifier@champion", alias, partial(ClassifierWorker.load, metrics=Metrics()), None)
+    watcher.look()
     alias.number = 2
     with pytest.raises(
-        Unfit, match="classifier/2: failed its smoke test: 'iron': answered 'animal' instead of 'metal'"
+        ModelRejected, match="classifier/2: failed its smoke test: 'iron': answered 'animal' instead of 'metal'"
     ):
-        follower.look()
-    assert follower.engine is not None
-    assert follower.engine.name == "classifier/1"
+        watcher.look()
+    assert watcher.engine is not None
+    assert watcher.engine.name == "classifier/1"
     assert alias.withdrawn == ["classifier/2: 'iron': answered 'animal' instead of 'metal'"]
-    old = follower.engine
+    old = watcher.engine
 
     async def ask_across_the_swap() -> list[tuple[str, int]]:
         asking = asyncio.ensure_future(old.classify(["iron"]))
         await asyncio.sleep(0)
         alias.number = 3
-        follower.look()
-        found = [(one.name, one.running) for one in follower.engines]
+        watcher.look()
+        found = [(one.name, one.running) for one in watcher.engines]
         assert [one.label for one in await asking] == ["metal"]
         return found
 
     assert asyncio.run(ask_across_the_swap()) == [("classifier/3", 0), ("classifier/1", 1)]
-    follower.look()
-    assert [one.name for one in follower.engines] == ["classifier/3"], "whoever held the old one is done"
-    follower.close()
+    watcher.look()
+    assert [one.name for one in watcher.engines] == ["classifier/3"], "whoever held the old one is done"
+    watcher.close()
 
 
 class Gate:
@@ -247,8 +247,8 @@ def test_more_than_can_be_read_in_time_is_refused(
     batcher._seconds = MAX_WAIT_SECONDS / 9
     with pytest.raises(Overloaded, match="10 texts wait"):
         batcher.submit([3])
-    monkeypatch.setattr(texts.serving.readers.engine._labels, "_seconds", MAX_WAIT_SECONDS)
-    monkeypatch.setattr(texts.serving.readers.engine._labels, "_count", 2)
+    monkeypatch.setattr(texts.serving.classifiers.engine._labels, "_seconds", MAX_WAIT_SECONDS)
+    monkeypatch.setattr(texts.serving.classifiers.engine._labels, "_count", 2)
     refused = classify(texts, {"input": "iron"})
     assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
     assert refused.json()["error"]["code"] == "queue_full"

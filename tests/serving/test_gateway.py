@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -22,7 +22,7 @@ def edge(local: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TestClien
     def start(keys: str = "", base_url: str = "http://testserver") -> TestClient:
         monkeypatch.setenv("LOOPWRIGHT_API_KEYS", keys)
         api = local.client.app.api
-        return TestClient(Edge(api, api), base_url=base_url)
+        return TestClient(GatewayMiddleware(api, api), base_url=base_url)
 
     return start
 
@@ -121,7 +121,7 @@ def test_refused_body_is_read_to_its_end_before_the_answer(local: Any, monkeypat
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/feedback", "headers": [], "server": None}
-    asyncio.run(Edge(api, api)(scope, receive, send))
+    asyncio.run(GatewayMiddleware(api, api)(scope, receive, send))
     assert sent[0]["status"] == 401
 
 
@@ -130,7 +130,7 @@ def test_server_error_in_another_shape_is_reshaped(local: Any, tmp_path: Path) -
         await send({"type": "http.response.start", "status": 503, "headers": [(b"content-type", b"text/plain")]})
         await send({"type": "http.response.body", "body": b"Service is not ready because", "more_body": False})
 
-    response = TestClient(Edge(other, local.client.app.api)).get("/healthz")
+    response = TestClient(GatewayMiddleware(other, local.client.app.api)).get("/healthz")
     assert response.status_code == 503
     assert response.json()["error"]["message"] == "GET /healthz: not ready"
 
@@ -142,7 +142,7 @@ def test_own_routes_need_nothing_of_the_service_around_them(local: Any) -> None:
     api = local.client.app.api
     requests = api.state.serving.metrics.requests.labels("/v1/models", "200")
     before = requests._value.get()
-    client = TestClient(Edge(broken, api))
+    client = TestClient(GatewayMiddleware(broken, api))
     assert client.get("/v1/models").status_code == 200
     assert requests._value.get() == before + 1
     with pytest.raises(AssertionError, match="/healthz"):

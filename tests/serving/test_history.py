@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessage
 
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 USER = {"role": "user", "content": "Weather in Paris?"}
 WEATHER: Any = {
@@ -103,7 +103,7 @@ def test_no_arguments_are_the_same_however_they_are_kept(local: Any, arguments: 
 
 
 def test_a_cut_call_is_shown_as_the_text_that_it_is(agent_folder: Any) -> None:
-    tokenizer = ChatTokenizer.load(agent_folder)
+    tokenizer = load_chat_tokenizer(agent_folder)
     shown = tokenizer.render([USER, call('{"city": "Par', content=""), result()])
     whole = tokenizer.render([USER, call('{"arguments": "{\\"city\\": \\"Par"}', content=""), result()])
     assert shown == whole

@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
 from serving.http import keys
-from serving.http.gateway import Edge
-from serving.http.keys import Pace, environment_keys
+from serving.http.gateway import GatewayMiddleware
+from serving.http.keys import TokenBucket, environment_keys
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -70,7 +70,7 @@ def test_a_key_opens_from_its_making_to_its_revocation(app: Any) -> None:
 
 def test_a_hashed_key_of_the_environment_opens_everything(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOPWRIGHT_API_KEYS", f"sha256:{key_digest('open sesame').upper()}".replace("SHA", "sha"))
-    client = TestClient(Edge(app.client.app.api, app.client.app.api))
+    client = TestClient(GatewayMiddleware(app.client.app.api, app.client.app.api))
     assert client.get("/v1/feedback", headers=bearer("open sesame")).status_code == 200
     assert client.get("/v1/feedback", headers=bearer(f"sha256:{key_digest('open sesame')}")).status_code == 401
 
@@ -95,7 +95,7 @@ def test_more_than_the_pace_of_a_key_is_429(app: Any) -> None:
 
 def test_a_bucket_fills_evenly_and_holds_a_minute() -> None:
     now = [0.0]
-    pace, key = Pace(lambda: now[0]), ApiKey("k", "", frozenset())
+    pace, key = TokenBucket(lambda: now[0]), ApiKey("k", "", frozenset())
     assert [pace.wait(key, 6) for _ in range(7)] == [0] * 6 + [10]
     now[0] = 9.5
     assert pace.wait(key, 6) == 1
@@ -108,7 +108,7 @@ def test_a_bucket_fills_evenly_and_holds_a_minute() -> None:
 @pytest.fixture
 def at(app: Any) -> Callable[[str], TestClient]:
     """The app as asked under an address."""
-    return lambda address: TestClient(Edge(app.client.app.api, app.client.app.api), base_url=address)
+    return lambda address: TestClient(GatewayMiddleware(app.client.app.api, app.client.app.api), base_url=address)
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from components.config.params import load_params
 from components.feedback.store import Store
-from serving.engine.backend import Full
+from serving.engine.backend import QueueFull
 from serving.http.app import new_api
-from serving.http.chat_handler import Exchange
-from serving.http.gateway import Edge
+from serving.http.chat_handler import ChatHandler
+from serving.http.gateway import GatewayMiddleware
 from serving.http.page_files import POLICY
-from serving.models.alias_watcher import Lineup
+from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
 from serving.server import listen
@@ -124,7 +124,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
         assert [address for address in visitor.addresses if not address.startswith(url)] == []
 
 
-class Pace:
+class TokenBucket:
     """How many more pieces of answers may leave the server."""
 
     allowed: float = math.inf
@@ -136,7 +136,7 @@ class Site:
 
     url: str
     serving: Serving
-    pace: Pace
+    pace: TokenBucket
     app: Any
 
 
@@ -158,10 +158,10 @@ def site(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     serving = Serving.open(tmp_path_factory.mktemp("page"), config, "", Bundled(agent_folder, FACTS))
     api.state.serving = serving
     serving.wait()
-    pace, deltas = Pace(), Exchange.deltas
+    pace, deltas = TokenBucket(), ChatHandler.deltas
 
-    async def paced(exchange: Exchange) -> Any:
-        async with aclosing(deltas(exchange)) as pieces:
+    async def paced(handler: ChatHandler) -> Any:
+        async with aclosing(deltas(handler)) as pieces:
             async for piece in pieces:
                 while pace.allowed <= 0:
                     await asyncio.sleep(0.005)
@@ -169,8 +169,8 @@ def site(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 yield piece
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Exchange, "deltas", paced)
-        app = Edge(api, api)
+        patch.setattr(ChatHandler, "deltas", paced)
+        app = GatewayMiddleware(api, api)
         with listening(app) as url:
             yield Site(url, serving, pace, app)
     serving.close()
@@ -491,7 +491,7 @@ def test_endpoint_with_keys_is_given_one_for_this_tab(
     site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOOPWRIGHT_API_KEYS", "sesame")
-    with listening(Edge(site.app.app, site.app.api)) as url:
+    with listening(GatewayMiddleware(site.app.app, site.app.api)) as url:
         visitor = visit(url)
         dialog = visitor.page.get_by_role("dialog", name="This endpoint wants an API key")
         for key, said in (("wrong", ""), ("sesame", "The endpoint does not know the key that was given.")):
@@ -525,11 +525,11 @@ def test_page_works_below_a_path_of_a_proxy(site: Site, visit: Visit) -> None:
 
 def test_full_queue_says_when_to_try_again(site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
-        raise Full(7)
+        raise QueueFull(7)
 
     visitor = visit(site.url)
     with monkeypatch.context() as patch:
-        patch.setattr(Exchange, "submit", full)
+        patch.setattr(ChatHandler, "submit", full)
         visitor.ask("What is 6*7?")
         notice = visitor.page.locator("#notice")
         expect(notice).to_contain_text(
@@ -543,14 +543,14 @@ def test_full_queue_says_when_to_try_again(site: Site, visit: Visit, monkeypatch
 
 
 def test_question_waits_while_the_model_loads(site: Site, visit: Visit) -> None:
-    lineup, site.serving.models.lineup = site.serving.models.lineup, Lineup()
+    serving_models, site.serving.models.serving_models = site.serving.models.serving_models, ServingModels()
     try:
         visitor = visit(site.url)
         expect(visitor.page.locator("#served")).to_have_text("The model is loading …")
         visitor.ask("What is 6*7?")
         expect(visitor.page.locator(".state")).to_contain_text("The model is still loading.")
     finally:
-        site.serving.models.lineup = lineup
+        site.serving.models.serving_models = serving_models
     visitor.answered("That is 42.")
     expect(visitor.page.locator("#served")).to_contain_text("agent/1")
     assert all("503" in said for said in visitor.complaints)

@@ -17,10 +17,10 @@ from components.agent.agent import ContextTooLong
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError, load_params
-from serving.engine.backend import Ask, Backend, Event, Failed, Finished, Started, Stepped, Text
-from serving.engine.remote import BackendDown, Remote
+from serving.engine.backend import AgentStep, Backend, Completion, Event, Failure, GenerationRequest, Start, TextDelta
+from serving.engine.remote import BackendUnavailable, RemoteServer
 from serving.http.app import new_api
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 from serving.models.state import Serving
 from serving.models.versions import Bundled
 from serving.server import listen, serve_in_thread
@@ -51,8 +51,8 @@ def pointed(url: str) -> ServeConfig:
 
 @pytest.fixture
 def remote(agent_folder: Path, backend: tuple[str, Serving]) -> Iterator[Backend]:
-    engine = Remote.load(agent_folder, "agent/1", pointed(backend[0]))
-    assert isinstance(engine, Remote)
+    engine = RemoteServer.load(agent_folder, "agent/1", pointed(backend[0]))
+    assert isinstance(engine, RemoteServer)
     engine.agent.own_tools = ()
     yield engine
     engine.close()
@@ -60,9 +60,9 @@ def remote(agent_folder: Path, backend: tuple[str, Serving]) -> Iterator[Backend
 
 def events(engine: Backend, content: str, **options: Any) -> list[Event]:
     told: queue.Queue[Event] = queue.Queue()
-    engine.submit(Ask([{"role": "user", "content": content}], **options), told.put)
+    engine.submit(GenerationRequest([{"role": "user", "content": content}], **options), told.put)
     found = [told.get(timeout=60)]
-    while not isinstance(found[-1], Finished | Failed):
+    while not isinstance(found[-1], Completion | Failure):
         found.append(told.get(timeout=60))
     return found
 
@@ -70,9 +70,9 @@ def events(engine: Backend, content: str, **options: Any) -> list[Event]:
 def test_words_come_through_as_they_are_written(remote: Backend) -> None:
     told = events(remote, "Hello")
     last = told[-1]
-    assert isinstance(told[0], Started)
-    assert isinstance(last, Finished)
-    assert "".join(event.text for event in told if isinstance(event, Text)) == last.content == GREETING
+    assert isinstance(told[0], Start)
+    assert isinstance(last, Completion)
+    assert "".join(event.text for event in told if isinstance(event, TextDelta)) == last.content == GREETING
     assert len(told) > 5
     assert last.finish_reason == "stop"
     assert last.completion_tokens > 5 < last.prompt_tokens
@@ -87,26 +87,26 @@ def test_calls_that_come_back_are_run_and_asked_on(remote: Backend) -> None:
 
     remote.agent.own_tools = (Tool("get_weather", "", WEATHER, weather),)
     told = events(remote, "Weather in Paris?")
-    steps = [event.step for event in told if isinstance(event, Stepped)]
+    steps = [event.step for event in told if isinstance(event, AgentStep)]
     assert asked[:1] == ["Paris"]
     assert steps[:2] == [
         {"type": "call", "name": "get_weather", "arguments": {"city": "Paris"}},
         {"type": "result", "name": "get_weather", "content": "sunny"},
     ]
-    assert isinstance(told[-1], Finished)
+    assert isinstance(told[-1], Completion)
     assert told[-1].steps == steps
 
 
 def test_calls_of_the_clients_tools_are_handed_back(remote: Backend) -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}]
     last = events(remote, "Weather in Paris?", tools=tools)[-1]
-    assert isinstance(last, Finished)
+    assert isinstance(last, Completion)
     assert [call["function"] for call in last.tool_calls] == [{"name": "get_weather", "arguments": '{"city": "Paris"}'}]
     assert last.finish_reason == "tool_calls"
 
 
 def test_requests_share_a_connection(remote: Backend) -> None:
-    assert isinstance(remote, Remote)
+    assert isinstance(remote, RemoteServer)
     ports: list[int] = []
 
     async def note(response: httpx.Response) -> None:
@@ -114,7 +114,7 @@ def test_requests_share_a_connection(remote: Backend) -> None:
 
     remote.client.event_hooks = {"response": [note]}
     for _ in range(3):
-        assert isinstance(events(remote, "Hello")[-1], Finished)
+        assert isinstance(events(remote, "Hello")[-1], Completion)
     assert len(ports) == 3
     assert len(set(ports)) == 1
 
@@ -130,7 +130,7 @@ def test_what_the_backend_refuses_is_told_in_its_words(
     remote: Backend, content: str, options: dict[str, Any], kind: type[InputError], said: str
 ) -> None:
     last = events(remote, content, **options)[-1]
-    assert isinstance(last, Failed)
+    assert isinstance(last, Failure)
     assert type(last.error) is kind
     assert said in str(last.error)
 
@@ -164,35 +164,35 @@ def answering(events: bytes) -> Iterator[str]:
 )
 def test_broken_events_are_said_so(agent_folder: Path, sent: bytes, said: str) -> None:
     with answering(sent) as url:
-        engine = Remote.load(agent_folder, "agent/1", pointed(url))
+        engine = RemoteServer.load(agent_folder, "agent/1", pointed(url))
         last = events(engine, "Hello")[-1]
         engine.close()
-    assert isinstance(last, Failed)
-    assert isinstance(last.error, BackendDown)
+    assert isinstance(last, Failure)
+    assert isinstance(last.error, BackendUnavailable)
     assert said in str(last.error)
 
 
 def test_cancelling_lets_the_backend_go(remote: Backend, backend: tuple[str, Serving]) -> None:
     told: queue.Queue[Event] = queue.Queue()
-    ask = Ask([{"role": "user", "content": "A story"}], temperature=2.0, seed=1, max_tokens=200)
-    ticket = remote.submit(ask, told.put)
-    assert isinstance(told.get(timeout=60), Started)
-    ticket.cancel()
-    while not isinstance(last := told.get(timeout=60), Finished):
+    ask = GenerationRequest([{"role": "user", "content": "A story"}], temperature=2.0, seed=1, max_tokens=200)
+    task = remote.submit(ask, told.put)
+    assert isinstance(told.get(timeout=60), Start)
+    task.cancel()
+    while not isinstance(last := told.get(timeout=60), Completion):
         pass
     assert last.finish_reason in ("cancelled", "stop", "length")
     finished = events(remote, "Hello")[-1]
-    assert isinstance(finished, Finished)
+    assert isinstance(finished, Completion)
 
 
 def test_backend_that_is_away_is_said_so(agent_folder: Path) -> None:
     listener = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
     listener.close()
-    engine = Remote.load(agent_folder, "agent/1", pointed(url))
+    engine = RemoteServer.load(agent_folder, "agent/1", pointed(url))
     last = events(engine, "Hello")[-1]
-    assert isinstance(last, Failed)
-    assert isinstance(last.error, BackendDown)
+    assert isinstance(last, Failure)
+    assert isinstance(last.error, BackendUnavailable)
     assert "is the backend up?" in str(last.error)
     engine.close()
 
@@ -207,7 +207,7 @@ def test_endpoint_in_front_answers_records_and_traces(
     serving.models.first.wait()
     api = new_api()
     api.state.serving = serving
-    client = TestClient(Edge(api, api))
+    client = TestClient(GatewayMiddleware(api, api))
     body = {"messages": [{"role": "user", "content": "Hello"}], "tool_choice": "none"}
     answer = client.post("/v1/chat/completions", json=body).json()
     assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("agent/3", GREETING)
@@ -220,4 +220,4 @@ def test_endpoint_in_front_answers_records_and_traces(
 def test_backend_without_an_address_is_an_input_error(agent_folder: Path) -> None:
     config = pointed("http://127.0.0.1:1").model_copy(update={"backend_model": None})
     with pytest.raises(InputError, match=r"needs serve\.backend_url and serve\.backend_model"):
-        Remote.load(agent_folder, "agent/1", config)
+        RemoteServer.load(agent_folder, "agent/1", config)

@@ -13,20 +13,20 @@ import pytest
 
 from components.tracking.mlflow_client import EXPERIMENT, connect
 from components.tracking.traces import Span, Traces
-from serving.engine.backend import Finished, Started, Stepped, Text
+from serving.engine.backend import AgentStep, Completion, Start, TextDelta
 from serving.observability.logs import FACTS, JsonLines
 from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import Watch
+from serving.observability.request_metrics import RequestMetrics
 
 
-def finished(**given: Any) -> Finished:
+def finished(**given: Any) -> Completion:
     facts = {"content": "It does.", "steps": [], "tool_calls": [], "finish_reason": "stop"}
-    return Finished(**{**facts, "prompt_tokens": 5, "completion_tokens": 3, **given})
+    return Completion(**{**facts, "prompt_tokens": 5, "completion_tokens": 3, **given})
 
 
 def test_an_answer_is_one_line_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics()
-    watch = Watch("chatcmpl-1", "agent/7", {"lookup"}, metrics)
+    watch = RequestMetrics("chatcmpl-1", "agent/7", {"lookup"}, metrics)
     steps = [
         {"type": "call", "name": "lookup", "arguments": {"symbol": "json.dumps"}},
         {"type": "result", "name": "lookup", "content": "Serialize."},
@@ -34,7 +34,7 @@ def test_an_answer_is_one_line_and_counted(caplog: pytest.LogCaptureFixture) -> 
         {"type": "result", "name": "made_up", "content": "error"},
     ]
     with caplog.at_level(logging.INFO, "loopwright.answers"):
-        for event in (Started(), *map(Stepped, steps), Text("It"), Text(" does."), finished(steps=steps)):
+        for event in (Start(), *map(AgentStep, steps), TextDelta("It"), TextDelta(" does."), finished(steps=steps)):
             watch.see(event)
     (line,) = [getattr(record, FACTS) for record in caplog.records]
     assert (line["completion_id"], line["model"], line["tool_calls"]) == ("chatcmpl-1", "agent/7", 2)

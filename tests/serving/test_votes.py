@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from components.feedback.store import Store
-from serving.http.gateway import Edge
+from serving.http.gateway import GatewayMiddleware
 
 
 def vote(client: TestClient, completion_id: str, **options: Any) -> Any:
@@ -37,7 +37,7 @@ def test_voice_is_the_fingerprint_of_the_key(local: Any, monkeypatch: pytest.Mon
     monkeypatch.setenv("LOOPWRIGHT_API_KEYS", "one,two")
     api = local.client.app.api
     for key in ("one", "two"):
-        keyed = TestClient(Edge(api, api), headers={"Authorization": f"Bearer {key}"})
+        keyed = TestClient(GatewayMiddleware(api, api), headers={"Authorization": f"Bearer {key}"})
         assert vote(keyed, completion_id).status_code == 202
     assert voices(local, completion_id) == [f"key:{hashlib.sha256(key).hexdigest()[:16]}" for key in (b"one", b"two")]
 

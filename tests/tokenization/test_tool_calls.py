@@ -11,7 +11,7 @@ import pytest
 from components.agent.turn_grammar import Wish, turn_rules
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import CallStream, openai_call
+from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 
 VALUES = [
     *("Paris", "", " led", "12", "12 apples", "1e", "-", "-Infinity", "-In", "true", "truest", "n", "nul", "NaN", "07"),
@@ -38,8 +38,8 @@ def assembled(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return calls
 
 
-def streamed(tokenizer: ChatTokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], CallStream]:
-    stream = CallStream(tokenizer)
+def streamed(tokenizer: ChatTokenizer, ids: list[int]) -> tuple[list[dict[str, Any]], ToolCallDeltaParser]:
+    stream = ToolCallDeltaParser(tokenizer)
     return [delta for number in ids for delta in stream.push(number)], stream
 
 
