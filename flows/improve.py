@@ -20,7 +20,7 @@ from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
 from components.feedback.store import Store
 from components.runtime.process import file_lock
-from components.runtime.stage import remove
+from components.runtime.stage import IMPROVEMENT, remove
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
@@ -99,7 +99,7 @@ class _Job:
         start = self._start()
         effect(self.fetch, start)
         order = RunOptions(self.paths.root, force=self.force, echo=self.echo)
-        bring_up_to_date(order, look(self.paths.root, self.force, loop=True), Report(), run)
+        bring_up_to_date(order, look(self.paths.root, self.force, pipeline=IMPROVEMENT), Report(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
         metrics = {"score": judged["score"]} | {f"{one['skill']}/score": one["candidate"] for one in judged["findings"]}

@@ -24,16 +24,13 @@ from uuid import UUID
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.runtime.process import file_lock
-from components.runtime.stage import PROGRESS, read_stages, warn_on_failure
+from components.runtime.stage import PIPELINE, PROGRESS, read_stages, warn_on_failure
 from flows.orchestration.base_models import fetch_base_models
-from flows.orchestration.dvc_repo import pass_over_datasets
 from flows.orchestration.flow_run import FlowRun, run_flow
 from flows.orchestration.run_stage import StageResult, reproduce
 from flows.release import Release, Releases, look_at_releases, release
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
-LOOP = ("curate", "align", "judge")
-"""Stages that flows/improve.py brings up to date; what a run makes ends before them."""
 _REASONS_SHOWN = 3
 
 
@@ -111,8 +108,8 @@ def configure(root: Path) -> None:
         local.write()
 
 
-def look(root: Path, force: bool = False, until: str | None = None, loop: bool = False) -> list[StageState]:
-    """The stages in the order they run, each with the reasons why it is out of date; those of `LOOP` where asked.
+def look(root: Path, force: bool = False, until: str | None = None, pipeline: str = PIPELINE) -> list[StageState]:
+    """The stages of a dvc.yaml in the order they run, each with the reasons why it is out of date.
 
     Raises: InputError when dvc.yaml cannot be read, or `until` is none of its stages.
     """
@@ -125,9 +122,8 @@ def look(root: Path, force: bool = False, until: str | None = None, loop: bool =
         # DVC names stages and files as seen from the current folder.
         with chdir(root), Repo() as repo:
             _remove_broken_lock(repo)
-            every = _needs(repo, root)
-            needs = {name: every[name] for name in every if (name in LOOP) == loop}
-            changed = repo.status(list(needs)) if needs else {}
+            needs = _needs(repo, root, pipeline)
+            changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
     except DvcException as error:
         raise InputError(f"dvc.yaml: {' '.join(str(error).split())}") from error
     other_python = _other_python(root)
@@ -219,15 +215,15 @@ def _has_git(root: Path) -> bool:
     return any((folder / ".git").exists() for folder in (root, *root.parents))
 
 
-def _needs(repo: Any, root: Path) -> dict[str, list[str]]:
-    """Stages of dvc.yaml in the order they run, each with those it depends on."""
+def _needs(repo: Any, root: Path, pipeline: str) -> dict[str, list[str]]:
+    """Stages of a dvc.yaml in the order they run, each with those of it that it depends on."""
     from dvc.stage import PipelineStage
 
     graph = repo.index.graph
-    declared = list(read_stages(root))
-    stages = {stage.addressing: stage for stage in graph if isinstance(stage, PipelineStage)}
+    declared = list(read_stages(root, pipeline))
+    stages = {stage.name: stage for stage in graph if isinstance(stage, PipelineStage) and stage.name in declared}
     needs = {
-        name: [needed.addressing for needed in graph.successors(stages[name]) if needed.addressing in stages]
+        name: [needed.name for needed in graph.successors(stages[name]) if needed in stages.values()]
         for name in sorted(stages, key=declared.index)
     }
     return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
@@ -308,8 +304,6 @@ def _stage_task(order: RunOptions, state: StageState, report: Report) -> Any:
             more = len(state.reasons) - _REASONS_SHOWN
             said = [*state.reasons[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
             order.echo(f"{state.name}: {', '.join(said)}")
-            if not state.force:
-                pass_over_datasets(state.name, order.root)
             result = reproduce(state.name, order.root, state.force, _StageOutput(state.name, order.echo))
         report.stages.append(result)
         order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")

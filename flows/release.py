@@ -19,6 +19,7 @@ import yaml
 
 from components.config.params import Refused, load_params
 from components.config.paths import Paths
+from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
 from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
@@ -286,9 +287,9 @@ def _released(champion: ModelVersion, outcome: str) -> Release:
 
 def locked(paths: Paths) -> dict[str, str]:
     """DVC's hash of every dependency and output of every stage."""
-    lock = paths.root / "dvc.lock"
-    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
-    entries = [entry for stage in stages.values() for kind in ("deps", "outs") for entry in stage.get(kind, [])]
+    locks = [lock for pipeline in PIPELINES if (lock := (paths.root / pipeline).with_suffix(".lock")).exists()]
+    stages = [stage for lock in locks for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()]
+    entries = [entry for stage in stages for kind in ("deps", "outs") for entry in stage.get(kind, [])]
     return {entry["path"]: entry["md5"] for entry in entries if "md5" in entry}
 
 
@@ -297,7 +298,7 @@ def _git(root: Path) -> dict[str, str]:
     try:
         commit = _ask_git(root, "rev-parse", "HEAD")
         # Runs themselves write dvc.lock, and ingestion the version of the feedback.
-        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!dvc.lock", ":!data/feedback.dvc")
+        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
     except (OSError, subprocess.CalledProcessError):
         return {"git_commit": "none"}

@@ -48,6 +48,13 @@ class Paths:
     def validation(self) -> Path:
         return self.root / "data/validation"
 
+    def validated(self, section: str) -> Path:
+        """Digests of the datasets that a section of params.yaml names, as they passed validation.
+
+        A stage that reads datasets depends on this file: it changes when they do, and with no other dataset.
+        """
+        return self.validation / "datasets" / f"{section}.json"
+
     def tokenizer(self, family: Family) -> Path:
         return self.root / "data/tokenizer" / family
 

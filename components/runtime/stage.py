@@ -48,6 +48,9 @@ STAGE_MODULES: Mapping[str, str] = {
 }
 """The module of each stage; its function has the stage's name."""
 
+PIPELINE, IMPROVEMENT = PIPELINES = ("dvc.yaml", "data/improve/dvc.yaml")
+"""What `run` brings up to date, and what `improve` does."""
+
 ENVIRONMENT: Mapping[str, str] = {
     # OpenMP threads wait for the next product in a short spin: to sleep and be woken between the many small ones of a
     # step cost a quarter of the speed and more, to spin for long takes the core from whoever shares it.
@@ -149,13 +152,33 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
     """
     stages = read_stages(paths.root)
     deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
+    for dep in list(deps):
+        if (paths.root / dep).parent == paths.validated("").parent:
+            deps |= _datasets(paths.root / dep, paths)
     resolved = params.model_dump(mode="json", by_alias=True)
     return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
 
 
-def read_stages(root: Path) -> dict[str, dict[str, Any]]:
-    """The `stages` of dvc.yaml by the names DVC gives them: one with a matrix or `foreach` once per item."""
-    declared = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+def _datasets(validated: Path, paths: Paths) -> dict[str, str]:
+    """Digest of each dataset that passed validation, by its path.
+
+    Raises: InputError when a dataset is not what passed, as where a stage is run without those before it.
+    """
+    digests: dict[str, str] = json.loads(validated.read_text(encoding="utf-8"))
+    for name, passed in digests.items():
+        folder = paths.collected / name
+        if not folder.exists() or digest(folder) != passed:
+            raise InputError(
+                f'data/collected/{name}: not what passed validation; run "loopwright run --until validate"'
+            )
+    return {f"data/collected/{name}": passed for name, passed in digests.items()}
+
+
+def read_stages(root: Path, *files: str) -> dict[str, dict[str, Any]]:
+    """The `stages` of these dvc.yaml files, or of both, by the names DVC gives them: one with a matrix or `foreach`
+    once per item."""
+    texts = [(root / file).read_text(encoding="utf-8") for file in files or PIPELINES if (root / file).is_file()]
+    declared = {base: template for text in texts for base, template in yaml.safe_load(text)["stages"].items()}
     return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
-from components.runtime.stage import StageRun, warn_on_failure
+from components.runtime.stage import StageRun, digest, warn_on_failure
 from components.validation.cross_shard import cross_shard_checks
 from components.validation.report import Check, Example, ValidationReport, refusal, shown
 from components.validation.report_pages import offline, write_docs_index, write_page
@@ -33,10 +33,14 @@ _BATCH_ROWS = 12_000  # each batch costs Great Expectations a quarter of a secon
 
 
 def validate(run: StageRun) -> None:
-    """Check every collected dataset; refuse all of them if one fails, naming the rows."""
+    """Check every collected dataset; refuse all of them if one fails, naming the rows.
+
+    What passed is written down for each section that names datasets.
+    """
     folders = sorted(path.parent for path in run.paths.collected.glob("*/dataset.json"))
-    if not folders:
-        raise InputError(f'{run.paths.collected}: no dataset; run "loopwright run --until collect"')
+    sections = run.params.datasets
+    for name in sorted({name for names in sections.values() for name in names} - {folder.name for folder in folders}):
+        raise InputError(f'{run.paths.collected / name}: no dataset; run "loopwright run --until collect"')
     validator = Validator(run.paths.expectations, run.params.validate_.max_failed_share)
     found = []
     for done, folder in enumerate(folders, 1):
@@ -54,6 +58,9 @@ def validate(run: StageRun) -> None:
     run.tracker.artifact(page)
     if not all(findings.success for findings in found):
         raise Refused(refusal(found, str(page.relative_to(run.paths.root))))
+    digests = {folder.name: digest(folder) for folder in folders}
+    for section, names in sections.items():
+        write_json(run.paths.validated(section), {name: digests[name] for name in names})
 
 
 def validate_dataset(

@@ -21,7 +21,7 @@ import psutil
 
 from components.config.paths import Paths
 from components.runtime.process import RUN_PID, ask_to_die_with_parent, heed_interrupts
-from components.runtime.stage import FORCE
+from components.runtime.stage import FORCE, IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
@@ -69,11 +69,12 @@ def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -
     Raises: StageFailed with the stage's own message; KeyboardInterrupt, once the stage has ended.
     """
     report = Paths(root).home / "stages" / f"{name}.json"
+    target = f"{IMPROVEMENT}:{name}" if name in read_stages(root, IMPROVEMENT) else name
     report.unlink(missing_ok=True)
     heed_interrupts()
     started = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), name],
+        [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), target],
         cwd=root,
         env=_environment(force),
         stdout=subprocess.PIPE,
@@ -90,7 +91,7 @@ def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -
             raise
     if process.returncode:
         raise _failure(name, report, said)
-    return StageResult(name, _outcome(name, said), time.monotonic() - started)
+    return StageResult(name, _outcome(target, said), time.monotonic() - started)
 
 
 def _environment(force: bool) -> dict[str, str]:

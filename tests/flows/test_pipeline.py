@@ -10,7 +10,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +17,6 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from flows.orchestration.dvc_repo import pass_over_datasets
 from flows.orchestration.run_stage import StageFailed, reproduce
 from flows.pipeline import configure, look, version_data
 
@@ -110,61 +108,6 @@ MATRIX = {
         "outs": ["${item.family}.txt"],
     }
 }
-
-
-COLLECTING = {
-    "collect": {
-        "cmd": "mkdir -p data/collected && cp -r sources/* data/collected",
-        "deps": ["sources"],
-        "outs": ["data/collected"],
-    },
-    "validate": {
-        "cmd": "ls -lR data/collected/* > data/validation",
-        "deps": ["data/collected"],
-        "outs": ["data/validation"],
-    },
-    "make": {
-        "matrix": {"family": ["decoder", "encoder"]},
-        "cmd": "touch ${item.family}.txt",
-        "deps": ["data/collected", "data/validation"],
-        "params": ["tune.dataset", "classifier.dataset"],
-        "outs": ["${item.family}.txt"],
-    },
-}
-
-
-def test_a_stage_is_not_restaled_by_datasets_that_it_does_not_read(project: Path) -> None:
-    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": COLLECTING}, sort_keys=False))
-    params: dict[str, Any] = {"scale": "smoke", "tune": {"dataset": "chats"}, "classifier": {"dataset": "tickets"}}
-
-    def write(**contents: str) -> None:
-        (project / "params.yaml").write_text(yaml.safe_dump(params))
-        for name, content in contents.items():
-            (project / "sources" / name).mkdir(parents=True, exist_ok=True)
-            (project / "sources" / name / "train.txt").write_text(content)
-
-    def outcomes() -> list[str]:
-        made = []
-        for name in ("collect", "validate", "make@decoder", "make@encoder"):
-            look(project)
-            pass_over_datasets(name, project)
-            made.append(run(name, project))
-        assert made[:2] == ["ran", "ran"], "the gate on data reads every dataset"
-        return made[2:]
-
-    write(chats="one", tickets="one")
-    assert outcomes() == ["ran", "ran"]
-    write(tickets="another")
-    assert outcomes() == ["up to date", "ran"]
-    assert reasons(project)["make@decoder"] == (), "dvc.lock has learned of it"
-    params["classifier"]["dataset"] = "mail"
-    write(mail="one")
-    assert outcomes() == ["up to date", "ran"]
-    write(chats="longer than before")
-    assert outcomes() == ["ran", "up to date"]
-    write(tickets="again another")
-    shutil.rmtree(project / ".dvc/cache")
-    assert outcomes() == ["ran", "ran"], "what they read before cannot be known"
 
 
 def test_until_takes_all_of_a_stage_with_a_matrix(project: Path) -> None:

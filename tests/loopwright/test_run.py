@@ -16,9 +16,11 @@ PARAMS = """\
 scale: laptop  # or smoke
 seed: 0
 
-model: {}
+model:
+  decoder: {}
 pretrain:
-  dataset: stdlib-documents  # or a list
+  decoder:
+    dataset: stdlib-documents  # or a list
 tune:
   dataset: stdlib-conversations
 """
@@ -39,13 +41,13 @@ def test_values_are_written_beside_their_comments(params: Path) -> None:
     _write_params(params, wanted, told.append)
     text = params.read_text()
     assert "# The dial.\nscale: smoke   # or smoke\n" in text
-    assert "  dataset: [a, b]            # or a list\n" in text
+    assert "    dataset: [a, b]            # or a list\n" in text
     assert "  learning_rate: 0.001\n" in text
     written = load_params(params)
-    assert (written.scale, written.model.num_layers, written.tune.learning_rate) == ("smoke", 3, 1e-3)
+    assert (written.scale, written.model.decoder.num_layers, written.tune.learning_rate) == ("smoke", 3, 1e-3)
     assert written.pretrain.decoder.datasets == ["a", "b"]
     assert "params.yaml: scale: laptop → smoke" in told
-    assert "params.yaml: model.num_layers: unset → 3" in told
+    assert "params.yaml: model.decoder.num_layers: unset → 3" in told
 
 
 @pytest.mark.parametrize("name", ["no", "123", "2024_01_31", "2024-01-31", "1e3", "0x1F", "null", "on", "[no, 1_0, a]"])

@@ -38,7 +38,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
         for dep in declared["deps"]:
             place = tmp_path / dep
             (place if place.suffix else place / "file").parent.mkdir(parents=True, exist_ok=True)
-            (place if place.suffix else place / "file").write_text("content")
+            (place if place.suffix else place / "file").write_text("{}")
     return Paths(tmp_path)
 
 
@@ -111,6 +111,24 @@ def test_digest_sees_names_and_contents_but_no_bytecode(tmp_path: Path) -> None:
     assert digest(tmp_path / "a") == before
     (tmp_path / "a/x.py").rename(tmp_path / "a/y.py")
     assert digest(tmp_path / "a") != before
+
+
+def test_a_stage_reads_the_datasets_that_passed_validation_and_no_others(project: Paths) -> None:
+    for name in ("a", "b"):
+        (project.collected / name).mkdir(parents=True)
+        (project.collected / name / "train").write_text(name)
+    passed = digest(project.collected / "a")
+    project.validated("tune").write_text(json.dumps({"a": passed}))
+    inputs = stage_inputs("prepare@decoder", project, load_params(project.params))
+    read = {dep: content for dep, content in inputs.deps.items() if dep.startswith("data/collected/")}
+    assert read == {"data/collected/a": passed}
+    (project.collected / "b/train").write_text("other")
+    assert key_of("prepare@decoder", project) == inputs.key
+    (project.collected / "a/train").write_text("other")
+    with pytest.raises(
+        InputError, match=r'data/collected/a: not what passed validation; run "loopwright run --until v'
+    ):
+        key_of("prepare@decoder", project)
 
 
 def test_missing_dependency_names_the_stage_that_makes_it(project: Paths) -> None:

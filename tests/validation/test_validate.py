@@ -16,7 +16,7 @@ from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.datasets import formats as datasets
 from components.datasets.formats import DatasetWriter, Kind, Row, row_id
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, digest
 from components.tracking.event_log import EventLog
 from components.validation import validate as gate
 from components.validation.report import ValidationReport, refusal, shown
@@ -297,7 +297,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StageRun]:
     monkeypatch.setenv("LOOPWRIGHT_HOME", str(tmp_path / "home"))
     root = tmp_path / "project"
     shutil.copytree(EXPECTATIONS, root / "data/expectations")
-    params = load_params(SOURCE / "params.yaml", {"scale": "smoke"})
+    sections = ("pretrain.decoder", "pretrain.encoder", "pretrain.encoder_decoder", "classifier", "summarizer")
+    named = {f"{section}.dataset": "a" for section in sections} | {"tune.dataset": ["b", "a"]}
+    params = load_params(SOURCE / "params.yaml", {"scale": "smoke", **named})
     with EventLog(tmp_path / "home/event_log", "validate", "key") as event_log:
         yield StageRun("validate", params, Paths(root), tmp_path / "state", event_log)
 
@@ -324,6 +326,19 @@ def test_stage_writes_result_page_and_metrics(run: StageRun, capsys: pytest.Capt
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].startswith("validate  2/2  dataset b")
     assert said.err == ""
+
+
+def test_each_section_has_the_digests_of_its_datasets_that_passed(run: StageRun) -> None:
+    write_good(run)
+    validate(run)
+    passed = json.loads(run.paths.validated("tune").read_text())
+    assert passed == {name: digest(run.paths.collected / name) for name in ("a", "b")}
+    assert json.loads(run.paths.validated("pretrain.encoder").read_text()) == {"a": passed["a"]}
+    tune, pretrain = (run.paths.validated(section).read_bytes() for section in ("tune", "pretrain.decoder"))
+    dataset(run.paths.collected / "b", "conversations", good_conversations(7))
+    validate(run)
+    assert run.paths.validated("tune").read_bytes() != tune
+    assert run.paths.validated("pretrain.decoder").read_bytes() == pretrain
 
 
 def test_outs_are_the_same_for_the_same_data(run: StageRun) -> None:
@@ -372,6 +387,7 @@ def test_stage_refuses_faulty_data_and_names_the_rows(run: StageRun) -> None:
         True,
         False,
     ]
+    assert not run.paths.validated("tune").exists()
 
 
 def test_stage_without_datasets_says_what_to_run(run: StageRun) -> None:

@@ -1,0 +1,260 @@
+"""DVC, `status` and `run` name the same stages: the declarations of this project, over stages that take no time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from components.config.params import SCALES_FILE, load_params
+from components.runtime.stage import IMPROVEMENT, PIPELINE, outs, read_stages
+from flows.pipeline import StageState, configure, look
+
+# DVC steps on this itself.
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
+
+SOURCE = Path(__file__).parents[2]
+SCALES = SCALES_FILE.relative_to(SOURCE).as_posix()
+
+STUB = """
+import hashlib, json, pathlib, sys, yaml
+
+def load(path):
+    return yaml.load(open(path), yaml.CSafeLoader)
+
+name, params, scales = sys.argv[1], load("params.yaml"), load("SCALES")
+stage = json.load(open("stages.json"))[name]
+
+def look_up(values, dotted):
+    for part in dotted.replace("${scale}", params["scale"]).split("."):
+        values = values[part]
+    return values
+
+def content(path):
+    path = pathlib.Path(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(file.as_posix(), file.read_text()) for file in files if file.is_file() and file.suffix != ".pyc"]
+
+def digest(*values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+def write(path, text):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+def datasets(section):
+    named = look_up(params, section)["dataset"]
+    return [named] if isinstance(named, str) else named
+
+values = [look_up(params, one) for one in stage["params"]] + [look_up(scales, one) for one in stage["scaled"]]
+said = digest(values, [content(dep) for dep in stage["deps"]])
+if name == "collect":
+    for one in {one for section in stage["sections"] for one in datasets(section)}:
+        write(f"data/collected/{one}/train", digest(params["collect"], content(f"data/added/{one}")))
+elif name == "validate":
+    for section in stage["sections"]:
+        passed = [content(f"data/collected/{one}") for one in datasets(section)]
+        write(f"data/validation/datasets/{section}.json", digest(passed))
+for path in stage["writes"]:
+    write(path, json.dumps({"digest": said}))
+with open("ran", "a") as ran:
+    ran.write(f"{name}\\n")
+"""
+"""A stage that writes a digest of all that it declares; `collect` and `validate` part it by dataset, as the real do."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the declarations of this one, built once by DVC alone."""
+    root = tmp_path_factory.mktemp("project")
+    for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, ".dvc/config", ".dvcignore", ".gitignore"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SOURCE / name, root / name)
+    stages = read_stages(root)
+    made = [out for stage in stages.values() for out in outs(stage)]
+    deps = [dep for stage in stages.values() for dep in stage["deps"]]
+    for dep in deps:
+        if not inside(dep, made) and not dep.startswith(("data/feedback", "data/models/")):
+            file = root / dep if Path(dep).suffix else root / dep / "file"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("content")
+    (root / "components/runtime").mkdir()
+    for package in ("components", "components/runtime"):
+        (root / package / "__init__.py").touch()
+    (root / "components/runtime/stage.py").write_text(STUB.replace("SCALES", SCALES))
+    told = {name: described(stage, deps, root) for name, stage in stages.items()}
+    (root / "stages.json").write_text(json.dumps(told))
+    (root / "data/added/tickets").mkdir(parents=True)
+    (root / "data/added/tickets/train").write_text("tickets")
+    subprocess.run(["git", "init", "--quiet", str(root)], check=True)
+    configure(root)
+    assert reproduce(root) == list(read_stages(root, PIPELINE)), "in a fresh clone DVC builds all up to the last stage"
+    return root
+
+
+def inside(path: str, folders: Iterable[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def described(stage: Mapping[str, Any], deps: Iterable[str], root: Path) -> dict[str, Any]:
+    """What the stub is to read and to write of a stage."""
+    scaled = [dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry[SCALES]]
+    writes = []
+    for out in set(outs(stage)) - {"data/collected"}:
+        parts = {dep for dep in deps if dep != out and inside(dep, [out])}
+        writes += [f"{out}/result.json"] if out == "data/validation" else sorted(parts) or [out]
+    return {
+        "deps": stage["deps"],
+        "params": [entry for entry in stage["params"] if isinstance(entry, str)],
+        "scaled": scaled,
+        "sections": list(load_params(root / "params.yaml").datasets),
+        "writes": writes,
+    }
+
+
+def reproduce(root: Path, *names: str) -> list[str]:
+    """`dvc repro`, or `dvc repro --single-item` of each stage; returns the stages that ran."""
+    from dvc.repo import Repo
+
+    ran = root / "ran"
+    ran.write_text("")
+    with chdir(root), Repo() as repo:
+        for name in names:
+            repo.reproduce(name, single_item=True)
+        if not names:
+            repo.reproduce()
+    return ran.read_text().split()
+
+
+def dvc_status(root: Path) -> set[str]:
+    from dvc.repo import Repo
+
+    with chdir(root), Repo() as repo:
+        return set(repo.status(PIPELINE))
+
+
+def setting(dotted: str, value: Any, file: str = "params.yaml") -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        values = yaml.safe_load((root / file).read_text())
+        *sections, key = dotted.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[key] = value
+        (root / file).write_text(yaml.safe_dump(values))
+
+    return edit
+
+
+def appended(file: str) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        with (root / file).open("a") as opened:
+            opened.write("# another line\n")
+
+    return edit
+
+
+def all_of(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        for each in edits:
+            each(root)
+
+    return edit
+
+
+EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
+    "what no stage reads": (
+        all_of(
+            setting("judge.max_questions", 7),
+            setting("gpu.pretrain.decoder.max_steps", 7, SCALES),
+            appended("params.yaml"),
+            appended("components/runtime/process.py"),
+        ),
+        set(),
+    ),
+    "decoder's vocabulary": (setting("train_tokenizer.decoder.vocab_size", 999), {"train_tokenizer@decoder"}),
+    "encoder's rows": (setting("prepare.encoder.seq_len", 32), {"prepare@encoder"}),
+    "encoder-decoder's shape": (setting("model.encoder_decoder.num_layers", 3), {"pretrain@encoder_decoder"}),
+    "decoder's pretraining": (setting("pretrain.decoder.max_steps", 7), {"pretrain@decoder"}),
+    "a fine-tuning": (setting("classifier.max_steps", 7), {"finetune@classifier"}),
+    "one scale": (setting("laptop.pretrain.encoder.max_steps", 7, SCALES), {"pretrain@encoder"}),
+    "all scales": (setting("all.tune.warmup_steps", 7, SCALES), {"tune"}),
+    "a module": (appended("components/evaluation/evaluate.py"), {"evaluate"}),
+    "the suites of data validation": (appended("data/expectations/file"), {"validate"}),
+    "an added dataset": (appended("data/added/new/train"), {"collect"}),
+    "another dataset": (
+        setting("classifier.dataset", "tickets"),
+        {
+            "collect",
+            "validate",
+            "train_tokenizer@encoder",
+            "prepare@encoder",
+            "finetune@classifier",
+            "assess@classifier",
+        },
+    ),
+    "a base": (
+        appended("data/imported/encoder_decoder/config.json"),
+        {"prepare@encoder_decoder", "finetune@summarizer"},
+    ),
+}
+"""An edit, and the stages of which it changes an input."""
+
+
+def direct(states: Iterable[StageState]) -> set[str]:
+    return {state.name for state in states if any(not why.startswith("after ") for why in state.reasons)}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_makes_the_stages_stale_that_read_it(name: str, built: Path, tmp_path: Path) -> None:
+    edit, expected = EDITS[name]
+    project = copied(built, tmp_path)
+    edit(project)
+    assert direct(look(project)) == expected
+
+
+RUNS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+    "a value": (setting("pretrain.decoder.max_steps", 7), ["pretrain@decoder", "tune", "evaluate"]),
+    "a dataset that no section names": (appended("data/added/new/train"), ["collect"]),
+    "one more dataset": (
+        setting("summarizer.dataset", ["stdlib-summaries", "tickets"]),
+        [
+            *("collect", "validate", "train_tokenizer@encoder_decoder", "prepare@encoder_decoder"),
+            *("pretrain@encoder_decoder", "finetune@summarizer", "assess@summarizer"),
+        ],
+    ),
+}
+"""An edit, and the stages that then have to run."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_dvc_alone_and_a_run_execute_the_stages_that_status_names(name: str, built: Path, tmp_path: Path) -> None:
+    edit, expected = RUNS[name]
+    alone, run = copied(built, tmp_path / "alone"), copied(built, tmp_path / "run")
+    for project in (alone, run):
+        edit(project)
+    before = (run / "dvc.lock").read_text()
+    states = look(run)
+    assert (run / "dvc.lock").read_text() == before, "DVC writes it when a stage has run, and nobody else"
+    assert direct(states) == dvc_status(run)
+    assert direct(states) <= set(expected) <= {state.name for state in states if state.reasons}
+    # As the flow does it, without a process for each.
+    assert reproduce(run, *(state.name for state in states if state.reasons)) == expected
+    assert sorted(reproduce(alone)) == sorted(expected)
+    assert not dvc_status(run)
+    assert not direct(look(alone))
+
+
+def copied(project: Path, folder: Path) -> Path:
+    shutil.copytree(project, folder, symlinks=True, dirs_exist_ok=True)
+    configure(folder)
+    return folder
