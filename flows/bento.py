@@ -11,6 +11,7 @@ import time
 from contextlib import chdir
 from pathlib import Path
 
+from components.config.params import load_params
 from components.config.paths import Paths
 from components.runtime.process import ask_to_die_with_parent
 from components.runtime.service_registry import answers
@@ -50,7 +51,7 @@ def package(paths: Paths, wanted: str) -> str:
             name=version.name,
             version=f"v{version.version}",
             labels={"model": str(version), "run_id": version.run_id},
-            include=list(_IN_A_BENTO),
+            include=[*_IN_A_BENTO, f"/{load_params(paths.params).project_path}"],
             python={"requirements_txt": "requirements.lock", "lock_packages": False},
             models=[tag],
             args={"weights": tag},
@@ -58,8 +59,8 @@ def package(paths: Paths, wanted: str) -> str:
     return str(bento.tag)
 
 
-def smoke(paths: Paths, tag: str, asking: SmokeProbe) -> str:
-    """Serve a built Bento on a free port, ask it its question over HTTP, and return the answer.
+def smoke(paths: Paths, tag: str, asking: SmokeProbe, question: str) -> str:
+    """Serve a built Bento on a free port, ask it a question over HTTP, and return the answer.
 
     Raises: RuntimeError with the server's log when it does not answer.
     """
@@ -80,7 +81,7 @@ def smoke(paths: Paths, tag: str, asking: SmokeProbe) -> str:
         )
         try:
             _wait_until_ready(f"{address}/readyz", process, log)
-            asked = asking.body(asking.question)
+            asked = asking.body(question)
             reply = httpx.post(f"{address}{asking.path}", json=asked, timeout=120).raise_for_status().json()
         finally:
             stop(process)

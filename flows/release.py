@@ -25,7 +25,7 @@ from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
 from flows.orchestration.flow_run import Echo, effect
-from flows.release_targets import CANDIDATES, Candidate, ModelUnderRelease, candidate
+from flows.release_targets import CANDIDATES, Candidate, ModelUnderRelease, candidate, smoke_question
 
 NAME = "agent"
 """The model that people talk to, and that learns from them."""
@@ -140,9 +140,9 @@ def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
     tag = effect(package, paths, str(version), of=version.name)
-    asking = candidate(version.name).asking
-    answer = effect(smoke, paths, tag, asking, of=version.name)
-    registry.tag(version, {"bento": tag, "smoke_question": asking.question, "smoke_answer": answer})
+    question = smoke_question(version.name, paths)
+    answer = effect(smoke, paths, tag, candidate(version.name).asking, question, of=version.name)
+    registry.tag(version, {"bento": tag, "smoke_question": question, "smoke_answer": answer})
     if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
         effect(registry.promote, version, of=version.name)
     return _released(registry.resolve(str(version)), "promoted")

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import load_params
 from components.config.paths import Paths
+from components.config.project import load_project
 
 if TYPE_CHECKING:
     from components.evaluation.gate import GateDecision
+
+QUESTION = "Hello"
+"""The smoke question of a model for which the project has none."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,6 @@ class SmokeProbe:
     body: Callable[[str], dict[str, Any]]
     answer: Callable[[Any], str]
     """Reads the answer out of the reply's JSON."""
-    question: str
-    """The smoke test's."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,17 @@ def _figures(paths: Paths, stage: str) -> dict[str, Any]:
     return figures
 
 
-def _chat(question: str) -> SmokeProbe:
-    return SmokeProbe(
-        "/v1/chat/completions",
-        lambda text: {"messages": [{"role": "user", "content": text}]},
-        lambda reply: str(reply["choices"][0]["message"]["content"]),
-        question,
-    )
+def smoke_question(name: str, paths: Paths) -> str:
+    """What a model is asked before it may be champion: the project says it."""
+    project = load_project(load_params(paths.params).project, paths.root)
+    return project.smoke_questions.get(name, QUESTION)
 
 
+_CHAT = SmokeProbe(
+    "/v1/chat/completions",
+    lambda text: {"messages": [{"role": "user", "content": text}]},
+    lambda reply: str(reply["choices"][0]["message"]["content"]),
+)
 CANDIDATES = (
     Candidate(
         "agent",
@@ -143,7 +147,7 @@ CANDIDATES = (
         _agent_judged,
         lambda paths: paths.evaluation,
         ("answers.parquet", "answers.json"),
-        _chat("What does json.dumps do?"),
+        _CHAT,
     ),
     Candidate(
         "classifier",
@@ -155,7 +159,6 @@ CANDIDATES = (
             "/v1/classify",
             lambda text: {"input": text},
             lambda reply: str(reply["results"][0]["label"]),
-            "Serialize obj to a JSON formatted str.",
         ),
         "baseline_macro_f1",
     ),
@@ -165,7 +168,7 @@ CANDIDATES = (
         _summarizer_judged,
         lambda paths: paths.assessment("summarizer"),
         ("written.parquet", "written.json"),
-        _chat("def add(first, second):\n    return first + second\n"),
+        _CHAT,
         "baseline_rougeL",
     ),
 )

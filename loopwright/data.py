@@ -12,9 +12,11 @@ import typer
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root
+from components.config.project import load_project
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from components.datasets.formats import Kind
     from components.validation.report import ValidationReport
 
 app = typer.Typer(
@@ -96,7 +98,7 @@ def add(
         return _noted(paths, folder, findings) if findings.success else findings
 
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []))
-    info = add_files(kind, files, name, paths.added, columns, replace, check)
+    info = add_files(kind, files, name, paths.added, columns, replace, check, built_in(paths))
     pointer = _version(paths, name)
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
@@ -147,12 +149,15 @@ _TRAIN_ON = {
 """How the stage that learns from each kind is told to."""
 
 
-def _names(paths: Paths) -> list[str]:
-    from components.datasets.collect import REFERENCE
+def built_in(paths: Paths) -> Mapping[str, Kind]:
+    """The datasets that the project collects itself."""
+    return load_project(load_params(paths.params).project, paths.root).datasets
 
+
+def _names(paths: Paths) -> list[str]:
     added = {path.parent.name for path in paths.added.glob("*/dataset.json")}
     pointers = {path.stem for path in paths.added.glob("*.dvc")}
-    return [*REFERENCE, *sorted(added | pointers)]
+    return [*built_in(paths), *sorted(added | pointers)]
 
 
 def _folders(paths: Paths) -> Iterator[Path]:
@@ -165,12 +170,10 @@ def _folders(paths: Paths) -> Iterator[Path]:
 
 def _folder(paths: Paths, name: str) -> Path:
     """Where a dataset lies: as it was added, or as `collect` wrote it."""
-    from components.datasets.collect import REFERENCE
-
-    folder = (paths.collected if name in REFERENCE else paths.added) / name
+    folder = (paths.collected if name in built_in(paths) else paths.added) / name
     if (folder / "dataset.json").is_file():
         return folder
-    if name in REFERENCE:
+    if name in built_in(paths):
         raise InputError(f'{name}: not collected yet; run "loopwright run --until collect"')
     if (paths.added / f"{name}.dvc").is_file():
         raise InputError(f'{name}: its data is not here; run "dvc pull data/added/{name}.dvc"')
@@ -179,11 +182,10 @@ def _folder(paths: Paths, name: str) -> Path:
 
 def _summary(paths: Paths, name: str) -> dict[str, Any]:
     """What `list` and `show` say of a dataset, also of one whose data is not here."""
-    from components.datasets.collect import REFERENCE
     from components.datasets.formats import read_info
 
-    built_in = name in REFERENCE
-    summary: dict[str, Any] = {"name": name, "kind": REFERENCE.get(name), "origin": "built in" if built_in else "added"}
+    own = built_in(paths)
+    summary: dict[str, Any] = {"name": name, "kind": own.get(name), "origin": "built in" if name in own else "added"}
     try:
         folder = _folder(paths, name)
     except InputError as error:
@@ -191,7 +193,7 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
         return {**summary, "rows": {}, "dropped": {}, "sources": [], "folder": None, "validation": missing}
     info = read_info(folder)
     collected = paths.collected / name / "dataset.json"
-    split = {} if built_in or not collected.is_file() else {"collected": read_info(collected.parent).rows}
+    split = {} if name in own or not collected.is_file() else {"collected": read_info(collected.parent).rows}
     return {
         **summary,
         "kind": info.kind,

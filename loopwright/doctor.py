@@ -112,7 +112,8 @@ def _dvc(paths: Paths) -> tuple[str, str]:
 
 def _params(paths: Paths) -> tuple[str, str]:
     try:
-        return f"scale {load_params(paths.params).scale}", ""
+        params = load_params(paths.params)
+        return f"scale {params.scale}, project {params.project}", ""
     except InputError as error:
         return str(error), "mend params.yaml"
 

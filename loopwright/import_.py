@@ -11,7 +11,7 @@ import typer
 
 from components.config.params import FAMILY_OF_SECTION, InputError
 from components.config.paths import Paths, find_root
-from loopwright.output import Json, print_json
+from loopwright.output import Json, print_json, say
 
 
 def import_(
@@ -26,7 +26,13 @@ def import_(
     from components.tracking.registry import Registry
 
     found = inspect_model(folder)
-    version = import_model(folder, found, name, Registry(Paths(find_root()).home))
+    paths = Paths(find_root())
+    version = import_model(folder, found, name, Registry(paths.home), paths)
+    if left_out := version.tags.get("tools_left_out"):
+        say(
+            f"{folder}: its tools {left_out} are left out: an import runs no code, and theirs is not that of the"
+            " project in params.yaml"
+        )
     if as_json:
         print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
         return

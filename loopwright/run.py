@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from components.config.params import InputError, Refused, load_params, read_value
+from components.config.params import InputError, Refused, load_params, moved_project, read_value
 from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table, say
 
@@ -37,7 +37,9 @@ def run(
     root = find_root()
     signal.signal(signal.SIGTERM, interrupt)
     echo = Terminal(as_json)
-    _write_params(Paths(root).params, _overrides(scale, set_ or []), echo)
+    params = Paths(root).params
+    overrides = _overrides(scale, set_ or [])
+    _write_params(params, overrides | moved_project(params, overrides), echo)
     from flows.orchestration.run_stage import StageFailed
     from flows.pipeline import ReleaseRefused, RunOptions, run_pipeline
 

@@ -6,13 +6,13 @@ that evaluation drives hundreds side by side and serving drives each through its
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from components.agent.tools import Tool, call, reference_tools
+from components.agent.saved_tools import load_tools, read_agent
+from components.agent.tools import Tool, call
 from components.agent.turn_grammar import Rules, Wish, followable, turn_rules
 from components.config.params import InputError
 from components.inference.constraints import Constraint
@@ -94,21 +94,13 @@ class Agent:
 
     @classmethod
     def load(cls, folder: Path, context_len: int, guests: Callable[[], Sequence[Tool]] = tuple) -> Agent:
-        """The agent of a model folder: its tokenizer, and the tools that `agent.json` names.
+        """The agent of a model folder: its tokenizer and its tools, whose code is run from the folder.
 
-        Raises: InputError when a file is missing or names an unknown tool.
+        Raises: InputError when a file is missing, names an unknown tool, or is not what was saved.
         """
-        tokenizer = load_chat_tokenizer(folder)
-        try:
-            settings = json.loads((folder / "agent.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            settings = {"tools": [], "max_steps": MAX_STEPS}
-        known = {tool.name: tool for tool in reference_tools(folder / "knowledge.sqlite")} if settings["tools"] else {}
-        unknown = [name for name in settings["tools"] if name not in known]
-        if unknown:
-            raise InputError(f"{folder / 'agent.json'}: tools: {unknown} are unknown; known are {sorted(known)}")
-        own, forms = [known[name] for name in settings["tools"]], bool(settings.get("forms"))
-        return cls(tokenizer, own, settings["max_steps"], context_len, guests, forms)
+        tokenizer, settings = load_chat_tokenizer(folder), read_agent(folder)
+        max_steps, forms = settings.get("max_steps", MAX_STEPS), bool(settings.get("forms"))
+        return cls(tokenizer, load_tools(folder), max_steps, context_len, guests, forms)
 
     def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, wish: Wish = AS_IT_LIKES) -> Rules:
         """What the turns of an answer may be; `tools` are the client's. Takes milliseconds, and less when asked again.

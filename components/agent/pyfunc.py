@@ -17,7 +17,7 @@ from components.models.checkpoint import load_decoder
 
 DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 128, "temperature": 0.0, "batch_size": 16}
 """Parameters of `predict` and their values where none are given."""
-EXAMPLE = "What does json.dumps do?"
+EXAMPLE = "Hello"
 
 
 class Predictor:

@@ -1,4 +1,4 @@
-"""What a running tool may touch: files and the network only where it says so, held by Python's audit events.
+"""What a running tool may use: files and the network only where it says so, held by Python's audit events.
 
 It stops a tool that does more than it declared, whoever talked the model into it. It is no jail for hostile code:
 native code raises no events, and threads that a tool starts are not watched.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, Literal
 
-Touch = Literal["files", "network"]
+Permission = Literal["files", "network"]
 
 PROCESSES = ("subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "pty.", "ctypes.dlopen")
 """Events of what may then do anything."""
@@ -22,22 +22,22 @@ NETWORK = ("socket.",)
 
 
 class _Running(threading.local):
-    touches: frozenset[Touch] | None = None
-    """What the tool that runs in this thread may touch; None while none runs."""
+    permissions: frozenset[Permission] | None = None
+    """What the tool that runs in this thread may use; None while none runs."""
 
 
 _running = _Running()
 
 
 @contextmanager
-def only_touching(touches: frozenset[Touch]) -> Iterator[None]:
-    """What the block does in this thread raises PermissionError where it touches anything else."""
+def restricted_to(permissions: frozenset[Permission]) -> Iterator[None]:
+    """What the block does in this thread raises PermissionError where it uses anything else."""
     _watch()
-    before, _running.touches = _running.touches, touches
+    before, _running.permissions = _running.permissions, permissions
     try:
         yield
     finally:
-        _running.touches = before
+        _running.permissions = before
 
 
 @cache
@@ -47,15 +47,15 @@ def _watch() -> None:
 
 
 def _heard(event: str, _arguments: tuple[Any, ...]) -> None:
-    allowed = _running.touches
+    allowed = _running.permissions
     if allowed is None:
         return
-    for touch in sorted(_touched(event) - allowed):
-        raise PermissionError(f"the tool may not touch {touch} ({event})")
+    for permission in sorted(_needed(event) - allowed):
+        raise PermissionError(f"the tool has no permission for {permission} ({event})")
 
 
 @cache
-def _touched(event: str) -> frozenset[Touch]:
+def _needed(event: str) -> frozenset[Permission]:
     if event.startswith(PROCESSES):
         return frozenset({"files", "network"})
     if event.startswith(FILES):

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import jsonschema
@@ -17,10 +17,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 from referencing import Registry
 
-from components.agent.sandbox import Touch, only_touching
-from examples.stdlib_agent.arithmetic import calculate
-from examples.stdlib_agent.knowledge import Knowledge, one_line
+from components.agent.sandbox import Permission, restricted_to
+from components.config.errors import InputError
 
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_RESULT = 400
 """Characters of a result shown to the model."""
 
@@ -35,28 +35,37 @@ class Tool:
     """JSON schema of the arguments, an object."""
     function: Callable[..., Any]
     """Called with the arguments by name; what it returns is shown to the model, as JSON unless it is text."""
-    touches: frozenset[Touch] = frozenset()
-    """What it may touch besides what it holds already: anything else raises PermissionError in it."""
+    permissions: frozenset[Permission] = frozenset()
+    """What it may use besides what it holds already: anything else raises PermissionError in it."""
 
     @classmethod
-    def of(cls, function: Callable[..., Any], touches: Iterable[Touch] = (), name: str = "") -> Tool:
+    def of(cls, function: Callable[..., Any], permissions: Iterable[Permission] = (), name: str = "") -> Tool:
         """The tool that a typed function is: its name, the first paragraph of its docstring, its parameters' hints.
 
         Hints may be anything that pydantic knows, dataclasses and models too; arguments are converted to them.
 
-        Raises: TypeError for a parameter without a name or a hint.
+        Raises: InputError for a function that cannot be one.
         """
-        named = name or function.__name__
+        named = name or getattr(function, "__name__", type(function).__name__)
+        if not _NAME.fullmatch(named):
+            raise InputError(f"tool {named}: a name has up to 64 letters, digits, '_' and '-'; define it with def")
+        if inspect.iscoroutinefunction(function):
+            raise InputError(f"tool {named}: an async function cannot be a tool; define it with def alone")
         for parameter in inspect.signature(function).parameters.values():
             unnamed = parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if unnamed or parameter.annotation is parameter.empty:
-                raise TypeError(f"{named}: parameter {parameter}: a tool's parameters have a name and a type hint")
+                raise InputError(
+                    f"tool {named}: parameter {parameter}: a tool's parameters have a name and a type hint"
+                )
+        description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        if not description:
+            raise InputError(f"tool {named}: it has no docstring; its first paragraph tells the model what it does")
         try:
             schema = TypeAdapter(cast(Any, function)).json_schema(schema_generator=_Untitled)
-        except PydanticUserError as error:
-            raise TypeError(f"{named}: {error.message}") from None
-        description = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
-        return cls(named, description, schema, validate_call(function), frozenset(touches))
+        except (PydanticUserError, NameError) as error:
+            reason = " ".join(str(error).split("\n")[0].split())
+            raise InputError(f"tool {named}: its type hints have no JSON schema: {reason}") from None
+        return cls(named, description, schema, validate_call(function), frozenset(permissions))
 
     def declaration(self) -> dict[str, Any]:
         """The entry of an OpenAI `tools` list."""
@@ -71,16 +80,6 @@ class _Untitled(GenerateJsonSchema):
         return False
 
 
-def reference_tools(knowledge_path: Path) -> list[Tool]:
-    """The tools of the reference agent, which touch nothing but the knowledge file that is opened here.
-
-    Raises: InputError when the knowledge file is missing or broken.
-    """
-    knowledge = Knowledge(knowledge_path)
-    functions = (knowledge.lookup, knowledge.bases, knowledge.module, calculate, knowledge.search)
-    return [Tool.of(function) for function in functions]
-
-
 def call(tools: Iterable[Tool], name: str, arguments: object) -> str:
     """The tool's result in one line, or `error: ...` that the model can relay; never raises."""
     known = {tool.name: tool for tool in tools}
@@ -91,13 +90,19 @@ def call(tools: Iterable[Tool], name: str, arguments: object) -> str:
         if wrong := _misfit(tool.parameters, arguments):
             return _error(f"{name}: {wrong}")
         assert isinstance(arguments, dict)
-        with only_touching(tool.touches):
+        with restricted_to(tool.permissions):
             result = tool.function(**arguments)
         return one_line(result if isinstance(result, str) else to_json(result).decode(), MAX_RESULT)
     except ValidationError as error:
         return _error(f"{name}: {error.errors()[0]['msg']}")
     except Exception as error:  # noqa: BLE001 - whatever a tool does, the conversation goes on
         return _error(str(error) or type(error).__name__)
+
+
+def one_line(text: str, limit: int = 80) -> str:
+    """The text without line breaks, cut to `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def _error(text: str) -> str:

@@ -26,13 +26,13 @@ class CollectConfig(Section):
     """Gathering the raw data into datasets."""
 
     modules: list[str]
-    """Standard-library packages to read (top-level names); empty means all of them."""
+    """Parts of its source that the project reads, by the names it gives them; empty means all of them."""
     conversations: int = Field(ge=100)
-    """Reference training conversations to write."""
+    """Training conversations that the project makes, where it makes as many as are asked for."""
     questions: int = Field(ge=10)
     """Held-out questions per suite; each reported figure needs 300 or more to be worth quoting."""
     held_out_share: float = Field(gt=0, lt=0.5)
-    """Share of symbols, and of modules, that training never sees; share of rows held out of a user's dataset."""
+    """Share of rows held out of a user's dataset, and of what a project holds out, that training never sees."""
     validation_share: float = Field(gt=0, lt=0.5)
     """Share of labelled texts and text pairs that training chooses its best weights by."""
     near_duplicate_similarity: float = Field(gt=0.5, le=1)

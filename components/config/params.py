@@ -1,6 +1,6 @@
 """What a person may set: `params.yaml`, checked once, then trusted.
 
-Values come from two files: `components/config/scales.yaml` (what each scale derives) and
+Values come from `components/config/scales.yaml` (what each scale derives), the project's own `scales`, and
 `params.yaml` (what a person overrides). The classes of `settings` and `loop_settings` give
 type, meaning and bounds, and no values: DVC watches the files, so no default may hide in code.
 """
@@ -15,6 +15,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from components.config.errors import InputError as InputError
+from components.config.errors import Refused as Refused
 from components.config.loop_settings import AlignConfig, CurateConfig, FeedbackConfig, JudgeConfig, ServeConfig
 from components.config.model_settings import (
     AssessConfig,
@@ -33,6 +35,7 @@ from components.config.model_settings import (
     TuneConfig,
     ValidateConfig,
 )
+from components.config.project import DEFAULT_PROJECT, load_project, module_path
 
 Scale = Literal["smoke", "laptop", "gpu", "cluster"]
 
@@ -49,17 +52,13 @@ BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
 
-class InputError(ValueError):
-    """Wrong input that its giver can mend: *where: what, with its value; what is allowed or what to run*."""
-
-
-class Refused(Exception):
-    """A gate said no (data validation or promotion). The command exits with 3."""
-
-
 class Params(Section):
     """All of `params.yaml`, resolved."""
 
+    project: str
+    """The module that says what is this project's own: datasets, tools, held-out suites, smoke questions."""
+    project_path: str
+    """Its folder or file, by which DVC sees an edit of it; `loopwright run` writes it where `project` has changed."""
     scale: Scale
     """The one dial: every value below is derived from it unless set."""
     seed: int = Field(ge=0)
@@ -106,7 +105,7 @@ class Params(Section):
 
 
 def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
-    """Read `params.yaml` over the values of its scale.
+    """Read `params.yaml` over the values of its scale and its project.
 
     `overrides` maps `section.key` (or `section.family.key`, `scale`, `seed`) to a value that wins over the file.
 
@@ -119,7 +118,12 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     scale = given.get("scale")
     if scale not in scales or scale == "all":
         raise InputError(f"{path.name}: scale: {scale!r} is not one of smoke, laptop, gpu, cluster")
-    values = _merge(_merge(scales["all"], scales[scale]), given, where=path.name)
+    given |= project_of(given, path)
+    project = load_project(given["project"], path.parent)
+    values = _merge(scales["all"], scales[scale])
+    for place in ("all", scale):
+        values = _merge(values, dict(project.scales.get(place, {})), where=f"{project.name}.scales")
+    values = _merge(values, given, where=path.name)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -155,6 +159,31 @@ def _is_text(kind: Any) -> bool:
     return kind in (str, NoneType) or (nested and all(map(_is_text, get_args(kind))))
 
 
+def project_of(given: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """`project` and `project_path` of what a params.yaml says.
+
+    Raises: InputError when they name different modules.
+    """
+    name = given.get("project") or DEFAULT_PROJECT
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(f"{path.name}: project: {name!r} is not the name of a module")
+    expected, said = module_path(name, path.parent), given.get("project_path")
+    if said and expected and said != expected:
+        raise InputError(
+            f"{path.name}: project_path: {said!r} is not where {name} lies, which is {expected!r};"
+            ' "loopwright run" writes it'
+        )
+    return {"project": name, "project_path": expected or said or name}
+
+
+def moved_project(path: Path, overrides: Mapping[str, Any]) -> dict[str, str]:
+    """The override that `project_path` needs, where a person changed `project` alone."""
+    given = _read_yaml(path) | dict(overrides)
+    said = given.pop("project_path", None)
+    expected = module_path(project_of(given, path)["project"], path.parent)
+    return {"project_path": expected} if expected and expected != said else {}
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -178,14 +207,14 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml") -> dict[str, Any]:
-    """`over` wins key by key, in sections and their sub-sections."""
+    """`over` wins key by key, in sections and their sub-sections; a key without a value leaves the base's."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(base.get(key), dict):
             if value is not None and not isinstance(value, dict):
                 raise InputError(f"{where}: {key}: expected a section, found {value!r}")
             merged[key] = _merge(base[key], value or {}, where)
-        else:
+        elif value is not None:
             merged[key] = value
     return merged
 

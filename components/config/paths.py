@@ -9,6 +9,9 @@ from pathlib import Path
 from components.config.model_settings import Family
 from components.config.params import InputError
 
+AGENT, TOOLS = "agent.json", "tools"
+"""In a model folder: what makes it an agent, and the folder of its tools (components/agent/saved_tools.py)."""
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -40,9 +43,9 @@ class Paths:
         return self.root / "data/collected"
 
     @property
-    def knowledge(self) -> Path:
-        """The agent's facts: symbols, relations and a search index."""
-        return self.root / "data/knowledge.sqlite"
+    def agent_files(self) -> Path:
+        """What makes a model the project's agent: agent.json, and its tools with their source and files."""
+        return self.root / "data/agent"
 
     @property
     def validation(self) -> Path:

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.config.params import InputError
+from components.config.project import Kind as Kind
 
-Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "text_pairs", "images"]
 Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("id", pa.string()),
             ("messages", MESSAGES),
             ("tools", pa.string()),
-            # Held-out questions carry the name of their suite, such as "lookup/held_out_modules"; elsewhere null.
+            # Held-out questions carry the name of their suite, such as "refunds/new_wordings"; elsewhere null.
             ("suite", pa.string()),
         ]
     ),
@@ -79,7 +79,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("tools", pa.string()),
         ]
     ),
-    # `suite` of what is held out of the reference data, as in conversations; elsewhere null.
+    # `suite` of what a project holds out, as in conversations; elsewhere null.
     "labelled_texts": pa.schema([(name, pa.string()) for name in ("id", "text", "label", "suite")]),
     "text_pairs": pa.schema([(name, pa.string()) for name in ("id", "source", "target", "suite")]),
 }

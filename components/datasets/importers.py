@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 from components.config.params import InputError, Refused
 from components.datasets import chunks, records
-from components.datasets.collect import REFERENCE
 from components.datasets.conversations import ROLES, read_conversation
 from components.datasets.deduplication import hash_text
 from components.datasets.formats import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
@@ -64,17 +63,18 @@ def add(
     columns: Columns | None = None,
     replace: bool = False,
     check: Callable[[Path], ValidationReport] | None = None,
+    built_in: Collection[str] = (),
 ) -> DatasetInfo:
     """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
 
-    `check` is given the finished dataset before it takes its place.
+    `check` is given the finished dataset before it takes its place. `built_in` are the names of the project's own.
 
     Raises: InputError for the first thing that does not fit, with its file and row; Refused when `check`
     finds fault. Nothing is kept then.
     """
     columns = columns or Columns()
     reader = _reader(kind, columns)
-    _check_name(name, folder, replace)
+    _check_name(name, folder, replace, built_in)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
     try:
@@ -342,10 +342,10 @@ def _reader(kind: str, columns: Columns) -> _Kind:
     return reader
 
 
-def _check_name(name: str, folder: Path, replace: bool) -> None:
+def _check_name(name: str, folder: Path, replace: bool, built_in: Collection[str]) -> None:
     if not _NAME.fullmatch(name):
         raise InputError(f"--name: {name!r} is no name for a dataset; use up to 64 letters, digits, '-' and '_'")
-    if name in REFERENCE:
+    if name in built_in:
         raise InputError(f"--name: {name!r} is a built-in dataset; choose another name")
     taken = (folder / name).exists() or (folder / f"{name}.dvc").exists()
     if taken and not replace:

@@ -2,7 +2,7 @@
 
 Keys and tokens by detect-secrets, telephone numbers by phonenumbers (with a country code, else they are
 arithmetic), card and account numbers by python-stdnum's check digits. None of it loads a model or asks a network.
-Names such as `json.dumps`, dotted versions and local addresses stay: code is what people talk of here.
+Names such as `package.function`, dotted versions and local addresses stay: code is what people talk of here.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from components.runtime.model_tasks import task_of
 
 DEFAULTS: Mapping[str, Any] = {}
 """Parameters of `predict` and their values where none are given."""
-EXAMPLE = "Serialize obj to a JSON formatted str."
+EXAMPLE = "Hello"
 
 
 class Predictor:

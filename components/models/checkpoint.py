@@ -52,7 +52,7 @@ def save_model(
 ) -> None:
     """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
 
-    `files` are put in beside: a path is copied, a text is written. `generation` goes into generation_config.json.
+    `files` are put in beside: paths are copied, texts are written. `generation` goes into generation_config.json.
 
     Raises: InputError when the disk is full or the folder cannot be written.
     """
@@ -70,7 +70,9 @@ def save_model(
                 shutil.copyfile(tokenizer_folder / CHAT_TEMPLATE, temporary / CHAT_TEMPLATE)
             _write_configs(model, temporary, generation or {})
             for filename, source in (files or {}).items():
-                if isinstance(source, Path):
+                if isinstance(source, Path) and source.is_dir():
+                    shutil.copytree(source, temporary / filename)
+                elif isinstance(source, Path):
                     shutil.copyfile(source, temporary / filename)
                 else:
                     (temporary / filename).write_text(source, encoding="utf-8")

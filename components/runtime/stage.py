@@ -62,6 +62,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """Set before a stage imports its libraries, unless its caller set them."""
 
+PROJECT_PATH = "${project_path}"
+"""In dvc.yaml: the value of params.yaml, which DVC puts there too."""
 PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
 """A line of `StageRun.progress`, as the orchestrator reads it."""
 
@@ -178,6 +180,9 @@ def read_stages(root: Path, *files: str) -> dict[str, dict[str, Any]]:
     """The `stages` of these dvc.yaml files, or of both, by the names DVC gives them: one with a matrix or `foreach`
     once per item."""
     texts = [(root / file).read_text(encoding="utf-8") for file in files or PIPELINES if (root / file).is_file()]
+    if any(PROJECT_PATH in text for text in texts):
+        given = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")) or {}
+        texts = [text.replace(PROJECT_PATH, str(given.get("project_path"))) for text in texts]
     declared = {base: template for text in texts for base, template in yaml.safe_load(text)["stages"].items()}
     return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
 

@@ -1,6 +1,6 @@
 """Model folders from elsewhere into the registry: checked whole, then kept as they are, tokenizer and template too.
 
-Nothing is taken that could run: weights are safetensors, code and pickles stay behind.
+Nothing is taken that could run: weights are safetensors, code and pickles stay behind, a model's tools among them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.agent.agent import Agent
+from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
+from components.config.paths import Paths
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
 from components.models.encoder_decoder import EncoderDecoder
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import ModelVersion, Registry
 
@@ -61,11 +63,9 @@ def inspect_model(folder: Path) -> ModelInfo:
     family = next(family for kind, family in FAMILIES.items() if isinstance(model, kind))
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder / 'tokenizer.json'}: not found; save the model's fast tokenizer with it")
-    tokens = (
-        Agent.load(folder, model.config.max_seq_len).tokenizer.vocab_size
-        if family == "decoder"
-        else _count_tokens(folder, family)
-    )
+    if family == "decoder" and "source" not in read_agent(folder):
+        load_tools(folder)  # of which the folder has the names alone
+    tokens = load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family)
     if tokens > model.config.vocab_size:
         raise InputError(
             f"{folder / 'tokenizer.json'}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
@@ -82,8 +82,12 @@ def _count_tokens(folder: Path, family: Family) -> int:
     return tokenizer.vocab_size
 
 
-def import_model(folder: Path, found: ModelInfo, name: str, registry: Registry) -> ModelVersion:
+def import_model(
+    folder: Path, found: ModelInfo, name: str, registry: Registry, paths: Paths | None = None
+) -> ModelVersion:
     """Register a model folder that was looked at; where no gate governs the name, the version is its champion.
+
+    It is left without tools whose code is not that of the project in `paths`; the tag `tools_left_out` names them.
 
     Raises: InputError when the disk is full.
     """
@@ -92,6 +96,8 @@ def import_model(folder: Path, found: ModelInfo, name: str, registry: Registry) 
     with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
         clean = Path(scratch) / name
         copy_model(folder, clean)
+        if left_out := adopt_tools(clean, folder, paths):
+            tags["tools_left_out"] = ", ".join(left_out)
         metrics = {"parameters": float(found.parameters)}
         version = registry.register(clean, name, metrics, tags, None)
     if name not in GOVERNED:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from components.agent.saved_tools import check_source, tool_tags
 from components.config.params import InputError
 from components.runtime.process import file_lock
 from components.tracking.mlflow_client import (
@@ -63,8 +64,14 @@ class ModelVersion:
 
     @cached_property
     def folder(self) -> Path:
-        """The model folder (Hugging Face format) on this machine; downloaded once when a server keeps it."""
-        return next((self.registry.files(self) / "data").iterdir())
+        """The model folder (Hugging Face format) on this machine; downloaded once when a server keeps it.
+
+        Raises: InputError when the code of its tools is not what was registered.
+        """
+        folder = next((self.registry.files(self) / "data").iterdir())
+        if sha256 := self.tags.get("tools_sha256"):
+            check_source(folder, sha256)
+        return folder
 
 
 class Registry:
@@ -173,6 +180,7 @@ class Registry:
         self, folder: Path, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], parent: str | None
     ) -> ModelVersion:
         """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts."""
+        tags = {**tool_tags(folder), **tags}
         run_id = create_run(self.client, f"register {name}", {}, parent, _now())
         self.log_metrics(run_id, metrics)
         with tempfile.TemporaryDirectory(dir=self.home) as scratch:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from components.config.paths import AGENT, TOOLS
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -68,8 +69,8 @@ def _lessons(run: StageRun) -> str:
 
 
 def _agent_files(start: Path, lessons: str) -> dict[str, Path | str]:
-    """The tools and facts of the model before it."""
-    kept: dict[str, Path | str] = {
-        name: start / name for name in ("agent.json", "knowledge.sqlite") if (start / name).is_file()
-    }
+    """The tools of the model before it."""
+    # The last is of a model that was saved before tools were saved with models.
+    names = (AGENT, TOOLS, "knowledge.sqlite")
+    kept: dict[str, Path | str] = {name: start / name for name in names if (start / name).exists()}
     return kept | {"lessons.json": lessons}

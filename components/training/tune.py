@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from components.config.paths import AGENT, TOOLS
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.devices import configure_cpu
 from components.models.lora import add_lora, merge_lora
@@ -16,15 +17,12 @@ from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
 
-REFERENCE_CONVERSATIONS = "stdlib-conversations"
-REFERENCE_TOOLS = ("lookup", "bases", "module", "calculate", "search")
-"""The tools that the reference conversations teach."""
 AGENT_STEPS = 6
 """Turns that an agent may take for one answer."""
 
 
 def tune(run: StageRun) -> None:
-    """Train the base on data/tokens/decoder/tune, save data/models/agent with its tools and facts.
+    """Train the base on data/tokens/decoder/tune, save data/models/agent with its tools.
 
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
@@ -52,8 +50,9 @@ def _kept(base: Path) -> dict[str, Path | str]:
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:
-    """What makes the model an agent: which tools it knows, and the facts they look up."""
-    tools = REFERENCE_TOOLS if REFERENCE_CONVERSATIONS in run.params.tune.datasets else ()
-    # The reference conversations say in the prompt what form an answer is to have.
-    agent = json.dumps({"tools": list(tools), "max_steps": AGENT_STEPS, "forms": bool(tools)}, indent=2) + "\n"
-    return {"agent.json": agent} | ({"knowledge.sqlite": run.paths.knowledge} if tools else {})
+    """What makes the model the project's agent, where it learns the project's conversations."""
+    agent = json.loads((run.paths.agent_files / AGENT).read_text(encoding="utf-8"))
+    if not set(agent.pop("datasets")) & set(run.params.tune.datasets):
+        agent = {"tools": [], "forms": False}
+    files: dict[str, Path | str] = {AGENT: json.dumps(agent | {"max_steps": AGENT_STEPS}, indent=2) + "\n"}
+    return files | ({TOOLS: run.paths.agent_files / TOOLS} if agent["tools"] else {})

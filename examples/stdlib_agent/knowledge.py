@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from components.agent.tools import one_line
 from components.config.params import InputError
 
 NOT_FOUND = "not found: "
@@ -140,8 +141,3 @@ def listed(names: Iterable[str], last_word: str = "and") -> str:
 def bare(symbol: str) -> str:
     """A symbol without the quotes, brackets and question mark around it; builtins go without their module."""
     return symbol.strip("`'\"?! \t\n").removesuffix("()").removeprefix("builtins.")
-
-
-def one_line(text: str, limit: int = 80) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 3] + "..."

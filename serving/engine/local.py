@@ -43,7 +43,7 @@ from serving.engine.scheduler import Scheduler, Turn
 
 INT8_AGREEMENT = 0.98
 """Of the tokens that a model takes behind its own answers to SAMPLES, in full and rounded to int8."""
-SAMPLES = ("Hello", "Thank you!", "What can you do?", "What does json.dumps do?", "What is 37*12?", "Tell me a story.")
+SAMPLES = ("Hello", "Thank you!", "What can you do?", "How much is 37 times 12?", "Tell me a story.")
 COLD = 1e-4
 """Temperatures under this are greedy; dividing by them would overflow."""
 

@@ -21,7 +21,9 @@ class ModelTools:
         self._registry, self._names, self._seconds = registry, tuple(names), seconds
         functions = {"classifier": self.classify, "summarizer": self.summarize}
         # A model's folder is read, and fetched where the registry is a server.
-        self._tools = {name: Tool.of(function, touches=("files", "network")) for name, function in functions.items()}
+        self._tools = {
+            name: Tool.of(function, permissions=("files", "network")) for name, function in functions.items()
+        }
         self._looked = -seconds
         self._stamp: object = None
         self._champions: dict[ModelTool, ModelVersion] = {}

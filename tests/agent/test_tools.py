@@ -1,4 +1,6 @@
-"""A tool call gives one line of text whatever the model asks for, and a tool touches only what it declared."""
+"""A tool call gives one line of text whatever the model asks for, and a tool uses only what it has permission for."""
+
+from __future__ import annotations
 
 import os
 import socket
@@ -10,8 +12,10 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from components.agent.tools import MAX_RESULT, Tool, call, reference_tools
+from components.agent.saved_tools import as_tools
+from components.agent.tools import MAX_RESULT, Tool, call
 from components.config.params import InputError
+from examples.stdlib_agent.agent_tools import tools as stdlib_tools
 from examples.stdlib_agent.facts import build
 from examples.stdlib_agent.stdlib import library_symbols
 
@@ -34,7 +38,7 @@ def repeats(count: int, **_: object) -> str:
 def tools(tmp_path_factory: pytest.TempPathFactory) -> list[Tool]:
     path = tmp_path_factory.mktemp("tools") / "knowledge.sqlite"
     build(path, library_symbols(["builtins", "collections", "json", "heapq"]))
-    return reference_tools(path)
+    return as_tools(stdlib_tools(path.parent))
 
 
 OWN = [Tool("fails", "", SCHEMA, fails), Tool("repeats", "", SCHEMA, repeats)]
@@ -107,7 +111,7 @@ def test_declarations_have_openais_shape(tools: list[Tool]) -> None:
 
 def test_tools_without_their_facts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not found"):
-        reference_tools(tmp_path / "knowledge.sqlite")
+        stdlib_tools(tmp_path)
 
 
 @dataclass
@@ -166,15 +170,61 @@ def test_arguments_that_do_not_fit_the_hints_are_named(arguments: dict[str, Any]
     assert call([Tool.of(weather)], "weather", arguments).startswith(error)
 
 
-def test_a_function_without_hints_or_names_is_no_tool() -> None:
-    with pytest.raises(TypeError, match=r"^<lambda>: parameter x: a tool's parameters have a name and a type hint$"):
-        Tool.of(lambda x: x)
+def no_hint(x) -> str:  # type: ignore[no-untyped-def]
+    """Text."""
+    return str(x)
 
-    def many(*names: str) -> str:
-        return ""
 
-    with pytest.raises(TypeError, match=r"many: parameter \*names: str"):
-        Tool.of(many)
+def no_docstring(x: str) -> str:
+    return x
+
+
+def several(*names: str) -> str:
+    """Text."""
+    return ""
+
+
+def any_names(**values: str) -> str:
+    """Text."""
+    return ""
+
+
+async def later(x: str) -> str:
+    """Text."""
+    return x
+
+
+def no_schema(x: socket.socket) -> str:
+    """Text."""
+    return str(x)
+
+
+def unknown_hint(x: Nothing) -> str:  # type: ignore[name-defined]  # noqa: F821
+    """Text."""
+    return str(x)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (no_hint, r"tool no_hint: parameter x: a tool's parameters have a name and a type hint"),
+        (several, r"tool several: parameter \*names: 'str': a tool's parameters have a name and a type hint"),
+        (any_names, r"tool any_names: parameter \*\*values: 'str': a tool's parameters have a name and a type hint"),
+        (no_docstring, r"tool no_docstring: it has no docstring; its first paragraph tells the model what it does"),
+        (later, r"tool later: an async function cannot be a tool; define it with def alone"),
+        (lambda x: x, r"tool <lambda>: a name has up to 64 letters, digits, '_' and '-'; define it with def"),
+        (no_schema, r"tool no_schema: its type hints have no JSON schema: .*socket.*"),
+        (unknown_hint, r"tool unknown_hint: its type hints have no JSON schema: name 'Nothing' is not defined"),
+    ],
+)
+def test_what_cannot_be_a_tool_is_said_in_one_line(function: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}$"):
+        Tool.of(function)
+
+
+def test_two_tools_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^tool weather: two tools have this name; give each its own$"):
+        as_tools([weather, Tool.of(weather)])
 
 
 def test_a_schema_never_makes_us_fetch_what_it_refers_to() -> None:
@@ -206,20 +256,20 @@ def erase(path: str) -> str:
 
 
 @pytest.mark.parametrize("function", [read, spawn, connect, erase])
-def test_a_tool_touches_nothing_that_it_did_not_declare(function: Any, tmp_path: Path) -> None:
+def test_a_tool_uses_nothing_without_permission(function: Any, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("secret")
     arguments = {"path": str(path)} if function in (read, erase) else {}
     result = call([Tool.of(function)], function.__name__, arguments)
-    assert result.startswith("error: the tool may not touch ")
+    assert result.startswith("error: the tool has no permission for ")
     assert path.read_text() == "secret"
 
 
-def test_a_tool_touches_what_it_declared(tmp_path: Path) -> None:
+def test_a_tool_uses_what_it_has_permission_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("open")
-    assert call([Tool.of(read, touches=["files"])], "read", {"path": str(path)}) == "open"
-    assert call([Tool.of(connect, touches=["files"])], "connect", {}).startswith(
-        "error: the tool may not touch network"
+    assert call([Tool.of(read, permissions=["files"])], "read", {"path": str(path)}) == "open"
+    assert call([Tool.of(connect, permissions=["files"])], "connect", {}).startswith(
+        "error: the tool has no permission for network"
     )
-    assert call([Tool.of(connect, touches=["network"])], "connect", {}).isdecimal()
+    assert call([Tool.of(connect, permissions=["network"])], "connect", {}).isdecimal()

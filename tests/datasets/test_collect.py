@@ -12,10 +12,12 @@ import pytest
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
-from components.datasets.collect import AREAS, CONVERSATIONS, DOCUMENTS, REFERENCE, SUMMARIES, collect
+from components.datasets.collect import collect
 from components.datasets.formats import DatasetWriter, Kind, read_info, read_rows
 from components.runtime.stage import StageRun
+from examples.stdlib_agent import datasets
 from examples.stdlib_agent.knowledge import Knowledge
+from examples.stdlib_agent.library_datasets import AREAS, CONVERSATIONS, DOCUMENTS, SUMMARIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,14 +58,14 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_reference_datasets_are_written(collected: Path) -> None:
     folder = collected / "data/collected"
-    assert sorted(path.name for path in folder.iterdir()) == sorted(REFERENCE)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(datasets)
     conversations, documents = read_info(folder / CONVERSATIONS), read_info(folder / DOCUMENTS)
     assert conversations.rows["train"] == 600
     assert conversations.dropped == {}
     assert documents.rows["train"] > 80
     assert documents.rows["test"] > 20
     assert documents.sources[0]["name"] == f"standard library of Python {sys.version}"
-    assert Knowledge(collected / "data/knowledge.sqlite").bases("collections.OrderedDict") == "dict"
+    assert Knowledge(collected / "data/agent/tools/files/knowledge.sqlite").bases("collections.OrderedDict") == "dict"
 
 
 def test_metrics_say_what_was_kept_dropped_and_held_out(collected: Path) -> None:
@@ -101,7 +103,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "chats",
         "notes",
-        *sorted(set(REFERENCE) - {CONVERSATIONS}),
+        *sorted(set(datasets) - {CONVERSATIONS}),
     ]
     for name in ("chats", "notes"):
         info = read_info(folder / name)
@@ -111,7 +113,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
         assert info.sources[0]["name"] == f"{name}.txt"
         train, test = ({row["id"] for row in read_rows(folder / name, split)} for split in ("train", "test"))
         assert not train & test
-    assert (tmp_path / "data/knowledge.sqlite").is_file()
+    assert (tmp_path / "data/agent/tools/files/knowledge.sqlite").is_file()
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ def test_name_that_is_no_folder_name_is_refused(tmp_path: Path, name: str) -> No
 def test_taken_names_are_refused_unless_replaced(tmp_path: Path) -> None:
     one, two = (written(tmp_path / f"{text}.csv", f"text\n{text}\n") for text in ("one", "two"))
     with pytest.raises(InputError, match="'stdlib-documents' is a built-in dataset; choose another name"):
-        add("documents", [one], "stdlib-documents", tmp_path)
+        add("documents", [one], "stdlib-documents", tmp_path, built_in=["stdlib-documents"])
     add("documents", [one], "mine", tmp_path)
     with pytest.raises(
         InputError, match="'mine' exists already; choose another name, or put it in its place with --replace"

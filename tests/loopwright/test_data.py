@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from components.datasets.collect import REFERENCE
 from components.datasets.formats import DatasetWriter
+from examples.stdlib_agent import datasets
 from loopwright.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
@@ -120,7 +120,7 @@ def test_every_command_answers_with_one_json_document(loopwright: Loopwright, co
     assert (code, added["rows"], added["version"]) == (0, {"train": 1}, "data/added/chats.dvc")
 
     code, out, _ = loopwright("list", "--json")
-    assert [one["name"] for one in json.loads(out)] == [*REFERENCE, "chats"]
+    assert [one["name"] for one in json.loads(out)] == [*datasets, "chats"]
 
     code, out, _ = loopwright("show", "chats", "--json")
     shown = json.loads(out)
@@ -262,7 +262,7 @@ def test_datasets_that_are_not_here_are_told_apart(loopwright: Loopwright, proje
     )
     code, _, err = loopwright("show", "nope")
     assert code == 1
-    assert err == f"nope: no such dataset; known: {', '.join(REFERENCE)}, pulled\n"
+    assert err == f"nope: no such dataset; known: {', '.join(datasets)}, pulled\n"
 
 
 def test_validate_without_any_dataset_says_what_to_run(loopwright: Loopwright) -> None:

@@ -67,7 +67,13 @@ def test_a_dataset_may_be_called_what_yaml_reads_as_something_else(params: Path,
 
 
 def test_only_text_is_taken_as_written(params: Path) -> None:
-    wanted = ["serve.int8=no", "seed=0x1F", "serve.backend_url=null", "tune.compile=on", "pretrain.decoder.max_steps=1_000"]
+    wanted = [
+        "serve.int8=no",
+        "seed=0x1F",
+        "serve.backend_url=null",
+        "tune.compile=on",
+        "pretrain.decoder.max_steps=1_000",
+    ]
     _write_params(params, _overrides(None, wanted), lambda line: None)
     read = load_params(params)
     assert (read.serve.int8, read.seed, read.serve.backend_url) == (False, 31, None)

@@ -6,10 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from components.agent.tools import MAX_RESULT, call
+from components.agent.tools import MAX_RESULT, call, one_line
 from components.inference.summarizer import TextWriter
 from components.tracking.registry import Registry
-from examples.stdlib_agent.knowledge import one_line
 from serving.engine.model_tools import ModelTools
 
 

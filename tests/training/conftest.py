@@ -91,7 +91,11 @@ def project(tmp_path: Path, write_rows: WriteRows) -> Paths:
     (tokenizer / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": ""})
     )
-    paths.knowledge.write_bytes(b"facts")
+    facts = paths.agent_files / "tools/files/facts"
+    facts.parent.mkdir(parents=True)
+    facts.write_bytes(b"facts")
+    agent = {"tools": ["look_up"], "forms": True, "datasets": ["stdlib-conversations"], "source": {"sha256": "0"}}
+    (paths.agent_files / "agent.json").write_text(json.dumps(agent))
     return paths
 
 

@@ -62,6 +62,8 @@ def paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, recorder:
     fetch_base_models(paths, print)
     params = load_params(SOURCE / "params.yaml", SETTINGS)
     paths.metrics.mkdir(parents=True)
+    paths.agent_files.mkdir(parents=True)
+    (paths.agent_files / "agent.json").write_text('{"tools": [], "datasets": []}')
     prepare(StageRun("prepare@decoder", params, paths, tmp_path / "state", recorder))
     tune(StageRun("tune", params, paths, tmp_path / "state", recorder))
     return paths

@@ -45,11 +45,12 @@ def test_the_stages_leave_a_base_and_an_agent(project: Paths, new_run: NewRun) -
     }
     assert shapes["base"] == shapes["agent"]
     assert json.loads((project.agent / "agent.json").read_text()) == {
-        "tools": ["lookup", "bases", "module", "calculate", "search"],
+        "tools": ["look_up"],
         "max_steps": 6,
         "forms": True,
+        "source": {"sha256": "0"},
     }
-    assert (project.agent / "knowledge.sqlite").read_bytes() == b"facts"
+    assert (project.agent / "tools/files/facts").read_bytes() == b"facts"
     for folder in (project.base("decoder"), project.agent):
         assert (folder / "tokenizer.json").read_bytes() == (
             project.tokenizer("decoder") / "tokenizer.json"
@@ -88,7 +89,7 @@ def test_an_agent_of_other_conversations_has_no_tools(project: Paths, new_run: N
     pretrain(new_run())
     tune(new_run("tune", dataset=["mine", "yours"]))
     assert json.loads((project.agent / "agent.json").read_text())["tools"] == []
-    assert not (project.agent / "knowledge.sqlite").exists()
+    assert not (project.agent / "tools").exists()
 
 
 @pytest.mark.parametrize(("stage", "mask"), [("pretrain", 0), ("tune", 0), ("tune", 1)])

@@ -1,4 +1,4 @@
-"""Whether vectors find what words do not: `python -m benchmarks.retrieval` in a project whose pipeline has run.
+"""Whether vectors find what words do not: `python -m examples.stdlib_retrieval` in a project whose pipeline has run.
 
 The agent's `search` looks for words (BM25 in SQLite, `examples/stdlib_agent/knowledge.py`) among names and first
 sentences of docstrings. Asked here is what somebody could type who never saw that sentence: the second sentence of the
@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
+from components.agent.saved_tools import TOOL_FILES
 from components.config.params import load_params
 from components.config.paths import Paths, find_root
 from components.inference.classifier import TextEncoder
+from examples.stdlib_agent.agent_tools import FACTS
 from examples.stdlib_agent.held_out import hold_out
 from examples.stdlib_agent.knowledge import _RANK, _STOP_WORDS, MAX_QUERY_WORDS
 from examples.stdlib_agent.stdlib import library_symbols
@@ -118,16 +120,17 @@ def figures(ranked: list[list[str]], asked: Sequence[Query]) -> dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.stdlib_retrieval", description=__doc__)
     parser.add_argument("--model", type=Path, action="append", help="an encoder's folder; may be given again")
     given = parser.parse_args()
     paths = Paths(find_root())
-    if not paths.knowledge.is_file():
-        parser.error(f"{paths.knowledge}: not built yet; run `loopwright run` here first")
+    knowledge = paths.agent_files / TOOL_FILES / FACTS
+    if not knowledge.is_file():
+        parser.error(f"{knowledge}: not built yet; run `loopwright run` here first")
     folders = given.model or [folder for folder in (paths.base("encoder"), paths.classifier) if folder.is_dir()]
-    known = documents(paths.knowledge)
+    known = documents(knowledge)
     asked = queries(paths.root, known)
-    words = by_words(paths.knowledge, asked)
+    words = by_words(knowledge, asked)
     told: dict[str, Any] = {"queries": len(asked), "documents": len(known), "bm25": figures(words, asked)}
     for folder in folders:
         vectors = by_vectors(folder, known, asked)

@@ -1,0 +1,11 @@
+"""The two errors that end a command with one line instead of a traceback."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Wrong input that its sender can fix: *where: what, with its value; what is allowed or what to run*."""
+
+
+class Refused(Exception):
+    """A gate said no (data validation or promotion). The command exits with 3."""
