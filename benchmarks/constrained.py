@@ -37,21 +37,24 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     """For calls and answers of each schema: compiling in milliseconds, and a token in microseconds."""
     import numpy as np
 
-    from components.agent.turn_grammar import Wish, turn_rules
+    from components.agent.turn_grammar import TurnOptions, turn_rules
     from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
     tokenizer = load_chat_tokenizer(folder)
-    turn_rules(tokenizer, [], Wish(), runs_tools=False)  # the vocabulary is made once
+    turn_rules(tokenizer, [], TurnOptions(), runs_tools=False)  # the vocabulary is made once
     measured = {}
     for name, schema in SCHEMAS.items():
         tools = [{"type": "function", "function": {"name": "place_order", "parameters": schema}}]
-        for kind, given, wish in (("call", tools, Wish("required")), ("answer", [], Wish(schema=schema))):
+        for kind, given, options in (
+            ("call", tools, TurnOptions("required")),
+            ("answer", [], TurnOptions(schema=schema)),
+        ):
             began = time.perf_counter()
-            rule = turn_rules(tokenizer, given, wish, runs_tools=False)
+            rule = turn_rules(tokenizer, given, options, runs_tools=False)
             compiled = time.perf_counter() - began
             taken = []
             for seed in range(ROWS):
-                chance, watcher = np.random.default_rng(seed), rule.follow(last=False)
+                chance, watcher = np.random.default_rng(seed), rule.constraint(last=False)
                 for left in range(TOKENS, 0, -1):
                     began = time.perf_counter()
                     mask = watcher.allowed(left)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from components.agent.saved_tools import load_tools, read_agent
 from components.agent.tools import Tool, call
-from components.agent.turn_grammar import Rules, Wish, followable, turn_rules
+from components.agent.turn_grammar import Rules, TurnOptions, followable, turn_rules
 from components.config.params import InputError
 from components.inference.constraints import Constraint
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -29,7 +29,7 @@ GAVE_UP = "I could not finish this within {steps} steps."
 MAX_RESULT_CHARACTERS = 2_000
 MAX_STEPS = 6
 """Turns for one answer of a model whose folder does not say how many."""
-AS_IT_LIKES = Wish()
+DEFAULT_OPTIONS = TurnOptions()
 
 
 class ContextTooLong(InputError):
@@ -73,13 +73,13 @@ class Agent:
         tools: Sequence[Tool],
         max_steps: int,
         context_len: int,
-        guests: Callable[[], Sequence[Tool]] = tuple,
+        external_tools: Callable[[], Sequence[Tool]] = tuple,
         forms: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.own_tools = tuple(tools)
         """Those that it was trained on, and knows without being told."""
-        self.guests = guests
+        self.external_tools = external_tools
         """Tools of others that are there now; while there are any, each prompt declares all tools."""
         self.forms = forms
         """Whether it was taught to be told the form of an answer (`components/tokenization/response_format.py`)."""
@@ -90,36 +90,36 @@ class Agent:
 
     @property
     def tools(self) -> tuple[Tool, ...]:
-        return (*self.own_tools, *self.guests())
+        return (*self.own_tools, *self.external_tools())
 
     @classmethod
-    def load(cls, folder: Path, context_len: int, guests: Callable[[], Sequence[Tool]] = tuple) -> Agent:
+    def load(cls, folder: Path, context_len: int, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
         """The agent of a model folder: its tokenizer and its tools, whose code is run from the folder.
 
         Raises: InputError when a file is missing, names an unknown tool, or is not what was saved.
         """
         tokenizer, settings = load_chat_tokenizer(folder), read_agent(folder)
         max_steps, forms = settings.get("max_steps", MAX_STEPS), bool(settings.get("forms"))
-        return cls(tokenizer, load_tools(folder), max_steps, context_len, guests, forms)
+        return cls(tokenizer, load_tools(folder), max_steps, context_len, external_tools, forms)
 
-    def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, wish: Wish = AS_IT_LIKES) -> Rules:
+    def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, options: TurnOptions = DEFAULT_OPTIONS) -> Rules:
         """What the turns of an answer may be; `tools` are the client's. Takes milliseconds, and less when asked again.
 
         Raises: InputError when a schema is wrong or cannot be held to.
         """
         if tools:
-            return turn_rules(self.tokenizer, tools, wish, runs_tools=False)
-        if (known := self.known_rules(tools, wish)) is not None:
+            return turn_rules(self.tokenizer, tools, options, runs_tools=False)
+        if (known := self.known_rules(tools, options)) is not None:
             return known
         own = self.tools
-        rules = turn_rules(self.tokenizer, followable(self.tokenizer, own), wish, runs_tools=True)
-        if wish == AS_IT_LIKES:
+        rules = turn_rules(self.tokenizer, followable(self.tokenizer, own), options, runs_tools=True)
+        if options == DEFAULT_OPTIONS:
             self._usual = own, rules
         return rules
 
-    def known_rules(self, tools: Sequence[Mapping[str, Any]] | None, wish: Wish) -> Rules | None:
+    def known_rules(self, tools: Sequence[Mapping[str, Any]] | None, options: TurnOptions) -> Rules | None:
         """The `rules` of most answers, once they were made; takes no time."""
-        if tools or wish != AS_IT_LIKES or self._usual is None or self._usual[0] != self.tools:
+        if tools or options != DEFAULT_OPTIONS or self._usual is None or self._usual[0] != self.tools:
             return None
         return self._usual[1]
 
@@ -146,7 +146,7 @@ class Agent:
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(said, declared)
             last = endless or not turns_left
-            constraint = rules.follow(last) if rules else None
+            constraint = rules.constraint(last) if rules else None
             generated = yield Prompt(prompt, constraint)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
@@ -161,8 +161,8 @@ class Agent:
 
     def _declared(self) -> list[dict[str, Any]] | None:
         """What a prompt says of the tools: nothing, as the model was trained, unless some are not its own."""
-        guests = self.guests()
-        return [tool.declaration() for tool in (*self.own_tools, *guests)] if guests else None
+        external_tools = self.external_tools()
+        return [tool.declaration() for tool in (*self.own_tools, *external_tools)] if external_tools else None
 
     def _prompt(self, messages: Sequence[Message], tools: Any) -> list[int]:
         ids, _ = self.tokenizer.encode_chat(messages, tools, add_generation_prompt=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
 from components.agent.turn_grammar import Rules
-from components.inference.batching import Row, Slots
+from components.inference.batching import ContinuousBatch, Row
 from components.inference.sampling import Sampling
 from components.inference.schemas import SchemaError
 from components.models.decoder import Decoder
@@ -33,19 +33,19 @@ def answer_all(
 
     Each is what the chat gets alone: with a seed, each draws the numbers of that seed.
     """
-    lockstep = _BatchRollout(agent, chats, sampling, progress)
-    slots = Slots(model, batch_size)
+    rollout = _Rollout(agent, chats, sampling, progress)
+    slots = ContinuousBatch(model, batch_size)
     while True:
-        lockstep.begin(slots.free)
-        if not slots.reading:
-            slots.admit(lockstep.next_rows(slots))
-        if not (slots.reading or slots.writing):
-            return lockstep.answers
+        rollout.begin(slots.free)
+        if not slots.prefilling:
+            slots.admit(rollout.next_rows(slots))
+        if not (slots.prefilling or slots.decoding):
+            return rollout.answers
         for row in slots.advance():
-            lockstep.end_turn(row)
+            rollout.end_turn(row)
 
 
-class _BatchRollout:
+class _Rollout:
     """Conversations under way, and those to come."""
 
     def __init__(
@@ -66,7 +66,7 @@ class _BatchRollout:
             conversation = self._agent.answer(messages, tools, rules=_rules(self._agent, tools))
             self._go_on(index, conversation, partial(next, conversation))
 
-    def next_rows(self, slots: Slots) -> list[Row]:
+    def next_rows(self, slots: ContinuousBatch) -> list[Row]:
         return [self._waiting.popleft() for _ in range(slots.group(list(self._waiting)))]
 
     def end_turn(self, row: Row) -> None:

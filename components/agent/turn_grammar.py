@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from components.agent.tools import Tool
 from components.config.params import InputError
-from components.inference.grammar import Follower, Grammar, GrammarError, json_rule, vocabulary_of
+from components.inference.grammar import Grammar, GrammarConstraint, GrammarError, json_rule, vocabulary_of
 from components.inference.schemas import Schema, SchemaError, checked
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.response_format import schema_keys
@@ -44,7 +44,7 @@ logger = logging.getLogger("loopwright.turns")
 
 
 @dataclass(frozen=True)
-class Wish:
+class TurnOptions:
     """What a request wants its answer to be."""
 
     calls: Literal["auto", "none", "required"] = "auto"
@@ -69,27 +69,29 @@ class Rules:
     keys: tuple[str, ...] = ()
     """Of that JSON, as far as its schema names them."""
 
-    def follow(self, last: bool) -> Follower:
-        return (self.last if last else self.turn).follow(self.structured)
+    def constraint(self, last: bool) -> GrammarConstraint:
+        return (self.last if last else self.turn).constraint(self.structured)
 
 
-def turn_rules(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], wish: Wish, runs_tools: bool) -> Rules:
+def turn_rules(
+    tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], options: TurnOptions, runs_tools: bool
+) -> Rules:
     """What the turns of an agent may be that knows `tools` (OpenAI's list).
 
     `runs_tools`: the agent runs them itself, so that its last turn has to be words where these have a form.
 
     Raises: SchemaError or InputError, naming the tool's place or `response_format`.
     """
-    schema = None if wish.schema is None else checked(wish.schema, "response_format.json_schema.schema")
-    calls = [] if wish.calls == "none" else [_function(tool) for tool in tools]
+    schema = None if options.schema is None else checked(options.schema, "response_format.json_schema.schema")
+    calls = [] if options.calls == "none" else [_function(tool) for tool in tools]
     vocabulary = vocabulary_of(tokenizer)
     try:
-        turn = vocabulary.compile(turn_grammar(tokenizer, wish, calls, schema))
+        turn = vocabulary.compile(turn_grammar(tokenizer, options, calls, schema))
         last = turn
         if runs_tools and schema is not None:
-            last = vocabulary.compile(turn_grammar(tokenizer, Wish("none"), [], schema))
+            last = vocabulary.compile(turn_grammar(tokenizer, TurnOptions("none"), [], schema))
     except GrammarError as error:
-        raise _blamed(tokenizer, wish, calls, schema, error) from None
+        raise _blamed(tokenizer, options, calls, schema, error) from None
     return Rules(turn, last, schema is not None, tuple(schema_keys(schema)) if schema is not None else ())
 
 
@@ -103,7 +105,7 @@ def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[
     for tool in tools:
         declaration = tool.declaration()
         try:
-            turn_rules(tokenizer, [declaration], Wish("required"), runs_tools=True)
+            turn_rules(tokenizer, [declaration], TurnOptions("required"), runs_tools=True)
         except SchemaError as error:
             logger.warning("arguments of the tool %r are not held to its schema: %s", tool.name, error)
             declaration = {**declaration, "function": {**declaration["function"], "parameters": ANY_OBJECT}}
@@ -117,32 +119,36 @@ def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _blamed(
-    tokenizer: ChatTokenizer, wish: Wish, calls: Sequence[Mapping[str, Any]], schema: Schema | None, error: GrammarError
+    tokenizer: ChatTokenizer,
+    options: TurnOptions,
+    calls: Sequence[Mapping[str, Any]],
+    schema: Schema | None,
+    error: GrammarError,
 ) -> InputError:
     """The error with the place that it comes from."""
     vocabulary = vocabulary_of(tokenizer)
     if schema is not None:
         try:
-            vocabulary.compile(turn_grammar(tokenizer, Wish("none"), [], schema))
+            vocabulary.compile(turn_grammar(tokenizer, TurnOptions("none"), [], schema))
         except GrammarError as own:
             return SchemaError(f"response_format.json_schema.schema: {own}")
     for place, function in enumerate(calls):
         try:
-            vocabulary.compile(turn_grammar(tokenizer, Wish("required"), [function], None))
+            vocabulary.compile(turn_grammar(tokenizer, TurnOptions("required"), [function], None))
         except GrammarError as own:
             return SchemaError(f"tools[{place}].function.parameters: {own} (tool {function['name']!r})")
     return SchemaError(f"tools: {error}; send fewer or smaller ones")
 
 
 def turn_grammar(
-    tokenizer: ChatTokenizer, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None
+    tokenizer: ChatTokenizer, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None
 ) -> str:
     """The grammar of a turn that may call `functions` (of OpenAI's tools) and whose words are of any or one form.
 
     Raises: SchemaError.
     """
     turn = _Turn() if tokenizer.native else _HFTurn(tokenizer)
-    return turn.grammar(wish, functions, schema)
+    return turn.grammar(options, functions, schema)
 
 
 class _Turn:
@@ -158,18 +164,18 @@ class _Turn:
     def __init__(self) -> None:
         self._rules: list[str] = []
 
-    def grammar(self, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
+    def grammar(self, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
         calls = " | ".join(
             self._call(function, f"tools[{place}].function.parameters")
             for place, function in enumerate(functions)
-            if wish.tool in (None, function["name"])
+            if options.tool in (None, function["name"])
         )
         words = f"{self.space} {self.words if schema is None else self._rule(json_rule(schema))}"
         one = self._one(calls)
-        several = f"{one} ({self.between} {one})*" if wish.parallel else one
+        several = f"{one} ({self.between} {one})*" if options.parallel else one
         if not functions:
             start = words if schema is not None else f"({words})?"
-        elif wish.calls == "required":
+        elif options.calls == "required":
             start = several
         elif schema is None:
             start = f"({words})? ({several})?"
@@ -274,9 +280,9 @@ class _HFTurn(_Turn):
         self.words = "WORDS" if self._marks else "NO_OBJECT"
         self._arguments = "arguments" if self._marks else "parameters"  # as Hermes and Qwen, or as Llama has it
 
-    def grammar(self, wish: Wish, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
+    def grammar(self, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
         # Without marks only a turn that is one call and nothing else can be told from words.
-        return super().grammar(wish if self._marks else replace(wish, parallel=False), functions, schema)
+        return super().grammar(options if self._marks else replace(options, parallel=False), functions, schema)
 
     def _one(self, calls: str) -> str:
         return f'<[{self._marks[0]}]> "\\n" ({calls}) "\\n" <[{self._marks[1]}]>' if self._marks else f"({calls})"

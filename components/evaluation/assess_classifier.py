@@ -24,7 +24,7 @@ from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import tfidf_probabilities
 from components.evaluation.calibration import expected_calibration_error
 from components.evaluation.classifier_plots import draw_confusion, draw_f1, draw_reliability
-from components.inference.classifier import TextReader
+from components.inference.classifier import TextClassifier
 from components.runtime.stage import StageRun, warn_on_failure
 
 PREDICTIONS, PREDICTIONS_OF = "predictions.parquet", "predictions.json"
@@ -73,7 +73,7 @@ def assess_classifier(run: StageRun) -> None:
     asked = read_held_out(collected, params)
     if not asked.rows:
         raise InputError("params.yaml: classifier.dataset: no held-out texts in it; add rows")
-    reader = TextReader.load(run.paths.classifier)
+    reader = TextClassifier.load(run.paths.classifier)
     run.progress(0, 2, texts=len(asked.rows))
     said, truncated = predict(reader, asked.texts)
     run.progress(1, 2, accuracy=accuracy(asked.labels, said.labels))
@@ -106,7 +106,7 @@ def read_held_out(collected: Path, params: Params) -> HeldOutTexts:
     return HeldOutTexts([asked.rows[place] for place in chosen])
 
 
-def predict(reader: TextReader, texts: Sequence[str], batch_size: int = 1024) -> tuple[Predictions, int]:
+def predict(reader: TextClassifier, texts: Sequence[str], batch_size: int = 1024) -> tuple[Predictions, int]:
     """What a classifier says of texts, and how many were longer than it reads."""
     upcoming = iter(texts)
     found = []

@@ -19,7 +19,7 @@ from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.baseline import nearest_targets
 from components.evaluation.gate import GateDecision, Slice, decide
 from components.evaluation.overlap import overlap
-from components.inference.summarizer import TextWriter
+from components.inference.summarizer import Summarizer
 from components.runtime.stage import StageRun
 
 WRITTEN = "written.parquet"
@@ -40,7 +40,7 @@ def assess_summarizer(run: StageRun) -> None:
     asked = read_pairs(collected, params)
     if not asked:
         raise InputError("params.yaml: summarizer.dataset: no held-out pairs in it; add rows")
-    writer = TextWriter.load(run.paths.summarizer)
+    writer = Summarizer.load(run.paths.summarizer)
     written = write_all(writer, asked, params.assess.beams, run.progress)
     known = [row for name in params.summarizer.datasets for row in read_rows(collected / name, "train")]
     lent = nearest_targets(
@@ -70,7 +70,7 @@ def read_pairs(collected: Path, params: Params) -> list[Row]:
 
 
 def write_all(
-    writer: TextWriter,
+    writer: Summarizer,
     asked: Sequence[Row],
     beams: int,
     progress: Callable[..., None] = lambda *args, **facts: None,
@@ -127,8 +127,8 @@ def judge_summarizer(
     asked = read_pairs(collected, params)
     ours = _kept(candidate_wrote, held_out_digest(collected, params)) if candidate_wrote else None
     if ours is None:
-        ours = write_all(TextWriter.load(candidate), asked, params.assess.beams)
-    theirs = write_all(TextWriter.load(champion), asked, params.assess.beams)
+        ours = write_all(Summarizer.load(candidate), asked, params.assess.beams)
+    theirs = write_all(Summarizer.load(champion), asked, params.assess.beams)
     return judge_texts(asked, ours, theirs, params)
 
 

@@ -24,7 +24,7 @@ from components.evaluation.assess_classifier import (
     read_held_out,
 )
 from components.evaluation.gate import GateDecision, Slice, decide
-from components.inference.classifier import TextReader
+from components.inference.classifier import TextClassifier
 
 
 def judge_classifier(
@@ -82,7 +82,7 @@ def _said(
         if len(table) == len(asked.rows):
             ours, base = ([str(guess) for guess in table[name].to_pylist()] for name in ("predicted", "baseline"))
             return ours, base
-    return predict(TextReader.load(folder), asked.texts)[0].labels, None
+    return predict(TextClassifier.load(folder), asked.texts)[0].labels, None
 
 
 def _of_these(kept: Path, digest: str) -> bool:

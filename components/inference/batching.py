@@ -2,8 +2,8 @@
 
 A row's tokens do not depend on what else is in the batch, bit for bit on a CPU: every product has a multiple of
 `EVEN_ROWS` rows, and then gives each row the same numbers, whichever part of a prompt it is read with. So a later
-prompt with the same beginning takes over what was read; what was written token by token went through other
-products (`steps.py`) and is read again.
+prompt with the same prefix takes keys and values over from the prefix cache; what was decoded token by token went
+through other products (`decode_step.py`) and is prefilled again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from components.config.params import InputError
 from components.inference.constraints import Constraint, mask_logits
 from components.inference.decode_step import Step
-from components.inference.sampling import drawn, likeliest, random_stream
+from components.inference.sampling import greedy, random_stream, sampled
 from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, SwiGLU
 from components.models.decoder import Decoder
@@ -29,11 +29,11 @@ EVEN_ROWS = 4
 """Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
 chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
 PREFILL_TOKENS = 512
-"""Prompt tokens read between two steps of the rows that already write, padding counted."""
+"""Prompt tokens prefilled between two decode steps of the other rows, padding counted."""
 SEEN = 16
 """Positions seen in a pass are a multiple of so many: the sum in a softmax goes vector by vector."""
 MIN_SHARED = 16
-"""Tokens of a common beginning from which on it is copied instead of read again."""
+"""Tokens of a common prefix from which on it is copied instead of prefilled again."""
 Ids = tuple[int, ...]
 
 
@@ -54,7 +54,7 @@ class Row:
     """The prompt and what was generated."""
     key: Ids = field(init=False)
     """The prompt, as others' are compared with it."""
-    read: int = 0
+    cached: int = 0
     """Positions whose keys and values are in the cache."""
     slot: int = -1
     finished: bool = False
@@ -131,8 +131,8 @@ class SlotCache(KVCache):
         """Rows count their own positions."""
 
 
-class Kept:
-    """Keys and values of rows that left, for prompts that begin alike; the least recently used go first."""
+class PrefixCache:
+    """Keys and values of prompts of rows that left; the least recently used go first."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -182,8 +182,8 @@ def common(one: Ids, other: Ids) -> int:
     return length if length >= MIN_SHARED else 0
 
 
-class Slots:
-    """Rows being continued on one model: `admit` them, `read` prompts, `step` all that write, `drop` who leaves."""
+class ContinuousBatch:
+    """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
     def __init__(self, model: Decoder, count: int) -> None:
         self.model, self.count = model, count
@@ -193,20 +193,20 @@ class Slots:
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count))
         self._step = Step(model, self._cache.whole)
-        self._kept = Kept(count * self.context)
+        self._prefix_cache = PrefixCache(count * self.context)
         self._dtype = model.embed.weight.dtype
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
-        self.reading: list[Row] = []
-        """In adjoining slots behind those that write."""
-        self.writing: list[Row] = []
+        self.prefilling: list[Row] = []
+        """In adjoining slots behind those that are decoded."""
+        self.decoding: list[Row] = []
 
     @property
     def free(self) -> int:
-        return self.count - len(self.reading) - len(self.writing)
+        return self.count - len(self.prefilling) - len(self.decoding)
 
     def group(self, waiting: Sequence[Row]) -> int:
-        """How many of the first that wait are read together: in one pass where they fit, else one alone."""
+        """How many of the first that wait are prefilled together: in one pass where they fit, else one alone."""
         size, longest = 0, 0
         for row in waiting[: self.free]:
             longest = max(longest, len(row.ids))
@@ -216,83 +216,83 @@ class Slots:
         return size
 
     def admit(self, rows: Sequence[Row]) -> None:
-        """Give slots to rows, of which none may be reading, and what is already known of their prompts.
+        """Give slots to rows, while none is prefilled, and what the prefix cache has of their prompts.
 
         Raises: InputError when a prompt is empty or leaves no room.
         """
-        assert not self.reading
+        assert not self.prefilling
         assert len(rows) <= self.free
-        self._settle()
+        self._compact()
         for row in rows:
             if not 0 < len(row.ids) <= self.context:
                 raise InputError(f"prompt: {len(row.ids)} tokens; the model takes 1 to {self.context}")
             row.limit = min(row.limit, 1 + self.context - len(row.ids))
-            row.slot = len(self.writing) + len(self.reading)
-            self._recall(row)
-            self.reading.append(row)
+            row.slot = len(self.decoding) + len(self.prefilling)
+            self._reuse_prefix(row)
+            self.prefilling.append(row)
 
     @torch.inference_mode()
-    def read(self) -> list[Row]:
-        """Read on in the prompts of the rows that read; once all are read, each gets its first token and writes.
+    def prefill(self) -> list[Row]:
+        """Read on in the prompts that are prefilled; once all are read, each row gets its first token and is decoded.
 
         Returns the rows that got one.
         """
-        if not (rows := self.reading):
+        if not (rows := self.prefilling):
             return []
-        left = max(len(row.ids) - row.read for row in rows)
+        left = max(len(row.ids) - row.cached for row in rows)
         width = _up(min(left, self._widest))
-        seen = min(max(row.read for row in rows) + width, self.context)
+        seen = min(max(row.cached for row in rows) + width, self.context)
         tokens = np.zeros((len(rows), width), dtype=np.int64)
-        counts = [min(width, len(row.ids) - row.read) for row in rows]
+        counts = [min(width, len(row.ids) - row.cached) for row in rows]
         for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            tokens[place, :count] = row.ids[row.read : row.read + count]
+            tokens[place, :count] = row.ids[row.cached : row.cached + count]
         newest = [place * width + count - 1 for place, count in enumerate(counts)]
-        hidden = self._pass(rows[0].slot, tokens, [row.read for row in rows], counts, seen, newest)
+        hidden = self._pass(rows[0].slot, tokens, [row.cached for row in rows], counts, seen, newest)
         for row, count in zip(rows, counts, strict=True):
-            row.read += count
-        if any(row.read < len(row.ids) for row in rows):
+            row.cached += count
+        if any(row.cached < len(row.ids) for row in rows):
             return []
-        self.reading = []
-        self.writing += rows
+        self.prefilling = []
+        self.decoding += rows
         self._pick(rows, hidden)
         return rows
 
     @torch.inference_mode()
-    def step(self) -> list[Row]:
-        """One more token for each row that writes; returns them."""
-        if not (rows := self.writing):
+    def decode(self) -> list[Row]:
+        """One more token for each row that is decoded; returns them."""
+        if not (rows := self.decoding):
             return []
-        self._settle()
+        self._compact()
         padding = [0] * (_up(len(rows), self._multiple) - len(rows))
         tokens = np.array([row.ids[-1] for row in rows] + padding)
-        positions = np.array([row.read for row in rows] + padding)
-        places = np.array([row.read for row in rows] + [self.context for _ in padding])
+        positions = np.array([row.cached for row in rows] + padding)
+        places = np.array([row.cached for row in rows] + [self.context for _ in padding])
         hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN), len(rows))
         for row in rows:
-            row.read += 1
+            row.cached += 1
         self._pick(rows, hidden)
         return rows
 
     def advance(self) -> list[Row]:
-        """Read on in prompts and step once; returns the rows that are finished, which have left."""
+        """Prefill and decode once; returns the rows that are finished, which have left."""
         ended = []
-        for act in (self.read, self.step):
+        for act in (self.prefill, self.decode):
             for row in [row for row in act() if row.finished]:
                 self.drop(row)
                 ended.append(row)
         return ended
 
     def drop(self, row: Row) -> None:
-        """Take a row out; what it has read is kept for others."""
-        (self.writing if row in self.writing else self.reading).remove(row)
-        known = min(row.read, len(row.prompt))
+        """Take a row out; its prompt goes to the prefix cache."""
+        (self.decoding if row in self.decoding else self.prefilling).remove(row)
+        known = min(row.cached, len(row.prompt))
         if known >= MIN_SHARED:
-            self._kept.keep(row.key[:known], self._cache.whole[:, :, row.slot, :, :known])
+            self._prefix_cache.keep(row.key[:known], self._cache.whole[:, :, row.slot, :, :known])
 
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
-        self.reading, self.writing = [], []
-        self._kept = Kept(self.count * self.context)
+        self.prefilling, self.decoding = [], []
+        self._prefix_cache = PrefixCache(self.count * self.context)
 
     def _pass(
         self, first: int, tokens: np.ndarray, starts: list[int], counts: list[int], seen: int, newest: list[int]
@@ -319,38 +319,38 @@ class Slots:
         """Give each row its next token."""
         logits = self.model.head(hidden)[: len(rows)].float()
         logits = mask_logits(logits, [row.constraint for row in rows], [row.left for row in rows])
-        tokens = likeliest(logits)
+        tokens = greedy(logits)
         warm = [place for place, row in enumerate(rows) if row.temperature > 0]
         if warm:
             drawing = [rows[place] for place in warm]
             settings = torch.tensor([[row.temperature, row.top_p, row.number()] for row in drawing], device=self.device)
             temperature, top_p, numbers = torch.split(settings, 1, dim=1)
             places = torch.tensor(warm, device=self.device)
-            tokens[places] = drawn(logits[places], temperature, top_p, numbers)
+            tokens[places] = sampled(logits[places], temperature, top_p, numbers)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.take(token)
 
-    def _recall(self, row: Row) -> None:
-        """Copy what is known of the beginning of a prompt; its last token is always read, for what follows it."""
-        length, part = self._kept.best(row.key)
-        for other in self.writing:
+    def _reuse_prefix(self, row: Row) -> None:
+        """Copy the longest known prefix of a prompt; its last token is always prefilled, for what follows it."""
+        length, part = self._prefix_cache.best(row.key)
+        for other in self.decoding:
             if (shared := common(other.key, row.key)) > length:
                 length, part = shared, self._cache.whole[:, :, other.slot]
         length = min(length, len(row.ids) - 1)
         if part is not None and length >= MIN_SHARED:
             self._cache.whole[:, :, row.slot, :, :length] = part[:, :, :, :length]
-            row.read = length
+            row.cached = length
 
-    def _settle(self) -> None:
-        """Move rows that write into the first slots."""
-        taken = {row.slot for row in self.writing}
-        gaps = [slot for slot in range(len(self.writing)) if slot not in taken]
-        for row in self.writing:
-            if row.slot >= len(self.writing):
+    def _compact(self) -> None:
+        """Move rows that are decoded into the first slots."""
+        taken = {row.slot for row in self.decoding}
+        gaps = [slot for slot in range(len(self.decoding)) if slot not in taken]
+        for row in self.decoding:
+            if row.slot >= len(self.decoding):
                 slot = gaps.pop()
-                self._cache.whole[:, :, slot, :, : row.read] = self._cache.whole[:, :, row.slot, :, : row.read]
+                self._cache.whole[:, :, slot, :, : row.cached] = self._cache.whole[:, :, row.slot, :, : row.cached]
                 row.slot = slot
-        self.writing.sort(key=lambda row: row.slot)
+        self.decoding.sort(key=lambda row: row.slot)
 
 
 def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32) -> None:
@@ -358,9 +358,9 @@ def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32) -> None:
 
     Raises: InputError when a prompt is empty or leaves no room.
     """
-    slots, waiting = Slots(model, min(max_rows, max(1, len(rows)))), deque(rows)
+    slots, waiting = ContinuousBatch(model, min(max_rows, max(1, len(rows)))), deque(rows)
     while waiting or slots.free < slots.count:
-        if not slots.reading:
+        if not slots.prefilling:
             slots.admit([waiting.popleft() for _ in range(slots.group(list(waiting)[:max_rows]))])
         slots.advance()
 

@@ -24,7 +24,7 @@ TOKENS_A_PASS = 16_384
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelPrediction:
     """What a classifier says of one text."""
 
     label: str
@@ -36,7 +36,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Embedded:
+class TextEmbedding:
     """Where a text lies."""
 
     vector: list[float]
@@ -65,14 +65,14 @@ class TextEncoder:
         return cls(model, load_tokenizer(folder))
 
     @torch.inference_mode()
-    def embed(self, texts: Sequence[str]) -> list[Embedded]:
+    def embed(self, texts: Sequence[str]) -> list[TextEmbedding]:
         """The vector of each text: the mean over its tokens' of the last block, brought to length 1."""
         read = self._tokenizer.encode_batch_fast(list(texts))
-        found: list[Embedded | None] = [None] * len(read)
+        found: list[TextEmbedding | None] = [None] * len(read)
         for rows, input_ids, segments, mask in self._passes(read):
             vectors = mean_pooled(self.model.hidden(input_ids, segments, mask), mask)
             for row, vector in zip(rows, vectors.tolist(), strict=True):
-                found[row] = Embedded(vector, len(read[row].ids), bool(read[row].overflowing))
+                found[row] = TextEmbedding(vector, len(read[row].ids), bool(read[row].overflowing))
         return [one for one in found if one is not None]
 
     def _passes(self, read: Sequence[Encoding]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
@@ -93,7 +93,7 @@ class TextEncoder:
             yield rows, ids.to(self._device), segments.to(self._device), mask.to(self._device)
 
 
-class TextReader(TextEncoder):
+class TextClassifier(TextEncoder):
     """A classifier and its tokenizer: which label texts have, beside where they lie."""
 
     model: Classifier
@@ -103,7 +103,7 @@ class TextReader(TextEncoder):
         self.labels = model.config.labels
 
     @classmethod
-    def load(cls, folder: Path) -> TextReader:
+    def load(cls, folder: Path) -> TextClassifier:
         """Raises: InputError when the folder holds no classifier with its tokenizer."""
         model = load_model(folder, device=best_device())
         if not isinstance(model, Classifier):
@@ -111,16 +111,18 @@ class TextReader(TextEncoder):
         return cls(model, load_tokenizer(folder))
 
     @torch.inference_mode()
-    def classify(self, texts: Sequence[str]) -> list[Labelled]:
+    def classify(self, texts: Sequence[str]) -> list[LabelPrediction]:
         """The label of each text, in order."""
         read = self._tokenizer.encode_batch_fast(list(texts))
-        found: list[Labelled | None] = [None] * len(read)
+        found: list[LabelPrediction | None] = [None] * len(read)
         for rows, input_ids, segments, mask in self._passes(read):
             scores = self.model.logits(input_ids, segments, mask).float().softmax(-1)
             ordered = scores.sort(stable=True, dim=-1, descending=True)
             for row, values, order in zip(rows, ordered.values.tolist(), ordered.indices.tolist(), strict=True):
                 names = [self.labels[index] for index in order]
-                found[row] = Labelled(names[0], dict(zip(names, values, strict=True)), bool(read[row].overflowing))
+                found[row] = LabelPrediction(
+                    names[0], dict(zip(names, values, strict=True)), bool(read[row].overflowing)
+                )
         return [one for one in found if one is not None]
 
 

@@ -25,7 +25,7 @@ class Constraint(Protocol):
         """Nothing may follow: the row ends here, whether or not its last token is a stop token."""
 
     @property
-    def instead(self) -> tuple[list[int], list[int]] | None:
+    def fallback_tokens(self) -> tuple[list[int], list[int]] | None:
         """Tokens that are forbidden, and the allowed ones that a wish for any of them is taken for."""
 
     def allowed(self, left: int) -> Allowed | None:
@@ -60,8 +60,8 @@ def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: 
     masked = logits[rows].masked_fill_(forbidden.to(logits.device), -torch.inf)
     for place, row in enumerate(masks):
         constraint = constraints[row]
-        if constraint is not None and (instead := constraint.instead) is not None:
-            wished, given = instead
+        if constraint is not None and (fallback_tokens := constraint.fallback_tokens) is not None:
+            wished, given = fallback_tokens
             odds = logits[row, wished + given].logsumexp(0) - logits[row, given].logsumexp(0)
             masked[place, given] += odds
     return logits.index_put((rows,), masked)

@@ -1,6 +1,6 @@
 """Grammars that hold generated tokens to a form: the only door to llguidance.
 
-A grammar is compiled once for a tokenizer and kept; every row that follows it gets a `Follower`, which is cheap.
+A grammar is compiled once for a tokenizer and kept; each row that follows it gets a cheap `GrammarConstraint`.
 Grammars are in llguidance's dialect of Lark (its docs/syntax.md), with `%json` for JSON schemas.
 """
 
@@ -169,12 +169,12 @@ class Grammar:
         if _closing(vocabulary, ahead, TRIED_TOKENS) is None and _is_stuck(vocabulary, ahead):
             raise GrammarError("too large to follow, or nothing fits it")
 
-    def follow(self, closes: bool = False) -> Follower:
+    def constraint(self, closes: bool = False) -> GrammarConstraint:
         """A row's constraint; one that `closes` finds an end before its limit, where there is one."""
-        return Follower(self.vocabulary, self._start.deep_copy(), closes)
+        return GrammarConstraint(self.vocabulary, self._start.deep_copy(), closes)
 
 
-class Follower:
+class GrammarConstraint:
     """One row that follows a grammar, as a `Constraint`."""
 
     def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, closes: bool) -> None:
@@ -188,7 +188,7 @@ class Follower:
         """The row was led to an end before its limit: it might have gone on."""
 
     @property
-    def instead(self) -> tuple[list[int], list[int]] | None:
+    def fallback_tokens(self) -> tuple[list[int], list[int]] | None:
         """What a model means that was never taught JSON, where its words have to be.
 
         Words of its own are a wish to answer, not to call what it can; and at an end within a string it has said what

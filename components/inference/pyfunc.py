@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from components.inference.classifier import TextReader
-from components.inference.summarizer import TextWriter
+from components.inference.classifier import TextClassifier
+from components.inference.summarizer import Summarizer
 from components.runtime.model_tasks import task_of
 
 DEFAULTS: Mapping[str, Any] = {}
@@ -23,7 +23,7 @@ class Predictor:
 
     def __init__(self, folder: Path) -> None:
         summarizes = task_of(folder) == "summarize"
-        self._answer = _writes(TextWriter.load(folder)) if summarizes else _labels(TextReader.load(folder))
+        self._answer = _writes(Summarizer.load(folder)) if summarizes else _labels(TextClassifier.load(folder))
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
         """The label of each row, or what is written of it, in order."""
@@ -33,11 +33,11 @@ class Predictor:
         return self._answer([str(row) for row in rows])
 
 
-def _labels(reader: TextReader) -> Callable[[list[str]], list[str]]:
+def _labels(reader: TextClassifier) -> Callable[[list[str]], list[str]]:
     return lambda texts: [one.label for one in reader.classify(texts)]
 
 
-def _writes(writer: TextWriter) -> Callable[[list[str]], list[str]]:
+def _writes(writer: Summarizer) -> Callable[[list[str]], list[str]]:
     return lambda texts: writer.write(texts)
 
 

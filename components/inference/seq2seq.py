@@ -46,7 +46,7 @@ class Target:
     """False when the limit ended it."""
 
 
-def transduce(model: EncoderDecoder, sources: Sequence[Sequence[int]], search: Search) -> list[Target]:
+def generate_targets(model: EncoderDecoder, sources: Sequence[Sequence[int]], search: Search) -> list[Target]:
     """The best target found for each source, in order; sources of like length are read together.
 
     Raises: InputError when a source is empty.

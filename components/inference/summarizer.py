@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from components.config.params import InputError
 from components.inference.classifier import load_tokenizer
-from components.inference.seq2seq import Search, transduce
+from components.inference.seq2seq import Search, generate_targets
 from components.models.checkpoint import load_model
 from components.models.devices import best_device
 from components.models.encoder_decoder import EncoderDecoder
@@ -22,7 +22,7 @@ MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Written:
+class GeneratedText:
     """What one source was turned into."""
 
     text: str
@@ -34,7 +34,7 @@ class Written:
     """As many as were read."""
 
 
-class TextWriter:
+class Summarizer:
     """An encoder-decoder and its tokenizer."""
 
     def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer, no_repeat_ngram_size: int = 0) -> None:
@@ -48,7 +48,7 @@ class TextWriter:
         tokenizer.no_padding()
 
     @classmethod
-    def load(cls, folder: Path) -> TextWriter:
+    def load(cls, folder: Path) -> Summarizer:
         """Raises: InputError when the folder holds no encoder-decoder with its tokenizer."""
         model = load_model(folder, device=best_device())
         if not isinstance(model, EncoderDecoder):
@@ -59,15 +59,15 @@ class TextWriter:
         """What each source is turned into, in order; only the beginning is read of one that is too long."""
         return [one.text for one in self.written(sources, beams)]
 
-    def written(self, sources: Sequence[str], beams: int = 1) -> list[Written]:
+    def written(self, sources: Sequence[str], beams: int = 1) -> list[GeneratedText]:
         """As `write`, with the tokens."""
         read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
         # What is too long loses its end, not the token that ends it.
         read = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in read]
         search = Search(MAX_NEW_TOKENS, self._end_id, beams, no_repeat_ngram_size=self._no_repeat)
-        targets = transduce(self.model, read, search)
+        targets = generate_targets(self.model, read, search)
         return [
-            Written(self.decode(target.ids), target.ids, target.ended, len(ids))
+            GeneratedText(self.decode(target.ids), target.ids, target.ended, len(ids))
             for target, ids in zip(targets, read, strict=True)
         ]
 

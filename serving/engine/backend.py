@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from components.agent.agent import AS_IT_LIKES, Agent
+from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tools import Tool
-from components.agent.turn_grammar import Rules, Wish
+from components.agent.turn_grammar import Rules, TurnOptions
 from components.config.loop_settings import ServeConfig
 from components.models.checkpoint import read_config
 from components.runtime.model_tasks import Task
@@ -37,7 +37,7 @@ class GenerationRequest:
     """Hand back the first call of a turn only."""
     rules: Rules | None = None
     """What each turn keeps to (`Agent.rules`); without, the model writes what it likes."""
-    wish: Wish = AS_IT_LIKES
+    options: TurnOptions = DEFAULT_OPTIONS
     """What `rules` were made of."""
     max_tokens: int | None = None
     """Over all turns; None: the configured number for each turn."""
@@ -318,11 +318,11 @@ class QueuedBackend(ABC):
         self._start(task)
 
 
-def load_agent(folder: Path, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple) -> Agent:
-    """The agent of a model folder, bounded as serving wants it; `guests` are tools that it may call beside its own.
+def load_agent(folder: Path, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
+    """The agent of a model folder, bounded as serving wants it; it may call `external_tools` too.
 
     Raises: InputError when the folder holds no usable agent.
     """
-    agent = Agent.load(folder, read_config(folder).max_seq_len, guests)
+    agent = Agent.load(folder, read_config(folder).max_seq_len, external_tools)
     agent.max_steps = min(agent.max_steps, config.max_steps)
     return agent

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from components.inference.classifier import Embedded, Labelled, TextReader
+from components.inference.classifier import LabelPrediction, TextClassifier, TextEmbedding
 from components.models.devices import SMALL_MODEL
 from components.runtime.model_tasks import Task
 from serving.engine.adaptive_batching import Batcher
@@ -26,7 +26,7 @@ class ClassifierWorker:
 
     task: Task = "classify"
 
-    def __init__(self, texts: TextReader, name: str, metrics: Metrics) -> None:
+    def __init__(self, texts: TextClassifier, name: str, metrics: Metrics) -> None:
         self.texts, self.name = texts, name
         self.loaded = int(time.time())
         self.running = 0
@@ -42,7 +42,7 @@ class ClassifierWorker:
 
         Raises: InputError when the folder holds no usable classifier.
         """
-        reader = cls(TextReader.load(folder), name, metrics)
+        reader = cls(TextClassifier.load(folder), name, metrics)
         if reader.texts.model.num_parameters <= SMALL_MODEL:
             torch.set_num_threads(1)  # the other cores carry the requests in and out
         reader.texts.classify([WARM])
@@ -53,11 +53,11 @@ class ClassifierWorker:
         """Tokens that are read of a text."""
         return self.texts.max_seq_len
 
-    async def classify(self, texts: Sequence[str]) -> list[Labelled]:
+    async def classify(self, texts: Sequence[str]) -> list[LabelPrediction]:
         """Raises: Overloaded."""
         return await self._read(self._labels, texts)
 
-    async def embed(self, texts: Sequence[str]) -> list[Embedded]:
+    async def embed(self, texts: Sequence[str]) -> list[TextEmbedding]:
         """Raises: Overloaded."""
         return await self._read(self._vectors, texts)
 

@@ -19,7 +19,7 @@ import torch
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
-from components.inference.batching import Row, Slots, generate
+from components.inference.batching import ContinuousBatch, Row, generate
 from components.inference.packed_weights import pack, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
@@ -71,7 +71,7 @@ class LocalEngine(QueuedBackend):
         self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
-        self.scheduler = Scheduler(Slots(model, self.slots), name, self._on_step)
+        self.scheduler = Scheduler(ContinuousBatch(model, self.slots), name, self._on_step)
 
     @classmethod
     def load(
@@ -79,14 +79,14 @@ class LocalEngine(QueuedBackend):
         folder: Path,
         name: str,
         config: ServeConfig,
-        guests: Callable[[], Sequence[Tool]] = tuple,
+        external_tools: Callable[[], Sequence[Tool]] = tuple,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> LocalEngine:
         """Load a model folder and answer one throw-away request, so that the first real one is not slow.
 
         Raises: InputError when the folder holds no usable model.
         """
-        agent = load_agent(folder, config, guests)
+        agent = load_agent(folder, config, external_tools)
         device = best_device()
         # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
         model = load_decoder(folder, compute_dtype("auto", device) if device.type == "cuda" else torch.float32, device)

@@ -9,8 +9,8 @@ from typing import Any
 
 from components.agent.tools import Tool
 from components.config.loop_settings import ModelTool
-from components.inference.classifier import TextReader
-from components.inference.summarizer import TextWriter
+from components.inference.classifier import TextClassifier
+from components.inference.summarizer import Summarizer
 from components.tracking.registry import ModelVersion, Registry
 
 
@@ -43,12 +43,12 @@ class ModelTools:
 
     def classify(self, text: str) -> str:
         """The label of a text, as the registered classifier was taught to give it."""
-        reader: TextReader = self._model("classifier", TextReader)
+        reader: TextClassifier = self._model("classifier", TextClassifier)
         return reader.classify([text])[0].label
 
     def summarize(self, code: str) -> str:
         """What a function does, in one line, from its source text."""
-        writer: TextWriter = self._model("summarizer", TextWriter)
+        writer: Summarizer = self._model("summarizer", Summarizer)
         return writer.write([code])[0]
 
     def _model(self, name: ModelTool, kind: Any) -> Any:

@@ -83,13 +83,13 @@ class RemoteServer(QueuedBackend):
 
     @classmethod
     def load(
-        cls, folder: Path, name: str, config: ServeConfig, guests: Callable[[], Sequence[Tool]] = tuple
+        cls, folder: Path, name: str, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple
     ) -> RemoteServer:
         """The agent of a model folder, whose model the server has.
 
         Raises: InputError when the folder holds no usable agent, or the server's address is missing.
         """
-        return cls(load_agent(folder, config, guests), name, config)
+        return cls(load_agent(folder, config, external_tools), name, config)
 
     @property
     def context_len(self) -> int:
@@ -202,12 +202,12 @@ class RemoteTask(GenerationTask):
             "temperature": self.request.temperature,
             "top_p": self.request.top_p,
         }
-        wish = self.request.wish
+        options = self.request.options
         if self.tools and self.request.may_call:
-            choice: Any = {"type": "function", "function": {"name": wish.tool}} if wish.tool else wish.calls
+            choice: Any = {"type": "function", "function": {"name": options.tool}} if options.tool else options.calls
             body |= {"tools": list(self.tools), "tool_choice": "none" if last else choice}
-        if wish.schema is not None:
-            shape = {"name": "answer", "schema": wish.schema}
+        if options.schema is not None:
+            shape = {"name": "answer", "schema": options.schema}
             body["response_format"] = {"type": "json_schema", "json_schema": shape}
         if self.request.seed is not None:
             body["seed"] = self.request.seed

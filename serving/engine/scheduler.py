@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from components.inference.batching import Row, Slots
+from components.inference.batching import ContinuousBatch, Row
 
 READS = 4
 """Groups of prompts read in a row while more wait than write: a step costs few rows nearly what it costs many."""
@@ -42,7 +42,7 @@ class Turn:
 class Scheduler:
     """Continues turns on slots until it is told to end."""
 
-    def __init__(self, slots: Slots, name: str, on_step: Callable[[int], None] = lambda rows: None) -> None:
+    def __init__(self, slots: ContinuousBatch, name: str, on_step: Callable[[int], None] = lambda rows: None) -> None:
         """`on_step` is told of each step how many rows wrote a token in it."""
         self._slots, self._observe_step = slots, on_step
         self._turns: dict[Row, Turn] = {}
@@ -88,10 +88,10 @@ class Scheduler:
             self._end(turn)
         for _ in range(READS):
             self._admit()
-            self._tell(self._slots.read())
-            if self._slots.reading or not self._slots.free or len(self._waiting) <= len(self._slots.writing):
+            self._tell(self._slots.prefill())
+            if self._slots.prefilling or not self._slots.free or len(self._waiting) <= len(self._slots.decoding):
                 break
-        if rows := self._slots.step():
+        if rows := self._slots.decode():
             self._observe_step(len(rows))
             self._tell(rows)
 
@@ -101,7 +101,7 @@ class Scheduler:
             late = [turn for turn in self._waiting if turn.over]
             for turn in late:
                 self._waiting.remove(turn)
-            count = 0 if self._slots.reading else self._slots.group([turn.row for turn in self._waiting])
+            count = 0 if self._slots.prefilling else self._slots.group([turn.row for turn in self._waiting])
             turns = [self._waiting.popleft() for _ in range(count)]
         for turn in late:
             turn.ended(None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from components.agent.agent import ContextTooLong
 from components.config.loop_settings import ServeConfig
-from components.inference.summarizer import TextWriter
+from components.inference.summarizer import Summarizer
 from components.runtime.model_tasks import Task
 from serving.engine.backend import (
     Completion,
@@ -32,7 +32,7 @@ class SummarizerWorker(QueuedBackend):
 
     task: Task = "summarize"
 
-    def __init__(self, texts: TextWriter, name: str, config: ServeConfig) -> None:
+    def __init__(self, texts: Summarizer, name: str, config: ServeConfig) -> None:
         super().__init__(None, name, config)
         self.texts = texts
         self._begun: queue.SimpleQueue[GenerationTask | None] = queue.SimpleQueue()
@@ -45,7 +45,7 @@ class SummarizerWorker(QueuedBackend):
 
         Raises: InputError when the folder holds no usable encoder-decoder.
         """
-        texts = TextWriter.load(folder)
+        texts = Summarizer.load(folder)
         texts.write([WARM])
         return cls(texts, name, config)
 

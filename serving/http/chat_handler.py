@@ -251,9 +251,9 @@ async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
     may_call = body.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
-        rules = agent.known_rules(tools, body.wish)
+        rules = agent.known_rules(tools, body.options)
         if rules is None:  # compiling grammars would keep the other requests waiting here
-            rules = await run_in_threadpool(agent.rules, tools, body.wish)
+            rules = await run_in_threadpool(agent.rules, tools, body.options)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
     return GenerationRequest(
@@ -262,7 +262,7 @@ async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
         may_call=may_call,
         one_call=body.parallel_tool_calls is False,
         rules=rules,
-        wish=body.wish,
+        options=body.options,
         max_tokens=body.token_limit,
         temperature=body.temperature or 0.0,
         top_p=1.0 if body.top_p is None else body.top_p,

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from components.inference.classifier import Embedded, Labelled
+from components.inference.classifier import LabelPrediction, TextEmbedding
 from serving.engine.adaptive_batching import Overloaded
 from serving.engine.classifier_worker import ClassifierWorker
 from serving.http.errors import ERRORS, ApiError
@@ -20,7 +20,7 @@ from serving.http.routes import DirectRoute
 from serving.http.schemas import Wire
 from serving.models.state import Running, Serving, who
 
-R = TypeVar("R", Labelled, Embedded)
+R = TypeVar("R", LabelPrediction, TextEmbedding)
 
 router = APIRouter(route_class=DirectRoute, responses=ERRORS)
 

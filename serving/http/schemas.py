@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from components.agent.turn_grammar import ANY_OBJECT, Wish
+from components.agent.turn_grammar import ANY_OBJECT, TurnOptions
 
 MAX_STOPS = 4
 MAX_TOOLS = 128
@@ -348,11 +348,11 @@ class ChatRequest(Wire):
         return choice
 
     @property
-    def wish(self) -> Wish:
+    def options(self) -> TurnOptions:
         """What the answer may be."""
         one = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         calls = self.tool_choice if isinstance(self.tool_choice, str) else "required" if one else "auto"
-        return Wish(calls, one, self.parallel_tool_calls is not False and one is None, self._schema())
+        return TurnOptions(calls, one, self.parallel_tool_calls is not False and one is None, self._schema())
 
     def _schema(self) -> dict[str, Any] | None:
         if isinstance(self.response_format, SchemaFormat):

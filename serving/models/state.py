@@ -130,13 +130,15 @@ class Serving:
 
         metrics = Metrics()
 
-        def guests() -> list[Tool]:
+        def external_tools() -> list[Tool]:
             return [*own.tools(), *mcp.tools()]
 
         load: Callable[[Path, str], Backend] = (
-            partial(RemoteServer.load, config=config, guests=guests)
+            partial(RemoteServer.load, config=config, external_tools=external_tools)
             if config.backend == "openai"
-            else partial(LocalEngine.load, config=config, guests=guests, on_step=metrics.chat_batch.observe)
+            else partial(
+                LocalEngine.load, config=config, external_tools=external_tools, on_step=metrics.chat_batch.observe
+            )
         )
         serving = cls(
             models=follow("chat", load),

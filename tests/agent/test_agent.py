@@ -8,7 +8,7 @@ import pytest
 
 from components.agent.agent import GAVE_UP, Agent, Answer, ContextTooLong
 from components.agent.tools import Tool
-from components.agent.turn_grammar import Rules, Wish
+from components.agent.turn_grammar import Rules, TurnOptions
 from components.config.params import InputError
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -112,7 +112,7 @@ def test_a_turn_cut_by_its_limit_says_so_and_calls_nothing(agent: Agent) -> None
 
 
 def test_where_words_have_a_form_a_call_without_end_gives_way_to_them(agent: Agent) -> None:
-    rules = agent.rules(wish=Wish(schema={"type": "object"}))
+    rules = agent.rules(options=TurnOptions(schema={"type": "object"}))
     good, cut = ([("echo", {"text": text})] for text in ("seven", "seven " * 30))
     turns = [
         written(agent.tokenizer, calls=good),
@@ -132,8 +132,8 @@ def test_an_agent_that_was_taught_forms_is_told_the_keys(tokenizer: ChatTokenize
     schema = {"type": "object", "properties": {"result": {"type": "integer"}, "sure": {"type": "boolean"}}}
     for forms in (True, False):
         agent = Agent(tokenizer, [tool("echo", shout)], max_steps=3, context_len=200, forms=forms)
-        for wish, told in ((Wish(), ""), (Wish(schema=schema), "Answer in JSON: result, sure")):
-            answer = agent.answer(QUESTION, rules=agent.rules(wish=wish))
+        for options, told in ((TurnOptions(), ""), (TurnOptions(schema=schema), "Answer in JSON: result, sure")):
+            answer = agent.answer(QUESTION, rules=agent.rules(options=options))
             shown = tokenizer.decode(next(answer).ids)
             assert ("Answer in JSON" in shown) == bool(told and forms)
             assert not forms or shown.startswith(f" {told}" if told else " What")

@@ -76,7 +76,7 @@ def test_calls_reach_the_server_and_come_back(servers: McpServers) -> None:
 
 def test_the_agent_declares_and_calls_them(servers: McpServers, tokenizer: ChatTokenizer) -> None:
     own = Tool("echo", "Says it again.", {"type": "object", "properties": {"text": {"type": "string"}}}, str.upper)
-    agent = Agent(tokenizer, [own], max_steps=3, context_len=2000, guests=servers.tools)
+    agent = Agent(tokenizer, [own], max_steps=3, context_len=2000, external_tools=servers.tools)
     conversation = agent.answer([{"role": "user", "content": "What does an apple cost?"}])
     shown = tokenizer.decode(next(conversation).ids)
     assert "shop_price: What an article costs." in shown

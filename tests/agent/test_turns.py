@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from components.agent.tools import Tool
-from components.agent.turn_grammar import ANY_OBJECT, Rules, Wish, followable, turn_rules
+from components.agent.turn_grammar import ANY_OBJECT, Rules, TurnOptions, followable, turn_rules
 from components.config.params import InputError
 from components.inference.schemas import SchemaError
 from components.tokenization import chat_tokenizer as bpe
@@ -93,7 +93,7 @@ def tool(name: str, parameters: Any) -> dict[str, Any]:
 def written(rule: Rules, seed: int, limit: int = 160, last: bool = False) -> tuple[list[int], bool]:
     """A turn of a model that picks evenly among what it may, and whether it was closed for its limit."""
     chance = np.random.default_rng(seed)
-    follower = rule.follow(last)
+    follower = rule.constraint(last)
     ids: list[int] = []
     while len(ids) < limit and not follower.finished:
         mask = follower.allowed(limit - len(ids))
@@ -113,7 +113,9 @@ def fits(value: Any, schema: Any) -> None:
 @pytest.mark.parametrize("name", OBJECTS)
 def test_calls_name_a_declared_tool_and_fit_its_schema(tokenizer: ChatTokenizer, name: str) -> None:
     schema = OBJECTS[name]
-    rule = turn_rules(tokenizer, [tool("first", schema), tool("other.one-2", None)], Wish("required"), runs_tools=False)
+    rule = turn_rules(
+        tokenizer, [tool("first", schema), tool("other.one-2", None)], TurnOptions("required"), runs_tools=False
+    )
     whole = 0
     for seed in SEEDS:
         ids, _ = written(rule, seed)
@@ -136,7 +138,7 @@ def test_structured_answers_fit_their_schema_however_short_they_must_be(
     tokenizer: ChatTokenizer, name: str, limit: int
 ) -> None:
     schema = {**OBJECTS, **VALUES}[name]
-    rule = turn_rules(tokenizer, [], Wish(schema=schema), runs_tools=False)
+    rule = turn_rules(tokenizer, [], TurnOptions(schema=schema), runs_tools=False)
     ended = 0
     for seed in SEEDS[:4]:
         ids, _ = written(rule, seed, limit)
@@ -147,7 +149,7 @@ def test_structured_answers_fit_their_schema_however_short_they_must_be(
 
 
 def test_an_answer_is_closed_before_its_limit_and_says_that_it_was_cut(tokenizer: ChatTokenizer) -> None:
-    rule = turn_rules(tokenizer, [], Wish(schema=closed(story={"type": "string"})), runs_tools=False)
+    rule = turn_rules(tokenizer, [], TurnOptions(schema=closed(story={"type": "string"})), runs_tools=False)
     for seed in SEEDS:
         ids, cut = written(rule, seed, limit=30)
         story = json.loads(tokenizer.parse_turn(ids).content)["story"]
@@ -156,18 +158,18 @@ def test_an_answer_is_closed_before_its_limit_and_says_that_it_was_cut(tokenizer
 
 
 def test_what_needs_more_than_the_limit_is_not_ended(tokenizer: ChatTokenizer) -> None:
-    rule = turn_rules(tokenizer, [], Wish(schema={"type": "string", "minLength": 100}), runs_tools=False)
+    rule = turn_rules(tokenizer, [], TurnOptions(schema={"type": "string", "minLength": 100}), runs_tools=False)
     ids, cut = written(rule, 0, limit=20)
     assert len(ids) == 20
     assert not cut
 
 
-@pytest.mark.parametrize("wish", [Wish("auto"), Wish("auto", parallel=False), Wish("none")])
-def test_free_words_stay_free(tokenizer: ChatTokenizer, wish: Wish) -> None:
-    rule = turn_rules(tokenizer, [tool("first", closed())], wish, runs_tools=False)
+@pytest.mark.parametrize("options", [TurnOptions("auto"), TurnOptions("auto", parallel=False), TurnOptions("none")])
+def test_free_words_stay_free(tokenizer: ChatTokenizer, options: TurnOptions) -> None:
+    rule = turn_rules(tokenizer, [tool("first", closed())], options, runs_tools=False)
     said = [{"role": "assistant", "content": 'Well: {"a": <|call|> "日本" \n "unclosed'}]
     ids = tokenizer.encode_chat(said)[0][1:]
-    follower = rule.follow(last=False)
+    follower = rule.constraint(last=False)
     for left, number in zip(range(len(ids), 0, -1), ids, strict=True):
         assert follower.allowed(left)[number]
         follower.advance(number)
@@ -176,22 +178,22 @@ def test_free_words_stay_free(tokenizer: ChatTokenizer, wish: Wish) -> None:
 
 
 def first_tokens(rule: Rules, last: bool = False) -> np.ndarray[Any, Any]:
-    return rule.follow(last).allowed(100)
+    return rule.constraint(last).allowed(100)
 
 
 def test_the_choice_of_tools_decides_what_a_turn_begins_with(tokenizer: ChatTokenizer) -> None:
     call, end = tokenizer.special_ids["<|call|>"], tokenizer.end_id
     tools = [tool("first", closed()), tool("second", closed())]
-    for wish, may_call, may_end in (
-        (Wish("auto"), True, True),
-        (Wish("none"), False, True),
-        (Wish("required"), True, False),
-        (Wish("auto", schema=True), True, False),
-        (Wish("none", schema=True), False, False),
+    for options, may_call, may_end in (
+        (TurnOptions("auto"), True, True),
+        (TurnOptions("none"), False, True),
+        (TurnOptions("required"), True, False),
+        (TurnOptions("auto", schema=True), True, False),
+        (TurnOptions("none", schema=True), False, False),
     ):
-        mask = first_tokens(turn_rules(tokenizer, tools, wish, runs_tools=False))
-        assert (mask[call], mask[end]) == (may_call, may_end), wish
-    assert not first_tokens(turn_rules(tokenizer, tools, Wish(schema=True), runs_tools=True), last=True)[call]
+        mask = first_tokens(turn_rules(tokenizer, tools, options, runs_tools=False))
+        assert (mask[call], mask[end]) == (may_call, may_end), options
+    assert not first_tokens(turn_rules(tokenizer, tools, TurnOptions(schema=True), runs_tools=True), last=True)[call]
 
 
 def test_where_words_have_a_form_other_words_are_a_wish_for_it_and_an_end_closes_a_string(
@@ -199,8 +201,8 @@ def test_where_words_have_a_form_other_words_are_a_wish_for_it_and_an_end_closes
 ) -> None:
     tools = [tool("first", closed())]
     form = closed(said={"type": "string"}, sure={"type": "boolean"})
-    follower = turn_rules(tokenizer, tools, Wish(schema=form), runs_tools=True).follow(last=False)
-    wished, given = follower.instead or ([], [])
+    follower = turn_rules(tokenizer, tools, TurnOptions(schema=form), runs_tools=True).constraint(last=False)
+    wished, given = follower.fallback_tokens or ([], [])
     allowed, special = follower.allowed(99), set(tokenizer.special_ids.values())
     assert set(given) == set(np.flatnonzero(allowed)) - special
     assert set(wished) == set(np.flatnonzero(~allowed)) - special
@@ -208,23 +210,25 @@ def test_where_words_have_a_form_other_words_are_a_wish_for_it_and_an_end_closes
     told = []
     for token in tokenizer.encode_chat([{"role": "assistant", "content": '{"said": "Par", "sure": true}'}])[0][1:]:
         follower.advance(token)
-        told.append((tokenizer.decode([token]), follower.instead))
+        told.append((tokenizer.decode([token]), follower.fallback_tokens))
     [quote] = tokenizer.encode('"')
-    inside = [text for text, instead in told if instead == ([tokenizer.end_id], [quote])]
+    inside = [text for text, fallback_tokens in told if fallback_tokens == ([tokenizer.end_id], [quote])]
     assert "".join(inside).endswith("Par"), told
-    assert {instead for text, instead in told if text not in inside} == {None}
+    assert {fallback_tokens for text, fallback_tokens in told if text not in inside} == {None}
 
 
-@pytest.mark.parametrize("wish", [Wish(), Wish("none"), Wish("required"), Wish("required", schema=True)])
-def test_where_words_are_free_or_none_a_wish_is_what_it_is(tokenizer: ChatTokenizer, wish: Wish) -> None:
+@pytest.mark.parametrize(
+    "options", [TurnOptions(), TurnOptions("none"), TurnOptions("required"), TurnOptions("required", schema=True)]
+)
+def test_where_words_are_free_or_none_a_wish_is_what_it_is(tokenizer: ChatTokenizer, options: TurnOptions) -> None:
     call = {"function": {"name": "first", "arguments": {"s": "x"}}}
-    said: dict[str, Any] = {"role": "assistant", "content": "Paris" if wish.calls == "none" else ""}
-    if wish.calls != "none":
+    said: dict[str, Any] = {"role": "assistant", "content": "Paris" if options.calls == "none" else ""}
+    if options.calls != "none":
         said["tool_calls"] = [call]
     tools = [tool("first", closed(s={"type": "string"}))]
-    follower = turn_rules(tokenizer, tools, wish, runs_tools=False).follow(last=False)
+    follower = turn_rules(tokenizer, tools, options, runs_tools=False).constraint(last=False)
     for token in tokenizer.encode_chat([said])[0][1:]:
-        assert follower.instead is None
+        assert follower.fallback_tokens is None
         follower.advance(token)
     assert follower.finished
 
@@ -232,16 +236,16 @@ def test_where_words_are_free_or_none_a_wish_is_what_it_is(tokenizer: ChatTokeni
 def test_one_tool_can_be_asked_for_and_one_call(tokenizer: ChatTokenizer) -> None:
     tools = [tool("first", closed()), tool("second", closed())]
     for seed in SEEDS:
-        ids, _ = written(turn_rules(tokenizer, tools, Wish("required", tool="second"), runs_tools=False), seed)
+        ids, _ = written(turn_rules(tokenizer, tools, TurnOptions("required", tool="second"), runs_tools=False), seed)
         assert {call.name for call in tokenizer.parse_turn(ids).calls} == {"second"}
-        ids, _ = written(turn_rules(tokenizer, tools, Wish("required", parallel=False), runs_tools=False), seed)
+        ids, _ = written(turn_rules(tokenizer, tools, TurnOptions("required", parallel=False), runs_tools=False), seed)
         assert len(tokenizer.parse_turn(ids).calls) == 1
 
 
 def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer) -> None:
     """What a model learned must stay possible, token by token."""
     schema = closed(s={"type": "string"}, a={}, n={"type": ["string", "integer"]}, o={"type": "object"})
-    rule = turn_rules(tokenizer, [tool("first", schema)], Wish("auto"), runs_tools=False)
+    rule = turn_rules(tokenizer, [tool("first", schema)], TurnOptions("auto"), runs_tools=False)
     for text in (
         "Paris",
         "json.dumps",
@@ -259,7 +263,7 @@ def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer)
         arguments = {"s": text, "a": text, "n": text, "o": {"k": [1, None, 2.5, text]}}
         call = {"function": {"name": "first", "arguments": arguments}}
         ids = tokenizer.encode_chat([{"role": "assistant", "content": "Well.", "tool_calls": [call]}])[0][1:]
-        follower = rule.follow(last=False)
+        follower = rule.constraint(last=False)
         for number in ids:
             assert follower.allowed(99)[number], (text, tokenizer.decode([number]))
             follower.advance(number)
@@ -281,7 +285,7 @@ def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer)
 )
 def test_a_tool_that_cannot_be_held_to_is_named(tokenizer: ChatTokenizer, parameters: Any, message: str) -> None:
     with pytest.raises(SchemaError, match=message):
-        turn_rules(tokenizer, [tool("first", closed()), tool("second", parameters)], Wish(), runs_tools=False)
+        turn_rules(tokenizer, [tool("first", closed()), tool("second", parameters)], TurnOptions(), runs_tools=False)
     assert issubclass(SchemaError, InputError)
 
 
@@ -302,8 +306,8 @@ def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("name", ["optional", "references", "pattern", "no arguments"])
 def test_calls_and_answers_in_the_formats_of_other_families_fit_too(foreign: ChatTokenizer, name: str) -> None:
     tools = [tool("first", OBJECTS[name]), tool("second", None)]
-    required = turn_rules(foreign, tools, Wish("required"), runs_tools=False)
-    answer = turn_rules(foreign, tools, Wish("none", schema=OBJECTS[name]), runs_tools=False)
+    required = turn_rules(foreign, tools, TurnOptions("required"), runs_tools=False)
+    answer = turn_rules(foreign, tools, TurnOptions("none", schema=OBJECTS[name]), runs_tools=False)
     called = ended = 0
     for seed in SEEDS:
         ids, _ = written(required, seed, limit=300)
@@ -322,8 +326,8 @@ def test_calls_and_answers_in_the_formats_of_other_families_fit_too(foreign: Cha
 
 
 def test_words_of_other_families_stay_free(foreign: ChatTokenizer) -> None:
-    rule = turn_rules(foreign, [tool("first", closed())], Wish(), runs_tools=False)
-    follower = rule.follow(last=False)
+    rule = turn_rules(foreign, [tool("first", closed())], TurnOptions(), runs_tools=False)
+    follower = rule.constraint(last=False)
     for number in [*foreign.encode("Well, then: hello?"), foreign.end_id]:
         assert follower.allowed(99)[number]
         follower.advance(number)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
-from components.inference.batching import MIN_SHARED, Row, Slots, generate, rows_are_independent
+from components.inference.batching import MIN_SHARED, ContinuousBatch, Row, generate, rows_are_independent
 from components.inference.packed_weights import RoundedLinear, pack, round_weights
-from components.inference.sampling import drawn, likeliest
+from components.inference.sampling import greedy, sampled
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 
@@ -53,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> Decoder:
     return made
 
 
-class Watched(Slots):
+class Watched(ContinuousBatch):
     """Slots that remember the logits behind each token."""
 
     def __init__(self, model: Decoder, count: int) -> None:
@@ -71,18 +71,18 @@ class Watched(Slots):
         return super()._pass(first, tokens, starts, counts, *rest)
 
 
-def run(slots: Slots, rows: list[Row], arrivals: random.Random | None = None) -> None:
+def run(slots: ContinuousBatch, rows: list[Row], arrivals: random.Random | None = None) -> None:
     """Drive rows to their ends; with `arrivals`, they come in bursts and some leave early."""
     waiting = list(rows)
-    while waiting or slots.reading or slots.writing:
+    while waiting or slots.prefilling or slots.decoding:
         come = len(waiting) if arrivals is None else arrivals.randint(0, 3)
-        if waiting and not slots.reading and (size := slots.group(waiting[:come])):
+        if waiting and not slots.prefilling and (size := slots.group(waiting[:come])):
             slots.admit(waiting[:size])
             del waiting[:size]
-        for go_on in (slots.read, slots.step):
-            if slots.reading if go_on == slots.read else slots.writing:
+        for go_on in (slots.prefill, slots.decode):
+            if slots.prefilling if go_on == slots.prefill else slots.decoding:
                 go_on()
-            for row in list(slots.writing):
+            for row in list(slots.decoding):
                 if row.finished or (arrivals is not None and arrivals.random() < 0.01):
                     slots.drop(row)
 
@@ -104,9 +104,9 @@ def uncached(model: Decoder, row: Row) -> list[int]:
     while not same.finished:
         logits = model(torch.tensor([same.ids]))[:, -1].float()
         if same.temperature > 0:
-            token = drawn(logits, same.temperature, same.top_p, torch.tensor([[same.number()]]))
+            token = sampled(logits, same.temperature, same.top_p, torch.tensor([[same.number()]]))
         else:
-            token = likeliest(logits)
+            token = greedy(logits)
         same.take(int(token))
     return same.generated
 
@@ -121,7 +121,7 @@ def test_rows_follow_the_whole_forward_pass(model: Decoder) -> None:
     if isinstance(model.blocks[0].attention.out, RoundedLinear):
         pytest.skip("rounding turns the last bit of what is rounded into more")
     rows = [Row(**asked(model, number)) for number in range(12)]
-    run(Slots(model, 5), rows)
+    run(ContinuousBatch(model, 5), rows)
     for row in rows:
         assert row.generated == uncached(model, row)
 
@@ -226,12 +226,12 @@ def test_long_prompts_are_read_in_parts_while_others_write(model: Decoder, monke
     slots = Watched(model, 3)
     short, long = Row([1, 2, 3], 20), Row([place % 50 for place in range(70)], 5)
     slots.admit([short])
-    slots.read()
+    slots.prefill()
     assert slots.group([long, short]) == 1
     slots.admit([long])
-    while slots.reading:
-        slots.read()
-        slots.step()
+    while slots.prefilling:
+        slots.prefill()
+        slots.decode()
     assert len(short.generated) == 6
     assert len(long.generated) == 2
     long.limit = 2
@@ -240,16 +240,16 @@ def test_long_prompts_are_read_in_parts_while_others_write(model: Decoder, monke
 
 
 def test_what_is_kept_is_bounded(model: Decoder) -> None:
-    slots = Slots(model, 2)
+    slots = ContinuousBatch(model, 2)
     run(slots, [Row([number % 60 + 1] * 40, 4, seed=number) for number in range(20)])
-    assert 0 < slots._kept.tokens <= 2 * model.config.max_seq_len
+    assert 0 < slots._prefix_cache.tokens <= 2 * model.config.max_seq_len
     slots.clear()
-    assert slots._kept.tokens == 0
+    assert slots._prefix_cache.tokens == 0
 
 
 def test_generation_ends_where_the_context_does(model: Decoder) -> None:
     row = Row([1] * 90, 50)
-    run(Slots(model, 1), [row])
+    run(ContinuousBatch(model, 1), [row])
     assert len(row.ids) == model.config.max_seq_len + 1
     assert len(continued(model, [[5] * 96], 50)[0]) == 1
     for length in (0, 97):

@@ -42,7 +42,7 @@ class Counting:
     def finished(self) -> bool:
         return len(self.taken) == self.length
 
-    instead: tuple[list[int], list[int]] | None = None
+    fallback_tokens: tuple[list[int], list[int]] | None = None
 
     def allowed(self, left: int) -> Allowed:
         self.left.append(left)
@@ -83,7 +83,7 @@ def test_what_the_model_would_give_to_the_forbidden_goes_to_what_is_named_instea
     torch.manual_seed(0)
     logits = torch.randn(2, 40)
     rules = [Counting(3), Counting(3)]
-    rules[1].instead = [7, 9, 11], [8, 10]
+    rules[1].fallback_tokens = [7, 9, 11], [8, 10]
     before, after = logits.softmax(-1), mask_logits(logits, rules, [1, 1]).softmax(-1)
     # Row 0: the forbidden are shared out among all that is allowed.
     allowed = before[0, :36:2] / before[0, :36:2].sum()

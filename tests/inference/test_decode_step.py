@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from components.inference.batching import Row, Slots
+from components.inference.batching import ContinuousBatch, Row
 from components.inference.decode_step import Captured, Recording, Step
 from components.models.decoder import Decoder, DecoderConfig
 
@@ -60,14 +60,14 @@ def new_model(device: str, dtype: torch.dtype) -> Decoder:
 
 def continued(model: Decoder, make: Callable[[Step], Callable[..., Tensor]]) -> list[list[int]]:
     """What rows of unlike ends are given, with steps that run as `make` says."""
-    slots = Slots(model, 8)
+    slots = ContinuousBatch(model, 8)
     slots._step.run = make(slots._step)
     rows = [Row(prompt, 20 + 9 * number) for number, prompt in enumerate(PROMPTS)]
     slots.admit(rows)
-    while slots.reading:
-        slots.read()
-    while slots.writing:
-        for row in list(slots.step()):
+    while slots.prefilling:
+        slots.prefill()
+    while slots.decoding:
+        for row in list(slots.decode()):
             if row.finished:
                 slots.drop(row)
     return [row.generated for row in rows]
@@ -115,7 +115,7 @@ def test_steps_in_bfloat16_are_those_in_float32_rounded(device: str) -> None:
     streams = []
     for model in (rounded, new_model(device, torch.float32)):
         model.load_state_dict(rounded.state_dict())
-        slots = Slots(model, 4)
+        slots = ContinuousBatch(model, 4)
         slots._step.run = launched(slots._step)
         for place in range(40):
             tokens, places = torch.full((4,), place).numpy(), torch.full((4,), place).numpy()

@@ -109,7 +109,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 def test_hostile_schemas_are_followed_or_refused_in_bounded_time(vocabulary: Vocabulary, name: str) -> None:
     began = time.process_time()
     with suppress(SchemaError, GrammarError):
-        follower = vocabulary.compile(f"start: r\nr: {json_rule(checked(HOSTILE[name], 's'))}").follow(closes=True)
+        follower = vocabulary.compile(f"start: r\nr: {json_rule(checked(HOSTILE[name], 's'))}").constraint(closes=True)
         for left in range(60, 0, -1):
             if not follower.finished:
                 follower.advance(int(follower.allowed(left).nonzero()[0][0]))
@@ -131,7 +131,7 @@ def test_a_broken_grammar_is_told_in_one_line(vocabulary: Vocabulary) -> None:
 
 
 def test_grammars_are_read_with_the_tokenizer_of_the_model(vocabulary: Vocabulary) -> None:
-    follower = vocabulary.compile('start: " learn" " words"').follow()
+    follower = vocabulary.compile('start: " learn" " words"').constraint()
     ids = vocabulary(" learn words")
     for number in [*ids, vocabulary.end_id]:
         assert follower.allowed(9)[number]

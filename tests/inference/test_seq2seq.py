@@ -10,7 +10,7 @@ import torch
 from transformers import T5ForConditionalGeneration
 
 from components.config.params import InputError
-from components.inference.seq2seq import Search, transduce
+from components.inference.seq2seq import Search, generate_targets
 from components.models.checkpoint import save_model
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
@@ -54,7 +54,7 @@ def test_targets_are_those_of_transformers(beams: int, length_penalty: float, un
         save_model(model, tmp_path / str(seed))
         theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / str(seed)).eval()
         asked = sources(6)
-        found = transduce(model, asked, Search(12, END, beams, length_penalty, unrepeated))
+        found = generate_targets(model, asked, Search(12, END, beams, length_penalty, unrepeated))
         for source, target in zip(asked, found, strict=True):
             options = {"length_penalty": length_penalty, "early_stopping": False} if beams > 1 else {}
             said = theirs.generate(
@@ -83,7 +83,7 @@ def test_with_a_beam_for_every_target_the_best_of_all_is_found() -> None:
     for seed in range(5):
         model = drawn(seed, vocab_size)
         source = [2, 3, 4]
-        found = transduce(model, [source], Search(most, END, beams=vocab_size**most, length_penalty=1.0))[0]
+        found = generate_targets(model, [source], Search(most, END, beams=vocab_size**most, length_penalty=1.0))[0]
         scores = {
             tuple(target): score_of(model, source, target)
             for length in range(1, most + 1)
@@ -105,12 +105,12 @@ def score_of(model: EncoderDecoder, source: list[int], target: tuple[int, ...]) 
 def test_a_source_is_answered_alike_alone_and_among_others(beams: int) -> None:
     model, asked = drawn(3), sources(9)
     search = Search(10, END, beams)
-    together = transduce(model, asked, search)
-    alone = [transduce(model, [source], search)[0] for source in asked]
+    together = generate_targets(model, asked, search)
+    alone = [generate_targets(model, [source], search)[0] for source in asked]
     assert [target.ids for target in together] == [target.ids for target in alone]
     assert [target.score for target in together] == pytest.approx([target.score for target in alone], abs=1e-4)
 
 
 def test_an_empty_source_is_named() -> None:
     with pytest.raises(InputError, match="source 1: 0 tokens"):
-        transduce(drawn(0), [[2], []], Search(4, END))
+        generate_targets(drawn(0), [[2], []], Search(4, END))

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from components.config.params import InputError
-from components.inference.summarizer import MAX_NEW_TOKENS, TextWriter
+from components.inference.summarizer import MAX_NEW_TOKENS, Summarizer
 
 SOURCES = ["def add a b return a + b", "return the sum", "a " * 90, ""]
 
@@ -32,7 +32,7 @@ def test_what_is_written_is_what_transformers_writes(
         summarizer_folder = told(summarizer_folder, tmp_path / "copy", settings)
     theirs = AutoModelForSeq2SeqLM.from_pretrained(summarizer_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(summarizer_folder)
-    written = TextWriter.load(summarizer_folder).write(SOURCES, beams)
+    written = Summarizer.load(summarizer_folder).write(SOURCES, beams)
     assert len(set(written)) > 1
     for source, target in zip(SOURCES, written, strict=True):
         ids = tokenizer(source, return_tensors="pt", truncation=True).input_ids
@@ -52,9 +52,9 @@ def test_broken_generation_settings_are_an_input_error(
     summarizer_folder: Path, settings: str, said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=said):
-        TextWriter.load(told(summarizer_folder, tmp_path / "copy", settings))
+        Summarizer.load(told(summarizer_folder, tmp_path / "copy", settings))
 
 
 def test_another_family_writes_nothing(classifier_folder: Path) -> None:
     with pytest.raises(InputError, match=r"a classifier writes no target; give an encoder-decoder's$"):
-        TextWriter.load(classifier_folder)
+        Summarizer.load(classifier_folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from components.agent import batch_rollout as lockstep
+from components.agent import batch_rollout as rollout
 from components.agent.batch_rollout import answer_all
 from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
@@ -31,7 +31,7 @@ def served(engine: LocalEngine, chat: list[dict[str, Any]]) -> tuple[str, int]:
 def test_chats_side_by_side_are_answered_as_the_engine_answers_each(
     agent_folder: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lockstep, "TOLD", 3)
+    monkeypatch.setattr(rollout, "TOLD", 3)
     monkeypatch.setattr(engine, "max_new_tokens", NEW_TOKENS)
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS * 2]
     endless = [{"role": "user", "content": "word " * 400}]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from components.agent.tools import MAX_RESULT, call, one_line
-from components.inference.summarizer import TextWriter
+from components.inference.summarizer import Summarizer
 from components.tracking.registry import Registry
 from serving.engine.model_tools import ModelTools
 
@@ -33,7 +33,7 @@ def test_a_summarizer_writes_what_its_folder_writes(summarizer_folder: Path) -> 
     registry: Any = SimpleNamespace(find=known.get, stamp=lambda: None)
     models = ModelTools(registry, ["classifier", "summarizer"], seconds=9.0)
     code = "def add a b return a + b"
-    written = TextWriter.load(summarizer_folder).write([code])[0]
+    written = Summarizer.load(summarizer_folder).write([code])[0]
     assert call(models.tools(), "summarize", {"code": code}) == one_line(written, MAX_RESULT)
 
 

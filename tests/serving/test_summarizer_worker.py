@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.inference.pyfunc import _load_pyfunc
-from components.inference.summarizer import TextWriter
+from components.inference.summarizer import Summarizer
 from serving.http.errors import error_body
 
 SOURCE = "add"
@@ -26,7 +26,7 @@ def writer(summarizer_folder: Path, tmp_path_factory: pytest.TempPathFactory, lo
 
 @pytest.fixture(scope="module")
 def expected(summarizer_folder: Path) -> str:
-    (text,) = TextWriter.load(summarizer_folder).write([SOURCE])
+    (text,) = Summarizer.load(summarizer_folder).write([SOURCE])
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from components.agent.turn_grammar import Wish, turn_rules
+from components.agent.turn_grammar import TurnOptions, turn_rules
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
@@ -61,9 +61,9 @@ def test_the_pieces_of_a_call_make_the_call(tokenizer: ChatTokenizer, value: Any
 def test_the_pieces_of_any_calls_make_the_calls(tokenizer: ChatTokenizer) -> None:
     schema = {"type": "object", "properties": {"a": {}, "b": {"type": "string"}, "c": {"type": "array"}}}
     tools = [{"type": "function", "function": {"name": "f", "parameters": {**schema, "required": ["a", "b"]}}}]
-    rule = turn_rules(tokenizer, tools, Wish("required"), runs_tools=False)
+    rule = turn_rules(tokenizer, tools, TurnOptions("required"), runs_tools=False)
     for seed in range(40):
-        chance, follower, ids = np.random.default_rng(seed), rule.follow(last=False), list[int]()
+        chance, follower, ids = np.random.default_rng(seed), rule.constraint(last=False), list[int]()
         while not follower.finished and len(ids) < 200:
             ids.append(int(chance.choice(np.flatnonzero(follower.allowed(99)))))
             follower.advance(ids[-1])
