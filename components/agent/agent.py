@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from components.agent.saved_tools import load_tools, read_agent
 from components.agent.tools import Tool, call
-from components.agent.turn_grammar import Rules, TurnOptions, followable, turn_rules
+from components.agent.turn_grammar import Rules, TurnOptions, followable, lenient_rules
 from components.config.params import InputError
 from components.inference.constraints import Constraint
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -108,11 +108,11 @@ class Agent:
         Raises: InputError when a schema is wrong or cannot be held to.
         """
         if tools:
-            return turn_rules(self.tokenizer, tools, options, runs_tools=False)
+            return lenient_rules(self.tokenizer, tools, options, runs_tools=False)
         if (known := self.known_rules(tools, options)) is not None:
             return known
         own = self.tools
-        rules = turn_rules(self.tokenizer, followable(self.tokenizer, own), options, runs_tools=True)
+        rules = lenient_rules(self.tokenizer, followable(self.tokenizer, own), options, runs_tools=True)
         if options == DEFAULT_OPTIONS:
             self._usual = own, rules
         return rules

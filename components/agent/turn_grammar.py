@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from components.agent.tools import Tool
 from components.config.params import InputError
-from components.inference.grammar import Grammar, GrammarConstraint, GrammarError, json_rule, vocabulary_of
+from components.inference.grammar import Grammar, GrammarConstraint, GrammarError, Vocabulary, json_rule, vocabulary_of
 from components.inference.schemas import Schema, SchemaError, checked
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.response_format import schema_keys
@@ -39,6 +41,8 @@ JSON_LIKE: /(true|false|null|NaN|-?Infinity|-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)
 BARE: /(?s:[^ \t\n\r"\[\{].*)/ & ~JSON_LIKE
 """
 _ANNOTATIONS = {"$schema", "$defs", "definitions"}
+PLAIN_ROOT = _ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
+"""Keywords of a function's arguments that a call in our own format is held to, beside those of each argument."""
 
 logger = logging.getLogger("loopwright.turns")
 
@@ -55,6 +59,8 @@ class TurnOptions:
     """A turn may hold several calls."""
     schema: Schema | bool | None = None
     """JSON schema of the answer's words; None: any words."""
+    strict: bool = False
+    """A schema that cannot be held to is refused, instead of held to as far as possible."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,56 @@ def turn_rules(
     except GrammarError as error:
         raise _blamed(tokenizer, options, calls, schema, error) from None
     return Rules(turn, last, schema is not None, tuple(schema_keys(schema)) if schema is not None else ())
+
+
+def lenient_rules(
+    tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], options: TurnOptions, runs_tools: bool
+) -> Rules:
+    """`turn_rules` that hold to schemas without `strict` as far as possible: what is left is its sender's to check.
+
+    Raises: as `turn_rules`, for schemas that are wrong, that nothing fits, or that are strict.
+    """
+    try:
+        return turn_rules(tokenizer, tools, options, runs_tools)
+    except SchemaError:
+        tools = [_loosened(tokenizer, tool) for tool in tools]
+        if options.schema is not None and not options.strict:
+            with suppress(SchemaError):
+                usable = partial(_is_usable, vocabulary_of(tokenizer))
+                options = replace(options, schema=checked(options.schema, "schema", usable))
+        return turn_rules(tokenizer, tools, options, runs_tools)
+
+
+def _loosened(tokenizer: ChatTokenizer, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A client's tool with the first schema that can be held to: its own, without what no grammar can express, any."""
+    function = _function(tool)
+    if function.get("strict") or function.get("parameters") is None:
+        return tool
+    vocabulary = vocabulary_of(tokenizer)
+    try:
+        relaxed = checked(function["parameters"], "", partial(_is_usable, vocabulary))
+    except SchemaError:
+        return tool  # wrong, and told so
+    kinds = relaxed.get("type", "object")
+    if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
+        return tool
+    relaxed |= {"type": "object"}
+    plain = {key: value for key, value in relaxed.items() if key in PLAIN_ROOT}
+    schemas: tuple[Schema, ...] = (function["parameters"], relaxed, plain)
+    for schema in schemas:
+        loosened = {**function, "parameters": schema}
+        with suppress(SchemaError, GrammarError):
+            vocabulary.compile(turn_grammar(tokenizer, TurnOptions("required"), [loosened], None))
+            return loosened
+    return {**function, "parameters": ANY_OBJECT}
+
+
+def _is_usable(vocabulary: Vocabulary, pattern: str) -> bool:
+    try:
+        vocabulary.compile(f"start: r\nr: {json_rule({'type': 'string', 'pattern': pattern})}")
+    except GrammarError:
+        return False
+    return True
 
 
 def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
@@ -200,7 +256,7 @@ class _Turn:
     def _call(self, function: Mapping[str, Any], where: str) -> str:
         given = function.get("parameters")
         parameters = _resolved(checked(NO_ARGUMENTS if given is None else given, where), where)
-        misplaced = sorted(set(parameters) - _ANNOTATIONS - {"type", "properties", "required", "additionalProperties"})
+        misplaced = sorted(set(parameters) - PLAIN_ROOT)
         if misplaced or parameters.get("type", "object") != "object":
             wrong = f"the keyword {misplaced[0]!r}" if misplaced else f"type {parameters['type']!r}"
             raise SchemaError(f"{where}: {wrong} is not supported here; an object with 'properties' is expected")
@@ -209,7 +265,7 @@ class _Turn:
         required = parameters.get("required", [])
         extra = parameters.get("additionalProperties", not properties)
         for name in required:
-            properties.setdefault(name, extra)
+            properties.setdefault(name, parameters.get("additionalProperties", True))
         body = [f"<|call|> {_literal(' ' + str(function['name']))}"]
         for name, schema in properties.items():
             if schema is False and name not in required:

@@ -26,7 +26,7 @@ from components.tokenization.chat_tokenizer import ChatTokenizer
 KEPT_GRAMMARS = 64
 """Compiled grammars per tokenizer; the longest unused goes first."""
 CLOSING_TOKENS = 64
-"""So near its limit a row looks for the way to its end."""
+"""So near its limit a row looks for the way to its end, sooner where the shortest text is longer."""
 PROBED_TOKENS = 24
 """So near the way's length it looks where other tokens lead."""
 MOST_PROBED = 32
@@ -78,6 +78,10 @@ class Vocabulary:
         self._grammars: OrderedDict[str, Grammar | GrammarError] = OrderedDict()
         self._lock = threading.Lock()
         self.in_text, self.in_structure = self._ranks()
+        self.in_format = self.in_text.copy()
+        """The same within a string that letters alone never end, such as an address."""
+        for rank, mark in enumerate((b"@", b":", b".", b"/", b"-")):
+            self.in_format[[token == mark for token in self.tokens]] = 10 + rank
         self.opening = np.array([bool(set(token) & set(b'"{[,:')) for token in self.tokens])
         self.plain = np.ones(self.size, dtype=np.bool_)
         """All but the special tokens."""
@@ -129,7 +133,11 @@ class Vocabulary:
     def _ranks(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """How readily each token leads to an end: lower is better, inside a string and outside of one."""
         in_text = np.array([100 + len(token) for token in self.tokens])
-        in_structure = np.array([100 - min(len(token), 60) for token in self.tokens])
+        opened = [sum(map(token.count, (b"{", b"["))) - sum(map(token.count, (b"}", b"]"))) for token in self.tokens]
+        # Of what opens nothing, the longest token goes furthest.
+        in_structure = np.array(
+            [100 - min(len(token), 60) + 70 * max(0, more) for token, more in zip(self.tokens, opened, strict=True)]
+        )
         for place, mark in enumerate((b"}", b"]", b'"')):
             in_structure[[token == mark for token in self.tokens]] = place + 2
         in_text[[token == b'"' for token in self.tokens]] = 2
@@ -139,10 +147,10 @@ class Vocabulary:
             ranks[self.end_id] = 0
         return in_text, in_structure
 
-    def towards_end(self, mask: Allowed) -> int:
-        """The allowed token that looks shortest."""
+    def towards_end(self, mask: Allowed, in_text: NDArray[np.int64]) -> int:
+        """The allowed token that looks shortest, by these ranks within a string."""
         # Between the quotes of a string a letter may stand; a brace is no end there.
-        ranks = self.in_text if mask[self.letter] else self.in_structure
+        ranks = in_text if mask[self.letter] else self.in_structure
         allowed = np.flatnonzero(mask)
         return int(allowed[ranks[allowed].argmin()])
 
@@ -166,19 +174,23 @@ class Grammar:
             raise GrammarError(_told(self._start.get_error()))
         self.vocabulary = vocabulary
         ahead = self._start.deep_copy()
-        if _closing(vocabulary, ahead, TRIED_TOKENS) is None and _is_stuck(vocabulary, ahead):
+        way = _greedy(vocabulary, ahead, TRIED_TOKENS, vocabulary.in_text)
+        if way is None and _is_stuck(vocabulary, ahead):
             raise GrammarError("too large to follow, or nothing fits it")
+        way = way or _greedy(vocabulary, self._start.deep_copy(), TRIED_TOKENS, vocabulary.in_format)
+        self._closing_tokens = max(CLOSING_TOKENS, len(way or ()) + PROBED_TOKENS)
 
     def constraint(self, closes: bool = False) -> GrammarConstraint:
         """A row's constraint; one that `closes` finds an end before its limit, where there is one."""
-        return GrammarConstraint(self.vocabulary, self._start.deep_copy(), closes)
+        return GrammarConstraint(self.vocabulary, self._start.deep_copy(), closes, self._closing_tokens)
 
 
 class GrammarConstraint:
     """One row that follows a grammar, as a `Constraint`."""
 
-    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, closes: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, closes: bool, closing_tokens: int) -> None:
         self._vocabulary, self._matcher, self._closes = vocabulary, matcher, closes
+        self._closing_tokens = closing_tokens
         self._mask = _mask(vocabulary, matcher)
         self._begins = True
         self._way: list[int] | None = None
@@ -207,13 +219,13 @@ class GrammarConstraint:
         return [vocabulary.end_id], [quote]
 
     def allowed(self, left: int) -> Allowed:
-        if not self._closes or left > CLOSING_TOKENS:
+        if not self._closes or left > self._closing_tokens:
             return self._mask
         way = self._way_to_the_end(left)
         if way is None:
             return self._mask
         if len(way) + SLACK < left:
-            return self._without_dead_ends(left) if left < len(way) + PROBED_TOKENS else self._mask
+            return self._without_dead_ends(left, near=left < len(way) + PROBED_TOKENS)
         self.cut = self.cut or int(self._mask.sum()) > 1
         only = np.zeros_like(self._mask)
         only[way[0]] = True
@@ -236,12 +248,12 @@ class GrammarConstraint:
 
     def _way_to_the_end(self, left: int) -> list[int] | None:
         if self._way is None:
-            self._way = _closing(self._vocabulary, self._matcher.deep_copy(), left)
+            self._way = _closing(self._vocabulary, self._matcher, left)
         return self._way
 
-    def _without_dead_ends(self, left: int) -> Allowed:
-        """What is allowed, less what begins something that cannot be ended any more."""
-        few = int(self._mask.sum()) <= MOST_PROBED
+    def _without_dead_ends(self, left: int, near: bool) -> Allowed:
+        """What is allowed, less what begins something that cannot be ended any more; `near` the way's length, all."""
+        few = near and int(self._mask.sum()) <= MOST_PROBED
         probed = np.flatnonzero(self._mask if few else self._mask & self._vocabulary.opening)
         if len(probed) > MOST_PROBED:
             return self._mask
@@ -262,13 +274,22 @@ def _mask(vocabulary: Vocabulary, matcher: LLMatcher) -> Allowed:
 
 
 def _closing(vocabulary: Vocabulary, matcher: LLMatcher, limit: int) -> list[int] | None:
-    """A short way to the end, its token included, in at most `limit` tokens. Uses up the matcher."""
+    """A short way to the end, its token included, in at most `limit` tokens."""
+    for in_text in (vocabulary.in_text, vocabulary.in_format):
+        way = _greedy(vocabulary, matcher.deep_copy(), limit, in_text)
+        if way is not None:
+            return way
+    return None
+
+
+def _greedy(vocabulary: Vocabulary, matcher: LLMatcher, limit: int, in_text: NDArray[np.int64]) -> list[int] | None:
+    """The way of the tokens that look shortest. Uses up the matcher."""
     way: list[int] = []
     while len(way) < limit:
         mask = _mask(vocabulary, matcher)
         if matcher.is_error() or not mask.any():
             return None
-        way.append(vocabulary.towards_end(mask))
+        way.append(vocabulary.towards_end(mask, in_text))
         if way[-1] == vocabulary.end_id:
             return way if matcher.is_accepting() else None
         if not matcher.consume_token(way[-1]):

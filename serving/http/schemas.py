@@ -194,17 +194,18 @@ class Function(Wire):
     parameters: dict[str, Any] | None = None
     """JSON schema of the arguments, an object; without it the function takes none."""
     strict: bool | None = None
-    """Arguments fit their schema either way."""
+    """Refuse a schema that arguments cannot be held to, instead of holding them to it as far as possible."""
 
     @model_validator(mode="after")
     def _properties_can_be_shown(self) -> Function:
-        properties = (self.parameters or {}).get("properties", {})
+        properties = (self.parameters or {}).get("properties")
+        properties = {} if properties is None else properties
         if not isinstance(properties, dict):
             raise ValueError("parameters.properties: expected an object")
         for key, schema in properties.items():
             if not isinstance(schema, dict | bool):
                 raise ValueError(f"parameters.properties.{key}: expected a JSON schema")
-            if isinstance(schema, dict) and not isinstance(schema.get("description", ""), str):
+            if isinstance(schema, dict) and not isinstance(schema.get("description"), str | None):
                 raise ValueError(f"parameters.properties.{key}.description: expected a string")
         return self
 
@@ -241,7 +242,7 @@ class SchemaOfAnswer(Wire):
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     """JSON schema of the answer; without it, any JSON object."""
     strict: bool | None = None
-    """Answers fit their schema either way."""
+    """Refuse a schema that answers cannot be held to, instead of holding them to it as far as possible."""
 
 
 class SchemaFormat(Wire):
@@ -352,7 +353,8 @@ class ChatRequest(Wire):
         """What the answer may be."""
         one = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
         calls = self.tool_choice if isinstance(self.tool_choice, str) else "required" if one else "auto"
-        return TurnOptions(calls, one, self.parallel_tool_calls is not False and one is None, self._schema())
+        strict = isinstance(self.response_format, SchemaFormat) and self.response_format.json_schema.strict is True
+        return TurnOptions(calls, one, self.parallel_tool_calls is not False and one is None, self._schema(), strict)
 
     def _schema(self) -> dict[str, Any] | None:
         if isinstance(self.response_format, SchemaFormat):

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
+import uuid
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from pydantic import TypeAdapter
 
 from components.agent.tools import Tool
-from components.agent.turn_grammar import ANY_OBJECT, Rules, TurnOptions, followable, turn_rules
+from components.agent.turn_grammar import ANY_OBJECT, Rules, TurnOptions, followable, lenient_rules, turn_rules
 from components.config.params import InputError
-from components.inference.schemas import SchemaError
+from components.inference.schemas import FORMATS, SchemaError
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from tests.tokenization.hf_tokenizers import chatml, llama, sentencepiece
 
 SEEDS = range(12)
+READ: dict[str, TypeAdapter[Any]] = {
+    "date": TypeAdapter(datetime.date),
+    "date-time": TypeAdapter(datetime.datetime),
+    "time": TypeAdapter(datetime.time),
+    "uuid": TypeAdapter(uuid.UUID),
+    "ipv4": TypeAdapter(ipaddress.IPv4Address),
+    "ipv6": TypeAdapter(ipaddress.IPv6Address),
+}
 CLOSED = {"type": "object", "additionalProperties": False}
 ADDRESS = {
     **CLOSED,
@@ -35,6 +47,16 @@ NODE = {
 def closed(*required: str, **properties: Any) -> dict[str, Any]:
     return {**CLOSED, "properties": properties, "required": list(required or properties)}
 
+
+UNION = {
+    "discriminator": {"mapping": {"a": "#/$defs/A", "b": "#/$defs/B"}, "propertyName": "k"},
+    "oneOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}],
+}
+BRANCHES = {
+    "A": closed("x", k={"const": "a", "default": "a", "type": "string"}, x={"type": "integer", "maximum": 9}),
+    "B": closed("y", k={"const": "b", "default": "b", "type": "string"}, y={"type": "boolean"}),
+}
+"""As pydantic writes them: the tag has a default, and is required all the same."""
 
 OBJECTS: dict[str, dict[str, Any]] = {
     "no arguments": closed(),
@@ -60,6 +82,14 @@ OBJECTS: dict[str, dict[str, Any]] = {
     },
     "allOf": closed(a={"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 4}]}),
     "oneOf": closed(a={"oneOf": [closed(k={"const": "a"}), closed(k={"const": "b"}, n={"type": "integer"})]}),
+    "discriminated": {**closed(p=UNION), "$defs": BRANCHES},
+    "nested unions": {
+        **closed(p={"oneOf": [UNION, {"$ref": "#/$defs/C"}]}),
+        "$defs": {
+            **BRANCHES,
+            "C": closed("k", k={"const": "c"}, kids={"type": "array", "items": UNION, "maxItems": 2}),
+        },
+    },
     "a map": {"type": "object", "additionalProperties": {"type": "integer"}},
     "open": {"type": "object"},
     "more": {"type": "object", "properties": {"a": {"type": "null"}}, "additionalProperties": {"type": "boolean"}},
@@ -155,6 +185,32 @@ def test_an_answer_is_closed_before_its_limit_and_says_that_it_was_cut(tokenizer
         story = json.loads(tokenizer.parse_turn(ids).content)["story"]
         assert ids[-1] == tokenizer.end_id
         assert cut == (len(ids) > 30 - 8) or not story
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("family", ["own", "foreign"])
+def test_answers_of_every_format_are_closed(
+    request: pytest.FixtureRequest, tokenizer: ChatTokenizer, name: str, family: str
+) -> None:
+    """Though a string of letters alone never ends an address, nor what is opened too late an answer."""
+    reader = tokenizer if family == "own" else request.getfixturevalue("chatml_tokenizer")
+    value = {"type": "string", "format": name}
+    schema = {"type": "object", "properties": {"a": value, "b": {"type": "array", "items": value}}, "required": ["a"]}
+    rule = turn_rules(reader, [], TurnOptions(schema=schema), runs_tools=False)
+    for seed in SEEDS[:3]:
+        for limit in (64, 110):
+            ids, _ = written(rule, seed, limit)
+            assert ids[-1] == reader.end_id, reader.decode(ids)
+            answer = json.loads(reader.parse_turn(ids).content if reader.native else reader.decode(ids))
+            fits(answer, schema)
+            if name in READ:
+                for text in (answer["a"], *answer.get("b", ())):
+                    READ[name].validate_python(text)
+
+
+@pytest.fixture(scope="module")
+def chatml_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return load_chat_tokenizer(chatml(tmp_path_factory.mktemp("chatml")))
 
 
 def test_what_needs_more_than_the_limit_is_not_ended(tokenizer: ChatTokenizer) -> None:
@@ -287,6 +343,81 @@ def test_a_tool_that_cannot_be_held_to_is_named(tokenizer: ChatTokenizer, parame
     with pytest.raises(SchemaError, match=message):
         turn_rules(tokenizer, [tool("first", closed()), tool("second", parameters)], TurnOptions(), runs_tools=False)
     assert issubclass(SchemaError, InputError)
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "uniqueItems": {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
+    "not": {"type": "object", "properties": {"a": {"not": {"type": "null"}}}},
+    "if": {"type": "object", "properties": {"a": {}}, "if": {"required": ["a"]}, "then": {"required": ["b"]}},
+    "dependentRequired": {"type": "object", "properties": {"a": {}, "b": {}}, "dependentRequired": {"a": ["b"]}},
+    "contains": closed(a={"type": "array", "items": {"type": "string"}, "contains": {"const": "x"}}),
+    "patternProperties": {"type": "object", "patternProperties": {"^x-": {"type": "string"}}},
+    "propertyNames": {"type": "object", "propertyNames": {"pattern": "^a"}},
+    "root anyOf": {"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["a"]}]},
+    "root union": {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/B"}], "$defs": BRANCHES},
+    "nulls": {"type": "object", "properties": {"a": {"type": "string", "description": None}}, "required": None},
+    "no properties": {"type": "object", "properties": None},
+    "Decimal": closed(a={"anyOf": [{"type": "number"}, {"type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*$"}]}),
+    "look-behind": closed(a={"type": "string", "pattern": "(?<=a)b"}),
+    "keys with look-ahead": closed(a={"type": "object", "patternProperties": {"^(?!x)": {"type": "null"}}}),
+    "unknown required": {"type": "object", "properties": {"a": {}}, "required": ["a", "ghost"]},
+    "impossible required": closed("a", "ghost", a={"type": "null"}),
+    "unknown format": closed(a={"type": "integer", "format": "int64"}),
+    "type or null": {"type": ["object", "null"], "properties": {"a": {"type": "null"}}},
+    "overlapping oneOf": closed(a={"oneOf": [{"type": "string"}, {"minLength": 2}]}),
+    "remote": closed(a={"$ref": "https://example.org/schema"}),
+    "lost": closed(a={"$ref": "#/$defs/Lost"}),
+    "many properties": closed(a={"type": "object", "minProperties": 3}),
+    "fine multiples": closed(a={"type": "number", "multipleOf": 1e-9}),
+    "draft 4": closed(a={"type": "number", "minimum": 0, "exclusiveMinimum": True}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_without_strict_a_schema_is_held_to_as_far_as_possible(tokenizer: ChatTokenizer, name: str) -> None:
+    tools = [tool("first", closed(n={"type": "integer"})), tool("odd", ODD[name])]
+    rule = lenient_rules(tokenizer, tools, TurnOptions("required"), runs_tools=False)
+    names = set()
+    for seed in SEEDS:
+        ids, _ = written(rule, seed)
+        for call in tokenizer.parse_turn(ids).calls if ids[-1] == tokenizer.end_id else ():
+            names.add(call.name)
+            if call.name == "first":
+                fits(call.arguments, closed(n={"type": "integer"}))
+    assert names == {"first", "odd"}
+    form = lenient_rules(tokenizer, [], TurnOptions(schema=ODD[name]), runs_tools=False) if name != "lost" else None
+    ids = written(form, 0)[0] if form else []
+    assert not form or json.loads(tokenizer.parse_turn(ids).content) is not ...
+
+
+def test_what_can_be_held_to_beside_the_rest_is(tokenizer: ChatTokenizer) -> None:
+    item = {"type": "string", "pattern": "^[a-f]{2}$"}
+    schema = closed(a={"type": "array", "items": item, "uniqueItems": True, "minItems": 1}, b={"not": {}, "const": 3})
+    known = closed(a={"type": "array", "items": item, "minItems": 1}, b={"const": 3})
+    rule = lenient_rules(tokenizer, [tool("f", schema)], TurnOptions("required"), runs_tools=False)
+    form = lenient_rules(tokenizer, [], TurnOptions(schema=schema), runs_tools=False)
+    for seed in SEEDS:
+        ids, _ = written(rule, seed)
+        for call in tokenizer.parse_turn(ids).calls if ids[-1] == tokenizer.end_id else ():
+            fits(call.arguments, known)
+        fits(json.loads(tokenizer.parse_turn(written(form, seed)[0]).content), known)
+
+
+@pytest.mark.parametrize("name", ["uniqueItems", "not", "if", "root anyOf", "look-behind", "overlapping oneOf"])
+def test_strict_schemas_that_cannot_be_held_to_are_refused(tokenizer: ChatTokenizer, name: str) -> None:
+    function = {"name": "odd", "parameters": ODD[name], "strict": True}
+    tools = [tool("first", closed()), {"type": "function", "function": function}]
+    with pytest.raises(SchemaError, match=r"^tools\[1\].function.parameters"):
+        lenient_rules(tokenizer, tools, TurnOptions(), runs_tools=False)
+    if name != "root anyOf":
+        with pytest.raises(SchemaError, match=r"^response_format.json_schema.schema"):
+            lenient_rules(tokenizer, [], TurnOptions(schema=ODD[name], strict=True), runs_tools=False)
+
+
+def test_wrong_schemas_are_refused_with_strict_and_without(tokenizer: ChatTokenizer) -> None:
+    for parameters in (closed(a={"type": "strin"}), closed(a={"minLength": -1}), {"type": "array"}, {"oneOf": []}):
+        with pytest.raises(SchemaError, match=r"^tools\[0\].function.parameters"):
+            lenient_rules(tokenizer, [tool("f", parameters)], TurnOptions(), runs_tools=False)
 
 
 def test_an_own_tool_that_cannot_be_held_to_is_called_with_anything(tokenizer: ChatTokenizer) -> None:

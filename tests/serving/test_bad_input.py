@@ -22,8 +22,12 @@ def tool(name: str, **parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-def answer_as(schema: dict[str, Any]) -> dict[str, Any]:
-    return with_user(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}})
+def strict(name: str, **parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
+
+
+def answer_as(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return with_user(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, **more}})
 
 
 BAD_BODIES: list[tuple[Any, str | None, str]] = [
@@ -101,12 +105,12 @@ BAD_BODIES: list[tuple[Any, str | None, str]] = [
     (with_user(tools=[tool("f", type="array")]), "tools[0].function.parameters", "type 'array' is not supported here"),
     (with_user(tools=[tool("f", oneOf=[])]), "tools[0].function.parameters", "the keyword 'oneOf' is not supported"),
     (
-        with_user(tools=[tool("e"), tool("f", properties={"a": {"type": "array", "uniqueItems": True}})]),
+        with_user(tools=[tool("e"), strict("f", properties={"a": {"type": "array", "uniqueItems": True}})]),
         "tools[1].function.parameters.properties.a.uniqueItems",
         "the keyword 'uniqueItems' is not supported; leave it out",
     ),
     (
-        with_user(tools=[tool("f"), tool("g", properties={"a": {"type": "string", "pattern": "(?=a)b"}})]),
+        with_user(tools=[tool("f"), strict("g", properties={"a": {"type": "string", "pattern": "(?=a)b"}})]),
         "tools[1].function.parameters",
         "look-ahead and look-behind, is not supported (tool 'g')",
     ),
@@ -117,7 +121,11 @@ BAD_BODIES: list[tuple[Any, str | None, str]] = [
     ),
     (with_user(response_format={"type": "xml"}), "response_format", "expected an object of type 'text', 'json_object'"),
     (with_user(response_format="json"), "response_format", "expected an object of type"),
-    (answer_as({"not": {}}), "response_format.json_schema.schema.not", "the keyword 'not' is not supported"),
+    (
+        answer_as({"not": {}}, strict=True),
+        "response_format.json_schema.schema.not",
+        "the keyword 'not' is not supported",
+    ),
     (
         answer_as({"type": "strin"}),
         "response_format.json_schema.schema.type",

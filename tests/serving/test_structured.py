@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai
@@ -57,6 +57,28 @@ class GateDecision(BaseModel):
 
     fine: bool
     score: Annotated[int, Field(ge=0, le=10)]
+
+
+class Circle(BaseModel):
+    kind: Literal["circle"] = "circle"
+    radius: Annotated[int, Field(ge=0, le=9)]
+
+
+class Square(BaseModel):
+    kind: Literal["square"] = "square"
+    filled: bool
+
+
+class Group(BaseModel):
+    kind: Literal["group"] = "group"
+    inner: Annotated[list[Shape], Field(max_length=1)]
+
+
+Shape = Annotated[Circle | Square | Group, Field(discriminator="kind")]
+
+
+class Drawing(BaseModel):
+    shape: Shape
 
 
 def random_agent(folder: Path) -> Path:
@@ -154,6 +176,33 @@ def test_answers_parse_into_pydantic_models(wild: openai.OpenAI) -> None:
         max_tokens=200,
     )
     assert isinstance(parsed.choices[0].message.parsed, GateDecision)
+
+
+def test_discriminated_unions_of_pydantic_are_answers_and_arguments(wild: openai.OpenAI) -> None:
+    question: Any = [{"role": "user", "content": "Draw."}]
+    kinds = set()
+    for seed in range(6):
+        chosen = wild.chat.completions.parse(
+            model="agent", messages=question, response_format=Drawing, seed=seed, **HOT
+        ).choices[0]
+        assert isinstance(chosen.message.parsed, Drawing)
+        kinds.add(chosen.message.parsed.shape.kind)
+    assert len(kinds) > 1
+    plain: Any = {"type": "function", "function": {"name": "draw", "parameters": Drawing.model_json_schema()}}
+    for tool in (openai.pydantic_function_tool(Drawing, name="draw"), plain):
+        choice = asked(wild, tools=[tool], tool_choice="required", seed=1, **HOT).choices[0]
+        assert choice.message.tool_calls
+        for call in choice.message.tool_calls:
+            Drawing.model_validate_json(call.function.arguments)
+
+
+def test_one_odd_tool_of_many_fails_no_request_but_with_strict(wild: openai.OpenAI) -> None:
+    odd: Any = {"name": "odd", "parameters": {"properties": {"a": {"type": "array", "uniqueItems": True}}}}
+    choice = asked(wild, tools=[*TOOLS, {"type": "function", "function": odd}], tool_choice="required", seed=2, **HOT)
+    fit([call for call in choice.choices[0].message.tool_calls or () if call.function.name != "odd"])
+    with pytest.raises(openai.BadRequestError, match="'uniqueItems' is not supported") as refused:
+        asked(wild, tools=[*TOOLS, {"type": "function", "function": {**odd, "strict": True}}])
+    assert refused.value.code == "invalid_schema"
 
 
 def test_free_and_held_requests_share_a_batch_and_neither_changes_the_other(wild: openai.OpenAI) -> None:
