@@ -169,14 +169,18 @@ def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
     assert found[quiet] == ("accepted", None)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(("hours", "status"), [(1, "quarantined"), (23.9, "quarantined"), (24.1, "accepted")])
-def test_votes_of_the_last_day_count_against_a_voice(store: Store, tmp_path: Path, hours: float, status: str) -> None:
+def test_votes_of_the_last_day_count_against_a_voice(
+    store: Store, tmp_path: Path, hours: float, status: str, at_once: bool
+) -> None:
     config = CONFIG.model_copy(update={"max_per_voice": 2})
     for number in range(2):
         said(store, number)
     with store._write() as connection:
         connection.exec_driver_sql(f"UPDATE feedback SET created = created - {hours * 3600}")
-    ingest(store, tmp_path / "feedback", config, passes)
+    if not at_once:
+        ingest(store, tmp_path / "feedback", config, passes)
     third = said(store, 3)
     ingest(store, tmp_path / "feedback", config, passes)
     assert states(store)[third][0] == status
