@@ -98,13 +98,16 @@ def test_held_out_symbols_are_in_no_training_document(collected: Path) -> None:
 def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     add(tmp_path, "notes", "documents", 50)
     add(tmp_path, "chats", "conversations", 50)
-    collect(stage_run(tmp_path, pretrain__decoder__dataset=[DOCUMENTS, "notes"], tune__dataset="chats"))
+    with DatasetWriter(tmp_path / "data/added/many", "many", "documents") as writer:
+        for number in range(1000):
+            writer.write("train", {"id": f"many-{number}", "text": f"note {number}", "source": "here"})
+    run = stage_run(tmp_path, pretrain__decoder__dataset=[DOCUMENTS, "notes", "many"], tune__dataset="chats")
+    collect(run)
     folder = tmp_path / "data/collected"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "chats",
-        "notes",
-        *sorted(set(datasets) - {CONVERSATIONS}),
-    ]
+    reference = sorted(set(datasets) - {CONVERSATIONS})
+    assert sorted(path.name for path in folder.iterdir()) == ["chats", "many", "notes", *reference]
+    # Four standard deviations of a fair choice.
+    assert abs(read_info(folder / "many").rows["test"] - 1000 * run.params.collect.held_out_share) < 41
     for name in ("chats", "notes"):
         info = read_info(folder / name)
         assert sum(info.rows.values()) + sum(info.dropped.values()) == 50
