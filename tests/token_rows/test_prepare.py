@@ -100,7 +100,8 @@ def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
         ROOT / "params.yaml", {"scale": "smoke", "pretrain.decoder.dataset": "chats", "tune.dataset": "chats"}
     )
     with pytest.raises(
-        InputError, match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain learns from documents"
+        InputError,
+        match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain.decoder learns from documents",
     ):
         prepare(StageRun("prepare@decoder", params, run.paths, run.state, run.tracker))
 
