@@ -30,7 +30,7 @@ TINY = {
     "model.decoder.max_seq_len": 64,
 } | {
     f"{stage}.{key}": value
-    for stage in ("pretrain", "tune")
+    for stage in ("pretrain.decoder", "tune")
     for key, value in {
         "max_steps": 24,
         "global_batch_size": 4,
@@ -137,9 +137,10 @@ def new_run(project: Paths) -> NewRun:
     """A run of a stage at tiny size; `changes` are keys of its own section."""
 
     def new(stage: str = "pretrain", seed: int = 0, **changes: Any) -> StageRun:
-        overrides = TINY | {f"{stage}.{key}": value for key, value in changes.items()} | {"seed": seed}
-        params = load_params(project.params, overrides)
         name = "pretrain@decoder" if stage == "pretrain" else stage
+        section = name.replace("@", ".")
+        overrides = TINY | {f"{section}.{key}": value for key, value in changes.items()} | {"seed": seed}
+        params = load_params(project.params, overrides)
         return StageRun(name, params, project, project.root / "state" / name, Recorder())
 
     return new

@@ -164,9 +164,11 @@ class Processes:
         shutil.copytree(source, paths.root / "components", ignore=shutil.ignore_patterns("__pycache__"))
         params: dict[str, Any] = {"scale": settings["scale"]}
         for dotted, value in settings.items():
-            section, _, key = dotted.partition(".")
-            if key:
-                params.setdefault(section, {})[key] = value
+            *sections, key = dotted.split(".")
+            place = params
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
         paths.params.write_text(yaml.safe_dump(params))
         # This process says that it carries the journals, so that no stage starts MLflow.
         own = {"LOOPWRIGHT_COURIER": str(os.getpid()), "OMP_NUM_THREADS": "1"}
