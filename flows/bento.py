@@ -11,7 +11,7 @@ import time
 from contextlib import chdir
 from pathlib import Path
 
-from components.config.params import load_params
+from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.runtime.process import ask_to_die_with_parent
 from components.runtime.service_registry import answers
@@ -32,12 +32,21 @@ _IN_A_BENTO = (
 
 
 def package(paths: Paths, wanted: str) -> str:
-    """Build the Bento of a registered version, weights included, and return its tag; an older build is replaced."""
+    """Build the Bento of a registered version, weights included, and return its tag; an older build is replaced.
+
+    Raises: InputError when another model's tag would be the same, for BentoML writes tags in small letters.
+    """
+    registry = Registry(paths.home)
+    version = registry.resolve(wanted)
+    name = version.name.lower()
+    if twins := [other for other in registry.names() if other.lower() == name and other != version.name]:
+        raise InputError(
+            f"{version}: BentoML tells no capitals apart, and there is {twins[0]} too; import it under another name"
+        )
     os.environ.update(_bento_environment(paths.home))
     import bentoml
 
-    version = Registry(paths.home).resolve(wanted)
-    tag = f"{version.name}:v{version.version}"
+    tag = f"{name}:v{version.version}"
     for store in (bentoml.bentos, bentoml.models):
         if any(str(kept.tag) == tag for kept in store.list()):
             store.delete(tag)
@@ -48,7 +57,7 @@ def package(paths: Paths, wanted: str) -> str:
     with chdir(paths.root):
         bento = bentoml.build(
             "serving.service:endpoint",
-            name=version.name,
+            name=name,
             version=f"v{version.version}",
             labels={"model": str(version), "run_id": version.run_id},
             include=[*_IN_A_BENTO, f"/{load_params(paths.params).project_path}"],

@@ -10,12 +10,14 @@ import importlib
 import sys
 from io import TextIOWrapper
 from keyword import iskeyword
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from components.config.params import InputError, Refused
+from components.config.paths import Paths, disk_trouble, find_root
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
 
@@ -73,14 +75,25 @@ def loopwright() -> None:
 
 
 def main() -> None:
-    """Run the command line; wrong input ends with 1 and one line on stderr, a gate's refusal with 3."""
+    """Run the command line; wrong input or a full disk ends with 1 and one line on stderr, a gate's no with 3."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show ends no command
     try:
         app()
-    except (InputError, Refused) as error:
+    except Exception as error:
+        told = str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, _home())
+        if not told:
+            raise
         code = 3 if isinstance(error, Refused) else 1
         if "--json" in sys.argv:
-            print_json({"error": str(error), "exit_code": code})
-        say(str(error))
+            print_json({"error": told, "exit_code": code})
+        say(told)
         sys.exit(code)
+
+
+def _home() -> Path:
+    """Where a command writes that names no file."""
+    try:
+        return Paths(find_root()).home
+    except InputError:
+        return Path.cwd()

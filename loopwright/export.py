@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from components.config.params import InputError
-from components.config.paths import Paths, find_root
+from components.config.paths import Paths, find_root, writing
 from loopwright.output import Json, print_json
 
 
@@ -38,11 +38,9 @@ def copy_whole(source: Path, folder: Path) -> None:
 
     Raises: InputError when the place cannot be written.
     """
-    try:
+    with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             copied = Path(scratch) / "copy"
             shutil.copytree(source, copied)
             copied.replace(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror or error}; choose another place") from error

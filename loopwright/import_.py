@@ -20,8 +20,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"--name: {name!r}: letters, digits, '.', '_' and '-' make a name")
+    # What MLflow and BentoML both take.
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
+        allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
+        raise InputError(f"--name: {name!r}: is no name for a model; allowed are {allowed}")
     from components.tracking.model_import import import_model, inspect_model
     from components.tracking.registry import Registry
 

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from components.config.params import InputError, Refused, load_params, moved_project, read_value
-from components.config.paths import Paths, find_root
+from components.config.paths import Paths, find_root, writing
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -109,8 +109,16 @@ def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], N
             lock_owner[key] = _written(value)
             changed = True
     if changed:
-        with path.open("w", encoding="utf-8") as file:
-            text.dump(values, file)
+        whole = path.resolve()  # a link stays one
+        scratch = whole.with_name(f".{path.name}.new")
+        try:
+            with writing(path):
+                with scratch.open("w", encoding="utf-8") as file:
+                    text.dump(values, file)
+                shutil.copymode(whole, scratch)
+                scratch.replace(whole)
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def _written(value: Any) -> Any:

@@ -102,7 +102,7 @@ def test_missing_files_of_a_version_are_one_line(copy: Registry) -> None:
 
 def test_a_run_that_was_going_on_when_the_folder_was_copied_is_ended_in_the_copy(home: Path, tmp_path: Path) -> None:
     run_id = create_run(connect(home), "pipeline", {"home": str(home)}, None, 0)
-    copied = shutil.copytree(home, tmp_path / "copy")
+    copied = shutil.copytree(home, tmp_path / "a 'quoted\" copy")
     end_killed_runs(connect(copied), "pipeline", copied)
     states = [connect(folder).get_run(run_id).info.status for folder in (home, copied)]
     assert states == ["RUNNING", "KILLED"]

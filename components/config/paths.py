@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,11 @@ class Paths:
     @property
     def home(self) -> Path:
         """The state folder: databases, logs, checkpoints; never an out of DVC."""
-        return (self.root / os.environ.get("LOOPWRIGHT_HOME", "var")).resolve()
+        home = (self.root / os.environ.get("LOOPWRIGHT_HOME", "var")).resolve()
+        if wrong := [sign for sign in "?\n\r" if sign in str(home)]:
+            # An address of an SQLite database ends there, for MLflow, Prefect and SQLAlchemy.
+            raise InputError(f"LOOPWRIGHT_HOME: {str(home)!r} contains {wrong[0]!r}; choose a path without it")
+        return home
 
     @property
     def params(self) -> Path:
@@ -138,3 +146,59 @@ def find_root(start: Path | None = None) -> Path:
         if (folder / "dvc.yaml").is_file() and (folder / "params.yaml").is_file():
             return folder
     raise InputError(f"{start}: no Loopwright project here or above (no dvc.yaml with params.yaml); run inside a clone")
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "give this user access",
+    errno.EPERM: "give this user access",
+}
+_SQLITE = {
+    "database or disk is full": errno.ENOSPC,
+    "attempt to write a readonly database": errno.EROFS,
+    "unable to open database file": errno.EACCES,
+}
+
+
+def disk_trouble(error: BaseException | None, place: Path | None = None) -> str:
+    """One line on what the disk refused and what helps, where that made an exception; else empty.
+
+    `place` is named where the exception names no file.
+    """
+    if error is None:
+        return ""
+    name, number = str(place or "disk"), error.errno if isinstance(error, OSError) else None
+    if isinstance(error, shutil.Error):  # source, target and why, of every file
+        _, name, reason = error.args[0][0]
+        number = next((known for known in _REMEDIES if os.strerror(known) in str(reason)), None)
+    elif number is None:
+        number = next((code for words, code in _SQLITE.items() if words in str(error)), None)
+    elif isinstance(error, OSError):
+        file = error.filename2 or error.filename
+        name = os.fsdecode(file) if file else name
+        if not file and number in (errno.EACCES, errno.EPERM):  # of a socket, a process
+            number = None
+    if number in (errno.EACCES, errno.EPERM):  # to read, or to write
+        return f"{name}: {os.strerror(number)}; {_REMEDIES[number]}"
+    if number in _REMEDIES:
+        return f"{name}: cannot be written: {os.strerror(number)}; {_REMEDIES[number]}"
+    return disk_trouble(error.__cause__ or error.__context__, place)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raises: InputError when the disk refuses what a block writes below a folder, or no folder can be there."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if told := disk_trouble(error, place):
+            raise InputError(told) from error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            told = f"{place}: cannot be written: {error.strerror}; choose another place"
+            raise InputError(told) from error
+        raise

@@ -31,6 +31,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from components.config.params import InputError
+from components.config.paths import disk_trouble
 
 BUSY_SECONDS = 30.0
 """How long a write waits for another process's write, where nobody says otherwise."""
@@ -158,6 +159,8 @@ class Database:
         except (IntegrityError, DataError, ProgrammingError, sqlite3.IntegrityError, sqlite3.ProgrammingError):
             raise  # of what was asked, not of the database
         except (DatabaseError, InterfaceError, PoolTimeout, sqlite3.Error) as error:
+            if helps := disk_trouble(error).rpartition("; ")[2]:
+                remedy = f"{helps}, then {remedy}" if what == "cannot be written" else helps
             raise StoreUnavailable(f"{self.address}: {what}: {_line(error)}; {remedy}") from error
 
     def _prepare(self) -> None:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ import yaml
 
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
-from components.config.paths import Paths, find_root
+from components.config.paths import Paths, disk_trouble, find_root
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
@@ -281,10 +281,12 @@ def run_stage(name: str, root: Path) -> int:
         with file_lock(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
             _run_locked(name, paths)
         code = 0
-    except (InputError, Refused) as error:
-        message, code = str(error), 3 if isinstance(error, Refused) else 1
-        print(message, file=sys.stderr, flush=True)
     except BaseException as error:
+        if message := str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, root):
+            print(message, file=sys.stderr, flush=True)
+            code = 3 if isinstance(error, Refused) else 1
+            _report(paths, name, started, code, message)
+            return code
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         _report(paths, name, started, code, f"{type(error).__name__}: {error}")
         raise
@@ -331,7 +333,8 @@ def remove(path: Path) -> None:
 def _report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
     """Leave how the stage ended where the orchestrator, and `status`, find it."""
     report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
-    (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+    with suppress(OSError):  # a full disk; the message went to stderr
+        (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def main() -> None:

@@ -72,6 +72,9 @@ _DATABASE_SECONDS = 120.0
 
 def connect(home: Path) -> MlflowClient:
     """A client for the state folder's database, made on first use, or for MLFLOW_TRACKING_URI."""
+    if "%" in sys.prefix:
+        # Of the path of the package itself: its migrations stop there.
+        raise InputError(f"{sys.prefix}: MLflow cannot have '%' in the path of its environment; move the project")
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
@@ -145,9 +148,10 @@ def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent:
 def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
     """Mark runs of that name in this state folder that still seem to run; their caller knows that none does."""
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    seeming = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}' and tags.home = '{home}'"
+    seeming = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     for run in client.search_runs([experiment], seeming):
-        client.set_terminated(run.info.run_id, "KILLED")
+        if run.data.tags.get("home") == str(home):  # not in the filter, whose quotes a path may break
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextmanager

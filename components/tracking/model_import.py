@@ -17,7 +17,7 @@ from typing import Any
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import Paths
+from components.config.paths import Paths, writing
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
@@ -92,14 +92,15 @@ def import_model(
     Raises: InputError when the disk is full.
     """
     tags = {"imported_from": str(folder.resolve()), "architecture": found.architecture, "family": found.family}
-    registry.home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
-        clean = Path(scratch) / name
-        copy_model(folder, clean)
-        if left_out := adopt_tools(clean, folder, paths):
-            tags["tools_left_out"] = ", ".join(left_out)
-        metrics = {"parameters": float(found.parameters)}
-        version = registry.register(clean, name, metrics, tags, None)
+    with writing(registry.home):
+        registry.home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
+            clean = Path(scratch) / name
+            copy_model(folder, clean)
+            if left_out := adopt_tools(clean, folder, paths):
+                tags["tools_left_out"] = ", ".join(left_out)
+            metrics = {"parameters": float(found.parameters)}
+            version = registry.register(clean, name, metrics, tags, None)
     if name not in GOVERNED:
         registry.promote(version)
     return registry.resolve(str(version))
@@ -110,12 +111,10 @@ def copy_model(folder: Path, place: Path) -> None:
 
     Raises: InputError when the disk is full or the place cannot be written.
     """
-    try:
+    with writing(place):
         place.mkdir(parents=True)
         for file in _files(folder):
             shutil.copyfile(file, place / file.name)
-    except OSError as error:
-        raise InputError(f"{place}: cannot be written: {error.strerror or error}; free space") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,6 +9,7 @@ leaves nothing that this module reads wrongly.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -182,10 +183,17 @@ class Registry:
         """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts."""
         tags = {**tool_tags(folder), **tags}
         run_id = create_run(self.client, f"register {name}", {}, parent, _now())
-        self.log_metrics(run_id, metrics)
-        with tempfile.TemporaryDirectory(dir=self.home) as scratch:
-            save_pyfunc(folder, Path(scratch) / name)
-            self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
+        try:
+            self.log_metrics(run_id, metrics)
+            with tempfile.TemporaryDirectory(dir=self.home) as scratch:
+                save_pyfunc(folder, Path(scratch) / name)
+                self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
+        except BaseException:
+            # Nobody would ever look for half of a model, which takes the room that was missing.
+            shutil.rmtree(self.home / "mlflow" / "artifacts" / run_id, ignore_errors=True)
+            with suppress(*errors()):
+                self.client.set_terminated(run_id, "FAILED")
+            raise
         self.client.set_terminated(run_id)
         if name not in self.names():
             self.client.create_registered_model(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,18 @@ def test_only_text_is_taken_as_written(params: Path) -> None:
     read = load_params(params)
     assert (read.serve.int8, read.seed, read.serve.backend_url) == (False, 31, None)
     assert (read.tune.compile, read.pretrain.decoder.max_steps) == ("on", 1000)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(
+    params: Path, small_files: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with (
+        small_files(20),
+        pytest.raises(InputError, match=r"params.yaml.*: cannot be written: File too large"),
+    ):
+        _write_params(params, _overrides("smoke", []), lambda line: None)
+    assert [path.name for path in params.parent.iterdir()] == ["params.yaml"]
+    assert params.read_text() == PARAMS
 
 
 def test_nothing_is_written_when_nothing_changes(params: Path) -> None:

@@ -296,3 +296,9 @@ def test_an_empty_registry_is_told_without_mlflow(tmp_path: Path, registry: Regi
     assert is_empty(tmp_path / "nowhere")
     with pytest.raises(InputError, match='it is empty; run "loopwright run"'):
         registry.versions("agent")
+
+
+def test_an_environment_that_mlflow_cannot_run_in_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "prefix", "/home/100%/.venv")
+    with pytest.raises(InputError, match=r"/home/100%/.venv: MLflow cannot have '%' in the path"):
+        connect(home)

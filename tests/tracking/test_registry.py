@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.config.params import InputError
+from components.config.paths import Paths
+from components.tracking.mlflow_client import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
+from flows.bento import package
+from loopwright.import_ import import_
 
 Register = Callable[..., ModelVersion]
 CALLS = 8
@@ -158,3 +165,40 @@ def test_the_stamp_is_another_one_after_each_write(
     assert registry.stamp() != before
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert registry.stamp() is None, "the file here says nothing of a server's"
+
+
+def test_a_disk_that_fills_up_leaves_nothing_of_a_version(
+    registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered(0.5)
+
+    def fill(run_id: str, folder: str, name: str) -> None:
+        shutil.copytree(folder, registry.home / "mlflow/artifacts" / run_id / "artifacts" / name)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(registry.client, "log_artifacts", fill)
+    with pytest.raises(OSError, match="No space left"):
+        registered(0.6)
+    assert [str(version) for version in registry.versions("agent")] == ["agent/1"]
+    kept = {path.name for path in (registry.home / "mlflow/artifacts").iterdir()}
+    assert kept == {registry.resolve("agent/1").run_id}
+    assert not [path for path in registry.home.iterdir() if path.name.startswith("tmp")]
+    runs = registry.client.search_runs([registry.client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FAILED", "FINISHED"]
+
+
+def test_models_whose_bentos_would_have_one_tag_are_not_mixed_up(
+    registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(registry.home))
+    for name in ("agent", "Agent"):
+        registered(0.5, name=name)
+    for name, twin in (("agent", "Agent"), ("Agent", "agent")):
+        with pytest.raises(InputError, match=rf"{name}/1: BentoML tells no capitals apart, and there is {twin} too"):
+            package(Paths(registry.home.parent), f"{name}/1")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-a", "a-", "a.", "ä", "a/b", "a:b", "a" * 64])
+def test_a_name_that_another_tool_would_refuse_is_refused_at_import(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--name: .* 1 to 63 letters, digits, '.', '_' and '-'"):
+        import_(tmp_path, name)
