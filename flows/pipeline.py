@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, suppress
+from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from graphlib import TopologicalSorter
@@ -22,8 +22,8 @@ from typing import Any
 from uuid import UUID
 
 from components.config.params import InputError, Refused, load_params
-from components.config.paths import Paths
-from components.runtime.process import file_lock
+from components.config.paths import Paths, disk_trouble, writing
+from components.runtime.process import file_lock, git, has_git
 from components.runtime.stage import PIPELINE, PROGRESS, read_stages, warn_on_failure
 from flows.orchestration.base_models import fetch_base_models
 from flows.orchestration.flow_run import FlowRun, run_flow
@@ -91,7 +91,7 @@ def configure(root: Path) -> None:
 
     Nothing absolute is written that a copy of the project would take along: DVC would go on in the original.
     """
-    from configobj import ConfigObj
+    from configobj import ConfigObj, ConfigObjError
 
     home = Paths(root).home
     os.environ["DVC_SITE_CACHE_DIR"] = str(home / "dvc")
@@ -99,9 +99,12 @@ def configure(root: Path) -> None:
     remote = home / "dvc-remote"
     url = os.path.relpath(remote, root / ".dvc") if home.is_relative_to(root) else str(remote)
     # Not by DVC, which writes ASCII alone (and reads the file as what it is).
-    local = ConfigObj(str(root / ".dvc" / "config.local"), encoding="utf-8")
+    try:
+        local = ConfigObj(str(root / ".dvc" / "config.local"), encoding="utf-8")
+    except (ConfigObjError, UnicodeDecodeError) as error:
+        raise InputError(f".dvc/config.local: {' '.join(str(error).split())}; put it right, or remove it") from None
     before = local.dict()
-    local.setdefault("core", {})["no_scm"] = str(not _has_git(root)).lower()
+    local.setdefault("core", {})["no_scm"] = str(not has_git(root)).lower()
     local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
     local.setdefault('remote "local"', {})["url"] = url
     if local.dict() != before:
@@ -125,7 +128,7 @@ def look(root: Path, force: bool = False, until: str | None = None, pipeline: st
             needs = _needs(repo, root, pipeline)
             changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
     except DvcException as error:
-        raise InputError(f"dvc.yaml: {' '.join(str(error).split())}") from error
+        raise _told("dvc.yaml", error) from error
     other_python = _other_python(root)
     states: dict[str, StageState] = {}
     for name in _until(needs, until):
@@ -151,22 +154,52 @@ def _remove_broken_lock(repo: Any) -> None:
             path.unlink()
 
 
+def check_versioning(root: Path, folder: Path) -> None:
+    """Raises: InputError when DVC could not version a folder, whatever it held."""
+    for part in (folder, *folder.parents):
+        if part != root and part.is_relative_to(root) and part.is_symlink():
+            name, target = part.relative_to(root), part.resolve()
+            raise InputError(
+                f"{name}: is a link to {target}, and DVC versions nothing behind a link; move it back here, and keep"
+                f' DVC\'s cache there instead: "dvc cache dir --local {target}/dvc-cache" and'
+                ' "dvc config --local cache.type reflink,symlink"'
+            )
+    with _repo(root, folder):
+        pass
+
+
 def version_data(root: Path, folder: Path) -> str:
     """Put a folder under DVC's version control (`NAME.dvc` beside it) and return its hash.
 
     Raises: InputError when DVC cannot, as while another process holds its lock.
     """
+    with _repo(root, folder) as repo:
+        repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
+        added = repo.add([str(folder)])
+        return str(added[0].outs[0].hash_info.value)
+
+
+@contextmanager
+def _repo(root: Path, folder: Path) -> Iterator[Any]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    configure(root)
     try:
-        with Repo(str(root)) as repo:
-            repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
-            added = repo.add([str(folder)])
-            return str(added[0].outs[0].hash_info.value)
+        with writing(root / ".dvc"):
+            configure(root)
+            with Repo(str(root)) as repo:
+                yield repo
     except DvcException as error:
-        raise InputError(f"{folder.relative_to(root)}: DVC: {' '.join(str(error).split())}") from error
+        raise _told(str(folder.relative_to(root)), error) from error
+
+
+def _told(where: str, error: Exception) -> InputError:
+    """What DVC says is wrong, in one line; with more where it does not say what helps."""
+    from dvc.lock import LockError
+
+    if isinstance(error, LockError):
+        return InputError(f"{where}: another process works with DVC here; try again when it has ended")
+    return InputError(disk_trouble(error) or f"{where}: DVC: {' '.join(str(error).split())}")
 
 
 def run_pipeline(order: RunOptions) -> Report:
@@ -175,8 +208,10 @@ def run_pipeline(order: RunOptions) -> Report:
     Raises: InputError, StageFailed, ReleaseRefused.
     """
     report, started = Report(), time.monotonic()
-    if not _has_git(order.root):
-        order.echo('no git here: models will not know their commit; run "git init" and commit to change that')
+    try:
+        git(order.root, "rev-parse", "HEAD")
+    except InputError as error:
+        order.echo(str(error))
     try:
         with file_lock(order.paths.home / "stages", "run"):
             fetch_base_models(order.paths, order.echo)
@@ -209,10 +244,6 @@ def _all_released(order: RunOptions, report: Report) -> bool:
     if not found.pending:
         report.releases, report.refusals = found.champions, found.refusals
     return not found.pending
-
-
-def _has_git(root: Path) -> bool:
-    return any((folder / ".git").exists() for folder in (root, *root.parents))
 
 
 def _needs(repo: Any, root: Path, pipeline: str) -> dict[str, list[str]]:

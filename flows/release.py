@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from components.config.params import Refused, load_params
+from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
+from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
 from components.tracking.mlflow_client import attach, attached
@@ -183,7 +183,7 @@ def register(
         "python": sys.version.split()[0],
         "params": load_params(paths.params).model_dump_json(by_alias=True),
         "validation": _compact(paths.metrics / "validate.json"),
-        **_git(paths.root),
+        **_commit(paths.root),
         **{f"dvc.{path}": one for path, one in hashes.items()},
         **about,
     }
@@ -293,19 +293,15 @@ def locked(paths: Paths) -> dict[str, str]:
     return {entry["path"]: entry["md5"] for entry in entries if "md5" in entry}
 
 
-def _git(root: Path) -> dict[str, str]:
+def _commit(root: Path) -> dict[str, str]:
     """The commit that ran, and whether files differed from it."""
     try:
-        commit = _ask_git(root, "rev-parse", "HEAD")
+        commit = git(root, "rev-parse", "HEAD")
         # Runs themselves write dvc.lock, and ingestion the version of the feedback.
-        changed = _ask_git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
+        changed = git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
-    except (OSError, subprocess.CalledProcessError):
+    except InputError:  # the run said so when it began
         return {"git_commit": "none"}
-
-
-def _ask_git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _compact(path: Path) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components.config.params import InputError, load_params
-from components.config.paths import Paths, find_root
+from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
+from components.runtime.process import has_git
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def add(
     from components.datasets.conversations import named_roles
     from components.datasets.importers import Columns
     from components.datasets.importers import add as add_files
+    from flows.pipeline import check_versioning
 
     paths = Paths(find_root())
     allowed = load_params(paths.params).validate_.max_failed_share
@@ -97,9 +100,12 @@ def add(
         findings = validate_dataset(folder, paths.expectations, allowed)
         return _noted(paths, folder, findings) if findings.success else findings
 
+    check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []))
-    info = add_files(kind, files, name, paths.added, columns, replace, check, built_in(paths))
-    pointer = _version(paths, name)
+    with writing(paths.added):
+        names, version = built_in(paths), partial(_version, paths, name)
+        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version)
+    pointer = f"data/added/{name}.dvc"
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
         return
@@ -232,19 +238,15 @@ def _validation(paths: Paths, folder: Path) -> str:
     return "changed since it was validated" if noted else "not validated yet"
 
 
-def _version(paths: Paths, name: str) -> str:
-    """Put the dataset under DVC's version control; where that fails, say how to try again."""
+def _version(paths: Paths, name: str) -> None:
+    """Put the dataset under DVC's version control, and say what git is to keep of it."""
     from flows.pipeline import version_data
 
     pointer = f"data/added/{name}.dvc"
-    try:
-        version_data(paths.root, paths.added / name)
-    except InputError as error:
-        raise InputError(f"{error}; the dataset is added, not versioned: run the same with --replace") from None
-    git = any((folder / ".git").exists() for folder in (paths.root, *paths.root.parents))
-    keep = f"git add {pointer} data/added/.gitignore" if git else f"no git here, so keep {pointer} yourself"
+    version_data(paths.root, paths.added / name)
+    clone = has_git(paths.root)
+    keep = f"git add {pointer} data/added/.gitignore" if clone else f"no git here, so keep {pointer} yourself"
     say(f"version noted in {pointer}; {keep}")
-    return pointer
 
 
 def _counted(counts: Mapping[str, int]) -> str:

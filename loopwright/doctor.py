@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -16,6 +15,7 @@ import typer
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root
+from components.runtime.process import git
 from loopwright.output import Json, print_json, print_table
 
 _GIB = 1 << 30
@@ -47,12 +47,11 @@ def _python(_: Paths) -> tuple[str, str]:
 
 
 def _git(paths: Paths) -> tuple[str, str]:
-    if not shutil.which("git"):
-        return "not found", "install git"
-    inside = subprocess.run(["git", "-C", str(paths.root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    if inside.returncode:
-        return "this folder is no git clone", 'run "git init" and commit, or lineage will lack the commit'
-    return f"commit {inside.stdout.strip()[:12]}", ""
+    try:
+        return f"commit {git(paths.root, 'rev-parse', 'HEAD')[:12]}", ""
+    except InputError as error:
+        found, _, remedy = str(error).removeprefix("git: ").rpartition("; ")
+        return found, remedy
 
 
 def _uv(_: Paths) -> tuple[str, str]:
@@ -106,7 +105,8 @@ def _dvc(paths: Paths) -> tuple[str, str]:
     try:
         stale = [state.name for state in look(paths.root) if state.reasons]
     except InputError as error:
-        return str(error), "mend dvc.yaml"
+        found, _, remedy = str(error).partition("; ")
+        return found, remedy or "put right what DVC names"
     return f"pipeline readable, {len(stale)} stages to run", ""
 
 

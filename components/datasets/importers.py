@@ -64,10 +64,12 @@ def add(
     replace: bool = False,
     check: Callable[[Path], ValidationReport] | None = None,
     built_in: Collection[str] = (),
+    version: Callable[[], object] = lambda: None,
 ) -> DatasetInfo:
     """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
 
-    `check` is given the finished dataset before it takes its place. `built_in` are the names of the project's own.
+    `check` is given the finished dataset before it takes its place; where `version` fails then, it is taken back.
+    `built_in` are the names of the project's own.
 
     Raises: InputError for the first thing that does not fit, with its file and row; Refused when `check`
     finds fault. Nothing is kept then.
@@ -86,6 +88,13 @@ def add(
         if (folder / name).exists():
             os.rename(folder / name, temporary / "replaced")
         os.rename(temporary / name, folder / name)
+        try:
+            version()
+        except BaseException:
+            os.rename(folder / name, temporary / name)
+            if (temporary / "replaced").exists():
+                os.rename(temporary / "replaced", folder / name)
+            raise
     finally:
         shutil.rmtree(temporary)
     return info

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -60,6 +61,34 @@ def heed_interrupts() -> None:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def git(root: Path, *words: str) -> str:
+    """What git answers.
+
+    Raises: InputError with git's own reason, and its remedy where it names one.
+    """
+    command, plain = ["git", "-C", str(root), *words], {**os.environ, "LC_ALL": "C"}
+    try:
+        ended = subprocess.run(command, env=plain, capture_output=True, text=True, errors="replace")
+    except FileNotFoundError:
+        raise InputError("git: not found; install git") from None
+    if ended.returncode == 0:
+        return ended.stdout.strip()
+    said = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or [f"exit {ended.returncode}"]
+    reason = said[0].removeprefix("fatal: ")
+    if "safe.directory" in said[-1]:
+        raise InputError(f"git: {reason}; if you trust what lies there, run {said[-1]!r}")
+    if not has_git(root):
+        raise InputError('git: this folder is no git clone; run "git init" and commit, or lineage will lack the commit')
+    if "unknown revision" in reason:
+        raise InputError("git: nothing is committed yet; commit, or lineage will lack the commit")
+    raise InputError(f"git: {reason}; lineage will lack the commit until that is put right")
+
+
+def has_git(root: Path) -> bool:
+    """Whether the folder lies in a git clone, though git may refuse to work there."""
+    return any((folder / ".git").exists() for folder in (root, *root.parents))
 
 
 @contextmanager

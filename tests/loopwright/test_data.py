@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from components.datasets.formats import DatasetWriter
+from components.runtime.stage import digest
 from examples.stdlib_agent import datasets
 from loopwright.cli import main
 
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarni
 SOURCE = Path(__file__).parents[2]
 Outcome = tuple[int, str, str]
 Loopwright = Callable[..., Outcome]
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -228,6 +232,53 @@ def test_replace_makes_a_new_version(loopwright: Loopwright, project: Path, docu
     assert loopwright("add", "documents", other, "--name", "notes", "--replace")[0] == 0
     assert (project / "data/added/notes.dvc").read_text() != first
     assert "Three." in loopwright("show", "notes")[1]
+
+
+@pytest.mark.parametrize("link", ["data", "data/added"])
+def test_behind_a_link_nothing_is_read_and_what_helps_is_said(
+    loopwright: Loopwright, project: Path, tmp_path: Path, link: str
+) -> None:
+    disk = shutil.move(project / link, tmp_path / "disk")
+    (project / link).symlink_to(disk)
+    code, _, err = loopwright("add", "documents", tmp_path / "missing.jsonl", "--name", "notes")
+    assert code == 1
+    assert err.startswith(f"{link}: is a link to {disk}, and DVC versions nothing behind a link; move it back here")
+    assert (f'"dvc cache dir --local {disk}/dvc-cache"' in err, err.count("\n")) == (True, 1)
+
+
+def test_what_cannot_be_versioned_is_not_added(
+    loopwright: Loopwright, project: Path, documents: Path, tmp_path: Path
+) -> None:
+    loopwright("add", "documents", documents, "--name", "notes")
+    before = digest(project / "data/added")
+    (project / ".gitignore").write_text("*.dvc\n")
+    other = written(tmp_path / "other.jsonl", {"text": "Three."})
+    for name in ("notes", "others"):
+        code, _, err = loopwright("add", "documents", other, "--name", name, "--replace")
+        assert code == 1
+        assert f"data/added/{name}: DVC: bad DVC file name" in err
+        assert "is git-ignored" in err
+    assert digest(project / "data/added") == before, "neither in part nor in the place of what was there"
+    (project / ".dvc/config.local").write_text("[core\n")
+    code, _, err = loopwright("add", "documents", other, "--name", "others")
+    assert code == 1
+    assert err.startswith(".dvc/config.local: ")
+
+
+def test_on_a_full_disk_nothing_is_added(
+    loopwright: Loopwright, project: Path, tmp_path: Path, small_files: SmallFiles
+) -> None:
+    """By a limit on the size of files: the disk's own answer, without a disk of one's own."""
+    texts = ({"text": secrets.token_hex(1000)} for _ in range(800))
+    big = written(tmp_path / "big.jsonl", *texts)
+    before = digest(project / "data")
+    with small_files(500_000):
+        code, _, err = loopwright("add", "documents", big, "--name", "big")
+    assert (code, err) == (
+        1,
+        f"{project}/data/added: cannot be written: File too large; raise the limit on the size of files (ulimit -f)\n",
+    )
+    assert digest(project / "data") == before
 
 
 def test_without_git_the_dataset_is_versioned_and_its_person_told(
