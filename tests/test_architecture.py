@@ -251,7 +251,7 @@ def test_lint_sees_every_source() -> None:
     assert {str(path) for package in packages for path in (ROOT / package).rglob("*.py")} == seen
 
 
-PROJECTS = [load_project(name) for name in ("examples.stdlib_agent",)]
+PROJECTS = [load_project(name) for name in ("examples.stdlib_agent", "examples.helpdesk")]
 PLATFORM = [
     path
     for package in ("components", "flows", "loopwright", "serving")

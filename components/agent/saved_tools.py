@@ -55,6 +55,12 @@ def save_agent(project: Project, collecting: Collecting, paths: Paths) -> None:
     if tools:
         agent["source"] = save_source(project, folder / TOOL_SOURCE, paths.root)
     (folder / AGENT).write_text(json.dumps(agent, indent=2) + "\n", encoding="utf-8")
+    try:
+        load_tools(folder)
+    except Exception as error:
+        raise InputError(
+            f"{project.name}: its tools cannot be imported from where they are saved: {type(error).__name__}: {error}"
+        ) from error
 
 
 def as_tools(functions: Iterable[Tool | Callable[..., Any]]) -> list[Tool]:
@@ -85,11 +91,18 @@ def load_tools(folder: Path) -> list[Tool]:
 
 
 def read_agent(folder: Path) -> dict[str, Any]:
-    """The agent.json of a model folder; without tools where there is none."""
+    """The agent.json of a model folder; without tools where there is none.
+
+    Raises: InputError when it cannot be read.
+    """
     try:
         agent: dict[str, Any] = json.loads((folder / AGENT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {"tools": []}
+    except ValueError as error:
+        raise InputError(f"{folder / AGENT}: not valid JSON: {error}") from None
+    if not isinstance(agent, dict) or not isinstance(agent.get("tools"), list):
+        raise InputError(f"{folder / AGENT}: expected an object with a list `tools`")
     return agent
 
 

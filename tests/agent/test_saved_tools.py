@@ -222,3 +222,20 @@ def test_the_registry_says_whose_tools_a_version_has_and_refuses_changed_code(
     (version.folder / "agent.json").write_text(json.dumps(agent))
     with pytest.raises(InputError, match=r"SHA-256 [0-9a-f]{12} is not [0-9a-f]{12}, as it was saved"):
         _ = registry.resolve("agent/1").folder
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not valid JSON: Expecting"), ("[]", "expected an object with"), ("{}", "expected an obj")],
+)
+def test_an_agent_json_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "agent.json").write_text(text)
+    with pytest.raises(InputError, match=rf"agent\.json: {message}"):
+        load_tools(tmp_path)
+
+
+def test_tools_that_work_only_beside_their_project_are_refused_when_they_are_saved(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"fruit_file: its tools cannot be imported from where they are saved: NameErr"
+    ):
+        save(tmp_path, "fruit_file", words="from pathlib import Path\nWORD = Path(__file__).name\n")
