@@ -106,7 +106,7 @@ smoke_questions = {
 scales = {
     "all": {
         "pretrain": {
-            "dataset": "helpdesk-handbook",
+            "decoder": {"dataset": "helpdesk-handbook"},
             "encoder": {"dataset": "helpdesk-handbook"},
             "encoder_decoder": {"dataset": "helpdesk-handbook"},
         },

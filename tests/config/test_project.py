@@ -23,7 +23,7 @@ MODULE = dedent("""\
         return []
 """)
 DATASETS = {
-    **{f"pretrain{family}.dataset": "texts" for family in ("", ".encoder", ".encoder_decoder")},
+    **{f"pretrain{family}.dataset": "texts" for family in (".decoder", ".encoder", ".encoder_decoder")},
     "classifier.dataset": "labels",
     "summarizer.dataset": "pairs",
 }
@@ -53,7 +53,7 @@ def test_the_projects_defaults_lie_between_the_scale_and_params_yaml(tmp_path: P
     smoke = load_params(path, DATASETS | {"scale": "smoke"})
     assert (smoke.tune.datasets, smoke.tune.max_steps, smoke.collect.modules) == (["chats"], 7, ["a"])
     assert load_params(path, DATASETS | {"tune.max_steps": 9}).tune.max_steps == 9
-    with pytest.raises(InputError, match=r"^params.yaml: pretrain.dataset: Field required$"):
+    with pytest.raises(InputError, match=r"^params.yaml: pretrain.decoder.dataset: Field required$"):
         load_params(path)
 
 
