@@ -18,6 +18,7 @@ from components.config.params import InputError
 from components.models.checkpoint import load_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder
+from components.tokenization.text_tokenizer import read_tokenizer
 
 TOKENS_A_PASS = 16_384
 """Padding included; more texts than that take several forward passes."""
@@ -140,4 +141,4 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path}: not found; a model folder has its tokenizer")
-    return Tokenizer.from_file(str(path))
+    return read_tokenizer(folder)[0]

@@ -30,9 +30,8 @@ SHARD_BYTES = 5 * 10**9
 """Weights above this are written as several files."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-CHAT_TEMPLATE = "chat_template.jinja"
-"""Beside the tokenizer's files where its template is no field of tokenizer_config.json."""
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files that a folder may have beside its tokenizer.json."""
 
 
 class Stored(NamedTuple):
@@ -64,10 +63,11 @@ def save_model(
             temporary = Path(name) / folder.name
             temporary.mkdir()
             _write_weights(model, temporary, shard_bytes)
-            for filename in TOKENIZER_FILES if tokenizer_folder else ():
-                shutil.copyfile(Path(tokenizer_folder or "") / filename, temporary / filename)
-            if tokenizer_folder and (tokenizer_folder / CHAT_TEMPLATE).is_file():
-                shutil.copyfile(tokenizer_folder / CHAT_TEMPLATE, temporary / CHAT_TEMPLATE)
+            if tokenizer_folder is not None:
+                shutil.copyfile(tokenizer_folder / "tokenizer.json", temporary / "tokenizer.json")
+                for filename in TOKENIZER_FILES:
+                    if (tokenizer_folder / filename).is_file():
+                        shutil.copyfile(tokenizer_folder / filename, temporary / filename)
             _write_configs(model, temporary, generation or {})
             for filename, source in (files or {}).items():
                 if isinstance(source, Path) and source.is_dir():
@@ -247,17 +247,18 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
 
 def _special_ids(folder: Path) -> dict[str, int]:
     """`eos_token_id` and `pad_token_id` as the tokenizer files of this folder have them."""
-    if not all((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not (folder / "tokenizer.json").is_file():
         return {}
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    named = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
     ids = {token["content"]: int(token["id"]) for token in added}
     special = {}
-    for name in ("eos_token", "pad_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
-            special[f"{name}_id"] = ids[token]
+    for name, usual in (("eos_token", ("</s>",)), ("pad_token", ("[PAD]", "<pad>"))):
+        tokens = [token for config in named if (token := config.get(name))] or usual
+        texts = (token["content"] if isinstance(token, dict) else token for token in tokens)
+        if (text := next((text for text in texts if text in ids), None)) is not None:
+            special[f"{name}_id"] = ids[text]
     return special
 
 

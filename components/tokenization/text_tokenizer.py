@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -95,15 +96,93 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """The tokenizer of a tokenizer or model folder, and its special tokens by role, as AutoTokenizer reads them.
+
+    Published BERT and T5 folders say little in tokenizer_config.json, or have none: the rest is their class's.
+
+    Raises: InputError when a file is missing or unreadable.
+    """
+    # The library's threads and a forked stage do not mix; it only warns where this is not said.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+    needed = ["tokenizer.json", *(["tokenizer_config.json"] if not (folder / "config.json").is_file() else [])]
+    for name in needed:
+        if not (folder / name).is_file():
+            raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        given, named, model = (
+            json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+            for name in names
+        )
+        family = (given.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
+        if family in ("bert", "BertTokenizer"):
+            _normalize_as_bert(tokenizer, given)
+        # special_tokens_map.json counts before the configuration, unless that lists the tokens itself.
+        sources = [given] if "added_tokens_decoder" in given else [named, given]
+        return tokenizer, _special_tokens(tokenizer, [*sources, _DEFAULTS.get(family, {})], model)
+    except Exception as error:
+        raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+
+
+_DEFAULTS: Mapping[str, Mapping[str, str]] = {
+    **dict.fromkeys(
+        ("bert", "BertTokenizer"), {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+    ),
+    **dict.fromkeys(("t5", "T5Tokenizer"), {"pad_token": "<pad>", "eos_token": "</s>"}),
+}
+"""What the tokenizer classes of transformers call their special tokens where nothing else is said."""
+_ROLES = {CLS: "cls_token", SEP: "sep_token", MASK: "mask_token", "</s>": "eos_token"}
+
+
+def _special_tokens(
+    tokenizer: Tokenizer, sources: Sequence[Mapping[str, Any]], model: Mapping[str, Any]
+) -> dict[str, str]:
+    """Each role's token: the first that is in the vocabulary of those named, and of those that the files imply."""
+    described = json.loads(tokenizer.to_str())
+    padding, processor = described.get("padding") or {}, described.get("post_processor") or {}
+    ends = [piece["SpecialToken"]["id"] for piece in processor.get("single") or () if "SpecialToken" in piece]
+    cls, sep = [*ends, *(processor[end][0] for end in ("cls", "sep") if end in processor), None, None][:2]
+    implied = {
+        "pad_token": (padding.get("pad_token"), PAD, "<pad>"),
+        "cls_token": (cls, CLS),
+        "sep_token": (sep, SEP),
+        "mask_token": (MASK, "<mask>"),
+        "eos_token": (ends[-1] if ends else None, "</s>"),
+    }
+    found = {}
+    for role, others in implied.items():
+        named = [source.get(role) for source in sources]
+        texts = [token.get("content") if isinstance(token, Mapping) else token for token in named]
+        number = model.get(f"{role}_id")
+        texts.append(tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None)
+        known = (text for text in (*texts, *others) if text and tokenizer.token_to_id(text) is not None)
+        if (text := next(known, None)) is not None:
+            found[role] = text
+    return found
+
+
+def _normalize_as_bert(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Take case and accents as the configuration has them, whatever tokenizer.json says: BertTokenizer does."""
+    if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+            strip_accents=config.get("strip_accents"),
+            lowercase=config.get("do_lower_case", True),
+        )
+
+
 class TextTokenizer:
     """The tokenizer of an encoder's or encoder-decoder's folder."""
 
-    def __init__(self, tokenizer: Tokenizer, pad: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens` by role: `pad_token` and so on."""
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
         # Text never turns into a special token.
         self._tokenizer.encode_special_tokens = True
         self.vocab_size: int = tokenizer.get_vocab_size()
-        self.pad_id = self.id_of(pad)
+        self.pad_id = self.id_of(special_tokens["pad_token"])
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
@@ -111,27 +190,20 @@ class TextTokenizer:
 
         Raises: InputError when a file is missing or unreadable.
         """
-        # The library's threads and a forked stage do not mix; it only warns where this is not said.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (folder / name).is_file():
-                raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            pad = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["pad_token"]
-        except Exception as error:
-            raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+        tokenizer, special_tokens = read_tokenizer(folder)
+        if "pad_token" not in special_tokens:
+            raise InputError(f"{folder / 'tokenizer_config.json'}: pad_token is missing; name the token that pads")
         # What a foreign folder cuts and pads is decided by who asks.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, pad if isinstance(pad, str) else pad["content"])
+        return cls(tokenizer, special_tokens)
 
     def id_of(self, token: str) -> int:
-        """The id of a special token.
+        """The id of a special token; of CLS, SEP, MASK and `</s>`, of whatever has that role here.
 
         Raises: InputError when there is none.
         """
-        number = self._tokenizer.token_to_id(token)
+        number = self._tokenizer.token_to_id(self._special_tokens.get(_ROLES.get(token, ""), token))
         if number is None:
             raise InputError(f"tokenizer.json: special token {token!r} is missing; train it with this project")
         return int(number)

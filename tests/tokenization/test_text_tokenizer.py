@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from components.config.params import InputError
+from components.inference.classifier import load_tokenizer
 from components.tokenization import text_tokenizer
 from components.tokenization.text_tokenizer import SENTINELS, TextTokenizer
 
@@ -29,6 +34,88 @@ def test_transformers_gives_the_same_ids(folder: Path) -> None:
     assert ours.encode_batch(ASKED, special=True) == theirs(ASKED)["input_ids"]
     assert (ours.vocab_size, ours.pad_id) == (len(theirs), theirs.pad_token_id)
     assert ours.pad_id == 0
+
+
+def published(folder: Path, family: str) -> Path:
+    """A tokenizer.json as google-bert's and google-t5's folders have it, with their model_type."""
+    folder.mkdir()
+    if family == "bert":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special))
+        tokenizer.post_processor = TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        )
+        tokenizer.decoder = decoders.Metaspace()
+        special = ["<pad>", "</s>", "<unk>"]
+        tokenizer.train_from_iterator(
+            TEXTS, trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>")
+        )
+        tokenizer.post_processor = TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    return folder
+
+
+SHORT: list[dict[str, Any]] = [
+    {},  # no tokenizer_config.json at all
+    {"tokenizer_config.json": {}},
+    {"tokenizer_config.json": {"do_lower_case": False, "model_max_length": 512}},
+    {"tokenizer_config.json": {"do_lower_case": True, "strip_accents": False}},
+    {"tokenizer_config.json": {"tokenizer_class": "{class}", "model_max_length": 512}},
+    {"tokenizer_config.json": {"pad_token": "{unk}"}},
+    {"tokenizer_config.json": {"pad_token": {"content": "{unk}", "__type": "AddedToken", "special": True}}},
+    {"tokenizer_config.json": {}, "special_tokens_map.json": {"pad_token": "{unk}"}},
+    {"tokenizer_config.json": {"pad_token": "{pad}"}, "special_tokens_map.json": {"pad_token": "{unk}"}},
+    {
+        "tokenizer_config.json": {"pad_token": "{pad}", "added_tokens_decoder": {}},
+        "special_tokens_map.json": {"pad_token": "{unk}"},
+    },
+]
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+@pytest.mark.parametrize("files", SHORT, ids=str)
+def test_short_configurations_are_read_as_transformers_reads_them(
+    files: dict[str, Any], family: str, tmp_path: Path
+) -> None:
+    folder = published(tmp_path / "published", family)
+    names = {"bert": ("[UNK]", "[PAD]", "BertTokenizer"), "t5": ("<unk>", "<pad>", "T5Tokenizer")}[family]
+    for name, values in files.items():
+        text = json.dumps(values)
+        for mark, value in zip(("{unk}", "{pad}", "{class}"), names, strict=True):
+            text = text.replace(mark, value)
+        (folder / name).write_text(text)
+    ours, theirs = TextTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.pad_id == theirs.pad_token_id
+    assert ours.encode_batch(ASKED, special=True) == theirs(ASKED)["input_ids"]
+    assert [encoding.ids for encoding in load_tokenizer(folder).encode_batch(ASKED)] == theirs(ASKED)["input_ids"]
+    if family == "bert":
+        roles = {"[CLS]": theirs.cls_token_id, "[SEP]": theirs.sep_token_id, "[MASK]": theirs.mask_token_id}
+    else:
+        roles = {"</s>": theirs.eos_token_id}
+    assert {token: ours.id_of(token) for token in roles} == roles
+
+
+def test_special_tokens_that_only_the_processor_names_are_found(tmp_path: Path) -> None:
+    """Of a class that has no names of its own; AutoTokenizer knows none, and pads nothing."""
+    folder = published(tmp_path / "published", "bert")
+    text = (folder / "tokenizer.json").read_text()
+    for old, new in (("[PAD]", "<pad>"), ("[CLS]", "<s>"), ("[SEP]", "</s>"), ("[MASK]", "<mask>")):
+        text = text.replace(old, new)
+    (folder / "tokenizer.json").write_text(text)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    ours = TextTokenizer.load(folder)
+    assert [ours.pad_id, *map(ours.id_of, ("[CLS]", "[SEP]", "[MASK]"))] == [0, 2, 3, 4]
 
 
 def test_the_encoders_texts_stand_between_cls_and_sep(tmp_path: Path) -> None:

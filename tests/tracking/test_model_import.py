@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from components.config.params import InputError
+from components.models.checkpoint import load_model, save_model
+from components.tokenization.text_tokenizer import TextTokenizer
 from components.tracking.model_import import import_model, inspect_model, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
@@ -77,6 +80,26 @@ def test_a_folder_is_told_for_what_it_is(architecture: str, tmp_path: Path) -> N
     assert (found.family, found.architecture) == (FAMILIES[architecture], architecture)
     assert found.parameters > 10_000
     assert found.vocab_size in (128, 416)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"do_lower_case": False, "model_max_length": 512}])
+@pytest.mark.parametrize("make", [encoder, encoder_decoder])
+def test_published_folders_say_little_of_their_tokenizer(
+    make: Callable[[Path], Path], config: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "model")
+    (folder / "tokenizer_config.json").unlink()
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert inspect_model(folder).vocab_size == 128
+    copy = tmp_path / "copy"
+    save_model(load_model(folder), copy, folder)  # as what is trained from it is written
+    ids = json.loads((copy / "config.json").read_text())
+    assert TextTokenizer.load(copy).pad_id == ids["pad_token_id"] == 0
+    if make is encoder:
+        assert AutoTokenizer.from_pretrained(copy).pad_token_id == 0
+    else:
+        assert T5ForConditionalGeneration.from_pretrained(copy).generation_config.eos_token_id == 1
 
 
 def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Registry, tmp_path: Path) -> None:
