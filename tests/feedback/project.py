@@ -125,7 +125,8 @@ def write_model(paths: Paths, folder: Path, seed: int = 0) -> None:
 
 def write_project(root: Path) -> Paths:
     """Declarations, earlier conversations with held-out suites, and the model to start from."""
-    for name in ("dvc.yaml", "params.yaml"):
+    for name in ("dvc.yaml", "data/improve/dvc.yaml", "params.yaml"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE / name, root / name)
     paths = Paths(root)
     with DatasetWriter(paths.collected / "talks", "talks", "conversations") as writer:

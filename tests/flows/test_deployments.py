@@ -123,7 +123,7 @@ def at(released: Released, database: Path, tmp_path_factory: pytest.TempPathFact
     params = yaml.safe_load((root / "params.yaml").read_text())
     params["feedback"] = {"improve_after": ENOUGH_ITEMS}
     # Without a checkpoint of the clock: one that lies there was saved at the end.
-    params["pretrain"] = {**(params["pretrain"] or {}), "max_steps": 100_000, "checkpoint_seconds": 10_000}
+    params["pretrain"]["decoder"] |= {"max_steps": 100_000, "checkpoint_seconds": 10_000}
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
         for name in set(os.environ) - set(project.environment):
