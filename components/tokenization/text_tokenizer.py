@@ -126,12 +126,9 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
 
 
-_DEFAULTS: Mapping[str, Mapping[str, str]] = {
-    **dict.fromkeys(
-        ("bert", "BertTokenizer"), {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
-    ),
-    **dict.fromkeys(("t5", "T5Tokenizer"), {"pad_token": "<pad>", "eos_token": "</s>"}),
-}
+_BERT: Mapping[str, str] = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
+_T5: Mapping[str, str] = {"pad_token": "<pad>", "eos_token": "</s>"}
+_DEFAULTS = {"bert": _BERT, "BertTokenizer": _BERT, "t5": _T5, "T5Tokenizer": _T5}
 """What the tokenizer classes of transformers call their special tokens where nothing else is said."""
 _ROLES = {CLS: "cls_token", SEP: "sep_token", MASK: "mask_token", "</s>": "eos_token"}
 
