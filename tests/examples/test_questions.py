@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from components.agent.tools import Tool, call, reference_tools
+from components.agent.saved_tools import as_tools
+from components.agent.tools import Tool, call
 from components.config.params import InputError
 from components.datasets.formats import Row
 from components.tokenization.response_format import format_message
+from examples.stdlib_agent import agent_tools
 from examples.stdlib_agent.chains import CHAINS, Chains, composed
 from examples.stdlib_agent.conversations import MAX_CHARACTERS, training_conversations
 from examples.stdlib_agent.dialogue import ERROR, Hop, answer, arguments, asked, exchange
@@ -48,7 +50,7 @@ def asker(held_out: HeldOut, path: Path) -> Asker:
 
 @pytest.fixture(scope="module")
 def tools(asker: Asker, path: Path) -> list[Tool]:
-    return reference_tools(path)
+    return as_tools(agent_tools.tools(path.parent))
 
 
 @pytest.fixture(scope="module")
