@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -78,8 +79,8 @@ def look_at_releases(paths: Paths) -> Releases:
 
 def made(paths: Paths) -> list[Candidate]:
     """The models that the stages have made."""
-    outs = locked(paths)
-    return [one for one in CANDIDATES if one.out(paths) in outs]
+    locked = outs(paths)
+    return [one for one in CANDIDATES if one.out(paths) in locked]
 
 
 def current_release(paths: Paths, name: str = NAME) -> Release | None:
@@ -87,7 +88,7 @@ def current_release(paths: Paths, name: str = NAME) -> Release | None:
 
     Raises: Refused when the gate has said no to this very model and the champion is still the same.
     """
-    digest = locked(paths).get(candidate(name).out(paths))
+    digest = outs(paths).get(candidate(name).out(paths))
     if digest is None or is_empty(paths.home):
         return None
     registry = Registry(paths.home)
@@ -172,8 +173,9 @@ def register(
     flow_run: str,
 ) -> ModelVersion:
     """Store a model folder with everything it came from; an interrupted release goes on with what it stored."""
-    hashes = locked(paths)
-    digest = hashes[folder.relative_to(paths.root).as_posix()]
+    out = folder.relative_to(paths.root).as_posix()
+    hashes = made_from(paths, out)
+    digest = hashes[out]
     known = find_digest(registry, name, digest)
     if known:
         return known
@@ -285,12 +287,48 @@ def _released(champion: ModelVersion, outcome: str) -> Release:
     return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, baselines, *told)
 
 
-def locked(paths: Paths) -> dict[str, str]:
-    """DVC's hash of every dependency and output of every stage."""
+def made_from(paths: Paths, out: str) -> dict[str, str]:
+    """DVC's hash of an out and of everything behind it: what its stage read, what the stages that made that read.
+
+    The datasets are those that its stages named, each with its own digest.
+    """
+    stages = _locked(paths)
+    hashes, waiting = {out: outs(paths)[out]}, [out]
+    while waiting:
+        wanted = Path(waiting.pop())
+        # A stage may read a part of an out, or a folder that holds several.
+        makers = [
+            name
+            for name, stage in stages.items()
+            if any(wanted.is_relative_to(made) or Path(made).is_relative_to(wanted) for made in _hashes(stage, "outs"))
+        ]
+        for read in [_hashes(stages.pop(name), "deps") for name in makers]:
+            hashes |= read
+            waiting += read
+    for read in [paths.root / path for path in hashes]:
+        if read.parent == paths.validated("").parent and read.is_file():
+            named = json.loads(read.read_text(encoding="utf-8"))
+            hashes |= {f"data/collected/{name}": digest for name, digest in named.items()}
+    # Of these a model reads a part: what it names.
+    return {path: digest for path, digest in hashes.items() if path not in ("data/collected", "data/added")}
+
+
+def outs(paths: Paths) -> dict[str, str]:
+    """DVC's hash of every output of every stage that ran."""
+    return {path: digest for stage in _locked(paths).values() for path, digest in _hashes(stage, "outs").items()}
+
+
+def _locked(paths: Paths) -> dict[str, Any]:
     locks = [lock for pipeline in PIPELINES if (lock := (paths.root / pipeline).with_suffix(".lock")).exists()]
-    stages = [stage for lock in locks for stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()]
-    entries = [entry for stage in stages for kind in ("deps", "outs") for entry in stage.get(kind, [])]
-    return {entry["path"]: entry["md5"] for entry in entries if "md5" in entry}
+    return {
+        name: stage
+        for lock in locks
+        for name, stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].items()
+    }
+
+
+def _hashes(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
+    return {entry["path"]: entry["md5"] for entry in stage.get(kind, []) if "md5" in entry}
 
 
 def _commit(root: Path) -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from components.config.params import Refused
 from components.config.paths import Paths
 from components.tracking.registry import ModelVersion, Registry
-from flows.release import GateReport, conclude, current_release, gate, look_at_releases
+from flows.release import GateReport, conclude, current_release, gate, look_at_releases, register
 
 Register = Callable[..., ModelVersion]
 
@@ -87,6 +90,57 @@ def test_the_champion_is_current_while_its_bento_is_there(
     assert found is not None
     assert (found.version, found.outcome, found.answer) == ("agent/1", "up to date", "Hi.")
     assert found.scores == {"lookup": 0.5}
+
+
+VALIDATED = "data/validation/datasets"
+LOCKED: dict[str, tuple[list[str], list[str]]] = {
+    "collect": (["sources", "data/added"], ["data/collected", "data/knowledge"]),
+    "validate": (["data/collected"], ["data/validation"]),
+    "prepare@decoder": ([f"{VALIDATED}/tune.json"], ["data/tokens/decoder"]),
+    "prepare@encoder": ([f"{VALIDATED}/classifier.json", "mail"], ["data/tokens/encoder"]),
+    "tune": (["data/tokens/decoder/tune", "data/knowledge"], ["data/models/agent", "data/metrics/tune.json"]),
+    "finetune@classifier": (["data/tokens/encoder/classifier"], ["data/models/classifier"]),
+    "assess@classifier": (["data/models/classifier", f"{VALIDATED}/classifier.json"], ["data/assessment"]),
+    "align": (["data/curated", "data/models/start"], ["data/models/candidate"]),
+    "curate": (["data/feedback"], ["data/curated"]),
+}
+"""What each stage reads and makes."""
+DATASETS = {"tune": "chats", "classifier": "letters"}
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "behind"),
+    [
+        ("agent", "agent", ["data/tokens/decoder/tune", f"{VALIDATED}/tune.json", "data/knowledge", "sources"]),
+        (
+            "classifier",
+            "classifier",
+            ["data/tokens/encoder/classifier", f"{VALIDATED}/classifier.json", "mail", "sources"],
+        ),
+        ("agent", "candidate", ["data/curated", "data/feedback", "data/models/start"]),
+    ],
+)
+def test_a_version_names_what_it_was_made_from_and_nothing_else(
+    name: str, out: str, behind: list[str], registry: Registry, paths: Paths
+) -> None:
+    def entries(names: list[str]) -> list[dict[str, str]]:
+        return [{"path": name, "md5": f"digest of {name}"} for name in names]
+
+    stages = {stage: {"deps": entries(deps), "outs": entries(outs)} for stage, (deps, outs) in LOCKED.items()}
+    (paths.root / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    for section, dataset in DATASETS.items():
+        file = paths.validated(section)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({dataset: f"digest of data/collected/{dataset}"}))
+    shutil.copy(Path(__file__).parents[2] / "params.yaml", paths.params)
+    folder = paths.root / "data/models" / out
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    tags = register(registry, paths, name, folder, {"score": 0.5}, {}, "run").tags
+    behind += [f"data/collected/{DATASETS[Path(path).stem]}" for path in behind if path.startswith(VALIDATED)]
+    assert {key for key in tags if key.startswith("dvc.")} == {f"dvc.{one}" for one in [*behind, f"data/models/{out}"]}
+    assert all(tags[f"dvc.{one}"] == f"digest of {one}" for one in behind)
+    assert tags["model_digest"] == f"digest of data/models/{out}"
 
 
 def test_what_was_rolled_back_is_not_promoted_again(registry: Registry, registered: Register, paths: Paths) -> None:
