@@ -305,9 +305,9 @@ def made_from(paths: Paths, out: str) -> dict[str, str]:
         for read in [_hashes(stages.pop(name), "deps") for name in makers]:
             hashes |= read
             waiting += read
-    for read in [paths.root / path for path in hashes]:
-        if read.parent == paths.validated("").parent and read.is_file():
-            named = json.loads(read.read_text(encoding="utf-8"))
+    for file in [paths.root / path for path in hashes]:
+        if file.parent == paths.validated("").parent and file.is_file():
+            named = json.loads(file.read_text(encoding="utf-8"))
             hashes |= {f"data/collected/{name}": digest for name, digest in named.items()}
     # Of these a model reads a part: what it names.
     return {path: digest for path, digest in hashes.items() if path not in ("data/collected", "data/added")}
@@ -320,11 +320,8 @@ def outs(paths: Paths) -> dict[str, str]:
 
 def _locked(paths: Paths) -> dict[str, Any]:
     locks = [lock for pipeline in PIPELINES if (lock := (paths.root / pipeline).with_suffix(".lock")).exists()]
-    return {
-        name: stage
-        for lock in locks
-        for name, stage in yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].items()
-    }
+    written = [yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] for lock in locks]
+    return {name: stage for stages in written for name, stage in stages.items()}
 
 
 def _hashes(stage: Mapping[str, Any], kind: str) -> dict[str, str]:

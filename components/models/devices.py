@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -25,6 +26,20 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if precision == "bf16" else torch.float32
     fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def threads_for(parameters: int) -> int:
+    """The torch threads that pay for a model of so many parameters."""
+    return 1 if parameters <= SMALL_MODEL else os.cpu_count() or 1
+
+
+def use_threads(count: int) -> None:
+    """Compute on the calling thread with so many torch threads.
+
+    Each thread that runs a model says so for itself, or models of one process would share what was said last.
+    """
+    if torch.get_num_threads() != count:  # asked first: only then does torch keep a count for this thread
+        torch.set_num_threads(count)
 
 
 def configure_cpu() -> None:

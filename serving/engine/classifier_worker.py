@@ -9,10 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from components.inference.classifier import LabelPrediction, TextClassifier, TextEmbedding
-from components.models.devices import SMALL_MODEL
+from components.models.devices import threads_for, use_threads
 from components.runtime.model_tasks import Task
 from serving.engine.adaptive_batching import Batcher
 from serving.observability.metrics import Metrics
@@ -32,7 +30,8 @@ class ClassifierWorker:
         self.running = 0
         """Requests that wait for their texts to be read, or are."""
         self.waiting = 0
-        thread = ThreadPoolExecutor(1, f"{name}-classifier")
+        threads = threads_for(texts.model.num_parameters)
+        thread = ThreadPoolExecutor(1, f"{name}-classifier", use_threads, (threads,))
         self._labels = Batcher(texts.classify, thread, metrics.classify_batch.observe)
         self._vectors = Batcher(texts.embed, thread, metrics.embed_batch.observe)
 
@@ -42,11 +41,10 @@ class ClassifierWorker:
 
         Raises: InputError when the folder holds no usable classifier.
         """
-        reader = cls(TextClassifier.load(folder), name, metrics)
-        if reader.texts.model.num_parameters <= SMALL_MODEL:
-            torch.set_num_threads(1)  # the other cores carry the requests in and out
-        reader.texts.classify([WARM])
-        return reader
+        texts = TextClassifier.load(folder)
+        use_threads(threads_for(texts.model.num_parameters))
+        texts.classify([WARM])
+        return cls(texts, name, metrics)
 
     @property
     def context_len(self) -> int:

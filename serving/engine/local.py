@@ -7,7 +7,6 @@ is waited for.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from components.inference.batching import ContinuousBatch, Row, generate
 from components.inference.packed_weights import pack, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import SMALL_MODEL, best_device, compute_dtype
+from components.models.devices import best_device, compute_dtype, threads_for, use_threads
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
@@ -91,7 +90,7 @@ class LocalEngine(QueuedBackend):
         # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
         model = load_decoder(folder, compute_dtype("auto", device) if device.type == "cuda" else torch.float32, device)
         model.eval()
-        torch.set_num_threads(1 if model.num_parameters <= SMALL_MODEL else max(1, os.cpu_count() or 1))
+        use_threads(threads_for(model.num_parameters))
         if config.int8 and not model.embed.weight.is_cuda:
             round_checked(model, _sample(model, agent), INT8_AGREEMENT)
         if should_pack(model):

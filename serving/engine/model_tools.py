@@ -11,6 +11,7 @@ from components.agent.tools import Tool
 from components.config.loop_settings import ModelTool
 from components.inference.classifier import TextClassifier
 from components.inference.summarizer import Summarizer
+from components.models.devices import threads_for, use_threads
 from components.tracking.registry import ModelVersion, Registry
 
 
@@ -56,4 +57,6 @@ class ModelTools:
         with self._loading:
             if name not in self._loaded or self._loaded[name][0] != str(version):
                 self._loaded[name] = (str(version), kind.load(version.folder))
-            return self._loaded[name][1]
+            model = self._loaded[name][1]
+        use_threads(threads_for(model.model.num_parameters))
+        return model

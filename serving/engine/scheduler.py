@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from components.inference.batching import ContinuousBatch, Row
+from components.models.devices import use_threads
 
 READS = 4
 """Groups of prompts read in a row while more wait than write: a step costs few rows nearly what it costs many."""
@@ -50,6 +53,8 @@ class Scheduler:
         self._waiting: deque[Turn] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._threads = torch.get_num_threads()
+        """Of whoever loaded the model: once packed, it no longer shows its size."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -69,6 +74,7 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
+        use_threads(self._threads)
         while True:
             with self._changed:
                 while not (self._waiting or self._turns or self._ended):

@@ -10,6 +10,7 @@ from pathlib import Path
 from components.agent.agent import ContextTooLong
 from components.config.loop_settings import ServeConfig
 from components.inference.summarizer import Summarizer
+from components.models.devices import threads_for, use_threads
 from components.runtime.model_tasks import Task
 from serving.engine.backend import (
     Completion,
@@ -46,6 +47,7 @@ class SummarizerWorker(QueuedBackend):
         Raises: InputError when the folder holds no usable encoder-decoder.
         """
         texts = Summarizer.load(folder)
+        use_threads(threads_for(texts.model.num_parameters))
         texts.write([WARM])
         return cls(texts, name, config)
 
@@ -67,6 +69,7 @@ class SummarizerWorker(QueuedBackend):
         self._thread.join()
 
     def _work(self) -> None:
+        use_threads(threads_for(self.texts.model.num_parameters))
         while (task := self._begun.get()) is not None:
             tasks = [task]
             while not self._begun.empty() and (task := self._begun.get()) is not None:

@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Mapping
 
+from components.models.devices import threads_for, use_threads
 from serving.engine.backend import Backend, Completion, Event, Failure, GenerationRequest
 from serving.engine.classifier_worker import ClassifierWorker
 
@@ -28,6 +29,7 @@ def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> 
 
 def _label_fault(reader: ClassifierWorker, question: str, expected: str | None) -> str:
     try:
+        use_threads(threads_for(reader.texts.model.num_parameters))
         said = reader.texts.classify([question])[0].label
     except Exception as error:
         logger.exception("%s cannot classify", reader.name)

@@ -36,7 +36,7 @@ PROJECT = """\
     smoke_questions = {{}}
     every = {{"dataset": "chats"}}
     scales = {{"all": {{name: every for name in ("tune", "classifier", "summarizer")}}}}
-    scales["all"]["pretrain"] = {{**every, "encoder": every, "encoder_decoder": every}}
+    scales["all"]["pretrain"] = {{"decoder": every, "encoder": every, "encoder_decoder": every}}
 
     def rows(name, collecting): ...
 

@@ -60,7 +60,7 @@ def test_what_it_cannot_do_is_refused(writer: Any) -> None:
 
 
 def test_a_text_that_waited_too_long_is_told_so(writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer.serving.chatting("summarizer").engine, "_seconds", -1.0)
+    monkeypatch.setattr(writer.serving.chat_watcher("summarizer").engine, "request_seconds", -1.0)
     late = writer.ask(SOURCE)
     assert late.status_code == 503
     message = "no slot became free within serve.request_seconds; try again later"
