@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("components", "flows", "serving", "loopwright")
-EXAMPLE = re.compile(r"stdlib|standard library|json\.dumps|OrderedDict", re.IGNORECASE)
+EXAMPLE = re.compile(r"stdlib|standard[ -]librar|json\.dumps[^(]", re.IGNORECASE)
 Graph = dict[str, set[str]]
 
 

@@ -61,11 +61,11 @@ def question(number: int) -> dict[str, Any]:
 
 def serve(folder: Path, home: Path) -> None:
     """The endpoint on a port of its own, its tools slowed, until standard input ends."""
-    from benchmarks.serving import listening
     from components.agent.tools import Tool
     from components.config.params import SCALES_FILE, load_params
-    from serving.http.app import Serving
+    from serving.models.state import Serving
     from serving.models.versions import Bundled
+    from serving.server import serve_in_thread
 
     def slowed(tool: Tool) -> Tool:
         def function(**arguments: Any) -> str:
@@ -82,8 +82,8 @@ def serve(folder: Path, home: Path) -> None:
     if engine is None:
         raise serving.models.error or RuntimeError("no engine")
     engine.agent.own_tools = tuple(slowed(tool) for tool in engine.agent.own_tools)
-    with listening(serving) as port:
-        print(f"http://127.0.0.1:{port}/v1/chat/completions", flush=True)
+    with serve_in_thread(serving) as address:
+        print(f"{address}/v1/chat/completions", flush=True)
         sys.stdin.read()
     serving.close()
 
