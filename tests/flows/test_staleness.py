@@ -79,6 +79,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, ".dvc/config", ".dvcignore", ".gitignore"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE / name, root / name)
+    for section, names in load_params(root / "params.yaml").datasets.items():  # the stub knows no project
+        setting(f"{section}.dataset", names)(root)
     stages = read_stages(root)
     made = [out for stage in stages.values() for out in outs(stage)]
     deps = [dep for stage in stages.values() for dep in stage["deps"]]
