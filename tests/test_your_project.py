@@ -23,7 +23,7 @@ from tests.conftest import SOURCE, clone
 
 PAGE = (SOURCE / "docs/your-project.md").read_text(encoding="utf-8")
 OTHERS = {
-    **{f"pretrain{family}.dataset": "texts" for family in ("", ".encoder", ".encoder_decoder")},
+    **{f"pretrain{family}.dataset": "texts" for family in (".decoder", ".encoder", ".encoder_decoder")},
     "classifier.dataset": "labels",
     "summarizer.dataset": "pairs",
 }
