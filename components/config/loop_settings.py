@@ -38,7 +38,7 @@ class CurateConfig(Section):
 
 
 class AlignConfig(TrainConfig):
-    """Learning from people: corrections by instruction tuning, preferences by DPO, lone votes by KTO."""
+    """Learning from people: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO."""
 
     trained_share: float = Field(gt=0, le=1)
     """Share of the blocks that learn, the last ones; below 1 the embeddings stay too. Fewer change old skills less."""

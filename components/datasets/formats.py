@@ -69,7 +69,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("suite", pa.string()),
         ]
     ),
-    # Both sides of a pair, or the one side of a lone vote: chosen is liked, rejected disliked.
+    # Both sides of a pair, or the one side of an unpaired label: chosen is liked, rejected disliked.
     "preferences": pa.schema(
         [
             ("id", pa.string()),

@@ -1,4 +1,4 @@
-"""Rated answers as others write them: pairs of a better and a worse answer, and lone votes.
+"""Rated answers as others write them: pairs of a better and a worse answer, and unpaired labels.
 
 Read are `prompt`, `conversations` or `instruction` with `chosen` and `rejected` (an answer is a text, a turn or a list
 of turns), the two alone where they begin alike, and `messages`, or `prompt` with `completion`, with a boolean `label`.
@@ -49,7 +49,7 @@ def read_preference(place: str, values: Mapping[str, Any], roles: Mapping[str, s
     sides = {side: values[side] for side in _SIDES if values.get(side) is not None}
     if "label" in values:
         if sides:
-            raise InputError(f'{place}: found "label" beside "{next(iter(sides))}"; a row is a pair or a lone vote')
+            raise InputError(f'{place}: "label" stands beside "{next(iter(sides))}"; a row has a pair or a label')
         prompt, answers = _vote(place, values, roles)
     elif len(sides) == 2 or (own and sides):
         prompt, answers = _pair(place, values, {side: side for side in sides}, roles)
@@ -76,7 +76,7 @@ Rated = tuple[list[Message], dict[str, list[Message]]]
 
 
 def _vote(place: str, values: Mapping[str, Any], roles: Mapping[str, str]) -> Rated:
-    """Prompt and answer of a lone vote: the answer is all that stands behind the last turn of the user."""
+    """Prompt and answer of an unpaired label: the answer is all that stands behind the last turn of the user."""
     label = values["label"]
     if not isinstance(label, bool):
         raise InputError(f"{place}: label: {label!r} is no boolean; expected true (liked) or false (disliked)")

@@ -233,8 +233,8 @@ def _text_scores(model: Decoder, agent: Agent, folder: Path, most: int, batch_si
 def _preferences(model: Decoder, agent: Agent, folder: Path, batch_size: int) -> list[float]:
     """By how much each held-out answer that people liked is more probable than one they did not.
 
-    A pair is its own comparison; lone votes are compared one liked with one disliked, in their order: a model that has
-    become surer of everything has learned nothing. Not divided by length: DPO and KTO train these very sums.
+    A pair is its own comparison; unpaired labels are compared one liked with one disliked, in their order: a model that
+    has become surer of everything has learned nothing. Not divided by length: DPO and KTO train these very sums.
     """
     pairs: list[dict[Role, Answer]] = []
     alone: dict[Role, list[Answer]] = {Role.CHOSEN: [], Role.REJECTED: []}

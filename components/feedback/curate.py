@@ -127,7 +127,7 @@ def training_example_of(item: Item) -> TrainingExample:
         if item.correction != item.answer:
             preference = {"prompt": context, "chosen": [better], "rejected": [said]}
     else:
-        # A lone vote is on all that the model did for it, calls included.
+        # An unpaired label is on all that the model did for it, calls included.
         did = [*context[len(item.messages) :], said]
         liked, disliked = (did, None) if item.rating == "up" else (None, did)
         preference = {"prompt": list(item.messages), "chosen": liked, "rejected": disliked}

@@ -3,7 +3,7 @@
     train.ids.bin, train.segments.bin, train.mask.bin    as `prepare` writes them
     train.roles.bin                                      what each row is, uint8
 
-A pair is two rows, the chosen answer and then the rejected one. A lone vote is its own row and, where there are
+A pair is two rows, the chosen answer and then the rejected one. An unpaired label is its own row and, where there are
 several votes, its prompt with another one's answer: KTO estimates its KL term on those.
 """
 
@@ -132,7 +132,7 @@ class PreferenceRows:
         """Log-probability of each row's labels under the frozen reference model; filled before training."""
 
     def units(self) -> list[list[int]]:
-        """The rows that belong together: a pair, or a lone vote with its mismatched row."""
+        """The rows that belong together: a pair, or an unpaired label with its mismatched row."""
         units: list[list[int]] = []
         for row, role in enumerate(self.roles.tolist()):
             if role in (Role.REJECTED, Role.MISMATCHED):

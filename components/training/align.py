@@ -1,7 +1,7 @@
 """Stage: a model that people have judged into one that learned from it, starting from its own weights.
 
-Corrections are told as demonstrations, with earlier conversations between them; pairs and lone votes pull against the
-frozen model that training starts from.
+Corrections are demonstrations, with earlier conversations replayed between them; pairs and unpaired labels are compared
+with the frozen model that training starts from.
 """
 
 from __future__ import annotations

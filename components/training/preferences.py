@@ -1,4 +1,4 @@
-"""Learning from what people prefer: DPO on pairs, KTO on lone votes, beside instruction tuning in one forward pass.
+"""Preference training: DPO on pairs, KTO on unpaired labels, beside instruction tuning in one forward pass.
 
 Rafailov et al. 2023 (arXiv 2305.18290), Ethayarajh et al. 2024 (arXiv 2402.01306). The reference model is frozen:
 its log-probabilities are measured once, before the first step.
@@ -32,7 +32,7 @@ def kto_losses(policy: Tensor, reference: Tensor, liked: Tensor, kl: Tensor, bet
 
 
 def preference_loss(log_probs: Tensor, batch: Batch, beta: float) -> tuple[Tensor, int]:
-    """Sum of the losses of all pairs and lone votes of a batch, and how many they are; log_probs (R,)."""
+    """Sum of the losses of all pairs and unpaired labels of a batch, and how many they are; log_probs (R,)."""
     role, reference = batch["role"], batch["reference"]
     chosen, rejected = role == Role.CHOSEN, role == Role.REJECTED
     pairs = dpo_losses(log_probs[chosen], log_probs[rejected], reference[chosen], reference[rejected], beta)
@@ -49,7 +49,7 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decode
 
     Cross-entropy on demonstrations; on earlier conversations the cross-entropy to the frozen `reference` (Hinton et
     al. 2015, arXiv 1503.02531), whose gradient is zero where nothing has changed; and `preference_weight` times the
-    losses of pairs and lone votes.
+    losses of pairs and unpaired labels.
     """
 
     def align(model: Decoder, batch: Batch) -> Loss:

@@ -47,7 +47,7 @@ _FAULTS = (
 
 
 def preference_features(row: Row) -> Row:
-    """One flat row of a pair or a lone vote; a fault says on which side it stands."""
+    """One flat row of a pair or an unpaired label; a fault says on which side it stands."""
     prompt = row["prompt"] or []
     asked = conversation_features({"id": row["id"], "messages": prompt, "tools": None})
     sides = {side: row[side] for side in ("chosen", "rejected") if row[side]}
