@@ -49,13 +49,13 @@ def rows(database: Path, query: str) -> list[Any]:
         return tables.execute(query).fetchall()
 
 
-GenerationRequest = Callable[..., Any]
+Command = Callable[..., Any]
 MODELS = ["agent", *(stage.partition("@")[2] for stage in STAGES if stage.startswith("finetune@"))]
 """What a run releases, in order."""
 
 
 @pytest.fixture
-def here(released: Released, monkeypatch: pytest.MonkeyPatch) -> GenerationRequest:
+def here(released: Released, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The JSON document of a command run in this process, which spares each the import of MLflow."""
     monkeypatch.chdir(released.project.root)
     for name in ("LOOPWRIGHT_HOME", "MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
@@ -131,14 +131,14 @@ def test_a_second_run_finds_everything_up_to_date(released: Released) -> None:
     assert [one["answer"] for one in report["releases"]] == [one["answer"] for one in released.report["releases"]]
 
 
-def test_status_agrees_with_the_run(here: GenerationRequest) -> None:
+def test_status_agrees_with_the_run(here: Command) -> None:
     status = here("status")
     assert (status["scale"], status["run"]) == ("smoke", None)
     assert [(stage["name"], stage["up_to_date"]) for stage in status["stages"]] == [(name, True) for name in STAGES]
     assert [champion["model"] for champion in status["champions"]] == [f"{name}/1" for name in MODELS]
 
 
-def test_the_version_carries_its_lineage(released: Released, here: GenerationRequest) -> None:
+def test_the_version_carries_its_lineage(released: Released, here: Command) -> None:
     shown = here("registry", "show", "agent@champion")
     tags = shown["tags"]
     commit = subprocess.run(
@@ -152,6 +152,10 @@ def test_the_version_carries_its_lineage(released: Released, here: GenerationReq
     stages = ("collect", "validate", "train_tokenizer@decoder", "prepare@decoder", "pretrain@decoder", "tune")
     behind = {entry["path"]: entry["md5"] for name in stages for entry in locked[name]["deps"]}
     behind["data/models/agent"] = tags["model_digest"]
+    del behind["data/collected"], behind["data/added"]  # of which the agent read these datasets
+    for section in ("pretrain.decoder", "tune"):
+        passed = json.loads(Paths(released.project.root).validated(section).read_text())
+        behind |= {f"data/collected/{name}": digest for name, digest in passed.items()}
     assert {name: value for name, value in tags.items() if name.startswith("dvc.")} == {
         mlflow_name(f"dvc.{path}"): digest for path, digest in behind.items()
     }
@@ -257,7 +261,7 @@ def test_a_failed_stage_stops_what_follows_with_its_own_message(released: Releas
 
 
 def test_a_model_that_is_not_better_is_refused_and_people_may_overrule(
-    released: Released, prefect: str, here: GenerationRequest
+    released: Released, prefect: str, here: Command
 ) -> None:
     ended = released.project.loopwright("run", "--set", "tune.max_steps=2", "--json", PREFECT_API_URL=prefect)
     assert ended.returncode == 3
