@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from components.config.params import FAMILY_OF_SECTION, InputError
+from components.config.params import FAMILY_OF_SECTION, InputError, load_params
 from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, say
 
@@ -24,11 +24,13 @@ def import_(
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
         raise InputError(f"--name: {name!r}: is no name for a model; allowed are {allowed}")
+    from components.inference.cache_plan import serving_note
     from components.tracking.model_import import import_model, inspect_model
     from components.tracking.registry import Registry
 
     found = inspect_model(folder)
     paths = Paths(find_root())
+    serve = load_params(paths.params).serve
     version = import_model(folder, found, name, Registry(paths.home), paths)
     if left_out := version.tags.get("tools_left_out"):
         say(
@@ -38,6 +40,8 @@ def import_(
     if as_json:
         print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
         return
+    if found.family == "decoder" and (note := serving_note(folder, serve.max_running, serve.max_context_tokens)):
+        print(f"Served on this machine: {note}")
     section = next(name for name, family in FAMILY_OF_SECTION.items() if family == found.family)
     print(f"{version}: {found.architecture}, {found.parameters:,} parameters, {found.vocab_size:,} tokens")
     print(f'Next: "loopwright run --set {section}.base={version} --set {section}.lora_rank=8"')

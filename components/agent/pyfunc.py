@@ -12,6 +12,7 @@ from typing import Any
 from components.agent.agent import Agent
 from components.agent.batch_rollout import answer_all
 from components.config.params import InputError
+from components.inference.cache_plan import context_len
 from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
 
@@ -25,7 +26,7 @@ class Predictor:
 
     def __init__(self, folder: Path) -> None:
         self._model = load_decoder(folder)
-        self._agent = Agent.load(folder, self._model.config.max_seq_len)
+        self._agent = Agent.load(folder, context_len(self._model))
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
         """One answer per row, in order."""

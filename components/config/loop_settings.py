@@ -112,6 +112,8 @@ class ServeConfig(Section):
     """Model turns per answer; the last one may not call a tool."""
     max_running: int = Field(ge=1)
     """Requests that are answered at the same time, a step of the model for all of them."""
+    max_context_tokens: int | None = Field(ge=256)
+    """Tokens of a prompt and its answer; as many as the model takes and memory holds where null."""
     max_waiting: int = Field(ge=1)
     """Requests that may wait for a slot before 429."""
     request_seconds: float = Field(gt=0)

@@ -33,6 +33,7 @@ from components.evaluation.gate import GateDecision, Mode, Slice, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
 from components.evaluation.questions import answer_questions, read_questions
 from components.feedback.items import NO_CALL
+from components.inference.cache_plan import context_len
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
@@ -168,7 +169,7 @@ def _scores(
     torch.manual_seed(params.seed)
     device = best_device()
     model = load_decoder(asked.folder, device=device)
-    agent = Agent.load(asked.folder, model.config.max_seq_len)
+    agent = Agent.load(asked.folder, context_len(model))
     most = _most(params)
     folders = [collected / name for name in params.tune.datasets]
     answers = _known_answers(asked.answers, collected, params) if asked.answers else None

@@ -15,6 +15,7 @@ from typing import Any
 from components.config.params import InputError
 from components.evaluation.metrics import Encoded, score_pieces
 from components.inference.batching import Row, generate
+from components.inference.cache_plan import context_len
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
@@ -32,7 +33,7 @@ class Answerer:
         """Raises: InputError when the folder is no readable decoder."""
         self.model: Decoder = load_decoder(folder, device=best_device()).eval()
         self.tokenizer = load_chat_tokenizer(folder)
-        self.batch_size, self.context_len = batch_size, self.model.config.max_seq_len
+        self.batch_size, self.context_len = batch_size, context_len(self.model)
         self._chats: dict[str, list[int]] = {}
         """Ids of each rendered chat."""
 

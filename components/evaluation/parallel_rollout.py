@@ -21,6 +21,7 @@ from components.agent.agent import Agent
 from components.config.model_settings import EvaluateConfig
 from components.datasets.formats import Row
 from components.evaluation.questions import Question, answer_questions
+from components.inference.cache_plan import context_len
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device
@@ -95,7 +96,7 @@ class Answering:
 
 def _load(folder: Path) -> tuple[Decoder, Agent]:
     model = load_decoder(folder, device=best_device())
-    return model, Agent.load(folder, model.config.max_seq_len)
+    return model, Agent.load(folder, context_len(model))
 
 
 def _received(connection: Connection) -> list[Row]:

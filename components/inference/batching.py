@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from components.config.params import InputError
+from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.constraints import Constraint, mask_logits
 from components.inference.decode_step import Step
 from components.inference.sampling import greedy, random_stream, sampled
@@ -25,9 +26,6 @@ from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, SwiGLU
 from components.models.decoder import Decoder
 
-EVEN_ROWS = 4
-"""Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
-chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
 PREFILL_TOKENS = 512
 """Prompt tokens prefilled between two decode steps of the other rows, padding counted."""
 SEEN = 16
@@ -109,10 +107,10 @@ class _Layer(LayerCache):
 class SlotCache(KVCache):
     """Keys and values (layers, 2, slots, K, span, D); behind the context's end padding is written."""
 
-    def __init__(self, model: Decoder, slots: int) -> None:
+    def __init__(self, model: Decoder, slots: int, context_len: int) -> None:
         c, weight = model.config, model.embed.weight
         self.length = 0  # not one for all rows: positions and masks are given with each pass
-        self.span = _up(c.max_seq_len + 1, SEEN)
+        self.span = _up(context_len + 1, SEEN)
         shape = (c.num_layers, 2, slots, c.num_kv_heads, self.span, c.head_dim)
         self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.passes = [_Layer(layer[0], layer[1]) for layer in self.whole]
@@ -185,16 +183,20 @@ def common(one: Ids, other: Ids) -> int:
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
-    def __init__(self, model: Decoder, count: int) -> None:
-        self.model, self.count = model, count
-        self.context = model.config.max_seq_len
-        self.device = model.embed.weight.device
+    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
+        """At most `max_rows` rows of `max_context` tokens, fewer where memory is short (`plan_cache`).
+
+        Raises: InputError when memory holds no row of `max_context` tokens.
+        """
+        self.model, self.device, self._dtype = model, model.embed.weight.device, model.embed.weight.dtype
+        plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context)
+        self.plan, self.context = plan, plan.context_len
+        self.count = count = plan.rows
         # Where the rows of a product do depend on how many there are, every step has all of them.
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
-        self._cache = SlotCache(model, _up(count))
+        self._cache = SlotCache(model, _up(count), self.context)
         self._step = Step(model, self._cache.whole)
         self._prefix_cache = PrefixCache(count * self.context)
-        self._dtype = model.embed.weight.dtype
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
         self.prefilling: list[Row] = []

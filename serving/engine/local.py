@@ -64,13 +64,17 @@ class LocalEngine(QueuedBackend):
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> None:
         """`on_step` is told of each step of the model how many requests wrote a token in it."""
-        super().__init__(agent, name, config, slots)
+        batch = ContinuousBatch(model, slots or config.max_running, config.max_context_tokens)
+        super().__init__(agent, name, config, batch.count)
+        agent.context_len = batch.context
+        if note := batch.plan.note(model.config.max_seq_len, slots or config.max_running):
+            logger.warning("%s: %s", name, note)
         self.model = model
         self.max_new_tokens = config.max_new_tokens
         self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
-        self.scheduler = Scheduler(ContinuousBatch(model, self.slots), name, self._on_step)
+        self.scheduler = Scheduler(batch, name, self._on_step)
 
     @classmethod
     def load(

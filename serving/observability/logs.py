@@ -48,10 +48,17 @@ class JsonLines(logging.Formatter):
 
 
 def log_to(folder: Path) -> Path:
-    """Send every log record to `folder/serve.log`, kept short; returns the file."""
+    """Send every log record to `folder/serve.log`, kept short, and the engine's warnings to stderr too.
+
+    Returns the file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "serve.log"
     handler = RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=3, encoding="utf-8")
     handler.setFormatter(JsonLines(os.environ.get("LOOPWRIGHT_API_KEYS", "")))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    terminal = logging.StreamHandler()
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("loopwright.engine").handlers = [terminal]
     return file

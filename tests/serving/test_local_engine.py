@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from components.agent.agent import Agent, ContextTooLong
 from components.agent.tools import Tool
 from components.config.params import load_params
+from components.inference.cache_plan import plan_cache
+from components.models.checkpoint import read_config
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from serving.engine.backend import (
     AgentStep,
@@ -158,6 +161,25 @@ def test_prompt_beyond_the_context_is_refused(engine: LocalEngine) -> None:
     assert isinstance(told[-1], Failure)
     assert isinstance(told[-1].error, ContextTooLong)
     assert len(told) == 1
+
+
+def test_memory_that_is_short_bounds_context_and_rows(
+    agent_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token_bytes = plan_cache(read_config(agent_folder), torch.float32, torch.device("cpu"), 1).token_bytes
+    monkeypatch.setattr("components.inference.cache_plan.device_memory", lambda device: 4 * 256 * 4 * token_bytes)
+    engine = LocalEngine.load(
+        agent_folder, "small/1", CONFIG.model_copy(update={"max_context_tokens": 256, "max_running": 8})
+    )
+    try:
+        assert (engine.context_len, engine.slots) == (256, 4)
+        assert "small/1: the key-value cache (0.0 GiB) holds 4 requests of 256 tokens" in caplog.text
+        (refused,) = events(engine, "x" * 300)
+        assert isinstance(refused, Failure)
+        assert isinstance(refused.error, ContextTooLong)
+        assert finished(engine, "Hello").content == GREETING
+    finally:
+        engine.close()
 
 
 def test_answer_ends_where_the_context_does(engine: LocalEngine) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from components.config.params import InputError
+from components.inference.cache_plan import serving_note
 from components.models.checkpoint import load_model, save_model
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.tracking.model_import import import_model, inspect_model, place_model
@@ -116,6 +117,15 @@ def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Regis
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
     again = import_model(folder, inspect_model(folder), "stranger", registry)
     assert (again.aliases, registry.resolve("stranger/1").aliases) == (("champion",), ("previous",))
+
+
+def test_a_context_beyond_memory_is_told_at_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = decoder(tmp_path)
+    assert serving_note(folder, 32, None) is None
+    monkeypatch.setattr("components.inference.cache_plan.device_memory", lambda device: 1 << 21)
+    assert "holds 16 requests of 128 tokens at once, of serve.max_running 32" in str(serving_note(folder, 32, None))
+    monkeypatch.setattr("components.inference.cache_plan.device_memory", lambda device: 1 << 14)
+    assert str(serving_note(folder, 32, None)).startswith("serve.max_context_tokens: 128: the keys and values of 4")
 
 
 def test_an_import_moves_no_champion_that_a_gate_chooses(registry: Registry, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""How many requests a model's key-value cache holds at once, and how long each may get, in the memory there is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from components.config.params import InputError
+from components.models.checkpoint import read_config
+from components.models.decoder import Decoder, DecoderConfig
+from components.models.devices import best_device, compute_dtype
+
+EVEN_ROWS = 4
+"""Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
+chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
+CACHE_SHARE = 0.25
+"""Of a device's memory for the keys and values of running requests; the prefix cache grows to as much again."""
+ROOM_FOR = 8
+"""Requests that the context leaves room for, where no setting says how long it is."""
+MIN_CONTEXT = 256
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """A cache of `rows` requests of up to `context_len` tokens each, prompt and answer together."""
+
+    rows: int
+    context_len: int
+    token_bytes: int
+    """Keys and values of one token in all layers."""
+
+    def note(self, model_len: int, max_rows: int) -> str | None:
+        """One line on what the memory does not hold; None where it holds `max_rows` of the model's whole context."""
+        if self.context_len == model_len and self.rows == max_rows:
+            return None
+        return (
+            f"the key-value cache ({self.token_bytes * self.rows * self.context_len / 2**30:.1f} GiB) holds {self.rows}"
+            f" requests of {self.context_len:,} tokens at once, of serve.max_running {max_rows} and the model's"
+            f" {model_len:,} tokens; serve.max_context_tokens says how long a request may get"
+        )
+
+
+def plan_cache(
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_rows: int,
+    max_context: int | None = None,
+    memory: int | None = None,
+) -> CachePlan:
+    """Fit at most `max_rows` requests into CACHE_SHARE of the device's memory (bytes; its own where None).
+
+    The context depends on the model, the machine and `max_context` alone, so that what is evaluated is what is served.
+
+    Raises: InputError when the memory does not hold the fewest rows that a cache has, EVEN_ROWS.
+    """
+    memory = device_memory(device) if memory is None else memory
+    token_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+    tokens = int(memory * CACHE_SHARE) // token_bytes
+    context = min(config.max_seq_len, max_context or max(tokens // ROOM_FOR, MIN_CONTEXT))
+    rows = tokens // context // EVEN_ROWS * EVEN_ROWS
+    if not rows:
+        fix = "give more memory" if max_context is None else f"set it to at most {tokens // EVEN_ROWS:,}"
+        raise InputError(
+            f"serve.max_context_tokens: {context}: the keys and values of {EVEN_ROWS} such requests take"
+            f" {token_bytes * context * EVEN_ROWS / 2**30:.2f} GiB of the {memory * CACHE_SHARE / 2**30:.2f} GiB for"
+            f" them ({CACHE_SHARE:.0%} of the memory); {fix}"
+        )
+    return CachePlan(min(max_rows, rows), context, token_bytes)
+
+
+def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:
+    """What this machine's memory does not hold of the decoder in a folder; None where it holds all."""
+    config, device = read_config(folder), best_device()
+    dtype = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
+    try:
+        return plan_cache(config, dtype, device, max_rows, max_context).note(config.max_seq_len, max_rows)
+    except InputError as error:
+        return str(error)
+
+
+def context_len(model: Decoder) -> int:
+    """Tokens that a prompt and its answer may have together on this machine, where no setting says so."""
+    return plan_cache(model.config, model.embed.weight.dtype, model.embed.weight.device, 1).context_len
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine as far as this process's control group may take them."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [Path(name).read_text().strip() for name in CGROUP_LIMITS if Path(name).is_file()]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
