@@ -8,14 +8,16 @@ Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.models.attention import Attention
 from components.models.blocks import Block
 from components.models.decoder import Decoder
 from components.models.positions import Rotary, rotate, rotate_into
@@ -37,21 +39,13 @@ class Step:
         starts = np.arange(slots * c.num_kv_heads).reshape(slots, c.num_kv_heads) * span
         self._starts = np.concatenate([starts, starts + slots * c.num_kv_heads * span], axis=1)
         """(slots, 2K): where each head's keys and then values of a slot begin, in heads of a layer."""
-        self._blocks = [block for block in model.blocks if isinstance(block, Block)]
-        self._gains = [self._gain(block) for block in self._blocks]
+        blocks = (block for block in model.blocks if isinstance(block, Block))
+        self._layers = [_Layer.of(block, whole.dtype, whole.device) for block in blocks]
+        self._norm_gain = model.norm.gain.detach()
         self._lowest = torch.finfo(whole.dtype).min
         self.fixed = whole.is_cuda
         """Whether a pass has one shape for each count of rows, and attends to padding too: what is recorded has."""
         self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda else self.walk
-
-    def _gain(self, block: Block) -> Tensor:
-        """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
-        c, attention = self._model.config, block.attention
-        gain = torch.ones(c.num_heads + c.num_kv_heads, c.head_dim, dtype=self._whole.dtype, device=self._device)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            gain[: c.num_heads], gain[c.num_heads :] = attention.q_norm.weight, attention.k_norm.weight
-        gain[: c.num_heads] *= c.head_dim**-0.5
-        return gain.detach()
 
     @torch.inference_mode()
     def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int, real: int) -> Tensor:
@@ -66,31 +60,37 @@ class Step:
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
         mask.masked_fill_(hidden, self._lowest)
-        if not self.fixed:
-            mask = mask[:real]
-        return self.run(torch.from_numpy(tokens).to(self._device), at, where, mask)
+        masks = [mask if self.fixed else mask[:real]]  # (real, S)
+        if self._model.config.windowed_layers:
+            keys = torch.arange(seen, device=self._device)
+            masks.append(self._model.windowed(masks[0][:, None, None], at[: len(masks[0]), None], keys)[:, 0, 0])
+        return self.run(torch.from_numpy(tokens).to(self._device), at, where, *masks)
 
-    def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
-        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), mask (real, S)."""
-        model, c = self._model, self._model.config
-        x = F.embedding(tokens, model.embed.weight)
-        rotary = model.positions.cos[at][:, None], model.positions.sin[at][:, None]  # (B, 1, D)
-        mask = mask[:, None, None]  # (B, 1, 1, S)
-        for number, block in enumerate(self._blocks):
-            mixed = self._attend(number, block, _norm(x, block.attention_norm.weight, c.norm_eps), rotary, where, mask)
-            x += block.attention.out(mixed)
-            x += block.mlp(_norm(x, block.mlp_norm.weight, c.norm_eps))
-        return _norm(x, model.norm.weight, c.norm_eps)
+    def walk(self, tokens: Tensor, at: Tensor, where: Tensor, *masks: Tensor) -> Tensor:
+        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), masks (real, S).
 
-    def _attend(self, number: int, block: Block, x: Tensor, rotary: Rotary, where: Tensor, mask: Tensor) -> Tensor:
+        The second mask is that of layers with a window.
+        """
+        model, eps = self._model, self._model.config.norm_eps
+        x = model.scaled(F.embedding(tokens, model.embed.weight))
+        masks = tuple(mask[:, None, None] for mask in masks)  # (B, 1, 1, S)
+        for number, (layer, (rotary, windowed)) in enumerate(zip(self._layers, model.layers(at), strict=True)):
+            attended = self._attend(number, layer, _norm(x, layer.gain, eps), rotary, where, masks[windowed])
+            x += _norm(layer.attention.out(attended), layer.post_gain, eps)
+            x += _norm(layer.mlp(_norm(x, layer.mlp_gain, eps)), layer.mlp_post_gain, eps)
+        return _norm(x, self._norm_gain, eps)
+
+    def _attend(
+        self, number: int, layer: _Layer, x: Tensor, rotary: Rotary | None, where: Tensor, mask: Tensor
+    ) -> Tensor:
         """Self-attention of x (B, E) to what its rows have in the cache; writes their own keys and values first."""
         c = self._model.config
         turned = c.num_heads + c.num_kv_heads
-        heads = block.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
-        both = heads[:, :turned]
-        gain = self._gains[number]
-        both = _norm(both, gain, c.norm_eps) if block.attention.q_norm is not None else both * gain
-        if self.fixed:
+        heads = layer.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
+        both = layer.scaled(heads[:, :turned], c.num_heads, c.norm_eps)
+        if rotary is None:
+            heads = torch.cat([both, heads[:, turned:]], dim=1)
+        elif self.fixed or rotary[0].shape[-1] < c.head_dim:
             heads = torch.cat([rotate(both, rotary), heads[:, turned:]], dim=1)
         else:
             rotate_into(heads[:, :turned], both, *rotary)
@@ -101,6 +101,44 @@ class Step:
         mix = _mixed if self.fixed or torch.get_num_threads() == 1 else _mixed_alone
         mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a step reads of a block; gains are None where the block has no such norm."""
+
+    attention: Attention
+    mlp: nn.Module
+    gain: Tensor | None
+    post_gain: Tensor | None
+    mlp_gain: Tensor | None
+    mlp_post_gain: Tensor | None
+    heads_gain: Tensor
+    """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
+
+    @classmethod
+    def of(cls, block: Block, dtype: torch.dtype, device: torch.device) -> _Layer:
+        attention = block.attention
+        norms = (block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm)
+        before, behind, mlp_before, mlp_behind = (norm.gain.detach() if norm is not None else None for norm in norms)
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        heads_gain = torch.ones(heads + kv_heads, attention.head_dim, dtype=dtype, device=device)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            # Of each head, or of all heads at once.
+            heads_gain[:heads] = attention.q_norm.gain.detach().view(-1, attention.head_dim)
+            heads_gain[heads:] = attention.k_norm.gain.detach().view(-1, attention.head_dim)
+        heads_gain[:heads] *= attention.scale
+        return cls(attention, block.mlp, before, behind, mlp_before, mlp_behind, heads_gain)
+
+    def scaled(self, heads: Tensor, queries: int, eps: float) -> Tensor:
+        """Queries and keys (B, H + K, D) normed and scaled."""
+        if self.attention.q_norm is None:
+            return heads * self.heads_gain
+        if not self.attention.joint_norm:
+            return F.rms_norm(heads, heads.shape[-1:], None, eps) * self.heads_gain
+        parts = (heads[:, :queries], heads[:, queries:])
+        normed = [F.rms_norm(part.flatten(1), (part[0].numel(),), None, eps).view(part.shape) for part in parts]
+        return torch.cat(normed, dim=1) * self.heads_gain
 
 
 class Replayed(Protocol):
@@ -172,5 +210,5 @@ def graph_span(seen: int) -> int:
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 
-def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain
+def _norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain if gain is not None else x

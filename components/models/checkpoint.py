@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from components.config.params import InputError
 from components.models.attention import FusedLinear
+from components.models.config_fields import Fields, Format
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.formats import FORMATS, Fields, Format, architecture_of
+from components.models.formats import FORMATS, architecture_of
 
 SHARD_BYTES = 5 * 10**9
 """Weights above this are written as several files."""
@@ -238,7 +239,9 @@ def _read_fields(folder: Path) -> tuple[str, Fields]:
 def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]) -> None:
     architecture = architecture_of(model)
     special = _special_ids(folder)
-    config = {"architectures": [architecture], "torch_dtype": "float32"} | FORMATS[architecture].write(model.config)
+    written = FORMATS[architecture].write(model.config)
+    written.pop("dtype", None)  # newer writers' word for torch_dtype
+    config = written | {"architectures": [architecture], "torch_dtype": "float32"}
     _write_json(folder / "config.json", config | special)
     if not architecture.startswith("Bert"):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
