@@ -25,6 +25,7 @@ from components.config.params import InputError
 from components.models.attention import FusedLinear
 from components.models.config_fields import Fields, Format
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.encoder import Encoder
 from components.models.formats import FORMATS, architecture_of
 
 SHARD_BYTES = 5 * 10**9
@@ -116,6 +117,9 @@ def _opened(
     config = form.read(fields)
     files = weight_files(folder)
     found = {_today(name): Stored(file, name) for file in files for name in _names_in(file)}
+    if form.base and not any(name.startswith(form.prefix) for name in found):
+        form = FORMATS[form.base]
+        config = form.read(fields)
     config = form.settle(config, found)
     with torch.device(device or "cpu"), _SkipInitialization():
         model = form.model(config).to(dtype)
@@ -243,7 +247,7 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
     written.pop("dtype", None)  # newer writers' word for torch_dtype
     config = written | {"architectures": [architecture], "torch_dtype": "float32"}
     _write_json(folder / "config.json", config | special)
-    if not architecture.startswith("Bert"):
+    if not isinstance(model, Encoder):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
         _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
 

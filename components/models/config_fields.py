@@ -64,3 +64,7 @@ class Format:
     """Beginnings of the names of tensors that a folder may lack; they are drawn afresh."""
     settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     """The configuration once the names of the tensors there are known."""
+    base: str = ""
+    """The architecture that a folder is of whose config.json names this one, but none of whose tensors begin with
+    `prefix`: that of the model without its head, as sentence-transformers writes it."""
+    prefix: str = ""
