@@ -18,6 +18,7 @@ from components.config.params import InputError
 from components.models.checkpoint import load_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder
+from components.models.sentence_pooling import SentencePooling, read_pooling
 from components.tokenization.text_tokenizer import read_tokenizer
 
 TOKENS_A_PASS = 16_384
@@ -41,7 +42,7 @@ class TextEmbedding:
     """Where a text lies."""
 
     vector: list[float]
-    """Of length 1."""
+    """Of length 1, unless the model is of sentence-transformers and does not normalise."""
     tokens: int
     truncated: bool
 
@@ -49,13 +50,17 @@ class TextEmbedding:
 class TextEncoder:
     """An encoder and its tokenizer: where texts lie."""
 
-    def __init__(self, model: Encoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Encoder, tokenizer: Tokenizer, pooling: SentencePooling | None = None) -> None:
+        """`pooling`: the mean over a text's tokens, brought to length 1, unless given."""
         self.model, self._tokenizer = model.eval(), tokenizer
         self.max_seq_len, self.embed_dim = model.config.max_seq_len, model.config.embed_dim
+        self.pooling = pooling or SentencePooling()
         self._device = model.embed.weight.device
-        tokenizer.encode_special_tokens = True  # a text never turns into a special token
-        tokenizer.enable_truncation(self.max_seq_len)
-        tokenizer.no_padding()
+        _prepare(tokenizer, self.max_seq_len)
+        self._embedding_tokenizer = tokenizer
+        if (limit := self.pooling.max_seq_len or self.max_seq_len) < self.max_seq_len:
+            self._embedding_tokenizer = Tokenizer.from_str(tokenizer.to_str())
+            _prepare(self._embedding_tokenizer, limit)
 
     @classmethod
     def load(cls, folder: Path) -> TextEncoder:
@@ -63,15 +68,15 @@ class TextEncoder:
         model = load_model(folder, device=best_device())
         if not isinstance(model, Encoder):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} is no encoder; give an encoder's folder")
-        return cls(model, load_tokenizer(folder))
+        return cls(model, load_tokenizer(folder), read_pooling(folder))
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> list[TextEmbedding]:
-        """The vector of each text: the mean over its tokens' of the last block, brought to length 1."""
-        read = self._tokenizer.encode_batch_fast(list(texts))
+        """The vector of each text: its tokens' of the last block, pooled as `pooling` says."""
+        read = self._embedding_tokenizer.encode_batch_fast([self.pooling.text(text) for text in texts])
         found: list[TextEmbedding | None] = [None] * len(read)
         for rows, input_ids, segments, mask in self._passes(read):
-            vectors = mean_pooled(self.model.hidden(input_ids, segments, mask), mask)
+            vectors = self.pooling.pool(self.model.hidden(input_ids, segments, mask), mask)
             for row, vector in zip(rows, vectors.tolist(), strict=True):
                 found[row] = TextEmbedding(vector, len(read[row].ids), bool(read[row].overflowing))
         return [one for one in found if one is not None]
@@ -84,7 +89,7 @@ class TextEncoder:
             longest = len(read[rows[0]].ids)
             while order and (len(rows) + 1) * longest <= TOKENS_A_PASS:
                 rows.append(order.pop())
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
+            ids = torch.full((len(rows), longest), self.model.config.pad_id or 0)
             segments, mask = torch.zeros_like(ids), torch.zeros_like(ids)
             for place, row in enumerate(rows):
                 length = len(read[row].ids)
@@ -99,8 +104,8 @@ class TextClassifier(TextEncoder):
 
     model: Classifier
 
-    def __init__(self, model: Classifier, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer)
+    def __init__(self, model: Classifier, tokenizer: Tokenizer, pooling: SentencePooling | None = None) -> None:
+        super().__init__(model, tokenizer, pooling)
         self.labels = model.config.labels
 
     @classmethod
@@ -109,7 +114,7 @@ class TextClassifier(TextEncoder):
         model = load_model(folder, device=best_device())
         if not isinstance(model, Classifier):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} has no labels; give a classifier's folder")
-        return cls(model, load_tokenizer(folder))
+        return cls(model, load_tokenizer(folder), read_pooling(folder))
 
     @torch.inference_mode()
     def classify(self, texts: Sequence[str]) -> list[LabelPrediction]:
@@ -127,10 +132,10 @@ class TextClassifier(TextEncoder):
         return [one for one in found if one is not None]
 
 
-def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Vectors (B, E) of length 1: the means of hidden (B, T, E) where mask (B, T) is not 0."""
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return torch.nn.functional.normalize((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
+def _prepare(tokenizer: Tokenizer, max_seq_len: int) -> None:
+    tokenizer.encode_special_tokens = True  # a text never turns into a special token
+    tokenizer.enable_truncation(max_seq_len)
+    tokenizer.no_padding()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -53,7 +53,8 @@ def save_model(
 ) -> None:
     """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
 
-    `files` are put in beside: paths are copied, texts are written. `generation` goes into generation_config.json.
+    `files` are put in beside, by their place in the folder: paths are copied, texts are written. `generation` goes into
+    generation_config.json.
 
     Raises: InputError when the disk is full or the folder cannot be written.
     """
@@ -72,6 +73,7 @@ def save_model(
                         shutil.copyfile(tokenizer_folder / filename, temporary / filename)
             _write_configs(model, temporary, generation or {})
             for filename, source in (files or {}).items():
+                (temporary / filename).parent.mkdir(exist_ok=True)
                 if isinstance(source, Path) and source.is_dir():
                     shutil.copytree(source, temporary / filename)
                 elif isinstance(source, Path):

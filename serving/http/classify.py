@@ -123,7 +123,7 @@ async def classify(body: ClassifyRequest, serving: Running, request: Request) ->
 
 @router.post("/v1/embeddings", response_model=None, responses={200: {"model": Embeddings}})
 async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request) -> JSONResponse:
-    """OpenAI's embeddings: a vector of length 1 for each text."""
+    """OpenAI's embeddings: a vector for each text, of length 1 unless the model's own pooling does not normalise."""
     reader = _reader(body, serving, request)
     width = reader.texts.embed_dim
     if body.dimensions not in (None, width):
