@@ -260,6 +260,22 @@ def test_sentence_encoders_name_a_head_that_they_lack(name: str, tmp_path: Path)
             close(got, expected)
 
 
+def test_the_first_modernberts_name_their_layers_and_angles_otherwise(tmp_path: Path) -> None:
+    reference("modernbert", "Model", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("layer_types", "rope_parameters"):
+        del config[name]
+    older = {"global_attn_every_n_layers": 2, "global_rope_theta": 300.0, "local_rope_theta": 20.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | older))
+    theirs = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    model = load_model(tmp_path).eval()
+    assert isinstance(model, Encoder)
+    assert model.config.windowed_layers == (False, True, False)
+    with torch.no_grad():
+        for got, expected in outputs(theirs, model, texts(PAD)):
+            close(got, expected)
+
+
 def test_a_roberta_that_lacks_its_pooler_or_has_one_it_does_not_read(tmp_path: Path) -> None:
     theirs = reference("roberta", "ForMaskedLM", tmp_path / "lm")
     weights = load_file(tmp_path / "lm/model.safetensors")
