@@ -19,8 +19,8 @@ from components.feedback.ingest import ingest as take_in
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
 from components.tracking.event_log import warn_on_failure
+from flows.orchestration.dvc_repo import version_data
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
-from flows.pipeline import version_data
 
 ENOUGH = "loopwright.feedback.enough"
 """The event that asks for an improvement."""

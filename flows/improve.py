@@ -23,8 +23,9 @@ from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT, remove
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations
+from flows.orchestration.dvc_repo import stage_states
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
-from flows.pipeline import Report, RunOptions, bring_up_to_date, look
+from flows.pipeline import Report, RunOptions, bring_up_to_date
 from flows.release import (
     NAME,
     GateReport,
@@ -99,7 +100,7 @@ class _Job:
         start = self._start()
         effect(self.fetch, start)
         order = RunOptions(self.paths.root, force=self.force, echo=self.echo)
-        bring_up_to_date(order, look(self.paths.root, self.force, pipeline=IMPROVEMENT), Report(), run)
+        bring_up_to_date(order, stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT), Report(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
         metrics = {"score": judged["score"]} | {f"{one['skill']}/score": one["candidate"] for one in judged["findings"]}

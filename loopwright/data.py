@@ -88,7 +88,7 @@ def add(
     from components.datasets.conversations import named_roles
     from components.datasets.importers import Columns
     from components.datasets.importers import add as add_files
-    from flows.pipeline import check_versioning
+    from flows.orchestration.dvc_repo import check_versioning
 
     paths = Paths(find_root())
     allowed = load_params(paths.params).validate_.max_failed_share
@@ -240,7 +240,7 @@ def _validation(paths: Paths, folder: Path) -> str:
 
 def _version(paths: Paths, name: str) -> None:
     """Put the dataset under DVC's version control, and say what git is to keep of it."""
-    from flows.pipeline import version_data
+    from flows.orchestration.dvc_repo import version_data
 
     pointer = f"data/added/{name}.dvc"
     version_data(paths.root, paths.added / name)

@@ -100,10 +100,10 @@ def _versions(_: Paths) -> tuple[str, str]:
 
 
 def _dvc(paths: Paths) -> tuple[str, str]:
-    from flows.pipeline import look
+    from flows.orchestration.dvc_repo import stage_states
 
     try:
-        stale = [state.name for state in look(paths.root) if state.reasons]
+        stale = [state.name for state in stage_states(paths.root) if state.reasons]
     except InputError as error:
         found, _, remedy = str(error).partition("; ")
         return found, remedy or "put right what DVC names"

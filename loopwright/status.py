@@ -39,10 +39,11 @@ def _running(paths: Paths) -> int | None:
 
 
 def _stages(root: Path) -> list[dict[str, Any]]:
-    from flows.pipeline import look
+    from flows.orchestration.dvc_repo import stage_states
 
     return [
-        {"name": state.name, "up_to_date": not state.reasons, "reasons": list(state.reasons)} for state in look(root)
+        {"name": state.name, "up_to_date": not state.reasons, "reasons": list(state.reasons)}
+        for state in stage_states(root)
     ]
 
 

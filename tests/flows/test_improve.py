@@ -82,7 +82,7 @@ def improved(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imp
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda *_, **__: None)
     monkeypatch.setattr(flow, "run_flow", lambda name, home, echo, body, **_: body(FlowRun("flow run", lambda _: None)))
     monkeypatch.setattr(flow, "effect", lambda function, *values, **_: function(*values))
-    monkeypatch.setattr(flow, "look", lambda *_, **__: [])
+    monkeypatch.setattr(flow, "stage_states", lambda *_, **__: [])
     monkeypatch.setattr(flow, "bring_up_to_date", stages)
     monkeypatch.setattr(flow, "publish", publish)
     return lambda **options: improve(paths.root, echo=lambda _: None, **options)
@@ -177,7 +177,7 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
     def look(*_: Any, **__: Any) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(flow, "look", look)
+    monkeypatch.setattr(flow, "stage_states", look)
     assert improved().outcome == "nothing new"
     for number, start in revoked.items():
         store.revoke(line[number])

@@ -17,8 +17,8 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from flows.orchestration.dvc_repo import configure, stage_states, version_data
 from flows.orchestration.run_stage import StageFailed, reproduce
-from flows.pipeline import configure, look, version_data
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -60,7 +60,7 @@ def run_all(project: Path) -> list[str]:
 
 
 def reasons(project: Path, **wanted: object) -> dict[str, tuple[str, ...]]:
-    return {state.name: state.reasons for state in look(project, **wanted)}  # type: ignore[arg-type]
+    return {state.name: state.reasons for state in stage_states(project, **wanted)}  # type: ignore[arg-type]
 
 
 def test_outcomes_are_told_apart(project: Path) -> None:
@@ -120,12 +120,12 @@ def test_until_takes_all_of_a_stage_with_a_matrix(project: Path) -> None:
 def test_until_takes_a_stage_and_what_it_needs(project: Path) -> None:
     assert set(reasons(project, until="last")) == {"first", "last"}
     with pytest.raises(InputError, match=r"--until: 'middle' is no stage of dvc.yaml; one of first, side, last"):
-        look(project, until="middle")
+        stage_states(project, until="middle")
 
 
 def test_force_gives_every_stage_a_reason(project: Path) -> None:
     run_all(project)
-    states = look(project, force=True)
+    states = stage_states(project, force=True)
     assert all(state.force and "--force" in state.reasons for state in states)
 
 
@@ -144,7 +144,7 @@ def test_another_python_makes_collect_stale(project: Path) -> None:
     metrics.write_text(json.dumps({"python": "3.99.1 (main)"}))
     now = sys.version.split()[0]
     assert reasons(project) == {"collect": (f"python {now}, collected with 3.99.1",), "last": ("after collect",)}
-    assert look(project)[0].force, "DVC sees no change, so it must be told"
+    assert stage_states(project)[0].force, "DVC sees no change, so it must be told"
 
 
 def test_each_line_of_a_stage_is_heard_without_what_dvc_says(project: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None
 def test_a_broken_dvc_yaml_is_wrong_input(project: Path) -> None:
     (project / "dvc.yaml").write_text("stages:\n  first:\n    cmd: 3\n    dips: []\n")
     with pytest.raises(InputError, match=r"dvc\.yaml: "):
-        look(project)
+        stage_states(project)
 
 
 def test_without_git_dvc_versions_alone(project: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from components.config.params import SCALES_FILE, load_params
 from components.runtime.stage import IMPROVEMENT, PIPELINE, outs, read_stages
-from flows.pipeline import StageState, configure, look
+from flows.orchestration.dvc_repo import StageState, configure, stage_states
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -222,7 +222,7 @@ def test_an_edit_makes_the_stages_stale_that_read_it(name: str, built: Path, tmp
     edit, expected = EDITS[name]
     project = copied(built, tmp_path)
     edit(project)
-    assert direct(look(project)) == expected
+    assert direct(stage_states(project)) == expected
 
 
 def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(built: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
     for project in (alone, run):
         edit(project)
     before = (run / "dvc.lock").read_text()
-    states = look(run)
+    states = stage_states(run)
     assert (run / "dvc.lock").read_text() == before, "DVC writes it when a stage has run, and nobody else"
     assert direct(states) == dvc_status(run)
     assert direct(states) <= set(expected) <= {state.name for state in states if state.reasons}
@@ -246,7 +246,7 @@ def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
     assert sorted(reproduce(run, *(state.name for state in states if state.reasons))) == sorted(expected)
     assert sorted(reproduce(alone)) == sorted(expected)
     assert not dvc_status(run)
-    assert not direct(look(alone))
+    assert not direct(stage_states(alone))
 
 
 def copied(project: Path, folder: Path) -> Path:
