@@ -43,7 +43,7 @@ def _stages(root: Path) -> list[dict[str, Any]]:
 
     return [
         {"name": state.name, "up_to_date": not state.reasons, "reasons": list(state.reasons)}
-        for state in stage_states(root)
+        for state in stage_states(root, read_only=True)
     ]
 
 

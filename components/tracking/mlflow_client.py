@@ -83,6 +83,8 @@ def connect(home: Path) -> MlflowClient:
     uri = given or f"sqlite:///{home / 'mlflow' / DATABASE}"
     client = MlflowClient(uri, uri)
     try:
+        if not given and _artifact_location(home) == (home / "mlflow" / "artifacts").as_uri():
+            return client
         # Two processes that create the tables at once would trip over each other.
         with file_lock(home / "mlflow", "database", patience=_DATABASE_SECONDS):
             if not given:
@@ -98,23 +100,30 @@ def connect(home: Path) -> MlflowClient:
     return client
 
 
+def _artifact_location(home: Path) -> str:
+    """The address of the artifacts in the state folder's database; empty where MLflow has not made its tables yet."""
+    database = home / "mlflow" / DATABASE
+    if not database.is_file():
+        return ""
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", timeout=_DATABASE_SECONDS, uri=True)) as tables:
+        try:
+            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
+        except sqlite3.OperationalError:
+            return ""
+    return row[0] if row else ""
+
+
 def relocate(home: Path) -> None:
     """Correct the artifact addresses in the state folder's database after the folder was moved, copied or restored.
 
     MLflow stores them absolute, reads and writes where they point, and has no call that changes those of a run.
     """
     database, artifacts = home / "mlflow" / DATABASE, home / "mlflow" / "artifacts"
-    if not database.is_file():
+    stored, current = _artifact_location(home), artifacts.as_uri()
+    before = Path(unquote(urlparse(stored).path))
+    if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
         return
     with closing(sqlite3.connect(database, timeout=_DATABASE_SECONDS)) as tables, tables:
-        try:
-            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
-        except sqlite3.OperationalError:  # MLflow has not made its tables yet
-            return
-        stored, current = row[0] if row else "", artifacts.as_uri()
-        before = Path(unquote(urlparse(stored).path))
-        if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
-            return
         _copy_missing(tables, before, artifacts)
         for table, column in _ARTIFACT_COLUMNS:
             tables.execute(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager, suppress
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from components.config.params import InputError
@@ -48,7 +50,7 @@ def configure(root: Path) -> None:
     try:
         local = ConfigObj(str(root / ".dvc" / "config.local"), encoding="utf-8")
     except (ConfigObjError, UnicodeDecodeError) as error:
-        raise InputError(f".dvc/config.local: {' '.join(str(error).split())}; put it right, or remove it") from None
+        raise InputError(f".dvc/config.local: {' '.join(str(error).split())}; correct it, or remove it") from None
     before = local.dict()
     local.setdefault("core", {})["no_scm"] = str(not has_git(root)).lower()
     local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
@@ -58,25 +60,21 @@ def configure(root: Path) -> None:
 
 
 def stage_states(
-    root: Path, force: bool = False, until: str | None = None, pipeline: str = PIPELINE
+    root: Path, force: bool = False, until: str | None = None, pipeline: str = PIPELINE, read_only: bool = False
 ) -> list[StageState]:
     """The stages of a dvc.yaml in the order they run, each with the reasons why it is out of date.
 
-    Raises: InputError when dvc.yaml cannot be read, or `until` is none of its stages.
-    """
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
+    With `read_only`, neither the project nor the state folder changes.
 
-    configure(root)
+    Raises: InputError when DVC cannot read what it versions, or `until` is no stage.
+    """
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of locks that killed processes left, and removes them
-    try:
-        # DVC names stages and files as seen from the current folder.
-        with chdir(root), Repo() as repo:
+    # DVC names stages and files as seen from the current folder.
+    with chdir(root), open_repo(root, read_only=read_only) as repo:
+        if not read_only:
             _remove_broken_lock(repo)
-            needs = _graph(repo, root, pipeline)
-            changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
-    except DvcException as error:
-        raise dvc_error("dvc.yaml", error) from error
+        needs = _graph(repo, root, pipeline)
+        changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
     other_python = _other_python(root)
     states: dict[str, StageState] = {}
     for name in _up_to(needs, until):
@@ -177,23 +175,73 @@ def version_data(root: Path, folder: Path) -> str:
 
 
 @contextmanager
-def open_repo(root: Path, folder: Path) -> Iterator[Any]:
+def open_repo(root: Path, folder: Path | None = None, read_only: bool = False) -> Iterator[Any]:
+    """The project's DVC repository; errors name `folder`, where they concern one.
+
+    Raises: InputError for what DVC refuses.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(writing(root / ".dvc"))
+            if read_only:
+                repo = _read_only_repo(root, Path(stack.enter_context(TemporaryDirectory(prefix="loopwright-"))))
+            else:
+                configure(root)
+                repo = Repo(str(root))
+            yield stack.enter_context(repo)
+        except DvcException as error:
+            raise dvc_error(error, folder and str(folder.relative_to(root))) from error
+
+
+def _read_only_repo(root: Path, scratch: Path) -> Any:
+    """A DVC repository that keeps its lock files, its cache of file hashes and its .gitignore entries in `scratch`."""
+    from dvc.repo import Repo
+    from dvc.repo.scm_context import SCMContext
+    from dvc.scm import SCM
+
+    tmp, hashes, btime = scratch / "tmp", scratch / "hashes", root / ".dvc" / "tmp" / "btime"
+    tmp.mkdir()
+    with suppress(OSError):  # a file that another process removes meanwhile: DVC hashes more files then
+        shutil.copytree(Paths(root).home / "dvc", hashes)
+        shutil.copy2(btime, tmp)  # its time is part of the name under which DVC finds the cache
+    read_only = {"tmp_dir": str(tmp), "scm_context": SCMContext(SCM(str(root), no_scm=True))}
+    variable, before = "DVC_SITE_CACHE_DIR", os.environ.get("DVC_SITE_CACHE_DIR")
+    os.environ[variable] = str(hashes)
     try:
-        with writing(root / ".dvc"):
-            configure(root)
-            with Repo(str(root)) as repo:
-                yield repo
-    except DvcException as error:
-        raise dvc_error(str(folder.relative_to(root)), error) from error
+        return type("ReadOnlyRepo", (Repo,), read_only)(str(root), config={"core": {"no_scm": not has_git(root)}})
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
-def dvc_error(where: str, error: Exception) -> InputError:
-    """What DVC says is wrong, in one line; with more where it does not say what helps."""
+def dvc_error(error: Exception, place: str | None = None) -> InputError:
+    """What DVC refuses, in one line: the file and the place in it, DVC's words, and the remedy."""
+    from dvc.config import ConfigError
     from dvc.lock import LockError
 
     if isinstance(error, LockError):
-        return InputError(f"{where}: another process works with DVC here; try again when it has ended")
-    return InputError(disk_trouble(error) or f"{where}: DVC: {' '.join(str(error).split())}")
+        return InputError(f"{place or '.dvc'}: another process works with DVC here; try again when it has ended")
+    if trouble := disk_trouble(error):
+        return InputError(trouble)
+    reason = " ".join(str(error).split()).removesuffix(".")
+    if place:
+        return InputError(f"{place}: DVC: {reason}")
+    if isinstance(error, ConfigError):
+        return InputError(f".dvc/config: DVC: {reason}; correct it there or in .dvc/config.local")
+    file = str(getattr(error, "path", "") or getattr(error, "relpath", "")).removeprefix("./")
+    cause, details = error.__cause__, []
+    if mark := getattr(cause, "problem_mark", None):  # of the YAML parser
+        details = [f"line {mark.line + 1}, column {mark.column + 1}: {getattr(cause, 'problem', '')}"]
+    for invalid in getattr(cause, "errors", ()):  # of the schema
+        details.append(f"{'.'.join(str(part) for part in invalid.path)}: {invalid.error_message}")
+    remedy = f"correct {file or 'dvc.yaml'}"
+    if file.endswith("dvc.lock"):
+        remedy = f'remove {file}, and "loopwright run" writes it anew'
+    elif file.endswith(".dvc"):
+        remedy = f"restore {file} from git, or add the dataset again"
+    return InputError(f"{file or 'dvc.yaml'}: {', '.join(details) or f'DVC: {reason}'}; {remedy}")

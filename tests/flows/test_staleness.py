@@ -1,21 +1,30 @@
-"""DVC, `status` and `run` name the same stages: the declarations of this project, over stages that take no time."""
+"""DVC, `status` and `run` name the same stages, and looking changes no file.
+
+The declarations are those of this project, the stages stubs that take no time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 from components.config.params import SCALES_FILE, load_params
-from components.runtime.stage import IMPROVEMENT, PIPELINE, outs, read_stages
+from components.feedback.store import Store
+from components.runtime.stage import IMPROVEMENT, PIPELINE, digest, outs, read_stages
+from components.tracking.registry import Registry
 from flows.orchestration.dvc_repo import StageState, configure, stage_states
+from loopwright.doctor import doctor
+from loopwright.status import status
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -73,8 +82,8 @@ with open("ran", "a") as ran:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with the declarations of this one, built once by DVC alone."""
+def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the declarations of this one, in which nothing has run."""
     root = tmp_path_factory.mktemp("project")
     for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, ".dvc/config", ".dvcignore", ".gitignore"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +107,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data/added/tickets").mkdir(parents=True)
     (root / "data/added/tickets/train").write_text("tickets")
     subprocess.run(["git", "init", "--quiet", str(root)], check=True)
-    configure(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(cloned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That project, built once by DVC alone."""
+    root = copied(cloned, tmp_path_factory.mktemp("built"))
     assert reproduce(root) == list(read_stages(root, PIPELINE)), "in a fresh clone DVC builds all up to the last stage"
     return root
 
@@ -247,6 +262,61 @@ def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
     assert sorted(reproduce(alone)) == sorted(expected)
     assert not dvc_status(run)
     assert not direct(stage_states(alone))
+
+
+def digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file and the target of every link, those of git, DVC and the state folder included."""
+    return {
+        path.relative_to(root).as_posix(): str(path.readlink())
+        if path.is_symlink()
+        else digest(path)
+        if path.is_file()
+        else "folder"
+        for path in root.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.parametrize("progress", ["nothing ran", "a part ran", "all ran"])
+def test_status_and_doctor_change_no_file(
+    progress: str,
+    cloned: Path,
+    built: Path,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "project"
+    shutil.copytree(cloned if progress == "nothing ran" else built, root, symlinks=True)
+    if progress != "nothing ran":
+        configure(root)
+        dvc_status(root)
+        setting("pretrain.decoder.max_steps", 7)(root)
+    if progress == "a part ran":
+        shutil.rmtree(root / "data/tokens")
+        reproduce(root, "prepare@encoder")
+    if progress == "all ran":  # with a state folder in use
+        shutil.copytree(registry.home, root / "var", dirs_exist_ok=True)
+        Registry(root / "var").names()
+        store = Store.of(root / "var")
+        store.add_request("1", "agent/1", {"messages": []})
+        store.close()
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR", raising=False)
+    monkeypatch.chdir(root)
+    before = digests(root)
+    status(as_json=True)
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert digests(root) == before
+    with suppress(typer.Exit):  # with problems of this machine, or none
+        doctor(as_json=True)
+    (dvc,) = [row for row in json.loads(capsys.readouterr().out)["checks"] if row["check"] == "dvc"]
+    stale = [stage["name"] for stage in stages if not stage["up_to_date"]]
+    assert dvc == {"check": "dvc", "ok": True, "found": f"pipeline readable, {len(stale)} stages to run", "remedy": ""}
+    assert digests(root) == before
+    assert "DVC_SITE_CACHE_DIR" not in os.environ
+    assert {state.name for state in stage_states(root) if state.reasons} == set(stale)
 
 
 def copied(project: Path, folder: Path) -> Path:
