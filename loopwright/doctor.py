@@ -28,7 +28,7 @@ def doctor(as_json: Json = False) -> None:
     """Check this machine and this checkout; each problem comes with its remedy."""
     paths = Paths(find_root())
     rows = []
-    for name, check in _CHECKS.items():
+    for name, check in CHECKS.items():
         found, remedy = check(paths)
         rows.append({"check": name, "ok": not remedy, "found": found, "remedy": remedy})
     problems = sum(not row["ok"] for row in rows)
@@ -103,10 +103,10 @@ def _dvc(paths: Paths) -> tuple[str, str]:
     from flows.orchestration.dvc_repo import stage_states
 
     try:
-        stale = [state.name for state in stage_states(paths.root) if state.reasons]
+        stale = [state.name for state in stage_states(paths.root, read_only=True) if state.reasons]
     except InputError as error:
-        found, _, remedy = str(error).partition("; ")
-        return found, remedy or "put right what DVC names"
+        found, _, remedy = str(error).rpartition("; ")
+        return found, remedy
     return f"pipeline readable, {len(stale)} stages to run", ""
 
 
@@ -135,7 +135,7 @@ def _upwards(folder: Path) -> Iterator[Path]:
     yield from folder.parents
 
 
-_CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Check] = {
     "python": _python,
     "git": _git,
     "uv": _uv,

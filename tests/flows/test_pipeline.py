@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from components.config.params import InputError
 from components.config.paths import Paths
 from flows.orchestration.dvc_repo import configure, stage_states, version_data
 from flows.orchestration.run_stage import StageFailed, reproduce
+from loopwright.doctor import CHECKS
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -257,10 +260,29 @@ def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None
         run("first", project)
 
 
-def test_a_broken_dvc_yaml_is_wrong_input(project: Path) -> None:
-    (project / "dvc.yaml").write_text("stages:\n  first:\n    cmd: 3\n    dips: []\n")
-    with pytest.raises(InputError, match=r"dvc\.yaml: "):
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dvc.yaml", "stages:\n  first:\n    cmd: [\n", "dvc.yaml: line 4, column 1: expected .*; correct dvc.yaml"),
+        ("dvc.yaml", "stages: {a: {dips: []}}", "dvc.yaml: stages.a.dips: extra keys not allowed.*; correct dvc.yaml"),
+        ("dvc.yaml", "stages: {a: {cmd: b, deps: [c], outs: [c]}}", "dvc.yaml: DVC: .*in stage: a; correct dvc.yaml"),
+        ("dvc.lock", "a: 1", 'dvc.lock: .*a: extra keys.*; remove dvc.lock, and "loopwright run" writes it anew'),
+        ("params.yaml", "a: [", "params.yaml: line 1, column 5: .*; correct params.yaml"),
+        ("data/mine.dvc", "outs: [", "data/mine.dvc: line 1, column 8: .*; restore data/mine.dvc from git, or add .*"),
+        (".dvc/config", "[core", ".dvc/config: DVC: .*line 1; correct it there or in .dvc/config.local"),
+    ],
+)
+def test_what_dvc_cannot_read_is_named_with_place_and_remedy(
+    file: str, content: str, message: str, project: Path
+) -> None:
+    (project / file).parent.mkdir(exist_ok=True)
+    (project / file).write_text(content)
+    with pytest.raises(InputError) as caught:
         stage_states(project)
+    assert re.fullmatch(message, str(caught.value)), str(caught.value)
+    with chdir(project):
+        found, remedy = CHECKS["dvc"](Paths(project))
+    assert f"{found}; {remedy}" == str(caught.value)
 
 
 def test_without_git_dvc_versions_alone(project: Path) -> None:
