@@ -26,7 +26,7 @@ from flows.orchestration.run_stage import StageResult, reproduce
 from flows.release import Release, Releases, look_at_releases, release
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
-_REASONS_SHOWN = 3
+_LINE_WIDTH = 100
 
 
 @dataclass
@@ -82,7 +82,7 @@ def run_pipeline(order: RunOptions) -> Report:
         with file_lock(order.paths.home / "stages", "run"):
             fetch_base_models(order.paths, order.echo)
             states = stage_states(order.root, order.force, order.until)
-            if any(state.reasons for state in states) or not _all_released(order, report):
+            if any(state.is_due for state in states) or not _all_released(order, report):
                 _run_as_flow(order, states, report)
             else:
                 report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
@@ -148,11 +148,9 @@ def _stage_task(order: RunOptions, state: StageState, report: Report) -> Any:
 
     def bring_up_to_date() -> Any:
         result = StageResult(state.name, "up to date", 0.0)
-        if state.reasons:
-            more = len(state.reasons) - _REASONS_SHOWN
-            said = [*state.reasons[:_REASONS_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-            order.echo(f"{state.name}: {', '.join(said)}")
-            result = reproduce(state.name, order.root, state.force, _StageOutput(state.name, order.echo))
+        if state.is_due:
+            order.echo(f"{state.name}: {state.describe(_LINE_WIDTH - len(state.name))}")
+            result = reproduce(state.name, order.root, order.force, _StageOutput(state.name, order.echo))
         report.stages.append(result)
         order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
         return Completed(name=result.outcome.capitalize(), message=f"{result.outcome} in {result.seconds:.1f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -41,8 +42,12 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _python(_: Paths) -> tuple[str, str]:
+def _python(paths: Paths) -> tuple[str, str]:
     found = f"{sys.version.split()[0]} at {sys.executable}"
+    metrics = paths.metrics / "collect.json"
+    collected = json.loads(metrics.read_text(encoding="utf-8")).get("python") if metrics.is_file() else None
+    if collected not in (None, sys.version):
+        found += f', data collected under {collected.split()[0]}: "loopwright run --until collect --force" renews it'
     return found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
 
 

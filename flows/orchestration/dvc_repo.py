@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
@@ -29,9 +28,27 @@ class StageState:
     needs: tuple[str, ...]
     """Stages whose outputs it reads."""
     reasons: tuple[str, ...]
-    """Empty when it is up to date."""
-    force: bool = False
-    """Its outputs must be made anew, although DVC sees no change."""
+    """What `dvc status` says of it; empty when it is up to date."""
+    after: tuple[str, ...] = ()
+    """Stages out of date on whose outputs it depends: it is out of date too if these change them."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a run comes to it; DVC then decides whether it executes."""
+        return bool(self.reasons or self.after)
+
+    def describe(self, width: int) -> str:
+        """Its state in a line of at most `width` characters: as many reasons or stages as fit, and how many more."""
+        if not self.is_due:
+            return "up to date"
+        names = self.reasons or self.after
+        begin = "" if self.reasons else "up to date until after "
+        for shown in range(len(names), 0, -1):
+            more = [f"and {len(names) - shown} more"] if shown < len(names) else []
+            line = begin + ", ".join([*names[:shown], *more])
+            if len(line) <= width:
+                return line
+        return f"{line[: width - 1]}…"
 
 
 def configure(root: Path) -> None:
@@ -75,15 +92,14 @@ def stage_states(
             _remove_broken_lock(repo)
         needs = _graph(repo, root, pipeline)
         changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
-    other_python = _other_python(root)
     states: dict[str, StageState] = {}
     for name in _up_to(needs, until):
         reasons = ["--force"] if force else list(_reasons(changed.get(name, [])))
-        if name == "collect" and other_python:
-            reasons.append(other_python)
-        reasons += [f"after {needed}" for needed in needs[name] if needed in states and states[needed].reasons]
-        again = force or (name == "collect" and bool(other_python))
-        states[name] = StageState(name, tuple(needs[name]), tuple(reasons), again)
+        stale: list[str] = []
+        for needed in (states[needed] for needed in needs[name] if needed in states):
+            stale += [*needed.after, *([needed.name] if needed.reasons else [])]
+        after = () if force else tuple(name for name in states if name in stale)
+        states[name] = StageState(name, tuple(needs[name]), tuple(reasons), after)
     return list(states.values())
 
 
@@ -138,15 +154,6 @@ def _reasons(changes: list[Any]) -> Iterator[str]:
                     yield from (f"{path}: {key} {how}" for key, how in state.items())
                 else:
                     yield f"{path} {state}"
-
-
-def _other_python(root: Path) -> str:
-    """Why `collect` is out of date although no file changed: it reads the interpreter it runs under."""
-    path = Paths(root).metrics / "collect.json"
-    read = json.loads(path.read_text(encoding="utf-8")).get("python") if path.is_file() else None
-    if read in (None, sys.version):
-        return ""
-    return f"python {sys.version.split()[0]}, collected with {read.split()[0]}"
 
 
 def check_versioning(root: Path, folder: Path) -> None:

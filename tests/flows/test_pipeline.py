@@ -19,7 +19,7 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from flows.orchestration.dvc_repo import configure, stage_states, version_data
+from flows.orchestration.dvc_repo import StageState, configure, stage_states, version_data
 from flows.orchestration.run_stage import StageFailed, reproduce
 from loopwright.doctor import CHECKS
 
@@ -63,7 +63,9 @@ def run_all(project: Path) -> list[str]:
 
 
 def reasons(project: Path, **wanted: object) -> dict[str, tuple[str, ...]]:
-    return {state.name: state.reasons for state in stage_states(project, **wanted)}  # type: ignore[arg-type]
+    """What is wrong with each stage; or `after` and the stages it depends on that are out of date."""
+    states = stage_states(project, **wanted)  # type: ignore[arg-type]
+    return {state.name: state.reasons or (("after", *state.after) if state.after else ()) for state in states}
 
 
 def test_outcomes_are_told_apart(project: Path) -> None:
@@ -82,13 +84,13 @@ def test_reasons_name_what_changed_and_follow_the_graph(project: Path) -> None:
     run_all(project)
     assert reasons(project) == {"first": (), "side": (), "last": ()}
     (project / "params.yaml").write_text("a: 2\n")
-    assert reasons(project) == {"first": ("params.yaml: a modified",), "side": (), "last": ("after first",)}
+    assert reasons(project) == {"first": ("params.yaml: a modified",), "side": (), "last": ("after", "first")}
     (project / "params.yaml").write_text("a: 1\n")
     (project / "source.txt").write_text("another")
     assert reasons(project) == {
         "first": ("source.txt modified",),
         "side": ("source.txt modified",),
-        "last": ("after first",),
+        "last": ("after", "first"),
     }
     (project / "source.txt").write_text("source")
     (project / "side.txt").unlink()
@@ -129,25 +131,32 @@ def test_until_takes_a_stage_and_what_it_needs(project: Path) -> None:
 def test_force_gives_every_stage_a_reason(project: Path) -> None:
     run_all(project)
     states = stage_states(project, force=True)
-    assert all(state.force and "--force" in state.reasons for state in states)
+    assert all(state.reasons == ("--force",) for state in states)
 
 
-def test_another_python_makes_collect_stale(project: Path) -> None:
-    stages = {
-        "collect": STAGES["side"],
-        "last": {**STAGES["last"], "cmd": "cp side.txt last.txt", "deps": ["side.txt"]},
-    }
-    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
-    for name in stages:
-        run(name, project)
+def test_a_state_fits_a_line_and_says_how_much_it_leaves_out() -> None:
+    reasons = tuple(f"components/module_{number}.py modified" for number in range(30))
+    stale = StageState("first", (), reasons)
+    waiting = StageState("last", ("first",), (), ("collect", "prepare@encoder", "pretrain@encoder"))
+    assert stale.describe(90) == f"{reasons[0]}, {reasons[1]}, and 28 more"
+    assert waiting.describe(90) == "up to date until after collect, prepare@encoder, pretrain@encoder"
+    assert waiting.describe(50) == "up to date until after collect, and 2 more"
+    assert StageState("side", (), ()).describe(10) == "up to date"
+    for width in range(20, 2000, 7):
+        for state in (stale, waiting):
+            line = state.describe(width)
+            assert len(line) <= width
+            assert line[-1] == "…" or line.count(",") + 1 == len(state.reasons or state.after) or " more" in line
+
+
+def test_doctor_says_that_data_was_collected_under_another_python(project: Path) -> None:
     metrics = Paths(project).metrics / "collect.json"
     metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps({"python": sys.version}))
-    assert reasons(project) == {"collect": (), "last": ()}
-    metrics.write_text(json.dumps({"python": "3.99.1 (main)"}))
-    now = sys.version.split()[0]
-    assert reasons(project) == {"collect": (f"python {now}, collected with 3.99.1",), "last": ("after collect",)}
-    assert stage_states(project)[0].force, "DVC sees no change, so it must be told"
+    for version, shown in ((sys.version, False), ("3.99.1 (main)", True)):
+        metrics.write_text(json.dumps({"python": version}))
+        found, remedy = CHECKS["python"](Paths(project))
+        assert not remedy
+        assert ('data collected under 3.99.1: "loopwright run --until collect --force" renews it' in found) == shown
 
 
 def test_each_line_of_a_stage_is_heard_without_what_dvc_says(project: Path) -> None:
