@@ -4,6 +4,8 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -174,6 +176,34 @@ def test_one_tool_has_one_door(tool: str) -> None:
     }
     strays = {user for user in users if not user.startswith(DOORS[tool])}
     assert not strays, f"{tool} is imported by {sorted(strays)}"
+
+
+def declared(*requirements: list[str]) -> set[str]:
+    """Names of the distributions that lists of requirements name, as PyPI normalizes them."""
+    return {normalized(re.split(r"[^\w.-]", entry, maxsplit=1)[0]) for entries in requirements for entry in entries}
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_imported_package_is_declared() -> None:
+    """What another package happens to bring may go with its next version."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
+    run = declared(project["dependencies"], *project["optional-dependencies"].values())
+    dev = run | declared(pyproject["dependency-groups"]["dev"])
+    tests = [path for package in ("tests", "benchmarks") for path in (ROOT / package).rglob("*.py")]
+    providers = packages_distributions()
+    own = {*PACKAGES, "tests", "benchmarks"}
+    missing = {
+        f"{path.relative_to(ROOT)}: {module}"
+        for paths, known in ((SOURCES, run), (tests, dev))
+        for path in paths
+        for module in {name.partition(".")[0] for name in imports(path)} - own - sys.stdlib_module_names
+        if not known & {normalized(name) for name in providers.get(module, [module])}
+    }
+    assert not missing
 
 
 def test_files_import_each_other_in_no_circle() -> None:
