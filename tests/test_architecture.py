@@ -16,7 +16,8 @@ from components.agent.saved_tools import as_tools
 from components.config.params import FAMILIES, Params
 from components.config.paths import Paths
 from components.config.project import Project, load_project
-from components.runtime.stage import STAGE_MODULES, read_stages, stage_function
+from components.config.versions import VERSIONS_FILE, locked_versions
+from components.runtime.stage import STAGE_MODULES, declared_libraries, read_stages, stage_function
 from examples.stdlib_agent import facts
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +78,16 @@ DOORS = {
     "alembic": ("components/feedback/",),
     "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
     "llguidance": ("components/inference/grammar.py",),
+}
+
+
+# Libraries that stages import and whose version changes no result, and why.
+RESULTS_UNCHANGED = {
+    **dict.fromkeys(("pyarrow", "safetensors"), "read and write files of a fixed format"),
+    **dict.fromkeys(("jsonschema", "referencing", "pydantic", "pydantic-core"), "check what is computed elsewhere"),
+    **dict.fromkeys(("jinja2", "markupsafe"), "render templates of a language that is fixed within a major version"),
+    "matplotlib": "draws what the tracker logs; no out of a stage",
+    "pyyaml": "reads files of a fixed format",
 }
 
 
@@ -252,25 +263,43 @@ def test_every_dependency_of_the_pipeline_exists_or_is_an_out() -> None:
             assert (ROOT / dependency).exists() or within(dependency, outs | BROUGHT), dependency
 
 
+def sources_of(stage: str) -> set[str]:
+    """Files that a stage runs, but for the runner, which changes no result, and configuration, watched by value."""
+    module = stage.partition("@")[0]
+    files: set[str] = set()
+    todo = [f"{STAGE_MODULES[module].replace('.', '/')}.py"]
+    if module == "collect":
+        todo += [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples/stdlib_agent").glob("*.py")]
+    while todo:
+        file = todo.pop()
+        files.add(file)
+        for imported in imports(ROOT / file):
+            target = place(imported)
+            if target and target.endswith(".py") and target not in files and not within(target, TOP):
+                todo.append(target)
+    return files
+
+
 def test_stages_declare_each_module_of_the_house_that_they_import() -> None:
     for name, stage in PIPELINE.items():
-        declared = set(stage["deps"])
-        # Configuration values are watched in params.yaml and scales.yaml; the runner changes no result.
-        exempt = TOP
-        seen: set[str] = set()
-        module = name.partition("@")[0]
-        todo = [f"{STAGE_MODULES[module].replace('.', '/')}.py"]
-        if module == "collect":
-            todo += [path.relative_to(ROOT).as_posix() for path in (ROOT / "examples/stdlib_agent").glob("*.py")]
-        while todo:
-            file = todo.pop()
-            seen.add(file)
-            for module in imports(ROOT / file):
-                target = place(module)
-                if target and target.endswith(".py") and target not in seen and not within(target, exempt):
-                    todo.append(target)
-        missing = {file for file in seen if not within(file, declared)}
+        missing = {file for file in sources_of(name) if not within(file, set(stage["deps"]))}
         assert not missing, f"{name}: dvc.yaml lists no dependency on {sorted(missing)}"
+
+
+def test_stages_declare_the_version_of_each_library_that_they_compute_with() -> None:
+    providers = packages_distributions()
+    for name, stage in PIPELINE.items():
+        modules = {module.partition(".")[0] for file in sources_of(name) for module in imports(ROOT / file)}
+        imported = {normalized(provider) for module in modules for provider in providers.get(module, [])}
+        libraries = {library for library in imported if library != "loopwright"} - set(RESULTS_UNCHANGED)
+        assert declared_libraries(stage) == libraries, name
+
+
+def test_the_versions_that_stages_declare_are_those_of_the_lock() -> None:
+    versions = yaml.safe_load(VERSIONS_FILE.read_text())
+    assert versions == locked_versions(ROOT / "requirements.lock", versions), 'run "make lock"'
+    assert all(versions.values())
+    assert set(versions) == {library for stage in PIPELINE.values() for library in declared_libraries(stage)}
 
 
 def test_lint_sees_every_source() -> None:
@@ -332,7 +361,7 @@ def test_every_value_that_a_stage_watches_is_there() -> None:
                 for part in entry.split("."):
                     assert part in found, f"{entry}: {part} is not in params.yaml"
                     found = found[part]
-            for dotted in entry[SCALES] if isinstance(entry, dict) else ():
+            for dotted in entry.get(SCALES, ()) if isinstance(entry, dict) else ():
                 for scale in names:
                     found = scales
                     for part in dotted.replace("${scale}", scale).split("."):
@@ -354,7 +383,7 @@ def test_a_stage_watches_every_place_of_a_value_that_it_reads() -> None:
 
     for name, stage in PIPELINE.items():
         given = {entry for entry in stage["params"] if isinstance(entry, str)} - {"seed", "scale"}
-        scaled = {dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry[SCALES]}
+        scaled = {dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry.get(SCALES, ())}
         for dotted in given:
             # A dataset's name is in params.yaml, always.
             if not dotted.endswith(".dataset"):

@@ -28,6 +28,7 @@ import yaml
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, disk_trouble, find_root
+from components.config.versions import VERSIONS_FILE
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
@@ -158,7 +159,11 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
         if (paths.root / dep).parent == paths.validated("").parent:
             deps |= _datasets(paths.root / dep, paths)
     resolved = params.model_dump(mode="json", by_alias=True)
-    return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
+    values = {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])}
+    if libraries := declared_libraries(stages[name]):
+        versions = yaml.safe_load(VERSIONS_FILE.read_text(encoding="utf-8"))
+        values |= {f"versions.{library}": versions[library] for library in libraries}
+    return Inputs(deps, values)
 
 
 def _datasets(validated: Path, paths: Paths) -> dict[str, str]:
@@ -245,10 +250,23 @@ def _declared_params(stage: Mapping[str, Any]) -> list[str]:
     names: set[str] = set()
     for entry in stage.get("params", []):
         if isinstance(entry, dict):
-            names.update(dotted.partition(".")[2] for keys in entry.values() for dotted in keys)
+            scaled = (keys for file, keys in entry.items() if Path(file).name != VERSIONS_FILE.name)
+            names.update(dotted.partition(".")[2] for keys in scaled for dotted in keys)
         else:
             names.add(entry)
     return sorted(names)
+
+
+def declared_libraries(stage: Mapping[str, Any]) -> set[str]:
+    """Libraries of which a stage of dvc.yaml declares the version, as it changes what the stage computes."""
+    files = [entry for entry in stage.get("params", []) if isinstance(entry, dict)]
+    return {
+        name
+        for entry in files
+        for file, names in entry.items()
+        if Path(file).name == VERSIONS_FILE.name
+        for name in names
+    }
 
 
 def _look_up(values: Any, dotted: str) -> Any:

@@ -18,9 +18,10 @@ import pytest
 import typer
 import yaml
 
-from components.config.params import SCALES_FILE, load_params
+from components.config.params import FAMILIES, SCALES_FILE, load_params
+from components.config.versions import VERSIONS_FILE
 from components.feedback.store import Store
-from components.runtime.stage import IMPROVEMENT, PIPELINE, digest, outs, read_stages
+from components.runtime.stage import IMPROVEMENT, PIPELINE, declared_libraries, digest, outs, read_stages
 from components.tracking.registry import Registry
 from flows.orchestration.dvc_repo import StageState, configure, stage_states
 from loopwright.doctor import doctor
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarni
 
 SOURCE = Path(__file__).parents[2]
 SCALES = SCALES_FILE.relative_to(SOURCE).as_posix()
+VERSIONS = VERSIONS_FILE.relative_to(SOURCE).as_posix()
 
 STUB = """
 import hashlib, json, pathlib, sys, yaml
@@ -64,6 +66,7 @@ def datasets(section):
     return [named] if isinstance(named, str) else named
 
 values = [look_up(params, one) for one in stage["params"]] + [look_up(scales, one) for one in stage["scaled"]]
+values += [load("VERSIONS")[library] for library in stage["libraries"]]
 said = digest(values, [content(dep) for dep in stage["deps"]])
 if name == "collect":
     said = digest(params["collect"])  # the agent's facts are of no dataset
@@ -85,7 +88,7 @@ with open("ran", "a") as ran:
 def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with the declarations of this one, in which nothing has run."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, ".dvc/config", ".dvcignore", ".gitignore"):
+    for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, VERSIONS, ".dvc/config", ".dvcignore", ".gitignore"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE / name, root / name)
     for section, names in load_params(root / "params.yaml").datasets.items():  # the stub knows no project
@@ -101,7 +104,7 @@ def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "components/runtime").mkdir()
     for package in ("components", "components/runtime"):
         (root / package / "__init__.py").touch()
-    (root / "components/runtime/stage.py").write_text(STUB.replace("SCALES", SCALES))
+    (root / "components/runtime/stage.py").write_text(STUB.replace("SCALES", SCALES).replace("VERSIONS", VERSIONS))
     told = {name: described(stage, deps, root) for name, stage in stages.items()}
     (root / "stages.json").write_text(json.dumps(told))
     (root / "data/added/tickets").mkdir(parents=True)
@@ -124,7 +127,7 @@ def inside(path: str, folders: Iterable[str]) -> bool:
 
 def described(stage: Mapping[str, Any], deps: Iterable[str], root: Path) -> dict[str, Any]:
     """What the stub is to read and to write of a stage."""
-    scaled = [dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry[SCALES]]
+    scaled = [dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry.get(SCALES, ())]
     writes = []
     for out in set(outs(stage)) - {"data/collected"}:
         parts = {dep for dep in deps if dep != out and inside(dep, [out])}
@@ -133,6 +136,7 @@ def described(stage: Mapping[str, Any], deps: Iterable[str], root: Path) -> dict
         "deps": stage["deps"],
         "params": [entry for entry in stage["params"] if isinstance(entry, str)],
         "scaled": scaled,
+        "libraries": sorted(declared_libraries(stage)),
         "sections": list(load_params(root / "params.yaml").datasets),
         "writes": writes,
     }
@@ -189,6 +193,8 @@ def all_of(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
     return edit
 
 
+FINE_TUNED = {f"{stage}@{model}" for stage in ("finetune", "assess") for model in ("classifier", "summarizer")}
+TRAINED = {"tune"} | {f"{stage}@{family}" for stage in ("prepare", "pretrain") for family in FAMILIES}
 EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "what no stage reads": (
         all_of(
@@ -220,6 +226,9 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
             "assess@classifier",
         },
     ),
+    "a library of some stages": (setting("scikit-learn", "99", VERSIONS), FINE_TUNED),
+    "a library of most stages": (setting("torch", "99", VERSIONS), {*TRAINED, *FINE_TUNED, "evaluate"}),
+    "a library of no stage": (appended("requirements.lock"), set()),
     "a base": (
         appended("data/imported/encoder_decoder/config.json"),
         {"prepare@encoder_decoder", "finetune@summarizer"},
@@ -240,15 +249,32 @@ def test_an_edit_makes_the_stages_stale_that_read_it(name: str, built: Path, tmp
     assert out_of_date(stage_states(project)) == dvc_status(project) == expected
 
 
-def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(built: Path, tmp_path: Path) -> None:
-    edit = all_of(
-        setting("summarizer.dataset", ["stdlib-summaries", "tickets"]),
-        setting("classifier.max_steps", 7),
-        appended("data/added/new/train"),
-    )
-    expected = ["collect", "validate", "finetune@classifier", "assess@classifier"]
-    expected += [f"{name}@encoder_decoder" for name in ("train_tokenizer", "prepare", "pretrain")]
-    expected += ["finetune@summarizer", "assess@summarizer"]
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (
+            all_of(
+                setting("summarizer.dataset", ["stdlib-summaries", "tickets"]),
+                setting("classifier.max_steps", 7),
+                appended("data/added/new/train"),
+            ),
+            {
+                "collect",
+                "validate",
+                "finetune@classifier",
+                "assess@classifier",
+                *(f"{name}@encoder_decoder" for name in ("train_tokenizer", "prepare", "pretrain")),
+                "finetune@summarizer",
+                "assess@summarizer",
+            },
+        ),
+        (setting("torch", "99", VERSIONS), {*TRAINED, *FINE_TUNED, "evaluate"}),
+    ],
+    ids=["datasets and parameters", "an upgrade of torch"],
+)
+def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
+    edit: Callable[[Path], None], expected: set[str], built: Path, tmp_path: Path
+) -> None:
     alone, run = copied(built, tmp_path / "alone"), copied(built, tmp_path / "run")
     for project in (alone, run):
         edit(project)
@@ -256,7 +282,7 @@ def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
     states = stage_states(run)
     assert (run / "dvc.lock").read_text() == before, "DVC writes it when a stage has run, and nobody else"
     assert out_of_date(states) == dvc_status(run)
-    assert out_of_date(states) <= set(expected) <= {state.name for state in states if state.is_due}
+    assert out_of_date(states) <= expected <= {state.name for state in states if state.is_due}
     # As the flow does it, without a process for each.
     assert sorted(reproduce(run, *(state.name for state in states if state.is_due))) == sorted(expected)
     assert sorted(reproduce(alone)) == sorted(expected)
