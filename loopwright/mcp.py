@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel, Field
 
 from components.config.params import InputError
-from loopwright.endpoint import ADDRESS, headers
+from loopwright.client import ADDRESS, headers
 from loopwright.output import print_json
 
 INSTRUCTIONS = "An agent served by Loopwright. Ask it, then say how good its answer was: it learns from that."

@@ -1,4 +1,4 @@
-"""`loopwright run`: bring every stage up to date as one Prefect flow run, then release the models."""
+"""`loopwright run` and `improve`: the pipeline and one round of continual learning, as Prefect flow runs."""
 
 from __future__ import annotations
 
@@ -58,6 +58,32 @@ def run(
         print_json(asdict(report))
     else:
         _summarise(report)
+
+
+def improve(
+    force: Annotated[
+        bool, typer.Option("--force", help="Also without new feedback, and every stage from its beginning.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Curate what people said, train from the champion, put both before the gate, promote or refuse (exit 3)."""
+    from flows.improve import improve as run_improvement
+    from flows.orchestration.run_stage import StageFailed
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        done = run_improvement(find_root(), force, Terminal(as_json))
+    except StageFailed as failure:
+        raise told(failure) from failure
+    except KeyboardInterrupt:
+        say('improve: stopped; "loopwright improve" goes on from the last checkpoint')
+        sys.exit(130)
+    if as_json:
+        print_json(asdict(done))
+        return
+    print(f"{done.outcome}: {done.reason}")
+    if done.release:
+        print(f"champion  {done.champion}, score {done.release.score:.4f}\nbento     {done.release.bento}")
 
 
 def told(failure: StageFailed) -> Exception:

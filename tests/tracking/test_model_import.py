@@ -29,7 +29,7 @@ from components.tokenization.text_tokenizer import TextTokenizer
 from components.tracking.model_import import import_model, inspect_model, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
-from loopwright.export import copy_whole
+from loopwright.models import copy_whole
 from tests.tokenization.hf_tokenizers import TEXTS, chatml, llama
 
 SOURCE = Path(__file__).parents[2]

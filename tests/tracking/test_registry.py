@@ -16,7 +16,7 @@ from components.config.paths import Paths
 from components.tracking.mlflow_client import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
-from loopwright.import_ import import_
+from loopwright.models import import_
 
 Register = Callable[..., ModelVersion]
 CALLS = 8
