@@ -1,10 +1,8 @@
-"""`loopwright package`, `import`, `export` and `harness`: registered models in, out, and on others' tasks."""
+"""`loopwright package`, `import`, `export` and `harness`: models to and from the registry, and on public benchmarks."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +10,8 @@ from typing import Annotated
 import typer
 
 from components.config.params import FAMILY_OF_SECTION, InputError
-from components.config.paths import Paths, find_root, writing
+from components.config.paths import Paths, find_root
+from components.runtime.files import copy_folder
 from loopwright.output import Json, print_json, print_table, say
 
 
@@ -39,32 +38,32 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
-    # What MLflow and BentoML both take.
+    # What MLflow and BentoML both accept.
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
-        raise InputError(f"--name: {name!r}: is no name for a model; allowed are {allowed}")
+        raise InputError(f"--name: {name!r}: not a valid model name; allowed are {allowed}")
     from components.tracking.model_import import import_model, inspect_model
     from components.tracking.registry import Registry
 
-    found = inspect_model(folder)
+    model = inspect_model(folder)
     paths = Paths(find_root())
-    version = import_model(folder, found, name, Registry(paths.home), paths)
+    version = import_model(folder, model, name, Registry(paths.home), paths)
     if left_out := version.tags.get("tools_left_out"):
         say(
-            f"{folder}: its tools {left_out} are left out: an import runs no code, and theirs is not that of the"
-            " project in params.yaml"
+            f"{folder}: its tools {left_out} are left out: an import runs no code, and their source differs from"
+            " that of the project in params.yaml"
         )
     if as_json:
-        print_json({"model": str(version), "aliases": list(version.aliases), **asdict(found)})
+        print_json({"model": str(version), "aliases": list(version.aliases), **asdict(model)})
         return
-    section = next(name for name, family in FAMILY_OF_SECTION.items() if family == found.family)
-    print(f"{version}: {found.architecture}, {found.parameters:,} parameters, {found.vocab_size:,} tokens")
+    section = next(name for name, family in FAMILY_OF_SECTION.items() if family == model.family)
+    print(f"{version}: {model.architecture}, {model.parameters:,} parameters, {model.vocab_size:,} tokens")
     print(f'Next: "loopwright run --set {section}.base={version} --set {section}.lora_rank=8"')
 
 
 def export(
     model: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Which model; NAME/VERSION works too.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to; must be empty or not there yet.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Target folder; must be empty or not exist.")],
     as_json: Json = False,
 ) -> None:
     """Copy a registered model to a folder that transformers, vLLM and others load."""
@@ -73,25 +72,12 @@ def export(
     from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
-    copy_whole(version.folder, folder)
+    copy_folder(version.folder, folder)
     files = sorted(file.name for file in folder.iterdir())
     if as_json:
         print_json({"model": str(version), "folder": str(folder), "files": files})
     else:
         print(f"{version} is in {folder}: {', '.join(files)}")
-
-
-def copy_whole(source: Path, folder: Path) -> None:
-    """Copy a folder so that it appears complete or not at all.
-
-    Raises: InputError when the place cannot be written.
-    """
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-            copied = Path(scratch) / "copy"
-            shutil.copytree(source, copied)
-            copied.replace(folder)
 
 
 def harness(
@@ -103,8 +89,8 @@ def harness(
     ] = None,
     include: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task at most.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered side by side.")] = 32,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the model's chat template.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 32,
     as_json: Json = False,
 ) -> None:
     """Evaluate a registered decoder with lm-evaluation-harness (extra lm-eval); most of its tasks fetch their data."""

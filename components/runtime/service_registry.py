@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+from components.runtime.files import write_text
 from components.runtime.process import alive, lock_owner
 
 LOCK = "up"
@@ -32,15 +35,23 @@ def running(home: Path) -> dict[str, str]:
 
 
 def publish(home: Path, addresses: dict[str, str]) -> None:
-    """Let the other commands find the services of this process."""
-    scratch = home / f"{FILE}.new"
-    scratch.write_text(json.dumps({"pid": os.getpid(), "addresses": addresses}), encoding="utf-8")
-    scratch.replace(home / FILE)
+    """Write the addresses of this process's services where other commands read them."""
+    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses}))
 
 
 def unregister(home: Path) -> None:
-    """The services end."""
+    """Remove the addresses that `publish` wrote."""
     (home / FILE).unlink(missing_ok=True)
+
+
+def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Wait until a GET of the address is answered with 200; False after `seconds`, or when `process` has ended."""
+    deadline = time.monotonic() + seconds
+    while not answers(url):
+        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def answers(url: str, seconds: float = 2.0) -> bool:

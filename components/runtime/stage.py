@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.versions import VERSIONS_FILE
+from components.runtime.files import remove
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
@@ -338,14 +338,6 @@ def _state(name: str, key: str, paths: Paths) -> Path:
     for old in newest_first[_STATES_KEPT:]:
         remove(old)
     return folder
-
-
-def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _report(paths: Paths, name: str, started: float, code: int, message: str) -> None:

@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-from components.runtime.process import ask_to_die_with_parent
+from components.runtime.process import start
 
 LOG_BYTES = 20_000_000
 """A log that is longer is put aside as NAME.log.1 when its service starts."""
@@ -114,17 +114,7 @@ class Supervisor:
         if kept.log.exists() and kept.log.stat().st_size > LOG_BYTES:
             kept.log.replace(kept.log.with_suffix(".log.1"))
         with kept.log.open("ab") as file:
-            kept.process = subprocess.Popen(
-                kept.service.command,
-                cwd=self._root,
-                env={**os.environ, **kept.service.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is for us: we end the services in order.
-                start_new_session=True,
-                preexec_fn=ask_to_die_with_parent,
-            )
+            kept.process = start(kept.service.command, file, kept.service.environment, self._root)
         kept.started = time.monotonic()
         kept.state, kept.told_waiting = "starting", False
 

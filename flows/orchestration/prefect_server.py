@@ -9,15 +9,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.params import InputError
-from components.runtime.process import ask_to_die_with_parent, file_lock, lock_owner
-from components.runtime.service_registry import answers, running
+from components.runtime.process import file_lock, lock_owner, start, stop
+from components.runtime.service_registry import running, wait_for
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
@@ -44,15 +43,11 @@ class Api:
 
         Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
         """
-        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else seconds)
-        while not answers(f"{self.url}/health"):
-            late = time.monotonic() > deadline
-            if self.process is None and late:
-                raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
-            if self.process is not None and (late or self.process.poll() is not None):
-                raise RuntimeError(f"Prefect's server did not start; see {self.log}")
-            time.sleep(0.1)
-        return self.url
+        if wait_for(f"{self.url}/health", _SECONDS_TO_START if self.process else seconds, self.process):
+            return self.url
+        if self.process is None:
+            raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
+        raise RuntimeError(f"Prefect's server did not start; see {self.log}")
 
 
 def settings(home: Path) -> Mapping[str, str]:
@@ -74,14 +69,8 @@ def prefect_api(home: Path) -> Iterator[Api]:
         return
     with log.open("wb") as file:
         port = free_port()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is for the run, which stops the server after the flow has said how it ended.
-            start_new_session=True,
-            preexec_fn=ask_to_die_with_parent,
-        )
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        process = start(command, file)
     try:
         yield Api(f"http://127.0.0.1:{port}/api", log, process)
     finally:
@@ -128,16 +117,6 @@ def send_logs() -> None:
     from prefect.logging.handlers import APILogHandler
 
     APILogHandler().flush()
-
-
-def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
-    """Ask a process to end, and end it when it does not."""
-    process.terminate()
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def free_port() -> int:
