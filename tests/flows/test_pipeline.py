@@ -159,6 +159,16 @@ def test_doctor_says_that_data_was_collected_under_another_python(project: Path)
         assert ('data collected under 3.99.1: "loopwright run --until collect --force" renews it' in found) == shown
 
 
+def test_doctor_compares_what_is_installed_with_the_lock(project: Path) -> None:
+    lock = project / "requirements.lock"
+    shutil.copy(Path(__file__).parents[2] / "requirements.lock", lock)
+    assert CHECKS["versions"](Paths(project))[1] == ""
+    lock.write_text(re.sub("(?m)^dvc==.*", "dvc==3.1.0", lock.read_text()))
+    found, remedy = CHECKS["versions"](Paths(project))
+    assert re.fullmatch(r"dvc \S+, locked 3\.1\.0", found)
+    assert remedy.startswith("run make setup")
+
+
 def test_each_line_of_a_stage_is_heard_without_what_dvc_says(project: Path) -> None:
     heard: list[str] = []
     reproduce("first", project, False, heard.append)
