@@ -1,4 +1,4 @@
-"""`loopwright chat` and `classify`, and the endpoint they ask: the running one, or one in this process."""
+"""`loopwright chat` and `classify`, and the endpoint they call: running already, or started in this process."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def chat(
             body = {"messages": [{"role": "user", "content": prompt}]}
             print_json(post(f"{address}/v1/chat/completions", body))
         else:
-            _say_streamed(address, [{"role": "user", "content": prompt}])
+            _print_streamed(address, [{"role": "user", "content": prompt}])
 
 
 def _converse(address: str) -> None:
-    """Ask, answer, until the person ends it."""
+    """Read prompts and print answers until the user ends the conversation."""
     say("Ctrl-C stops a reply, Ctrl-D ends the conversation")
     messages: Messages = []
     while True:
@@ -56,38 +56,38 @@ def _converse(address: str) -> None:
         if question:
             messages.append({"role": "user", "content": question})
             try:
-                messages.append({"role": "assistant", "content": _within_context(address, messages)})
+                messages.append({"role": "assistant", "content": _answer_within_context(address, messages)})
             except InputError as error:
                 messages.pop()
                 say(str(error))
 
 
-def _within_context(address: str, messages: Messages) -> str:
-    """Answer, forgetting the oldest exchange as often as the model's context asks for it."""
+def _answer_within_context(address: str, messages: Messages) -> str:
+    """Answer; while the conversation is longer than the model's context, drop its oldest exchange."""
     while True:
         try:
-            return _say_streamed(address, messages)
+            return _print_streamed(address, messages)
         except ContextTooLong:
             if len(messages) == 1:
                 raise
             del messages[:2]
 
 
-def _say_streamed(address: str, messages: Messages) -> str:
+def _print_streamed(address: str, messages: Messages) -> str:
     """Print the answer as it comes, tool calls in dim lines; returns its text."""
-    said = ""
+    answer = ""
     try:
         for delta in _deltas(address, messages):
             for step in delta.get("steps", []):
-                _dim(_step(step))
+                _print_dim(_step(step))
             if text := delta.get("content"):
-                said += text
+                answer += text
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
-        _dim(" (stopped)")
-        return said
+        _print_dim(" (stopped)")
+        return answer
     print()
-    return said
+    return answer
 
 
 def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
@@ -107,14 +107,15 @@ def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
 
 
 def _step(step: dict[str, Any]) -> str:
+    """A tool call or its result in a line."""
     if step["type"] == "call":
         arguments = ", ".join(f"{key}={value!r}" for key, value in step["arguments"].items())
         return f"→ {step['name']}({arguments})"
     return f"← {step['content']}"
 
 
-def _dim(line: str) -> None:
-    """A line that is no part of the answer."""
+def _print_dim(line: str) -> None:
+    """Print a line that is no part of the answer."""
     say(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line)
 
 
@@ -135,7 +136,7 @@ def classify(
     rows = [row for text, result in zip(texts, answer["results"], strict=True) for row in _rows(text, result)]
     print_table(("text", "label", "score"), rows)
     if cut := sum(result["truncated"] for result in answer["results"]):
-        say(f"{cut} of {len(texts)} texts are longer than {answer['model']} reads: only their beginning counted")
+        say(f"{cut} of {len(texts)} texts exceed the context of {answer['model']}: their ends were truncated")
 
 
 def _rows(text: str, result: dict[str, Any]) -> list[tuple[str | None, str, float]]:
@@ -145,12 +146,12 @@ def _rows(text: str, result: dict[str, Any]) -> list[tuple[str | None, str, floa
 
 
 class ContextTooLong(InputError):
-    """The conversation outgrew the model."""
+    """The conversation is longer than the model's context."""
 
 
 @contextmanager
 def endpoint(url: str, model: str) -> Iterator[str]:
-    """The running endpoint's address, or that of one started in this process, which serves `model`."""
+    """The running endpoint's address, or that of an endpoint started in this process that serves `model`."""
     if _answers(url):
         yield url
         return
@@ -175,13 +176,13 @@ def _answers(url: str) -> bool:
 
 
 def headers() -> dict[str, str]:
-    """Of every request: the key, where the environment has one."""
+    """Headers of every request: the API key, where the environment has one."""
     key = os.environ.get("LOOPWRIGHT_API_KEYS", "").partition(",")[0].strip()
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The whole answer, as the endpoint gives it.
+    """POST a request and return the JSON body of the response.
 
     Raises: InputError with the endpoint's own message.
     """
@@ -194,7 +195,7 @@ def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(response: Any) -> None:
-    """Raises: InputError when the endpoint refused, ContextTooLong when it did for the length of what was asked."""
+    """Raises: InputError when the endpoint refused, ContextTooLong when it did for the length of the conversation."""
     if response.status_code == 200:
         return
     response.read()

@@ -5,24 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 import typer
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root
+from components.config.versions import locked_versions
 from components.runtime.process import git
 from loopwright.output import Json, print_json, print_table
 
 _GIB = 1 << 30
 _LOCKED = ("torch", "prefect", "mlflow", "dvc", "bentoml", "great-expectations", "tokenizers")
 Check = Callable[[Paths], tuple[str, str]]
-"""Returns what was found and, where that is a problem, the remedy (else "")."""
+"""Returns the state and, where it is a problem, the remedy (else "")."""
 
 
 def doctor(as_json: Json = False) -> None:
@@ -83,7 +84,7 @@ def _memory(_: Paths) -> tuple[str, str]:
 def _cuda(_: Paths) -> tuple[str, str]:
     import torch
 
-    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "none: training uses the processor"), ""
+    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "none: training uses the CPU"), ""
 
 
 def _port(_: Paths) -> tuple[str, str]:
@@ -94,14 +95,24 @@ def _port(_: Paths) -> tuple[str, str]:
             return "3000 is free", ""
     if answers("http://127.0.0.1:3000/livez"):
         return "3000: an endpoint answers", ""
-    return "3000 is in use by another program", 'serve on another one: "loopwright serve --port 3001"'
+    return "3000 is in use by another program", 'serve on another port: "loopwright serve --port 3001"'
 
 
-def _versions(_: Paths) -> tuple[str, str]:
+def _versions(paths: Paths) -> tuple[str, str]:
     missing = [name for name in _LOCKED if not importlib.util.find_spec(name.replace("-", "_"))]
     if missing:
         return f"missing: {', '.join(missing)}", "run make setup"
-    return ", ".join(f"{name} {metadata.version(name)}" for name in _LOCKED), ""
+    installed = {name: metadata.version(name) for name in _LOCKED}
+    # Stages are out of date by the lock: with other versions they would compute something else and not say so.
+    locked = locked_versions(paths.root / "requirements.lock", _LOCKED)
+    different = [
+        f"{name} {version}, locked {locked[name]}"
+        for name, version in installed.items()
+        if not re.search(rf"(^|, ){re.escape(version.partition('+')[0])}( |$)", locked[name])
+    ]
+    if different:
+        return "; ".join(different), "run make setup, or make lock where the upgrade is meant"
+    return ", ".join(f"{name} {version}" for name, version in installed.items()), ""
 
 
 def _dvc(paths: Paths) -> tuple[str, str]:
@@ -120,24 +131,16 @@ def _params(paths: Paths) -> tuple[str, str]:
         params = load_params(paths.params)
         return f"scale {params.scale}, project {params.project}", ""
     except InputError as error:
-        return str(error), "mend params.yaml"
+        found, _, remedy = str(error).rpartition("; ")
+        return found or str(error), remedy if found else "correct params.yaml"
 
 
 def _writable(paths: Paths) -> tuple[str, str]:
-    for folder in (paths.root, paths.root / "data", _existing(paths.home)):
+    existing = next(folder for folder in (paths.home, *paths.home.parents) if folder.exists())
+    for folder in (paths.root, paths.root / "data", existing):
         if not os.access(folder, os.W_OK):
             return f"{folder} is read-only", f"make {folder} writable, or set LOOPWRIGHT_HOME"
     return f"state in {paths.home}", ""
-
-
-def _existing(folder: Path) -> Path:
-    """The nearest folder upwards that is there."""
-    return next(path for path in _upwards(folder) if path.exists())
-
-
-def _upwards(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from folder.parents
 
 
 CHECKS: dict[str, Check] = {
