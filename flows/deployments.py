@@ -29,12 +29,12 @@ from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
 ENOUGH = "loopwright.feedback.enough"
-"""Event with which the ingestion asks for an improvement."""
+"""Event by which ingestion triggers an improvement."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a flow runs by itself."""
+    """The cron schedule of a flow, and the event that triggers it besides."""
 
     flow: Any
     cron: str
@@ -44,32 +44,30 @@ class Schedule:
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> Any:
     """Bring every stage up to date, then release."""
-    return _alone(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
+    return _run_exclusively(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
 
 
 @flow(name="ingest", validate_parameters=False)
 def ingest() -> Any:
-    """Take in what people said."""
+    """Ingest user feedback."""
     end_with_parent()
     importlib.import_module("flows.feedback").ingest(find_root(), get_run_logger().info)
 
 
 @flow(name="improve", validate_parameters=False)
 def improve() -> Any:
-    """Learn from what people said, once; skipped, not failed, while there is no model to improve."""
+    """Train on user feedback once; skipped, not failed, while there is no champion."""
     if not has_champion(Paths(find_root()).home):
         return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
     module = importlib.import_module("flows.improve")
-    return _alone(lambda root, echo: module.improve(root, echo=echo))
+    return _run_exclusively(lambda root, echo: module.improve(root, echo=echo))
 
 
 @flow(name="monitor", validate_parameters=False)
 def monitor() -> Any:
-    """Compare what people ask and say with what the model learned from."""
+    """Check prompts and votes for drift."""
     end_with_parent()
-    from flows.monitor import monitor as look
-
-    look(find_root(), get_run_logger().info)
+    importlib.import_module("flows.monitor").monitor(find_root(), get_run_logger().info)
 
 
 SCHEDULES = (
@@ -82,7 +80,7 @@ SCHEDULES = (
 
 def register(root: Path) -> list[dict[str, str]]:
     """Register the work pool and the deployments on the server that PREFECT_API_URL names."""
-    # One at a time for those that train: `_alone` sees to it between the two of them.
+    # One at a time for those that train: `_run_exclusively` sees to it between the two of them.
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     with get_client(sync_client=True) as client:
         try:
@@ -90,7 +88,7 @@ def register(root: Path) -> list[dict[str, str]]:
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         for entry in SCHEDULES:
-            made = entry.flow.to_deployment(
+            deployment = entry.flow.to_deployment(
                 name="scheduled",
                 schedule=CronSchedule(cron=entry.cron),
                 triggers=[_trigger(entry.event)] if entry.event else [],
@@ -98,10 +96,10 @@ def register(root: Path) -> list[dict[str, str]]:
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
                 entrypoint_type=EntrypointType.MODULE_PATH,
-                # Where the worker runs: a project that was moved or copied must not work in its old place.
+                # Where the worker runs: a moved or copied project must not work in its old folder.
                 job_variables={"working_dir": "."},
             )
-            made.apply()
+            deployment.apply()
     return [
         {"deployment": f"{entry.flow.name}/scheduled", "cron": entry.cron, "event": entry.event} for entry in SCHEDULES
     ]
@@ -111,12 +109,12 @@ def _trigger(event: str) -> DeploymentEventTrigger:
     return DeploymentEventTrigger(name=event, expect={event}, match={"prefect.resource.id": "loopwright.feedback"})
 
 
-def _alone(body: Any) -> State[Any] | None:
-    """Run what trains and writes `data/`; skipped, not failed, while another such run goes on."""
+def _run_exclusively(body: Any) -> State[Any] | None:
+    """Run a flow that trains and writes `data/`; skipped, not failed, while another such run goes on."""
     end_with_parent()
     root = find_root()
     if pid := lock_owner(Paths(root).home / "stages", "run"):
-        return Cancelled(name="Skipped", message=f"process {pid} trains already; the next schedule tries again")
+        return Cancelled(name="Skipped", message=f"process {pid} is training; the next schedule tries again")
     try:
         body(root, get_run_logger().info)
     except Refused as error:

@@ -1,7 +1,7 @@
 """The pipeline: Prefect tasks built from dvc.yaml, one per stage, each brought up to date in turn.
 
-DVC says in this process what is out of date and why; what runs, runs in a process of its own
-(flows/orchestration/run_stage.py). The models' release follows (flows/release.py).
+DVC decides in this process which stages are out of date (flows/orchestration/dvc_repo.py); each runs in a process of
+its own (run_stage.py there). The release of the models follows (flows/release.py).
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from flows.orchestration.base_models import fetch_base_models
 from flows.orchestration.dvc_repo import StageState, stage_states
 from flows.orchestration.flow_run import FlowRun, run_flow
 from flows.orchestration.run_stage import StageResult, reproduce
-from flows.release import Release, Releases, look_at_releases, release
+from flows.release import Release, Releases, release, release_states
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
 _LINE_WIDTH = 100
 
 
 @dataclass
-class Report:
-    """What a run did."""
+class RunReport:
+    """The outcome of a run."""
 
     stages: list[StageResult] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
-    """The champion of each model that the stages make; none when the run stopped at an earlier stage."""
+    """The champion of each model that the stages train; none with `--until`."""
     refusals: list[str] = field(default_factory=list)
-    """What the gate said of the models that it refused."""
+    """The gate's reasons for the models that it refused."""
     flow_run: str | None = None
-    """Prefect's id; None when nothing was to do."""
+    """Prefect's id; None when there was nothing to do."""
     seconds: float = 0.0
 
 
 class ReleaseRefused(Refused):
     """The gate refused some of the models; the others were released."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: RunReport) -> None:
         super().__init__("; ".join(report.refusals))
         self.report = report
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What is asked of a run."""
+    """Options of a run."""
 
     root: Path
     until: str | None = None
@@ -61,29 +61,29 @@ class RunOptions:
     force: bool = False
     """Run every stage, although up to date, and without earlier checkpoints."""
     echo: Callable[[str], None] = print
-    """Told each line for the terminal."""
+    """Called with each line for the terminal."""
 
     @property
     def paths(self) -> Paths:
         return Paths(self.root)
 
 
-def run_pipeline(order: RunOptions) -> Report:
+def run_pipeline(options: RunOptions) -> RunReport:
     """Bring every stage up to date as one Prefect flow run, then release the models.
 
     Raises: InputError, StageFailed, ReleaseRefused.
     """
-    report, started = Report(), time.monotonic()
+    report, started = RunReport(), time.monotonic()
     try:
-        git(order.root, "rev-parse", "HEAD")
+        git(options.root, "rev-parse", "HEAD")
     except InputError as error:
-        order.echo(str(error))
+        options.echo(str(error))
     try:
-        with file_lock(order.paths.home / "stages", "run"):
-            fetch_base_models(order.paths, order.echo)
-            states = stage_states(order.root, order.force, order.until)
-            if any(state.is_due for state in states) or not _all_released(order, report):
-                _run_as_flow(order, states, report)
+        with file_lock(options.paths.home / "stages", "run"):
+            fetch_base_models(options.paths, options.echo)
+            states = stage_states(options.root, options.force, options.until)
+            if any(state.is_due for state in states) or not _all_released(options, report):
+                _run_as_flow(options, states, report)
             else:
                 report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
                 _end(report)
@@ -92,35 +92,35 @@ def run_pipeline(order: RunOptions) -> Report:
     return report
 
 
-def _run_as_flow(order: RunOptions, states: list[StageState], report: Report) -> None:
-    scale = load_params(order.paths.params).scale
-    body = partial(_bring_and_release, order, states, report)
-    run_flow("pipeline", order.paths.home, order.echo, body, scale=scale, until=order.until, force=order.force)
+def _run_as_flow(options: RunOptions, states: list[StageState], report: RunReport) -> None:
+    scale = load_params(options.paths.params).scale
+    body = partial(_update_and_release, options, states, report)
+    run_flow("pipeline", options.paths.home, options.echo, body, scale=scale, until=options.until, force=options.force)
 
 
-def _end(report: Report) -> None:
+def _end(report: RunReport) -> None:
     """Raises: ReleaseRefused where a model was refused."""
     if report.refusals:
         raise ReleaseRefused(report)
 
 
-def _all_released(order: RunOptions, report: Report) -> bool:
-    """Whether no model waits for its release; the report then says what became of them."""
-    found = Releases() if order.until else look_at_releases(order.paths)
-    if not found.pending:
-        report.releases, report.refusals = found.champions, found.refusals
-    return not found.pending
+def _all_released(options: RunOptions, report: RunReport) -> bool:
+    """Whether no model waits for its release; the report then names their champions and refusals."""
+    releases = Releases() if options.until else release_states(options.paths)
+    if not releases.pending:
+        report.releases, report.refusals = releases.champions, releases.refusals
+    return not releases.pending
 
 
-def _bring_and_release(order: RunOptions, states: list[StageState], report: Report, run: FlowRun) -> None:
-    bring_up_to_date(order, states, report, run)
-    if order.until is None:
-        found = release(order.paths, order.echo, run.id)
-        report.releases, report.refusals = found.champions, found.refusals
+def _update_and_release(options: RunOptions, states: list[StageState], report: RunReport, run: FlowRun) -> None:
+    bring_up_to_date(options, states, report, run)
+    if options.until is None:
+        releases = release(options.paths, options.echo, run.id)
+        report.releases, report.refusals = releases.champions, releases.refusals
         _end(report)
 
 
-def bring_up_to_date(order: RunOptions, states: list[StageState], report: Report, run: FlowRun) -> None:
+def bring_up_to_date(options: RunOptions, states: list[StageState], report: RunReport, run: FlowRun) -> None:
     """Inside a flow run: the stages one after another; the first that fails ends it with its own message."""
     from prefect.artifacts import create_table_artifact
 
@@ -128,19 +128,19 @@ def bring_up_to_date(order: RunOptions, states: list[StageState], report: Report
     ended: dict[str, Any] = {}
     try:
         for state in states:
-            stage = _stage_task(order, state, report)
-            waited = [ended[name] for name in state.needs if name in ended]
-            ended[state.name] = stage(return_state=True, wait_for=waited)
+            stage = _stage_task(options, state, report)
+            upstream = [ended[name] for name in state.needs if name in ended]
+            ended[state.name] = stage(return_state=True, wait_for=upstream)
             if not ended[state.name].is_completed():
                 raise ended[state.name].result(raise_on_failure=False)
             run.note({f"stage.{state.name}": report.stages[-1].outcome})
     finally:
         rows = [{"stage": row.name, "outcome": row.outcome, "seconds": round(row.seconds, 1)} for row in report.stages]
         with warn_on_failure("Prefect artifact stages"):
-            create_table_artifact(table=rows, key="stages", description="How each stage came to be up to date")
+            create_table_artifact(table=rows, key="stages", description="Outcome of each stage")
 
 
-def _stage_task(order: RunOptions, state: StageState, report: Report) -> Any:
+def _stage_task(options: RunOptions, state: StageState, report: RunReport) -> Any:
     """The Prefect task of one stage, under the stage's name."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
@@ -149,17 +149,17 @@ def _stage_task(order: RunOptions, state: StageState, report: Report) -> Any:
     def bring_up_to_date() -> Any:
         result = StageResult(state.name, "up to date", 0.0)
         if state.is_due:
-            order.echo(f"{state.name}: {state.describe(_LINE_WIDTH - len(state.name))}")
-            result = reproduce(state.name, order.root, order.force, _StageOutput(state.name, order.echo))
+            options.echo(f"{state.name}: {state.describe(_LINE_WIDTH - len(state.name))}")
+            result = reproduce(state.name, options.root, options.force, _StageOutput(state.name, options.echo))
         report.stages.append(result)
-        order.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
+        options.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
         return Completed(name=result.outcome.capitalize(), message=f"{result.outcome} in {result.seconds:.1f} s")
 
     return task(name=state.name, task_run_name=state.name, cache_policy=NO_CACHE)(bring_up_to_date)
 
 
 class _StageOutput:
-    """Hears what a stage says: the terminal and Prefect's log get each line, a progress artifact the counts."""
+    """Receives a stage's output: the terminal and Prefect's log get each line, a progress artifact the counts."""
 
     def __init__(self, stage: str, echo: Callable[[str], None]) -> None:
         from prefect import get_run_logger
@@ -169,22 +169,21 @@ class _StageOutput:
         self._log = get_run_logger()
         self._artifact: UUID | None = None
         with warn_on_failure(f"Prefect artifact of {stage}"):
-            made = create_progress_artifact(0.0, key=f"{re.sub('[_@]', '-', stage)}-progress", description=stage)
-            assert isinstance(made, UUID)
-            self._artifact = made
+            artifact = create_progress_artifact(0.0, key=f"{re.sub('[_@]', '-', stage)}-progress", description=stage)
+            assert isinstance(artifact, UUID)
+            self._artifact = artifact
         self._next_update = 0.0
 
     def __call__(self, line: str) -> None:
         self._echo(line)
         self._log.info("%s", line)
-        said = PROGRESS.fullmatch(line)
-        if said and (time.monotonic() >= self._next_update or said["done"] == said["total"]):
-            self._update(100 * int(said["done"]) / max(1, int(said["total"])), said["facts"] or "")
-            self._next_update = time.monotonic() + _SECONDS_BETWEEN_ARTIFACTS
+        progress = PROGRESS.fullmatch(line)
+        if self._artifact is None or progress is None:
+            return
+        if time.monotonic() >= self._next_update or progress["done"] == progress["total"]:
+            from prefect.artifacts import update_progress_artifact
 
-    def _update(self, percent: float, facts: str) -> None:
-        from prefect.artifacts import update_progress_artifact
-
-        if self._artifact is not None:
+            percent = 100 * int(progress["done"]) / max(1, int(progress["total"]))
             with warn_on_failure("Prefect progress artifact"):
-                update_progress_artifact(self._artifact, progress=percent, description=facts)
+                update_progress_artifact(self._artifact, progress=percent, description=progress["facts"] or "")
+            self._next_update = time.monotonic() + _SECONDS_BETWEEN_ARTIFACTS

@@ -200,7 +200,7 @@ def open_repo(root: Path, folder: Path | None = None, read_only: bool = False) -
                 repo = Repo(str(root))
             yield stack.enter_context(repo)
         except DvcException as error:
-            raise dvc_error(error, folder and str(folder.relative_to(root))) from error
+            raise dvc_error(error, str(folder.relative_to(root)) if folder else None) from error
 
 
 def _read_only_repo(root: Path, scratch: Path) -> Any:
