@@ -22,7 +22,6 @@ from components.config.paths import Paths
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
-from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
 from flows.orchestration.flow_run import Echo, effect
@@ -196,13 +195,13 @@ def store_answers(registry: Registry, version: ModelVersion, folder: Path) -> No
     """Store a version's answers to the held-out rows with it, so that the gate need not generate them again."""
     for name in release_target(version.name).answer_files:
         if (folder / name).is_file():
-            attach(registry.client, version.run_id, folder / name)
+            registry.store_file(version, folder / name)
 
 
 def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
     """Put what `store_answers` stored into a folder."""
     for name in release_target(version.name).answer_files:
-        attached(registry.client, version.run_id, name, folder)
+        registry.fetch_file(version, name, folder)
 
 
 @dataclass(frozen=True)
@@ -264,7 +263,7 @@ def apply_gate(registry: Registry, version: ModelVersion, report: GateReport) ->
 
     if report.page:
         with warn_on_failure(f"gate.md of {version}"):
-            attach(registry.client, version.run_id, "gate.md", report.page)
+            registry.store_text(version, "gate.md", report.page)
             create_markdown_artifact(report.page, key="gate", description=f"Why {version} was promoted or refused")
     if report.promote:
         return report.reason

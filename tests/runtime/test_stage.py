@@ -126,7 +126,7 @@ def test_a_stage_reads_the_datasets_that_passed_validation_and_no_others(project
     assert key_of("prepare@decoder", project) == inputs.key
     (project.collected / "a/train").write_text("other")
     with pytest.raises(
-        InputError, match=r'data/collected/a: not what passed validation; run "loopwright run --until v'
+        InputError, match=r'data/collected/a: changed since its validation; run "loopwright run --until v'
     ):
         key_of("prepare@decoder", project)
 
@@ -252,7 +252,7 @@ def test_a_lock_has_one_holder_and_names_it(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_while_the_first_runs(
     project: Paths, act: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_SECONDS_FOR_DYING_WRITER", 0.0)
+    monkeypatch.setattr(stage, "_SECONDS_FOR_ENDING_STAGE", 0.0)
     codes: list[int] = []
     act(lambda run: codes.append(run_stage("tune", project.root)) if run.name == "tune" and not codes else None)
     assert run_stage("tune", project.root) == 0
