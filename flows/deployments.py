@@ -23,13 +23,12 @@ from prefect.types.entrypoint import EntrypointType
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
+from flows.feedback import ENOUGH, RESOURCE
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
-ENOUGH = "loopwright.feedback.enough"
-"""Event by which ingestion triggers an improvement."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,14 @@ def register(root: Path) -> list[dict[str, str]]:
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         for entry in SCHEDULES:
+            triggers = []
+            if entry.event:
+                match: dict[str, str | list[str]] = {"prefect.resource.id": RESOURCE}
+                triggers = [DeploymentEventTrigger(name=entry.event, expect={entry.event}, match=match)]
             deployment = entry.flow.to_deployment(
                 name="scheduled",
                 schedule=CronSchedule(cron=entry.cron),
-                triggers=[_trigger(entry.event)] if entry.event else [],
+                triggers=triggers,
                 concurrency_limit=limit,
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
@@ -103,10 +106,6 @@ def register(root: Path) -> list[dict[str, str]]:
     return [
         {"deployment": f"{entry.flow.name}/scheduled", "cron": entry.cron, "event": entry.event} for entry in SCHEDULES
     ]
-
-
-def _trigger(event: str) -> DeploymentEventTrigger:
-    return DeploymentEventTrigger(name=event, expect={event}, match={"prefect.resource.id": "loopwright.feedback"})
 
 
 def _run_exclusively(body: Any) -> State[Any] | None:

@@ -101,7 +101,9 @@ class _Job:
         states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
         bring_up_to_date(options, states, RunReport(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
-        about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
+        partitions = sorted(path.name for path in self.paths.feedback.glob("items-*.parquet"))
+        feedback = json.dumps({"partitions": len(partitions), "last": partitions[-1] if partitions else None})
+        about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": feedback}
         metrics = {"score": judged["score"]} | {
             f"{suite['skill']}/score": suite["candidate"] for suite in judged["findings"]
         }
@@ -139,11 +141,6 @@ class _Job:
         # What an ancestor was trained on is in its descendants' weights too.
         clean = (version for number, version in enumerate(generations) if not any(tainted[number:]))
         return next(clean, generations[-1])
-
-    def _partitions(self) -> str:
-        """Number of feedback partitions and the name of the last, for a tag."""
-        names = sorted(path.name for path in self.paths.feedback.glob("items-*.parquet"))
-        return json.dumps({"partitions": len(names), "last": names[-1] if names else None})
 
     def _record_interrupted(self) -> None:
         """Record an improvement whose process was killed after the gate's decision."""

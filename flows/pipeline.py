@@ -83,19 +83,18 @@ def run_pipeline(options: RunOptions) -> RunReport:
             fetch_base_models(options.paths, options.echo)
             states = stage_states(options.root, options.force, options.until)
             if any(state.is_due for state in states) or not _all_released(options, report):
-                _run_as_flow(options, states, report)
+                scale, body = (
+                    load_params(options.paths.params).scale,
+                    partial(_update_and_release, options, states, report),
+                )
+                parameters = {"scale": scale, "until": options.until, "force": options.force}
+                run_flow("pipeline", options.paths.home, options.echo, body, **parameters)
             else:
                 report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
                 _end(report)
     finally:
         report.seconds = time.monotonic() - started
     return report
-
-
-def _run_as_flow(options: RunOptions, states: list[StageState], report: RunReport) -> None:
-    scale = load_params(options.paths.params).scale
-    body = partial(_update_and_release, options, states, report)
-    run_flow("pipeline", options.paths.home, options.echo, body, scale=scale, until=options.until, force=options.force)
 
 
 def _end(report: RunReport) -> None:

@@ -178,12 +178,13 @@ def register(
     digest = hashes[out]
     if registered := find_digest(registry, name, digest):
         return registered
+    validation = paths.metrics / "validate.json"
     tags = {
         "model_digest": digest,
         "prefect_flow_run": flow_run,
         "python": sys.version.split()[0],
         "params": load_params(paths.params).model_dump_json(by_alias=True),
-        "validation": _compact(paths.metrics / "validate.json"),
+        "validation": json.dumps(json.loads(validation.read_text(encoding="utf-8"))) if validation.exists() else "",
         **_commit(paths.root),
         **{f"dvc.{path}": md5 for path, md5 in hashes.items()},
         **about,
@@ -331,7 +332,3 @@ def _commit(root: Path) -> dict[str, str]:
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
     except InputError:  # the run warned of it when it began
         return {"git_commit": "none"}
-
-
-def _compact(path: Path) -> str:
-    return json.dumps(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""

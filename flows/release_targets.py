@@ -89,8 +89,14 @@ def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, p
     from components.evaluation.compare_agents import Model, judge_folders
 
     curated = paths.curated if (paths.curated / "curated.json").is_file() else None
-    models = [Model(model.folder, model.answers) for model in (candidate, champion)]
-    return judge_folders(*models, paths.collected, curated, load_params(paths.params), "any_gain").verdict
+    return judge_folders(
+        Model(candidate.folder, candidate.answers),
+        Model(champion.folder, champion.answers),
+        paths.collected,
+        curated,
+        load_params(paths.params),
+        "any_gain",
+    ).verdict
 
 
 def _classifier_evaluation(paths: Paths) -> Evaluation:

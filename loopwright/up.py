@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 7.0
 _TICK_SECONDS = 0.2
-_NAMES = ("prefect", "mlflow", "worker", "endpoint")
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 

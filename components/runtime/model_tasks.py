@@ -1,4 +1,4 @@
-"""What a model folder is for, as its architecture tells."""
+"""The task of a model folder, from its architecture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TASKS: dict[str, Task] = {"BertForSequenceClassification": "classify", "T5ForCo
 
 
 def task_of(folder: Path) -> Task:
-    """The task of a model folder; whatever is no classifier and no encoder-decoder chats.
+    """The task of a model folder: `chat` but for classifiers and encoder-decoders.
 
     Raises: InputError when it has no readable config.json.
     """

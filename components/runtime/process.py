@@ -1,4 +1,4 @@
-"""How processes of a run belong together: they end with their parent, and one at a time writes.
+"""Processes of a run: they end with their parent, and file locks let one process write at a time.
 
 A killed orchestrator must leave no training behind (DVC alone does), and two writers on one output would corrupt it.
 """
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 60.0
 
 
-def ask_to_die_with_parent() -> None:
+def request_parent_death_signal() -> None:
     """Let the kernel send SIGTERM when the parent ends; only Linux can, elsewhere nothing happens.
 
     Safe between fork and exec (`preexec_fn`): one system call.
@@ -38,17 +38,17 @@ def ask_to_die_with_parent() -> None:
 def end_with_parent() -> None:
     """End this process when its parent, or the run it belongs to, ends."""
     parent, run = os.getppid(), int(os.environ.get(RUN_PID, "0"))
-    ask_to_die_with_parent()
+    request_parent_death_signal()
     if run and not alive(run):
         sys.exit(128 + signal.SIGTERM)
-    # A shell between parent and child hides the parent's death from the kernel, and macOS has no such signal.
+    # A shell between parent and child hides the parent's exit from the kernel, and macOS has no such signal.
     threading.Thread(target=_watch, args=(parent, run), name="parent-watch", daemon=True).start()
 
 
 def end_on_signals() -> None:
     """Turn SIGINT and SIGTERM into an orderly exit, so that files and trackers are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A training stage replaces the handler of SIGTERM by one that saves a checkpoint: Ctrl-C takes the same way.
+    # A training stage replaces the handler of SIGTERM by one that saves a checkpoint: Ctrl-C does the same.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
@@ -78,7 +78,7 @@ def start(
         stdout=log,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=ask_to_die_with_parent,
+        preexec_fn=request_parent_death_signal,
     )
 
 
@@ -93,7 +93,7 @@ def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
 
 
 def git(root: Path, *words: str) -> str:
-    """What git answers.
+    """Run a git command and return its output.
 
     Raises: InputError with git's own reason, and its remedy where it names one.
     """

@@ -290,7 +290,12 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
-    metrics = [entry for event in events if event["kind"] == "metrics" for entry in _entries(event)]
+    metrics = [
+        (key, value, event["time"], event["step"])
+        for event in events
+        if event["kind"] == "metrics"
+        for key, value in event["values"].items()
+    ]
     log_metrics(client, run_id, metrics)
     for event in events:
         try:
@@ -325,10 +330,6 @@ def _send_event(client: MlflowClient, run_id: str, event: Mapping[str, Any], fol
                 client.log_artifacts(run_id, str(path), path.name)
             else:
                 client.log_artifact(run_id, str(path))
-
-
-def _entries(event: Mapping[str, Any]) -> list[tuple[str, float, int, int]]:
-    return [(key, value, event["time"], event["step"]) for key, value in event["values"].items()]
 
 
 def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, float, int, int]]) -> None:

@@ -20,7 +20,7 @@ from typing import Literal
 import psutil
 
 from components.config.paths import Paths
-from components.runtime.process import RUN_PID, accept_interrupts, ask_to_die_with_parent
+from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
 from components.runtime.stage import FORCE, IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
@@ -82,7 +82,7 @@ def reproduce(name: str, root: Path, force: bool, echo: Callable[[str], None]) -
         text=True,
         errors="replace",
         # Not a new session: Ctrl-C in the terminal, and a worker that cancels, reach the stage too.
-        preexec_fn=ask_to_die_with_parent,
+        preexec_fn=request_parent_death_signal,
     ) as process:
         try:
             messages = _read_output(process, echo)

@@ -189,6 +189,9 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
         wanted = "gain" if start == 4 else "replace"
         assert json.loads((paths.champion / "gate.json").read_text()) == {"mode": wanted}
         assert line[number] in json.loads((paths.feedback / "withdrawn.json").read_text())
+        learned = [[], line[:1], line[1:2], line[2:3]][start - 1]
+        assert json.loads((paths.start / "lessons.json").read_text()) == {"feedback": learned}
+        assert json.loads((paths.champion / "lessons.json").read_text()) == {"feedback": line[2:3]}
 
 
 def test_an_improvement_killed_after_its_verdict_is_recorded_once(
