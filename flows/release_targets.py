@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class ReleaseTarget:
 
     name: str
     """In the registry, and of the property of `Paths` with its folder."""
-    evaluation: Callable[[Paths], Evaluation]
+    stage: str
+    """The stage that evaluates it; its module in components/evaluation has the function `flat_metrics`."""
     compare: Callable[[ModelUnderRelease, ModelUnderRelease, Paths], GateDecision]
     """Candidate and champion on the same held-out rows."""
     answers: Callable[[Paths], Path]
@@ -68,6 +70,12 @@ class ReleaseTarget:
         folder: Path = getattr(paths, self.name)
         return folder
 
+    def evaluation(self, paths: Paths) -> Evaluation:
+        """The figures that its stage wrote."""
+        figures = json.loads((paths.metrics / f"{self.stage}.json").read_text(encoding="utf-8"))
+        module = importlib.import_module(f"components.evaluation.{self.stage.replace('@', '_')}")
+        return Evaluation(module.flat_metrics(figures), figures["held_out_digest"])
+
     def out(self, paths: Paths) -> str:
         """Its folder as dvc.yaml names it."""
         return self.folder(paths).relative_to(paths.root).as_posix()
@@ -76,13 +84,6 @@ class ReleaseTarget:
 def release_target(name: str) -> ReleaseTarget:
     """The release target of a registered name."""
     return next(target for target in RELEASE_TARGETS if target.name == name)
-
-
-def _agent_evaluation(paths: Paths) -> Evaluation:
-    from components.evaluation.evaluate import flat_metrics
-
-    figures = _figures(paths, "evaluate")
-    return Evaluation(flat_metrics(figures), figures["held_out_digest"])
 
 
 def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
@@ -99,13 +100,6 @@ def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, p
     ).verdict
 
 
-def _classifier_evaluation(paths: Paths) -> Evaluation:
-    from components.evaluation.assess_classifier import flat_metrics
-
-    figures = _figures(paths, "assess@classifier")
-    return Evaluation(flat_metrics(figures), figures["held_out_digest"])
-
-
 def _compare_classifiers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.compare_classifiers import judge_classifier
 
@@ -113,24 +107,11 @@ def _compare_classifiers(candidate: ModelUnderRelease, champion: ModelUnderRelea
     return judge_classifier(*folders, paths.collected, load_params(paths.params), *answers)
 
 
-def _summarizer_evaluation(paths: Paths) -> Evaluation:
-    from components.evaluation.assess_summarizer import flat_metrics
-
-    figures = _figures(paths, "assess@summarizer")
-    return Evaluation(flat_metrics(figures), figures["held_out_digest"])
-
-
 def _compare_summarizers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.assess_summarizer import judge_summarizer
 
     params = load_params(paths.params)
     return judge_summarizer(candidate.folder, champion.folder, paths.collected, params, candidate.answers)
-
-
-def _figures(paths: Paths, stage: str) -> dict[str, Any]:
-    """The metrics that a stage wrote."""
-    figures: dict[str, Any] = json.loads((paths.metrics / f"{stage}.json").read_text(encoding="utf-8"))
-    return figures
 
 
 def smoke_question(name: str, paths: Paths) -> str:
@@ -147,7 +128,7 @@ _CHAT = SmokeProbe(
 RELEASE_TARGETS = (
     ReleaseTarget(
         "agent",
-        _agent_evaluation,
+        "evaluate",
         _compare_agents,
         lambda paths: paths.evaluation,
         ("answers.parquet", "answers.json"),
@@ -155,7 +136,7 @@ RELEASE_TARGETS = (
     ),
     ReleaseTarget(
         "classifier",
-        _classifier_evaluation,
+        "assess@classifier",
         _compare_classifiers,
         lambda paths: paths.assessment("classifier"),
         ("predictions.parquet", "predictions.json"),
@@ -168,7 +149,7 @@ RELEASE_TARGETS = (
     ),
     ReleaseTarget(
         "summarizer",
-        _summarizer_evaluation,
+        "assess@summarizer",
         _compare_summarizers,
         lambda paths: paths.assessment("summarizer"),
         ("written.parquet", "written.json"),

@@ -133,16 +133,14 @@ def classify(
     if as_json:
         print_json(answer)
         return
-    rows = [row for text, result in zip(texts, answer["results"], strict=True) for row in _rows(text, result)]
+    rows: list[tuple[str | None, str, float]] = []
+    for text, result in zip(texts, answer["results"], strict=True):
+        shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+        best = list(result["scores"].items())[:SHOWN]
+        rows += [(shown if index == 0 else None, label, score) for index, (label, score) in enumerate(best)]
     print_table(("text", "label", "score"), rows)
     if cut := sum(result["truncated"] for result in answer["results"]):
         say(f"{cut} of {len(texts)} texts exceed the context of {answer['model']}: their ends were truncated")
-
-
-def _rows(text: str, result: dict[str, Any]) -> list[tuple[str | None, str, float]]:
-    shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
-    best = list(result["scores"].items())[:SHOWN]
-    return [(shown if index == 0 else None, label, score) for index, (label, score) in enumerate(best)]
 
 
 class ContextTooLong(InputError):

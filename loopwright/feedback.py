@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +13,7 @@ import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
-from loopwright.output import Json, print_json, print_table, say
+from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from components.feedback.store import Store
@@ -82,14 +80,10 @@ def list_(
 def ingest(as_json: Json = False) -> None:
     """Ingest the feedback since the last ingestion: check, mask, quarantine, write one partition and version it."""
     from flows.feedback import ingest as run
-    from loopwright.run import Terminal, interrupt
+    from loopwright.run import Terminal, interruptible
 
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with interruptible('feedback ingest: stopped; "loopwright feedback ingest" goes on'):
         report = run(find_root(), Terminal(as_json))
-    except KeyboardInterrupt:
-        say('feedback ingest: stopped; "loopwright feedback ingest" goes on')
-        sys.exit(130)
     if as_json:
         print_json(asdict(report))
         return

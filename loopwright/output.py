@@ -23,8 +23,12 @@ def print_json(document: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Aligned columns under their names; None is left blank."""
-    lines = [tuple(columns), *(tuple("" if cell is None else _text(cell) for cell in row) for row in rows)]
+    """Print aligned columns under their names; None is left blank."""
+
+    def text(cell: Any) -> str:
+        return f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell)
+
+    lines = [tuple(columns), *(tuple(map(text, row)) for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -33,7 +37,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def say(line: str) -> None:
     """Print a line on stderr, beside the result on stdout."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _text(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

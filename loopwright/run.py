@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
@@ -37,7 +38,6 @@ def run(
 ) -> None:
     """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the models."""
     root = find_root()
-    signal.signal(signal.SIGTERM, interrupt)
     echo = Terminal(as_json)
     params = Paths(root).params
     overrides = read_overrides(scale, set_ or [])
@@ -46,16 +46,14 @@ def run(
     from flows.pipeline import ReleaseRefused, RunOptions, run_pipeline
 
     try:
-        report = run_pipeline(RunOptions(root, until, force, echo))
+        with interruptible('run: stopped; "loopwright run" goes on from the last checkpoint'):
+            report = run_pipeline(RunOptions(root, until, force, echo))
     except StageFailed as error:
         raise stage_error(error) from error
     except ReleaseRefused as refused:
         if not as_json:
             _print_report(refused.report)
         raise
-    except KeyboardInterrupt:
-        say('run: stopped; "loopwright run" goes on from the last checkpoint')
-        sys.exit(130)
     if as_json:
         print_json(asdict(report))
     else:
@@ -72,14 +70,11 @@ def improve(
     from flows.improve import improve as run_improvement
     from flows.orchestration.run_stage import StageFailed
 
-    signal.signal(signal.SIGTERM, interrupt)
     try:
-        improvement = run_improvement(find_root(), force, Terminal(as_json))
+        with interruptible('improve: stopped; "loopwright improve" goes on from the last checkpoint'):
+            improvement = run_improvement(find_root(), force, Terminal(as_json))
     except StageFailed as failure:
         raise stage_error(failure) from failure
-    except KeyboardInterrupt:
-        say('improve: stopped; "loopwright improve" goes on from the last checkpoint')
-        sys.exit(130)
     if as_json:
         print_json(asdict(improvement))
         return
@@ -93,8 +88,19 @@ def stage_error(failure: StageFailed) -> Exception:
     return (Refused if failure.exit_code == 3 else InputError)(str(failure))
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Let SIGTERM end a block as Ctrl-C does: with a message on stderr and exit code 130."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(message)
+        sys.exit(130)
 
 
 def read_overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:

@@ -126,7 +126,10 @@ def relocate(home: Path) -> None:
     if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
         return
     with closing(sqlite3.connect(database, timeout=_DATABASE_SECONDS)) as tables, tables:
-        _copy_missing(tables, before, artifacts)
+        # Of a copied state folder, earlier versions wrote artifacts into the original.
+        for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
+            if (before / run_id).is_dir() and not (artifacts / run_id).exists():
+                shutil.copytree(before / run_id, artifacts / run_id)
         for table, column in _ARTIFACT_COLUMNS:
             tables.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
@@ -137,13 +140,6 @@ def relocate(home: Path) -> None:
         tables.execute(f"UPDATE experiments SET artifact_location = ? WHERE {default}", [f"{current}/0"])
         moved = [str(home), str(before.parents[1])]
         tables.execute("UPDATE tags SET value = ? WHERE key = 'home' AND value = ?", moved)
-
-
-def _copy_missing(tables: sqlite3.Connection, before: Path, artifacts: Path) -> None:
-    """Fetch the artifacts of runs of a copied state folder that earlier code wrote into the original."""
-    for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
-        if (before / run_id).is_dir() and not (artifacts / run_id).exists():
-            shutil.copytree(before / run_id, artifacts / run_id)
 
 
 def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:
