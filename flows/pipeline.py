@@ -184,5 +184,5 @@ class _StageOutput:
 
             percent = 100 * int(progress["done"]) / max(1, int(progress["total"]))
             with warn_on_failure("Prefect progress artifact"):
-                update_progress_artifact(self._artifact, progress=percent, description=progress["facts"] or "")
+                update_progress_artifact(self._artifact, progress=percent, description=progress["figures"] or "")
             self._next_update = time.monotonic() + _SECONDS_BETWEEN_ARTIFACTS

@@ -74,24 +74,24 @@ def loopwright() -> None:
 
 
 def main() -> None:
-    """Run the command line; wrong input or a full disk ends with 1 and one line on stderr, a gate's no with 3."""
+    """Run the command line; wrong input or a full disk exits with 1 and one line on stderr, a refusal with 3."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; no character may end a command
     try:
         app()
     except Exception as error:
-        told = str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, _home())
-        if not told:
+        message = str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, _home())
+        if not message:
             raise
         code = 3 if isinstance(error, Refused) else 1
         if "--json" in sys.argv:
-            print_json({"error": told, "exit_code": code})
-        say(told)
+            print_json({"error": message, "exit_code": code})
+        say(message)
         sys.exit(code)
 
 
 def _home() -> Path:
-    """Where a command writes that names no file."""
+    """The folder named in disk errors that name no file."""
     try:
         return Paths(find_root()).home
     except InputError:

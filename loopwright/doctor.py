@@ -31,8 +31,8 @@ def doctor(as_json: Json = False) -> None:
     paths = Paths(find_root())
     rows = []
     for name, check in CHECKS.items():
-        found, remedy = check(paths)
-        rows.append({"check": name, "ok": not remedy, "found": found, "remedy": remedy})
+        state, remedy = check(paths)
+        rows.append({"check": name, "ok": not remedy, "found": state, "remedy": remedy})
     problems = sum(not row["ok"] for row in rows)
     if as_json:
         print_json({"ok": not problems, "checks": rows})
@@ -44,25 +44,25 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _python(paths: Paths) -> tuple[str, str]:
-    found = f"{sys.version.split()[0]} at {sys.executable}"
+    state = f"{sys.version.split()[0]} at {sys.executable}"
     metrics = paths.metrics / "collect.json"
     collected = json.loads(metrics.read_text(encoding="utf-8")).get("python") if metrics.is_file() else None
     if collected not in (None, sys.version):
-        found += f', data collected under {collected.split()[0]}: "loopwright run --until collect --force" renews it'
-    return found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
+        state += f', data collected under {collected.split()[0]}: "loopwright run --until collect --force" renews it'
+    return state, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
 
 
 def _git(paths: Paths) -> tuple[str, str]:
     try:
         return f"commit {git(paths.root, 'rev-parse', 'HEAD')[:12]}", ""
     except InputError as error:
-        found, _, remedy = str(error).removeprefix("git: ").rpartition("; ")
-        return found, remedy
+        reason, _, remedy = str(error).removeprefix("git: ").rpartition("; ")
+        return reason, remedy
 
 
 def _uv(_: Paths) -> tuple[str, str]:
-    found = shutil.which("uv") or (importlib.util.find_spec("uv") and "in this environment")
-    return found or "not found", "" if found else "run make setup; building a Bento needs uv"
+    path = shutil.which("uv") or (importlib.util.find_spec("uv") and "in this environment")
+    return path or "not found", "" if path else "run make setup; building a Bento needs uv"
 
 
 def _disk(paths: Paths) -> tuple[str, str]:
@@ -121,8 +121,8 @@ def _dvc(paths: Paths) -> tuple[str, str]:
     try:
         stale = [state.name for state in stage_states(paths.root, read_only=True) if state.reasons]
     except InputError as error:
-        found, _, remedy = str(error).rpartition("; ")
-        return found, remedy
+        reason, _, remedy = str(error).rpartition("; ")
+        return reason, remedy
     return f"pipeline readable, {len(stale)} stages to run", ""
 
 
@@ -131,8 +131,8 @@ def _params(paths: Paths) -> tuple[str, str]:
         params = load_params(paths.params)
         return f"scale {params.scale}, project {params.project}", ""
     except InputError as error:
-        found, _, remedy = str(error).rpartition("; ")
-        return found or str(error), remedy if found else "correct params.yaml"
+        reason, _, remedy = str(error).rpartition("; ")
+        return reason or str(error), remedy if reason else "correct params.yaml"
 
 
 def _writable(paths: Paths) -> tuple[str, str]:

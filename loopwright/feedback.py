@@ -60,7 +60,7 @@ def list_(
         print_json(votes)
         return
     print_table(
-        ("id", "said", "model", "rating", "correction", "status", "reason"),
+        ("id", "time", "model", "rating", "correction", "status", "reason"),
         [
             (
                 vote["id"],

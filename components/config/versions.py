@@ -1,7 +1,7 @@
 """Write `versions.yaml`, by which DVC sees an upgrade of a library: `python -m components.config.versions`.
 
 Each stage of dvc.yaml declares the libraries that change what it computes as parameters of that file; their names are
-kept there by hand, their versions are those of requirements.lock.
+edited there by hand, their versions are those of requirements.lock.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ ENVIRONMENT: Mapping[str, str] = {
 
 PROJECT_PATH = "${project_path}"
 """In dvc.yaml: the value of params.yaml, which DVC substitutes too."""
-PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
-"""A line of `StageRun.progress`, as the orchestrator reads it."""
+PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<figures>.*))?")
+"""A line of `StageRun.progress`, as the orchestrator parses it."""
 
 FORCE = "LOOPWRIGHT_FORCE"
 """Environment variable: start without the checkpoints of an earlier run with the same inputs."""
@@ -120,13 +120,13 @@ class StageRun:
         """Its section of params.yaml, such as `pretrain.encoder`."""
         return self.item if self.item in FAMILY_OF_SECTION else self.name.replace("@", ".")
 
-    def progress(self, done: int, total: int, **facts: float | str) -> None:
+    def progress(self, done: int, total: int, **figures: float | str) -> None:
         """Print the stage's progress in a line that the orchestrator parses."""
-        figures = "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        text = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
         )
         try:
-            print(f"{self.name}  {done}/{total}  {figures}".rstrip(), flush=True)
+            print(f"{self.name}  {done}/{total}  {text}".rstrip(), flush=True)
         except BrokenPipeError:
             # The orchestrator was killed: end as on SIGTERM, with a checkpoint.
             signal.raise_signal(signal.SIGTERM)

@@ -133,13 +133,13 @@ def _graph(repo: Any, root: Path, pipeline: str) -> dict[str, list[str]]:
 def _up_to(needs: Mapping[str, list[str]], until: str | None) -> list[str]:
     if until is None:
         return list(needs)
-    wanted = {name for name in needs if until in (name, name.partition("@")[0])}
-    if not wanted:
+    selected = {name for name in needs if until in (name, name.partition("@")[0])}
+    if not selected:
         raise InputError(f"--until: {until!r} is no stage of dvc.yaml; one of {', '.join(needs)}")
     for name in reversed(list(needs)):
-        if name in wanted:
-            wanted.update(needs[name])
-    return [name for name in needs if name in wanted]
+        if name in selected:
+            selected.update(needs[name])
+    return [name for name in needs if name in selected]
 
 
 def _reasons(changes: list[Any]) -> Iterator[str]:
