@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from components.runtime import supervisor as supervise
-from components.runtime.service_registry import answers, lives
+from components.runtime.process import start, stop
+from components.runtime.service_registry import answers, lives, wait_for
 from components.runtime.supervisor import Service, SupervisedService, Supervisor, process_tree
 from flows.orchestration.prefect_server import free_port
 
@@ -75,3 +76,21 @@ def test_a_service_that_no_longer_answers_is_killed_and_comes_back(
     until(supervisor, "backing off")
     until(supervisor, "healthy")
     supervisor.stop(5)
+
+
+def test_waiting_for_an_address_ends_with_the_answer_the_process_or_the_time(tmp_path: Path) -> None:
+    port = free_port()
+    address, server = f"http://127.0.0.1:{port}", [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
+    assert not wait_for(address, 0.2)
+    with (tmp_path / "log").open("wb") as log:
+        failing = start([sys.executable, "-c", "raise SystemExit(1)"], log)
+        started = time.monotonic()
+        assert not wait_for(address, 60, failing)
+        assert time.monotonic() - started < 50
+        assert failing.poll() == 1
+        process = start([*server, str(port)], log, cwd=tmp_path)
+        try:
+            assert wait_for(address, 60, process)
+        finally:
+            stop(process)
+    assert process.returncode == -signal.SIGTERM
