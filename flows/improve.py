@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.params import InputError, Refused, load_params
-from components.config.paths import Paths
+from components.config.paths import ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.lineage import ancestry, lessons
@@ -131,7 +131,7 @@ class _Job:
         mode = "gain" if start.version == self.champion.version else "replace"
         copy_folder(self.champion.folder, self.paths.champion, {"gate.json": {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)
-        copy_folder(start.folder, self.paths.start, {"origin.json": {"version": str(start)}})
+        copy_folder(start.folder, self.paths.start, {ORIGIN: {"version": str(start)}})
 
     def _start(self) -> ModelVersion:
         """The champion; where it was trained on items that were revoked since, its nearest ancestor that was not."""

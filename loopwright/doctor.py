@@ -104,7 +104,8 @@ def _versions(paths: Paths) -> tuple[str, str]:
         return f"missing: {', '.join(missing)}", "run make setup"
     installed = {name: metadata.version(name) for name in _LOCKED}
     # Stages are out of date by the lock: with other versions they would compute something else and not say so.
-    locked = locked_versions(paths.root / "requirements.lock", _LOCKED)
+    lock = paths.root / "requirements.lock"
+    locked = locked_versions(lock, _LOCKED) if lock.is_file() else installed
     different = [
         f"{name} {version}, locked {locked[name]}"
         for name, version in installed.items()

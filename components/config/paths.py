@@ -13,8 +13,12 @@ from pathlib import Path
 from components.config.model_settings import Family
 from components.config.params import InputError
 
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+"""In a model folder: the model's and the tokenizer's configuration, as Hugging Face names them."""
 AGENT, TOOLS = "agent.json", "tools"
 """In a model folder: the agent's configuration, and the folder of its tools (components/agent/saved_tools.py)."""
+ORIGIN = "origin.json"
+"""In a model folder that a flow fetched: the version or the folder it was copied from."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Paths:
     def start_of(self, family: Family) -> Path:
         """The model that fine-tuning starts from: the imported base where there is one, or the pretrained model."""
         imported = self.imported(family)
-        return imported if (imported / "config.json").is_file() else self.base(family)
+        return imported if (imported / CONFIG).is_file() else self.base(family)
 
     @property
     def agent(self) -> Path:

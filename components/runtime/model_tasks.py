@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from components.config.params import InputError
+from components.config.paths import CONFIG
 
 Task = Literal["chat", "classify", "summarize"]
 _TASKS: dict[str, Task] = {"BertForSequenceClassification": "classify", "T5ForConditionalGeneration": "summarize"}
@@ -17,7 +18,7 @@ def task_of(folder: Path) -> Task:
 
     Raises: InputError when it has no readable config.json.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         (architecture, *_) = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError) as error:

@@ -17,7 +17,7 @@ from typing import Any
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import Paths, writing
+from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
@@ -29,13 +29,13 @@ from components.tracking.registry import ModelVersion, Registry
 GATED = ("agent", "classifier", "summarizer")
 """Models whose champion the promotion gate chooses."""
 FILES = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "agent.json",
+    AGENT,
     "knowledge.sqlite",
 )
 """Files of a model folder that are copied, beside its weights."""
@@ -61,17 +61,17 @@ def inspect_model(folder: Path) -> ModelInfo:
     """
     model: Any = check_model(folder)
     family = next(family for kind, family in FAMILIES.items() if isinstance(model, kind))
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder / 'tokenizer.json'}: not found; save the model's fast tokenizer with it")
+    if not (folder / TOKENIZER).is_file():
+        raise InputError(f"{folder / TOKENIZER}: not found; save the model's fast tokenizer with it")
     if family == "decoder" and "source" not in read_agent(folder):
         load_tools(folder)  # the folder has their names alone
     tokens = load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family)
     if tokens > model.config.vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer.json'}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
+            f"{folder / TOKENIZER}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
             " config.json; give the tokenizer that the model was trained with"
         )
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"][0]
     return ModelInfo(family, architecture, model.num_parameters, model.config.vocab_size)
 
 
@@ -134,13 +134,13 @@ def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         copied = Path(scratch) / "model"
         copy_model(folder, copied)
-        (copied / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        (copied / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
-        for file in sorted(copied.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(copied.iterdir(), key=lambda file: file.name == CONFIG):
             os.replace(file, place / file.name)
 
 
 def clear(place: Path) -> None:
     """Remove an imported model, config.json first."""
-    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != "config.json"):
+    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != CONFIG):
         file.unlink()

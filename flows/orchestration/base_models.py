@@ -8,12 +8,10 @@ from pathlib import Path
 
 from components.config.model_settings import Family
 from components.config.params import FAMILY_OF_SECTION, InputError, load_params
-from components.config.paths import Paths
+from components.config.paths import CONFIG, ORIGIN, Paths
 from components.runtime.stage import digest
 from components.tracking.registry import Registry, is_empty
 from flows.orchestration.flow_run import Echo
-
-ORIGIN = "origin.json"
 
 
 def fetch_base_models(paths: Paths, echo: Echo) -> None:
@@ -29,7 +27,7 @@ def fetch_base_models(paths: Paths, echo: Echo) -> None:
 def _fetch(section: str, family: Family, base: str, paths: Paths, echo: Echo) -> None:
     folder = paths.imported(family)
     if not base:
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             from components.tracking.model_import import clear
 
             clear(folder)
@@ -38,7 +36,7 @@ def _fetch(section: str, family: Family, base: str, paths: Paths, echo: Echo) ->
     source, origin = _find(f"params.yaml: {section}.base: {base}", base, paths)
     written = folder / ORIGIN
     current = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
-    if (folder / "config.json").is_file() and current == origin:
+    if (folder / CONFIG).is_file() and current == origin:
         return
     from components.tracking.model_import import inspect_model, place_model
 
@@ -54,7 +52,7 @@ def _fetch(section: str, family: Family, base: str, paths: Paths, echo: Echo) ->
 def _find(where: str, base: str, paths: Paths) -> tuple[Path, Mapping[str, str]]:
     """The folder that `base` names, and its origin: path and digest, or registered version."""
     folder = (paths.root / base).expanduser()
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         return folder, {"folder": base, "sha256": digest(folder)}
     if "/" in base and not is_version(base):
         raise InputError(f"{where}: no model folder (no config.json there), and no NAME@ALIAS or NAME/VERSION")
