@@ -98,7 +98,8 @@ def _print(report: dict[str, Any], stages: list[StageState]) -> None:
     print(f"scale {report['scale']}\n")
     if report["run"]:
         print(f"a run goes on as process {report['run']}: its stages are changing\n")
-    width = shutil.get_terminal_size().columns - max((len(stage.name) + 2 for stage in stages), default=0)
+    widest = max((len(stage.name) for stage in stages), default=0)
+    width = max(40, shutil.get_terminal_size().columns - widest - 2)
     print_table(("stage", "state"), [(stage.name, stage.describe(width)) for stage in stages])
     print()
     print_table(("champion", "score", "bento"), [tuple(row.values()) for row in report["champions"]])
