@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
@@ -62,6 +63,17 @@ def test_key_follows_dependencies_and_declared_params_alone(project: Paths) -> N
     assert key != key_of("pretrain@decoder", project, seed=1)
     (project.tokens("decoder") / "pretrain" / "file").write_text("other content")
     assert key != key_of("pretrain@decoder", project)
+
+
+def test_key_follows_the_versions_of_declared_libraries_alone(
+    project: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = yaml.safe_load(stage.VERSIONS_FILE.read_text())
+    key, upgraded = key_of("pretrain@decoder", project), tmp_path / "versions.yaml"
+    monkeypatch.setattr(stage, "VERSIONS_FILE", upgraded)
+    for library, is_declared in (("torch", True), ("optuna", False)):
+        upgraded.write_text(yaml.safe_dump(versions | {library: "99"}))
+        assert (key != key_of("pretrain@decoder", project)) == is_declared
 
 
 def test_key_holds_resolved_values_not_spelling(project: Paths) -> None:
