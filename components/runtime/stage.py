@@ -15,11 +15,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -29,6 +29,7 @@ from components.config.paths import Paths, disk_trouble, find_root
 from components.config.versions import VERSIONS_FILE
 from components.runtime.files import remove
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
+from components.tracking.event_log import EventLog
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
 
@@ -72,24 +73,8 @@ FORCE = "LOOPWRIGHT_FORCE"
 _MAX_CHECKPOINT_FOLDERS = 2
 _SECONDS_FOR_ENDING_STAGE = 15.0
 
-
-class Tracker(Protocol):
-    """The experiment tracker as a stage sees it; no call slows or fails the stage."""
-
-    def params(self, values: Mapping[str, Any]) -> None: ...
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
-
-    def dataset(self, name: str, digest: str, source: str, context: str) -> None: ...
-
-    def table(self, name: str, columns: Mapping[str, list[Any]]) -> None: ...
-
-    def artifact(self, path: Path) -> None: ...
-
-    def figure(self, figure: Any, name: str) -> None: ...
-
-    def child(self, name: str) -> AbstractContextManager[Tracker]:
-        """A run within this one, such as a trial of a search."""
+Tracker = EventLog
+"""The experiment tracker as a stage sees it; no call slows or fails the stage."""
 
 
 @dataclass(frozen=True)

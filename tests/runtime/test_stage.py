@@ -246,7 +246,7 @@ def test_progress_line_is_what_the_orchestrator_reads(
         "stage": "pretrain@decoder",
         "done": "3",
         "total": "10",
-        "facts": "loss 2.346  phase warm up",
+        "figures": "loss 2.346  phase warm up",
     }
 
 
