@@ -1,6 +1,6 @@
-"""Model folders from elsewhere into the registry: checked whole, then kept as they are, tokenizer and template too.
+"""Import of Hugging Face model folders into the registry: checked, then copied with tokenizer and chat template.
 
-Nothing is taken that could run: weights are safetensors, code and pickles stay behind, a model's tools among them.
+Nothing executable is copied: weights are safetensors; code and pickles, a model's tools among them, are left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import Paths, writing
+from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
 from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
@@ -26,27 +26,27 @@ from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import ModelVersion, Registry
 
-GOVERNED = ("agent", "classifier", "summarizer")
-"""Models whose champion a gate chooses."""
-KEPT = (
-    "config.json",
+GATED = ("agent", "classifier", "summarizer")
+"""Models whose champion the promotion gate chooses."""
+FILES = (
+    CONFIG,
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "agent.json",
+    AGENT,
     "knowledge.sqlite",
 )
-"""Files of a model folder that are taken along, beside its weights."""
-NEEDED = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
-"""Tokens, beside the one that pads, without which a family reads nothing."""
+"""Files of a model folder that are copied, beside its weights."""
+REQUIRED_TOKENS = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
+"""Special tokens that a family needs, beside the padding token."""
 FAMILIES: dict[type[Any], Family] = {Decoder: "decoder", Encoder: "encoder", EncoderDecoder: "encoder_decoder"}
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder turned out to hold."""
+    """Family, architecture and size of a model folder."""
 
     family: Family
     architecture: str
@@ -55,43 +55,43 @@ class ModelInfo:
 
 
 def inspect_model(folder: Path) -> ModelInfo:
-    """Check that a folder holds a model that we can run and train, with its tokenizer.
+    """Check that a folder holds a model that the platform can run and train, with its tokenizer.
 
     Raises: InputError naming what is missing, unknown, misshapen or not supported.
     """
     model: Any = check_model(folder)
     family = next(family for kind, family in FAMILIES.items() if isinstance(model, kind))
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder / 'tokenizer.json'}: not found; save the model's fast tokenizer with it")
+    if not (folder / TOKENIZER).is_file():
+        raise InputError(f"{folder / TOKENIZER}: not found; save the model's fast tokenizer with it")
     if family == "decoder" and "source" not in read_agent(folder):
-        load_tools(folder)  # of which the folder has the names alone
+        load_tools(folder)  # the folder has their names alone
     tokens = load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family)
     if tokens > model.config.vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer.json'}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
+            f"{folder / TOKENIZER}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
             " config.json; give the tokenizer that the model was trained with"
         )
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"][0]
     return ModelInfo(family, architecture, model.num_parameters, model.config.vocab_size)
 
 
 def _count_tokens(folder: Path, family: Family) -> int:
     tokenizer = TextTokenizer.load(folder)
-    for token in NEEDED[family]:
+    for token in REQUIRED_TOKENS[family]:
         tokenizer.id_of(token)
     return tokenizer.vocab_size
 
 
 def import_model(
-    folder: Path, found: ModelInfo, name: str, registry: Registry, paths: Paths | None = None
+    folder: Path, info: ModelInfo, name: str, registry: Registry, paths: Paths | None = None
 ) -> ModelVersion:
-    """Register a model folder that was looked at; where no gate governs the name, the version is its champion.
+    """Register an inspected model folder; a model without a promotion gate becomes champion.
 
-    It is left without tools whose code is not that of the project in `paths`; the tag `tools_left_out` names them.
+    Tools whose source is not that of the project in `paths` are left out; the tag `tools_left_out` names them.
 
     Raises: InputError when the disk is full.
     """
-    tags = {"imported_from": str(folder.resolve()), "architecture": found.architecture, "family": found.family}
+    tags = {"imported_from": str(folder.resolve()), "architecture": info.architecture, "family": info.family}
     with writing(registry.home):
         registry.home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
@@ -99,15 +99,15 @@ def import_model(
             copy_model(folder, clean)
             if left_out := adopt_tools(clean, folder, paths):
                 tags["tools_left_out"] = ", ".join(left_out)
-            metrics = {"parameters": float(found.parameters)}
+            metrics = {"parameters": float(info.parameters)}
             version = registry.register(clean, name, metrics, tags, None)
-    if name not in GOVERNED:
+    if name not in GATED:
         registry.promote(version)
     return registry.resolve(str(version))
 
 
 def copy_model(folder: Path, place: Path) -> None:
-    """Copy what a model folder consists of, and nothing else that lies there.
+    """Copy the files of a model, and no others of its folder.
 
     Raises: InputError when the disk is full or the place cannot be written.
     """
@@ -119,28 +119,28 @@ def copy_model(folder: Path, place: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     yield from weight_files(folder)
-    yield from (folder / name for name in (*KEPT, INDEX) if (folder / name).is_file())
+    yield from (folder / name for name in (*FILES, INDEX) if (folder / name).is_file())
 
 
 def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
-    """Put a model folder, with `origin.json` beside it, into `place`, whose files that begin with a dot stay.
+    """Copy a model, with `origin.json`, into the folder `place`, whose hidden files stay.
 
-    What was there goes first and config.json comes last, so that a half-placed model is none.
+    Older files are removed first and config.json is written last: without it an interrupted copy is no model.
     """
     clear(place)
-    for left in place.parent.glob(f".{place.name}-*"):  # by a process that was killed meanwhile
+    for left in place.parent.glob(f".{place.name}-*"):  # by a process that was killed
         shutil.rmtree(left)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         copied = Path(scratch) / "model"
         copy_model(folder, copied)
-        (copied / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        (copied / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
-        for file in sorted(copied.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(copied.iterdir(), key=lambda file: file.name == CONFIG):
             os.replace(file, place / file.name)
 
 
 def clear(place: Path) -> None:
-    """Take an imported model away again, config.json first."""
-    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != "config.json"):
+    """Remove an imported model, config.json first."""
+    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != CONFIG):
         file.unlink()

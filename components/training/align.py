@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from components.config.paths import AGENT, TOOLS
+from components.config.paths import AGENT, ORIGIN, TOOLS
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -21,9 +21,6 @@ from components.token_rows.preference_rows import AlignRows, PreferenceRows
 from components.training.loop import refuse_bad_masks, train
 from components.training.preferences import align_objective, reference_log_probs
 from components.training.report import describe, report
-
-ORIGIN = "origin.json"
-"""Beside the model that training starts from: `{"version": "NAME/VERSION"}`."""
 
 
 def align(run: StageRun) -> None:

@@ -60,7 +60,7 @@ def test_wrong_values_are_named_with_their_place(overrides: dict[str, object], m
 )
 def test_the_name_that_a_value_had_before_families_is_refused_with_the_one_it_has(old: str, tmp_path: Path) -> None:
     section, key = old.split(".")
-    message = f"{old}: each family has values of its own; write {section}.decoder.{key}"
+    message = f"{old}: each family has its own values; write {section}.decoder.{key}"
     with pytest.raises(InputError, match=message):
         load_params(PARAMS, {old: 3})
     path = tmp_path / "params.yaml"

@@ -95,11 +95,11 @@ class Platform:
         return state
 
     def pid(self, service: str) -> int:
-        process = next(kept.process for kept in self.supervisor.kept if kept.service.name == service)
+        process = next(entry.process for entry in self.supervisor.supervised if entry.service.name == service)
         return process.pid if process else 0
 
     def healthy(self) -> bool:
-        return all(kept.state == "healthy" for kept in self.supervisor.kept)
+        return all(entry.state == "healthy" for entry in self.supervisor.supervised)
 
     def stages(self) -> list[psutil.Process]:
         """Processes of DVC and its stages in this project."""
@@ -135,7 +135,7 @@ def at(released: Released, database: Path, tmp_path_factory: pytest.TempPathFact
         port = free_port()
         started = services(project.home, {"prefect": port, "mlflow": free_port(), "endpoint": free_port()}, True)
         wanted = [service for service in started if service.name in ("prefect", "worker")]
-        supervisor = Supervisor(wanted, project.home / "logs", root, lambda kept: None)
+        supervisor = Supervisor(wanted, project.home / "logs", root, lambda entry: None)
         platform = Platform(project, f"http://127.0.0.1:{port}/api", supervisor)
         try:
             platform.until(platform.healthy)

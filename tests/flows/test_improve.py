@@ -82,7 +82,7 @@ def improved(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imp
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda *_, **__: None)
     monkeypatch.setattr(flow, "run_flow", lambda name, home, echo, body, **_: body(FlowRun("flow run", lambda _: None)))
     monkeypatch.setattr(flow, "effect", lambda function, *values, **_: function(*values))
-    monkeypatch.setattr(flow, "look", lambda *_, **__: [])
+    monkeypatch.setattr(flow, "stage_states", lambda *_, **__: [])
     monkeypatch.setattr(flow, "bring_up_to_date", stages)
     monkeypatch.setattr(flow, "publish", publish)
     return lambda **options: improve(paths.root, echo=lambda _: None, **options)
@@ -177,7 +177,7 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
     def look(*_: Any, **__: Any) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(flow, "look", look)
+    monkeypatch.setattr(flow, "stage_states", look)
     assert improved().outcome == "nothing new"
     for number, start in revoked.items():
         store.revoke(line[number])
@@ -189,6 +189,9 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
         wanted = "gain" if start == 4 else "replace"
         assert json.loads((paths.champion / "gate.json").read_text()) == {"mode": wanted}
         assert line[number] in json.loads((paths.feedback / "withdrawn.json").read_text())
+        learned = [[], line[:1], line[1:2], line[2:3]][start - 1]
+        assert json.loads((paths.start / "lessons.json").read_text()) == {"feedback": learned}
+        assert json.loads((paths.champion / "lessons.json").read_text()) == {"feedback": line[2:3]}
 
 
 def test_an_improvement_killed_after_its_verdict_is_recorded_once(

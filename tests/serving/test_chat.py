@@ -12,8 +12,8 @@ import pytest
 from components.config.params import InputError
 from loopwright import chat as chatting
 from loopwright import endpoint
-from loopwright.classify import classify
-from loopwright.export import export
+from loopwright.client import classify
+from loopwright.models import export
 
 pytestmark = pytest.mark.platform
 
