@@ -294,7 +294,7 @@ class ClassifierConfig(FineTuneConfig):
     """1: all labels weigh alike however rare, 0: all texts alike, between: between."""
     label_smoothing: float = Field(ge=0, lt=1)
     """Share of each text's label that goes to all labels alike."""
-    hidden_share: float = Field(ge=0, lt=1)
+    token_dropout: float = Field(ge=0, lt=1)
     """Share of the tokens shown as [MASK] in training, other ones each time."""
     dropout: float = Field(ge=0, lt=1)
     """Share of what blocks add, and of the pooled vector, that training leaves out."""

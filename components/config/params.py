@@ -48,6 +48,8 @@ FAMILY_OF_SECTION: Mapping[str, Family] = {
 """Sections of params.yaml that fine-tune a model of one family."""
 BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
 """Sections that have a sub-section for each family."""
+RENAMED: Mapping[str, str] = {"classifier.hidden_share": "classifier.token_dropout"}
+"""Earlier names of keys: each is refused with the present one."""
 
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
@@ -232,6 +234,8 @@ def _first_error(error: ValidationError, values: Any) -> str:
     within = [(place, one) for place, one in places if place.startswith(places[0][0])]
     place, first = max(within, key=lambda found: len(found[0]))
     if first["type"] == "extra_forbidden":
+        if place in RENAMED:
+            return f"{place}: renamed; write {RENAMED[place]}"
         section, _, key = place.partition(".")
         if section in BY_FAMILY and key in _decoder_keys(section):
             return f"{place}: each family has values of its own; write {section}.decoder.{key}"

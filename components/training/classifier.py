@@ -139,7 +139,7 @@ class Finetuning:
         return model
 
     def _train(self, part: Part, settings: ClassifierConfig, model: Classifier, watch: EarlyStopping) -> Any:
-        rows = TokenDropoutRows(self.rows, self.tokenizer, settings.hidden_share, self.run.params.seed)
+        rows = TokenDropoutRows(self.rows, self.tokenizer, settings.token_dropout, self.run.params.seed)
         return train(part, settings, model, rows, classification(self.weights, settings.label_smoothing), watch)
 
     def score(self, model: Classifier) -> float:
@@ -200,7 +200,7 @@ def _ranges(config: ClassifierConfig) -> dict[str, Range]:
 
     Not down to none: short trials like that best, for what it is there for comes later.
     """
-    rates, others = ("learning_rate", "muon_learning_rate"), ("label_smoothing", "hidden_share", "dropout")
+    rates, others = ("learning_rate", "muon_learning_rate"), ("label_smoothing", "token_dropout", "dropout")
     given = {name: float(getattr(config, name)) for name in (*rates, *others)}
     found = {name: Range(given[name] / 3, given[name] * 3, log=True) for name in rates}
     return found | {name: Range(given[name] / 2, min(given[name] * 2, 0.9)) for name in others if given[name]}

@@ -175,7 +175,7 @@ def test_trials_are_runs_within_the_run_and_the_best_one_is_taken(project: Path)
     trials = told.tables["trials.json"]
     best = max(range(3), key=lambda number: (trials["score"][number], -number))
     read = metrics(project, "finetune@classifier")
-    for name in ("learning_rate", "muon_learning_rate", "label_smoothing", "hidden_share", "dropout"):
+    for name in ("learning_rate", "muon_learning_rate", "label_smoothing", "token_dropout", "dropout"):
         assert read[f"chosen_{name}"] == trials[name][best] == told.children[f"trial-{best}"].settings[name]
         assert trials[name][0] == pytest.approx(getattr(run.params.classifier, name))
     assert "validation_macro_f1" in told.children["trial-0"].values
