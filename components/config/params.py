@@ -48,7 +48,11 @@ FAMILY_OF_SECTION: Mapping[str, Family] = {
 """Sections of params.yaml that fine-tune a model of one family."""
 BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
 """Sections that have a sub-section for each family."""
-RENAMED: Mapping[str, str] = {"classifier.hidden_share": "classifier.token_dropout"}
+RENAMED: Mapping[str, str] = {
+    "classifier.hidden_share": "classifier.token_dropout",
+    "prepare.copy_share": "prepare.decoder.copy_rate",
+    "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
+}
 """Earlier names of keys: each is refused with the present one."""
 
 SCALES_FILE = Path(__file__).with_name("scales.yaml")

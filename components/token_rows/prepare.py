@@ -63,7 +63,7 @@ def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Pa
         for folder in folders:
             fill_rows(_documents(tokenizer, folder, split), writer)
         if split == "train":
-            share = run.params.prepare.decoder.copy_share
+            share = run.params.prepare.decoder.copy_rate
             names = _names(folders)
             for row in copy_augmented_rows(
                 names, tokenizer, int(writer.rows * share / (1 - share)), writer.seq_len, run.params.seed
