@@ -74,7 +74,7 @@ class DecoderRowsConfig(Section):
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
     copy_rate: float = Field(ge=0, lt=1)
     """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
-    noise_share: float = Field(ge=0, le=1)
+    token_noise_rate: float = Field(ge=0, le=1)
     """Share of conversations told once more with random tokens in the names and results that they copy."""
 
 

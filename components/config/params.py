@@ -52,6 +52,8 @@ RENAMED: Mapping[str, str] = {
     "classifier.hidden_share": "classifier.token_dropout",
     "prepare.copy_share": "prepare.decoder.copy_rate",
     "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
+    "prepare.noise_share": "prepare.decoder.token_noise_rate",
+    "prepare.decoder.noise_share": "prepare.decoder.token_noise_rate",
 }
 """Earlier names of keys: each is refused with the present one."""
 

@@ -102,7 +102,7 @@ def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer)
     random = np.random.default_rng(run.params.seed)
     for ids, mask in pieces:
         yield ids, mask
-        if random.random() < run.params.prepare.decoder.noise_share:
+        if random.random() < run.params.prepare.decoder.token_noise_rate:
             noisy = with_token_noise(ids, random, tokenizer)
             if noisy:
                 yield noisy, mask
