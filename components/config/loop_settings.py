@@ -14,8 +14,8 @@ class FeedbackConfig(Section):
 
     max_items: int = Field(ge=1)
     """Items that one ingestion takes, into one partition; the rest waits for the next."""
-    max_per_voice: int = Field(ge=1)
-    """Items of one voice (API key, or user) that 24 hours may bring; what is above is quarantined."""
+    max_items_per_user: int = Field(ge=1)
+    """Items that one user (or API key) may send in 24 hours; the rest is quarantined."""
     improve_after: int = Field(ge=1)
     """Accepted items that no model learned from at which ingestion asks for an improvement."""
     keep_days: int | None = Field(ge=1)

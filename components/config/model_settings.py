@@ -73,9 +73,9 @@ class DecoderRowsConfig(Section):
     seq_len: int = Field(ge=32)
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
     copy_rate: float = Field(ge=0, lt=1)
-    """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
+    """Share of pretraining rows that are copy augmentation: repeated spans of names and of random tokens."""
     token_noise_rate: float = Field(ge=0, le=1)
-    """Share of conversations told once more with random tokens in the names and results that they copy."""
+    """Share of conversations repeated with random tokens in the names and results that they copy."""
 
 
 class EncoderRowsConfig(Section):

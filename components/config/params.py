@@ -54,6 +54,7 @@ RENAMED: Mapping[str, str] = {
     "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
     "prepare.noise_share": "prepare.decoder.token_noise_rate",
     "prepare.decoder.noise_share": "prepare.decoder.token_noise_rate",
+    "feedback.max_per_voice": "feedback.max_items_per_user",
 }
 """Earlier names of keys: each is refused with the present one."""
 
