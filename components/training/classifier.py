@@ -32,7 +32,7 @@ from components.training.early_stopping import EarlyStopping
 from components.training.loop import train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, refuse_other_vocabulary, report
-from components.training.rows import AdaptedRows, TokenDropoutRows
+from components.training.rows import MaskedRows, TokenDropoutRows
 from components.training.search import Range, TrialMonitor, Tried, Values, best_of, search
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Finetuning:
             raise InputError(
                 f"{self.base}: has no head for masked tokens; set classifier.adapt_steps to 0, now {config.adapt_steps}"
             )
-        rows = AdaptedRows(self.rows, self.tokenizer, config.masked_share, self.run.params.seed)
+        rows = MaskedRows(self.rows, self.tokenizer, config.masked_share, self.run.params.seed)
         steps = config.model_copy(update={"max_steps": config.adapt_steps})
         torch.manual_seed(self.run.params.seed)
         with self.run.tracker.child("adapt") as tracker:

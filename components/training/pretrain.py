@@ -47,7 +47,8 @@ def _encoder(run: StageRun) -> None:
     config, seed = run.params.pretrain.encoder, run.params.seed
     tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
     rows, test = (
-        MaskedRows(SentencePairs(_folder(run), split), tokenizer, config, seed) for split in ("train", "test")
+        MaskedRows(SentencePairs(_folder(run), split), tokenizer, config.masked_share, seed, config.whole_words)
+        for split in ("train", "test")
     )
     torch.manual_seed(seed)
     shape = EncoderConfig.from_params(run.params.model.encoder, rows.vocab_size)

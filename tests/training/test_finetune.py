@@ -34,7 +34,7 @@ from components.tokenization.text_tokenizer import TextTokenizer
 from components.tokenization.train_tokenizer import train_tokenizer
 from components.training.finetune import finetune
 from components.training.pretrain import pretrain
-from components.training.rows import AdaptedRows, MaskedRows, SpanRows, TokenDropoutRows
+from components.training.rows import MaskedRows, SpanRows, TokenDropoutRows
 
 SOURCE = Path(__file__).parents[2]
 WORDS = {
@@ -309,8 +309,8 @@ def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> 
     chunks = Chunks(paths.tokens("encoder_decoder") / "pretrain", "train")
     made: list[Callable[[int], Any]] = [
         lambda seed: TokenDropoutRows(texts, encoder, 0.3, seed),
-        lambda seed: AdaptedRows(texts, encoder, 0.15, seed),
-        lambda seed: MaskedRows(pairs, encoder, params.pretrain.encoder, seed),
+        lambda seed: MaskedRows(texts, encoder, 0.15, seed),
+        lambda seed: MaskedRows(pairs, encoder, 0.15, seed),
         lambda seed: SpanRows(chunks, other, params.pretrain.encoder_decoder, seed),
     ]
     rows = np.arange(6)
@@ -329,7 +329,7 @@ def test_masks_spare_padding_and_what_stands_around_a_text(pretrained: Path) -> 
     config = load_params(SOURCE / "params.yaml", TINY).pretrain.encoder
     pairs = SentencePairs(paths.tokens("encoder") / "pretrain", "train")
     for whole_words in (True, False):
-        rows = MaskedRows(pairs, tokenizer, config.model_copy(update={"whole_words": whole_words}), 0)
+        rows = MaskedRows(pairs, tokenizer, config.masked_share, 0, whole_words)
         plain, batch = pairs.batch(np.arange(20)), rows.batch(np.arange(20))
         chosen = batch["labels"] != IGNORED
         assert torch.equal(batch["labels"][chosen], plain["input_ids"][chosen])
