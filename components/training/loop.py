@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, cast
+from typing import Any, Generic, cast
 
 import numpy as np
 import torch
@@ -45,35 +45,70 @@ class Measured:
     window_targets: float = 0
 
 
-class TrainingMonitor(Protocol):
-    """Looks at a model in training every so many steps, remembers its best weights, and may end the training."""
+class EarlyStopping:
+    """Keep the weights with the best validation score, and stop when it no longer improves (Prechelt 1998)."""
 
-    every: int
-    """Steps between two looks; one is also taken behind the last step."""
-    over: bool
-    """Whether there is nothing more to be hoped for."""
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        interval: int,
+        patience: int,
+        on_score: Callable[[int, float], None],
+    ) -> None:
+        """`measure` scores the model, higher is better, every `interval` steps and behind the last one.
 
-    def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Measure the model, which is in evaluation mode, and remember its fp32 `weights` if it is the best so far."""
+        `patience`: scores without a better one after which training stops; `on_score` gets each step and score.
+        """
+        self.measure, self.interval, self.patience, self.on_score = measure, interval, patience, on_score
+        self.stopped = False
+        self.scores: list[tuple[int, float]] = []
+        """Step and score of each evaluation."""
+        self.best_weights: dict[str, Tensor] = {}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The best weights, and everything else that the next look depends on (JSON)."""
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Score the model, which is in evaluation mode, and keep its fp32 `weights` if they are the best so far."""
+        score = self.measure()
+        if not self.scores or score > self.best_score:
+            self.best_weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.scores.append((step, score))
+        self.stopped = len(self.scores) - 1 - self._best() >= self.patience
+        self.on_score(step, score)
 
-    def restore(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    @property
+    def best_score(self) -> float:
+        return self.scores[self._best()][1]
+
+    @property
+    def best_step(self) -> int:
+        return self.scores[self._best()][0]
+
+    def _best(self) -> int:
+        """Index of the first best score."""
+        return max(range(len(self.scores)), key=lambda number: (self.scores[number][1], -number))
+
+    def state(self) -> dict[str, Any]:
+        """What the next evaluation depends on beside `best_weights` (JSON)."""
+        return {"scores": self.scores, "over": self.stopped}
+
+    def restore(self, best_weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-
-    def best(self) -> Mapping[str, Tensor]:
-        """The weights to deliver; none where it never looked."""
+        self.best_weights = best_weights
+        self.scores, self.stopped = [(int(step), score) for step, score in state["scores"]], state["over"]
 
 
 class Training(Generic[M]):
     """One model being trained: everything that a step changes."""
 
     def __init__(
-        self, model: M, objective: Objective[M], config: TrainConfig, seed: int, watch: TrainingMonitor | None = None
+        self,
+        model: M,
+        objective: Objective[M],
+        config: TrainConfig,
+        seed: int,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.model, self.objective, self.config, self.seed = model, objective, config, seed
-        self.watch = watch
+        self.early_stopping = early_stopping
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.masters = Masters(model)
@@ -87,8 +122,9 @@ class Training(Generic[M]):
 
     @property
     def over(self) -> bool:
-        """Whether every step is done, or its watch has seen enough."""
-        return self.step >= self.config.max_steps or (self.watch is not None and self.watch.over)
+        """Whether every step is done, or early stopping ended it."""
+        stopped = self.early_stopping is not None and self.early_stopping.stopped
+        return stopped or self.step >= self.config.max_steps
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches."""
@@ -105,9 +141,10 @@ class Training(Generic[M]):
         if targets:
             self._update(targets)
         self.step += 1
-        if self.watch is not None and (self.step % self.watch.every == 0 or self.step == self.config.max_steps):
+        stopping = self.early_stopping
+        if stopping is not None and (self.step % stopping.interval == 0 or self.step == self.config.max_steps):
             self.model.eval()
-            self.watch.look(self.step, self.masters.trained())
+            stopping.evaluate(self.step, self.masters.trained())
             self.model.train()
 
     def _update(self, targets: float) -> None:
@@ -142,9 +179,9 @@ class Training(Generic[M]):
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
         facts = {"measured": vars(self.measured), "inputs": self.inputs()}
-        if self.watch is not None:
-            best, facts["watch"] = self.watch.state()
-            tensors |= {f"best.{name}": weight.cpu() for name, weight in best.items()}
+        if self.early_stopping is not None:
+            facts["watch"] = self.early_stopping.state()
+            tensors |= {f"best.{name}": weight.cpu() for name, weight in self.early_stopping.best_weights.items()}
         return Saved(self.step, tensors, facts)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -168,9 +205,9 @@ class Training(Generic[M]):
         self.step = saved.step
         facts = saved.facts["measured"]
         self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
-        if self.watch is not None:
+        if self.early_stopping is not None:
             best = {name[5:]: weight for name, weight in saved.tensors.items() if name.startswith("best.")}
-            self.watch.restore(best, saved.facts["watch"])
+            self.early_stopping.restore(best, saved.facts["watch"])
         return True
 
     def inputs(self) -> str:
@@ -187,11 +224,11 @@ def train(
     model: M,
     rows: Rows,
     objective: Objective[M],
-    watch: TrainingMonitor | None = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> Measured:
-    """Train `model` in place, going on from the last checkpoint where there is one.
+    """Train `model` in place up to `config.max_steps`, resuming from the last checkpoint where there is one.
 
-    It ends at `config.max_steps`, or earlier where `watch` says so; then the model has the watch's best weights.
+    With `early_stopping` it may end earlier, and the model gets the weights with the best score.
     """
     device = best_device()
     dtype = compute_dtype(config.precision, device)
@@ -200,7 +237,7 @@ def train(
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for block in cast(Iterable[nn.Module], model.blocks):
             block.compile()
-    training = Training(model, objective, config, run.params.seed, watch)
+    training = Training(model, objective, config, run.params.seed, early_stopping)
     checkpoints = Checkpoints(run.state)
     saved = checkpoints.load()
     if saved:
@@ -209,10 +246,10 @@ def train(
         print(f"{run.name}  {said} step {saved.step}", flush=True)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
-    best = watch.best() if watch is not None else {}
+    best = early_stopping.best_weights if early_stopping is not None else {}
     with torch.no_grad():  # deliver what was trained and what was not, without their rounding
         weights = dict(model.float().named_parameters())
-        for name, weight in (frozen | training.masters.trained() | dict(best)).items():
+        for name, weight in (frozen | training.masters.trained() | best).items():
             weights[name].copy_(weight)
     model.eval()
     return training.measured

@@ -265,7 +265,7 @@ def test_a_base_of_another_kind_or_vocabulary_is_refused(project: Path) -> None:
     encoder, other = paths.base("encoder"), paths.base("encoder_decoder")
     away = encoder.rename(project / "away")
     shutil.copytree(other, encoder)
-    with pytest.raises(InputError, match="a encoderdecoder reads no labels; give an encoder's folder"):
+    with pytest.raises(InputError, match="a encoderdecoder cannot classify; give an encoder's folder"):
         finetune(new_run(project, "finetune@classifier"))
     shutil.rmtree(encoder)
     model = load_model(away)
@@ -275,7 +275,7 @@ def test_a_base_of_another_kind_or_vocabulary_is_refused(project: Path) -> None:
         finetune(new_run(project, "finetune@classifier"))
     shutil.rmtree(other)
     shutil.copytree(away, other)
-    with pytest.raises(InputError, match="writes no target; give an encoder-decoder's folder"):
+    with pytest.raises(InputError, match="cannot summarize; give an encoder-decoder's folder"):
         finetune(new_run(project, "finetune@summarizer"))
 
 
