@@ -97,10 +97,10 @@ def _agent_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: P
 
 
 def _classifier_measured(paths: Paths) -> Measured:
-    from components.evaluation.assess_classifier import flat_metrics
+    from components.evaluation.held_out import flat_metrics
 
     figures = _figures(paths, "assess@classifier")
-    return Measured(flat_metrics(figures), figures["held_out_digest"])
+    return Measured(flat_metrics(figures, "macro_f1"), figures["held_out_digest"])
 
 
 def _classifier_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
@@ -111,14 +111,14 @@ def _classifier_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, pat
 
 
 def _summarizer_measured(paths: Paths) -> Measured:
-    from components.evaluation.assess_summarizer import flat_metrics
+    from components.evaluation.held_out import flat_metrics
 
     figures = _figures(paths, "assess@summarizer")
-    return Measured(flat_metrics(figures), figures["held_out_digest"])
+    return Measured(flat_metrics(figures, "rougeL"), figures["held_out_digest"])
 
 
 def _summarizer_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.assess_summarizer import judge_summarizer
+    from components.evaluation.compare_summarizers import judge_summarizer
 
     return judge_summarizer(ours.folder, champion.folder, paths.collected, load_params(paths.params), ours.answers)
 

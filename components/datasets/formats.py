@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -195,6 +196,15 @@ def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Ite
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {folder}"') from None
+
+
+def first_per_suite(rows: Iterable[Row], count: int) -> Iterator[Row]:
+    """The first `count` rows of each suite, in order."""
+    seen: Counter[str | None] = Counter()
+    for row in rows:
+        seen[row["suite"]] += 1
+        if seen[row["suite"]] <= count:
+            yield row
 
 
 def split_digest(folders: Iterable[Path], split: Split, settings: str) -> str:

@@ -9,7 +9,7 @@ the same way: without that, a dozen skills would refuse every second good candid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -100,6 +100,22 @@ def decide(slices: Sequence[Slice], config: JudgeConfig, mode: Mode = "gain") ->
     findings = [_find(one, gains.get(id(one), 1.0), fall, config) for one, fall in zip(asked, falls, strict=True)]
     promote, reason = _conclude(findings, {one.skill for one in wanted}, needed, mode)
     return GateDecision(promote, reason, mode, config.false_promotion_rate, findings)
+
+
+def decide_by_suite(
+    suites: Mapping[str, Sequence[int]],
+    candidate: Sequence[float],
+    champion: Sequence[float],
+    config: JudgeConfig,
+) -> GateDecision:
+    """The decision on the scores of all rows: by suite, from the indices of its rows, and over all suites."""
+    slices = [
+        Slice(suite, False, [champion[index] for index in indices], [candidate[index] for index in indices])
+        for suite, indices in suites.items()
+    ]
+    if len(slices) > 1:
+        slices.append(Slice("overall", False, champion, candidate))
+    return decide(slices, config, "any_gain")
 
 
 def p_greater(differences: Values) -> float:
