@@ -89,11 +89,11 @@ def _agent_measured(paths: Paths) -> Measured:
 
 
 def _agent_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.compare_agents import Model, judge_folders
+    from components.evaluation.compare_agents import AgentFolder, judge_folders
 
     curated = paths.curated if (paths.curated / "curated.json").is_file() else None
-    candidate, theirs = (Model(one.folder, one.answers) for one in (ours, champion))
-    return judge_folders(candidate, theirs, paths.collected, curated, load_params(paths.params), "any_gain").verdict
+    candidate, theirs = (AgentFolder(each.folder, each.answers) for each in (ours, champion))
+    return judge_folders(candidate, theirs, paths.collected, curated, load_params(paths.params), "any_gain").decision
 
 
 def _classifier_measured(paths: Paths) -> Measured:

@@ -205,7 +205,7 @@ def test_a_better_classifier_is_promoted_and_a_worse_one_refused(
     assert "the TF-IDF baseline is no better: 1.000 against 1.000" in decision.reason
     decision = judge_classifier(wrong, classifier_folder, collected, params)
     assert not decision.promote
-    assert decision.reason.startswith("falls: ")
+    assert decision.reason.startswith("regresses: ")
     assert decision.reason.endswith("the TF-IDF baseline is better: 1.000 against 0.000 of all texts right")
     assert not judge_classifier(classifier_folder, classifier_folder, collected, params).promote
 
@@ -220,7 +220,7 @@ def test_saved_predictions_are_not_computed_again(
     assess(StageRun("assess@classifier", params, paths, tmp_path / "state", RecordingTracker()))
     saved, nowhere = paths.assessment("classifier"), tmp_path / "nowhere"
     decision = judge_classifier(nowhere, nowhere, collected, params, saved, saved)
-    assert decision.reason.startswith("no gain is real")
+    assert decision.reason.startswith("no significant gain")
     other = load_params(SOURCE / "params.yaml", {"scale": "smoke", "assess.max_texts": 7})
     with pytest.raises(InputError, match="nowhere"):
         judge_classifier(nowhere, nowhere, collected, other, saved, saved)
