@@ -1,4 +1,4 @@
-"""What validation found: one check per expectation and shard, in words, as JSON and as a refusal."""
+"""The validation report: one check per expectation and shard, as JSON and as an error message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from components.datasets.formats import Kind
 
 EXAMPLES = 5
-"""Offending rows that a check keeps."""
+"""Offending rows that a check lists."""
 _SHOWN_CHARS = 80
 
 
@@ -18,12 +18,12 @@ class Example:
 
     shard: str
     row: int
-    """Counted from 1 within the shard."""
+    """From 1 within the shard."""
     id: str | None
     value: str
-    """As it would be typed in Python; long ones are cut."""
+    """Its Python literal; long ones are cut."""
     place: str | None = None
-    """Where the row stands in the user's own file, when that is being added."""
+    """Location of the row in the user's own file, during its import."""
 
     def __str__(self) -> str:
         return f"{self.place or f'{self.shard} row {self.row}'} (id {self.id}): {self.value}"
@@ -31,14 +31,14 @@ class Example:
 
 @dataclass
 class Check:
-    """One expectation held against one shard, or against the whole dataset."""
+    """One expectation on one shard, or on the whole dataset."""
 
     expectation: str
-    """Great Expectations' name, or ours for what no single shard can tell."""
+    """Great Expectations' name, or that of a cross-shard check."""
     column: str | None
     description: str
     shard: str
-    """File name; `all shards` for a check across them."""
+    """File name; `all shards` for a cross-shard check."""
     rows: int = 0
     failed: int = 0
     allowed_share: float = 0.0
@@ -94,17 +94,17 @@ class ValidationReport:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value in a message: on one line, and cut where it is long."""
     text = "null" if value is None or value != value else repr(value)  # NaN, pandas' null, differs from itself
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text)} characters)"
 
 
-def refusal(found: list[ValidationReport], page: str | None = None) -> str:
-    """Why data is refused: which dataset, which expectation, how many rows and the first of them.
+def refusal(reports: list[ValidationReport], page: str | None = None) -> str:
+    """The error message for data that fails: dataset, expectation, number of rows and the first of them.
 
-    The first line says the first reason; the others say all.
+    The first line gives the first failed check; the others give all.
     """
-    failed = [(findings.dataset, check) for findings in found for check in findings.failed]
+    failed = [(report.dataset, check) for report in reports for check in report.failed]
     dataset, first = failed[0]
     row = f"; first {first.examples[0]}" if first.examples else ""
     lines = [f"{dataset}: data validation failed: {first.description}: {_count(first)}{row}"]

@@ -1,6 +1,6 @@
-"""Pages that tell what validation found and need no network: our own, and Great Expectations' own made so.
+"""Pages of the validation report that need no network: our own, and Great Expectations' made offline.
 
-Our page is the same for the same data; Great Expectations' carry the time of the run.
+Our page is the same for the same data; Great Expectations' contain the time of the run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Data validation</title><style>{{ style }}</style></head><body>
-<h1>Data validation: {{ verdict(found | rejectattr("success") | list | length == 0) }}</h1>
+<h1>Data validation: {{ verdict(reports | rejectattr("success") | list | length == 0) }}</h1>
 <p>Each dataset is held against the suite of its kind in <code>data/expectations</code>; no row may fail unless
 <code>validate.max_failed_share</code> in <code>params.yaml</code> allows a share.</p>
 <table><tr><th>dataset</th><th>kind</th><th>rows</th><th>checks</th><th>failed checks</th><th></th></tr>
-{% for findings in found %}<tr><td><a href="#{{ findings.dataset }}">{{ findings.dataset }}</a></td>
-<td>{{ findings.kind }}</td><td>{% for split, count in findings.rows.items() %}
+{% for report in reports %}<tr><td><a href="#{{ report.dataset }}">{{ report.dataset }}</a></td>
+<td>{{ report.kind }}</td><td>{% for split, count in report.rows.items() %}
 {{ "{:,}".format(count) }} {{ split }}{{ ", " if not loop.last }}{% endfor %}</td>
-<td class="number">{{ findings.checks | length }}</td><td class="number">{{ findings.failed | length }}</td>
-<td>{{ verdict(findings.success) }}</td></tr>{% endfor %}</table>
-{% for findings in found %}
-<h2 id="{{ findings.dataset }}">{{ findings.dataset }} <small>{{ findings.kind }}</small></h2>
+<td class="number">{{ report.checks | length }}</td><td class="number">{{ report.failed | length }}</td>
+<td>{{ verdict(report.success) }}</td></tr>{% endfor %}</table>
+{% for report in reports %}
+<h2 id="{{ report.dataset }}">{{ report.dataset }} <small>{{ report.kind }}</small></h2>
 <table><tr><th>expectation</th><th>shard</th><th>rows</th><th>failed</th><th></th></tr>
-{% for check in findings.failed + (findings.checks | selectattr("success") | list) %}
+{% for check in report.failed + (report.checks | selectattr("success") | list) %}
 <tr><td>{{ check.description }}<br>
 <small><code>{{ check.expectation }}{{ " of " + check.column if check.column }}</code></small>
 {% if check.broken %}<br>{{ check.broken }}{% endif %}
@@ -60,7 +60,7 @@ _INDEX = """<!doctype html>
 </body></html>
 """
 
-# What Great Expectations' pages take from style sheets on the network, as far as they use it.
+# The rules of style sheets on the network that Great Expectations' pages use.
 _OFFLINE_STYLE = """
 <style>
 :root { color-scheme: light; }
@@ -86,20 +86,20 @@ _FROM_NETWORK = re.compile(
 )
 
 
-def write_page(path: Path, found: Sequence[ValidationReport]) -> Path:
-    """Write our page of every check, failed ones first."""
-    return _write(path, _PAGE, found=list(found))
+def write_page(path: Path, reports: Sequence[ValidationReport]) -> Path:
+    """Write our page of every check, failed checks first."""
+    return _write(path, _PAGE, reports=list(reports))
 
 
 def write_docs_index(docs: Path) -> Path:
-    """Write the page that leads to Great Expectations' pages in `docs/NAME`."""
+    """Write the index of Great Expectations' pages in `docs/NAME`."""
     folders = sorted(folder for folder in docs.glob("*") if folder.is_dir())
     datasets = [(folder.name, sorted(page.name for page in folder.glob("*.html"))) for folder in folders]
     return _write(docs / "index.html", _INDEX, datasets=datasets)
 
 
 def offline(html: str) -> str:
-    """A page of Great Expectations without what it would load from the network, styled from within."""
+    """A page of Great Expectations without what it would load from the network, with its own style."""
     return _FROM_NETWORK.sub("", html).replace("</head>", _OFFLINE_STYLE + "</head>", 1)
 
 
