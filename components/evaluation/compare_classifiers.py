@@ -177,7 +177,7 @@ def _predicted(
     folder: Path, outputs: Path | None, rows: Sequence[Row], collected: Path, params: Params
 ) -> tuple[list[str], list[str] | None]:
     """A model's predicted labels, and the baseline's where they were saved with them."""
-    table = saved_outputs("classifier", outputs, held_out_digest("classifier", collected, params))
-    if table is not None and len(table) == len(rows):
-        return table["predicted"].to_pylist(), table["baseline"].to_pylist()
+    saved = saved_outputs("classifier", outputs, held_out_digest("classifier", collected, params))
+    if saved is not None and len(saved["predicted"]) == len(rows):
+        return saved["predicted"], saved["baseline"]
     return predict(TextClassifier.load(folder), [row["text"] for row in rows])[0].labels, None

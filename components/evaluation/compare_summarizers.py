@@ -115,9 +115,7 @@ def judge_summarizer(
     """
     rows, beams = read_held_out("summarizer", collected, params), params.assess.beams
     saved = saved_outputs("summarizer", candidate_outputs, held_out_digest("summarizer", collected, params))
-    summaries = (
-        saved["written"].to_pylist() if saved is not None else summarize_all(Summarizer.load(candidate), rows, beams)
-    )
+    summaries = saved["written"] if saved is not None else summarize_all(Summarizer.load(candidate), rows, beams)
     return judge_summaries(rows, summaries, summarize_all(Summarizer.load(champion), rows, beams), params)
 
 

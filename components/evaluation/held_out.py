@@ -49,13 +49,13 @@ def save_outputs(section: Section, folder: Path, columns: Mapping[str, Any], dig
     write_json(folder / f"{OUTPUTS[section]}.json", {"held_out_digest": digest})
 
 
-def saved_outputs(section: Section, folder: Path | None, digest: str) -> pa.Table | None:
-    """The outputs saved in a folder, if there are any and they are of the rows of this digest."""
+def saved_outputs(section: Section, folder: Path | None, digest: str) -> dict[str, list[Any]] | None:
+    """The columns of outputs saved in a folder, if there are any and they are of the rows of this digest."""
     name = OUTPUTS[section]
     if folder is None or not all((folder / f"{name}.{suffix}").is_file() for suffix in ("json", "parquet")):
         return None
     saved = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["held_out_digest"]
-    return pq.read_table(folder / f"{name}.parquet") if saved == digest else None
+    return pq.read_table(folder / f"{name}.parquet").to_pydict() if saved == digest else None
 
 
 def flat_metrics(figures: Figures, score: str) -> dict[str, float]:

@@ -81,7 +81,7 @@ def test_text_of_white_space_holds_no_document(tmp_path: Path) -> None:
 
 def test_documents_know_the_line_they_start_on(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "\nfirst\n\nsecond\n\n\nthird\n")
-    assert [record.place for record in read_text(path, 1)] == ["a.txt:2", "a.txt:4", "a.txt:7"]
+    assert [record.location for record in read_text(path, 1)] == ["a.txt:2", "a.txt:4", "a.txt:7"]
 
 
 def test_several_small_files_are_taken_together(tmp_path: Path) -> None:

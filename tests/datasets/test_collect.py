@@ -129,7 +129,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
         ),
         (
             {"tune__dataset": ["stdlib-conversations", "notes"]},
-            r"params\.yaml: tune\.dataset: 'notes' holds documents; tune learns from conversations",
+            r"params\.yaml: tune\.dataset: 'notes' holds documents; tune trains on conversations",
         ),
         (
             {"pretrain__decoder__dataset": []},

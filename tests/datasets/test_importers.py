@@ -260,16 +260,16 @@ def test_second_file_that_does_not_fit_discards_the_first(tmp_path: Path) -> Non
     ("kind", "columns", "message"),
     [
         ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations, preferences"),
-        ("images", Columns(), r"images: this version holds documents, conversations, preferences"),
+        ("images", Columns(), r"'images' is not a kind of dataset; allowed: documents, conversations, preferences"),
         (
             "conversations",
             Columns(text="t"),
-            r"--text-column: 't' means nothing to conversations; .* of this kind: none",
+            r"--text-column: 't' is not supported by conversations; .* of this kind: none",
         ),
         (
             "documents",
             Columns(label="l"),
-            r"--label-column: 'l' means nothing to documents; .* of this kind: --text-column",
+            r"--label-column: 'l' is not supported by documents; .* of this kind: --text-column",
         ),
         ("documents", Columns(text="t"), r"a\.csv:2: no column 't'; found columns: text"),
     ],

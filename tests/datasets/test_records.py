@@ -86,8 +86,8 @@ def test_json_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(records, "_BLOCK", 7)
     read = list(read_json(path))
     assert [record.values for record in read] == rows
-    assert read[0].place == "a.json: row 1 (line 2)"
-    assert read[2].place == "a.json: row 3 (line 10)"
+    assert read[0].location == "a.json: row 1 (line 2)"
+    assert read[2].location == "a.json: row 3 (line 10)"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_csv_is_read_whatever_separates_it(tmp_path: Path, separator: str) -> No
         {"text": f'a{separator}b "c"\nsecond', "label": "x"},
         {"text": "ü", "label": ""},
     ]
-    assert [record.place for record in read] == ["a.csv:3", "a.csv:4"]
+    assert [record.location for record in read] == ["a.csv:3", "a.csv:4"]
 
 
 def test_csv_of_one_column_and_very_long_fields_is_read(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_parquet_is_read_with_nested_columns(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = list(read_parquet(tmp_path / "a.parquet"))
     assert [record.values for record in read] == rows
-    assert read[1].place == "a.parquet: row 2"
+    assert read[1].location == "a.parquet: row 2"
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and then nothing", b"text\nno parquet at all\n"])
