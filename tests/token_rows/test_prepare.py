@@ -101,7 +101,7 @@ def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
     )
     with pytest.raises(
         InputError,
-        match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain.decoder learns from documents",
+        match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain.decoder trains on documents",
     ):
         prepare(StageRun("prepare@decoder", params, run.paths, run.state, run.tracker))
 
