@@ -154,7 +154,7 @@ def test_a_token_across_the_prompts_end_is_cut_there(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token ends the model's turn; a model could"),
         (
             "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ messages | length }}",
-            "where the model writes message 1 cannot be told: its prompt does not begin the whole chat; mark it by",
+            "where the model writes message 1 is unknown: its prompt does not begin the whole chat; mark it by",
         ),
         ("{% for m in messages %}{{ m.content }", "chat_template: unexpected '}'"),
     ],
