@@ -20,8 +20,16 @@ from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
 from components.runtime.stage import StageRun, digest, warn_on_failure
 from components.validation.cross_shard import cross_shard_checks
-from components.validation.report import Check, Example, ValidationReport, refusal, shown
-from components.validation.report_pages import offline, write_docs_index, write_page
+from components.validation.report import (
+    Check,
+    Example,
+    ValidationReport,
+    offline,
+    refusal,
+    shown,
+    write_docs_index,
+    write_page,
+)
 from components.validation.row_features import ROW_FEATURES
 
 if TYPE_CHECKING:
