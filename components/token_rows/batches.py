@@ -101,14 +101,14 @@ class TokenRows:
         arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def learned_share(self) -> tuple[int, int]:
+    def masked_tokens(self) -> tuple[int, int]:
         """The numbers of tokens in the mask, and of all tokens without padding."""
-        learned = tokens = 0
+        masked = tokens = 0
         for start in range(0, self.count, 4096):
             real = self._segments[start : start + 4096] != 0
             tokens += int(real.sum())
-            learned += int(((self._mask[start : start + 4096] != 0) & real).sum())
-        return learned, tokens
+            masked += int(((self._mask[start : start + 4096] != 0) & real).sum())
+        return masked, tokens
 
 
 def _positions(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

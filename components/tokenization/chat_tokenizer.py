@@ -157,6 +157,11 @@ class ChatTokenizer:
         """The special tokens of chats and their ids."""
         return self._ids
 
+    @property
+    def _plain(self) -> Tokenizer:
+        """For text that is no chat: special tokens in it are text."""
+        return self._tokenizer
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token id; empty for special tokens."""
@@ -169,11 +174,11 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens in it are text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""

@@ -56,12 +56,6 @@ class HFChatTokenizer(ChatTokenizer):
         self.document_id = added.get(self._variables.get("bos_token", ""), self.end_id)
         self.value_id = self.tool_id = -1  # no token of its own opens an argument's value, or a tool's result
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._plain.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
-
     def encode_chats(
         self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
@@ -95,7 +89,6 @@ class HFChatTokenizer(ChatTokenizer):
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        """For text that is no chat: special tokens in it are text."""
         plain = Tokenizer.from_str(self._tokenizer.to_str())
         plain.encode_special_tokens = True
         return plain

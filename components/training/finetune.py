@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-
 from components.config.params import InputError
 from components.models.checkpoint import load_model, save_model
 from components.models.devices import configure_cpu
 from components.models.encoder_decoder import EncoderDecoder
-from components.models.lora import add_lora, merge_lora
 from components.runtime.stage import StageRun
 from components.token_rows.variable_length import TextPairRows
 from components.training.classifier import finetune_classifier
-from components.training.loop import measure_loss, train
+from components.training.loop import measure_loss
 from components.training.objectives import sequence_to_sequence
-from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
+from components.training.report import TEST_ROWS, refuse_other_vocabulary, report
+from components.training.tune import train_from_base
 
 
 def finetune(run: StageRun) -> None:
@@ -35,12 +33,7 @@ def finetune_summarizer(run: StageRun) -> None:
     if not isinstance(model, EncoderDecoder):
         raise InputError(f"{base}: a {type(model).__name__.lower()} cannot summarize; give an encoder-decoder's folder")
     refuse_other_vocabulary(run, "encoder_decoder", model.config.vocab_size, rows)
-    torch.manual_seed(run.params.seed)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha)
-    describe(run, model, model.config.max_seq_len, rows)
-    measured = train(run, config, model, rows, sequence_to_sequence)
-    merge_lora(model)
+    measured = train_from_base(run, config, model, model.config.max_seq_len, rows, sequence_to_sequence)
     generation = {"no_repeat_ngram_size": config.no_repeat_ngram_size}
     save_model(model, run.paths.summarizer, base, generation=generation)
     losses = {

@@ -1,7 +1,7 @@
-"""The one training loop: what differs between stages is `objective(model, batch) -> Loss`.
+"""The training loop of all stages, which differ in `objective(model, batch) -> Loss`.
 
-Everything that decides the next step (weights, optimizers, step number, random states, what
-was measured so far) is one checkpoint, so that a run killed at any instant ends at the same weights.
+Everything that decides the next step (weights, optimizers, step number, random states, metrics so far) is one
+checkpoint, so that a run killed at any instant ends at the same weights.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
-from components.training.checkpoints import Checkpoints, Saved
+from components.training.checkpoints import Checkpoints, CheckpointState
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 
 
 @dataclass
 class Measured:
-    """What was seen so far; part of the checkpoint."""
+    """Metrics of a run so far; part of the checkpoint."""
 
     tokens: int = 0
     """Tokens read, padding left out."""
     targets: float = 0
-    """Tokens learned."""
+    """Tokens with a target."""
     losses: list[tuple[int, float]] = field(default_factory=list)
-    """Step, and the mean loss of the steps since the one before."""
+    """Step, and the mean loss of the steps since the previous entry."""
     window_loss: float = 0.0
     window_targets: float = 0
 
@@ -122,7 +122,7 @@ class Training(Generic[M]):
 
     @property
     def over(self) -> bool:
-        """Whether every step is done, or early stopping ended it."""
+        """Whether every step is done, or early stopping ended the run."""
         stopped = self.early_stopping is not None and self.early_stopping.stopped
         return stopped or self.step >= self.config.max_steps
 
@@ -160,29 +160,29 @@ class Training(Generic[M]):
 
     def read_loss(self) -> float:
         """Mean loss since it was last read; the one place that waits for the device."""
-        self._settle()
+        self._flush_loss()
         measured = self.measured
         loss = measured.window_loss / max(1.0, measured.window_targets)
         measured.window_loss, measured.window_targets = 0.0, 0
         measured.losses.append((self.step, loss))
         return loss
 
-    def _settle(self) -> None:
+    def _flush_loss(self) -> None:
         self.measured.window_loss += float(self._loss)
         self._loss.zero_()
 
-    def state(self) -> Saved:
+    def state(self) -> CheckpointState:
         """Everything the next step depends on."""
-        self._settle()
+        self._flush_loss()
         tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        facts = {"measured": vars(self.measured), "inputs": self.inputs()}
+        values = {"measured": vars(self.measured), "inputs": self.inputs()}
         if self.early_stopping is not None:
-            facts["watch"] = self.early_stopping.state()
+            values["watch"] = self.early_stopping.state()
             tensors |= {f"best.{name}": weight.cpu() for name, weight in self.early_stopping.best_weights.items()}
-        return Saved(self.step, tensors, facts)
+        return CheckpointState(self.step, tensors, values)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"weights.{name}": weight for name, weight in self.masters.trained().items()}
@@ -192,9 +192,9 @@ class Training(Generic[M]):
         return tensors
 
     @torch.no_grad()
-    def restore(self, saved: Saved) -> bool:
-        """Go on from a saved state; false when it is of a run with other inputs."""
-        if saved.facts["inputs"] != self.inputs():
+    def restore(self, saved: CheckpointState) -> bool:
+        """Resume from a checkpoint; false when it is of a run with other inputs."""
+        if saved.values["inputs"] != self.inputs():
             return False
         for name, tensor in self._tensors().items():
             tensor.copy_(saved.tensors[name])
@@ -203,19 +203,19 @@ class Training(Generic[M]):
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.tensors["random.cuda"])
         self.step = saved.step
-        facts = saved.facts["measured"]
-        self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
+        measured = saved.values["measured"]
+        self.measured = Measured(**measured | {"losses": [(int(step), loss) for step, loss in measured["losses"]]})
         if self.early_stopping is not None:
             best = {name[5:]: weight for name, weight in saved.tensors.items() if name.startswith("best.")}
-            self.early_stopping.restore(best, saved.facts["watch"])
+            self.early_stopping.restore(best, saved.values["watch"])
         return True
 
     def inputs(self) -> str:
-        """A digest of what decides the result, as far as the loop knows it."""
+        """A digest of the settings, shapes and seed that decide the result."""
         config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
         shapes = {name: list(weight.shape) for name, weight in self.masters.trained().items()}
-        facts = [config, shapes, str(self.dtype), self.device.type, self.seed]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        inputs = [config, shapes, str(self.dtype), self.device.type, self.seed]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def train(
@@ -242,12 +242,12 @@ def train(
     saved = checkpoints.load()
     if saved:
         resumed = training.restore(saved)
-        said = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
-        print(f"{run.name}  {said} step {saved.step}", flush=True)
+        verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
+        print(f"{run.name}  {verb} step {saved.step}", flush=True)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     best = early_stopping.best_weights if early_stopping is not None else {}
-    with torch.no_grad():  # deliver what was trained and what was not, without their rounding
+    with torch.no_grad():  # trained and frozen weights alike without their bf16 rounding
         weights = dict(model.float().named_parameters())
         for name, weight in (frozen | training.masters.trained() | best).items():
             weights[name].copy_(weight)
@@ -259,7 +259,7 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
     config, measured = training.config, training.measured
     sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
-    seen = measured.tokens
+    tokens_before = measured.tokens
     while not training.over:
         batches = _micro_batches(rows, sampler, training.step, config)
         measured.tokens += sum(count_tokens(batch) for batch in batches)
@@ -270,21 +270,21 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
             if not math.isfinite(loss):
                 where = f"params.yaml: {run.section}.learning_rate"
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
-            speed = (measured.tokens - seen) / max(1e-9, now - clock)
+            speed = (measured.tokens - tokens_before) / max(1e-9, now - clock)
             _report(run, training, loss, speed)
-            clock, seen = now, measured.tokens
+            clock, tokens_before = now, measured.tokens
         if stopped or last or time.monotonic() - saved_at >= config.checkpoint_seconds:
             checkpoints.save(training.state())
             saved_at = time.monotonic()
         if stopped and not last:
             print(
-                f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to go on", flush=True
+                f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to resume", flush=True
             )
             raise SystemExit(128 + stopped[0])
 
 
 def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
-    """The rows of one step. Who stands beside whom changes no gradient, and alike lengths need little padding."""
+    """The rows of one step: grouping by length changes no gradient, and needs little padding."""
     drawn = sampler.step(step, config.global_batch_size)
     order = drawn[np.argsort(rows.lengths(drawn), kind="stable")].reshape(-1, config.micro_batch_size)
     return [rows.batch(part, step) for part in order]
@@ -300,17 +300,17 @@ def _report(run: StageRun, training: Training[M], loss: float, speed: float) -> 
 
 
 def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
-    """Refuse a mask that would teach nothing, or, in tuning, the user's words as well as the model's.
+    """Refuse an empty mask, or, in tuning, one that has the user's turns as well as the model's.
 
     Raises: InputError.
     """
-    learned, tokens = rows.learned_share()
-    where = f"{rows.folder}: mask: {learned} of {tokens} tokens are to be learned"
+    learned, tokens = rows.masked_tokens()
+    where = f"{rows.folder}: mask: {learned} of {tokens} tokens are trained on"
     if not learned:
-        raise InputError(f'{where}; nothing would be; look at the dataset and run "loopwright run --until prepare"')
+        raise InputError(f'{where}; look at the dataset and run "loopwright run --until prepare"')
     if tuning and learned == tokens:
         raise InputError(
-            f"{where}; tuning learns the model's own turns alone; look at the chat template's generation block"
+            f"{where}; tuning trains on the model's own turns alone; look at the chat template's generation block"
         )
 
 
@@ -331,13 +331,14 @@ def measure_loss(model: M, rows: Rows, objective: Objective[M], batch_size: int,
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, so that the loop can save before it leaves."""
+    """Collect SIGTERM and SIGINT, so that the loop can save a checkpoint before it ends."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
     old = {
-        number: signal.signal(number, lambda got, _: caught.append(got)) for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda signum, _: caught.append(signum))
+        for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield caught

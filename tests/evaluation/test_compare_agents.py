@@ -1,4 +1,4 @@
-"""The stage judge: two models answer the same questions, whichever way their answers were come by."""
+"""The stage judge: two models answer the same questions, whether their answers are saved or computed."""
 
 from __future__ import annotations
 

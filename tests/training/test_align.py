@@ -1,4 +1,4 @@
-"""The stage align: a candidate that learned what people said, and says from whom."""
+"""The stage align: a candidate trained on user feedback, with its lineage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages of the encoder and the encoder-decoder on a tiny project, from datasets to what is delivered."""
+"""The stages of the encoder and the encoder-decoder on a tiny project, from datasets to model folders."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_one_label_alone_is_refused(project: Path) -> None:
         finetune(new_run(project, "finetune@classifier"))
 
 
-def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> None:
+def test_corruption_is_a_function_of_seed_step_and_row(pretrained: Path) -> None:
     paths = Paths(pretrained)
     encoder, other = (TextTokenizer.load(paths.tokenizer(family)) for family in ("encoder", "encoder_decoder"))  # type: ignore[arg-type]
     params = load_params(SOURCE / "params.yaml", TINY)
@@ -323,7 +323,7 @@ def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> 
         assert torch.equal(backwards.flip(0), once), "whatever else is in the batch"
 
 
-def test_masks_spare_padding_and_what_stands_around_a_text(pretrained: Path) -> None:
+def test_padding_and_special_tokens_are_never_masked(pretrained: Path) -> None:
     paths = Paths(pretrained)
     tokenizer = TextTokenizer.load(paths.tokenizer("encoder"))
     config = load_params(SOURCE / "params.yaml", TINY).pretrain.encoder

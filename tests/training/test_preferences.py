@@ -1,4 +1,4 @@
-"""DPO and KTO against the papers' formulas on numbers worked out by hand, and against what they are for."""
+"""DPO and KTO against the papers' formulas on numbers worked out by hand, and on the preferences that they train."""
 
 from __future__ import annotations
 
