@@ -223,8 +223,9 @@ def read_csv(path: Path) -> Iterator[Record]:
         else:
             separator, quoted = _separator(path.name, file), True
         file.seek(0)
-        quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        reader = csv.reader(
+            file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
+        )
         try:
             names = [field.strip() for field in next(reader, [])]
             _refuse_repeated(f"{path.name}:1", names)

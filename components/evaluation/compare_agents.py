@@ -106,7 +106,7 @@ def judge_folders(
     curated: Path | None,
     params: Params,
     mode: Mode,
-    progress: Callable[..., None] = lambda *args, **facts: None,
+    progress: Callable[..., None] = lambda *args, **values: None,
 ) -> Comparison:
     """Ask two models the same questions and decide between them."""
     scores, answers = _scores(candidate, collected, curated, params, progress)
@@ -193,7 +193,7 @@ def _scores(
 def _skill(suite: str, expected: list[Row], mixed: set[str]) -> tuple[str, str]:
     """The skill of a question, and the last tool that it calls, whose result the answer words.
 
-    A suite whose questions end on several tools is split by tool, for users may want other words of one of them.
+    A suite whose questions end on several tools is split by tool, for users may want another wording of one of them.
     """
     tool = _last_tool(expected)
     if suite.startswith(FEEDBACK):
