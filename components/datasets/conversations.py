@@ -91,7 +91,7 @@ def _refuse_untrained(location: str, turns: Sequence[Mapping[str, Any]], roles: 
         if marked and _role(turn, roles) in ("assistant", "call"):
             raise InputError(
                 f"{location}: turn {number}: {marked}: {turn[marked]!r}: the assistant's turns are all trained on, "
-                "and alike; remove the turn and those behind it, or the mark"
+                "and alike; remove the turn and those after it, or the mark"
             )
 
 

@@ -49,7 +49,7 @@ def read_preference(location: str, values: Mapping[str, Any], roles: Mapping[str
     sides = {side: values[side] for side in _SIDES if values.get(side) is not None}
     if "label" in values:
         if sides:
-            raise InputError(f'{location}: "label" stands beside "{next(iter(sides))}"; a row has a pair or a label')
+            raise InputError(f'{location}: "label" beside "{next(iter(sides))}"; a row has a pair or a label')
         prompt, answers = _labelled(location, values, roles)
     elif len(sides) == 2 or (own and sides):
         prompt, answers = _pair(location, values, {side: side for side in sides}, roles)

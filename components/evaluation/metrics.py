@@ -50,7 +50,7 @@ def masked_bytes(tokenizer: ChatTokenizer, piece: Encoded) -> int:
     """Bytes of the text of a piece's masked tokens, without the first token, which is not predicted."""
     ids, mask = piece
     return sum(
-        len(tokenizer.token_bytes(number)) for number, learned in list(zip(ids, mask, strict=True))[1:] if learned
+        len(tokenizer.token_bytes(number)) for number, is_target in list(zip(ids, mask, strict=True))[1:] if is_target
     )
 
 
@@ -75,10 +75,10 @@ def score_pieces(
         mask = torch.tensor([row + [0] * (width - len(row)) for _, row in batch], device=device)
         segments = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch], device=device)
         logits = model(ids, segment_ids=segments).float()[:, :-1]
-        learned = mask[:, 1:].bool()
-        losses = torch.zeros(learned.shape, device=device)
-        losses[learned] = F.cross_entropy(logits[learned], ids[:, 1:][learned], reduction="none")
-        greedy = ((logits.argmax(-1) == ids[:, 1:]) | ~learned).all(dim=1)
+        targets = mask[:, 1:].bool()
+        losses = torch.zeros(targets.shape, device=device)
+        losses[targets] = F.cross_entropy(logits[targets], ids[:, 1:][targets], reduction="none")
+        greedy = ((logits.argmax(-1) == ids[:, 1:]) | ~targets).all(dim=1)
         sums = losses.sum(dim=1, dtype=torch.float64)
         for number, loss, all_greedy in zip(numbers, sums.tolist(), greedy.tolist(), strict=True):
             scored[number] = PieceScore(loss / math.log(2), all_greedy)

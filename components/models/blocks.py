@@ -1,4 +1,4 @@
-"""The transformer block: attention and a feed-forward, each behind a norm and added to the stream.
+"""The transformer block: attention and a feed-forward, each after a norm and added to the residual stream.
 
 Shapes: B batch, T tokens, S tokens of the context, E embed_dim, N positions to compute.
 """

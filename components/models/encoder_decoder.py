@@ -42,7 +42,7 @@ class EncoderDecoderConfig:
     """Distance in tokens from which all share a bucket."""
     norm_eps: float = 1e-6
     start_id: int = 0
-    """Token that a target is read behind: the padding token."""
+    """First token of the decoder's input: the padding token."""
 
     @classmethod
     def from_params(cls, model: EncoderDecoderModelConfig, vocab_size: int, start_id: int = 0) -> EncoderDecoderConfig:
@@ -55,7 +55,7 @@ class EncoderDecoderCache(KVCache):
     """Keys and values of a batch of targets, and those of their contexts, projected once."""
 
     contexts: list[Pair] | None = None
-    """Of each layer, once the first tokens were read."""
+    """Keys and values of the context for each layer; None before the first step."""
 
     def keep(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be repeated."""
@@ -110,7 +110,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Those of the encoder, then those of the decoder."""
+        """The encoder's blocks, then the decoder's."""
         return [*self.encoder_blocks, *self.decoder_blocks]
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -140,7 +140,7 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """The normed stream (B, T, E) that the head reads.
 
-        decoder_input_ids (B, T): the target so far behind `config.start_id`; with a cache, what it has not read yet.
+        decoder_input_ids (B, T): the target so far after `config.start_id`; with a cache, its new tokens.
         context (B, S, E), with its `context_mask` (B, S), true at tokens that are not padding.
         `rows` (N): the B * T positions to compute; the result is (N, E).
         """

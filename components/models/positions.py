@@ -57,7 +57,7 @@ class RelativeBias(nn.Module):
     """One learned number per head and bucket of distances, added to the scores of every layer.
 
     Half of the buckets hold one near distance each, the others ranges that grow with it up to `max_distance`; a
-    bidirectional bias has as many for the keys before a query as for those behind.
+    bidirectional bias has as many for the keys before a query as for those after it.
     """
 
     def __init__(self, num_buckets: int, max_distance: int, num_heads: int, bidirectional: bool) -> None:

@@ -214,10 +214,10 @@ class ChatTokenizer:
         for parts in rendered:
             ids: list[int] = []
             mask: list[int] = []
-            for _, number, learned in parts:
+            for _, number, generated in parts:
                 piece = next(encoded) if number is None else [number]
                 ids += piece
-                mask += [int(learned)] * len(piece)
+                mask += [int(generated)] * len(piece)
             chats_ids.append((ids, mask))
         return chats_ids
 
@@ -258,8 +258,8 @@ class ChatTokenizer:
     ) -> list[tuple[str, int | None, bool]]:
         """`(text, its id if it is a special token of the template, whether the model writes it)` in order."""
         return [
-            (part, self._ids.get(part), learned)
-            for text, learned in self._render(messages, tools, prompt)
+            (part, self._ids.get(part), generated)
+            for text, generated in self._render(messages, tools, prompt)
             for part in _RENDERED.split(text)
             if part
         ]

@@ -85,7 +85,9 @@ class HFChatTokenizer(ChatTokenizer):
             ids, mask = self._encode(self._render([PROBE[0], message], None, False))
         except InputError:
             return False
-        return self.parse_turn(number for number, learned in zip(ids, mask, strict=True) if learned).calls == (call,)
+        return self.parse_turn(number for number, generated in zip(ids, mask, strict=True) if generated).calls == (
+            call,
+        )
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -118,12 +120,12 @@ class HFChatTokenizer(ChatTokenizer):
         The text up to each change between prompt and answer keeps its ids whatever follows, as in serving.
         """
         text, ids, mask = "", list[int](), list[int]()
-        for piece, learned in pieces:
+        for piece, generated in pieces:
             text += piece
             longer = self._tokenizer.encode(text, add_special_tokens=False).ids
             if longer[: len(ids)] != ids:  # a token across the change: the answer would not have been written so
                 longer = ids + self._tokenizer.encode(piece, add_special_tokens=False).ids
-            mask += [int(learned)] * (len(longer) - len(ids))
+            mask += [int(generated)] * (len(longer) - len(ids))
             ids = list(longer)
         return ids, mask
 
@@ -143,7 +145,7 @@ class HFChatTokenizer(ChatTokenizer):
                 )
             pieces += [(whole[done : len(before)], False), (whole[len(before) : stop], True)]
             done = stop
-        return [(text, learned) for text, learned in (*pieces, (whole[done:], False)) if text]
+        return [(text, generated) for text, generated in (*pieces, (whole[done:], False)) if text]
 
     def _text(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> str:
         return "".join(text for text, _ in super()._render(messages, tools, prompt))

@@ -111,23 +111,23 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decode
     def objective(model: Decoder, batch: Batch) -> Loss:
         role, width = batch["role"], batch["labels"].shape[1]
         labels = batch["labels"].flatten()
-        learned = (labels != IGNORED).nonzero().squeeze(1)
-        row = learned // width
+        positions = (labels != IGNORED).nonzero().squeeze(1)
+        row = positions // width
         inputs = (batch["input_ids"], batch["segment_ids"], batch["position_ids"])
-        stream = model.hidden(*inputs, rows=learned)
+        stream = model.hidden(*inputs, rows=positions)
         sft, replay = (role == Role.SFT)[row], (role == Role.REPLAY)[row]
         loss = Loss(stream.sum() * 0, 0.0)
         if sft.any():
-            loss = plus(loss, linear_cross_entropy(stream[sft], model.head.weight, labels[learned][sft]), sft.sum())
+            loss = plus(loss, linear_cross_entropy(stream[sft], model.head.weight, labels[positions][sft]), sft.sum())
         if replay.any():
             with torch.no_grad():
-                target = reference.hidden(*inputs, rows=learned[replay]) @ reference.head.weight.T
+                target = reference.hidden(*inputs, rows=positions[replay]) @ reference.head.weight.T
             log_probs = F.log_softmax((stream[replay] @ model.head.weight.T).float(), dim=-1)
             distance = -(F.softmax(target.float(), dim=-1) * log_probs).sum()
             loss = plus(loss, config.replay_weight * distance, config.replay_weight * replay.sum())
         preference = ~(sft | replay)
         if preference.any():
-            losses = target_nll(stream[preference], model.head.weight, labels[learned][preference])
+            losses = target_nll(stream[preference], model.head.weight, labels[positions][preference])
             log_probs = -torch.zeros(len(role), device=role.device).index_add(0, row[preference], losses)
             preferred, count = preference_loss(log_probs, batch, config.beta)
             loss = plus(loss, config.preference_weight * preferred, config.preference_weight * count)
@@ -161,7 +161,7 @@ def row_log_probs(model: Decoder, batch: Batch) -> Tensor:
     """Log-probability of the labels of each row (R,) float32."""
     width = batch["labels"].shape[1]
     labels = batch["labels"].flatten()
-    learned = (labels != IGNORED).nonzero().squeeze(1)
-    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=learned)
-    losses = target_nll(stream, model.head.weight, labels[learned])
-    return -torch.zeros(len(labels) // width, device=losses.device).index_add_(0, learned // width, losses)
+    positions = (labels != IGNORED).nonzero().squeeze(1)
+    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=positions)
+    losses = target_nll(stream, model.head.weight, labels[positions])
+    return -torch.zeros(len(labels) // width, device=losses.device).index_add_(0, positions // width, losses)

@@ -304,11 +304,11 @@ def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
 
     Raises: InputError.
     """
-    learned, tokens = rows.masked_tokens()
-    where = f"{rows.folder}: mask: {learned} of {tokens} tokens are trained on"
-    if not learned:
+    masked, tokens = rows.masked_tokens()
+    where = f"{rows.folder}: mask: {masked} of {tokens} tokens are trained on"
+    if not masked:
         raise InputError(f'{where}; look at the dataset and run "loopwright run --until prepare"')
-    if tuning and learned == tokens:
+    if tuning and masked == tokens:
         raise InputError(
             f"{where}; tuning trains on the model's own turns alone; look at the chat template's generation block"
         )

@@ -230,7 +230,7 @@ def scale_and_clip(weights: list[Tensor], factor: float, max_norm: float) -> Non
 
 
 def rate_factor(step: int, max_steps: int, warmup_steps: int, decay_share: float) -> float:
-    """Share of the peak rate at a step: linear warm-up, a plateau, a linear fall to zero behind the last step."""
+    """Share of the peak rate at a step: linear warm-up, a plateau, a linear decay to zero after the last step."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay_steps = max(1, round(max_steps * decay_share))
     return min(warm, 1.0, (max_steps - step) / decay_steps) if decay_share else warm

@@ -149,7 +149,7 @@ def test_a_pair_may_answer_a_tool_result_of_its_prompt() -> None:
         ({"messages": [USER, GOOD], "label": None}, "label: None is no boolean"),
         ({"messages": [USER], "label": True}, "chosen: empty; an answer is a turn of the assistant"),
         ({"messages": [GOOD], "label": True}, "no turn of a user among 1; a label is for the answer to one"),
-        ({"messages": [USER, GOOD], "label": True, "chosen": "y"}, '"label" stands beside "chosen"'),
+        ({"messages": [USER, GOOD], "label": True, "chosen": "y"}, '"label" beside "chosen"'),
         ({"messages": [USER, GOOD]}, 'no rated answer; found columns: messages; expected "prompt"'),
     ],
 )
