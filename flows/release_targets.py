@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,8 +72,15 @@ class ReleaseTarget:
     def evaluation(self, paths: Paths) -> Evaluation:
         """The figures that its stage wrote."""
         figures = json.loads((paths.metrics / f"{self.stage}.json").read_text(encoding="utf-8"))
-        module = importlib.import_module(f"components.evaluation.{self.stage.replace('@', '_')}")
-        return Evaluation(module.flat_metrics(figures), figures["held_out_digest"])
+        if self.baseline:
+            from components.evaluation.held_out import flat_metrics
+
+            metrics = flat_metrics(figures, self.baseline.removeprefix("baseline_"))
+        else:
+            from components.evaluation.evaluate import flat_metrics as flat_suites
+
+            metrics = flat_suites(figures)
+        return Evaluation(metrics, figures["held_out_digest"])
 
     def out(self, paths: Paths) -> str:
         """Its folder as dvc.yaml names it."""
@@ -87,17 +93,17 @@ def release_target(name: str) -> ReleaseTarget:
 
 
 def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.compare_agents import Model, judge_folders
+    from components.evaluation.compare_agents import AgentFolder, judge_folders
 
     curated = paths.curated if (paths.curated / "curated.json").is_file() else None
     return judge_folders(
-        Model(candidate.folder, candidate.answers),
-        Model(champion.folder, champion.answers),
+        AgentFolder(candidate.folder, candidate.answers),
+        AgentFolder(champion.folder, champion.answers),
         paths.collected,
         curated,
         load_params(paths.params),
         "any_gain",
-    ).verdict
+    ).decision
 
 
 def _compare_classifiers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
@@ -108,7 +114,7 @@ def _compare_classifiers(candidate: ModelUnderRelease, champion: ModelUnderRelea
 
 
 def _compare_summarizers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.assess_summarizer import judge_summarizer
+    from components.evaluation.compare_summarizers import judge_summarizer
 
     params = load_params(paths.params)
     return judge_summarizer(candidate.folder, champion.folder, paths.collected, params, candidate.answers)

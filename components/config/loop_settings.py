@@ -14,7 +14,7 @@ class FeedbackConfig(Section):
 
     max_items: int = Field(ge=1)
     """Items of one ingestion, into one partition; the rest waits for the next."""
-    max_per_voice: int = Field(ge=1)
+    max_items_per_user: int = Field(ge=1)
     """Items of one user (API key, or user name) within 24 hours; those above are quarantined."""
     improve_after: int = Field(ge=1)
     """Accepted items that no model is trained on at which ingestion triggers an improvement."""

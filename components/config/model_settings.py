@@ -68,9 +68,9 @@ class DecoderRowsConfig(Section):
 
     seq_len: int = Field(ge=32)
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
-    copy_share: float = Field(ge=0, lt=1)
+    copy_rate: float = Field(ge=0, lt=1)
     """Copy augmentation: share of pretraining rows with repeated spans of names and of random tokens."""
-    noise_share: float = Field(ge=0, le=1)
+    token_noise_rate: float = Field(ge=0, le=1)
     """Token-noise augmentation: share of conversations repeated with random tokens in what they copy."""
 
 
@@ -289,7 +289,7 @@ class ClassifierConfig(FineTuneConfig):
     """Exponent of inverse label frequency in the loss: 1 weighs all labels alike, 0 all texts alike."""
     label_smoothing: float = Field(ge=0, lt=1)
     """Share of each target's probability that is spread over all labels."""
-    hidden_share: float = Field(ge=0, lt=1)
+    token_dropout: float = Field(ge=0, lt=1)
     """Token dropout: share of the tokens replaced by [MASK] in training, drawn anew each time."""
     dropout: float = Field(ge=0, lt=1)
     """Dropout of the blocks' outputs and of the pooled vector."""

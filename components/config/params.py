@@ -48,6 +48,15 @@ FAMILY_OF_SECTION: Mapping[str, Family] = {
 """Sections of params.yaml that fine-tune a model of one family."""
 BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
 """Sections that have a sub-section for each family."""
+RENAMED: Mapping[str, str] = {
+    "classifier.hidden_share": "classifier.token_dropout",
+    "prepare.copy_share": "prepare.decoder.copy_rate",
+    "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
+    "prepare.noise_share": "prepare.decoder.token_noise_rate",
+    "prepare.decoder.noise_share": "prepare.decoder.token_noise_rate",
+    "feedback.max_per_voice": "feedback.max_items_per_user",
+}
+"""Earlier names of keys: each is refused with the present one."""
 
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
@@ -232,6 +241,8 @@ def _first_error(error: ValidationError, values: Any) -> str:
     within = [(place, details) for place, details in located if place.startswith(located[0][0])]
     place, first = max(within, key=lambda entry: len(entry[0]))
     if first["type"] == "extra_forbidden":
+        if place in RENAMED:
+            return f"{place}: renamed; write {RENAMED[place]}"
         section, _, key = place.partition(".")
         if section in BY_FAMILY and key in _decoder_keys(section):
             return f"{place}: each family has its own values; write {section}.decoder.{key}"

@@ -221,7 +221,7 @@ def _replay(
         yield ids, mask
         noisy = (
             with_token_noise(ids, random, tokenizer)
-            if random.random() < run.params.prepare.decoder.noise_share
+            if random.random() < run.params.prepare.decoder.token_noise_rate
             else None
         )
         if noisy:

@@ -100,13 +100,13 @@ def _judge_voices(store: Store, items: Sequence[Row], config: FeedbackConfig, re
     for item in items:
         voice, created, digest = item["voice"], item["created"], content_digest(item)
         if voice not in said:
-            said[voice] = store.accepted_of(voice, created - DAY_SECONDS, config.max_per_voice)
+            said[voice] = store.accepted_of(voice, created - DAY_SECONDS, config.max_items_per_user)
         times = said[voice]
         today = len(times) - bisect_right(times, created - DAY_SECONDS)
         if digest in known:
             reasons[item["feedback_id"]] = "The same voice has said the same before"
-        elif today >= config.max_per_voice:
-            reasons[item["feedback_id"]] = f"The voice has had its {config.max_per_voice} votes of 24 hours"
+        elif today >= config.max_items_per_user:
+            reasons[item["feedback_id"]] = f"The voice has had its {config.max_items_per_user} votes of 24 hours"
         else:
             known.add(digest)
             times.insert(bisect_right(times, created), created)

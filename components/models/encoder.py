@@ -1,6 +1,6 @@
 """The encoder: BERT's architecture (arXiv 1810.04805), with the heads that it is pretrained with or classifies with.
 
-Shapes: B batch, T tokens, E embed_dim, V vocab_size, L labels, N rows asked for.
+Shapes: B batch, T tokens, E embed_dim, V vocab_size, L labels, N positions to compute.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from components.config.model_settings import EncoderModelConfig
 from components.models.attention import Attention, padding_mask
-from components.models.blocks import ACTIVATIONS, FeedForward, PostNormBlock, dropped
+from components.models.blocks import ACTIVATIONS, FeedForward, PostNormBlock, dropout
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class EncoderConfig:
     attention_dropout: float = 0.0
     """Share of attention's weights that training leaves out."""
     head_dropout: float | None = None
-    """Share of the pooled vector that training hides from the classification head; None: as `dropout`."""
+    """Share of the pooled vector that training drops before the classification head; None: as `dropout`."""
     activation: str = "gelu"
     norm_eps: float = 1e-12
     labels: tuple[str, ...] = ()
-    """What a classifier tells apart, in the order of its logits."""
+    """A classifier's labels, in the order of its logits."""
 
     @classmethod
     def from_params(cls, model: EncoderModelConfig, vocab_size: int) -> EncoderConfig:
@@ -67,7 +67,7 @@ class Encoder(nn.Module):
         return PostNormBlock(attention, mlp, c.embed_dim, c.norm_eps, c.dropout)
 
     def _add_heads(self) -> None:
-        """What reads the vectors; none here."""
+        """Add the heads; none here."""
 
     def init_weights(self) -> None:
         """Draw weights from torch's random state, as BERT does."""
@@ -87,12 +87,12 @@ class Encoder(nn.Module):
         """A vector (B, T, E) for each token of input_ids (B, T).
 
         `token_type_ids` (B, T): the segment of each, the first one where not given. `attention_mask` (B, T): true at
-        tokens that are not padding. `rows` (N): which of the B * T positions are asked for; the result is (N, E).
+        tokens that are not padding. `rows` (N): the B * T positions to compute; the result is (N, E).
         """
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         segments = token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids)
         x: Tensor = self.embed(input_ids) + self.segment_embed(segments) + self.position_embed(positions)
-        x = dropped(self.embed_norm(x), self.config.dropout, self.training)
+        x = dropout(self.embed_norm(x), self.config.dropout, self.training)
         mask = padding_mask(attention_mask, x.dtype) if attention_mask is not None else None
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
 
 class EncoderForPretraining(Encoder):
-    """An encoder that guesses masked tokens, and whether one segment follows the other."""
+    """An encoder that predicts masked tokens, and whether the second segment follows the first."""
 
     def _add_heads(self) -> None:
         c = self.config
@@ -129,13 +129,13 @@ class EncoderForPretraining(Encoder):
         return self.head(self.transformed(hidden)), self.next_sentence(self.pooled(hidden))
 
     def transformed(self, hidden: Tensor) -> Tensor:
-        """What the head reads of hidden (..., E): logits are head(transformed(hidden))."""
+        """The head's input from hidden (..., E): logits are head(transformed(hidden))."""
         normed: Tensor = self.transform_norm(ACTIVATIONS[self.config.activation](self.transform(hidden)))
         return normed
 
 
 class Classifier(Encoder):
-    """An encoder that tells which of its labels a text has."""
+    """An encoder that predicts the label of a text."""
 
     def _add_heads(self) -> None:
         self.head = nn.Linear(self.config.embed_dim, len(self.config.labels))
@@ -153,7 +153,7 @@ class Classifier(Encoder):
         firsts = torch.arange(0, batch * length, length, device=input_ids.device)
         pooled = self.pooled(self.hidden(input_ids, token_type_ids, attention_mask, rows=firsts))
         share = self.config.dropout if self.config.head_dropout is None else self.config.head_dropout
-        logits: Tensor = self.head(dropped(pooled, share, self.training))
+        logits: Tensor = self.head(dropout(pooled, share, self.training))
         return logits
 
 

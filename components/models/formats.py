@@ -1,7 +1,7 @@
-"""Hugging Face's formats of our families: which architectures there are, what config.json says, how tensors are called.
+"""Hugging Face's formats of our families: architectures, fields of config.json, names of tensors.
 
-One table of names per family, ours to theirs; what we compute as one product (query-key-value, gate-up) has the
-several names that its parts have there. `checkpoint.py` reads and writes by them.
+One table of names per family, ours to Hugging Face's; a fused product (query-key-value, gate-up) has the names of its
+parts. `checkpoint.py` reads and writes by them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from components.models.encoder import Classifier, Encoder, EncoderConfig, Encode
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 Names = Mapping[str, str | tuple[str, ...]]
-"""Our module or weight, `{n}` for the number of its block, to theirs; several for the parts of a fused product."""
+"""Our module or weight, `{n}` for the number of its block, to Hugging Face's; several for a fused product."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a config.json, read with their name in every complaint."""
+    """The fields of a config.json; every error names the field."""
 
     path: Path
     values: dict[str, Any]
@@ -44,11 +44,12 @@ class Fields:
         return float(value)
 
     def choice(self, name: str, default: Any, allowed: Collection[Any]) -> Any:
-        """A value out of `allowed`; whatever else asks for what we do not compute."""
+        """A value out of `allowed`; others are not supported."""
         value = self._value(name, default)
         if value not in allowed:
-            said = ", ".join(repr(each) for each in allowed)
-            raise InputError(f"{self.path}: {name}: {value!r} is not supported; allowed: {said}")
+            raise InputError(
+                f"{self.path}: {name}: {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}"
+            )
         return value
 
     def _value(self, name: str, default: Any) -> Any:
@@ -69,9 +70,9 @@ class Format:
     ignored: tuple[str, ...] = ()
     """Ends of the names of tensors that repeat others, or that are computed."""
     optional: tuple[str, ...] = ()
-    """Beginnings of the names of tensors that a folder may lack; they are drawn afresh."""
+    """Beginnings of the names of tensors that a folder may lack; they are initialized."""
     settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
-    """The configuration once the names of the tensors there are known."""
+    """The configuration, given the names of the folder's tensors."""
 
 
 def _read_decoder(fields: Fields, qk_norm: bool) -> DecoderConfig:
@@ -145,10 +146,10 @@ def _decoder(qk_norm: bool) -> Format:
 
 
 def _read_encoder(fields: Fields) -> EncoderConfig:
-    given = {name for name, value in fields.values.items() if value is not None}
     fields.choice("position_embedding_type", "absolute", ["absolute"])
     for name, allowed in (("is_decoder", False), ("add_cross_attention", False), ("tie_word_embeddings", True)):
         fields.choice(name, allowed, [allowed])
+    has_head_dropout = fields.values.get("classifier_dropout") is not None
     embed_dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     if not heads or embed_dim % heads:
         raise InputError(f"{fields.path}: num_attention_heads: {heads} does not divide hidden_size {embed_dim}")
@@ -162,7 +163,7 @@ def _read_encoder(fields: Fields) -> EncoderConfig:
         num_segments=fields.whole("type_vocab_size", 2),
         dropout=fields.number("hidden_dropout_prob", 0.1),
         attention_dropout=fields.number("attention_probs_dropout_prob", 0.1),
-        head_dropout=fields.number("classifier_dropout", 0) if "classifier_dropout" in given else None,
+        head_dropout=fields.number("classifier_dropout", 0) if has_head_dropout else None,
         activation=fields.choice("hidden_act", "gelu", list(ACTIVATIONS)),
         norm_eps=fields.number("layer_norm_eps", 1e-12),
     )
@@ -170,10 +171,10 @@ def _read_encoder(fields: Fields) -> EncoderConfig:
 
 def _read_classifier(fields: Fields) -> EncoderConfig:
     fields.choice("problem_type", "single_label_classification", ["single_label_classification"])
-    given = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(given, dict) or sorted(given) != sorted(map(str, range(len(given)))) or len(given) < 2:
-        raise InputError(f"{fields.path}: id2label: {given!r} does not number two or more labels from 0")
-    labels = tuple(str(given[str(number)]) for number in range(len(given)))
+    names = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or len(names) < 2:
+        raise InputError(f"{fields.path}: id2label: {names!r} does not number two or more labels from 0")
+    labels = tuple(str(names[str(number)]) for number in range(len(names)))
     return replace(_read_encoder(fields), labels=labels)
 
 
@@ -216,8 +217,8 @@ _ENCODER: Names = {
     "pooler": "pooler.dense",
 }
 _WITH_HEADS: Names = {
-    ours: tuple(f"bert.{each}" for each in theirs) if isinstance(theirs, tuple) else f"bert.{theirs}"
-    for ours, theirs in _ENCODER.items()
+    name: tuple(f"bert.{each}" for each in hub_name) if isinstance(hub_name, tuple) else f"bert.{hub_name}"
+    for name, hub_name in _ENCODER.items()
 }
 _PRETRAINING: Names = {
     **_WITH_HEADS,
@@ -298,27 +299,27 @@ def _write_encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
 def _encoder_decoder_names(config: EncoderDecoderConfig) -> Names:
     names: dict[str, str | tuple[str, ...]] = {"embed": "shared", "head": "lm_head"}
     for side in ("encoder", "decoder"):
-        ours, theirs = f"{side}_blocks.{{n}}", f"{side}.block.{{n}}.layer"
-        last = f"{theirs}.{1 if side == 'encoder' else 2}"
+        module, hub_name = f"{side}_blocks.{{n}}", f"{side}.block.{{n}}.layer"
+        last = f"{hub_name}.{1 if side == 'encoder' else 2}"
         gate = tuple(f"{last}.DenseReluDense.{part}" for part in (("wi_0", "wi_1") if config.gated else ("wi",)))
         names |= {
             f"{side}_bias.table": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias",
-            f"{ours}.attention_norm": f"{theirs}.0.layer_norm",
-            f"{ours}.attention.qkv": tuple(f"{theirs}.0.SelfAttention.{part}" for part in "qkv"),
-            f"{ours}.attention.out": f"{theirs}.0.SelfAttention.o",
-            f"{ours}.cross_attention_norm": f"{theirs}.1.layer_norm",
-            f"{ours}.cross_attention.qkv": tuple(f"{theirs}.1.EncDecAttention.{part}" for part in "qkv"),
-            f"{ours}.cross_attention.out": f"{theirs}.1.EncDecAttention.o",
-            f"{ours}.mlp_norm": f"{last}.layer_norm",
-            f"{ours}.mlp.up": gate,
-            f"{ours}.mlp.down": f"{last}.DenseReluDense.wo",
+            f"{module}.attention_norm": f"{hub_name}.0.layer_norm",
+            f"{module}.attention.qkv": tuple(f"{hub_name}.0.SelfAttention.{part}" for part in "qkv"),
+            f"{module}.attention.out": f"{hub_name}.0.SelfAttention.o",
+            f"{module}.cross_attention_norm": f"{hub_name}.1.layer_norm",
+            f"{module}.cross_attention.qkv": tuple(f"{hub_name}.1.EncDecAttention.{part}" for part in "qkv"),
+            f"{module}.cross_attention.out": f"{hub_name}.1.EncDecAttention.o",
+            f"{module}.mlp_norm": f"{last}.layer_norm",
+            f"{module}.mlp.up": gate,
+            f"{module}.mlp.down": f"{last}.DenseReluDense.wo",
             f"{side}_norm": f"{side}.final_layer_norm",
         }
     return names
 
 
 def _tied_where_no_head(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
-    """Newer versions of transformers write `tie_word_embeddings: true` whatever the weights are."""
+    """Untied where there is a head: newer versions of transformers always write `tie_word_embeddings: true`."""
     return replace(config, tie_embeddings=config.tie_embeddings and "lm_head.weight" not in names)
 
 

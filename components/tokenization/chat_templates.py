@@ -1,6 +1,6 @@
 """Chat templates: Jinja in a model folder, rendered alike in training and serving.
 
-A template may mark what the model writes by `{% generation %} ... {% endgeneration %}`, which is the training mask.
+A template may mark the model's turns by `{% generation %} ... {% endgeneration %}`, which is the training mask.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the model writes."""
+    """`{% generation %}...{% endgeneration %}`: the text of the model."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads this attribute of the class
 
@@ -38,9 +38,9 @@ class _Generation(Extension):
 
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> str:
-    """The chat template, which newer folders keep in a file of its own."""
-    own = folder / "chat_template.jinja"
-    template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    """The chat template, in newer folders a file of its own."""
+    path = folder / "chat_template.jinja"
+    template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {each["name"]: each["template"] for each in template}.get("default")
     if not isinstance(template, str):
@@ -49,9 +49,9 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def compile_template(template: str) -> jinja2.Template:
-    """A chat template with what Hugging Face's know: `generation`, `break`, `tojson`, `raise_exception`.
+    """A chat template with Hugging Face's extensions: `generation`, `break`, `tojson`, `raise_exception`.
 
-    `strftime_now` is left out: what a model is trained on must not depend on the day.
+    `strftime_now` is left out: training data must not depend on the day.
 
     Raises: InputError.
     """
@@ -71,7 +71,7 @@ def _raise(message: str) -> None:
 
 
 def plain_message(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[str, Any]:
-    """A message as a template wants it: text content, parsed arguments, no special token in anyone's text."""
+    """A message as a template reads it: text content, parsed arguments, no special token in any text."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
@@ -79,12 +79,12 @@ def plain_message(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         calls.append({"type": "function", "function": {"name": name, "arguments": _read_arguments(arguments)}})
-    said = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
-    return {key: defused(value, special) for key, value in said.items() if value or key == "content"}
+    plain = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
+    return {key: defused(value, special) for key, value in plain.items() if value or key == "content"}
 
 
 def _read_arguments(arguments: Any) -> Any:
-    """A call's arguments by name; of a call that was cut off, whose text is no JSON object, that text as one."""
+    """A call's arguments by name; of a truncated call, whose text is no JSON object, that text as one argument."""
     if not isinstance(arguments, str):
         return arguments or {}
     try:
@@ -95,7 +95,7 @@ def _read_arguments(arguments: Any) -> Any:
 
 
 def defused(value: Any, special: re.Pattern[str]) -> Any:
-    """The value with a space put into every spelled-out special token, so that no text can open a turn."""
+    """The value with a space in every spelled-out special token, so that no text can open a turn."""
     if isinstance(value, str):
         return special.sub(r"\g<0> ", value).replace(_OPEN, "").replace(_CLOSE, "")
     if isinstance(value, Mapping):
@@ -106,7 +106,7 @@ def defused(value: Any, special: re.Pattern[str]) -> Any:
 
 
 def marked_pieces(rendered: str) -> Iterator[tuple[str, bool]]:
-    """`(text, the model writes it)` in order, without the marks."""
+    """`(text, whether the model writes it)` in order, without the marks."""
     for index, text in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", rendered)):
         if text:
             yield text, index % 2 == 1

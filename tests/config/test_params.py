@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config.params import FAMILIES, InputError, load_params
+from components.config.params import FAMILIES, RENAMED, InputError, load_params
 from components.config.paths import find_root
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,23 @@ def test_the_name_that_a_value_had_before_families_is_refused_with_the_one_it_ha
     path.write_text(f"scale: smoke\n{section}:\n  {key}: 3\n  encoder: {{}}\n")
     with pytest.raises(InputError, match=message):
         load_params(path)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_the_name_that_a_key_had_before_is_refused_with_the_new_one(old: str, tmp_path: Path) -> None:
+    message = f"params.yaml: {old}: renamed; write {RENAMED[old]}"
+    with pytest.raises(InputError) as caught:
+        load_params(PARAMS, {old: 0.3})
+    assert str(caught.value) == message
+    path = tmp_path / "params.yaml"
+    *sections, key = old.split(".")
+    content: dict[str, object] = {key: 0.3}
+    for section in reversed(sections):
+        content = {section: content}
+    path.write_text(yaml.safe_dump({"scale": "smoke", **content}))
+    with pytest.raises(InputError) as caught:
+        load_params(path)
+    assert str(caught.value) == message
 
 
 def test_broken_yaml_is_named(tmp_path: Path) -> None:

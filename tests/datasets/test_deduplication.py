@@ -223,7 +223,7 @@ def test_only_row_is_trained_on(tmp_path: Path) -> None:
     assert writer.info.rows == {"train": 1}
 
 
-def test_nothing_left_to_train_on_is_said(tmp_path: Path) -> None:
+def test_nothing_left_to_train_on_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"^d: no row left to train on \(test 1, in_test 1\); add more rows$"),
         DatasetWriter(tmp_path / "d", "d", "documents") as writer,

@@ -22,7 +22,7 @@ from components.feedback.votes import content_digest, item_of, traits
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]
-CONFIG = FeedbackConfig(max_items=100, max_per_voice=50, improve_after=5, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5, keep_days=None)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}}
 RESULT = {"type": "result", "name": "lookup", "content": "Serialize obj. Mail jane.doe@acme.io"}
 
@@ -158,7 +158,7 @@ def test_the_same_vote_sent_twice_leaves_the_later_one_standing(store: Store, tm
 
 
 def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"max_per_voice": 3})
+    config = CONFIG.model_copy(update={"max_items_per_user": 3})
     loud = [said(store, number) for number in range(4)]
     ingest(store, tmp_path / "feedback", config, passes)
     louder, quiet = said(store, 10), said(store, 11, voice="user:b")
@@ -174,7 +174,7 @@ def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
 def test_votes_of_the_last_day_count_against_a_voice(
     store: Store, tmp_path: Path, hours: float, status: str, at_once: bool
 ) -> None:
-    config = CONFIG.model_copy(update={"max_per_voice": 2})
+    config = CONFIG.model_copy(update={"max_items_per_user": 2})
     for number in range(2):
         said(store, number)
     with store._write() as connection:
@@ -333,7 +333,7 @@ from components.feedback.store import AnswerRecord, Store
 
 home, rounds = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(7)
-config = FeedbackConfig(max_items=7, max_per_voice=10_000, improve_after=5, keep_days=None)
+config = FeedbackConfig(max_items=7, max_items_per_user=10_000, improve_after=5, keep_days=None)
 
 def once(number):
     store = Store.of(home)

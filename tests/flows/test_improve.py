@@ -31,7 +31,7 @@ from flows.release import Release
 from tests.feedback.project import new_run, write_project
 
 Register = Callable[..., ModelVersion]
-CONFIG = FeedbackConfig(max_items=100, max_per_voice=100, improve_after=20, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=100, improve_after=20, keep_days=None)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "name"}}
 FEW_STEPS = {
     "align__max_steps": 2,
@@ -103,7 +103,7 @@ def correct(store: Store, paths: Paths, first: int, count: int) -> list[str]:
 
 def overrule(registry: Registry, refused: Callable[..., Improvement]) -> ModelVersion:
     """An improvement that the gate refuses, promoted by a person."""
-    with pytest.raises(Refused, match=r"no gain is real|too little held-out feedback"):
+    with pytest.raises(Refused, match=r"no significant gain|too little held-out feedback"):
         refused()
     version = registry.resolve("agent@challenger")
     registry.promote(version)
@@ -133,7 +133,7 @@ def test_a_champion_that_learned_what_was_revoked_is_replaced_from_its_nearest_c
     store.revoke(gone, "poison")
     fourth = registry.resolve(improved().champion)
     assert (str(fourth), fourth.tags["parent"], mode(paths)) == ("agent/4", "agent/2", "replace")
-    assert fourth.tags["gate_reason"].endswith("nothing falls without it")
+    assert fourth.tags["gate_reason"].endswith("nothing regresses without it")
     assert set(lessons(fourth)) == set(lessons(third)) - {gone}
     assert taught(registry, gone) == ["agent/3"]
     assert improved().outcome == "nothing new"
@@ -199,12 +199,12 @@ def test_an_improvement_killed_after_its_verdict_is_recorded_once(
 ) -> None:
     correct(store, paths, 0, 3)
     registry.promote(registered(0.5))
-    registered(0.6, feedback_sequence="3", gate="refused", gate_reason="no gain is real")
+    registered(0.6, feedback_sequence="3", gate="refused", gate_reason="no significant gain")
     registered(0.7, feedback_sequence="3", gate="passed", gate_reason="gains")  # killed before it was promoted
     for _ in range(2):
         assert improved().outcome == "nothing new"
     assert [(row["candidate"], row["outcome"], row["reason"]) for row in store.improvements()] == [
-        ("agent/2", "refused", "no gain is real")
+        ("agent/2", "refused", "no significant gain")
     ]
     registry.promote(registry.resolve("agent/3"))
     improved()

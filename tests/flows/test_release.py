@@ -31,7 +31,7 @@ def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
 
 def refuse(registry: Registry, version: ModelVersion) -> str:
     with pytest.raises(Refused) as caught:
-        apply_gate(registry, version, GateReport(False, "against agent/1: falls: lookup from 0.938 to 0.875"))
+        apply_gate(registry, version, GateReport(False, "against agent/1: regresses: lookup from 0.938 to 0.875"))
     return str(caught.value)
 
 
@@ -47,7 +47,7 @@ def test_a_model_that_passes_is_told_why(registry: Registry, registered: Registe
 def test_a_model_that_is_refused_becomes_the_challenger(registry: Registry, registered: Register, paths: Paths) -> None:
     registry.promote(registered(0.5))
     reason = refuse(registry, registered(0.4, model_digest="made.dir"))
-    assert reason.startswith("agent/2: refused against agent/1: falls: lookup from 0.938 to 0.875; overrule with")
+    assert reason.startswith("agent/2: refused against agent/1: regresses: lookup from 0.938 to 0.875; overrule with")
     assert 'overrule with "loopwright registry promote agent 2"' in reason
     assert registry.resolve("agent@challenger").version == 2
     assert registry.resolve("agent@champion").version == 1

@@ -1,4 +1,4 @@
-"""OpenAI's deltas of calls: put together they are the calls, whatever was written."""
+"""OpenAI's deltas of calls: joined they are the calls, whatever the model wrote."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from components.token_rows.batches import IGNORED
-from components.training.corruption import corrupt_spans, mask_tokens
+from components.training.rows import corrupt_spans, mask_tokens
 
 MASK, REGULAR = 3, np.arange(5, 100)
 
