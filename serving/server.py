@@ -26,10 +26,8 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.feedback.store import Store, has_store
 from serving.http.app import new_api
-from serving.http.gateway import GatewayMiddleware
-from serving.http.keys import has_keys
-from serving.models.drain import drain_on_signals
-from serving.models.state import Serving
+from serving.http.gateway import GatewayMiddleware, has_keys
+from serving.models.state import Serving, drain_on_signals
 from serving.observability.logs import log_to
 
 PATIENCE_SECONDS = 30

@@ -17,8 +17,7 @@ from components.config.paths import Paths
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
-from serving.models.drain import drain_on_signals
-from serving.models.state import Serving
+from serving.models.state import Serving, drain_on_signals
 from serving.models.versions import DEFAULT, Bundled
 
 DAY_SECONDS = 86_400

@@ -1,7 +1,6 @@
-"""The public routes: OpenAI's chat completions and models, feedback, lineage, health and metrics.
+"""The FastAPI app, and its routes for models, feedback, lineage, health and metrics.
 
-A chat request's way: `schemas` checks it, `chat_handler` hands it to a backend, records its answer before it is
-acknowledged and gives it OpenAI's shape.
+The other routes: `chat_handler` (chat completions), `classify` (labels and embeddings), `page_files` (the chat page).
 """
 
 from __future__ import annotations
@@ -11,19 +10,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 
 from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
-from serving.http import classify
+from serving.http import chat_handler, classify
 from serving.http import page_files as page
-from serving.http.chat_handler import ClientGone, begin
 from serving.http.errors import ERRORS, ApiError, shape_errors
-from serving.http.routes import DirectRoute, StrictRoute
-from serving.http.schemas import ChatRequest, FeedbackRequest
+from serving.http.schemas import FeedbackRequest
 from serving.models.alias_watcher import describe
-from serving.models.state import Running, who
+from serving.models.state import Running, StrictRoute
 from serving.observability.metrics import CONTENT_TYPE
 
 MAX_KEY_CHARACTERS = 255
@@ -31,8 +27,7 @@ MAX_LISTED = 1000
 
 
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
-chat = APIRouter(route_class=DirectRoute, responses=ERRORS)
-ROUTERS = (chat, router, classify.router, page.router)
+ROUTERS = (chat_handler.router, router, classify.router, page.router)
 """Every public route is in one of these."""
 
 
@@ -43,25 +38,6 @@ def new_api() -> FastAPI:
         api.router.routes.extend(one.routes)  # as they are: an included router is asked of at each request
     shape_errors(api)
     return api
-
-
-@chat.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
-async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
-    """Answer a conversation; with `stream`, as server-sent events."""
-    if body.characters > (limit := serving.config.max_prompt_characters):
-        message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
-        raise ApiError(400, message, "context_length_exceeded", "messages")
-    handler = await begin(body, serving, who(request, body.user))
-    if body.stream:
-        return StreamingResponse(
-            handler.chunks(),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-    try:
-        return JSONResponse(await handler.completion(request))
-    except ClientGone:
-        return Response(status_code=499)
 
 
 @router.get("/v1/models")

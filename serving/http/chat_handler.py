@@ -1,7 +1,8 @@
-"""One chat request between the engine's threads and the event loop, recorded as it goes.
+"""The route of chat completions: one request between the event loop and the backend's threads, recorded as it runs.
 
-Records are written in the engine's thread, before the event that would let the client know:
-so an acknowledged answer is on disk, also when the client left or the loop is busy.
+`schemas` validates the body, a backend answers, the answer is recorded before it is acknowledged and then sent in
+OpenAI's format. Records are written in the backend's thread, before the event that tells the client: an acknowledged
+answer is on disk even when the client disconnects or the event loop is busy.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from components.agent.agent import Agent, ContextTooLong
 from components.feedback.store import AnswerRecord, Store
@@ -37,14 +39,15 @@ from serving.engine.backend import (
     TextDelta,
     ToolCallDelta,
 )
-from serving.http.errors import ApiError, broken_body
+from serving.http.errors import ERRORS, ApiError, broken_body
 from serving.http.schemas import ChatRequest
-from serving.models.state import Serving
-from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import RequestMetrics
+from serving.models.state import DirectRoute, Running, Serving, who
+from serving.observability.metrics import Metrics, RequestMetrics
 
 UNSUPPORTED = ("tools", "tool_choice", "response_format", "temperature", "top_p", "stop")
 """By a summarizer."""
+
+router = APIRouter(route_class=DirectRoute, responses=ERRORS)
 
 
 class ClientGone(Exception):
@@ -225,6 +228,25 @@ class ChatHandler:
         self._metrics.role_answers.labels(self._role).inc()
         if self._traces is not None:
             self._request_metrics.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
+
+
+@router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
+async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
+    """Answer a conversation; with `stream`, as server-sent events."""
+    if body.characters > (limit := serving.config.max_prompt_characters):
+        message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
+        raise ApiError(400, message, "context_length_exceeded", "messages")
+    handler = await begin(body, serving, who(request, body.user))
+    if body.stream:
+        return StreamingResponse(
+            handler.chunks(),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    try:
+        return JSONResponse(await handler.completion(request))
+    except ClientGone:
+        return Response(status_code=499)
 
 
 async def begin(body: ChatRequest, serving: Serving, asker: str) -> ChatHandler:

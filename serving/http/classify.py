@@ -13,12 +13,10 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from components.inference.classifier import LabelPrediction, TextEmbedding
-from serving.engine.adaptive_batching import Overloaded
-from serving.engine.classifier_worker import ClassifierWorker
+from serving.engine.classifier_worker import ClassifierWorker, Overloaded
 from serving.http.errors import ERRORS, ApiError
-from serving.http.routes import DirectRoute
 from serving.http.schemas import Wire
-from serving.models.state import Running, Serving, who
+from serving.models.state import DirectRoute, Running, Serving, who
 
 R = TypeVar("R", LabelPrediction, TextEmbedding)
 

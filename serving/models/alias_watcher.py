@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
-from serving.engine.backend import Backend, LoadedModel
+from components.models.devices import threads_for, use_threads
+from serving.engine.backend import Backend, Completion, Event, Failure, GenerationRequest, LoadedModel
 from serving.engine.classifier_worker import ClassifierWorker
-from serving.models.smoke import smoke_fault
 from serving.models.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
 """A load in progress is not waited for longer; it dies with the process."""
 SURE_SECONDS = 30.0
 """After so long the source is looked at, although nothing of it seems to have changed."""
+QUESTION = "Hello"
+"""Asked of a version that was registered without a question of its own."""
+SMOKE_SECONDS = 60.0
+"""For the answer, and for a slot that someone else's answer must first leave."""
 Role = Literal["champion", "challenger", "former"]
 
 logger = logging.getLogger("loopwright.follow")
@@ -319,3 +324,47 @@ def _described(engine: LoadedModel, role: str) -> dict[str, Any]:
         "task": engine.task,
         "context_length": engine.context_len,
     }
+
+
+def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> str:
+    """What is wrong with the answer to a version's `smoke_question`, or "" when it is its `smoke_answer`."""
+    question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
+    if isinstance(loaded, ClassifierWorker):
+        return _label_fault(loaded, question, expected)
+    return _chat_fault(loaded, question, expected)
+
+
+def _label_fault(reader: ClassifierWorker, question: str, expected: str | None) -> str:
+    try:
+        use_threads(threads_for(reader.texts.model.num_parameters))
+        said = reader.texts.classify([question])[0].label
+    except Exception as error:
+        logger.exception("%s cannot classify", reader.name)
+        return f"{question!r}: {type(error).__name__}: {error}"
+    return _fault(question, said, expected)
+
+
+def _chat_fault(engine: Backend, question: str, expected: str | None) -> str:
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    deadline = time.monotonic() + SMOKE_SECONDS
+    ask = GenerationRequest([{"role": "user", "content": question}])
+    # Before all that wait: a queue of people's questions is no fault of the model's.
+    task = engine.submit(ask, events.put, first=True)
+    while True:
+        try:
+            event = events.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            task.cancel()
+            return f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s"
+        if isinstance(event, Failure):
+            return f"{question!r}: {type(event.error).__name__}: {event.error}"
+        if isinstance(event, Completion):
+            return _fault(question, event.content, expected)
+
+
+def _fault(question: str, said: str, expected: str | None) -> str:
+    if expected is None:
+        return "" if said.strip() else f"{question!r}: an empty answer"
+    if said.strip() != expected.strip():
+        return f"{question!r}: answered {said[:200]!r} instead of {expected[:200]!r}"
+    return ""

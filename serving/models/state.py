@@ -1,14 +1,27 @@
-"""What the routes share while the server runs: the models that answer, one follower for each task, and the record."""
+"""State shared by the routes: the served models (one alias watcher per task), the store, metrics and configuration.
+
+Also how a route reaches it: the route classes that parse a strict JSON body and pass the state on, and draining on
+signals.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, get_type_hints
 
-from fastapi import Depends, Request
+import pydantic_core
+from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.types import Receive, Scope, Send
 
 from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool
@@ -29,6 +42,11 @@ from serving.http.errors import ApiError
 from serving.models.alias_watcher import AliasWatcher, M, describe
 from serving.models.versions import TASKS, Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
+
+NOTICE_SECONDS = 1.0
+"""Between saying "not ready" and closing the door, for whoever routes requests here to notice."""
+DRAIN_SECONDS = 60.0
+"""Longest wait for running answers."""
 
 
 @dataclass
@@ -196,3 +214,89 @@ Running = Annotated[Serving, Depends(_serving)]
 def who(request: Request, user: str | None) -> str:
     """Whom a challenger is kept for: the `user` of the request, else its API key, else the client's address."""
     return user or str(request.scope.get("voice") or (request.client.host if request.client else ""))
+
+
+class StrictRequest(Request):
+    """Reads bodies as strict JSON: UTF-8, bounded depth, no NaN, no halves of surrogate pairs."""
+
+    async def json(self) -> Any:
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"body: not valid JSON: {error}", "invalid_json") from None
+
+
+class StrictRoute(APIRoute):
+    """A route whose handler is given a `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class DirectRoute(APIRoute):
+    """A route of one JSON body that is handed to its function without FastAPI's machinery for dependencies.
+
+    That takes longer than all the rest of a request's way. The function takes `body`, `serving` and `request`; FastAPI
+    goes on reading its signature for `/openapi.json`.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self._model: type[BaseModel] = get_type_hints(endpoint)["body"]
+        self.app = self._answer
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = StrictRequest(scope, receive, send)
+        body = await self._read(request)
+        response: Response = await self.endpoint(body=body, serving=scope["app"].state.serving, request=request)
+        await response(scope, receive, send)
+
+    async def _read(self, request: StrictRequest) -> BaseModel:
+        """Raises: ApiError, RequestValidationError."""
+        given: Any = await request.body()
+        if not given:
+            raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind.startswith("application/") and kind.endswith(("/json", "+json")):
+            given = await request.json()
+        try:
+            return self._model.model_validate(given, from_attributes=True)
+        except ValidationError as error:
+            wrong = error.errors(include_url=False, include_context=False)
+            raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in wrong]) from None
+
+
+def drain_on_signals(serving: Serving) -> None:
+    """Put draining before what the server does on SIGTERM and SIGINT; a second signal stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # signals belong to whoever owns the process
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _before(serving, number)
+
+
+def _before(serving: Serving, number: signal.Signals) -> None:
+    stop = signal.getsignal(number)
+    if not callable(stop):
+        return
+
+    def drain(received: int, frame: FrameType | None) -> None:
+        if serving.draining:
+            stop(received, frame)
+            return
+        serving.draining = True
+        notice = NOTICE_SECONDS if received == signal.SIGTERM else 0.0
+        threading.Thread(target=wait_then_stop, args=(notice,), name="drain", daemon=True).start()
+
+    def wait_then_stop(notice: float) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        time.sleep(notice)
+        while serving.busy and time.monotonic() < deadline:
+            time.sleep(0.02)
+        stop(number, None)
+
+    signal.signal(number, drain)

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from serving.engine.adaptive_batching import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, Overloaded
-from serving.engine.classifier_worker import ClassifierWorker
+from serving.engine.classifier_worker import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, ClassifierWorker, Overloaded
 from serving.models.alias_watcher import AliasWatcher, ModelRejected
 from serving.models.versions import Bundled, Version
 from serving.observability.metrics import Metrics

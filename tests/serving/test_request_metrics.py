@@ -15,8 +15,7 @@ from components.tracking.mlflow_client import EXPERIMENT, connect
 from components.tracking.traces import Span, Traces
 from serving.engine.backend import AgentStep, Completion, Start, TextDelta
 from serving.observability.logs import FACTS, JsonLines
-from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import RequestMetrics
+from serving.observability.metrics import Metrics, RequestMetrics
 
 
 def finished(**given: Any) -> Completion:
