@@ -1,15 +1,21 @@
-"""What the agent can do besides talk: typed functions as tools, and one way to call them that always gives text.
+"""Tools: typed Python functions that the agent calls, each in a sandbox of its permissions.
 
-`Tool.of(function)` reads name, description and JSON schema off the function; a tool of any other origin states them.
+`Tool.of(function)` derives name, description and JSON schema from the function. The sandbox is built on Python's audit
+events: it stops a tool that does more than it declares, whatever the model was talked into. It does not contain hostile
+code: native code raises no events, and threads that a tool starts are not watched.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import cache
+from typing import Any, Literal, cast
 
 import jsonschema
 from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
@@ -17,9 +23,13 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import to_json
 from referencing import Registry
 
-from components.agent.sandbox import Permission, restricted_to
 from components.config.errors import InputError
 
+Permission = Literal["files", "network"]
+PROCESSES = ("subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn", "os.spawn", "pty.", "ctypes.dlopen")
+"""Events of what may then do anything."""
+FILES = ("open", "os.", "shutil.", "sqlite3.connect", "glob.", "tempfile.", "mmap.")
+NETWORK = ("socket.",)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MAX_RESULT = 400
 """Characters of a result shown to the model."""
@@ -120,3 +130,45 @@ def _misfit(schema: dict[str, Any], arguments: object) -> str:
         return ""
     place = error.json_path.removeprefix("$").removeprefix(".")
     return f"argument {place!r}: {error.message}" if place else str(error.message)
+
+
+class _Running(threading.local):
+    permissions: frozenset[Permission] | None = None
+    """What the tool that runs in this thread may use; None while none runs."""
+
+
+_running = _Running()
+
+
+@contextmanager
+def restricted_to(permissions: frozenset[Permission]) -> Iterator[None]:
+    """What the block does in this thread raises PermissionError where it uses anything else."""
+    _watch()
+    before, _running.permissions = _running.permissions, permissions
+    try:
+        yield
+    finally:
+        _running.permissions = before
+
+
+@cache
+def _watch() -> None:
+    """Once for the process: an audit hook cannot be taken away again."""
+    sys.addaudithook(_heard)
+
+
+def _heard(event: str, _arguments: tuple[Any, ...]) -> None:
+    allowed = _running.permissions
+    if allowed is None:
+        return
+    for permission in sorted(_needed(event) - allowed):
+        raise PermissionError(f"the tool has no permission for {permission} ({event})")
+
+
+@cache
+def _needed(event: str) -> frozenset[Permission]:
+    if event.startswith(PROCESSES):
+        return frozenset({"files", "network"})
+    if event.startswith(FILES):
+        return frozenset({"files"})
+    return frozenset({"network"} if event.startswith(NETWORK) else ())
