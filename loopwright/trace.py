@@ -19,13 +19,13 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Print everything behind one answer: what was asked and said, votes, model version, run, commit, data."""
-    from components.feedback.lineage import lineage, registry_facts
+    from components.feedback.lineage import lineage, registry_metadata
     from components.feedback.store import Store
 
     home = Paths(find_root()).home
     store = Store.of(home)
     try:
-        found = lineage(store, completion_id, registry_facts(home))
+        found = lineage(store, completion_id, registry_metadata(home))
     finally:
         store.close()
     if as_json:

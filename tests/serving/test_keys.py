@@ -52,7 +52,7 @@ def test_scopes_of_keys_on_record(app: Any) -> None:
     }
     refused = app.client.get("/v1/feedback", headers=bearer(opened["predict"])).json()["error"]
     assert refused["code"] == "insufficient_scope"
-    assert refused["message"] == "this key opens predict; GET /v1/feedback wants admin"
+    assert refused["message"] == "this key has the scopes predict; GET /v1/feedback requires admin"
     listed = app.client.get("/v1/feedback", headers=bearer(opened["admin"])).json()["data"]
     assert [row["completion_id"] for row in listed] == [vote["completion_id"]] * 2
 
