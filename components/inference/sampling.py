@@ -18,50 +18,50 @@ Allowed = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to pick tokens, and when to stop."""
+    """Sampling parameters."""
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0: greedy."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
+    """Nucleus sampling: the most probable tokens that together reach this probability."""
     seed: int | None = None
-    """Same seed, same tokens."""
+    """The same seed gives the same tokens; None: random."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a row; the one that did is the row's last."""
 
 
 class Constraint(Protocol):
-    """One row's rules, told each token that the row was given.
+    """The constraint of one row.
 
-    Whoever picks asks `allowed`, picks one of those and tells it by `advance`, from the first token of the row on.
+    From the row's first token on, `allowed` gives the mask of the next token and `advance` takes the chosen one.
     """
 
     @property
     def finished(self) -> bool:
-        """Nothing may follow: the row ends here, whether or not its last token is a stop token."""
+        """No token may follow: the row ends here, whether or not its last token is a stop token."""
 
     @property
     def fallback_tokens(self) -> tuple[list[int], list[int]] | None:
-        """Tokens that are forbidden, and the allowed ones that a wish for any of them is taken for."""
+        """Forbidden tokens, and the allowed tokens that get their probability; None: none."""
 
     def allowed(self, left: int) -> Allowed | None:
-        """The tokens that may come next, at least one; None: all may.
+        """Mask of the tokens that may come next, at least one; None: all.
 
-        `left` is how many tokens the row may still get, the next one counted: near the end a constraint closes what it
-        began, where that is possible.
+        `left` is the number of tokens the row may still get, the next one included: near its limit a constraint ends
+        the text where possible.
         """
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was picked, one of those allowed."""
+        """Consume the chosen token, one of those allowed."""
 
 
 def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: Sequence[int]) -> Tensor:
-    """The logits `(rows, vocab_size)` with minus infinity for what each row's constraint forbids.
+    """The logits (B, vocab_size) with minus infinity where a row's constraint forbids a token.
 
-    Logits beyond a constraint's vocabulary (a padded embedding) are forbidden too. What the model would give to some of
-    the forbidden goes to what a constraint names instead, whose odds among themselves stay as they are.
-    Without a constraint that forbids anything the logits come back as they are.
+    Logits beyond a constraint's vocabulary (a padded embedding) are forbidden too. The probability of the forbidden
+    tokens that a constraint names is given to its fallback tokens, in proportion to theirs. Without masks the logits
+    are returned unchanged.
     """
     masks = {
         row: mask
@@ -78,9 +78,10 @@ def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: 
     for place, row in enumerate(masks):
         constraint = constraints[row]
         if constraint is not None and (fallback_tokens := constraint.fallback_tokens) is not None:
-            wished, given = fallback_tokens
-            odds = logits[row, wished + given].logsumexp(0) - logits[row, given].logsumexp(0)
-            masked[place, given] += odds
+            replaced, fallback = fallback_tokens
+            masked[place, fallback] += logits[row, replaced + fallback].logsumexp(0) - logits[row, fallback].logsumexp(
+                0
+            )
     return logits.index_put((rows,), masked)
 
 
@@ -92,14 +93,14 @@ def greedy(logits: Tensor) -> Tensor:
 
 
 def sampled(logits: Tensor, temperature: Tensor | float, top_p: Tensor | float, numbers: Tensor) -> Tensor:
-    """An id of each row (B, V) -> (B), drawn with its number in [0, 1).
+    """The sampled id of each row (B, V) -> (B), by its random number in [0, 1).
 
-    temperature and top_p are the same for all rows, or (B, 1); numbers (B, 1). A row's id depends on that row alone.
+    temperature and top_p are scalars or (B, 1); numbers (B, 1). A row's id depends on that row alone.
     """
     probabilities = (logits / temperature).softmax(-1)
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     reached = ordered.cumsum(-1)
-    # A token stays while those before it have less than top_p; the likeliest always does.
+    # A token is kept while those before it have less than top_p; the most probable one always is.
     kept = ordered * (reached - ordered < top_p)
     sums = kept.cumsum(-1)
     place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp_(max=sums.shape[1] - 1)
@@ -108,5 +109,5 @@ def sampled(logits: Tensor, temperature: Tensor | float, top_p: Tensor | float, 
 
 
 def random_stream(seed: int | None) -> np.random.Generator:
-    """The numbers of one row: the same seed, the same numbers; without a seed, new ones each time."""
+    """The random numbers of one row, from its seed; without a seed, different each time."""
     return np.random.default_rng([secrets.randbits(64) if seed is None else seed % 2**64, 0])
