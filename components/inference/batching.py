@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from components.config.params import InputError
-from components.inference.decode_step import Step
-from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
+from components.inference.decode_step import Constraint, Step, greedy, mask_logits, random_stream, sampled
 from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, SwiGLU
 from components.models.decoder import Decoder

@@ -1,4 +1,4 @@
-"""The backend protocol, its requests and events, and the request queue that every backend has.
+"""Backends: their requests, events and request queue.
 
 A backend answers generation requests with one version of a model: in this process (`local.py`), on another server
 (`remote.py`), or by an encoder-decoder (`summarizer_worker.py`). `submit` takes a request, events report its answer;
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tools import Tool
@@ -116,62 +116,10 @@ class DeadlineExceeded(Exception):
         super().__init__(message)
 
 
-class LoadedModel(Protocol):
-    """A loaded version of a model of any task."""
-
-    @property
-    def name(self) -> str:
-        """`NAME/VERSION`."""
-
-    @property
-    def task(self) -> Task: ...
-
-    @property
-    def loaded(self) -> int:
-        """Time of the load, in Unix time."""
-
-    @property
-    def context_len(self) -> int:
-        """Tokens of its context."""
-
-    @property
-    def running(self) -> int:
-        """Requests being answered."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    def retire(self) -> None:
-        """Refuse new requests, and finish the accepted ones."""
-
-    def close(self) -> None:
-        """Retire, cancel all requests and free the resources."""
-
-
-class Backend(LoadedModel, Protocol):
-    """A loaded model that answers generation requests."""
-
-    @property
-    def agent(self) -> Agent | None:
-        """The agent whose turns it generates; None for text to text."""
-
-    @property
-    def tool_names(self) -> frozenset[str]:
-        """Names of the agent's own tools."""
-
-    def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
-        """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
-
-        `first` puts it in front of the queue, even of a full one.
-
-        Raises: QueueFull, BackendRetired.
-        """
-
-
 class GenerationTask:
     """A submitted request; `cancel` frees its slot before the next token."""
 
-    def __init__(self, queue: QueuedBackend, request: GenerationRequest, notify: Notify) -> None:
+    def __init__(self, queue: Backend, request: GenerationRequest, notify: Notify) -> None:
         self._queue, self.request, self.notify = queue, request, notify
         self.deadline = time.monotonic() + queue.request_seconds
         self.start_time = 0.0
@@ -197,15 +145,18 @@ class GenerationTask:
             self.notify(TextDelta(text))
 
 
-class QueuedBackend(ABC):
-    """A backend's queue of waiting and running requests, and its slots for generation."""
+class Backend(ABC):
+    """A loaded model that answers generation requests: its queue of waiting and running requests, and its slots."""
 
     task: Task = "chat"
 
     def __init__(self, agent: Agent | None, name: str, config: ServeConfig, slots: int = 0) -> None:
         self.agent = agent
+        """Whose turns it generates; None for text to text."""
         self.name = name
+        """`NAME/VERSION`."""
         self.loaded = int(time.time())
+        """Time of the load, in Unix time."""
         self.slots = slots or config.max_running
         self.room = self.slots + config.max_waiting
         """Waiting and running requests at most."""
@@ -241,6 +192,7 @@ class QueuedBackend(ABC):
 
     @property
     def tool_names(self) -> frozenset[str]:
+        """Names of the agent's tools."""
         return frozenset(tool.name for tool in self.agent.tools) if self.agent else frozenset()
 
     @property
@@ -252,6 +204,12 @@ class QueuedBackend(ABC):
         return len(self._running)
 
     def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
+        """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
+
+        `first` puts it in front of the queue, even of a full one.
+
+        Raises: QueueFull, BackendRetired.
+        """
         task = self._new_task(request, notify)
         with self._changed:
             if self._retired:
@@ -264,11 +222,13 @@ class QueuedBackend(ABC):
         return task
 
     def retire(self) -> None:
+        """Refuse new requests, and finish the accepted ones."""
         with self._changed:
             self._retired = True
         self.start_waiting()
 
     def close(self) -> None:
+        """Retire, cancel all requests and wait for the threads to end."""
         self.retire()
         with self._changed:
             for task in (*self._waiting, *self._running):

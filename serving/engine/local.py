@@ -27,13 +27,13 @@ from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
     AgentStep,
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
     ToolCallDelta,
     load_agent,
@@ -49,7 +49,7 @@ COLD = 1e-4
 logger = logging.getLogger("loopwright.engine")
 
 
-class LocalEngine(QueuedBackend):
+class LocalEngine(Backend):
     """One model, its agent, and who answers with them."""
 
     agent: Agent

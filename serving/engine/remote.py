@@ -26,13 +26,13 @@ from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from serving.engine.backend import (
     AgentStep,
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
     ToolCallDelta,
     load_agent,
@@ -54,7 +54,7 @@ class BackendUnavailable(DeadlineExceeded):
     """The remote server cannot answer now."""
 
 
-class RemoteServer(QueuedBackend):
+class RemoteServer(Backend):
     """Answers with the model of another server.
 
     One event loop, on a thread of its own, sends all requests and owns the connections; tools and records, which may

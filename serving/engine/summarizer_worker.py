@@ -13,13 +13,13 @@ from components.inference.summarizer import Summarizer
 from components.models.devices import threads_for, use_threads
 from components.runtime.model_tasks import Task
 from serving.engine.backend import (
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
 )
 
@@ -28,7 +28,7 @@ WARM = "Warm up."
 logger = logging.getLogger("loopwright.writers")
 
 
-class SummarizerWorker(QueuedBackend):
+class SummarizerWorker(Backend):
     """One version of an encoder-decoder; a thread summarizes the started requests in batches."""
 
     task: Task = "summarize"
