@@ -19,13 +19,13 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Print everything behind one answer: request, response, votes, model version, run, commit, data."""
-    from components.feedback.lineage import lineage, registry_facts
+    from components.feedback.lineage import lineage, registry_metadata
     from components.feedback.store import Store
 
     home = Paths(find_root()).home
     store = Store.of(home)
     try:
-        report = lineage(store, completion_id, registry_facts(home))
+        report = lineage(store, completion_id, registry_metadata(home))
     finally:
         store.close()
     if as_json:

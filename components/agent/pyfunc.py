@@ -13,7 +13,7 @@ from components.agent.agent import Agent
 from components.agent.batch_rollout import answer_all
 from components.config.params import InputError
 from components.inference.cache_plan import context_len
-from components.inference.sampling import Sampling
+from components.inference.decode_step import Sampling
 from components.models.checkpoint import load_decoder
 
 DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 128, "temperature": 0.0, "batch_size": 16}
@@ -30,11 +30,11 @@ class Predictor:
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
         """One answer per row, in order."""
-        wanted = {**DEFAULTS, **(params or {})}
+        settings = {**DEFAULTS, **(params or {})}
         stop = (self._agent.tokenizer.end_id,)
-        sampling = Sampling(int(wanted["max_new_tokens"]), temperature=float(wanted["temperature"]), stop_ids=stop)
+        sampling = Sampling(int(settings["max_new_tokens"]), temperature=float(settings["temperature"]), stop_ids=stop)
         chats = [(messages, None) for messages in _chats(rows)]
-        answers = answer_all(self._model, self._agent, chats, sampling, int(wanted["batch_size"]))
+        answers = answer_all(self._model, self._agent, chats, sampling, int(settings["batch_size"]))
         return [answer.content if answer else "" for answer in answers]
 
 

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 from components.config.params import InputError
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
-from components.inference.constraints import Constraint, mask_logits
-from components.inference.decode_step import Step
-from components.inference.sampling import greedy, random_stream, sampled
+from components.inference.decode_step import Constraint, Step, greedy, mask_logits, random_stream, sampled
 from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, SwiGLU
 from components.models.decoder import Decoder

@@ -27,13 +27,13 @@ from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
     AgentStep,
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
     ToolCallDelta,
     load_agent,
@@ -49,7 +49,7 @@ COLD = 1e-4
 logger = logging.getLogger("loopwright.engine")
 
 
-class LocalEngine(QueuedBackend):
+class LocalEngine(Backend):
     """One model, its agent, and who answers with them."""
 
     agent: Agent
@@ -125,8 +125,8 @@ class LocalEngine(QueuedBackend):
     def _on_step(self, rows: int) -> None:
         """While all slots are taken, nothing but steps happens: who has waited too long is told so after one."""
         self._observe_step(rows)
-        if self._waiting and self._waiting[0].late:
-            self.begin()
+        if self._waiting and self._waiting[0].expired:
+            self.start_waiting()
 
     def _stop(self) -> None:
         self.scheduler.end()
@@ -183,11 +183,11 @@ class LocalTask(GenerationTask):
         try:
             prompt = self._first()
         except Exception as error:  # noqa: BLE001 - logged below, and told
-            self.engine.let_go()
+            self.engine.release_slot()
             self._fail(error)
         else:
             if prompt is None:
-                self.engine.let_go()
+                self.engine.release_slot()
             else:
                 self._write(prompt)
 
@@ -195,7 +195,7 @@ class LocalTask(GenerationTask):
         if self.cancelled.is_set():
             self._end(self._finish(None, "cancelled"))
             return None
-        if self.late:
+        if self.expired:
             raise DeadlineExceeded
         prompt = next(self.conversation)
         self.notify(Start())
@@ -228,7 +228,7 @@ class LocalTask(GenerationTask):
     def _push(self, number: int) -> bool:
         """Tell the words that a token makes whole; false when no more are wanted."""
         self.written += 1
-        self.tell(self.speech.push(number))
+        self.send_text(self.speech.push(number))
         for delta in self.calls.push(number) if self.request.tools else ():
             self.notify(ToolCallDelta(delta))
         return not self.speech.stopped
@@ -236,7 +236,7 @@ class LocalTask(GenerationTask):
     def _ended(self, error: Exception | None) -> None:
         """The turn is written; what comes of it is worked out elsewhere, and may take its time."""
         self.engine.pool.submit(self._go_on, error)
-        self.engine.let_go()
+        self.engine.release_slot()
 
     def _go_on(self, error: Exception | None) -> None:
         """Run the tools that the turn calls and hand in the next one, or end."""
@@ -251,14 +251,14 @@ class LocalTask(GenerationTask):
             self._fail(failure)
         else:
             if prompt is not None:
-                self.engine.hold()
+                self.engine.acquire_slot()
                 self._write(prompt)
 
     def _answer(self) -> Prompt | None:
         """The prompt of the next turn; None when that was the last."""
-        self.tell(self.speech.flush())
+        self.send_text(self.speech.flush())
         self.stopped = self.speech.stopped
-        if self.late:
+        if self.expired:
             self._end(self._finish(None))
             return None
         answer = None
@@ -273,7 +273,7 @@ class LocalTask(GenerationTask):
 
     def _end(self, finished: Completion) -> None:
         self.notify(finished)
-        self.engine.done(self)
+        self.engine.finish(self)
 
     def _fail(self, error: Exception) -> None:
         # Bad input is the client's to hear of, anything else also ours to mend.
@@ -282,17 +282,17 @@ class LocalTask(GenerationTask):
         try:
             self.notify(Failure(error))
         finally:
-            self.engine.done(self)
+            self.engine.finish(self)
 
     def _finish(self, answer: Answer | None, reason: str = "length") -> Completion:
         calls: list[dict[str, Any]] = []
         if answer is not None:
             reason = "stop" if self.stopped else answer.finish_reason
             calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
-            if not self.said and not self.stopped:
-                self.tell(answer.content)  # the agent's own words, when the model ended on a call
+            if not self.text and not self.stopped:
+                self.send_text(answer.content)  # the agent's own words, when the model ended on a call
         return Completion(
-            content="".join(self.said),
+            content="".join(self.text),
             steps=list(self.steps),
             tool_calls=calls[:1] if self.request.one_call else calls,
             finish_reason=reason,

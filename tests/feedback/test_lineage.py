@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from components.feedback.lineage import ancestry, registry_facts, taught
+from components.feedback.lineage import ancestry, registry_metadata, taught
 from components.tracking.registry import ModelVersion, Registry
 
 Register = Callable[..., ModelVersion]
@@ -42,7 +42,7 @@ def test_an_item_taught_the_versions_that_learned_it_and_those_trained_from_them
     assert sorted(taught(registry, "c")) == ["agent/3", "agent/5"]
     assert taught(registry, "d") == ["other/1"]
     assert taught(registry, "e") == []
-    facts = registry_facts(registry.home)
+    facts = registry_metadata(registry.home)
     found = facts("agent/5")
     assert found is not None
     assert [(one["version"], one["feedback"]) for one in found["taught_by"]] == [
