@@ -23,7 +23,7 @@ import yaml
 
 from components.config.params import InputError, Refused
 from components.feedback.store import AnswerRecord, Store
-from components.runtime.supervisor import Supervisor, family
+from components.runtime.supervisor import Supervisor, process_tree
 from flows.orchestration import flow_run
 from flows.orchestration.flow_run import effect
 from flows.orchestration.prefect_server import free_port, heartbeat, home_tag, send_logs
@@ -200,7 +200,7 @@ def test_runs_of_a_killed_worker_are_marked_and_those_that_live_stay(at: Platfor
     other = at.ask("flow_runs/", flow_id=facts["flow_id"], state={"type": "RUNNING"})["id"]
     worker = at.pid("worker")
     with heartbeat(at.project.home, lives):
-        for member in family(worker):
+        for member in process_tree(worker):
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         state = at.ended(killed)
