@@ -71,10 +71,10 @@ def _write(run: StageRun, kinds: Mapping[str, Kind], project: Project) -> tuple[
             writer.info.sources = list(rows.sources)
             for reason, count in rows.dropped.items():
                 writer.drop(reason, count)
-            splits[kind].write_test(rows.test, writer)
+            splits[kind].write_held_out("test", rows.test, writer)
             writers.append((writer, rows))
         for writer, rows in writers:
-            splits[writer.info.kind].write_validation(rows.validation, writer)
+            splits[writer.info.kind].write_held_out("validation", rows.validation, writer)
         for done, (writer, rows) in enumerate(writers, start=2):
             splits[writer.info.kind].write_train(rows.train, writer)
             counts = {key: str(count) for key, count in writer.info.rows.items()}

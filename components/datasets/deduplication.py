@@ -127,16 +127,10 @@ class Splits:
         self._duplicates = Duplicates(similarity, seed, exact_only=kind == "conversations")
         self._test_questions: set[int] = set()
 
-    def write_test(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
-        """Write the rows that are new; all datasets' before any training row."""
-        self._write_held_out("test", rows, writer)
-
-    def write_validation(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
-        """Write the rows that are new and equal no test row; all datasets' before any training row."""
-        self._duplicates.seal()
-        self._write_held_out("validation", rows, writer)
-
-    def _write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
+    def write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the new rows of a held-out split: the test rows of all datasets first, training rows last."""
+        if split == "validation":
+            self._duplicates.seal()
         for row in rows:
             reason = self._duplicates.reason(_content(row))
             if reason:
