@@ -17,7 +17,7 @@ from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
-from components.feedback.lineage import ancestry, lessons
+from components.feedback.lineage import ancestry, feedback_ids
 from components.feedback.store import Store
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT, remove
@@ -133,7 +133,7 @@ class _Job:
         """The champion; when it learned from what was withdrawn since, its nearest ancestor that did not."""
         gone = set(self.store.withdrawn())
         line = ancestry(self.registry, self.champion)
-        tainted = [bool(gone.intersection(lessons(one))) for one in line]
+        tainted = [bool(gone.intersection(feedback_ids(one))) for one in line]
         clean = [number for number in range(len(line)) if not any(tainted[number:])]
         return line[clean[0]] if clean else line[-1]
 

@@ -109,7 +109,7 @@ def revoke(
     as_json: Json = False,
 ) -> None:
     """Withdraw an item, and name every model version that learned from it."""
-    from components.feedback.lineage import taught
+    from components.feedback.lineage import trained_versions
     from components.tracking.registry import Registry, is_empty
 
     home = Paths(find_root()).home
@@ -117,7 +117,7 @@ def revoke(
         if store is None:
             raise InputError(f'{feedback_id}: no such feedback; see "loopwright feedback list" for the ids')
         new = store.revoke(feedback_id, reason)
-    learned = [] if is_empty(home) else taught(Registry(home), feedback_id)
+    learned = [] if is_empty(home) else trained_versions(Registry(home), feedback_id)
     if as_json:
         print_json({"id": feedback_id, "revoked": True, "new": new, "models": learned})
         return
