@@ -14,7 +14,7 @@ from components.config.params import InputError, Refused, load_params
 from components.config.paths import ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
-from components.feedback.lineage import ancestry, lessons
+from components.feedback.lineage import ancestry, feedback_ids
 from components.feedback.store import Store
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
@@ -134,13 +134,21 @@ class _Job:
         copy_folder(start.folder, self.paths.start, {ORIGIN: {"version": str(start)}})
 
     def _start(self) -> ModelVersion:
-        """The champion; where it was trained on items that were revoked since, its nearest ancestor that was not."""
+        """The champion; where it was trained on items that were revoked since, its nearest ancestor that was not.
+
+        Raises: InputError when each ancestor was trained on some.
+        """
         revoked = set(self.store.withdrawn())
         generations = ancestry(self.registry, self.champion)
-        tainted = [bool(revoked.intersection(lessons(version))) for version in generations]
+        tainted = [bool(revoked.intersection(feedback_ids(version))) for version in generations]
         # What an ancestor was trained on is in its descendants' weights too.
-        clean = (version for number, version in enumerate(generations) if not any(tainted[number:]))
-        return next(clean, generations[-1])
+        for number, version in enumerate(generations):
+            if not any(tainted[number:]):
+                return version
+        raise InputError(
+            f"{self.champion}: each of its ancestors was trained on revoked feedback; train a model without it by"
+            ' "loopwright run"'
+        )
 
     def _record_interrupted(self) -> None:
         """Record an improvement whose process was killed after the gate's decision."""

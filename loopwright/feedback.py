@@ -103,7 +103,7 @@ def revoke(
     as_json: Json = False,
 ) -> None:
     """Revoke a feedback item, and name every model version that was trained on it."""
-    from components.feedback.lineage import taught
+    from components.feedback.lineage import trained_versions
     from components.tracking.registry import Registry, is_empty
 
     home = Paths(find_root()).home
@@ -111,7 +111,7 @@ def revoke(
         if store is None:
             raise InputError(f'{feedback_id}: no such feedback; see "loopwright feedback list" for the ids')
         new = store.revoke(feedback_id, reason)
-    trained = [] if is_empty(home) else taught(Registry(home), feedback_id)
+    trained = [] if is_empty(home) else trained_versions(Registry(home), feedback_id)
     if as_json:
         print_json({"id": feedback_id, "revoked": True, "new": new, "models": trained})
         return

@@ -38,8 +38,6 @@ class ContextTooLong(InputError):
 
 @dataclass(frozen=True)
 class Answer:
-    """The agent's answer and its steps."""
-
     content: str
     steps: tuple[Step, ...]
     """In order: `{"type": "call", "name", "arguments"}` and `{"type": "result", "name", "content"}`."""

@@ -374,5 +374,4 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _literal(text: str) -> str:
-    """A string literal of the grammar."""
     return json.dumps(text, ensure_ascii=False)

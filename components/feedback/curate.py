@@ -112,7 +112,6 @@ def _examples(run: StageRun, name: str) -> Iterator[TrainingExample]:
 
 
 def training_example_of(item: Item) -> TrainingExample:
-    """The training example of one feedback item."""
     context, tools = answered(item), item.tools
     answer: Row = {"role": "assistant", "content": item.answer}
     demonstration: Row | None = None

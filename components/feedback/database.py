@@ -112,7 +112,8 @@ class Database:
             try:
                 writer.execute("BEGIN IMMEDIATE")
                 for table, row in rows:
-                    writer.execute(*_plain_insert(table, row))
+                    statement, documents = _statement(table)
+                    writer.execute(statement, {**row, **{name: json.dumps(row[name]) for name in documents}})
                 writer.execute("COMMIT")
             except BaseException:
                 writer.close()  # rolls back
@@ -255,12 +256,6 @@ def _prepare_sqlite(engine: Engine, busy_seconds: float) -> None:
             connection.exec_driver_sql(f"PRAGMA synchronous={level}")
             connection.info["synchronous"] = level
         connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _plain_insert(table: Table, row: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """SQLite's insert statement of a table, and a row's values for its driver."""
-    statement, documents = _statement(table)
-    return statement, {**row, **{name: json.dumps(row[name]) for name in documents}}
 
 
 @cache

@@ -41,7 +41,6 @@ def psi(reference: Sequence[int], current: Sequence[int]) -> float:
 
 
 def compare(name: str, reference: Sequence[int], current: Sequence[int], seed: int = 0) -> Measure:
-    """Compare a histogram with the reference's."""
     known, seen = np.asarray(reference, float), np.asarray(current, int)
     total = int(seen.sum())
     shares = (known + 0.5) / (known + 0.5).sum()

@@ -37,8 +37,6 @@ WITHDRAWN = "withdrawn.json"
 
 @dataclass(frozen=True)
 class IngestResult:
-    """The result of one ingestion."""
-
     partition: str | None = None
     """None when there were no new votes."""
     accepted: int = 0

@@ -30,8 +30,6 @@ NAME_CHARACTERS = 64
 
 @dataclass(frozen=True)
 class ApiKey:
-    """An API key."""
-
     id: str
     digest: str
     """SHA-256, in hexadecimal."""
@@ -44,7 +42,6 @@ class ApiKey:
 
 
 def key_digest(key: str | bytes) -> str:
-    """The stored digest of a key."""
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
 
 
@@ -86,7 +83,6 @@ class Keys(Database):
         return [{**row, "scopes": row["scopes"].split()} for row in rows]
 
     def open_keys(self) -> list[ApiKey]:
-        """The active keys."""
         return [
             ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"])
             for row in self._rows(select(API_KEYS).where(API_KEYS.c.revoked.is_(None)))

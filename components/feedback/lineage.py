@@ -14,7 +14,7 @@ from typing import Any
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
 
-LESSONS = "lessons.json"
+TRAINED_ON_FILE = "lessons.json"
 """In a model folder: the version it was trained from, and the ids of the feedback items it was trained on."""
 
 VersionMetadata = Callable[[str], Mapping[str, Any] | None]
@@ -32,7 +32,6 @@ def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict
 
 
 def registry_metadata(home: Path) -> VersionMetadata:
-    """Metadata of the versions in a state folder's registry."""
     registry = Registry(home)
 
     def metadata(model: str) -> dict[str, Any] | None:
@@ -46,7 +45,7 @@ def registry_metadata(home: Path) -> VersionMetadata:
             "tags": version.tags,
             "metrics": version.metrics,
             "taught_by": [
-                {"version": str(each), "run_id": each.run_id, "feedback": lessons(each)}
+                {"version": str(each), "run_id": each.run_id, "feedback": feedback_ids(each)}
                 for each in ancestry(registry, version)
             ],
         }
@@ -65,20 +64,20 @@ def ancestry(registry: Registry, version: ModelVersion) -> list[ModelVersion]:
     return versions
 
 
-def lessons(version: ModelVersion) -> list[str]:
+def feedback_ids(version: ModelVersion) -> list[str]:
     """Ids of the feedback items that this version was trained on beyond its parent."""
-    path = version.folder / LESSONS
+    path = version.folder / TRAINED_ON_FILE
     if not path.is_file():
         return []
     ids: list[str] = json.loads(path.read_text(encoding="utf-8"))["feedback"]
     return ids
 
 
-def taught(registry: Registry, feedback_id: str) -> list[str]:
+def trained_versions(registry: Registry, feedback_id: str) -> list[str]:
     """Every `NAME/VERSION` that was trained on an item, itself or through its ancestors."""
     versions = [version for name in registry.names() for version in registry.versions(name)]
     return [
         str(version)
         for version in versions
-        if any(feedback_id in lessons(each) for each in ancestry(registry, version))
+        if any(feedback_id in feedback_ids(each) for each in ancestry(registry, version))
     ]

@@ -34,8 +34,6 @@ class UnknownCompletion(InputError):
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One finished answer."""
-
     content: str
     finish_reason: str
     prompt_tokens: int
@@ -76,7 +74,6 @@ class Store(Ledger, Keys):
 
     @classmethod
     def of(cls, home: Path, busy_seconds: float = BUSY_SECONDS) -> Store:
-        """The store of a state folder."""
         url = database_url(home)
         if url.startswith("sqlite"):
             home.mkdir(parents=True, exist_ok=True)
@@ -92,7 +89,6 @@ class Store(Ledger, Keys):
             connection.execute(REQUESTS.insert(), row)
 
     def add_answer(self, completion_id: str, answer: AnswerRecord) -> None:
-        """Record the answer to a recorded request."""
         self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
     def add_exchange(

@@ -103,7 +103,6 @@ def _mask(text: str | None) -> str | None:
 
 
 def _masked(value: Any) -> Any:
-    """JSON with every string masked."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):

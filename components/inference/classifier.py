@@ -39,8 +39,6 @@ class LabelPrediction:
 
 @dataclass(frozen=True)
 class TextEmbedding:
-    """An embedding of one text."""
-
     vector: list[float]
     """A unit vector."""
     tokens: int
@@ -111,7 +109,6 @@ class TextClassifier(TextEncoder):
 
     @torch.inference_mode()
     def classify(self, texts: Sequence[str]) -> list[LabelPrediction]:
-        """The label of each text, in order."""
         encoded = self._tokenizer.encode_batch_fast(list(texts))
         predictions: dict[int, LabelPrediction] = {}
         for rows, input_ids, segments, mask in self._passes(encoded):

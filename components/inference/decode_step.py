@@ -34,8 +34,6 @@ Allowed = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters."""
-
     max_new_tokens: int
     temperature: float = 0.0
     """0: greedy."""

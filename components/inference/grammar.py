@@ -104,7 +104,6 @@ class Vocabulary:
         return ids
 
     def _longest(self, text: bytes) -> int | None:
-        """The longest token that is a prefix of the text."""
         sizes = range(min(len(text), self._longest_token), 0, -1)
         return next((self._numbers[text[:size]] for size in sizes if text[:size] in self._numbers), None)
 
@@ -162,8 +161,6 @@ def vocabulary_of(tokenizer: ChatTokenizer) -> Vocabulary:
 
 
 class Grammar:
-    """A compiled grammar."""
-
     def __init__(self, vocabulary: Vocabulary, source: str) -> None:
         try:
             rules = LLMatcher.grammar_from_lark(source)

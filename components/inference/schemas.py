@@ -128,20 +128,19 @@ class _Reducer:
                 raise SchemaError(f"{at}: []: expected schemas")
             if key in _UNSUPPORTED or (key == "uniqueItems" and value is not False):
                 raise SchemaError(f"{at}: the keyword {key!r} is not supported; leave it out")
+            if key in _CHECKS:
+                _CHECKS[key](value, at)
             if key in _OF_ONE and not isinstance(value, list):
                 kept[key] = self._reduced(value, at, depth + 1)
             elif key in _OF_MANY or key in _OF_ONE:
-                kept[key] = [
-                    self._reduced(part, f"{at}[{index}]", depth + 1) for index, part in enumerate(_list(value, at))
-                ]
+                kept[key] = [self._reduced(part, f"{at}[{index}]", depth + 1) for index, part in enumerate(value)]
             elif key in _BY_NAME:
                 kept[key] = {
                     name: self._reduced(part, f"{at}.{name}", depth + 1)
-                    for name, part in _object(value, at).items()
+                    for name, part in value.items()
                     if not (self._usable and key == "patternProperties" and not self._usable(name))
                 }
             elif key in _CHECKS:
-                _CHECKS[key](value, at)
                 kept[key] = value
         if kept.get("format") not in FORMATS:
             kept.pop("format", None)
@@ -258,18 +257,6 @@ def _kinds(schema: Schema) -> set[str]:
     return {"number" if kind == "integer" else kind for kind in kinds}
 
 
-def _list(value: Any, at: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise SchemaError(f"{at}: {_shown(value)}: expected a list of schemas")
-    return value
-
-
-def _object(value: Any, at: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise SchemaError(f"{at}: {_shown(value)}: expected schemas by name")
-    return value
-
-
 def _fits(fits: Callable[[Any], bool], expected: str) -> Callable[[Any, str], None]:
     def check(value: Any, at: str) -> None:
         if not fits(value):
@@ -315,6 +302,8 @@ _CHECKS: Mapping[str, Callable[[Any, str], None]] = {
         _COUNTS,
         _fits(lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number"),
     ),
+    **dict.fromkeys(_OF_MANY, _fits(lambda value: isinstance(value, list), "a list of schemas")),
+    **dict.fromkeys(_BY_NAME, _fits(lambda value: isinstance(value, dict), "schemas by name")),
     **dict.fromkeys(_NUMBERS, _fits(_is_number, "a number")),
 }
 

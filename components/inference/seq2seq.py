@@ -21,8 +21,6 @@ SOURCE_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Search:
-    """Parameters of the search."""
-
     max_new_tokens: int
     """Tokens of a target at most, end token included."""
     end_id: int
@@ -37,8 +35,6 @@ class Search:
 
 @dataclass(frozen=True)
 class Target:
-    """A generated target."""
-
     ids: list[int]
     score: float
     """Sum of log-probabilities over length ** length_penalty."""
@@ -132,7 +128,6 @@ class _Beams:
             self._narrow(left)
 
     def _narrow(self, left: list[int]) -> None:
-        """Drop all other rows."""
         rows = torch.tensor(left, device=self.newest.device)
         self.cache.keep(rows)
         self.context, self.mask, self.newest = self.context[rows], self.mask[rows], self.newest[rows]

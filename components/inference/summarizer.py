@@ -23,8 +23,6 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """The target of one source."""
-
     text: str
     ids: list[int]
     """The tokens of the text."""

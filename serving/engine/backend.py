@@ -98,8 +98,6 @@ Notify = Callable[[Event], None]
 
 
 class QueueFull(Exception):
-    """The queue has reached its limit."""
-
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after} s")
         self.retry_after = retry_after

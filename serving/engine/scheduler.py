@@ -26,8 +26,6 @@ logger = logging.getLogger("loopwright.engine")
 
 @dataclass(eq=False)
 class Turn:
-    """One turn of the model."""
-
     row: Row
     push: Callable[[int], bool]
     """Called with each token, on the scheduler's thread; false ends the turn."""

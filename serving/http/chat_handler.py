@@ -59,8 +59,6 @@ class StreamFailed(Exception):
 
 
 class ChatHandler:
-    """One chat request and its answer."""
-
     def __init__(
         self,
         engine: Backend,
@@ -307,7 +305,6 @@ def _source_request(body: ChatRequest, name: str) -> GenerationRequest:
 
 
 def sse(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 

@@ -310,7 +310,6 @@ class Keyring:
             self._refreshed = time.monotonic()
 
     def find(self, authorization: bytes) -> ApiKey | None:
-        """The key of an Authorization header."""
         scheme, _, token = authorization.partition(b" ")
         return self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
 

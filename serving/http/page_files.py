@@ -39,8 +39,6 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of the page."""
-
     body: bytes
     media_type: str
     etag: str

@@ -73,8 +73,12 @@ class OtherPart(Wire):
         raise PydanticCustomError("unknown_part", "unknown part; send parts of type 'text'")
 
 
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
 def _part_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     return f"~{kind}" if kind in ("text", "refusal") else "~other"
 
 
@@ -222,16 +226,10 @@ class StreamOptions(Wire):
     """Send one more chunk with the token counts before `[DONE]`."""
 
 
-class TextFormat(Wire):
-    """Text, the default."""
+class PlainFormat(Wire):
+    """Text, the default, or any JSON object."""
 
-    type: Literal["text"]
-
-
-class ObjectFormat(Wire):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class AnswerSchema(Wire):
@@ -253,14 +251,12 @@ class SchemaFormat(Wire):
 
 
 def _format_tag(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"~{kind}" if kind in ("text", "json_object", "json_schema") else None
+    kind = _type_of(value)
+    return "~schema" if kind == "json_schema" else "~plain" if kind in ("text", "json_object") else None
 
 
 ResponseFormat = Annotated[
-    Annotated[TextFormat, Tag("~text")]
-    | Annotated[ObjectFormat, Tag("~json_object")]
-    | Annotated[SchemaFormat, Tag("~json_schema")],
+    Annotated[PlainFormat, Tag("~plain")] | Annotated[SchemaFormat, Tag("~schema")],
     Discriminator(_format_tag, "wrong_type", "expected an object of type 'text', 'json_object' or 'json_schema'"),
 ]
 
@@ -360,7 +356,7 @@ class ChatRequest(Wire):
         if isinstance(self.response_format, SchemaFormat):
             schema = self.response_format.json_schema.json_schema
             return ANY_OBJECT if schema is None else schema
-        return ANY_OBJECT if isinstance(self.response_format, ObjectFormat) else None
+        return ANY_OBJECT if self.response_format and self.response_format.type == "json_object" else None
 
     @property
     def characters(self) -> int:

@@ -75,7 +75,7 @@ class AliasWatcher(Generic[M]):
         self._retry_challenger = False
         """The challenger failed for a reason that may pass."""
         self._unreported: dict[str, tuple[Version, str]] = {}
-        """Failed versions that the registry has not been told of, with the reason."""
+        """Failed versions that the registry does not know of yet, with the reason."""
         self._retiring: list[M] = []
         self._etag: object = None
         """The source's version token at the last update; None where that has to be repeated."""
@@ -135,7 +135,6 @@ class AliasWatcher(Generic[M]):
         return models.champion if self.answers_to(model) else None
 
     def role(self, model: str) -> Role:
-        """The role of `NAME/VERSION` now."""
         models = self.serving_models
         if models.challenger is not None and model == models.challenger.name:
             return "challenger"
@@ -269,7 +268,7 @@ class AliasWatcher(Generic[M]):
             try:
                 self._source.mark_failed(version, fault)
             except Exception:
-                logger.exception("the registry could not be told that %s failed", name)
+                logger.exception("the registry could not mark %s as failed", name)
             else:
                 del self._unreported[name]
 
@@ -323,7 +322,11 @@ def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> 
     """Why the answer to a version's `smoke_question` is not its `smoke_answer`; "" when it is."""
     question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
     try:
-        answer = _label(loaded, question) if isinstance(loaded, ClassifierWorker) else _chat_answer(loaded, question)
+        if isinstance(loaded, ClassifierWorker):
+            use_threads(threads_for(loaded.texts.model.num_parameters))
+            answer: str | None = loaded.texts.classify([question])[0].label
+        else:
+            answer = _chat_answer(loaded, question)
     except BackendRetired:  # the server is stopping
         raise
     except Exception as error:
@@ -336,11 +339,6 @@ def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> 
     if answer.strip() != expected.strip():
         return f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}"
     return ""
-
-
-def _label(classifier: ClassifierWorker, question: str) -> str:
-    use_threads(threads_for(classifier.texts.model.num_parameters))
-    return classifier.texts.classify([question])[0].label
 
 
 def _chat_answer(backend: Backend, question: str) -> str | None:

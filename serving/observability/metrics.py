@@ -134,7 +134,6 @@ class RequestMetrics:
             logger.warning("not answered: %s", event.error, extra={FIELDS: fields})
 
     def trace(self, traces: Traces, request: Any, answer: str) -> None:
-        """Log the request's trace."""
         traces.add(Span("answer", "AGENT", self._started, time.time(), request, answer), self.spans, self._fields)
 
     def _text(self) -> None:

@@ -19,7 +19,7 @@ from components.config.paths import Paths
 from components.evaluation.compare_agents import judge
 from components.feedback.curate import curate
 from components.feedback.ingest import ingest
-from components.feedback.lineage import lessons, taught
+from components.feedback.lineage import feedback_ids, trained_versions
 from components.feedback.store import AnswerRecord, Store
 from components.runtime.stage import digest
 from components.tracking.registry import ModelVersion, Registry
@@ -123,28 +123,28 @@ def test_a_champion_that_learned_what_was_revoked_is_replaced_from_its_nearest_c
     late = correct(store, paths, 8, 8)
     third = overrule(registry, improved)
     assert [one.tags["parent"] for one in (second, third)] == ["agent/1", "agent/2"]
-    assert set(lessons(second)) < set(early)
-    assert set(lessons(third)) & set(late)
+    assert set(feedback_ids(second)) < set(early)
+    assert set(feedback_ids(third)) & set(late)
     assert mode(paths) == "gain"
     assert improved().outcome == "nothing new"
 
     # One generation back: what the champion alone learned.
-    (gone, *_) = sorted(set(lessons(third)) - set(lessons(second)))
+    (gone, *_) = sorted(set(feedback_ids(third)) - set(feedback_ids(second)))
     store.revoke(gone, "poison")
     fourth = registry.resolve(improved().champion)
     assert (str(fourth), fourth.tags["parent"], mode(paths)) == ("agent/4", "agent/2", "replace")
     assert fourth.tags["gate_reason"].endswith("nothing regresses without it")
-    assert set(lessons(fourth)) == set(lessons(third)) - {gone}
-    assert taught(registry, gone) == ["agent/3"]
+    assert set(feedback_ids(fourth)) == set(feedback_ids(third)) - {gone}
+    assert trained_versions(registry, gone) == ["agent/3"]
     assert improved().outcome == "nothing new"
 
     # Two generations back: what the champion's parent learned is in the champion too.
-    (oldest, *_) = sorted(set(lessons(second)))
+    (oldest, *_) = sorted(set(feedback_ids(second)))
     store.revoke(oldest, "poison")
     fifth = registry.resolve(improved().champion)
     assert (str(fifth), fifth.tags["parent"], mode(paths)) == ("agent/5", "agent/1", "replace")
-    assert set(lessons(fifth)) == set(lessons(third)) - {gone, oldest}
-    assert "agent/5" not in taught(registry, oldest)
+    assert set(feedback_ids(fifth)) == set(feedback_ids(third)) - {gone, oldest}
+    assert "agent/5" not in trained_versions(registry, oldest)
     outcomes = [(row["candidate"], row["outcome"]) for row in store.improvements()]
     assert outcomes == [(f"agent/{n}", "refused" if n < 4 else "promoted") for n in range(2, 6)]
     assert improved().outcome == "nothing new"

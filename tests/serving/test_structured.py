@@ -260,4 +260,4 @@ def test_openapi_tells_the_forms_exactly(local: Any) -> None:
     assert "schema" in schemas["SchemaOfAnswer"]["properties"]
     assert schemas["SchemaFormat"]["properties"]["type"]["const"] == "json_schema"
     form = json.dumps(properties["response_format"])
-    assert all(name in form for name in ("TextFormat", "ObjectFormat", "SchemaFormat"))
+    assert all(name in form for name in ("PlainFormat", "SchemaFormat"))
