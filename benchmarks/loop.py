@@ -29,7 +29,7 @@ from components.datasets.formats import Row, read_rows
 from components.evaluation.compare_agents import judge
 from components.feedback.curate import curate
 from components.feedback.items import SCHEMA
-from components.inference.decode_step import Sampling
+from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
 from components.runtime.stage import StageRun
 from components.training.align import align

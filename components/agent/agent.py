@@ -15,7 +15,7 @@ from components.agent.saved_tools import load_tools, read_agent
 from components.agent.tools import Tool, call
 from components.agent.turn_grammar import Rules, TurnOptions, followable, lenient_rules
 from components.config.params import InputError
-from components.inference.decode_step import Constraint
+from components.inference.sampling import Constraint
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.response_format import format_message

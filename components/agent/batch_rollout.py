@@ -11,7 +11,7 @@ from typing import Any
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
 from components.agent.turn_grammar import Rules
 from components.inference.batching import ContinuousBatch, Row
-from components.inference.decode_step import Sampling
+from components.inference.sampling import Sampling
 from components.inference.schemas import SchemaError
 from components.models.decoder import Decoder
 

@@ -13,7 +13,7 @@ from components.agent.agent import Agent
 from components.agent.batch_rollout import answer_all
 from components.config.params import InputError
 from components.inference.cache_plan import context_len
-from components.inference.decode_step import Sampling
+from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
 
 DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 128, "temperature": 0.0, "batch_size": 16}

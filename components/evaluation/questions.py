@@ -11,7 +11,7 @@ from components.agent.agent import Agent, Answer
 from components.agent.batch_rollout import answer_all
 from components.config.model_settings import EvaluateConfig
 from components.datasets.formats import Row, read_rows
-from components.inference.decode_step import Sampling
+from components.inference.sampling import Sampling
 from components.models.decoder import Decoder
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from components.config.params import InputError
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
-from components.inference.decode_step import Constraint, Step, greedy, mask_logits, random_stream, sampled
+from components.inference.decode_step import Step
+from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
 from components.models.attention import SHORT, KVCache, LayerCache
-from components.models.blocks import Block, SwiGLU
+from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
 
 PREFILL_TOKENS = 512
@@ -375,7 +376,7 @@ def rows_are_independent(model: Decoder) -> bool:
     block = model.blocks[0]
     assert isinstance(block, Block)
     mlp = block.mlp
-    assert isinstance(mlp, SwiGLU)
+    assert isinstance(mlp, GatedFeedForward)
     products = (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head)
     return all(_even(each, model.embed.weight.dtype) for each in products)
 

@@ -1,4 +1,4 @@
-"""One decode step for many rows: the forward pass for one token each, constraint masks, and sampling.
+"""One decode step for many rows: the forward pass for one token each.
 
 The forward pass avoids module calls, which cost more than its kernels.
 
@@ -9,17 +9,17 @@ Shapes: B rows, S positions attended, E embed_dim, H query heads, K key/value he
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.models.attention import Attention
 from components.models.blocks import Block
 from components.models.decoder import Decoder
 from components.models.positions import Rotary, rotate, rotate_into
@@ -27,22 +27,6 @@ from components.models.positions import Rotary, rotate, rotate_into
 Ints = NDArray[np.int64]
 CAPTURED = 64
 """Positions of the smallest CUDA graph; each larger graph has twice as many."""
-
-Allowed = NDArray[np.bool_]
-"""One entry per token of the vocabulary."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Nucleus sampling: the most probable tokens that together reach this probability."""
-    seed: int | None = None
-    """The same seed gives the same tokens; None: random."""
-    stop_ids: tuple[int, ...] = ()
-    """Tokens that end a row; the one that did is the row's last."""
 
 
 class Step:
@@ -57,21 +41,13 @@ class Step:
         starts = np.arange(slots * c.num_kv_heads).reshape(slots, c.num_kv_heads) * span
         self._starts = np.concatenate([starts, starts + slots * c.num_kv_heads * span], axis=1)
         """(slots, 2K): offset of each head's keys, then values, of a slot within a layer."""
-        self._blocks = [block for block in model.blocks if isinstance(block, Block)]
-        self._gains = [self._gain(block) for block in self._blocks]
+        blocks = (block for block in model.blocks if isinstance(block, Block))
+        self._layers = [_Layer.of(block, whole.dtype, whole.device) for block in blocks]
+        self._norm_gain = model.norm.gain.detach()
         self._lowest = torch.finfo(whole.dtype).min
         self.fixed = whole.is_cuda
         """Static shapes, as CUDA graphs need: one per number of rows, and attention to padding."""
         self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda else self.walk
-
-    def _gain(self, block: Block) -> Tensor:
-        """Factors of queries and keys (H + K, D): the gains of their norms, and the scale of the attention scores."""
-        c, attention = self._model.config, block.attention
-        gain = torch.ones(c.num_heads + c.num_kv_heads, c.head_dim, dtype=self._whole.dtype, device=self._device)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            gain[: c.num_heads], gain[c.num_heads :] = attention.q_norm.weight, attention.k_norm.weight
-        gain[: c.num_heads] *= c.head_dim**-0.5
-        return gain.detach()
 
     @torch.inference_mode()
     def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int, real: int) -> Tensor:
@@ -86,31 +62,37 @@ class Step:
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)
         mask.masked_fill_(hidden, self._lowest)
-        if not self.fixed:
-            mask = mask[:real]
-        return self.run(torch.from_numpy(tokens).to(self._device), at, where, mask)
+        masks = [mask if self.fixed else mask[:real]]  # (real, S)
+        if self._model.config.windowed_layers:
+            keys = torch.arange(seen, device=self._device)
+            masks.append(self._model.windowed(masks[0][:, None, None], at[: len(masks[0]), None], keys)[:, 0, 0])
+        return self.run(torch.from_numpy(tokens).to(self._device), at, where, *masks)
 
-    def walk(self, tokens: Tensor, at: Tensor, where: Tensor, mask: Tensor) -> Tensor:
-        """The forward pass: tokens and positions `at` (B), cache indices `where` (B * 2K), mask (real, S)."""
-        model, c = self._model, self._model.config
-        x = F.embedding(tokens, model.embed.weight)
-        rotary = model.positions.cos[at][:, None], model.positions.sin[at][:, None]  # (B, 1, D)
-        mask = mask[:, None, None]  # (B, 1, 1, S)
-        for number, block in enumerate(self._blocks):
-            mixed = self._attend(number, block, _norm(x, block.attention_norm.weight, c.norm_eps), rotary, where, mask)
-            x += block.attention.out(mixed)
-            x += block.mlp(_norm(x, block.mlp_norm.weight, c.norm_eps))
-        return _norm(x, model.norm.weight, c.norm_eps)
+    def walk(self, tokens: Tensor, at: Tensor, where: Tensor, *masks: Tensor) -> Tensor:
+        """The forward pass: tokens and positions `at` (B), cache indices `where` (B * 2K), masks (real, S).
 
-    def _attend(self, number: int, block: Block, x: Tensor, rotary: Rotary, where: Tensor, mask: Tensor) -> Tensor:
+        The second mask is that of layers with a window.
+        """
+        model, eps = self._model, self._model.config.norm_eps
+        x = model.scaled(F.embedding(tokens, model.embed.weight))
+        masks = tuple(mask[:, None, None] for mask in masks)  # (B, 1, 1, S)
+        for number, (layer, (rotary, windowed)) in enumerate(zip(self._layers, model.layers(at), strict=True)):
+            attended = self._attend(number, layer, _norm(x, layer.gain, eps), rotary, where, masks[windowed])
+            x += _norm(layer.attention.out(attended), layer.post_gain, eps)
+            x += _norm(layer.mlp(_norm(x, layer.mlp_gain, eps)), layer.mlp_post_gain, eps)
+        return _norm(x, self._norm_gain, eps)
+
+    def _attend(
+        self, number: int, layer: _Layer, x: Tensor, rotary: Rotary | None, where: Tensor, mask: Tensor
+    ) -> Tensor:
         """Self-attention of x (B, E) to the cache, after writing its keys and values."""
         c = self._model.config
         turned = c.num_heads + c.num_kv_heads
-        heads = block.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
-        both = heads[:, :turned]
-        gain = self._gains[number]
-        both = _norm(both, gain, c.norm_eps) if block.attention.q_norm is not None else both * gain
-        if self.fixed:
+        heads = layer.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
+        both = layer.scaled(heads[:, :turned], c.num_heads, c.norm_eps)
+        if rotary is None:
+            heads = torch.cat([both, heads[:, turned:]], dim=1)
+        elif self.fixed or rotary[0].shape[-1] < c.head_dim:
             heads = torch.cat([rotate(both, rotary), heads[:, turned:]], dim=1)
         else:
             rotate_into(heads[:, :turned], both, *rotary)
@@ -121,6 +103,44 @@ class Step:
         mix = _mixed if self.fixed or torch.get_num_threads() == 1 else _mixed_alone
         mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A block as a step reads it; a gain is None where the block has no such norm."""
+
+    attention: Attention
+    mlp: nn.Module
+    gain: Tensor | None
+    post_gain: Tensor | None
+    mlp_gain: Tensor | None
+    mlp_post_gain: Tensor | None
+    heads_gain: Tensor
+    """Factors of queries and keys (H + K, D): the gains of their norms, and the scale of the attention scores."""
+
+    @classmethod
+    def of(cls, block: Block, dtype: torch.dtype, device: torch.device) -> _Layer:
+        attention = block.attention
+        norms = (block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm)
+        before, behind, mlp_before, mlp_behind = (norm.gain.detach() if norm is not None else None for norm in norms)
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        heads_gain = torch.ones(heads + kv_heads, attention.head_dim, dtype=dtype, device=device)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            # Of each head, or of all heads at once.
+            heads_gain[:heads] = attention.q_norm.gain.detach().view(-1, attention.head_dim)
+            heads_gain[heads:] = attention.k_norm.gain.detach().view(-1, attention.head_dim)
+        heads_gain[:heads] *= attention.scale
+        return cls(attention, block.mlp, before, behind, mlp_before, mlp_behind, heads_gain)
+
+    def scaled(self, heads: Tensor, queries: int, eps: float) -> Tensor:
+        """Queries and keys (B, H + K, D) normed and scaled."""
+        if self.attention.q_norm is None:
+            return heads * self.heads_gain
+        if not self.attention.joint_norm:
+            return F.rms_norm(heads, heads.shape[-1:], None, eps) * self.heads_gain
+        parts = (heads[:, :queries], heads[:, queries:])
+        normed = [F.rms_norm(part.flatten(1), (part[0].numel(),), None, eps).view(part.shape) for part in parts]
+        return torch.cat(normed, dim=1) * self.heads_gain
 
 
 class Graph(Protocol):
@@ -192,87 +212,5 @@ def graph_span(seen: int) -> int:
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 
-def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain
-
-
-class Constraint(Protocol):
-    """The constraint of one row.
-
-    From the row's first token on, `allowed` gives the mask of the next token and `advance` takes the chosen one.
-    """
-
-    @property
-    def finished(self) -> bool:
-        """No token may follow: the row ends here, whether or not its last token is a stop token."""
-
-    @property
-    def fallback_tokens(self) -> tuple[list[int], list[int]] | None:
-        """Forbidden tokens, and the allowed tokens that get their probability; None: none."""
-
-    def allowed(self, left: int) -> Allowed | None:
-        """Mask of the tokens that may come next, at least one; None: all.
-
-        `left` is the number of tokens the row may still get, the next one included: near its limit a constraint ends
-        the text where possible.
-        """
-
-    def advance(self, token_id: int) -> None:
-        """Consume the chosen token, one of those allowed."""
-
-
-def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: Sequence[int]) -> Tensor:
-    """The logits (B, vocab_size) with minus infinity where a row's constraint forbids a token.
-
-    Logits beyond a constraint's vocabulary (a padded embedding) are forbidden too. The probability of the forbidden
-    tokens that a constraint names is given to its fallback tokens, in proportion to theirs. Without masks the logits
-    are returned unchanged.
-    """
-    masks = {
-        row: mask
-        for row, constraint in enumerate(constraints)
-        if constraint is not None and (mask := constraint.allowed(left[row])) is not None
-    }
-    if not masks:
-        return logits
-    forbidden = torch.ones(len(masks), logits.shape[1], dtype=torch.bool)
-    for place, mask in enumerate(masks.values()):
-        forbidden[place, : len(mask)] = torch.from_numpy(~mask)
-    rows = torch.tensor(list(masks), device=logits.device)
-    masked = logits[rows].masked_fill_(forbidden.to(logits.device), -torch.inf)
-    for place, row in enumerate(masks):
-        constraint = constraints[row]
-        if constraint is not None and (fallback_tokens := constraint.fallback_tokens) is not None:
-            replaced, fallback = fallback_tokens
-            masked[place, fallback] += logits[row, replaced + fallback].logsumexp(0) - logits[row, fallback].logsumexp(
-                0
-            )
-    return logits.index_put((rows,), masked)
-
-
-def greedy(logits: Tensor) -> Tensor:
-    """The id of each row's largest logit (B, V) -> (B)."""
-    if logits.is_cuda:
-        return logits.argmax(-1)
-    return torch.from_numpy(logits.numpy().argmax(-1))  # twenty times as fast as torch's on a CPU
-
-
-def sampled(logits: Tensor, temperature: Tensor | float, top_p: Tensor | float, numbers: Tensor) -> Tensor:
-    """The sampled id of each row (B, V) -> (B), by its random number in [0, 1).
-
-    temperature and top_p are scalars or (B, 1); numbers (B, 1). A row's id depends on that row alone.
-    """
-    probabilities = (logits / temperature).softmax(-1)
-    ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-    reached = ordered.cumsum(-1)
-    # A token is kept while those before it have less than top_p; the most probable one always is.
-    kept = ordered * (reached - ordered < top_p)
-    sums = kept.cumsum(-1)
-    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp_(max=sums.shape[1] - 1)
-    tokens: Tensor = ids.gather(1, place).squeeze(1)
-    return tokens
-
-
-def random_stream(seed: int | None) -> np.random.Generator:
-    """The random numbers of one row, from its seed; without a seed, different each time."""
-    return np.random.default_rng([secrets.randbits(64) if seed is None else seed % 2**64, 0])
+def _norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain if gain is not None else x

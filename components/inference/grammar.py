@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from components.config.params import InputError
-from components.inference.decode_step import Allowed
+from components.inference.sampling import Allowed
 from components.tokenization.chat_tokenizer import ChatTokenizer
 
 CACHED_GRAMMARS = 64

@@ -98,16 +98,26 @@ class Attention(nn.Module):
         bias: bool = False,
         scale: float | None = None,
         dropout: float = 0.0,
+        out_bias: bool | None = None,
+        joint_norm: bool = False,
+        norm_offset: bool = False,
     ) -> None:
-        """`scale` of the scores: 1 / sqrt(D) unless given. `dropout`: share of the weights left out in training."""
+        """`scale` of the scores: 1 / sqrt(D) unless given. `dropout`: share of the weights left out in training.
+
+        `bias` of queries, keys and values, and of the output unless `out_bias` says otherwise. `qk_norm`: of each
+        head's queries and keys, with `joint_norm` of all heads' as one vector (OLMo 2).
+        """
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.scale, self.dropout = scale if scale is not None else head_dim**-0.5, dropout
         kv_dim = num_kv_heads * head_dim
         self.qkv = FusedLinear(embed_dim, (num_heads * head_dim, kv_dim, kv_dim), bias)
-        self.out = nn.Linear(num_heads * head_dim, embed_dim, bias=bias)
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.out = nn.Linear(num_heads * head_dim, embed_dim, bias=bias if out_bias is None else out_bias)
+        q_width, k_width = (num_heads * head_dim, kv_dim) if joint_norm else (head_dim, head_dim)
+        self.q_norm = RMSNorm(q_width, norm_eps, norm_offset) if qk_norm else None
+        self.k_norm = RMSNorm(k_width, norm_eps, norm_offset) if qk_norm else None
+        self.joint_norm = joint_norm
+        self._fusable = not joint_norm and self.scale == head_dim**-0.5
 
     def forward(
         self,
@@ -123,7 +133,8 @@ class Attention(nn.Module):
         query sees every key. `rotary` rotates queries and keys. `cache` is extended by this call's keys and values.
         `context` may be the result of `project_context`, so that decoding projects a context once.
         """
-        if should_fuse(x) and context is None and cache is None and mask is not None and rotary is not None:
+        alone = self._fusable and should_fuse(x) and context is None and cache is None
+        if alone and mask is not None and rotary is not None and rotary[0].shape[-1] == self.head_dim:
             return self._train_on_cpu(x, mask, rotary)
         if context is None:
             queries, keys, values = self._project(x, rotary)
@@ -144,7 +155,7 @@ class Attention(nn.Module):
     def _train_on_cpu(self, x: Tensor, mask: Tensor, rotary: Rotary) -> Tensor:
         gains, eps = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            gains, eps = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps or 0.0
+            gains, eps = (self.q_norm.gain, self.k_norm.gain), self.q_norm.eps or 0.0
         mixed = self_attention(self._heads(self.qkv(x)), gains, eps, rotary, additive(mask, x.dtype), self.num_heads)
         added: Tensor = self.out(mixed)
         return added
@@ -159,7 +170,11 @@ class Attention(nn.Module):
         return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
     def _normed(self, heads: Tensor, norm: RMSNorm | None) -> Tensor:
-        return norm(heads) if norm is not None else heads
+        """Heads (..., n, D) behind a norm of each, or of all of them as one vector."""
+        if norm is None:
+            return heads
+        normed: Tensor = norm(heads.flatten(-2)).view(heads.shape) if self.joint_norm else norm(heads)
+        return normed
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)

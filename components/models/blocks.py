@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,21 +20,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
 """Under Hugging Face's names."""
+Norms = Literal["pre", "post", "both"]
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+class GatedFeedForward(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): down(activation(gate(x)) * up(x)); SwiGLU with silu, GeGLU with gelu."""
 
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+    def __init__(self, embed_dim: int, hidden_dim: int, activation: str = "silu", bias: bool = False) -> None:
         super().__init__()
-        self.gate_up = FusedLinear(embed_dim, (hidden_dim, hidden_dim))
-        self.down = nn.Linear(hidden_dim, embed_dim, bias=False)
+        self.activation = None if activation == "silu" else ACTIVATIONS[activation]
+        self.gate_up = FusedLinear(embed_dim, (hidden_dim, hidden_dim), bias)
+        self.down = nn.Linear(hidden_dim, embed_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.down(swiglu(self.gate_up(x)))
+        gate_up = self.gate_up(x)
+        if self.activation is None:
+            inner = swiglu(gate_up)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        added: Tensor = self.down(inner)
         return added
 
 
@@ -69,7 +79,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), where there is a context x + attention(norm(x), context), x + feed-forward(norm(x))."""
+    """x + attention(norm(x)), where there is a context x + attention(norm(x), context), x + feed-forward(norm(x)).
+
+    `norms` says where they are: before a part ("pre": Llama), behind it ("post": x + norm(attention(x)), OLMo 2), or
+    "both" (Gemma 3).
+    """
 
     def __init__(
         self,
@@ -79,16 +93,21 @@ class Block(nn.Module):
         norm_eps: float,
         cross_attention: Attention | None = None,
         dropout: float = 0.0,
+        norms: Norms = "pre",
+        norm_offset: bool = False,
     ) -> None:
         super().__init__()
         self.dropout = dropout
-        self.attention_norm = RMSNorm(embed_dim, eps=norm_eps)
+        pre, post = norms != "post", norms != "pre"
+        self.attention_norm = RMSNorm(embed_dim, norm_eps, norm_offset) if pre else None
         self.attention = attention
+        self.attention_post_norm = RMSNorm(embed_dim, norm_eps, norm_offset) if post else None
         if cross_attention is not None:
-            self.cross_attention_norm = RMSNorm(embed_dim, eps=norm_eps)
+            self.cross_attention_norm = RMSNorm(embed_dim, norm_eps)
             self.cross_attention = cross_attention
-        self.mlp_norm = RMSNorm(embed_dim, eps=norm_eps)
+        self.mlp_norm = RMSNorm(embed_dim, norm_eps, norm_offset) if pre else None
         self.mlp = mlp
+        self.mlp_post_norm = RMSNorm(embed_dim, norm_eps, norm_offset) if post else None
 
     def forward(
         self,
@@ -101,15 +120,15 @@ class Block(nn.Module):
         context_mask: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions after attention: (N, E)."""
-        attended = self.attention(self.attention_norm(x), mask=mask, cache=cache, rotary=rotary)
+        attended = self.attention(normed(x, self.attention_norm), mask=mask, cache=cache, rotary=rotary)
         if context is not None:
             x = x + dropout(attended, self.dropout, self.training)
             attended = self.cross_attention(self.cross_attention_norm(x), context=context, mask=context_mask)
         if rows is not None:
             x, attended = select_rows(x, rows), select_rows(attended, rows)
-        x = x + dropout(attended, self.dropout, self.training)
-        added: Tensor = dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
-        return x + added
+        x = x + dropout(normed(attended, self.attention_post_norm), self.dropout, self.training)
+        added = normed(self.mlp(normed(x, self.mlp_norm)), self.mlp_post_norm)
+        return x + dropout(added, self.dropout, self.training)
 
 
 class PostNormBlock(nn.Module):
@@ -131,8 +150,13 @@ class PostNormBlock(nn.Module):
         if rows is not None:
             x, attended = select_rows(x, rows), select_rows(attended, rows)
         x = self.attention_norm(x + dropout(attended, self.dropout, self.training))
-        normed: Tensor = self.mlp_norm(x + dropout(self.mlp(x), self.dropout, self.training))
-        return normed
+        out: Tensor = self.mlp_norm(x + dropout(self.mlp(x), self.dropout, self.training))
+        return out
+
+
+def normed(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """x behind a norm, where there is one."""
+    return norm(x) if norm is not None else x
 
 
 def dropout(x: Tensor, share: float, training: bool) -> Tensor:

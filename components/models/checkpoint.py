@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 from components.config.params import InputError
 from components.models.attention import FusedLinear
+from components.models.config_fields import Fields, Format
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.formats import FORMATS, Fields, Format, architecture_of
+from components.models.formats import FORMATS, architecture_of
 
 SHARD_BYTES = 5 * 10**9
 """Weights above this are written as several files."""
@@ -49,7 +50,9 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
+    """Write a model folder that `transformers` loads, all of it or nothing.
+
+    Weights are in the dtype of the folder that the model was read from, fp32 where it was none.
 
     `files` are added: paths are copied, texts are written. `generation` goes into generation_config.json.
 
@@ -227,11 +230,21 @@ def _read_fields(folder: Path) -> tuple[str, Fields]:
 def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]) -> None:
     architecture = architecture_of(model)
     special = _special_ids(folder)
-    config = {"architectures": [architecture], "torch_dtype": "float32"} | FORMATS[architecture].write(model.config)
+    written = FORMATS[architecture].write(model.config)
+    written.pop("dtype", None)  # newer writers' word for torch_dtype
+    dtype = str(_stored_dtype(model)).removeprefix("torch.")
+    config = written | {"architectures": [architecture], "torch_dtype": dtype}
     _write_json(folder / "config.json", config | special)
     if not architecture.startswith("Bert"):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
         _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    """That of the folder a model was read from; fp32 for one of our own."""
+    source: Mapping[str, Any] = getattr(model.config, "source", None) or {}
+    name = source.get("dtype") or source.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name), torch.float32)
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
@@ -252,11 +265,11 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> None:
-    tensors = dict(hub_tensors(model))
+    tensors, dtype = dict(hub_tensors(model)), _stored_dtype(model)
     shards: list[list[str]] = [[]]
     sizes = [0]
     for name, tensor in tensors.items():
-        size = tensor.numel() * 4
+        size = tensor.numel() * dtype.itemsize
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append([])
             sizes.append(0)
@@ -265,7 +278,7 @@ def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> None:
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for file, names in zip(files, shards, strict=True):
-        part = {name: tensors[name].detach().float().contiguous().cpu() for name in names}
+        part = {name: tensors[name].detach().to(dtype).contiguous().cpu() for name in names}
         (folder / file).write_bytes(safetensors_bytes(part, {"format": "pt"}))
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

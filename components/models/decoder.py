@@ -1,20 +1,22 @@
-"""The decoder: Llama's architecture, and Qwen3's where queries and keys are normed.
+"""The decoder: Llama's architecture, and what its relatives do otherwise (`decoder_formats.py` says which does what).
 
 Shapes: B batch, T tokens, S tokens with those in the cache, E embed_dim, V vocab_size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from components.config.model_settings import DecoderModelConfig
 from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
-from components.models.blocks import Block, SwiGLU
+from components.models.blocks import Block, GatedFeedForward, Norms
 from components.models.fused import RMSNorm
-from components.models.positions import RotaryPositions
+from components.models.positions import RopeScaling, Rotary, RotaryPositions
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,34 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = False
     tie_embeddings: bool = False
+    joint_norm: bool = False
+    """Queries and keys are normed over all heads at once instead of head by head."""
+    norms: Norms = "pre"
+    norm_offset: bool = False
+    """Norms' gains are 1 + weight."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    scale_embedding: bool = False
+    """By sqrt(embed_dim)."""
+    attention_scale: float | None = None
+    """Of the scores; 1 / sqrt(head_dim) where None."""
+    rotary_dim: int | None = None
+    """Rotated dimensions of a head; all where None."""
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None
+    """Of layers with a window, which then have no scaling; as the others where None."""
+    window: int | None = None
+    """Tokens that a query of a windowed layer sees, its own among them."""
+    windowed_layers: tuple[bool, ...] = ()
+    """Which layers have that window; none where empty."""
+    unrotated_layers: tuple[bool, ...] = ()
+    """Which layers have no positions (SmolLM3); none where empty."""
+    architecture: str = field(default="", compare=False)
+    """Hugging Face's name for it; Llama's or Qwen3's where empty."""
+    source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """The config.json it was read from: fields that are not ours to change are written as they were."""
 
     @classmethod
     def from_params(cls, model: DecoderModelConfig, vocab_size: int) -> DecoderConfig:
@@ -46,9 +76,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.positions = RotaryPositions(config.head_dim, config.max_seq_len, config.rope_theta)
+        rotary_dim, length = config.rotary_dim or config.head_dim, config.max_seq_len
+        self.positions = RotaryPositions(rotary_dim, length, config.rope_theta, config.rope_scaling)
+        theta = config.local_rope_theta
+        self.local_positions = RotaryPositions(rotary_dim, length, theta) if theta is not None else None
         self.blocks = nn.ModuleList(self._block() for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, config.norm_offset)
         self.head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
@@ -56,14 +89,27 @@ class Decoder(nn.Module):
 
     def _block(self) -> Block:
         c = self.config
-        attention = Attention(c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim, c.qk_norm, c.norm_eps)
-        return Block(attention, SwiGLU(c.embed_dim, c.hidden_dim), c.embed_dim, c.norm_eps)
+        attention = Attention(
+            c.embed_dim,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.qk_norm,
+            c.norm_eps,
+            c.qkv_bias,
+            c.attention_scale,
+            out_bias=c.out_bias,
+            joint_norm=c.joint_norm,
+            norm_offset=c.norm_offset,
+        )
+        mlp = GatedFeedForward(c.embed_dim, c.hidden_dim, c.activation, c.mlp_bias)
+        return Block(attention, mlp, c.embed_dim, c.norm_eps, norms=c.norms, norm_offset=c.norm_offset)
 
     def init_weights(self) -> None:
         """Draw weights from torch's random state; as in GPT-2, what adds to the stream starts smaller with depth."""
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
-                nn.init.ones_(weight)
+                nn.init.constant_(weight, 0.0 if self.config.norm_offset or name.endswith("bias") else 1.0)
                 continue
             adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
             nn.init.normal_(weight, std=0.02 / (2 * self.config.num_layers) ** 0.5 if adds else 0.02)
@@ -101,17 +147,47 @@ class Decoder(nn.Module):
         past = cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        x = self.embed(input_ids)
-        rotary = self.positions(position_ids)
-        mask = additive(self._mask(input_ids, past, segment_ids, attention_mask), x.dtype).unsqueeze(1)  # (B, 1, T, S)
+        x = self.scaled(self.embed(input_ids))
+        visible = self._mask(input_ids, past, segment_ids, attention_mask)
+        masks = [additive(visible, x.dtype).unsqueeze(1)]  # (B, 1, T, S)
+        if self.config.windowed_layers:
+            # Keys in an engine's cache lie at their positions; elsewhere queries and keys are as far apart as in x.
+            stored = cache is not None and attention_mask is not None and attention_mask.dim() == 3
+            keys = torch.arange(visible.shape[-1], device=x.device)
+            queries = position_ids if stored else torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+            if cache is None:
+                keys = queries = position_ids
+            masks.append(self.windowed(masks[0], queries.unsqueeze(1), keys))
         last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
+        for index, (block, (rotary, windowed)) in enumerate(zip(self.blocks, self.layers(position_ids), strict=True)):
             layer = cache.layers[index] if cache is not None else None
-            x = block(x, mask=mask, cache=layer, rotary=rotary, rows=rows if index == last else None)
+            x = block(x, mask=masks[windowed], cache=layer, rotary=rotary, rows=rows if index == last else None)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         normed: Tensor = self.norm(x)
         return normed
+
+    def scaled(self, embedded: Tensor) -> Tensor:
+        """Embeddings as the first block reads them."""
+        if not self.config.scale_embedding:
+            return embedded
+        return embedded * torch.tensor(self.config.embed_dim**0.5, dtype=embedded.dtype)
+
+    def layers(self, position_ids: Tensor) -> Iterator[tuple[Rotary | None, bool]]:
+        """Of each layer: its rotary table at these positions, None where it has none, and whether it has a window."""
+        c = self.config
+        rotary = self.positions(position_ids)
+        local = self.local_positions(position_ids) if self.local_positions is not None else rotary
+        for index in range(c.num_layers):
+            windowed = bool(c.windowed_layers) and c.windowed_layers[index]
+            unrotated = bool(c.unrotated_layers) and c.unrotated_layers[index]
+            yield None if unrotated else local if windowed else rotary, windowed
+
+    def windowed(self, mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+        """A mask (B, 1, T, S) that also hides keys at positions (.., S) beyond the window of queries (B, 1, T)."""
+        assert self.config.window is not None
+        hidden = queries.unsqueeze(-1) - keys.view(-1, 1, 1, keys.shape[-1]) >= self.config.window
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def _mask(self, input_ids: Tensor, past: int, segment_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None and attention_mask.dim() == 3:

@@ -6,143 +6,19 @@ parts. `checkpoint.py` reads and writes by them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from components.config.params import InputError
 from components.models.blocks import ACTIVATIONS
-from components.models.decoder import Decoder, DecoderConfig
+from components.models.config_fields import Fields, Format, Names
+from components.models.decoder import Decoder
+from components.models.decoder_formats import DECODERS
 from components.models.encoder import Classifier, Encoder, EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-
-Names = Mapping[str, str | tuple[str, ...]]
-"""Our module or weight, `{n}` for the number of its block, to Hugging Face's; several for a fused product."""
-
-
-@dataclass(frozen=True)
-class Fields:
-    """The fields of a config.json; every error names the field."""
-
-    path: Path
-    values: dict[str, Any]
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 0."""
-        value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise InputError(f"{self.path}: {name}: {value!r} is not a whole number")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self._value(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise InputError(f"{self.path}: {name}: {value!r} is not a number")
-        return float(value)
-
-    def choice(self, name: str, default: Any, allowed: Collection[Any]) -> Any:
-        """A value out of `allowed`; others are not supported."""
-        value = self._value(name, default)
-        if value not in allowed:
-            raise InputError(
-                f"{self.path}: {name}: {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}"
-            )
-        return value
-
-    def _value(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is None and default is None:
-            raise InputError(f"{self.path}: {name} is missing")
-        return default if value is None else value
-
-
-@dataclass(frozen=True)
-class Format:
-    """One architecture: how its configuration and its tensors become ours and back."""
-
-    model: Callable[[Any], nn.Module]
-    read: Callable[[Fields], Any]
-    write: Callable[[Any], dict[str, Any]]
-    names: Callable[[Any], Names]
-    ignored: tuple[str, ...] = ()
-    """Ends of the names of tensors that repeat others, or that are computed."""
-    optional: tuple[str, ...] = ()
-    """Beginnings of the names of tensors that a folder may lack; they are initialized."""
-    settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
-    """The configuration, given the names of the folder's tensors."""
-
-
-def _read_decoder(fields: Fields, qk_norm: bool) -> DecoderConfig:
-    rope = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
-    nested = Fields(fields.path, rope if isinstance(rope, dict) else {"rope_type": rope})
-    nested.choice("rope_type", rope.get("type", "default"), ["default"])
-    fields.choice("hidden_act", "silu", ["silu"])
-    for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
-        fields.choice(name, False, [False])
-    heads = fields.whole("num_attention_heads")
-    return DecoderConfig(
-        vocab_size=fields.whole("vocab_size"),
-        embed_dim=fields.whole("hidden_size"),
-        num_layers=fields.whole("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=fields.whole("num_key_value_heads", heads),
-        head_dim=fields.whole("head_dim", fields.whole("hidden_size") // heads),
-        hidden_dim=fields.whole("intermediate_size"),
-        max_seq_len=fields.whole("max_position_embeddings"),
-        rope_theta=nested.number("rope_theta", fields.number("rope_theta", 10_000.0)),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        qk_norm=qk_norm,
-        tie_embeddings=fields.choice("tie_word_embeddings", False, [True, False]),
-    )
-
-
-def _write_decoder(config: DecoderConfig) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3" if config.qk_norm else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden_dim,
-        "max_position_embeddings": config.max_seq_len,
-        # Newer readers want the first of these, older ones and other engines the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-    }
-
-
-_DECODER: Names = {
-    "embed": "model.embed_tokens",
-    "blocks.{n}.attention_norm": "model.layers.{n}.input_layernorm",
-    "blocks.{n}.attention.qkv": tuple(f"model.layers.{{n}}.self_attn.{part}_proj" for part in "qkv"),
-    "blocks.{n}.attention.q_norm": "model.layers.{n}.self_attn.q_norm",
-    "blocks.{n}.attention.k_norm": "model.layers.{n}.self_attn.k_norm",
-    "blocks.{n}.attention.out": "model.layers.{n}.self_attn.o_proj",
-    "blocks.{n}.mlp_norm": "model.layers.{n}.post_attention_layernorm",
-    "blocks.{n}.mlp.gate_up": ("model.layers.{n}.mlp.gate_proj", "model.layers.{n}.mlp.up_proj"),
-    "blocks.{n}.mlp.down": "model.layers.{n}.mlp.down_proj",
-    "norm": "model.norm",
-    "head": "lm_head",
-}
-
-
-def _decoder(qk_norm: bool) -> Format:
-    return Format(
-        Decoder,
-        lambda fields: _read_decoder(fields, qk_norm),
-        _write_decoder,
-        lambda config: _DECODER,
-        ignored=("rotary_emb.inv_freq",),
-    )
 
 
 def _read_encoder(fields: Fields) -> EncoderConfig:
@@ -324,8 +200,7 @@ def _tied_where_no_head(config: EncoderDecoderConfig, names: Collection[str]) ->
 
 
 FORMATS: dict[str, Format] = {
-    "LlamaForCausalLM": _decoder(qk_norm=False),
-    "Qwen3ForCausalLM": _decoder(qk_norm=True),
+    **DECODERS,
     "BertModel": _encoder(Encoder, _ENCODER),
     "BertForPreTraining": _encoder(EncoderForPretraining, _PRETRAINING),
     "BertForMaskedLM": _encoder(EncoderForPretraining, _PRETRAINING),
@@ -348,7 +223,7 @@ FORMATS: dict[str, Format] = {
 def architecture_of(model: nn.Module) -> str:
     """The architecture that a model of ours is written as."""
     if isinstance(model, Decoder):
-        return "Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM"
+        return model.config.architecture or ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
     return {
         Encoder: "BertModel",
         EncoderForPretraining: "BertForPreTraining",

@@ -25,15 +25,23 @@ def should_fuse(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Scale to root mean square one, then by a learned gain (arXiv 1910.07467)."""
+    """Scale to root mean square one, then by a learned gain (arXiv 1910.07467); Gemma's gain is 1 + weight."""
+
+    def __init__(self, dim: int, eps: float, offset: bool = False) -> None:
+        super().__init__(dim, eps=eps)
+        self.offset = offset
+
+    @property
+    def gain(self) -> Tensor:
+        return self.weight + 1 if self.offset else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         if should_fuse(x):
             apply = cast(Callable[..., Tensor], _RMSNorm.apply)
-            return apply(x, self.weight, self.eps or 0.0)
+            return apply(x, self.gain, self.eps or 0.0)
         if x.is_cuda or torch.is_grad_enabled():
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
-        return x * _inverse_root_mean_square(x, self.eps or 0.0) * self.weight
+            return F.rms_norm(x, self.normalized_shape, self.gain, self.eps)
+        return x * _inverse_root_mean_square(x, self.eps or 0.0) * self.gain
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
 from components.inference.batching import MIN_SHARED, ContinuousBatch, Row, generate, rows_are_independent
-from components.inference.decode_step import greedy, sampled
 from components.inference.packed_weights import RoundedLinear, pack, round_weights
+from components.inference.sampling import greedy, sampled
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
 

@@ -259,12 +259,12 @@ def test_pickles_are_refused(folder: Path) -> None:
     [
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "architectures: GPT2LMHeadModel is not supported; one of LlamaForCausalLM, Qwen3For",
+            "architectures: GPT2LMHeadModel is not supported; one of LlamaForCausalLM, Qwen2For",
         ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: 'yarn' is not supported; allowed: 'default'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type: 'linear' is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported; allowed: 'silu'"),
-        ({"attention_bias": True}, "attention_bias: True is not supported"),
+        ({"rope_parameters": {"rope_type": "magic"}}, "rope_type: 'magic' is not supported; allowed: 'default'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "config.json: factor is missing"),
+        ({"hidden_act": "relu"}, "hidden_act: 'relu' is not supported; allowed: 'silu'"),
+        ({"attention_bias": "some"}, "attention_bias: 'some' is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window: True is not supported"),
         ({"hidden_size": "wide"}, "hidden_size: 'wide' is not a whole number"),
         ({"rope_theta": [1], "rope_parameters": None}, r"rope_theta: \[1\] is not a number"),

@@ -141,7 +141,7 @@ def test_an_untrained_model_guesses_evenly() -> None:
 
 def test_the_configuration_of_params_is_that_of_the_decoder() -> None:
     given = load_params(Path(__file__).parents[2] / "params.yaml").model.decoder.model_dump()
-    values = {key: value for key, value in vars(CONFIG).items() if key not in ("vocab_size", "norm_eps")}
+    values = {key: value for key, value in vars(CONFIG).items() if key in given}
     assert DecoderConfig.from_params(DecoderModelConfig(**{**given, **values}), vocab_size=61) == CONFIG
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from components.agent import batch_rollout as rollout
 from components.agent.batch_rollout import answer_all
-from components.inference.decode_step import Sampling
+from components.inference.sampling import Sampling
 from components.models.checkpoint import load_decoder
 from serving.engine.backend import Completion, Event, Failure, GenerationRequest
 from serving.engine.local import LocalEngine
