@@ -151,7 +151,7 @@ def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         done = calls(row)
         for (name, _), result, (_, given) in zip(done[:-1], results[:-1], done[1:], strict=True):
-            assert given == {"symbol": Hop(name, "", result).found}
+            assert given == {"symbol": Hop(name, "", result).next_argument}
         chains[tuple(name for name, _ in done)] += 1
     assert set(chains) == set(CHAINS)
     assert chains.total() > 0.08 * len(training)

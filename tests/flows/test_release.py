@@ -168,7 +168,7 @@ def test_each_model_is_released_by_itself(registry: Registry, registered: Regist
     assert found.pending == ["agent"], "a refusal of one does not stop the others"
     assert found.champions == []
     (refusal,) = found.refusals
-    assert refusal.startswith("classifier/2: refused against agent/1: falls")
+    assert refusal.startswith("classifier/2: refused against agent/1: regresses")
     assert 'overrule with "loopwright registry promote classifier 2"' in refusal
 
 
