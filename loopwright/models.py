@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from components.config.params import FAMILY_OF_SECTION, InputError, load_params
-from components.config.paths import Paths, find_root
+from components.config.paths import Paths, find_root, writing
 from components.runtime.files import copy_folder
 from loopwright.output import Json, print_json, print_table, say
+
+ExportFormat = Literal["hf", "gguf"]
+Quantization = Literal["f16", "q8_0"]
 
 
 def package(
@@ -33,32 +37,39 @@ def package(
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Llama-, Qwen3-, BERT- or T5-format model folder.")],
-    name: Annotated[str, typer.Option(help="Name in the registry.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model folder in Hugging Face's format, or a .gguf.")],
+    name: Annotated[str | None, typer.Option(help="Name in the registry; that of the folder or file if left out.")] = (
+        None
+    ),
     as_json: Json = False,
 ) -> None:
-    """Check a Hugging Face model folder and register it; a section's `base` in params.yaml may then name it."""
+    """Check a Hugging Face model folder or GGUF file and register it; a `base` in params.yaml may then name it."""
+    if name is None:
+        name = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.removesuffix(".gguf").lower()).strip("._-")[:63]
     # What MLflow and BentoML both accept.
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
         raise InputError(f"--name: {name!r}: not a valid model name; allowed are {allowed}")
     from components.inference.cache_plan import serving_note
-    from components.tracking.model_import import import_model, inspect_model
+    from components.tracking.model_import import import_model, inspect_model, unpacked
     from components.tracking.registry import Registry
 
-    model = inspect_model(folder)
     paths = Paths(find_root())
     serve = load_params(paths.params).serve
-    version = import_model(folder, model, name, Registry(paths.home), paths)
+    with unpacked(path, paths.home) as folder:
+        model = inspect_model(folder)
+        version = import_model(folder, model, name, Registry(paths.home), paths, path)
     if left_out := version.tags.get("tools_left_out"):
         say(
-            f"{folder}: its tools {left_out} are left out: an import runs no code, and their source differs from"
+            f"{path}: its tools {left_out} are left out: an import runs no code, and their source differs from"
             " that of the project in params.yaml"
         )
     if as_json:
         print_json({"model": str(version), "aliases": list(version.aliases), **asdict(model)})
         return
-    if model.family == "decoder" and (note := serving_note(folder, serve.max_running, serve.max_context_tokens)):
+    if model.family == "decoder" and (
+        note := serving_note(version.folder, serve.max_running, serve.max_context_tokens)
+    ):
         print(f"Served on this machine: {note}")
     section = next(name for name, family in FAMILY_OF_SECTION.items() if family == model.family)
     print(f"{version}: {model.architecture}, {model.parameters:,} parameters, {model.vocab_size:,} tokens")
@@ -68,15 +79,32 @@ def import_(
 def export(
     model: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Which model; NAME/VERSION works too.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Target folder; must be empty or not exist.")],
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="A folder for transformers and vLLM, or a file for llama.cpp.")
+    ] = "hf",
+    quantization: Annotated[Quantization, typer.Option(help="Of the matrices in a GGUF file.")] = "f16",
     as_json: Json = False,
 ) -> None:
-    """Copy a registered model to a folder that transformers, vLLM and others load."""
+    """Copy a registered model to a folder that transformers, vLLM and others load, or write it as a GGUF file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; choose another, or empty it first")
     from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
-    copy_folder(version.folder, folder)
+    if form == "gguf":
+        from components.models.gguf_export import pack_gguf
+        from components.tokenization.gguf_tokenizer import pack_tokenizer
+
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            target = folder / f"{version.name}-{quantization}.gguf"
+            try:
+                pack_gguf(version.folder, target, quantization, partial(pack_tokenizer, version.folder))
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
+    else:
+        copy_folder(version.folder, folder)
     files = sorted(file.name for file in folder.iterdir())
     if as_json:
         print_json({"model": str(version), "folder": str(folder), "files": files})

@@ -160,7 +160,8 @@ def _hub_tensors(file: GgufFile, config: Mapping[str, Any]) -> Iterator[tuple[st
             values = permuted(values, heads, halves=True)
         if rule.offset and hub.endswith("norm.weight"):
             values = values - 1
-        yield hub, torch.from_numpy(np.array(values)).to(dtype)
+        # Vectors are fp32 in the file, and few.
+        yield hub, torch.from_numpy(np.array(values)).to(dtype if values.ndim > 1 else torch.float32)
 
 
 def module_names(prefix: str, layers: int) -> dict[str, str]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from components.models.checkpoint import INDEX, check_model, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder
 from components.models.encoder_decoder import EncoderDecoder
+from components.models.gguf import open_gguf, unpack_gguf
+from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import ModelVersion, Registry
@@ -82,16 +85,47 @@ def _count_tokens(folder: Path, family: Family) -> int:
     return tokenizer.vocab_size
 
 
+@contextmanager
+def unpacked(path: Path, home: Path) -> Iterator[Path]:
+    """A model folder, or what a GGUF file is unpacked to in the state folder `home` while the block runs.
+
+    Raises: InputError when the file is damaged or not supported, or the disk is full.
+    """
+    if path.suffix != ".gguf":
+        yield path
+        return
+    if not path.is_file():
+        raise InputError(f"{path}: not found; give a GGUF file or a model folder")
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".importing-") as scratch:
+            file = open_gguf(path)
+            unpack_gguf(file, Path(scratch))
+            unpack_tokenizer(file.metadata, path, Path(scratch))
+            yield Path(scratch)
+
+
 def import_model(
-    folder: Path, info: ModelInfo, name: str, registry: Registry, paths: Paths | None = None
+    folder: Path,
+    info: ModelInfo,
+    name: str,
+    registry: Registry,
+    paths: Paths | None = None,
+    source: Path | None = None,
 ) -> ModelVersion:
     """Register an inspected model folder; a model without a promotion gate becomes champion.
+
+    `source` is the file that the folder was unpacked from.
 
     Tools whose source is not that of the project in `paths` are left out; the tag `tools_left_out` names them.
 
     Raises: InputError when the disk is full.
     """
-    tags = {"imported_from": str(folder.resolve()), "architecture": info.architecture, "family": info.family}
+    tags = {
+        "imported_from": str((source or folder).resolve()),
+        "architecture": info.architecture,
+        "family": info.family,
+    }
     with writing(registry.home):
         registry.home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:

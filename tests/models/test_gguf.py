@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, trainers
+from typer.testing import CliRunner
 
 from components.config.params import InputError
 from components.models.checkpoint import load_decoder
@@ -20,6 +23,8 @@ from components.models.gguf import ARCHITECTURES, open_gguf, unpack_gguf
 from components.models.gguf_export import Quantization, pack_gguf
 from components.tokenization.gguf_tokenizer import PRE_TOKENIZERS, pack_tokenizer, unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
+from loopwright.cli import app
+from tests.conftest import SOURCE
 from tests.models.test_architectures import CASES, ids, reference
 
 CHATML = (
@@ -157,3 +162,49 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
     vocabulary = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": [1], "tokenizer.ggml.model": "gpt2"}
     with pytest.raises(InputError, match=r"tokenizer\.ggml\.pre: 'tekken' is not supported; one of gpt-2"):
         unpack_tokenizer(vocabulary | {"tokenizer.ggml.pre": "tekken"}, tmp_path / "bare", tmp_path)
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`loopwright` in an empty project."""
+    (tmp_path / "project").mkdir()
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(SOURCE / name, tmp_path / "project" / name)
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(tmp_path / "home"))
+    return lambda *words: CliRunner().invoke(app, list(map(str, words)))
+
+
+def test_a_file_is_imported_and_exported_by_command(command: Callable[..., Any], tmp_path: Path) -> None:
+    reference("qwen2", tmp_path / "model")
+    byte_level(tmp_path / "model")
+    path = packed(tmp_path / "model", tmp_path / "Tiny Qwen2.5.gguf")
+    done = command("import", path, "--json")
+    assert (done.exit_code, json.loads(done.stdout)["model"]) == (0, "tiny-qwen2.5/1")
+    assert command("export", "tiny-qwen2.5/1", tmp_path / "out", "--format", "gguf").exit_code == 0
+    again, first = (GGUFReader(file) for file in (tmp_path / "out/tiny-qwen2.5-f16.gguf", path))
+    assert {tensor.name: tensor.data.tobytes() for tensor in again.tensors} == {
+        tensor.name: tensor.data.tobytes() for tensor in first.tensors
+    }
+
+
+@pytest.mark.parametrize("name", ["cut.gguf", "absent.gguf"])
+def test_a_refused_file_leaves_nothing(name: str, command: Callable[..., Any], tmp_path: Path) -> None:
+    reference("llama", tmp_path / "model")
+    byte_level(tmp_path / "model")
+    (tmp_path / "cut.gguf").write_bytes(packed(tmp_path / "model", tmp_path / "whole.gguf").read_bytes()[:-9000])
+    refused = command("import", tmp_path / name)
+    assert isinstance(refused.exception, InputError)
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.name.startswith(".importing")]
+
+
+def test_an_export_that_fails_leaves_no_file(command: Callable[..., Any], tmp_path: Path) -> None:
+    reference("llama", tmp_path / "model")
+    byte_level(tmp_path / "model")
+    described = json.loads((tmp_path / "model/tokenizer.json").read_text())
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[a-z]+"
+    (tmp_path / "model/tokenizer.json").write_text(json.dumps(described))
+    assert command("import", tmp_path / "model", "--name", "odd").exit_code == 0
+    refused = command("export", "odd/1", tmp_path / "out", "--format", "gguf")
+    assert "llama.cpp knows none that splits so" in str(refused.exception)
+    assert not list((tmp_path / "out").iterdir())
