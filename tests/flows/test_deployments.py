@@ -170,7 +170,7 @@ def test_a_schedule_fires_and_the_event_of_its_run_fires_an_improvement(at: Plat
     for number in range(ENOUGH_ITEMS):
         store.add_request(f"c-{number}", "agent/1", {"messages": [{"role": "user", "content": f"What is {number}?"}]})
         store.add_answer(f"c-{number}", AnswerRecord("I do not know.", "stop", 5, 5, 0.1))
-        store.add_feedback(f"c-{number}", "down", f"It is {number}.", voice="user:a")
+        store.add_feedback(f"c-{number}", "down", f"It is {number}.", user="user:a")
     often = {"schedule": {"interval": 10, "anchor_date": datetime.now(UTC).isoformat()}, "active": True}
     ingest = at.deployment("ingest")["id"]
     made = at.send("POST", f"deployments/{ingest}/schedules", [often])[0]

@@ -96,7 +96,7 @@ def correct(store: Store, paths: Paths, first: int, count: int) -> list[str]:
         store.add_request(f"c{number}", "agent/1", body)
         result = {"type": "result", "name": "lookup", "content": f"module_{number}"}
         store.add_answer(f"c{number}", AnswerRecord("no idea", "stop", 5, 5, 0.1, [CALL, result]))
-        ids.append(store.add_feedback(f"c{number}", "down", f"in module_{number}", voice="user:a"))
+        ids.append(store.add_feedback(f"c{number}", "down", f"in module_{number}", user="user:a"))
     assert ingest(store, paths.feedback, CONFIG, lambda rows: {}).accepted == count
     return ids
 
