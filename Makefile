@@ -54,10 +54,11 @@ bench: setup  ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks.classify
 	$(BIN)/python -m benchmarks.ingestion
 
-lock: setup  ## requirements.lock from the ranges of pyproject.toml
+lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the versions that stages declare
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new
 	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine.
 	@grep -vE '^(nvidia-[a-ln-z]|triton|cuda-)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
 	@rm requirements.lock.new
+	$(BIN)/python -m components.config.versions
 
 .PHONY: help setup run up test check bench lock

@@ -66,8 +66,8 @@ def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | Non
 
 def _add_banking(folder: Path, target: Path, seed: int) -> None:
     """BANKING77 with the test set that everyone reports on."""
+    from components.datasets.collect import stratified
     from components.datasets.formats import DatasetWriter, Row
-    from components.datasets.stratified_split import stratified
 
     def rows(split: str) -> list[Row]:
         with (folder / f"banking77_{split}.csv").open(encoding="utf-8", newline="") as file:

@@ -54,7 +54,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
             compiled = time.perf_counter() - began
             taken = []
             for seed in range(ROWS):
-                chance, watcher = np.random.default_rng(seed), rule.constraint(last=False)
+                chance, watcher = np.random.default_rng(seed), rule.turn.constraint(rule.structured)
                 for left in range(TOKENS, 0, -1):
                     began = time.perf_counter()
                     mask = watcher.allowed(left)

@@ -67,11 +67,11 @@ def queries(root: Path, known: dict[str, str]) -> list[Query]:
     return found
 
 
-def by_words(path: Path, asked: Sequence[Query]) -> list[list[str]]:
+def by_words(path: Path, searches: Sequence[Query]) -> list[list[str]]:
     """Names in the order of the agent's search: those with all words first, then those with any."""
     ranked = []
     with closing(sqlite3.connect(path)) as connection:
-        for query in asked:
+        for query in searches:
             words = [word for word in re.findall(r"\w+", query.text.lower()) if word not in _STOP_WORDS]
             quoted = [f'"{word}"' for word in dict.fromkeys(words[:MAX_QUERY_WORDS])]
             names: dict[str, None] = {}
@@ -82,7 +82,7 @@ def by_words(path: Path, asked: Sequence[Query]) -> list[list[str]]:
     return ranked
 
 
-def by_vectors(folder: Path, known: dict[str, str], asked: Sequence[Query]) -> list[list[str]]:
+def by_vectors(folder: Path, known: dict[str, str], searches: Sequence[Query]) -> list[list[str]]:
     """Names in the order of their vectors' nearness."""
     encoder = TextEncoder.load(folder)
 
@@ -93,7 +93,7 @@ def by_vectors(folder: Path, known: dict[str, str], asked: Sequence[Query]) -> l
     names, there = list(known), embedded(list(known.values()))
     centre = there.mean(0)  # what all vectors have in common tells none of them apart
     there = torch.nn.functional.normalize(there - centre, dim=-1)
-    sought = torch.nn.functional.normalize(embedded([query.text for query in asked]) - centre, dim=-1)
+    sought = torch.nn.functional.normalize(embedded([query.text for query in searches]) - centre, dim=-1)
     return [[names[place] for place in row] for row in (sought @ there.T).topk(DEEP).indices.tolist()]
 
 
@@ -109,8 +109,8 @@ def fused(*rankings: list[list[str]]) -> list[list[str]]:
     return found
 
 
-def figures(ranked: list[list[str]], asked: Sequence[Query]) -> dict[str, float]:
-    pairs = zip(ranked, asked, strict=True)
+def figures(ranked: list[list[str]], searches: Sequence[Query]) -> dict[str, float]:
+    pairs = zip(ranked, searches, strict=True)
     places = [row.index(query.symbol) + 1 if query.symbol in row else 0 for row, query in pairs]
     return {
         "recall@1": round(sum(place == 1 for place in places) / len(places), 4),
@@ -122,21 +122,21 @@ def figures(ranked: list[list[str]], asked: Sequence[Query]) -> dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.stdlib_retrieval", description=__doc__)
     parser.add_argument("--model", type=Path, action="append", help="an encoder's folder; may be given again")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     paths = Paths(find_root())
     knowledge = paths.agent_files / TOOL_FILES / FACTS
     if not knowledge.is_file():
         parser.error(f"{knowledge}: not built yet; run `loopwright run` here first")
-    folders = given.model or [folder for folder in (paths.base("encoder"), paths.classifier) if folder.is_dir()]
+    folders = arguments.model or [folder for folder in (paths.base("encoder"), paths.classifier) if folder.is_dir()]
     known = documents(knowledge)
-    asked = queries(paths.root, known)
-    words = by_words(knowledge, asked)
-    told: dict[str, Any] = {"queries": len(asked), "documents": len(known), "bm25": figures(words, asked)}
+    searches = queries(paths.root, known)
+    words = by_words(knowledge, searches)
+    results: dict[str, Any] = {"queries": len(searches), "documents": len(known), "bm25": figures(words, searches)}
     for folder in folders:
-        vectors = by_vectors(folder, known, asked)
-        told[f"vectors of {folder.name}"] = figures(vectors, asked)
-        told[f"bm25 and {folder.name}"] = figures(fused(words, vectors), asked)
-    print(json.dumps(told, indent=2))
+        vectors = by_vectors(folder, known, searches)
+        results[f"vectors of {folder.name}"] = figures(vectors, searches)
+        results[f"bm25 and {folder.name}"] = figures(fused(words, vectors), searches)
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

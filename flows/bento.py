@@ -1,26 +1,24 @@
-"""A registered model as a Bento that serves itself: built with the code and the weights, and tried over HTTP."""
+"""A registered model as a Bento: built with the code and the weights, and smoke-tested over HTTP."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from contextlib import chdir
 from pathlib import Path
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
-from components.runtime.process import ask_to_die_with_parent
-from components.runtime.service_registry import answers
+from components.runtime.process import start, stop
+from components.runtime.service_registry import wait_for
 from components.tracking.registry import Registry
-from flows.orchestration.prefect_server import free_port, stop
+from flows.orchestration.prefect_server import free_port
 from flows.release_targets import SmokeProbe
 
 _SECONDS_TO_SERVE = 180.0
-_IN_A_BENTO = (
+_BENTO_FILES = (
     "/components/",
     "/examples/",
     "/serving/",
@@ -31,27 +29,27 @@ _IN_A_BENTO = (
 )
 
 
-def package(paths: Paths, wanted: str) -> str:
+def package(paths: Paths, model: str) -> str:
     """Build the Bento of a registered version, weights included, and return its tag; an older build is replaced.
 
-    Raises: InputError when another model's tag would be the same, for BentoML writes tags in small letters.
+    Raises: InputError when another model would have the same tag, for BentoML writes tags in lower case.
     """
     registry = Registry(paths.home)
-    version = registry.resolve(wanted)
+    version = registry.resolve(model)
     name = version.name.lower()
     if twins := [other for other in registry.names() if other.lower() == name and other != version.name]:
         raise InputError(
-            f"{version}: BentoML tells no capitals apart, and there is {twins[0]} too; import it under another name"
+            f"{version}: BentoML ignores case, and {twins[0]} is registered too; import the model under another name"
         )
     os.environ.update(_bento_environment(paths.home))
     import bentoml
 
     tag = f"{name}:v{version.version}"
     for store in (bentoml.bentos, bentoml.models):
-        if any(str(kept.tag) == tag for kept in store.list()):
+        if any(str(entry.tag) == tag for entry in store.list()):
             store.delete(tag)
-    facts = {"name": version.name, "version": version.version, "run_id": version.run_id}
-    with bentoml.models.create(tag, metadata={**facts, "tags": version.tags, "metrics": version.metrics}) as weights:
+    metadata = {"name": version.name, "version": version.version, "run_id": version.run_id}
+    with bentoml.models.create(tag, metadata={**metadata, "tags": version.tags, "metrics": version.metrics}) as weights:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
     # BentoML takes paths relative to the current folder only.
     with chdir(paths.root):
@@ -60,7 +58,7 @@ def package(paths: Paths, wanted: str) -> str:
             name=name,
             version=f"v{version.version}",
             labels={"model": str(version), "run_id": version.run_id},
-            include=[*_IN_A_BENTO, f"/{load_params(paths.params).project_path}"],
+            include=[*_BENTO_FILES, f"/{load_params(paths.params).project_path}"],
             python={"requirements_txt": "requirements.lock", "lock_packages": False},
             models=[tag],
             args={"weights": tag},
@@ -68,42 +66,30 @@ def package(paths: Paths, wanted: str) -> str:
     return str(bento.tag)
 
 
-def smoke(paths: Paths, tag: str, asking: SmokeProbe, question: str) -> str:
-    """Serve a built Bento on a free port, ask it a question over HTTP, and return the answer.
+def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> str:
+    """Serve a built Bento on a free port, send it a question over HTTP, and return the answer.
 
-    Raises: RuntimeError with the server's log when it does not answer.
+    Raises: RuntimeError with the end of the server's log when it does not answer.
     """
     import httpx
 
     address = f"http://127.0.0.1:{(port := free_port())}"
     log = paths.home / "logs" / "smoke.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # A state folder of its own: this question is no customer's.
+    # A state folder of its own: this question is no user's.
     with tempfile.TemporaryDirectory() as scratch, log.open("wb") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)],
-            env={**os.environ, **_bento_environment(paths.home), "LOOPWRIGHT_HOME": scratch, "LOOPWRIGHT_API_KEYS": ""},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=ask_to_die_with_parent,
-        )
+        command = [sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)]
+        environment = {**_bento_environment(paths.home), "LOOPWRIGHT_HOME": scratch, "LOOPWRIGHT_API_KEYS": ""}
+        process = start(command, file, environment)
         try:
-            _wait_until_ready(f"{address}/readyz", process, log)
-            asked = asking.body(question)
-            reply = httpx.post(f"{address}{asking.path}", json=asked, timeout=120).raise_for_status().json()
+            if not wait_for(f"{address}/readyz", _SECONDS_TO_SERVE, process):
+                end = log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"the served Bento was not ready; {log} ends:\n{end}")
+            body = probe.body(question)
+            response = httpx.post(f"{address}{probe.path}", json=body, timeout=120).raise_for_status().json()
         finally:
             stop(process)
-    return asking.answer(reply)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _SECONDS_TO_SERVE
-    while process.poll() is None and time.monotonic() < deadline:
-        if answers(url):
-            return
-        time.sleep(0.2)
-    raise RuntimeError(f"the served Bento was not ready; {log} ends:\n{log.read_text(errors='replace')[-2000:]}")
+    return probe.answer(response)
 
 
 def _bento_environment(home: Path) -> dict[str, str]:

@@ -23,18 +23,17 @@ from prefect.types.entrypoint import EntrypointType
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
+from flows.feedback import ENOUGH, RESOURCE
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
-ENOUGH = "loopwright.feedback.enough"
-"""Event with which the ingestion asks for an improvement."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a flow runs by itself."""
+    """The cron schedule of a flow, and the event that triggers it besides."""
 
     flow: Any
     cron: str
@@ -44,32 +43,30 @@ class Schedule:
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> Any:
     """Bring every stage up to date, then release."""
-    return _alone(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
+    return _run_exclusively(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
 
 
 @flow(name="ingest", validate_parameters=False)
 def ingest() -> Any:
-    """Take in what people said."""
+    """Ingest user feedback."""
     end_with_parent()
     importlib.import_module("flows.feedback").ingest(find_root(), get_run_logger().info)
 
 
 @flow(name="improve", validate_parameters=False)
 def improve() -> Any:
-    """Learn from what people said, once; skipped, not failed, while there is no model to improve."""
+    """Train on user feedback once; skipped, not failed, while there is no champion."""
     if not has_champion(Paths(find_root()).home):
         return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
     module = importlib.import_module("flows.improve")
-    return _alone(lambda root, echo: module.improve(root, echo=echo))
+    return _run_exclusively(lambda root, echo: module.improve(root, echo=echo))
 
 
 @flow(name="monitor", validate_parameters=False)
 def monitor() -> Any:
-    """Compare what people ask and say with what the model learned from."""
+    """Check prompts and votes for drift."""
     end_with_parent()
-    from flows.monitor import monitor as look
-
-    look(find_root(), get_run_logger().info)
+    importlib.import_module("flows.monitor").monitor(find_root(), get_run_logger().info)
 
 
 SCHEDULES = (
@@ -82,7 +79,7 @@ SCHEDULES = (
 
 def register(root: Path) -> list[dict[str, str]]:
     """Register the work pool and the deployments on the server that PREFECT_API_URL names."""
-    # One at a time for those that train: `_alone` sees to it between the two of them.
+    # One at a time for those that train: `_run_exclusively` sees to it between the two of them.
     limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
     with get_client(sync_client=True) as client:
         try:
@@ -90,33 +87,33 @@ def register(root: Path) -> list[dict[str, str]]:
         except ObjectNotFound:
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         for entry in SCHEDULES:
-            made = entry.flow.to_deployment(
+            triggers = []
+            if entry.event:
+                match: dict[str, str | list[str]] = {"prefect.resource.id": RESOURCE}
+                triggers = [DeploymentEventTrigger(name=entry.event, expect={entry.event}, match=match)]
+            deployment = entry.flow.to_deployment(
                 name="scheduled",
                 schedule=CronSchedule(cron=entry.cron),
-                triggers=[_trigger(entry.event)] if entry.event else [],
+                triggers=triggers,
                 concurrency_limit=limit,
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
                 entrypoint_type=EntrypointType.MODULE_PATH,
-                # Where the worker runs: a project that was moved or copied must not work in its old place.
+                # Where the worker runs: a moved or copied project must not work in its old folder.
                 job_variables={"working_dir": "."},
             )
-            made.apply()
+            deployment.apply()
     return [
         {"deployment": f"{entry.flow.name}/scheduled", "cron": entry.cron, "event": entry.event} for entry in SCHEDULES
     ]
 
 
-def _trigger(event: str) -> DeploymentEventTrigger:
-    return DeploymentEventTrigger(name=event, expect={event}, match={"prefect.resource.id": "loopwright.feedback"})
-
-
-def _alone(body: Any) -> State[Any] | None:
-    """Run what trains and writes `data/`; skipped, not failed, while another such run goes on."""
+def _run_exclusively(body: Any) -> State[Any] | None:
+    """Run a flow that trains and writes `data/`; skipped, not failed, while another such run goes on."""
     end_with_parent()
     root = find_root()
     if pid := lock_owner(Paths(root).home / "stages", "run"):
-        return Cancelled(name="Skipped", message=f"process {pid} trains already; the next schedule tries again")
+        return Cancelled(name="Skipped", message=f"process {pid} is training; the next schedule tries again")
     try:
         body(root, get_run_logger().info)
     except Refused as error:

@@ -1,63 +1,62 @@
-"""Continual learning once: curate what people said, train from the champion, judge, and promote or refuse.
+"""Continual learning once: curate user feedback, train from the champion, compare, and promote or refuse.
 
-Effects fetch the two models that the stages read and publish what they made; the stages in between are files to
-files, so that an improvement that is killed anywhere goes on where it was when it is run again.
+Effects fetch the models that the stages read and publish the candidate; the stages in between turn files into files,
+so that a killed improvement resumes when it is run again.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from components.config.params import InputError, Refused, load_params
-from components.config.paths import Paths
+from components.config.paths import ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
-from components.feedback.lineage import ancestry, lessons
+from components.feedback.lineage import ancestry, feedback_ids
 from components.feedback.store import Store
+from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
-from components.runtime.stage import IMPROVEMENT, remove
+from components.runtime.stage import IMPROVEMENT
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations
+from flows.orchestration.dvc_repo import stage_states
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
-from flows.pipeline import Report, RunOptions, bring_up_to_date, look
+from flows.pipeline import RunOptions, RunReport, bring_up_to_date
 from flows.release import (
     NAME,
     GateReport,
     Release,
-    conclude,
+    apply_gate,
     fetch_answers,
-    keep_answers,
     publish,
     register,
+    store_answers,
 )
 
 _PATIENCE_SECONDS = 120.0
-"""For an ingestion that goes on."""
+"""Longest wait for a running ingestion."""
 SEQUENCE = "feedback_sequence"
-"""Tag of a version: the last item that was there to learn from when it was trained."""
+"""Tag of a version: sequence number of the last accepted feedback item when it was trained."""
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """What came of it."""
+    """The outcome of an improvement."""
 
     outcome: str
     """promoted, or nothing new; a refusal is raised."""
     champion: str
-    """`NAME/VERSION` that answers now."""
+    """`NAME/VERSION` of the champion after it."""
     reason: str
     release: Release | None = None
 
 
 def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
-    """Learn from the feedback that no model has learned from yet; with `force`, also where there is none.
+    """Train on the feedback that no model is trained on yet; with `force`, also where there is none.
 
-    Raises: InputError when there is no champion, or nothing can be learned; StageFailed; Refused by the gate.
+    Raises: InputError without a champion or earlier data; StageFailed; Refused by the gate.
     """
     paths = Paths(root)
     if is_empty(paths.home) or (champion := Registry(paths.home).find(f"{NAME}@champion")) is None:
@@ -68,8 +67,8 @@ def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
     try:
         with file_lock(paths.home / "stages", "run"):
             job = _Job(paths, Registry(paths.home), store, champion, echo, force)
-            if (why := job.needless()) is not None:
-                return Improvement("nothing new", str(champion), why)
+            if (reason := job.skip_reason()) is not None:
+                return Improvement("nothing new", str(champion), reason)
             return run_flow("improve", paths.home, echo, job.run, champion=str(champion))
     finally:
         store.close()
@@ -84,91 +83,87 @@ class _Job:
     echo: Echo
     force: bool
 
-    def needless(self) -> str | None:
-        """Why there is nothing to do; None when there is."""
-        self._record_forgotten()
+    def skip_reason(self) -> str | None:
+        """Why there is nothing to do; None where there is something."""
+        self._record_interrupted()
         if self.force or FEEDBACK not in load_params(self.paths.params).align.datasets:
             return None
         if self.store.waiting() or self._start().version != self.champion.version:
             return None
-        return "no accepted feedback waits that no model has learned from"
+        return "no accepted feedback waits to be trained on"
 
     def run(self, run: FlowRun) -> Improvement:
         """The flow run: fetch, three stages, register, gate, publish."""
         sequence = self.store.last_accepted_sequence()
         start = self._start()
         effect(self.fetch, start)
-        order = RunOptions(self.paths.root, force=self.force, echo=self.echo)
-        bring_up_to_date(order, look(self.paths.root, self.force, pipeline=IMPROVEMENT), Report(), run)
+        options = RunOptions(self.paths.root, force=self.force, echo=self.echo)
+        states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
+        bring_up_to_date(options, states, RunReport(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
-        about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": self._partitions()}
-        metrics = {"score": judged["score"]} | {f"{one['skill']}/score": one["candidate"] for one in judged["findings"]}
+        partitions = sorted(path.name for path in self.paths.feedback.glob("items-*.parquet"))
+        feedback = json.dumps({"partitions": len(partitions), "last": partitions[-1] if partitions else None})
+        about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": feedback}
+        metrics = {"score": judged["score"]} | {
+            f"{suite['skill']}/score": suite["candidate"] for suite in judged["findings"]
+        }
         version = effect(register, self.registry, self.paths, NAME, self.paths.candidate, metrics, about, run.id)
         self.echo(f"improve: {version} registered, trained from {start}")
         if version.version == self.champion.version:
             return self._done(sequence, version, "promoted", "it is the champion already", None)
-        effect(keep_answers, self.registry, version, self.paths.judged)
+        effect(store_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
-        ruling = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
+        gate_report = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
         try:
-            told = effect(conclude, self.registry, version, ruling)
+            reason = effect(apply_gate, self.registry, version, gate_report)
         except Refused as refusal:
             self.store.add_improvement(sequence, str(version), "refused", str(refusal))
             raise
-        release = publish(self.registry, version, told, self.paths, self.echo)
-        return self._done(sequence, version, "promoted", told, release)
+        release = publish(self.registry, version, reason, self.paths, self.echo)
+        return self._done(sequence, version, "promoted", reason, release)
 
     def fetch(self, start: ModelVersion) -> None:
-        """Put the models that the stages read where they read them."""
+        """Copy the champion and the start model to the folders that the stages read."""
         with file_lock(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS):
             clear_orphans(self.store, self.paths.feedback)
             commit_revocations(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
-        _place(self.champion, self.paths.champion, {"gate.json": {"mode": mode}})
+        copy_folder(self.champion.folder, self.paths.champion, {"gate.json": {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)
-        _place(start, self.paths.start, {"origin.json": {"version": str(start)}})
+        copy_folder(start.folder, self.paths.start, {ORIGIN: {"version": str(start)}})
 
     def _start(self) -> ModelVersion:
-        """The champion; when it learned from what was withdrawn since, its nearest ancestor that did not."""
-        gone = set(self.store.withdrawn())
-        line = ancestry(self.registry, self.champion)
-        tainted = [bool(gone.intersection(lessons(one))) for one in line]
-        clean = [number for number in range(len(line)) if not any(tainted[number:])]
-        return line[clean[0]] if clean else line[-1]
+        """The champion; where it was trained on items that were revoked since, its nearest ancestor that was not.
 
-    def _partitions(self) -> str:
-        """Digest of each partition of feedback that was there, as a tag has room for it."""
-        names = sorted(path.name for path in self.paths.feedback.glob("items-*.parquet"))
-        return json.dumps({"partitions": len(names), "last": names[-1] if names else None})
+        Raises: InputError when each ancestor was trained on some.
+        """
+        revoked = set(self.store.withdrawn())
+        generations = ancestry(self.registry, self.champion)
+        tainted = [bool(revoked.intersection(feedback_ids(version))) for version in generations]
+        # What an ancestor was trained on is in its descendants' weights too.
+        for number, version in enumerate(generations):
+            if not any(tainted[number:]):
+                return version
+        raise InputError(
+            f"{self.champion}: each of its ancestors was trained on revoked feedback; train a model without it by"
+            ' "loopwright run"'
+        )
 
-    def _record_forgotten(self) -> None:
-        """Write down an improvement whose process was killed after its verdict."""
-        known = {row["candidate"] for row in self.store.improvements()}
+    def _record_interrupted(self) -> None:
+        """Record an improvement whose process was killed after the gate's decision."""
+        recorded = {row["candidate"] for row in self.store.improvements()}
         for version in self.registry.versions(NAME):
-            decided = "gate" in version.tags and (version.tags["gate"] == "refused" or self._reigned(version))
-            if SEQUENCE in version.tags and decided and str(version) not in known:
-                outcome = "refused" if version.tags["gate"] == "refused" else "promoted"
+            gate, was_champion = version.tags.get("gate"), bool({"champion", "previous"} & set(version.aliases))
+            decided = gate == "refused" or (gate is not None and was_champion)
+            if SEQUENCE in version.tags and decided and str(version) not in recorded:
+                outcome = "refused" if gate == "refused" else "promoted"
                 self.store.add_improvement(
                     int(version.tags[SEQUENCE]), str(version), outcome, version.tags["gate_reason"]
                 )
-
-    def _reigned(self, version: ModelVersion) -> bool:
-        return bool({"champion", "previous"} & set(version.aliases))
 
     def _done(
         self, sequence: int, version: ModelVersion, outcome: str, reason: str, release: Release | None
     ) -> Improvement:
         self.store.add_improvement(sequence, str(version), outcome, reason)
         return Improvement(outcome, str(version), reason, release)
-
-
-def _place(version: ModelVersion, folder: Path, notes: dict[str, Any]) -> None:
-    """A model folder and notes in it, all of it or nothing."""
-    temporary = folder.with_name(f".{folder.name}")
-    remove(temporary)
-    shutil.copytree(version.folder, temporary)
-    for name, value in notes.items():
-        (temporary / name).write_text(json.dumps(value) + "\n", encoding="utf-8")
-    remove(folder)
-    os.replace(temporary, folder)

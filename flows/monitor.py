@@ -1,4 +1,4 @@
-"""The daily look: do people ask, and judge, otherwise than what the model learned from?"""
+"""Daily drift check: a day's prompts against the training data, its votes against the month before."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 EVENT = "loopwright.drift"
 DAY_SECONDS = 86_400
-_MOST = 10_000
+_MAX_REQUESTS = 10_000
 
 
 def monitor(root: Path, echo: Echo = print) -> list[Measure]:
     """Compare a day's prompts with the training conversations and its votes with the thirty days before."""
     paths = Paths(root)
 
-    def look(run: FlowRun) -> list[Measure]:
+    def body(run: FlowRun) -> list[Measure]:
         measures = _measures(paths)
-        for one in measures:
-            echo(f"monitor: {one.name} {one.value:.3f}, threshold {one.threshold:.3f}, {one.samples} seen")
+        for measure in measures:
+            figures = f"{measure.value:.3f}, threshold {measure.threshold:.3f}, {measure.samples} samples"
+            echo(f"monitor: {measure.name} {figures}")
         effect(_report, paths, measures)
-        if drifted := [one.name for one in measures if one.drifted]:
-            effect(_raise_event, drifted)
+        if drifted := [measure.name for measure in measures if measure.drifted]:
+            effect(_emit_event, drifted)
         return measures
 
-    return run_flow("monitor", paths.home, echo, look)
+    return run_flow("monitor", paths.home, echo, body)
 
 
 def _measures(paths: Paths) -> list[Measure]:
@@ -43,37 +44,36 @@ def _measures(paths: Paths) -> list[Measure]:
     store = Store.of(paths.home)
     now = time.time()
     try:
-        month = store.recent(now - 31 * DAY_SECONDS, _MOST)
+        month = store.recent(now - 31 * DAY_SECONDS, _MAX_REQUESTS)
     finally:
         store.close()
     today = [row for row in month if row["created"] > now - DAY_SECONDS]
     past = [row for row in month if row["created"] <= now - DAY_SECONDS]
-    asked = [_text(row["body"].get("messages", [])) for row in today]
-    taught = _taught(paths)
-    found = []
-    if asked and taught:
-        found.append(compare("prompt length", lengths(taught), lengths(asked)))
-        found.append(compare("first word", *first_words(taught, asked)))
-    if (before := _votes(past)) != (0, 0) and (lately := _votes(today)) != (0, 0):
-        found.append(rating_change(before, lately))
-    return found
+    prompts = [_first_prompt(row["body"].get("messages", [])) for row in today]
+    trained = _training_prompts(paths)
+    measures = []
+    if prompts and trained:
+        measures.append(compare("prompt length", lengths(trained), lengths(prompts)))
+        measures.append(compare("first word", *first_words(trained, prompts)))
+    if (past_votes := _votes(past)) != (0, 0) and (votes := _votes(today)) != (0, 0):
+        measures.append(rating_change(past_votes, votes))
+    return measures
 
 
-def _taught(paths: Paths) -> list[str]:
-    """First questions of the conversations that were trained on."""
+def _training_prompts(paths: Paths) -> list[str]:
+    """First prompts of the training conversations."""
     folders = [file.parent for file in paths.collected.glob("*/dataset.json")]
-    files = [file for one in folders if read_info(one).kind == "conversations" for file in shards(one, "train")]
-    return [
-        _text(row or []) for file in files for row in pq.read_table(file, columns=["messages"])["messages"].to_pylist()
-    ]
+    conversations = [folder for folder in folders if read_info(folder).kind == "conversations"]
+    tables = [pq.read_table(file, columns=["messages"]) for folder in conversations for file in shards(folder, "train")]
+    return [_first_prompt(messages or []) for table in tables for messages in table["messages"].to_pylist()]
 
 
-def _text(messages: list[dict[str, Any]]) -> str:
-    """What the person said first."""
-    said = next((one["content"] for one in messages if one["role"] == "user"), "")
-    if isinstance(said, list):
-        said = " ".join(part.get("text") or "" for part in said)
-    return said or ""
+def _first_prompt(messages: list[dict[str, Any]]) -> str:
+    """Text of the first user message."""
+    content = next((message["content"] for message in messages if message["role"] == "user"), "")
+    if isinstance(content, list):
+        content = " ".join(part.get("text") or "" for part in content)
+    return content or ""
 
 
 def _votes(rows: list[dict[str, Any]]) -> tuple[int, int]:
@@ -82,15 +82,15 @@ def _votes(rows: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def _report(paths: Paths, measures: list[Measure]) -> Path:
-    """Write the report as a file and as an artifact of the flow run."""
+    """Write the drift report as a file and as an artifact of the flow run."""
     from prefect.artifacts import create_markdown_artifact
 
-    lines = ["# Drift", "", "| measure | value | threshold | seen | |", "|---|---|---|---|---|"]
-    for one in measures:
-        state = "DRIFTED" if one.drifted else ""
-        lines.append(f"| {one.name} | {one.value:.4f} | {one.threshold:.4f} | {one.samples} | {state} |")
+    lines = ["# Drift", "", "| measure | value | threshold | samples | |", "|---|---|---|---|---|"]
+    for measure in measures:
+        figures = f"{measure.value:.4f} | {measure.threshold:.4f} | {measure.samples}"
+        lines.append(f"| {measure.name} | {figures} | {'DRIFTED' if measure.drifted else ''} |")
     if not measures:
-        lines += ["", "Nothing was asked in the last day, or there is nothing to compare it with."]
+        lines += ["", "No requests in the last day, or nothing to compare them with."]
     folder = paths.home / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"drift-{time.strftime('%Y-%m-%d')}.md"
@@ -100,7 +100,7 @@ def _report(paths: Paths, measures: list[Measure]) -> Path:
     return file
 
 
-def _raise_event(drifted: list[str]) -> None:
+def _emit_event(drifted: list[str]) -> None:
     from prefect.events import emit_event
 
     emit_event(EVENT, {"prefect.resource.id": "loopwright.monitor"}, payload={"drifted": drifted})

@@ -1,8 +1,8 @@
-"""From a trained model folder to a champion that serves: register, gate, package, try, promote.
+"""From a trained model folder to the champion: register, gate, package, smoke-test, promote.
 
-A model takes the alias only after its Bento has answered over HTTP; one that is not really better than the champion
-on the same held-out questions stays a challenger. What a run makes is released one model after another, and a refusal
-of one is no business of the others'.
+A model becomes champion only after its Bento has answered over HTTP; without a significant gain over the champion on
+the same held-out questions it stays a challenger. Models are released one after another; refusing one does not stop
+the others.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from components.config.paths import Paths
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
-from components.tracking.mlflow_client import attach, attached
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
 from flows.orchestration.flow_run import Echo, effect
-from flows.release_targets import CANDIDATES, Candidate, ModelUnderRelease, candidate, smoke_question
+from flows.release_targets import RELEASE_TARGETS, ModelUnderRelease, ReleaseTarget, release_target, smoke_question
 
 NAME = "agent"
-"""The model that people talk to, and that learns from them."""
+"""The model that users chat with and whose feedback it is trained on."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """The model that answers after a run, and why."""
+    """The champion after a run, and how it came to be."""
 
     version: str
     """`NAME/VERSION` of the champion."""
@@ -43,7 +42,7 @@ class Release:
     scores: dict[str, float] = field(default_factory=dict)
     """Score of each held-out suite; a classifier's is its macro-F1, a summarizer's its ROUGE-L."""
     baselines: dict[str, float] = field(default_factory=dict)
-    """What a simple model that learned from the same scores there, where one was trained."""
+    """Score of a simple model that was trained on the same data, where there is one."""
     bento: str = ""
     question: str = ""
     answer: str = ""
@@ -52,43 +51,43 @@ class Release:
 
 @dataclass
 class Releases:
-    """What became of the models that the stages made."""
+    """The outcome for each model that the stages trained."""
 
     champions: list[Release] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
-    """What the gate said of the models that it refused."""
+    """The gate's reasons for the models that it refused."""
     pending: list[str] = field(default_factory=list)
-    """Names of those that need a release."""
+    """Names of the models that need a release."""
 
 
-def look_at_releases(paths: Paths) -> Releases:
+def release_states(paths: Paths) -> Releases:
     """Which of the models on disk are released or refused already, and which need a release."""
-    found = Releases()
-    for one in made(paths):
+    releases = Releases()
+    for target in trained_targets(paths):
         try:
-            release = current_release(paths, one.name)
+            release = current_release(paths, target.name)
         except Refused as refusal:
-            found.refusals.append(str(refusal))
+            releases.refusals.append(str(refusal))
             continue
         if release:
-            found.champions.append(release)
+            releases.champions.append(release)
         else:
-            found.pending.append(one.name)
-    return found
+            releases.pending.append(target.name)
+    return releases
 
 
-def made(paths: Paths) -> list[Candidate]:
-    """The models that the stages have made."""
+def trained_targets(paths: Paths) -> list[ReleaseTarget]:
+    """The release targets that the stages have trained."""
     locked = outs(paths)
-    return [one for one in CANDIDATES if one.out(paths) in locked]
+    return [target for target in RELEASE_TARGETS if target.out(paths) in locked]
 
 
 def current_release(paths: Paths, name: str = NAME) -> Release | None:
     """The champion, when the model on disk needs no release; None when it does.
 
-    Raises: Refused when the gate has said no to this very model and the champion is still the same.
+    Raises: Refused when the gate refused this very model against the same champion.
     """
-    digest = outs(paths).get(candidate(name).out(paths))
+    digest = outs(paths).get(release_target(name).out(paths))
     if digest is None or is_empty(paths.home):
         return None
     registry = Registry(paths.home)
@@ -101,48 +100,49 @@ def current_release(paths: Paths, name: str = NAME) -> Release | None:
     if version.tags.get("rolled_back") == "true":
         return _released(champion, f"{version} was rolled back, {champion} stays")
     if str(version) in ancestors(registry, champion):
-        return _released(champion, f"{champion} learned from people since {version}")
+        return _released(champion, f"{champion} was trained on feedback since {version}")
     if version.tags.get("gate") == "refused" and version.tags.get("gate_against") == str(champion):
         raise Refused(version.tags["gate_reason"])
     return None
 
 
 def release(paths: Paths, echo: Echo, flow_run: str) -> Releases:
-    """Release what the stages made, each effect a task of the flow run; a refusal does not stop the other models."""
-    found = Releases()
-    for one in made(paths):
+    """Release what the stages trained, each effect a task of the flow run; a refusal does not stop the other models."""
+    releases = Releases()
+    for target in trained_targets(paths):
         try:
-            found.champions.append(_release_one(one, paths, echo, flow_run))
+            releases.champions.append(_release_target(target, paths, echo, flow_run))
         except Refused as refusal:
             echo(f"release: {refusal}")
-            found.refusals.append(str(refusal))
-    return found
+            releases.refusals.append(str(refusal))
+    return releases
 
 
-def _release_one(one: Candidate, paths: Paths, echo: Echo, flow_run: str) -> Release:
-    """Raises: Refused when nothing got really better, or something really fell."""
-    current = current_release(paths, one.name)
+def _release_target(target: ReleaseTarget, paths: Paths, echo: Echo, flow_run: str) -> Release:
+    """Raises: Refused without a significant gain, or with a significant regression."""
+    name = target.name
+    current = current_release(paths, name)
     if current:
         return current
     registry = Registry(paths.home)
-    measured = one.measured(paths)
-    tags = {"held_out_digest": measured.held_out_digest}
-    facts = (one.name, one.folder(paths), measured.metrics, tags, flow_run)
-    version = effect(register, registry, paths, *facts, of=one.name)
-    echo(f"release: {version} registered, score {measured.metrics['score']:.4f}")
-    effect(keep_answers, registry, version, one.answers(paths), of=one.name)
-    ruling = effect(gate, registry, version, paths, echo, of=one.name, retries=0)
-    reason = effect(conclude, registry, version, ruling, of=one.name)
+    evaluation = target.evaluation(paths)
+    tags = {"held_out_digest": evaluation.held_out_digest}
+    arguments = (name, target.folder(paths), evaluation.metrics, tags, flow_run)
+    version = effect(register, registry, paths, *arguments, of=name)
+    echo(f"release: {version} registered, score {evaluation.metrics['score']:.4f}")
+    effect(store_answers, registry, version, target.answers(paths), of=name)
+    report = effect(gate, registry, version, paths, echo, of=name, retries=0)
+    reason = effect(apply_gate, registry, version, report, of=name)
     return publish(registry, version, reason, paths, echo)
 
 
 def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths, echo: Echo) -> Release:
-    """What follows on a gate that has passed: package, ask the Bento over HTTP, promote."""
+    """Package a version that passed the gate, smoke-test its Bento over HTTP, and promote it."""
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
     tag = effect(package, paths, str(version), of=version.name)
     question = smoke_question(version.name, paths)
-    answer = effect(smoke, paths, tag, candidate(version.name).asking, question, of=version.name)
+    answer = effect(smoke, paths, tag, release_target(version.name).probe, question, of=version.name)
     registry.tag(version, {"bento": tag, "smoke_question": question, "smoke_answer": answer})
     if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
         effect(registry.promote, version, of=version.name)
@@ -150,7 +150,7 @@ def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths
 
 
 def find_digest(registry: Registry, name: str, digest: str) -> ModelVersion | None:
-    """The version of a model that holds these very files."""
+    """The version of a model with this digest of its files."""
     if name not in registry.names():
         return None
     return next((row for row in registry.versions(name) if row.tags.get("model_digest") == digest), None)
@@ -160,7 +160,7 @@ def ancestors(registry: Registry, version: ModelVersion) -> list[str]:
     """The versions that a version was trained from, `NAME/VERSION`, nearest first."""
     from components.feedback.lineage import ancestry
 
-    return [str(one) for one in ancestry(registry, version)[1:]]
+    return [str(ancestor) for ancestor in ancestry(registry, version)[1:]]
 
 
 def register(
@@ -172,42 +172,42 @@ def register(
     about: Mapping[str, str],
     flow_run: str,
 ) -> ModelVersion:
-    """Store a model folder with everything it came from; an interrupted release goes on with what it stored."""
+    """Register a model folder with its lineage, unless an interrupted release has registered the same files."""
     out = folder.relative_to(paths.root).as_posix()
     hashes = made_from(paths, out)
     digest = hashes[out]
-    known = find_digest(registry, name, digest)
-    if known:
-        return known
+    if registered := find_digest(registry, name, digest):
+        return registered
+    validation = paths.metrics / "validate.json"
     tags = {
         "model_digest": digest,
         "prefect_flow_run": flow_run,
         "python": sys.version.split()[0],
         "params": load_params(paths.params).model_dump_json(by_alias=True),
-        "validation": _compact(paths.metrics / "validate.json"),
+        "validation": json.dumps(json.loads(validation.read_text(encoding="utf-8"))) if validation.exists() else "",
         **_commit(paths.root),
-        **{f"dvc.{path}": one for path, one in hashes.items()},
+        **{f"dvc.{path}": md5 for path, md5 in hashes.items()},
         **about,
     }
     return registry.register(folder, name, metrics, tags, os.environ.get(PARENT_RUN))
 
 
-def keep_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
-    """Keep what a model answered when it was measured beside it, so that its challengers need not ask it again."""
-    for name in candidate(version.name).kept:
+def store_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
+    """Store a version's answers to the held-out rows with it, so that the gate need not generate them again."""
+    for name in release_target(version.name).answer_files:
         if (folder / name).is_file():
-            attach(registry.client, version.run_id, folder / name)
+            registry.store_file(version, folder / name)
 
 
 def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
-    """Put what `keep_answers` kept into a folder; nothing where nothing was kept."""
-    for name in candidate(version.name).kept:
-        attached(registry.client, version.run_id, name, folder)
+    """Put what `store_answers` stored into a folder."""
+    for name in release_target(version.name).answer_files:
+        registry.fetch_file(version, name, folder)
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate says of a version, and the page that says why."""
+    """The gate's decision on a version, and the page that explains it."""
 
     promote: bool
     reason: str
@@ -215,26 +215,26 @@ class GateReport:
 
 
 def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> GateReport:
-    """Whether a model got really better and nowhere really fell, against the champion on the same questions."""
+    """Whether a version has a significant gain and no significant regression against the champion."""
     champion = registry.find(f"{version.name}@champion")
     if champion is None:
-        return GateReport(True, "; ".join(["there was no champion", *_beaten(version)]))
+        return GateReport(True, "; ".join(["there was no champion", *_better_baselines(version)]))
     if champion.version == version.version:
         return GateReport(True, "it is the champion already")
     from components.evaluation.gate import report
 
     echo(f"release: the champion {champion} answers the same questions")
-    kept = paths.home / "answers" / version.name / str(champion.version)
-    kept.mkdir(parents=True, exist_ok=True)
-    fetch_answers(registry, champion, kept)
-    one = candidate(version.name)
-    ours = ModelUnderRelease(version.folder, one.answers(paths))
-    verdict = one.judged(ours, ModelUnderRelease(champion.folder, kept), paths)
-    page = report(verdict, str(version), str(champion))
-    return GateReport(verdict.promote, f"against {champion}: {verdict.reason}", page)
+    answers = paths.home / "answers" / version.name / str(champion.version)
+    answers.mkdir(parents=True, exist_ok=True)
+    fetch_answers(registry, champion, answers)
+    target = release_target(version.name)
+    candidate = ModelUnderRelease(version.folder, target.answers(paths))
+    decision = target.compare(candidate, ModelUnderRelease(champion.folder, answers), paths)
+    page = report(decision, str(version), str(champion))
+    return GateReport(decision.promote, f"against {champion}: {decision.reason}", page)
 
 
-def _beaten(version: ModelVersion) -> list[str]:
+def _better_baselines(version: ModelVersion) -> list[str]:
     """The suites on which the baseline is better."""
     scores, baselines = _scores(version, "score"), _baselines(version)
     return [
@@ -245,7 +245,7 @@ def _beaten(version: ModelVersion) -> list[str]:
 
 
 def _baselines(version: ModelVersion) -> dict[str, float]:
-    metric = candidate(version.name).baseline
+    metric = release_target(version.name).baseline
     return _scores(version, metric) if metric else {}
 
 
@@ -255,61 +255,56 @@ def _scores(version: ModelVersion, metric: str) -> dict[str, float]:
     return {name.removesuffix(end): value for name, value in version.metrics.items() if name.endswith(end)}
 
 
-def conclude(registry: Registry, version: ModelVersion, ruling: GateReport) -> str:
-    """Put the ruling where people look, and return its reason.
+def apply_gate(registry: Registry, version: ModelVersion, report: GateReport) -> str:
+    """Record the gate's decision in MLflow and Prefect, and return its reason.
 
-    Raises: Refused when it is no; the version is then the challenger.
+    Raises: Refused where the decision is not to promote; the version is then the challenger.
     """
-    if ruling.page:
-        with warn_on_failure(f"gate.md of {version}"):
-            _show(registry, version, ruling.page)
-    if ruling.promote:
-        return ruling.reason
-    overrule = f'overrule with "loopwright registry promote {version.name} {version.version}"'
-    told = f"{version}: refused {ruling.reason}; {overrule}"
-    champion = registry.resolve(f"{version.name}@champion")
-    registry.tag(version, {"gate": "refused", "gate_reason": told, "gate_against": str(champion)})
-    registry.alias(version.name, "challenger", version)
-    raise Refused(told)
-
-
-def _show(registry: Registry, version: ModelVersion, page: str) -> None:
-    """The report beside the version in MLflow, and on the flow run in Prefect."""
     from prefect.artifacts import create_markdown_artifact
 
-    attach(registry.client, version.run_id, "gate.md", page)
-    create_markdown_artifact(page, key="gate", description=f"Why {version} was promoted or refused")
+    if report.page:
+        with warn_on_failure(f"gate.md of {version}"):
+            registry.store_text(version, "gate.md", report.page)
+            create_markdown_artifact(report.page, key="gate", description=f"Why {version} was promoted or refused")
+    if report.promote:
+        return report.reason
+    overrule = f'overrule with "loopwright registry promote {version.name} {version.version}"'
+    message = f"{version}: refused {report.reason}; {overrule}"
+    champion = registry.resolve(f"{version.name}@champion")
+    registry.tag(version, {"gate": "refused", "gate_reason": message, "gate_against": str(champion)})
+    registry.alias(version.name, "challenger", version)
+    raise Refused(message)
 
 
 def _released(champion: ModelVersion, outcome: str) -> Release:
     scores, baselines = _scores(champion, "score"), _baselines(champion)
-    told = [champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")]
-    return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, baselines, *told)
+    smoke_test = [champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")]
+    return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, baselines, *smoke_test)
 
 
 def made_from(paths: Paths, out: str) -> dict[str, str]:
-    """DVC's hash of an out and of everything behind it: what its stage read, what the stages that made that read.
+    """DVC's hash of an out and of all its upstream dependencies.
 
-    The datasets are those that its stages named, each with its own digest.
+    Datasets are those that its stages name, each with its own digest.
     """
     stages = _locked(paths)
-    hashes, waiting = {out: outs(paths)[out]}, [out]
-    while waiting:
-        wanted = Path(waiting.pop())
+    hashes, queue = {out: outs(paths)[out]}, [out]
+    while queue:
+        path = Path(queue.pop())
         # A stage may read a part of an out, or a folder that holds several.
-        makers = [
+        producers = [
             name
             for name, stage in stages.items()
-            if any(wanted.is_relative_to(made) or Path(made).is_relative_to(wanted) for made in _hashes(stage, "outs"))
+            if any(path.is_relative_to(out) or Path(out).is_relative_to(path) for out in _hashes(stage, "outs"))
         ]
-        for read in [_hashes(stages.pop(name), "deps") for name in makers]:
-            hashes |= read
-            waiting += read
+        for deps in [_hashes(stages.pop(name), "deps") for name in producers]:
+            hashes |= deps
+            queue += deps
     for file in [paths.root / path for path in hashes]:
         if file.parent == paths.validated("").parent and file.is_file():
-            named = json.loads(file.read_text(encoding="utf-8"))
-            hashes |= {f"data/collected/{name}": digest for name, digest in named.items()}
-    # Of these a model reads a part: what it names.
+            datasets = json.loads(file.read_text(encoding="utf-8"))
+            hashes |= {f"data/collected/{name}": digest for name, digest in datasets.items()}
+    # Of these folders a model reads the datasets that it names.
     return {path: digest for path, digest in hashes.items() if path not in ("data/collected", "data/added")}
 
 
@@ -320,8 +315,8 @@ def outs(paths: Paths) -> dict[str, str]:
 
 def _locked(paths: Paths) -> dict[str, Any]:
     locks = [lock for pipeline in PIPELINES if (lock := (paths.root / pipeline).with_suffix(".lock")).exists()]
-    written = [yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] for lock in locks]
-    return {name: stage for stages in written for name, stage in stages.items()}
+    contents = [yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] for lock in locks]
+    return {name: stage for stages in contents for name, stage in stages.items()}
 
 
 def _hashes(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
@@ -329,15 +324,11 @@ def _hashes(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
 
 
 def _commit(root: Path) -> dict[str, str]:
-    """The commit that ran, and whether files differed from it."""
+    """The commit of the working tree, and whether files differ from it."""
     try:
         commit = git(root, "rev-parse", "HEAD")
         # Runs themselves write dvc.lock, and ingestion the version of the feedback.
         changed = git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
-    except InputError:  # the run said so when it began
+    except InputError:  # the run warned of it when it began
         return {"git_commit": "none"}
-
-
-def _compact(path: Path) -> str:
-    return json.dumps(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ""

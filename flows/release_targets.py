@@ -1,7 +1,4 @@
-"""The models that a run makes, and what sets them apart on the way from a folder to a champion.
-
-Each is measured by its own stage, judged on its own held-out rows, and asked its own kind of question over HTTP.
-"""
+"""The models that a run trains, and how each is evaluated, compared with its champion and smoke-tested."""
 
 from __future__ import annotations
 
@@ -19,22 +16,22 @@ if TYPE_CHECKING:
     from components.evaluation.gate import GateDecision
 
 QUESTION = "Hello"
-"""The smoke question of a model for which the project has none."""
+"""The smoke question of a model for which the project defines none."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What evaluation says of a model."""
+class Evaluation:
+    """Figures of a model on its held-out rows."""
 
     metrics: Mapping[str, float]
     """`score` among them."""
     held_out_digest: str
-    """Identity of what was asked: figures compare only where it is equal."""
+    """Digest of the held-out rows: figures are comparable only where it is equal."""
 
 
 @dataclass(frozen=True)
 class ModelUnderRelease:
-    """A model folder, and where its answers to the held-out rows are, if they were kept."""
+    """A model folder, and the folder of its stored answers to the held-out rows."""
 
     folder: Path
     answers: Path
@@ -42,95 +39,89 @@ class ModelUnderRelease:
 
 @dataclass(frozen=True)
 class SmokeProbe:
-    """How a question is put to a served model."""
+    """The request and response by which a served model is smoke-tested."""
 
     path: str
     body: Callable[[str], dict[str, Any]]
     answer: Callable[[Any], str]
-    """Reads the answer out of the reply's JSON."""
+    """Extracts the answer from the response's JSON."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One of the models that a run makes."""
+class ReleaseTarget:
+    """A model that a run trains and releases."""
 
     name: str
-    """In the registry, and of its folder in `Paths`."""
-    measured: Callable[[Paths], Measured]
-    judged: Callable[[ModelUnderRelease, ModelUnderRelease, Paths], GateDecision]
+    """In the registry, and of the property of `Paths` with its folder."""
+    stage: str
+    """The stage that evaluates it; its module in components/evaluation has the function `flat_metrics`."""
+    compare: Callable[[ModelUnderRelease, ModelUnderRelease, Paths], GateDecision]
     """Candidate and champion on the same held-out rows."""
     answers: Callable[[Paths], Path]
-    """Where its evaluation put what it answered."""
-    kept: tuple[str, ...]
-    """Files there that go with a version, so that its challengers need not ask it again."""
-    asking: SmokeProbe
+    """The folder in which its evaluation stored its answers."""
+    answer_files: tuple[str, ...]
+    """Files there that are stored with a version: its challengers are compared with them without generating anew."""
+    probe: SmokeProbe
     baseline: str = ""
-    """Metric of a held-out suite, beside the model's `score`: what a simple model that learned from the same scores."""
+    """Metric of a held-out suite with the score of a simple model that was trained on the same data."""
 
     def folder(self, paths: Paths) -> Path:
         folder: Path = getattr(paths, self.name)
         return folder
+
+    def evaluation(self, paths: Paths) -> Evaluation:
+        """The figures that its stage wrote."""
+        figures = json.loads((paths.metrics / f"{self.stage}.json").read_text(encoding="utf-8"))
+        if self.baseline:
+            from components.evaluation.held_out import flat_metrics
+
+            metrics = flat_metrics(figures, self.baseline.removeprefix("baseline_"))
+        else:
+            from components.evaluation.evaluate import flat_metrics as flat_suites
+
+            metrics = flat_suites(figures)
+        return Evaluation(metrics, figures["held_out_digest"])
 
     def out(self, paths: Paths) -> str:
         """Its folder as dvc.yaml names it."""
         return self.folder(paths).relative_to(paths.root).as_posix()
 
 
-def candidate(name: str) -> Candidate:
-    """The candidate of a registered name."""
-    return next(one for one in CANDIDATES if one.name == name)
+def release_target(name: str) -> ReleaseTarget:
+    """The release target of a registered name."""
+    return next(target for target in RELEASE_TARGETS if target.name == name)
 
 
-def _agent_measured(paths: Paths) -> Measured:
-    from components.evaluation.evaluate import flat_metrics
-
-    figures = _figures(paths, "evaluate")
-    return Measured(flat_metrics(figures), figures["held_out_digest"])
-
-
-def _agent_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.compare_agents import Model, judge_folders
+def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
+    from components.evaluation.compare_agents import AgentFolder, judge_folders
 
     curated = paths.curated if (paths.curated / "curated.json").is_file() else None
-    candidate, theirs = (Model(one.folder, one.answers) for one in (ours, champion))
-    return judge_folders(candidate, theirs, paths.collected, curated, load_params(paths.params), "any_gain").verdict
+    return judge_folders(
+        AgentFolder(candidate.folder, candidate.answers),
+        AgentFolder(champion.folder, champion.answers),
+        paths.collected,
+        curated,
+        load_params(paths.params),
+        "any_gain",
+    ).decision
 
 
-def _classifier_measured(paths: Paths) -> Measured:
-    from components.evaluation.assess_classifier import flat_metrics
-
-    figures = _figures(paths, "assess@classifier")
-    return Measured(flat_metrics(figures), figures["held_out_digest"])
-
-
-def _classifier_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
+def _compare_classifiers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.compare_classifiers import judge_classifier
 
-    folders, said = (ours.folder, champion.folder), (ours.answers, champion.answers)
-    return judge_classifier(*folders, paths.collected, load_params(paths.params), *said)
+    folders, answers = (candidate.folder, champion.folder), (candidate.answers, champion.answers)
+    return judge_classifier(*folders, paths.collected, load_params(paths.params), *answers)
 
 
-def _summarizer_measured(paths: Paths) -> Measured:
-    from components.evaluation.assess_summarizer import flat_metrics
+def _compare_summarizers(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
+    from components.evaluation.compare_summarizers import judge_summarizer
 
-    figures = _figures(paths, "assess@summarizer")
-    return Measured(flat_metrics(figures), figures["held_out_digest"])
-
-
-def _summarizer_judged(ours: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
-    from components.evaluation.assess_summarizer import judge_summarizer
-
-    return judge_summarizer(ours.folder, champion.folder, paths.collected, load_params(paths.params), ours.answers)
-
-
-def _figures(paths: Paths, stage: str) -> dict[str, Any]:
-    """The metrics file of a stage."""
-    figures: dict[str, Any] = json.loads((paths.metrics / f"{stage}.json").read_text(encoding="utf-8"))
-    return figures
+    params = load_params(paths.params)
+    return judge_summarizer(candidate.folder, champion.folder, paths.collected, params, candidate.answers)
 
 
 def smoke_question(name: str, paths: Paths) -> str:
-    """What a model is asked before it may be champion: the project says it."""
+    """The project's question with which a model is smoke-tested before its promotion."""
     project = load_project(load_params(paths.params).project, paths.root)
     return project.smoke_questions.get(name, QUESTION)
 
@@ -140,19 +131,19 @@ _CHAT = SmokeProbe(
     lambda text: {"messages": [{"role": "user", "content": text}]},
     lambda reply: str(reply["choices"][0]["message"]["content"]),
 )
-CANDIDATES = (
-    Candidate(
+RELEASE_TARGETS = (
+    ReleaseTarget(
         "agent",
-        _agent_measured,
-        _agent_judged,
+        "evaluate",
+        _compare_agents,
         lambda paths: paths.evaluation,
         ("answers.parquet", "answers.json"),
         _CHAT,
     ),
-    Candidate(
+    ReleaseTarget(
         "classifier",
-        _classifier_measured,
-        _classifier_judged,
+        "assess@classifier",
+        _compare_classifiers,
         lambda paths: paths.assessment("classifier"),
         ("predictions.parquet", "predictions.json"),
         SmokeProbe(
@@ -162,10 +153,10 @@ CANDIDATES = (
         ),
         "baseline_macro_f1",
     ),
-    Candidate(
+    ReleaseTarget(
         "summarizer",
-        _summarizer_measured,
-        _summarizer_judged,
+        "assess@summarizer",
+        _compare_summarizers,
         lambda paths: paths.assessment("summarizer"),
         ("written.parquet", "written.json"),
         _CHAT,

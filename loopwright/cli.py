@@ -1,7 +1,7 @@
 """The command `loopwright`: arguments in, calls out.
 
-Each command is a module of this folder with its name (`import_` for import): a group has a typer `app`, a single
-command a function. Modules are imported when asked for, and import what is heavy inside.
+A group of commands is the typer `app` of its module, a single command a function of its name (`import_` for import).
+Modules are imported when their command is called, and import what is heavy inside.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from components.config.paths import Paths, disk_trouble, find_root
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
 
-COMMANDS = (
-    "run",
-    "status",
-    "data",
-    "registry",
-    "serve",
-    "chat",
-    "classify",
-    "mcp",
-    "keys",
-    "feedback",
-    "improve",
-    "trace",
-    "package",
-    "import",
-    "export",
-    "harness",
-    "doctor",
-    "up",
-    "deploy",
-)
-"""In the order in which `--help` lists them."""
+COMMANDS = {
+    "run": "run",
+    "status": "status",
+    "data": "data",
+    "registry": "registry",
+    "serve": "serve",
+    "chat": "client",
+    "classify": "client",
+    "mcp": "mcp",
+    "keys": "keys",
+    "feedback": "feedback",
+    "improve": "run",
+    "trace": "trace",
+    "package": "models",
+    "import": "models",
+    "export": "models",
+    "harness": "models",
+    "doctor": "doctor",
+    "up": "up",
+    "deploy": "up",
+}
+"""Module of each command, in the order in which `--help` lists them."""
 
 
 class _Commands(TyperGroup):
@@ -52,12 +52,11 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
-        name = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
-        module = importlib.import_module(f"loopwright.{name}")
+        module = importlib.import_module(f"loopwright.{COMMANDS[cmd_name]}")
         app = getattr(module, "app", None)
         if app is None:
             app = typer.Typer(add_completion=False)
-            app.command(cmd_name)(getattr(module, name))
+            app.command(cmd_name)(getattr(module, f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name))
         command = typer.main.get_command(app)
         command.name = cmd_name
         return command
@@ -75,24 +74,24 @@ def loopwright() -> None:
 
 
 def main() -> None:
-    """Run the command line; wrong input or a full disk ends with 1 and one line on stderr, a gate's no with 3."""
+    """Run the command line; wrong input or a full disk exits with 1 and one line on stderr, a refusal with 3."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr; no character may end a command
     try:
         app()
     except Exception as error:
-        told = str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, _home())
-        if not told:
+        message = str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, _home())
+        if not message:
             raise
         code = 3 if isinstance(error, Refused) else 1
         if "--json" in sys.argv:
-            print_json({"error": told, "exit_code": code})
-        say(told)
+            print_json({"error": message, "exit_code": code})
+        say(message)
         sys.exit(code)
 
 
 def _home() -> Path:
-    """Where a command writes that names no file."""
+    """The folder named in disk errors that name no file."""
     try:
         return Paths(find_root()).home
     except InputError:

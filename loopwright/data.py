@@ -1,4 +1,4 @@
-"""`loopwright data`: see the datasets there are, bring one's own, hold them against their expectations."""
+"""`loopwright data`: list, show, add and validate datasets."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ _VALUE_CHARS = 160
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the built-in datasets and those that were added."""
-    datasets = [_summary(paths, name) for paths in [Paths(find_root())] for name in _names(paths)]
+    paths = Paths(find_root())
+    datasets = [_summary(paths, name) for name in _names(paths)]
     if as_json:
         print_json(datasets)
         return
-    rows = [(one["name"], one["kind"], _counted(one["rows"]), one["origin"], one["validation"]) for one in datasets]
-    print_table(("dataset", "kind", "rows", "origin", "validation"), rows)
+    columns = ("kind", "rows", "origin", "validation")
+    rows = [(row["name"], *(_text(row[column]) for column in columns)) for row in datasets]
+    print_table(("dataset", *columns), rows)
 
 
 @app.command()
@@ -57,7 +59,7 @@ def show(
         return
     for key, value in shown.items():
         if key not in ("sources", "first_rows"):
-            print(f"{key:<12} {_counted(value) if isinstance(value, Mapping) else value}")
+            print(f"{key:<12} {_text(value)}")
     for source in shown["sources"][:5]:
         print(f"{'source':<12} {source['name']}  sha256 {source['sha256'][:12]}")
     if len(shown["sources"]) > 5:
@@ -72,23 +74,23 @@ def show(
 def add(
     kind: Annotated[str, typer.Argument(help="documents, conversations, preferences, labelled_texts or text_pairs.")],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md.")],
-    name: Annotated[str, typer.Option(help="What the dataset shall be called.")],
+    name: Annotated[str, typer.Option(help="Name of the new dataset.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
     source_column: Annotated[str | None, typer.Option(help="Column that holds the source of a pair.")] = None,
-    target_column: Annotated[str | None, typer.Option(help="Column that holds what is written of it.")] = None,
+    target_column: Annotated[str | None, typer.Option(help="Column that holds the target of a pair.")] = None,
     role: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ROLE", help="What a turn's role is, as bing=assistant; repeatable."),
+        typer.Option(metavar="NAME=ROLE", help="Role that a turn's name stands for, as bing=assistant; repeatable."),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of a dataset of that name.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
     as_json: Json = False,
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
     from components.datasets.conversations import named_roles
     from components.datasets.importers import Columns
     from components.datasets.importers import add as add_files
-    from flows.pipeline import check_versioning
+    from flows.orchestration.dvc_repo import check_versioning
 
     paths = Paths(find_root())
     allowed = load_params(paths.params).validate_.max_failed_share
@@ -97,8 +99,8 @@ def add(
         from components.validation.validate import validate_dataset
 
         say("validating; Great Expectations takes some seconds to start")
-        findings = validate_dataset(folder, paths.expectations, allowed)
-        return _noted(paths, folder, findings) if findings.success else findings
+        report = validate_dataset(folder, paths.expectations, allowed)
+        return _record_validation(paths, folder, report) if report.success else report
 
     check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []))
@@ -119,7 +121,7 @@ def validate(
     name: Annotated[str | None, typer.Argument(help="One dataset; without it, all of them.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Hold datasets against the expectations of their kind; exit code 3 when one fails."""
+    """Validate datasets against the expectations of their kind; exit code 3 when one fails."""
     from components.validation.report import refusal
     from components.validation.validate import Validator
 
@@ -130,15 +132,16 @@ def validate(
     docs = paths.home / "docs" / "validation"
     say("validating; Great Expectations takes some seconds to start")
     validator = Validator(paths.expectations, load_params(paths.params).validate_.max_failed_share)
-    found = [_noted(paths, folder, validator.check(folder, docs)) for folder in folders]
-    refused = refusal(found, str(docs / "index.html")) if any(findings.failed for findings in found) else None
+    reports = [_record_validation(paths, folder, validator.check(folder, docs)) for folder in folders]
+    refused = refusal(reports, str(docs / "index.html")) if any(report.failed for report in reports) else None
     if as_json:
         outcome = {"error": refused, "exit_code": 3} if refused else {}
-        print_json(
-            {**outcome, "docs": str(docs / "index.html"), "datasets": [findings.to_json() for findings in found]}
-        )
+        print_json({**outcome, "docs": str(docs / "index.html"), "datasets": [report.to_json() for report in reports]})
     else:
-        rows = [(one.dataset, one.kind, _counted(one.rows), len(one.checks), len(one.failed)) for one in found]
+        rows = [
+            (report.dataset, report.kind, _counted(report.rows), len(report.checks), len(report.failed))
+            for report in reports
+        ]
         print_table(("dataset", "kind", "rows", "checks", "failed"), rows)
     if refused:
         say(refused)
@@ -152,7 +155,7 @@ _TRAIN_ON = {
     "text_pairs": "loopwright run --set summarizer.dataset={}",
     "preferences": 'set align.dataset to {} in params.yaml, then run "loopwright improve --force"',
 }
-"""How the stage that learns from each kind is told to."""
+"""The command that trains on a dataset of each kind."""
 
 
 def built_in(paths: Paths) -> Mapping[str, Kind]:
@@ -182,12 +185,12 @@ def _folder(paths: Paths, name: str) -> Path:
     if name in built_in(paths):
         raise InputError(f'{name}: not collected yet; run "loopwright run --until collect"')
     if (paths.added / f"{name}.dvc").is_file():
-        raise InputError(f'{name}: its data is not here; run "dvc pull data/added/{name}.dvc"')
+        raise InputError(f'{name}: its data is not in this checkout; run "dvc pull data/added/{name}.dvc"')
     raise InputError(f"{name}: no such dataset; known: {', '.join(_names(paths))}")
 
 
 def _summary(paths: Paths, name: str) -> dict[str, Any]:
-    """What `list` and `show` say of a dataset, also of one whose data is not here."""
+    """What `list` and `show` print of a dataset, also where its data is not in this checkout."""
     from components.datasets.formats import read_info
 
     own = built_in(paths)
@@ -212,49 +215,53 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
     }
 
 
-def _noted(paths: Paths, folder: Path, findings: ValidationReport) -> ValidationReport:
-    """Remember the outcome for the very files that were looked at."""
+def _record_validation(paths: Paths, folder: Path, report: ValidationReport) -> ValidationReport:
+    """Store the outcome with the digest of the files that were validated, and return it."""
     from components.datasets.formats import write_json
     from components.runtime.stage import digest
 
-    note = {"digest": digest(folder), "success": findings.success, "failed": len(findings.failed)}
-    write_json(paths.home / "validation" / f"{findings.dataset}.json", note)
-    return findings
+    outcome = {"digest": digest(folder), "success": report.success, "failed": len(report.failed)}
+    write_json(paths.home / "validation" / f"{report.dataset}.json", outcome)
+    return report
 
 
 def _validation(paths: Paths, folder: Path) -> str:
-    """Whether the files as they are now were found valid, by the command or by the stage."""
+    """The outcome of the last validation of these very files, by the command or by the stage."""
     from components.runtime.stage import digest
 
-    note = paths.home / "validation" / f"{folder.name}.json"
-    noted = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    if noted and noted["digest"] == digest(folder):
-        return "passed" if noted["success"] else f"failed ({noted['failed']} checks)"
+    file = paths.home / "validation" / f"{folder.name}.json"
+    outcome = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if outcome and outcome["digest"] == digest(folder):
+        return "passed" if outcome["success"] else f"failed ({outcome['failed']} checks)"
     result = paths.validation / "result.json"
     if folder.parent == paths.collected and result.is_file():
-        for found in json.loads(result.read_text(encoding="utf-8")):
-            if found["dataset"] == folder.name:
-                return "passed" if found["success"] else "failed"
-    return "changed since it was validated" if noted else "not validated yet"
+        for report in json.loads(result.read_text(encoding="utf-8")):
+            if report["dataset"] == folder.name:
+                return "passed" if report["success"] else "failed"
+    return "changed since it was validated" if outcome else "not validated yet"
 
 
 def _version(paths: Paths, name: str) -> None:
-    """Put the dataset under DVC's version control, and say what git is to keep of it."""
-    from flows.pipeline import version_data
+    """Put the dataset under DVC's version control, and say which files to commit to git."""
+    from flows.orchestration.dvc_repo import version_data
 
     pointer = f"data/added/{name}.dvc"
     version_data(paths.root, paths.added / name)
-    clone = has_git(paths.root)
-    keep = f"git add {pointer} data/added/.gitignore" if clone else f"no git here, so keep {pointer} yourself"
-    say(f"version noted in {pointer}; {keep}")
+    in_git = has_git(paths.root)
+    advice = f"git add {pointer} data/added/.gitignore" if in_git else f"no git here, so back {pointer} up yourself"
+    say(f"version recorded in {pointer}; {advice}")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
+def _text(value: Any) -> Any:
+    return _counted(value) if isinstance(value, Mapping) else value
+
+
 def _lines(row: Mapping[str, Any]) -> Iterator[str]:
-    """A row as a person reads it: one line per column, one per turn of a conversation."""
+    """A row as text: a line per column, and a line per turn of a conversation."""
     for name, value in row.items():
         if not isinstance(value, list):
             yield f"{name:<8} {_cut(value)}"

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 import typer
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root
+from components.config.versions import locked_versions
 from components.runtime.process import git
 from loopwright.output import Json, print_json, print_table
 
 _GIB = 1 << 30
 _LOCKED = ("torch", "prefect", "mlflow", "dvc", "bentoml", "great-expectations", "tokenizers")
 Check = Callable[[Paths], tuple[str, str]]
-"""Returns what was found and, where that is a problem, the remedy (else "")."""
+"""Returns the state and, where it is a problem, the remedy (else "")."""
 
 
 def doctor(as_json: Json = False) -> None:
     """Check this machine and this checkout; each problem comes with its remedy."""
     paths = Paths(find_root())
     rows = []
-    for name, check in _CHECKS.items():
-        found, remedy = check(paths)
-        rows.append({"check": name, "ok": not remedy, "found": found, "remedy": remedy})
+    for name, check in CHECKS.items():
+        state, remedy = check(paths)
+        rows.append({"check": name, "ok": not remedy, "found": state, "remedy": remedy})
     problems = sum(not row["ok"] for row in rows)
     if as_json:
         print_json({"ok": not problems, "checks": rows})
@@ -41,22 +43,26 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _python(_: Paths) -> tuple[str, str]:
-    found = f"{sys.version.split()[0]} at {sys.executable}"
-    return found, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
+def _python(paths: Paths) -> tuple[str, str]:
+    state = f"{sys.version.split()[0]} at {sys.executable}"
+    metrics = paths.metrics / "collect.json"
+    collected = json.loads(metrics.read_text(encoding="utf-8")).get("python") if metrics.is_file() else None
+    if collected not in (None, sys.version):
+        state += f', data collected under {collected.split()[0]}: "loopwright run --until collect --force" renews it'
+    return state, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"
 
 
 def _git(paths: Paths) -> tuple[str, str]:
     try:
         return f"commit {git(paths.root, 'rev-parse', 'HEAD')[:12]}", ""
     except InputError as error:
-        found, _, remedy = str(error).removeprefix("git: ").rpartition("; ")
-        return found, remedy
+        reason, _, remedy = str(error).removeprefix("git: ").rpartition("; ")
+        return reason, remedy
 
 
 def _uv(_: Paths) -> tuple[str, str]:
-    found = shutil.which("uv") or (importlib.util.find_spec("uv") and "in this environment")
-    return found or "not found", "" if found else "run make setup; building a Bento needs uv"
+    path = shutil.which("uv") or (importlib.util.find_spec("uv") and "in this environment")
+    return path or "not found", "" if path else "run make setup; building a Bento needs uv"
 
 
 def _disk(paths: Paths) -> tuple[str, str]:
@@ -78,7 +84,7 @@ def _memory(_: Paths) -> tuple[str, str]:
 def _cuda(_: Paths) -> tuple[str, str]:
     import torch
 
-    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "none: training uses the processor"), ""
+    return (torch.cuda.get_device_name() if torch.cuda.is_available() else "none: training uses the CPU"), ""
 
 
 def _port(_: Paths) -> tuple[str, str]:
@@ -89,24 +95,35 @@ def _port(_: Paths) -> tuple[str, str]:
             return "3000 is free", ""
     if answers("http://127.0.0.1:3000/livez"):
         return "3000: an endpoint answers", ""
-    return "3000 is in use by another program", 'serve on another one: "loopwright serve --port 3001"'
+    return "3000 is in use by another program", 'serve on another port: "loopwright serve --port 3001"'
 
 
-def _versions(_: Paths) -> tuple[str, str]:
+def _versions(paths: Paths) -> tuple[str, str]:
     missing = [name for name in _LOCKED if not importlib.util.find_spec(name.replace("-", "_"))]
     if missing:
         return f"missing: {', '.join(missing)}", "run make setup"
-    return ", ".join(f"{name} {metadata.version(name)}" for name in _LOCKED), ""
+    installed = {name: metadata.version(name) for name in _LOCKED}
+    # Stages are out of date by the lock: with other versions they would compute something else and not say so.
+    lock = paths.root / "requirements.lock"
+    locked = locked_versions(lock, _LOCKED) if lock.is_file() else installed
+    different = [
+        f"{name} {version}, locked {locked[name]}"
+        for name, version in installed.items()
+        if not re.search(rf"(^|, ){re.escape(version.partition('+')[0])}( |$)", locked[name])
+    ]
+    if different:
+        return "; ".join(different), "run make setup, or make lock where the upgrade is meant"
+    return ", ".join(f"{name} {version}" for name, version in installed.items()), ""
 
 
 def _dvc(paths: Paths) -> tuple[str, str]:
-    from flows.pipeline import look
+    from flows.orchestration.dvc_repo import stage_states
 
     try:
-        stale = [state.name for state in look(paths.root) if state.reasons]
+        stale = [state.name for state in stage_states(paths.root, read_only=True) if state.reasons]
     except InputError as error:
-        found, _, remedy = str(error).partition("; ")
-        return found, remedy or "put right what DVC names"
+        reason, _, remedy = str(error).rpartition("; ")
+        return reason, remedy
     return f"pipeline readable, {len(stale)} stages to run", ""
 
 
@@ -115,27 +132,19 @@ def _params(paths: Paths) -> tuple[str, str]:
         params = load_params(paths.params)
         return f"scale {params.scale}, project {params.project}", ""
     except InputError as error:
-        return str(error), "mend params.yaml"
+        reason, _, remedy = str(error).rpartition("; ")
+        return reason or str(error), remedy if reason else "correct params.yaml"
 
 
 def _writable(paths: Paths) -> tuple[str, str]:
-    for folder in (paths.root, paths.root / "data", _existing(paths.home)):
+    existing = next(folder for folder in (paths.home, *paths.home.parents) if folder.exists())
+    for folder in (paths.root, paths.root / "data", existing):
         if not os.access(folder, os.W_OK):
             return f"{folder} is read-only", f"make {folder} writable, or set LOOPWRIGHT_HOME"
     return f"state in {paths.home}", ""
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder upwards that is there."""
-    return next(path for path in _upwards(folder) if path.exists())
-
-
-def _upwards(folder: Path) -> Iterator[Path]:
-    yield folder
-    yield from folder.parents
-
-
-_CHECKS: dict[str, Check] = {
+CHECKS: dict[str, Check] = {
     "python": _python,
     "git": _git,
     "uv": _uv,

@@ -1,9 +1,7 @@
-"""`loopwright feedback`: what people said, what became of it, and taking it back."""
+"""`loopwright feedback`: user feedback, its status, its ingestion and its revocation."""
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,7 +13,7 @@ import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
-from loopwright.output import Json, print_json, print_table, say
+from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
     from components.feedback.store import Store
@@ -29,40 +27,40 @@ _COUNTED = ("up", "down", "corrections", "fresh", "quarantined", "waiting")
 
 @app.command()
 def stats(as_json: Json = False) -> None:
-    """What people said of each model version, and how much of it waits to be taken in and to be learned from."""
-    found: dict[str, Any] = {"models": [], "fresh": 0, "waiting": 0, "improvements": []}
+    """Votes on each model version, and how much feedback waits to be ingested and to be trained on."""
+    counts: dict[str, Any] = {"models": [], "fresh": 0, "waiting": 0, "improvements": []}
     with _store() as store:
         if store is not None:
-            found = {
+            counts = {
                 "models": store.feedback_counts(),
                 "fresh": store.fresh(),
                 "waiting": store.waiting(),
                 "improvements": store.improvements(),
             }
     if as_json:
-        print_json(found)
+        print_json(counts)
         return
-    print_table(("model", *_COUNTED), [tuple(row[name] for name in ("model", *_COUNTED)) for row in found["models"]])
-    print(f"\n{found['fresh']} to be taken in, {found['waiting']} accepted that no model has learned from")
-    if found["improvements"]:
-        last = found["improvements"][-1]
+    print_table(("model", *_COUNTED), [tuple(row[name] for name in ("model", *_COUNTED)) for row in counts["models"]])
+    print(f"\n{counts['fresh']} votes to ingest, {counts['waiting']} accepted items to train on")
+    if counts["improvements"]:
+        last = counts["improvements"][-1]
         print(f"last improvement: {last['candidate']} {last['outcome']}: {last['reason']}")
 
 
 @app.command("list")
 def list_(
-    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only those that are not learned from.")] = False,
+    quarantined: Annotated[bool, typer.Option("--quarantined", help="Only votes that are never trained on.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="How many, the newest first.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """The newest votes, what became of each and why."""
+    """The newest votes, with the status of each and its reason."""
     with _store() as store:
         votes = [] if store is None else store.votes(limit, quarantined)
     if as_json:
         print_json(votes)
         return
     print_table(
-        ("id", "said", "model", "rating", "correction", "status", "reason"),
+        ("id", "time", "model", "rating", "correction", "status", "reason"),
         [
             (
                 vote["id"],
@@ -80,26 +78,22 @@ def list_(
 
 @app.command()
 def ingest(as_json: Json = False) -> None:
-    """Take in what people said since the last time: check, mask, quarantine, write one partition and version it."""
+    """Ingest the feedback since the last ingestion: check, mask, quarantine, write one partition and version it."""
     from flows.feedback import ingest as run
-    from loopwright.run import Terminal, interrupt
+    from loopwright.run import Terminal, interruptible
 
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with interruptible('feedback ingest: stopped; "loopwright feedback ingest" goes on'):
         report = run(find_root(), Terminal(as_json))
-    except KeyboardInterrupt:
-        say('feedback ingest: stopped; "loopwright feedback ingest" goes on')
-        sys.exit(130)
     if as_json:
         print_json(asdict(report))
         return
     if report.partition is None:
-        print(f"nothing new; {report.waiting} accepted items wait to be learned from")
+        print(f"nothing new; {report.waiting} accepted items to train on")
         return
     print(f"{report.partition}: {report.accepted} accepted, {sum(report.quarantined.values())} quarantined")
     for reason, count in report.quarantined.items():
         print(f"  {count:>6}  {reason}")
-    print(f"{report.waiting} accepted items wait to be learned from, {report.fresh} votes to be taken in")
+    print(f"{report.waiting} accepted items to train on, {report.fresh} votes to ingest")
 
 
 @app.command()
@@ -108,8 +102,8 @@ def revoke(
     reason: Annotated[str | None, typer.Option(help="Why, for the record.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Withdraw an item, and name every model version that learned from it."""
-    from components.feedback.lineage import taught
+    """Revoke a feedback item, and name every model version that was trained on it."""
+    from components.feedback.lineage import trained_versions
     from components.tracking.registry import Registry, is_empty
 
     home = Paths(find_root()).home
@@ -117,19 +111,19 @@ def revoke(
         if store is None:
             raise InputError(f'{feedback_id}: no such feedback; see "loopwright feedback list" for the ids')
         new = store.revoke(feedback_id, reason)
-    learned = [] if is_empty(home) else taught(Registry(home), feedback_id)
+    trained = [] if is_empty(home) else trained_versions(Registry(home), feedback_id)
     if as_json:
-        print_json({"id": feedback_id, "revoked": True, "new": new, "models": learned})
+        print_json({"id": feedback_id, "revoked": True, "new": new, "models": trained})
         return
     print(f"{feedback_id}: {'revoked' if new else 'was revoked before'}")
-    print(f"learned from it: {', '.join(learned)}" if learned else "no model has learned from it")
-    if learned:
-        print('what next: "loopwright feedback ingest" and "loopwright improve" train without it')
+    print(f"trained on it: {', '.join(trained)}" if trained else "no model was trained on it")
+    if trained:
+        print('next: "loopwright feedback ingest" and "loopwright improve" train without it')
 
 
 @contextmanager
 def _store() -> Iterator[Store | None]:
-    """The project's store, or None where nothing was ever asked."""
+    """The project's store, or None where no request was ever stored."""
     from components.feedback.store import Store, has_store
 
     home: Path = Paths(find_root()).home

@@ -22,30 +22,30 @@ app = typer.Typer(
 
 @app.command()
 def create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, to know it by later.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is; shown by `keys list`.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(metavar="SCOPE", help="predict, feedback or admin (both, and reading what others said); repeat."),
+        typer.Option(metavar="SCOPE", help="predict, feedback or admin (both, and all feedback); repeat."),
     ] = None,
     requests_per_minute: Annotated[
         int | None, typer.Option(min=1, help="Instead of the endpoint's serve.requests_per_minute.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it, once: only its digest is kept."""
+    """Create a key and print it, once: only its digest is stored."""
     scopes = scope or ["predict", "feedback"]
     with _store() as store:
         key_id, key = store.create_key(name, scopes, requests_per_minute)
     if as_json:
         print_json({"id": key_id, "key": key, "name": name, "scopes": scopes})
         return
-    say(f"{key_id} for {name}: {', '.join(scopes)}; keep the key, it is shown this once")
+    say(f"{key_id} for {name}: {', '.join(scopes)}; store the key, it is shown only now")
     print(key)
 
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """Every key that was made, without the keys themselves."""
+    """Every key that was created, without the keys themselves."""
     with _store() as store:
         keys = store.keys()
     if as_json:
@@ -71,10 +71,10 @@ def list_(as_json: Json = False) -> None:
 def revoke(
     key_id: Annotated[str, typer.Argument(metavar="ID", help="As `keys list` shows it.")], as_json: Json = False
 ) -> None:
-    """Let a key open nothing any more; running endpoints know within seconds."""
+    """Revoke a key; running endpoints refuse it within seconds."""
     with _store() as store:
         store.revoke_key(key_id)
-    print_json({"revoked": key_id}) if as_json else print(f"{key_id} opens nothing any more")
+    print_json({"revoked": key_id}) if as_json else print(f"{key_id} revoked")
 
 
 @contextmanager

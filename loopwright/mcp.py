@@ -9,14 +9,14 @@ import typer
 from pydantic import BaseModel, Field
 
 from components.config.params import InputError
-from loopwright.endpoint import ADDRESS, headers
+from loopwright.client import ADDRESS, headers
 from loopwright.output import print_json
 
-INSTRUCTIONS = "An agent served by Loopwright. Ask it, then say how good its answer was: it learns from that."
+INSTRUCTIONS = "An agent served by Loopwright. Ask it, then rate its answer: the next model is trained on the ratings."
 
 
-class Answered(BaseModel):
-    """What the agent answered."""
+class Answer(BaseModel):
+    """The agent's answer."""
 
     answer: str
     completion_id: str
@@ -24,10 +24,10 @@ class Answered(BaseModel):
     model: str
     """`NAME/VERSION` that answered."""
     steps: list[dict[str, Any]]
-    """The calls that the agent made on the way, and what its tools answered."""
+    """The tool calls that the agent made, and their results."""
 
 
-class Thanked(BaseModel):
+class StoredVote(BaseModel):
     """A vote that was stored."""
 
     id: str
@@ -35,7 +35,7 @@ class Thanked(BaseModel):
 
 def mcp(
     url: Annotated[str, typer.Option(help="Address of the running endpoint.")] = ADDRESS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the tools that it offers, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the offered tools as JSON, and exit.")] = False,
 ) -> None:
     """Offer the agent to other agents: an MCP server on standard input and output, with the tools ask and feedback."""
     try:
@@ -54,16 +54,16 @@ def mcp(
 
 
 class Endpoint:
-    """The running endpoint, as the functions that become tools; its key is taken as `loopwright chat` takes it."""
+    """The running endpoint, as the functions that become tools; its API key is that of `loopwright chat`."""
 
     def __init__(self, url: str) -> None:
         self._url = url
 
-    async def ask(self, question: Annotated[str, Field(description="In words, as to a person.")]) -> Answered:
+    async def ask(self, question: Annotated[str, Field(description="In words, as to a person.")]) -> Answer:
         """Ask the agent one question; it plans, calls its own tools and answers in words."""
         completion = await self._post("chat/completions", {"messages": [{"role": "user", "content": question}]})
         message = completion["choices"][0]["message"]
-        return Answered(
+        return Answer(
             answer=message["content"] or "",
             completion_id=completion["id"],
             model=completion["model"],
@@ -75,10 +75,10 @@ class Endpoint:
         completion_id: str,
         rating: Literal["up", "down"],
         correction: Annotated[str | None, Field(description="What it should have said.")] = None,
-    ) -> Thanked:
-        """Say whether an answer was good, or what would have been right; the next model learns from it."""
+    ) -> StoredVote:
+        """Rate an answer, or correct it; the next model is trained on the vote."""
         vote = {"completion_id": completion_id, "rating": rating, "correction": correction}
-        return Thanked.model_validate(await self._post("feedback", vote))
+        return StoredVote.model_validate(await self._post("feedback", vote))
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         import httpx

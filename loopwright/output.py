@@ -1,4 +1,4 @@
-"""How every command answers: a table for people, one JSON document with `--json`."""
+"""How every command prints its result: a table, or one JSON document with `--json`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 
 
 def print_json(document: Any) -> None:
-    """The one document of `--json`, in ASCII where the terminal cannot show it otherwise."""
-    written = json.dumps(document, indent=2, ensure_ascii=False, default=str)
+    """Print the JSON document of `--json`, in ASCII where the terminal's encoding lacks a character."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, default=str)
     try:
-        written.encode(sys.stdout.encoding or "utf-8")
+        text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        written = json.dumps(document, indent=2, default=str)
-    print(written)
+        text = json.dumps(document, indent=2, default=str)
+    print(text)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Aligned columns under their names; None is left blank."""
-    lines = [tuple(columns), *(tuple("" if cell is None else _text(cell) for cell in row) for row in rows)]
+    """Print aligned columns under their names; None is left blank."""
+
+    def text(cell: Any) -> str:
+        return f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell)
+
+    lines = [tuple(columns), *(tuple(map(text, row)) for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal that is no part of the answer."""
+    """Print a line on stderr, beside the result on stdout."""
     print(line, file=sys.stderr, flush=True)
-
-
-def _text(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -50,11 +50,11 @@ def show(
             print_table(tuple(versions[0]), [[_cell(value) for value in row.values()] for row in versions])
         return
     version = registry.resolve(model)
-    whole = {**_summary(version), "folder": str(version.folder), "metrics": version.metrics, "tags": version.tags}
+    details = {**_summary(version), "folder": str(version.folder), "metrics": version.metrics, "tags": version.tags}
     if as_json:
-        print_json(whole)
+        print_json(details)
         return
-    print_table(("", str(version)), [(key, _cell(whole[key])) for key in ("aliases", "created", "run_id", "folder")])
+    print_table(("", str(version)), [(key, _cell(details[key])) for key in ("aliases", "created", "run_id", "folder")])
     print()
     print_table(("metric", "value"), sorted(version.metrics.items()))
     print()
@@ -70,7 +70,7 @@ def compare(
 ) -> None:
     """Compare the metrics of two versions."""
     registry = _registry()
-    first, second = (registry.resolve(_wanted(name, which)) for which in (a, b))
+    first, second = (registry.resolve(_spec(name, which)) for which in (a, b))
     rows = _differences(first, second)
     same = first.tags.get("held_out_digest") == second.tags.get("held_out_digest")
     if as_json:
@@ -78,7 +78,7 @@ def compare(
         return
     print_table(("metric", str(first), str(second), "difference"), [tuple(row.values()) for row in rows])
     if not same:
-        print("\nThey were measured on different held-out sets: figures do not compare.")
+        print("\nmeasured on different held-out sets: the figures are not comparable")
 
 
 @app.command()
@@ -87,19 +87,19 @@ def promote(
     version: Annotated[str, typer.Argument(help="A version number or an alias, such as challenger.")],
     as_json: Json = False,
 ) -> None:
-    """Make a version the champion; what follows the champion switches to it."""
+    """Make a version the champion; endpoints that serve the alias switch to it."""
     registry = _registry()
-    chosen = registry.resolve(_wanted(name, version))
+    chosen = registry.resolve(_spec(name, version))
     registry.promote(chosen)
-    _tell_champion(registry, name, as_json)
+    _print_champion(registry, name, as_json)
 
 
 @app.command()
 def rollback(name: Name, as_json: Json = False) -> None:
-    """Give the championship back to the champion before."""
+    """Make the previous champion the champion again."""
     registry = _registry()
     registry.rollback(name)
-    _tell_champion(registry, name, as_json)
+    _print_champion(registry, name, as_json)
 
 
 def _registry() -> Registry:
@@ -111,7 +111,7 @@ def _registry() -> Registry:
     return Registry(home)
 
 
-def _wanted(name: str, which: str) -> str:
+def _spec(name: str, which: str) -> str:
     return f"{name}/{which}" if which.isdigit() else f"{name}@{which}"
 
 
@@ -136,12 +136,12 @@ def _differences(first: ModelVersion, second: ModelVersion) -> list[dict[str, An
     return rows
 
 
-def _tell_champion(registry: Registry, name: str, as_json: bool) -> None:
+def _print_champion(registry: Registry, name: str, as_json: bool) -> None:
     champion, previous = registry.resolve(f"{name}@champion"), registry.find(f"{name}@previous")
     if as_json:
         print_json({"champion": str(champion), "previous": str(previous) if previous else None})
     else:
-        print(f"{champion} is champion" + (f", {previous} the one before" if previous else ""))
+        print(f"{champion} is champion" + (f", {previous} previous" if previous else ""))
 
 
 def _cell(value: Any) -> Any:

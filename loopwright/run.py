@@ -1,12 +1,14 @@
-"""`loopwright run`: bring every stage up to date as one Prefect flow run, then release the models."""
+"""`loopwright run` and `improve`: the pipeline and one round of continual learning, as Prefect flow runs."""
 
 from __future__ import annotations
 
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,12 +16,13 @@ import typer
 import yaml
 
 from components.config.params import InputError, Refused, load_params, moved_project, read_value
-from components.config.paths import Paths, find_root, writing
+from components.config.paths import Paths, find_root
+from components.runtime.files import write_text
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
     from flows.orchestration.run_stage import StageFailed
-    from flows.pipeline import Report
+    from flows.pipeline import RunReport
     from flows.release import Release
 
 
@@ -27,7 +30,7 @@ def run(
     scale: Annotated[str | None, typer.Option(help="smoke, laptop, gpu or cluster; written to params.yaml.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Written to params.yaml; may be given again."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Written to params.yaml; repeatable."),
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage, without release.")] = None,
     force: Annotated[bool, typer.Option(help="Run every stage, although up to date.")] = False,
@@ -35,41 +38,72 @@ def run(
 ) -> None:
     """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the models."""
     root = find_root()
-    signal.signal(signal.SIGTERM, interrupt)
     echo = Terminal(as_json)
     params = Paths(root).params
-    overrides = _overrides(scale, set_ or [])
-    _write_params(params, overrides | moved_project(params, overrides), echo)
+    overrides = read_overrides(scale, set_ or [])
+    write_params(params, overrides | moved_project(params, overrides), echo)
     from flows.orchestration.run_stage import StageFailed
     from flows.pipeline import ReleaseRefused, RunOptions, run_pipeline
 
     try:
-        report = run_pipeline(RunOptions(root, until, force, echo))
+        with interruptible('run: stopped; "loopwright run" goes on from the last checkpoint'):
+            report = run_pipeline(RunOptions(root, until, force, echo))
     except StageFailed as error:
-        raise told(error) from error
+        raise stage_error(error) from error
     except ReleaseRefused as refused:
         if not as_json:
-            _summarise(refused.report)
+            _print_report(refused.report)
         raise
-    except KeyboardInterrupt:
-        say('run: stopped; "loopwright run" goes on from the last checkpoint')
-        sys.exit(130)
     if as_json:
         print_json(asdict(report))
     else:
-        _summarise(report)
+        _print_report(report)
 
 
-def told(failure: StageFailed) -> Exception:
-    """A stage's failure as the error whose exit code it has."""
+def improve(
+    force: Annotated[
+        bool, typer.Option("--force", help="Also without new feedback, and every stage from the start.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Curate user feedback, train from the champion, compare the two, promote or refuse (exit 3)."""
+    from flows.improve import improve as run_improvement
+    from flows.orchestration.run_stage import StageFailed
+
+    try:
+        with interruptible('improve: stopped; "loopwright improve" goes on from the last checkpoint'):
+            improvement = run_improvement(find_root(), force, Terminal(as_json))
+    except StageFailed as failure:
+        raise stage_error(failure) from failure
+    if as_json:
+        print_json(asdict(improvement))
+        return
+    print(f"{improvement.outcome}: {improvement.reason}")
+    if release := improvement.release:
+        print(f"champion  {improvement.champion}, score {release.score:.4f}\nbento     {release.bento}")
+
+
+def stage_error(failure: StageFailed) -> Exception:
+    """A stage's failure as the exception that ends the command with the stage's exit code."""
     return (Refused if failure.exit_code == 3 else InputError)(str(failure))
 
 
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def interruptible(message: str) -> Iterator[None]:
+    """Let SIGTERM end a block as Ctrl-C does: with a message on stderr and exit code 130."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(message)
+        sys.exit(130)
 
 
-def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
+def read_overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
     """`section.key` → value, read as YAML, of `--scale` and every `--set`."""
     overrides: dict[str, Any] = {"scale": scale} if scale else {}
     for assignment in assignments:
@@ -85,51 +119,44 @@ def _overrides(scale: str | None, assignments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], None]) -> None:
-    """Write overrides into params.yaml, once they are known to be valid; comments stay."""
+def write_params(path: Path, overrides: dict[str, Any], echo: Callable[[str], None]) -> None:
+    """Write overrides into params.yaml once they are validated; comments stay."""
     valid = load_params(path, overrides).model_dump(mode="json", by_alias=True)
     if not overrides:
         return
     from ruamel.yaml import YAML
 
-    text = YAML()
-    text.preserve_quotes = True
-    text.width = 120
-    values = text.load(path.read_text(encoding="utf-8"))
+    yaml_file = YAML()
+    yaml_file.preserve_quotes = True
+    yaml_file.width = 120
+    values = yaml_file.load(path.read_text(encoding="utf-8"))
     changed = False
     for dotted in overrides:
         *sections, key = dotted.split(".")
         # As validated: YAML reads 1e-3 as text, the configuration as a number.
-        value, lock_owner = valid, values
+        value, target = valid, values
         for section in sections:
-            value, lock_owner = value[section], _section(lock_owner, section)
-        value, before = value[key], lock_owner.get(key, "unset")
+            value, target = value[section], _section(target, section)
+        value, before = value[key], target.get(key, "unset")
         if before != value:
             echo(f"params.yaml: {dotted}: {before} → {value}")
-            lock_owner[key] = _written(value)
+            target[key] = _as_yaml(value)
             changed = True
     if changed:
-        whole = path.resolve()  # a link stays one
-        scratch = whole.with_name(f".{path.name}.new")
-        try:
-            with writing(path):
-                with scratch.open("w", encoding="utf-8") as file:
-                    text.dump(values, file)
-                shutil.copymode(whole, scratch)
-                scratch.replace(whole)
-        finally:
-            scratch.unlink(missing_ok=True)
+        stream = StringIO()
+        yaml_file.dump(values, stream)
+        write_text(path, stream.getvalue())
 
 
-def _written(value: Any) -> Any:
-    """A value as it is to stand there: a list on one line, a text that YAML 1.1 would read otherwise in quotes."""
+def _as_yaml(value: Any) -> Any:
+    """A value as ruamel writes it: a list on one line, a string that YAML 1.1 would read as another type in quotes."""
     from ruamel.yaml.comments import CommentedSeq
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, list):
-        listed = CommentedSeq(map(_written, value))
-        listed.fa.set_flow_style()
-        return listed
+        sequence = CommentedSeq(map(_as_yaml, value))
+        sequence.fa.set_flow_style()
+        return sequence
     return SingleQuotedScalarString(value) if isinstance(value, str) and yaml.safe_load(value) != value else value
 
 
@@ -144,7 +171,7 @@ def _section(values: Any, name: str) -> Any:
 
 
 class Terminal:
-    """Prints what the run says; progress lines of a stage overwrite each other where a person looks on."""
+    """Prints the lines of a run; on a terminal, progress lines of a stage overwrite each other."""
 
     def __init__(self, as_json: bool) -> None:
         self._out = sys.stderr if as_json else sys.stdout
@@ -161,14 +188,14 @@ class Terminal:
         self._inside = progress
 
 
-def _summarise(report: Report) -> None:
+def _print_report(report: RunReport) -> None:
     print()
     print_table(
         ("stage", "outcome", "seconds"), [(row.name, row.outcome, f"{row.seconds:.1f}") for row in report.stages]
     )
     print()
     for release in report.releases:
-        _present(release)
+        _print_release(release)
     for refusal in report.refusals:
         print(f"refused   {refusal}\n")
     if report.releases:
@@ -178,13 +205,11 @@ def _summarise(report: Report) -> None:
     print(f"Done in {report.seconds:.1f} s")
 
 
-def _present(release: Release) -> None:
+def _print_release(release: Release) -> None:
     columns = ("held-out suite", "score", *(["baseline"] if release.baselines else []))
-    print_table(columns, [(name, value, *_of(release.baselines, name)) for name, value in release.scores.items()])
+    baselines = release.baselines
+    rows = [(name, score, *([baselines.get(name)] if baselines else [])) for name, score in release.scores.items()]
+    print_table(columns, rows)
     print(f"\nchampion  {release.version} ({release.outcome}), score {release.score:.4f}")
     print(f"bento     {release.bento}")
     print(f"asked     {release.question}\nanswered  {release.answer}\n")
-
-
-def _of(baselines: dict[str, float], suite: str) -> list[float | None]:
-    return [baselines.get(suite)] if baselines else []

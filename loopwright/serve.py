@@ -19,7 +19,7 @@ def serve(
         typer.Option(
             "--model",
             metavar="NAME@ALIAS|NAME/VERSION",
-            help="Which model; an alias is followed. May be given again for other tasks; default: every champion.",
+            help="Which model; an alias is followed. Repeatable, for other tasks; default: every champion.",
         ),
     ] = None,
     bento: Annotated[str | None, typer.Option(metavar="TAG", help="Serve a built Bento instead.")] = None,
@@ -29,39 +29,36 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 3000,
     challenger_share: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Share of the users whom NAME@challenger answers, where there is one."),
+        typer.Option(
+            min=0.0, max=1.0, help="Share of the users who are served by NAME@challenger, where there is one."
+        ),
     ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Serve the champions over OpenAI's API until Ctrl-C; follows agent@champion and the others as they move."""
-    if challenger_share and (bento is not None or not all(one.endswith("@champion") for one in model or ())):
+    if challenger_share and (bento is not None or not all(name.endswith("@champion") for name in model or ())):
         raise InputError(f"--challenger-share: {challenger_share} needs --model NAME@champion and no --bento")
     paths = Paths(find_root())
     os.chdir(paths.root)
-    _environment(paths)
+    os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
+    os.environ.setdefault("BENTOML_HOME", str(paths.home / "bento"))
+    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 
     from serving import server
     from serving.models.versions import DEFAULT
     from serving.observability import logs
 
-    wanted = ",".join(model) if model else DEFAULT
+    models = ",".join(model) if model else DEFAULT
     server.check_host(host, paths.home)
     listener = server.listen(host, port)
     if bento is not None:
-        _become_bento(bento, listener.detach(), paths, as_json)
+        _exec_bento(bento, listener.detach(), paths, as_json)
     file = logs.log_to(paths.home / "logs")
-    print(f"loading {wanted}; log: {file}", file=sys.stderr, flush=True)
-    server.serve_model(wanted, challenger_share, listener, server.announce_json if as_json else server.announce)
+    print(f"loading {models}; log: {file}", file=sys.stderr, flush=True)
+    server.serve_model(models, challenger_share, listener, server.announce_json if as_json else server.announce)
 
 
-def _environment(paths: Paths) -> None:
-    """State in our own folder, and no tool phones home."""
-    os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
-    os.environ.setdefault("BENTOML_HOME", str(paths.home / "bento"))
-    os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
-
-
-def _become_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
+def _exec_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
     """Replace this process by one that runs the Bento's own code."""
     from serving.server import find_bento
 

@@ -3,47 +3,48 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from components.config.params import load_params
 from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
+if TYPE_CHECKING:
+    from flows.orchestration.dvc_repo import StageState
+
 
 def status(as_json: Json = False) -> None:
     """Stages (up to date, or why not), champion versions, services, feedback waiting."""
+    from components.runtime.process import lock_owner
+    from flows.orchestration.dvc_repo import stage_states
+
     paths = Paths(find_root())
     params = load_params(paths.params)
-    running, feedback = _running(paths), _feedback(paths.home)
-    found = {
+    run, feedback = lock_owner(paths.home / "stages", "run"), _feedback(paths.home)
+    stages = [] if run else stage_states(paths.root, read_only=True)
+    report = {
         "scale": params.scale,
-        "run": running,
-        "stages": _stages(paths.root) if running is None else [],
+        "run": run,
+        "stages": [
+            {
+                "name": stage.name,
+                "up_to_date": not stage.reasons,
+                "reasons": list(stage.reasons),
+                "after": list(stage.after),
+            }
+            for stage in stages
+        ],
         "champions": _champions(paths.home),
         "services": _services(paths.home),
         "feedback_waiting": feedback["waiting"],
         "feedback_fresh": feedback["fresh"],
     }
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        _print(found)
-
-
-def _running(paths: Paths) -> int | None:
-    """The process of the run that goes on, if one does."""
-    from components.runtime.process import lock_owner
-
-    return lock_owner(paths.home / "stages", "run")
-
-
-def _stages(root: Path) -> list[dict[str, Any]]:
-    from flows.pipeline import look
-
-    return [
-        {"name": state.name, "up_to_date": not state.reasons, "reasons": list(state.reasons)} for state in look(root)
-    ]
+        _print(report, stages)
 
 
 def _champions(home: Path) -> list[dict[str, Any]]:
@@ -54,9 +55,9 @@ def _champions(home: Path) -> list[dict[str, Any]]:
     registry = Registry(home)
     champions = [registry.find(f"{name}@champion") for name in registry.names()]
     return [
-        {"model": str(one), "score": one.metrics.get("score"), "bento": one.tags.get("bento")}
-        for one in champions
-        if one is not None
+        {"model": str(version), "score": version.metrics.get("score"), "bento": version.tags.get("bento")}
+        for version in champions
+        if version is not None
     ]
 
 
@@ -64,11 +65,14 @@ def _services(home: Path) -> list[dict[str, Any]]:
     """What answers on this machine: those of the running `up`, or that the environment names, or the usual ones."""
     from components.runtime.service_registry import answers, running
 
-    found = running(home)
+    services = running(home)
     addresses = {
-        "endpoint": (found.get("endpoint", "http://127.0.0.1:3000"), "/livez"),
-        "prefect": (os.environ.get("PREFECT_API_URL") or found.get("prefect", "http://127.0.0.1:4200/api"), "/health"),
-        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or found.get("mlflow", "http://127.0.0.1:5000"), "/health"),
+        "endpoint": (services.get("endpoint", "http://127.0.0.1:3000"), "/livez"),
+        "prefect": (
+            os.environ.get("PREFECT_API_URL") or services.get("prefect", "http://127.0.0.1:4200/api"),
+            "/health",
+        ),
+        "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or services.get("mlflow", "http://127.0.0.1:5000"), "/health"),
     }
     return [
         {"name": name, "address": url, "answers": answers(url + path)}
@@ -78,7 +82,7 @@ def _services(home: Path) -> list[dict[str, Any]]:
 
 
 def _feedback(home: Path) -> dict[str, int]:
-    """Votes to be taken in, and accepted items that no model has learned from."""
+    """Feedback that is not ingested yet, and accepted items that no model is trained on."""
     from components.feedback.store import Store, has_store
 
     if not has_store(home):
@@ -90,19 +94,19 @@ def _feedback(home: Path) -> dict[str, int]:
         store.close()
 
 
-def _print(found: dict[str, Any]) -> None:
-    print(f"scale {found['scale']}\n")
-    if found["run"]:
-        print(f"a run goes on as process {found['run']}: its stages are changing\n")
-    rows = [(row["name"], "; ".join(row["reasons"]) or "up to date") for row in found["stages"]]
-    print_table(("stage", "state"), rows)
+def _print(report: dict[str, Any], stages: list[StageState]) -> None:
+    print(f"scale {report['scale']}\n")
+    if report["run"]:
+        print(f"a run goes on as process {report['run']}: its stages are changing\n")
+    widest = max((len(stage.name) for stage in stages), default=0)
+    width = max(40, shutil.get_terminal_size().columns - widest - 2)
+    print_table(("stage", "state"), [(stage.name, stage.describe(width)) for stage in stages])
     print()
-    print_table(("champion", "score", "bento"), [tuple(row.values()) for row in found["champions"]])
+    print_table(("champion", "score", "bento"), [tuple(row.values()) for row in report["champions"]])
     print()
     print_table(
         ("service", "state", "address"),
-        [(row["name"], "answers" if row["answers"] else "not running", row["address"]) for row in found["services"]],
+        [(row["name"], "answers" if row["answers"] else "not running", row["address"]) for row in report["services"]],
     )
-    print(
-        f"\nfeedback: {found['feedback_waiting']} waiting to be learned from, {found['feedback_fresh']} to be taken in"
-    )
+    waiting, fresh = report["feedback_waiting"], report["feedback_fresh"]
+    print(f"\nfeedback: {waiting} items to train on, {fresh} to ingest")

@@ -18,31 +18,31 @@ def trace(
     completion_id: Annotated[str, typer.Argument(metavar="ID", help="Id of an answer, as the endpoint gave it.")],
     as_json: Json = False,
 ) -> None:
-    """Print everything behind one answer: what was asked and said, votes, model version, run, commit, data."""
-    from components.feedback.lineage import lineage, registry_facts
+    """Print everything behind one answer: request, response, votes, model version, run, commit, data."""
+    from components.feedback.lineage import lineage, registry_metadata
     from components.feedback.store import Store
 
     home = Paths(find_root()).home
     store = Store.of(home)
     try:
-        found = lineage(store, completion_id, registry_facts(home))
+        report = lineage(store, completion_id, registry_metadata(home))
     finally:
         store.close()
     if as_json:
-        print_json(found)
+        print_json(report)
     else:
-        for line in _lines(found):
+        for line in _lines(report):
             print(line)
 
 
-def _lines(found: Mapping[str, Any]) -> list[str]:
+def _lines(report: Mapping[str, Any]) -> list[str]:
     return [
-        _row("completion", found["id"]),
-        _row("time", datetime.fromtimestamp(found["created"]).astimezone().isoformat(" ", "seconds")),
-        *(_row(message["role"], _text(message)) for message in found["request"]["messages"]),
-        *_answer_lines(found["answer"]),
-        *_vote_lines(found["feedback"]),
-        *_version_lines(found["version"]),
+        _row("completion", report["id"]),
+        _row("time", datetime.fromtimestamp(report["created"]).astimezone().isoformat(" ", "seconds")),
+        *(_row(message["role"], _text(message)) for message in report["request"]["messages"]),
+        *_answer_lines(report["answer"]),
+        *_vote_lines(report["feedback"]),
+        *_version_lines(report["version"]),
     ]
 
 
@@ -62,7 +62,7 @@ def _text(message: Mapping[str, Any]) -> str:
 
 def _answer_lines(answer: Mapping[str, Any] | None) -> list[str]:
     if answer is None:
-        return [_row("answer", "none on record: still being written, or its server was killed")]
+        return [_row("answer", "none stored: still being generated, or its server was killed")]
     tokens = f"{answer['prompt_tokens']} + {answer['completion_tokens']} tokens"
     calls = [call["function"] for call in answer["tool_calls"]]
     return [
@@ -92,9 +92,10 @@ def _version_lines(version: Mapping[str, Any]) -> list[str]:
         return [*lines, _row("", "(not in this registry)")]
     lines.append(_row("aliases", ", ".join(version["aliases"]) or "none"))
     lines.append(_row("run", version["run_id"]))
-    for one in version.get("taught_by", ()):
-        lines.append(_row("learned", f"{one['version']}  run {one['run_id']}  {len(one['feedback'])} feedback items"))
-        lines += [_row("", f"{one['version']} learned from {item}") for item in one["feedback"]]
+    for model in version.get("taught_by", ()):
+        count = f"{len(model['feedback'])} feedback items"
+        lines.append(_row("trained on", f"{model['version']}  run {model['run_id']}  {count}"))
+        lines += [_row("", f"{model['version']} trained on {item}") for item in model["feedback"]]
     lines += [_row("", f"{key} = {value}") for key, value in sorted(version["tags"].items())]
     lines += [_row("", f"{key} = {value:.4g}") for key, value in sorted(version["metrics"].items())]
     return lines

@@ -1,4 +1,4 @@
-"""`loopwright up`: start the platform's services, keep them running, and end them all."""
+"""`loopwright up` and `deploy`: run the platform's services, and register its scheduled flows with Prefect."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
-from loopwright.output import Json, print_json, say
+from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
     from components.runtime.supervisor import SupervisedService, Supervisor
 
 STOP_SECONDS = 7.0
 _TICK_SECONDS = 0.2
-_NAMES = ("prefect", "mlflow", "worker", "endpoint")
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 
 
@@ -38,9 +36,9 @@ def up(
     os.chdir(paths.root)
     os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
     paths.home.mkdir(parents=True, exist_ok=True)
-    asked = threading.Event()
+    stop_requested = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
+        signal.signal(number, lambda *_: stop_requested.set())
     ports = {"endpoint": endpoint_port, "prefect": prefect_port, "mlflow": mlflow_port}
 
     from components.runtime.process import file_lock
@@ -53,10 +51,10 @@ def up(
         for folder in ("prefect", "logs"):
             (paths.home / folder).mkdir(exist_ok=True)
         services = platform(paths.home, ports, deploy)
-        supervisor = Supervisor(services, paths.home / "logs", paths.root, _tell)
+        supervisor = Supervisor(services, paths.home / "logs", paths.root, _print_change)
         publish(paths.home, {service.name: service.address for service in services if service.address})
         try:
-            _supervise(supervisor, asked, as_json)
+            _supervise(supervisor, stop_requested, as_json)
         finally:
             started = time.monotonic()
             supervisor.stop(STOP_SECONDS)
@@ -64,61 +62,77 @@ def up(
             say(f"stopped in {time.monotonic() - started:.1f} s")
 
 
-def _supervise(supervisor: Supervisor, asked: threading.Event, as_json: bool) -> None:
-    """Look after the services until asked to stop; say once when all that can run is healthy."""
-    started, told = time.monotonic(), False
-    while not asked.is_set():
+def deploy(as_json: Json = False) -> None:
+    """Register pipeline, ingest, improve and monitor on the server of `up`, or the one PREFECT_API_URL names."""
+    paths = Paths(find_root())
+    from components.runtime.service_registry import running
+    from flows.orchestration.prefect_server import Api, settings
+
+    url = os.environ.get("PREFECT_API_URL") or running(paths.home).get("prefect")
+    if url is None:
+        raise InputError('PREFECT_API_URL: not set, and no platform runs; start "loopwright up", which deploys itself')
+    for variable, value in {**settings(paths.home), "PREFECT_API_URL": url}.items():
+        os.environ.setdefault(variable, value)
+    (paths.home / "prefect").mkdir(parents=True, exist_ok=True)
+    Api(url, paths.home / "logs" / "prefect.log", None).wait()
+    from flows.deployments import register
+
+    rows = register(paths.root)
+    if as_json:
+        print_json({"server": url, "deployments": rows})
+    else:
+        print_table(("deployment", "cron", "event"), [tuple(row.values()) for row in rows])
+
+
+def _supervise(supervisor: Supervisor, stop_requested: threading.Event, as_json: bool) -> None:
+    """Supervise the services until a stop is requested; report once when all that can run are healthy."""
+    started, reported = time.monotonic(), False
+    while not stop_requested.is_set():
         supervisor.tick()
-        states = {kept.service.name: kept.state for kept in supervisor.kept}
-        # Only the endpoint may wait for longer: for a champion, which people make.
-        told_waiting = all(
-            kept.state == "healthy" or (kept.told_waiting and _others_healthy(states)) for kept in supervisor.kept
-        )
-        if told_waiting and not told:
-            told = True
+        waiting = [entry for entry in supervisor.supervised if entry.state != "healthy"]
+        # Only the endpoint may wait for longer: for a champion.
+        ready = all(entry.service.name == "endpoint" and entry.reported_waiting for entry in waiting)
+        if ready and not reported:
+            reported = True
             seconds = time.monotonic() - started
             if as_json:
                 print_json(_report(supervisor, seconds))
                 sys.stdout.flush()
             say(f"up in {seconds:.1f} s; Ctrl-C stops everything")
-        asked.wait(_TICK_SECONDS)
-
-
-def _others_healthy(states: Mapping[str, str]) -> bool:
-    return all(state == "healthy" for name, state in states.items() if name != "endpoint")
+        stop_requested.wait(_TICK_SECONDS)
 
 
 def _report(supervisor: Supervisor, seconds: float) -> dict[str, Any]:
     rows = [
         {
-            "name": kept.service.name,
-            "state": kept.state,
-            "address": kept.service.address or None,
-            "pid": kept.process.pid if kept.process else None,
-            "log": str(kept.log),
+            "name": entry.service.name,
+            "state": entry.state,
+            "address": entry.service.address or None,
+            "pid": entry.process.pid if entry.process else None,
+            "log": str(entry.log),
         }
-        for kept in supervisor.kept
+        for entry in supervisor.supervised
     ]
     return {"services": rows, "seconds": round(seconds, 1), "pid": os.getpid()}
 
 
-def _tell(kept: SupervisedService) -> None:
-    """One line for each change."""
-    service = kept.service
-    facts = {
+def _print_change(entry: SupervisedService) -> None:
+    """Print a service's new state in a line."""
+    service = entry.service
+    details = {
         "healthy": f"healthy  {service.address.removesuffix('/api')}",
-        "hung": f"does not answer any more; killed; see {kept.log}",
+        "hung": f"not responding; killed; see {entry.log}",
         "waiting": f"waits for {service.waits_for}",
-        "pausing": f"ended; starts again in {max(0.0, kept.next_start - time.monotonic()):.0f} s; see {kept.log}",
-        "given up": f"GIVEN UP after {kept.deaths} quick deaths; see {kept.log}, then start up again",
+        "backing off": f"exited; restarts in {max(0.0, entry.next_start - time.monotonic()):.0f} s; see {entry.log}",
+        "crash loop": f'crash loop: {entry.crashes} restarts; see {entry.log}, then run "loopwright up" again',
     }
-    say(f"{service.name:<9} {facts.get(kept.state, kept.state)}".rstrip())
+    say(f"{service.name:<9} {details.get(entry.state, entry.state)}".rstrip())
 
 
 def _check_ports(ports: dict[str, int]) -> None:
-    given = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
+    variables = {"prefect": "PREFECT_API_URL", "mlflow": "MLFLOW_TRACKING_URI"}
     for name, port in ports.items():
-        if given.get(name, "") in os.environ:
+        if variables.get(name, "") in os.environ:
             continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

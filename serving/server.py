@@ -1,8 +1,8 @@
 """Run the endpoint in this process: our ASGI app on uvicorn.
 
-One process, so that no kill leaves half of a server behind; `bentoml serve` runs the same app
-under its own supervisor. `python -m serving.server --bento FOLDER ...`, started inside a Bento's
-`src` folder, serves that Bento with the code it was built with.
+One process, so that no kill leaves child processes behind; `bentoml serve` runs the same app under its own supervisor.
+`python -m serving.server --bento FOLDER ...`, started inside a Bento's `src` folder, serves that Bento with the code it
+was built with.
 """
 
 from __future__ import annotations
@@ -24,25 +24,22 @@ import uvicorn
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
-from components.feedback.store import Store, has_store
 from serving.http.app import new_api
-from serving.http.gateway import GatewayMiddleware
-from serving.http.keys import has_keys
-from serving.models.drain import drain_on_signals
-from serving.models.state import Serving
+from serving.http.gateway import GatewayMiddleware, has_keys
+from serving.models.state import Serving, drain_on_signals
 from serving.observability.logs import log_to
 
-PATIENCE_SECONDS = 30
-"""For connections that are still open when the answers are finished."""
+SHUTDOWN_SECONDS = 30
+"""Grace period of connections still open after draining."""
 
 Ready = Callable[[str, list[str]], None]
-"""Told the address and each `NAME/VERSION` once they answer."""
+"""Called with the address and each served `NAME/VERSION` once they answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one.
+    """A listening socket; port 0 chooses a free one.
 
-    Raises: InputError when the address cannot be had.
+    Raises: InputError when the address is unavailable.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -54,19 +51,19 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             raise InputError(f"--port: {port} is in use; stop what listens there or choose another --port") from None
         raise InputError(f"--host {host} --port {port}: {error.strerror}; choose others") from None
-    # Connections inherit it; asyncio forgets to set it on sockets it is handed, which costs 40 ms an answer.
+    # Connections inherit it; asyncio does not set it on sockets passed to it, which costs 40 ms per response.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def check_host(host: str, home: Path) -> None:
-    """Only loopback without keys, of the environment or of the state folder's store.
+    """Refuse any host but loopback where no API key exists.
 
     Raises: InputError.
     """
     if host in ("127.0.0.1", "::1", "localhost"):
         return
-    if not has_keys(os.environ.get("LOOPWRIGHT_API_KEYS", ""), lambda: Store.of(home) if has_store(home) else None):
+    if not has_keys(os.environ.get("LOOPWRIGHT_API_KEYS", ""), home):
         remedy = 'run "loopwright keys create NAME" or set LOOPWRIGHT_API_KEYS=KEY,... first, or leave --host out'
         raise InputError(f"--host: {host} is open to others; {remedy}")
 
@@ -84,7 +81,7 @@ def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
     """Serve a built Bento; the working folder is its `src`."""
     import bentoml
 
-    bentoml.load(str(folder))  # gives the service below the arguments that the Bento was built with
+    bentoml.load(str(folder))  # sets the arguments of the service below to those of the Bento
     from serving.service import open_serving
 
     serve(open_serving(), listener, ready)
@@ -105,9 +102,9 @@ def find_bento(tag: str) -> Path:
 
 
 def serve(serving: Serving, listener: socket.socket, ready: Ready) -> None:
-    """Answer on a socket until a signal stops the process; `ready` is called from a thread."""
+    """Serve on a socket until a signal stops the process; `ready` is called from a thread."""
     server = _Server(serving, listener, ready)
-    # uvicorn raises the signal again when all is done; that must not turn a clean end into a death by signal.
+    # uvicorn raises the signal again after its shutdown; ignored, so that the process exits with status 0.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listener])
@@ -115,14 +112,14 @@ def serve(serving: Serving, listener: socket.socket, ready: Ready) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
         serving.close()
-    gc.freeze()  # the interpreter's last collection would walk all of torch and MLflow for seconds
+    gc.freeze()  # else the interpreter's last collection traverses torch and MLflow for seconds
     if server.error is not None:
         raise server.error
 
 
 @contextmanager
 def serve_in_thread(serving: Serving) -> Iterator[str]:
-    """Answer on a free loopback port while the block runs; gives the address."""
+    """Serve on a free loopback port while the block runs; yields the address."""
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(_config(serving))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="endpoint", daemon=True)
@@ -136,9 +133,9 @@ def serve_in_thread(serving: Serving) -> Iterator[str]:
 
 @contextmanager
 def local_endpoint(paths: Paths, model: str) -> Iterator[str]:
-    """Serve a model of the registry on a thread while the block runs; gives the address once it answers.
+    """Serve a model of the registry on a thread while the block runs; yields the address once it answers.
 
-    Raises: InputError when the model cannot be had.
+    Raises: InputError when the model cannot be loaded.
     """
     serving = Serving.open(paths.home, load_params(paths.params).serve, model)
     try:
@@ -158,7 +155,7 @@ def _config(serving: Serving) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=PATIENCE_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
 
 
@@ -168,7 +165,7 @@ def _address(listener: socket.socket) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Says when the first model answers, stops when it cannot be loaded, and drains before a signal stops it."""
+    """Calls `ready` once the first model answers, stops when none can be loaded, and drains before it stops."""
 
     def __init__(self, serving: Serving, listener: socket.socket, ready: Ready) -> None:
         super().__init__(_config(serving))
@@ -183,7 +180,7 @@ class _Server(uvicorn.Server):
     def _wait(self) -> None:
         try:
             self._serving.wait()
-        except Exception as error:  # noqa: BLE001 (raised by `serve`, in the thread that is to end)
+        except Exception as error:  # noqa: BLE001 (raised by `serve`, in the main thread)
             self.error = error
             self.should_exit = True
         else:
@@ -196,10 +193,10 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="the listening socket")
     parser.add_argument("--logs", type=Path, required=True)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    log_to(given.logs)
+    arguments = parser.parse_args()
+    log_to(arguments.logs)
     try:
-        serve_bento(given.bento, socket.socket(fileno=given.fd), announce_json if given.json else announce)
+        serve_bento(arguments.bento, socket.socket(fileno=arguments.fd), announce_json if arguments.json else announce)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -1,8 +1,8 @@
 """The BentoML service: our ASGI app, mounted, and the models behind it.
 
-From the source tree it follows the registry; inside a Bento it serves the weights that the Bento
-carries. BentoML's own metrics are off (their labels are raw paths) and so is its time-out
-(it would cut long answers off): `gateway` and `engine` bound what must be bounded.
+In the source tree it serves the registry's models; inside a Bento, the weights that the Bento carries. BentoML's own
+metrics are off (their labels are raw paths) and so is its time-out (it would interrupt long answers): the gateway and
+the backends have their own limits.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from components.config.paths import Paths
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
-from serving.models.drain import drain_on_signals
-from serving.models.state import Serving
+from serving.models.state import Serving, drain_on_signals
 from serving.models.versions import DEFAULT, Bundled
 
 DAY_SECONDS = 86_400
 
 
 class Arguments(BaseModel):
-    """What a Bento was built with, or `--arg` says."""
+    """Arguments of a Bento, set at its build or by `--arg`."""
 
     model: str = DEFAULT
-    """`NAME@ALIAS`, followed, or `NAME/VERSION`, in the registry; several between commas, one for each task."""
+    """`NAME@ALIAS` (watched) or `NAME/VERSION` in the registry; a comma-separated list has one model per task."""
     challenger_share: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of the requests that the challenger answers, where there is one."""
     weights: str = ""
-    """Tag in BentoML's model store, as `agent:v3`: the model that a Bento carries; wins over `model`."""
+    """Tag in BentoML's model store, such as `agent:v3`: the model inside a Bento; overrides `model`."""
 
 
 api = new_api()
@@ -40,7 +39,7 @@ arguments = bentoml.use_arguments(Arguments)
 
 
 def open_serving() -> Serving:
-    """Start loading what the arguments name; of a Bento's model, its facts are the metadata that it was stored with."""
+    """Start loading the models that the arguments name; a Bento's model has the metadata it was stored with."""
     paths = Paths(Path.cwd())
     bundled = None
     if arguments.weights:
@@ -51,10 +50,10 @@ def open_serving() -> Serving:
 
 
 class Endpoint:
-    """Answers chats, reads texts, and keeps what people say about the answers."""
+    """Answers chats, classifies and embeds texts, and stores feedback."""
 
     def __init__(self) -> None:
-        bypass_proxies_for_loopback()  # `bentoml serve` comes by no other door
+        bypass_proxies_for_loopback()  # under `bentoml serve` no other code of ours runs before this
         api.state.serving = self.serving = open_serving()
         drain_on_signals(self.serving)
 

@@ -18,7 +18,7 @@ from components.config.params import InputError
 from components.runtime.stage import digest
 from components.tracking.mlflow_client import connect, create_run, end_killed_runs
 from components.tracking.registry import ModelVersion, Registry
-from flows.pipeline import configure
+from flows.orchestration.dvc_repo import configure
 
 SOURCE = Path(__file__).parents[1]
 Register = Callable[..., ModelVersion]

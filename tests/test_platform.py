@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from components.config.params import FAMILIES, Refused, load_params
 from components.config.paths import Paths
-from components.evaluation.compare_agents import Model, judge_folders
+from components.evaluation.compare_agents import AgentFolder, judge_folders
 from components.tracking.mlflow_client import mlflow_name
 from components.tracking.registry import Registry
 from flows.orchestration.prefect_server import prefect_api
@@ -288,10 +288,10 @@ def test_a_champions_answers_are_kept_for_its_challengers(
     champion = registry.resolve("agent@champion")
     fetch_answers(registry, champion, tmp_path)
     params = load_params(paths.params)
-    asked, again = Model(champion.folder), Model(champion.folder, tmp_path)
+    asked, again = AgentFolder(champion.folder), AgentFolder(champion.folder, tmp_path)
     judged = judge_folders(again, asked, paths.collected, None, params, "any_gain")
-    assert not judged.verdict.promote
-    assert all(one.wins == one.losses == 0 for one in judged.verdict.findings), "what was kept is what it answers"
+    assert not judged.decision.promote
+    assert all(one.wins == one.losses == 0 for one in judged.decision.findings), "what was kept is what it answers"
     assert (tmp_path / "answers.parquet").is_file()
 
 

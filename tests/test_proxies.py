@@ -115,7 +115,7 @@ def test_a_proxy_that_is_not_understood_is_named_and_left_out(
     reach(servers[0])
     said = capsys.readouterr().err
     assert said.startswith(f"ALL_PROXY: {url}: ")
-    assert said.endswith("left out; http, https, socks5 and socks5h work\n")
+    assert said.endswith("ignored; http, https, socks5 and socks5h are supported\n")
     assert said.count("\n") == 1
 
 

@@ -139,7 +139,7 @@ def test_corrections_become_the_answers_of_the_next_model(
     items.append(correct(endpoint, twice, WANTED))
     taken = done(loop("feedback", "ingest"))
     assert taken["accepted"] == 40
-    assert taken["quarantined"] == {"Replaced by a later vote before it was taken in": 1}
+    assert taken["quarantined"] == {"Replaced by a later vote before ingestion": 1}
     (vote,) = done(loop("feedback", "list", "--quarantined"))
     assert vote["id"] == replaced
 

@@ -79,7 +79,7 @@ def test_everything_becomes_healthy(up: Up) -> None:
 def test_a_killed_service_comes_back(up: Up) -> None:
     (pid,) = [row["pid"] for row in json.loads(up.out.read_text())["services"] if row["name"] == "endpoint"]
     psutil.Process(pid).kill()
-    up.until(lambda: "endpoint  ended; starts again in " in up.told.read_text(), 10)
+    up.until(lambda: "endpoint  exited; restarts in " in up.told.read_text(), 10)
     up.until(lambda: up.endpoint() == 200, 60)
     assert not psutil.pid_exists(pid), "another process answers"
 

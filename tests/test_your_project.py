@@ -18,7 +18,7 @@ from components.config.paths import Paths
 from components.config.project import Collecting, load_project
 from components.tracking.registry import Registry
 from examples.helpdesk import order_status
-from flows.pipeline import look
+from flows.orchestration.dvc_repo import stage_states
 from tests.conftest import SOURCE, clone
 
 PAGE = (SOURCE / "docs/your-project.md").read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def test_the_commands_of_the_page_end_with_an_answer_that_called_a_tool(tmp_path
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert ended.stdout == agent["answer"] + "\n", ended.stderr
 
-    assert not [state.name for state in look(project.root) if state.reasons]
+    assert not [state.name for state in stage_states(project.root) if state.reasons]
     module = project.root / "examples/helpdesk/__init__.py"
     module.write_text(module.read_text() + "\n# A comment.\n")
-    assert next(state for state in look(project.root)).reasons == ("examples/helpdesk modified",)
+    assert next(state for state in stage_states(project.root)).reasons == ("examples/helpdesk modified",)

@@ -1,7 +1,7 @@
-"""The agent in four steps: take the instruction, let the model decide, call the tools, answer in words.
+"""The agent: instruction, decision of the model, tool calls, answer.
 
-It is a coroutine that knows no model: it yields prompts and is sent what was generated, so
-that evaluation drives hundreds side by side and serving drives each through its engine.
+A conversation is a generator that yields prompts and is sent the generated ids; it runs no model itself. Evaluation
+drives hundreds of conversations in one batch, serving each through its engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from components.agent.saved_tools import load_tools, read_agent
 from components.agent.tools import Tool, call
 from components.agent.turn_grammar import Rules, TurnOptions, followable, lenient_rules
 from components.config.params import InputError
-from components.inference.constraints import Constraint
+from components.inference.sampling import Constraint
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.response_format import format_message
@@ -28,7 +28,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 GAVE_UP = "I could not finish this within {steps} steps."
 MAX_RESULT_CHARACTERS = 2_000
 MAX_STEPS = 6
-"""Turns for one answer of a model whose folder does not say how many."""
+"""Turns per answer of a model whose folder sets none."""
 DEFAULT_OPTIONS = TurnOptions()
 
 
@@ -38,30 +38,28 @@ class ContextTooLong(InputError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What the agent said, and how it got there."""
-
     content: str
     steps: tuple[Step, ...]
     """In order: `{"type": "call", "name", "arguments"}` and `{"type": "result", "name", "content"}`."""
     finish_reason: FinishReason
     tool_calls: tuple[Call, ...]
-    """Calls of the client's own tools, for the client to run."""
+    """Calls of the client's tools, for the client to run."""
     prompt_tokens: int
-    """Of the last prompt, which holds all that came before."""
+    """Of the last prompt, which includes all earlier turns."""
     completion_tokens: int
     """Over all turns of the model."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is to continue, and what its continuation is held to."""
+    """A prompt, and the constraint of its completion."""
 
     ids: list[int]
     constraint: Constraint | None = None
 
 
 Conversation = Generator[Prompt, Sequence[int], Answer]
-"""Yields the next prompt, is sent the generated ids (with the end token when one was reached)."""
+"""Yields the next prompt, is sent the generated ids (including the end token when it was generated)."""
 
 
 class Agent:
@@ -78,15 +76,15 @@ class Agent:
     ) -> None:
         self.tokenizer = tokenizer
         self.own_tools = tuple(tools)
-        """Those that it was trained on, and knows without being told."""
+        """Tools that the model was trained on, and that prompts need not declare."""
         self.external_tools = external_tools
-        """Tools of others that are there now; while there are any, each prompt declares all tools."""
+        """External tools available now; while there are any, each prompt declares all tools."""
         self.forms = forms
-        """Whether it was taught to be told the form of an answer (`components/tokenization/response_format.py`)."""
+        """Whether it was trained with response format messages (`components/tokenization/response_format.py`)."""
         self.max_steps = max_steps
         self.context_len = context_len
-        self._usual: tuple[tuple[Tool, ...], Rules] | None = None
-        """The rules of most answers, and the tools that they are of."""
+        self._default_rules: tuple[tuple[Tool, ...], Rules] | None = None
+        """The rules for default options, and their tools."""
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -94,18 +92,18 @@ class Agent:
 
     @classmethod
     def load(cls, folder: Path, context_len: int, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
-        """The agent of a model folder: its tokenizer and its tools, whose code is run from the folder.
+        """The agent of a model folder: its tokenizer and its tools, whose code is imported from the folder.
 
-        Raises: InputError when a file is missing, names an unknown tool, or is not what was saved.
+        Raises: InputError when a file is missing, names an unknown tool, or differs from what was saved.
         """
         tokenizer, settings = load_chat_tokenizer(folder), read_agent(folder)
         max_steps, forms = settings.get("max_steps", MAX_STEPS), bool(settings.get("forms"))
         return cls(tokenizer, load_tools(folder), max_steps, context_len, external_tools, forms)
 
     def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, options: TurnOptions = DEFAULT_OPTIONS) -> Rules:
-        """What the turns of an answer may be; `tools` are the client's. Takes milliseconds, and less when asked again.
+        """Grammars of an answer's turns; `tools` are the client's. Takes milliseconds to compile, less from the cache.
 
-        Raises: InputError when a schema is wrong or cannot be held to.
+        Raises: InputError when a schema is invalid or not supported.
         """
         if tools:
             return lenient_rules(self.tokenizer, tools, options, runs_tools=False)
@@ -114,14 +112,14 @@ class Agent:
         own = self.tools
         rules = lenient_rules(self.tokenizer, followable(self.tokenizer, own), options, runs_tools=True)
         if options == DEFAULT_OPTIONS:
-            self._usual = own, rules
+            self._default_rules = own, rules
         return rules
 
     def known_rules(self, tools: Sequence[Mapping[str, Any]] | None, options: TurnOptions) -> Rules | None:
-        """The `rules` of most answers, once they were made; takes no time."""
-        if tools or options != DEFAULT_OPTIONS or self._usual is None or self._usual[0] != self.tools:
+        """The `rules` for default options, once compiled; else None."""
+        if tools or options != DEFAULT_OPTIONS or self._default_rules is None or self._default_rules[0] != self.tools:
             return None
-        return self._usual[1]
+        return self._default_rules[1]
 
     def answer(
         self,
@@ -132,37 +130,35 @@ class Agent:
     ) -> Conversation:
         """Answer the last message.
 
-        `tools` are the client's (OpenAI's list): then the model's calls are handed back instead of run.
-        Steps are appended to `steps` as they happen. Every turn keeps to the `rules`, where there are any; where they
-        want words of a form, a call that finds no end is forgotten and the next turn is the answer.
+        `tools` are the client's (OpenAI's list): then the model's calls are returned instead of run. Steps are appended
+        to `steps` as they occur. Every turn follows the `rules`, where there are any; where they require a response
+        format, an unfinished call is dropped and the next turn is the answer.
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
-        said = [*([format_message(rules.keys)] if self.forms and rules and rules.structured else []), *messages]
+        conversation = [*([format_message(rules.keys)] if self.forms and rules and rules.structured else []), *messages]
         steps = [] if steps is None else steps
         written = 0
-        declared = tools or self._declared()
-        endless = False
+        declared = tools
+        if not tools and (external := self.external_tools()):
+            # The model knows its own tools from training; external ones have to be declared, and then all are.
+            declared = [tool.declaration() for tool in (*self.own_tools, *external)]
+        unfinished = False
         for turns_left in reversed(range(self.max_steps)):
-            prompt = self._prompt(said, declared)
-            last = endless or not turns_left
-            constraint = rules.constraint(last) if rules else None
+            prompt = self._prompt(conversation, declared)
+            last = unfinished or not turns_left
+            constraint = (rules.last if last else rules.turn).constraint(rules.structured) if rules else None
             generated = yield Prompt(prompt, constraint)
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
             ended = self.tokenizer.end_id in generated and not (constraint is not None and constraint.cut)
             if rules and rules.structured and turn.calls and not (ended or tools or last):
-                endless = True
+                unfinished = True
                 continue
             if not turn.calls or not ended or tools or last:
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
-            said += self._call(turn, steps)
+            conversation += self._call(turn, steps)
         raise AssertionError("the last turn returns")
-
-    def _declared(self) -> list[dict[str, Any]] | None:
-        """What a prompt says of the tools: nothing, as the model was trained, unless some are not its own."""
-        external_tools = self.external_tools()
-        return [tool.declaration() for tool in (*self.own_tools, *external_tools)] if external_tools else None
 
     def _prompt(self, messages: Sequence[Message], tools: Any) -> list[int]:
         ids, _ = self.tokenizer.encode_chat(messages, tools, add_generation_prompt=True)
@@ -174,16 +170,16 @@ class Agent:
         return ids
 
     def _call(self, turn: Turn, steps: list[Step]) -> list[Message]:
-        """Run the calls of a turn; a tool's error is shown to the model like any result."""
+        """Run the calls of a turn; the model gets a tool's error as its result."""
         calls = []
         results = []
-        for wanted in turn.calls:
-            steps.append({"type": "call", "name": wanted.name, "arguments": wanted.arguments})
-            content = call(self.tools, wanted.name, wanted.arguments)[:MAX_RESULT_CHARACTERS]
-            steps.append({"type": "result", "name": wanted.name, "content": content})
-            number = f"call_{len(steps) // 2}"
-            calls.append(openai_call(wanted, number))
-            results.append({"role": "tool", "tool_call_id": number, "name": wanted.name, "content": content})
+        for each in turn.calls:
+            steps.append({"type": "call", "name": each.name, "arguments": each.arguments})
+            content = call(self.tools, each.name, each.arguments)[:MAX_RESULT_CHARACTERS]
+            steps.append({"type": "result", "name": each.name, "content": content})
+            call_id = f"call_{len(steps) // 2}"
+            calls.append(openai_call(each, call_id))
+            results.append({"role": "tool", "tool_call_id": call_id, "name": each.name, "content": content})
         return [{"role": "assistant", "content": turn.content, "tool_calls": calls}, *results]
 
     def _finish(

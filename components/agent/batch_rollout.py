@@ -1,4 +1,4 @@
-"""Answer many chats side by side on one model: as one ends, the next takes its slot."""
+"""Batched rollout: answers many chats in one continuous batch; as one ends, the next takes its slot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from components.models.decoder import Decoder
 Chat = tuple[Sequence[Any], Any]
 """Messages, and the client's tools or None."""
 TOLD = 64
-"""Answers between two words of progress."""
+"""Answers between two reports of progress."""
 
 
 def answer_all(
@@ -31,7 +31,7 @@ def answer_all(
 ) -> list[Answer | None]:
     """The agent's answers, in order; None where the chat does not fit the context.
 
-    Each is what the chat gets alone: with a seed, each draws the numbers of that seed.
+    Each answer is independent of the other chats: with a seed, each chat uses the random numbers of that seed.
     """
     rollout = _Rollout(agent, chats, sampling, progress)
     slots = ContinuousBatch(model, batch_size)
@@ -46,7 +46,7 @@ def answer_all(
 
 
 class _Rollout:
-    """Conversations under way, and those to come."""
+    """The running conversations, and those that have not started."""
 
     def __init__(
         self, agent: Agent, chats: Sequence[Chat], sampling: Sampling, progress: Callable[[int], None]
@@ -57,10 +57,10 @@ class _Rollout:
         self._done = 0
         self.answers: list[Answer | None] = [None] * len(chats)
         self.talks: dict[Row, tuple[int, Conversation]] = {}
-        """Which chat a row is a turn of."""
+        """The chat of each row."""
 
     def begin(self, free: int) -> None:
-        """Begin conversations for so many slots, less those of turns that wait already."""
+        """Start conversations for the free slots that no waiting turn will take."""
         while len(self._waiting) < free and (index := next(self._upcoming, None)) is not None:
             messages, tools = self._chats[index]
             conversation = self._agent.answer(messages, tools, rules=_rules(self._agent, tools))
@@ -70,7 +70,7 @@ class _Rollout:
         return [self._waiting.popleft() for _ in range(slots.group(list(self._waiting)))]
 
     def end_turn(self, row: Row) -> None:
-        """Tell the conversation what the model wrote; its next turn waits before the chats that are to come."""
+        """Send a generated turn to its conversation, whose next turn precedes the chats that have not started."""
         index, conversation = self.talks.pop(row)
         self._go_on(index, conversation, partial(conversation.send, row.generated))
 
@@ -90,7 +90,7 @@ class _Rollout:
 
 
 def _rules(agent: Agent, tools: Any) -> Rules | None:
-    """What serving holds the answer to; None where a dataset's tools have schemas that serving would refuse."""
+    """The grammars that serving uses; None where a dataset's tools have schemas that serving refuses."""
     try:
         return agent.rules(json.loads(tools) if isinstance(tools, str) else tools)
     except SchemaError:

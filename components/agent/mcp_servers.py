@@ -1,7 +1,7 @@
-"""Tools of MCP servers (Model Context Protocol, https://modelcontextprotocol.io), for the agent to call beside its own.
+"""Tools of MCP servers (Model Context Protocol, https://modelcontextprotocol.io) for the agent.
 
-One thread keeps a connection to each server that `serve.mcp_servers` names, asks again for its tools now and then, and
-connects anew when it is gone. A server that is down costs its tools and nothing else.
+One thread keeps a connection to each server of `serve.mcp_servers`, refreshes its tools and reconnects when the
+connection is lost. While a server is down only its tools are missing.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from mcp import Client
 
 REFRESH_SECONDS = 30.0
-"""Time between looks at a server's tools, which also tell whether it lives."""
+"""Interval of refreshing a server's tools, which also checks its health."""
 MAX_PAUSE_SECONDS = 60.0
-"""Between tries to connect; the first pause is a second, then they double."""
+"""Between attempts to connect; starts at a second and doubles."""
 CLOSE_SECONDS = 10.0
-"""Servers that were started here get so long to end."""
+"""Grace period for servers that were started here."""
 MAX_NAME = 64
-"""Characters of a function's name in OpenAI's API."""
+"""Characters of a function name in OpenAI's API."""
 
 logger = logging.getLogger("loopwright.mcp")
 
 
 class McpServers:
-    """The connections to all servers, on a thread of their own."""
+    """The connections to all servers, on their own thread."""
 
     def __init__(self, servers: Sequence[McpServer], call_seconds: float) -> None:
-        """Begin to connect, and wait for nothing.
+        """Start connecting, without waiting.
 
         Raises: InputError where the extra is not installed.
         """
@@ -57,23 +57,23 @@ class McpServers:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._running = threading.Event()
         self._broken = {server.name: asyncio.Event() for server in servers}
-        self._tried = {server.name: threading.Event() for server in servers}
+        self._attempted = {server.name: threading.Event() for server in servers}
         self._thread = threading.Thread(target=self._run, args=(list(servers),), name="mcp", daemon=True)
         if servers:
             self._thread.start()
             self._running.wait()
 
     def tools(self) -> list[Tool]:
-        """Those of every server that is connected now, called `SERVER_TOOL`."""
+        """The tools of every connected server, named `SERVER_TOOL`."""
         return [tool for tools in list(self._tools.values()) for tool in tools]
 
     def wait(self, seconds: float) -> None:
-        """Until each server has been connected to or has failed once, or the time is over."""
-        for tried in self._tried.values():
-            tried.wait(seconds)
+        """Wait until the first attempt to connect to each server has ended, or the time is over."""
+        for attempted in self._attempted.values():
+            attempted.wait(seconds)
 
     def close(self) -> None:
-        """Disconnect; servers that were started here end."""
+        """Disconnect, and end the servers that were started here."""
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop)
             self._thread.join(CLOSE_SECONDS)
@@ -83,65 +83,67 @@ class McpServers:
             task.cancel()
 
     def _run(self, servers: Sequence[McpServer]) -> None:
-        async def keep_all() -> None:
+        async def connect_all() -> None:
             self._loop = asyncio.get_running_loop()
             self._running.set()
-            await asyncio.gather(*(self._keep(server) for server in servers))
+            await asyncio.gather(*(self._reconnect(server) for server in servers))
 
         with suppress(asyncio.CancelledError):
-            asyncio.run(keep_all())
+            asyncio.run(connect_all())
 
-    async def _keep(self, server: McpServer) -> None:
+    async def _reconnect(self, server: McpServer) -> None:
         pause = 1.0
         while True:
             try:
-                await self._connected(server)
+                await self._connect(server)
                 pause = 1.0
-            except Exception as error:  # noqa: BLE001 - whatever a server does, the endpoint goes on
+            except Exception as error:  # noqa: BLE001 - no error of a server stops the endpoint
                 reason = " ".join(str(_first(error)).split()) or type(_first(error)).__name__
-                said = "serve.mcp_servers: %s: %s; without its tools, next try in %.0f s"
-                logger.warning(said, server.name, reason, pause)
+                message = "serve.mcp_servers: %s: %s; its tools are unavailable, next attempt in %.0f s"
+                logger.warning(message, server.name, reason, pause)
             finally:
                 self._tools.pop(server.name, None)
-                self._tried[server.name].set()
+                self._attempted[server.name].set()
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
-    async def _connected(self, server: McpServer) -> None:
-        """Offer the server's tools for as long as it answers."""
+    async def _connect(self, server: McpServer) -> None:
+        """Provide the server's tools for as long as it answers."""
         from mcp import Client
 
         broken = self._broken[server.name]
         broken.clear()
         async with Client(_address(server), read_timeout_seconds=self._call_seconds) as client:
             while not broken.is_set():
-                tools = [tool for tool in await _listed(client) if _is_usable(server, tool)]
+                tools = [tool for tool in await _list_tools(client) if _is_usable(server, tool)]
                 if server.name not in self._tools:
                     logger.info("serve.mcp_servers: %s: %s tools", server.name, len(tools))
                 self._tools[server.name] = [self._tool(server, client, tool) for tool in tools]
-                self._tried[server.name].set()
+                self._attempted[server.name].set()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(broken.wait(), REFRESH_SECONDS)
 
     def _tool(self, server: McpServer, client: Client, tool: Any) -> Tool:
         function = partial(self._call, server, client, tool.name)
-        # Here it only waits for an answer; what it touches, it touches in the server's process.
-        return Tool(_name(server, tool.name), tool.description or "", tool.input_schema, function)
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{server.name}_{tool.name}")[:MAX_NAME]
+        # No permissions: the tool runs in the server's process.
+        return Tool(name, tool.description or "", tool.input_schema, function)
 
     def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
-        """Raises: InputError with what the server says is wrong, or that it does not answer."""
+        """Raises: InputError with the server's error, or that it does not answer."""
         if self._loop is None or not self._thread.is_alive():
             raise InputError(f"{server.name} is no longer connected")
-        asked = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
+        future = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
         try:
-            result = asked.result(self._call_seconds)
+            result = future.result(self._call_seconds)
         except TimeoutError:
-            asked.cancel()
+            future.cancel()
             raise InputError(f"{server.name} did not answer within {self._call_seconds:g} s") from None
         except Exception as error:
             self._loop.call_soon_threadsafe(self._broken[server.name].set)
             raise InputError(f"{server.name} failed: {_first(error)}") from error
-        text = _text(result)
+        # Of other content than text, the model gets the type.
+        text = "\n".join(part.text if part.type == "text" else f"[{part.type}]" for part in result.content)
         if result.is_error:
             raise InputError(text or f"{server.name} failed")
         return text
@@ -156,7 +158,7 @@ def _address(server: McpServer) -> Any:
     return StdioServerParameters(command=server.command or "", args=server.args or [], env=env)
 
 
-async def _listed(client: Client) -> list[Any]:
+async def _list_tools(client: Client) -> list[Any]:
     """Every page of the server's tools."""
     page = await client.list_tools(cache_mode="refresh")
     tools = list(page.tools)
@@ -170,22 +172,13 @@ def _is_usable(server: McpServer, tool: Any) -> bool:
     try:
         jsonschema.Draft202012Validator.check_schema(tool.input_schema)
     except jsonschema.exceptions.SchemaError as error:
-        logger.warning("serve.mcp_servers: %s: %s has no valid schema: %s", server.name, tool.name, error.message)
+        logger.warning("serve.mcp_servers: %s: %s has an invalid schema: %s", server.name, tool.name, error.message)
         return False
     return True
 
 
-def _name(server: McpServer, tool: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", f"{server.name}_{tool}")[:MAX_NAME]
-
-
-def _text(result: Any) -> str:
-    """What the model is shown of a result: its texts, and of anything else the kind."""
-    return "\n".join(part.text if part.type == "text" else f"[{part.type}]" for part in result.content)
-
-
 def _first(error: BaseException) -> BaseException:
-    """The cause inside the groups that task groups raise."""
+    """The first cause inside nested exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

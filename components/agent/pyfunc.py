@@ -30,11 +30,11 @@ class Predictor:
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
         """One answer per row, in order."""
-        wanted = {**DEFAULTS, **(params or {})}
+        settings = {**DEFAULTS, **(params or {})}
         stop = (self._agent.tokenizer.end_id,)
-        sampling = Sampling(int(wanted["max_new_tokens"]), temperature=float(wanted["temperature"]), stop_ids=stop)
+        sampling = Sampling(int(settings["max_new_tokens"]), temperature=float(settings["temperature"]), stop_ids=stop)
         chats = [(messages, None) for messages in _chats(rows)]
-        answers = answer_all(self._model, self._agent, chats, sampling, int(wanted["batch_size"]))
+        answers = answer_all(self._model, self._agent, chats, sampling, int(settings["batch_size"]))
         return [answer.content if answer else "" for answer in answers]
 
 

@@ -1,11 +1,12 @@
-"""The tools that a model folder carries: `agent.json` names them, `tools/source` holds the modules they are defined in.
+"""The tools saved in a model folder: `agent.json` names them, `tools/source` has the modules that define them.
 
     agent.json        tools (names), source: {function: "MODULE:FUNCTION" that returns them, sha256 of the modules}
     tools/source/     the module of that function, and those modules of its project that it imports
     tools/files/      what the tools read, written by the project's `tool_files`
 
-The modules are imported from the folder, under names of their own, so that models with other versions of the same tools
-live in one process, and on a machine without the project. That runs code: see docs/decisions/0001-tools-in-models.md.
+The modules are imported from the folder under unique names, so that models with different versions of the same tools
+can share a process, and run on a machine without the project. That runs code:
+see docs/decisions/0001-tools-in-models.md.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from components.config.project import DEFAULT_PROJECT, Collecting, Project, load
 
 TOOL_FILES, TOOL_SOURCE = f"{TOOLS}/files", f"{TOOLS}/source"
 PLATFORM = "components"
-"""The package that a project's modules may import without carrying it along."""
+"""The package that a project's modules may import without saving it."""
 _importing = threading.Lock()
 
 
 def save_agent(project: Project, collecting: Collecting, paths: Paths) -> None:
-    """Write data/agent: what tuning puts beside the weights of a model that learns the project's conversations.
+    """Write data/agent: the files that tuning saves beside the weights of the project's agent.
 
     Raises: InputError when a function cannot be a tool, or its source cannot be saved.
     """
@@ -59,23 +60,23 @@ def save_agent(project: Project, collecting: Collecting, paths: Paths) -> None:
         load_tools(folder)
     except Exception as error:
         raise InputError(
-            f"{project.name}: its tools cannot be imported from where they are saved: {type(error).__name__}: {error}"
+            f"{project.name}: its saved tools cannot be imported: {type(error).__name__}: {error}"
         ) from error
 
 
 def as_tools(functions: Iterable[Tool | Callable[..., Any]]) -> list[Tool]:
-    """Raises: InputError for a function that cannot be a tool, and for two of one name."""
+    """Raises: InputError for a function that cannot be a tool, and for duplicate names."""
     tools = [each if isinstance(each, Tool) else Tool.of(each) for each in functions]
     names = [tool.name for tool in tools]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"tool {twice[0]}: two tools have this name; give each its own")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"tool {duplicates[0]}: two tools have this name; give each its own")
     return tools
 
 
 def load_tools(folder: Path) -> list[Tool]:
-    """The tools that a model folder's agent.json names, in its order. Runs the code that the folder carries.
+    """The tools that a model folder's agent.json names, in its order. Runs the folder's code.
 
-    Raises: InputError when the code is not what was saved, or lacks a tool.
+    Raises: InputError when the code was changed after it was saved, or a tool is missing.
     """
     agent = read_agent(folder)
     if not agent["tools"]:
@@ -84,10 +85,10 @@ def load_tools(folder: Path) -> list[Tool]:
         tools = as_tools(_saved_function(folder, agent["source"])(folder / TOOL_FILES))
     else:
         tools = as_tools(load_project(DEFAULT_PROJECT).tools(folder))
-    known = {tool.name: tool for tool in tools}
-    if unknown := [name for name in agent["tools"] if name not in known]:
-        raise InputError(f"{folder / AGENT}: tools: {unknown} are unknown; known are {sorted(known)}")
-    return [known[name] for name in agent["tools"]]
+    by_name = {tool.name: tool for tool in tools}
+    if unknown := [name for name in agent["tools"] if name not in by_name]:
+        raise InputError(f"{folder / AGENT}: tools: {unknown} are unknown; known are {sorted(by_name)}")
+    return [by_name[name] for name in agent["tools"]]
 
 
 def read_agent(folder: Path) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def read_agent(folder: Path) -> dict[str, Any]:
 
 
 def tool_tags(folder: Path) -> dict[str, str]:
-    """What the registry says of a model folder's tools."""
+    """Registry tags of a model folder's tools."""
     agent = read_agent(folder)
     source = agent.get("source", {})
     tags = {
@@ -119,15 +120,15 @@ def tool_tags(folder: Path) -> dict[str, str]:
 
 
 def check_source(folder: Path, sha256: str) -> None:
-    """Raises: InputError when the code of a model folder's tools is not that of this digest."""
+    """Raises: InputError when the code of a model folder's tools does not have this digest."""
     function = read_agent(folder).get("source", {}).get("function", "")
     _check(folder, _digest(function, _sources(folder / TOOL_SOURCE)), sha256)
 
 
-def _check(folder: Path, found: str, expected: str) -> None:
-    if found != expected:
+def _check(folder: Path, actual: str, expected: str) -> None:
+    if actual != expected:
         raise InputError(
-            f"{folder / TOOL_SOURCE}: SHA-256 {found[:12]} is not {expected[:12]}, as it was saved: this code is not"
+            f"{folder / TOOL_SOURCE}: SHA-256 {actual[:12]} is not {expected[:12]}, as it was saved: this code is not"
             " run; restore the folder, or register the model again"
         )
 
@@ -144,9 +145,9 @@ def save_source(project: Project, folder: Path, root: Path) -> dict[str, str]:
 
 
 def adopt_tools(folder: Path, foreign: Path, paths: Paths | None) -> list[str]:
-    """Give a copy of a foreign model folder its tools where this project's code for them is the same, else none.
+    """Save this project's tools in a copy of a foreign model folder where their code is the same, else none.
 
-    Code from the foreign folder is never run, and never copied: it could be run later. Returns the names left out.
+    Code from the foreign folder is neither run nor copied. Returns the names of the tools left out.
     """
     agent = read_agent(folder)
     if "source" not in agent:
@@ -165,27 +166,27 @@ def adopt_tools(folder: Path, foreign: Path, paths: Paths | None) -> list[str]:
 
 
 def _modules(project: Project, root: Path) -> tuple[str, dict[str, Path]]:
-    """The function that returns the tools as MODULE:FUNCTION, and the files of the modules that it needs, by name."""
+    """The function that returns the tools, as MODULE:FUNCTION, and the files of the modules it imports, by name."""
     own = project.tools.__module__
     module = own if _is_within(own, project.name) else project.name
     function = f"{module}:{project.tools.__qualname__ if module == own else 'tools'}"
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     todo = [module]
     while todo:
         name = todo.pop()
         spec = _spec(name)
-        if name in found or spec is None or not (spec.origin or "").endswith(".py"):
+        if name in files or spec is None or not (spec.origin or "").endswith(".py"):
             continue
-        found[name] = file = Path(str(spec.origin))
+        files[name] = file = Path(str(spec.origin))
         for imported in _imports(file, name if spec.submodule_search_locations else name.rpartition(".")[0]):
             if _is_within(imported, project.name):
                 todo.append(imported if _spec(imported) else imported.rpartition(".")[0])
             elif not _is_within(imported, PLATFORM) and module_path(imported.partition(".")[0], root):
                 raise InputError(
-                    f"{file}: imports {imported}, which lies outside of the project {project.name} and is not saved"
+                    f"{file}: imports {imported}, which is outside the project {project.name} and is not saved"
                     f" with its tools; move it into the package {project.name}, or install it"
                 )
-    return function, dict(sorted(found.items()))
+    return function, dict(sorted(files.items()))
 
 
 def _is_within(module: str, package: str) -> bool:
@@ -195,12 +196,12 @@ def _is_within(module: str, package: str) -> bool:
 def _spec(name: str) -> ModuleSpec | None:
     try:
         return importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # `name` ends in what is no module, such as a class of one
+    except ModuleNotFoundError:  # the last part of `name` is not a module but, for example, a class
         return None
 
 
 def _imports(file: Path, package: str) -> Iterator[str]:
-    """What a module of a package imports anywhere in it; `a.b` for `from a import b`, which need be no module."""
+    """All imports of a package's module; `a.b` for `from a import b`, which may be no module."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -210,7 +211,7 @@ def _imports(file: Path, package: str) -> Iterator[str]:
 
 
 def _sources(folder: Path) -> dict[Path, str]:
-    """The text of each saved module by its path below the folder."""
+    """The text of each saved module by its path in the folder."""
     return {path.relative_to(folder): path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))}
 
 
@@ -220,7 +221,7 @@ def _digest(function: str, sources: Mapping[Path, str]) -> str:
 
 
 def _saved_function(folder: Path, source: Mapping[str, str]) -> Callable[[Path], Sequence[Any]]:
-    """The function that returns the tools, imported from the folder once its code is found to be what was saved."""
+    """The function that returns the tools, imported from the folder after its digest is verified."""
     sources = _sources(folder / TOOL_SOURCE)
     _check(folder, _digest(source["function"], sources), source["sha256"])
     module, _, name = source["function"].partition(":")
@@ -233,22 +234,22 @@ def _saved_function(folder: Path, source: Mapping[str, str]) -> Callable[[Path],
 
 
 class _Saved(MetaPathFinder, InspectLoader):
-    """Imports saved modules as `PREFIX.NAME`, and makes their own imports of each other find these."""
+    """Imports saved modules as `PREFIX.NAME`, and redirects their imports of each other to these."""
 
     def __init__(self, prefix: str, sources: Mapping[Path, str]) -> None:
         self.prefix = prefix
         self._texts: dict[str, str] = {"": ""}
-        """By name; empty for packages that modules only lie in."""
+        """By name; empty for packages without an `__init__.py`."""
         self._packages = {""}
         for path, text in sources.items():
-            around = [".".join(parent.parts) for parent in path.parents]
-            self._packages.update(around)
-            self._texts = dict.fromkeys(around, "") | self._texts
-            self._texts[around[0] if path.name == "__init__.py" else ".".join(path.with_suffix("").parts)] = text
+            parents = [".".join(parent.parts) for parent in path.parents]
+            self._packages.update(parents)
+            self._texts = dict.fromkeys(parents, "") | self._texts
+            self._texts[parents[0] if path.name == "__init__.py" else ".".join(path.with_suffix("").parts)] = text
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        known = fullname == self.prefix or fullname.startswith(f"{self.prefix}.")
-        if not known or self._name(fullname) not in self._texts:
+        saved = fullname == self.prefix or fullname.startswith(f"{self.prefix}.")
+        if not saved or self._name(fullname) not in self._texts:
             return None
         return importlib.util.spec_from_loader(fullname, self, is_package=self.is_package(fullname))
 
@@ -273,5 +274,5 @@ class _Saved(MetaPathFinder, InspectLoader):
     ) -> ModuleType:
         if level or name not in self._texts:
             return __import__(name, scope, inner, fromlist, level)
-        found = __import__(f"{self.prefix}.{name}", scope, inner, fromlist, 0)
-        return found if fromlist else getattr(found, name.partition(".")[0])
+        module: ModuleType = __import__(f"{self.prefix}.{name}", scope, inner, fromlist, 0)
+        return module if fromlist else getattr(module, name.partition(".")[0])

@@ -1,10 +1,8 @@
-"""What one turn of the model may be: words, a structured answer, calls of declared tools, and nothing in between.
-
-The grammar is in the dialect of `components/inference/grammar.py`.
+"""Grammars of a turn: text, structured output or calls of declared tools, in the dialect of `inference/grammar.py`.
 
 Our own template writes a call as `<|call|> name<|argument|> key<|value|> value`, so a tool's JSON schema becomes one
-rule for each argument. Strings stand as they are unless they could be read as JSON; all else is JSON. Other families
-write the whole call as JSON.
+rule per argument. Strings are written raw unless they could be parsed as JSON; all else is JSON. Other families write
+the whole call as JSON.
 """
 
 from __future__ import annotations
@@ -19,20 +17,20 @@ from typing import Any, Literal
 
 from components.agent.tools import Tool
 from components.config.params import InputError
-from components.inference.grammar import Grammar, GrammarConstraint, GrammarError, Vocabulary, json_rule, vocabulary_of
+from components.inference.grammar import Grammar, GrammarError, Vocabulary, json_rule, vocabulary_of
 from components.inference.schemas import Schema, SchemaError, checked
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.response_format import schema_keys
 from components.tokenization.tool_calls import CALL_MARKS, stands_bare
 
 MAX_RESOLVED = 20
-"""References that lead to references."""
+"""Length of a chain of references at most."""
 ANY_OBJECT: Schema = {"type": "object"}
-"""What `json_object` asks for."""
+"""The schema of `json_object`."""
 NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
-"""Of a function without parameters."""
+"""The parameters of a function that declares none."""
 
-# A string that no reader takes for JSON: see the tokenizer's `stands_bare`.
+# BARE: a string that is not parsed as JSON, see `stands_bare`.
 _TERMINALS = r"""
 WORDS: /(?s:.+)/
 NO_OBJECT: /(?s:[^\s\{].*)/
@@ -42,25 +40,25 @@ BARE: /(?s:[^ \t\n\r"\[\{].*)/ & ~JSON_LIKE
 """
 _ANNOTATIONS = {"$schema", "$defs", "definitions"}
 PLAIN_ROOT = _ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
-"""Keywords of a function's arguments that a call in our own format is held to, beside those of each argument."""
+"""Keywords of a function's parameters that our own format supports, beside those of each argument."""
 
 logger = logging.getLogger("loopwright.turns")
 
 
 @dataclass(frozen=True)
 class TurnOptions:
-    """What a request wants its answer to be."""
+    """Tool choice and response format of a request."""
 
     calls: Literal["auto", "none", "required"] = "auto"
-    """auto: words or calls; none: words; required: calls alone, at least one."""
+    """auto: text or calls; none: text; required: at least one call and no text."""
     tool: str | None = None
-    """The only one that may be called."""
+    """The only tool that may be called."""
     parallel: bool = True
-    """A turn may hold several calls."""
+    """A turn may have several calls."""
     schema: Schema | bool | None = None
-    """JSON schema of the answer's words; None: any words."""
+    """JSON schema of the answer's text; None: any text."""
     strict: bool = False
-    """A schema that cannot be held to is refused, instead of held to as far as possible."""
+    """An unsupported schema is refused, instead of enforced as far as possible."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +67,21 @@ class Rules:
 
     turn: Grammar
     last: Grammar
-    """Of the last turn that the agent may take."""
+    """Of the agent's last turn."""
     structured: bool
-    """The words are JSON, which is closed when the turn nears its limit."""
+    """The text is JSON, which is closed when the turn nears its limit."""
     keys: tuple[str, ...] = ()
-    """Of that JSON, as far as its schema names them."""
-
-    def constraint(self, last: bool) -> GrammarConstraint:
-        return (self.last if last else self.turn).constraint(self.structured)
+    """Keys of that JSON that its schema names."""
 
 
 def turn_rules(
     tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], options: TurnOptions, runs_tools: bool
 ) -> Rules:
-    """What the turns of an agent may be that knows `tools` (OpenAI's list).
+    """The grammars of turns with `tools` (OpenAI's list).
 
-    `runs_tools`: the agent runs them itself, so that its last turn has to be words where these have a form.
+    `runs_tools`: the agent runs them itself, so that its last turn has to be text where a response format is set.
 
-    Raises: SchemaError or InputError, naming the tool's place or `response_format`.
+    Raises: SchemaError or InputError, naming the tool's index or `response_format`.
     """
     schema = None if options.schema is None else checked(options.schema, "response_format.json_schema.schema")
     calls = [] if options.calls == "none" else [_function(tool) for tool in tools]
@@ -97,21 +92,21 @@ def turn_rules(
         if runs_tools and schema is not None:
             last = vocabulary.compile(turn_grammar(tokenizer, TurnOptions("none"), [], schema))
     except GrammarError as error:
-        raise _blamed(tokenizer, options, calls, schema, error) from None
+        raise _located(tokenizer, options, calls, schema, error) from None
     return Rules(turn, last, schema is not None, tuple(schema_keys(schema)) if schema is not None else ())
 
 
 def lenient_rules(
     tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]], options: TurnOptions, runs_tools: bool
 ) -> Rules:
-    """`turn_rules` that hold to schemas without `strict` as far as possible: what is left is its sender's to check.
+    """`turn_rules` that enforce schemas without `strict` as far as possible; clients validate the rest.
 
-    Raises: as `turn_rules`, for schemas that are wrong, that nothing fits, or that are strict.
+    Raises: as `turn_rules`, for schemas that are invalid, unsatisfiable or strict.
     """
     try:
         return turn_rules(tokenizer, tools, options, runs_tools)
     except SchemaError:
-        tools = [_loosened(tokenizer, tool) for tool in tools]
+        tools = [_relaxed(tokenizer, tool) for tool in tools]
         if options.schema is not None and not options.strict:
             with suppress(SchemaError):
                 usable = partial(_is_usable, vocabulary_of(tokenizer))
@@ -119,8 +114,8 @@ def lenient_rules(
         return turn_rules(tokenizer, tools, options, runs_tools)
 
 
-def _loosened(tokenizer: ChatTokenizer, tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A client's tool with the first schema that can be held to: its own, without what no grammar can express, any."""
+def _relaxed(tokenizer: ChatTokenizer, tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A client's tool with the first supported schema of: its own, without unsupported keywords, any object."""
     function = _function(tool)
     if function.get("strict") or function.get("parameters") is None:
         return tool
@@ -128,7 +123,7 @@ def _loosened(tokenizer: ChatTokenizer, tool: Mapping[str, Any]) -> Mapping[str,
     try:
         relaxed = checked(function["parameters"], "", partial(_is_usable, vocabulary))
     except SchemaError:
-        return tool  # wrong, and told so
+        return tool  # `turn_rules` reports it
     kinds = relaxed.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
         return tool
@@ -136,10 +131,10 @@ def _loosened(tokenizer: ChatTokenizer, tool: Mapping[str, Any]) -> Mapping[str,
     plain = {key: value for key, value in relaxed.items() if key in PLAIN_ROOT}
     schemas: tuple[Schema, ...] = (function["parameters"], relaxed, plain)
     for schema in schemas:
-        loosened = {**function, "parameters": schema}
+        relaxed_function = {**function, "parameters": schema}
         with suppress(SchemaError, GrammarError):
-            vocabulary.compile(turn_grammar(tokenizer, TurnOptions("required"), [loosened], None))
-            return loosened
+            vocabulary.compile(turn_grammar(tokenizer, TurnOptions("required"), [relaxed_function], None))
+            return relaxed_function
     return {**function, "parameters": ANY_OBJECT}
 
 
@@ -152,10 +147,10 @@ def _is_usable(vocabulary: Vocabulary, pattern: str) -> bool:
 
 
 def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
-    """The agent's own tools as `turn_rules` takes them.
+    """The declarations of the agent's own tools for `turn_rules`.
 
-    One whose schema no grammar can hold to, as an MCP server's may be, may be called with any arguments: what does not
-    fit is told to the model when the tool is called.
+    A tool whose schema is not supported, such as an MCP server's, may be called with any arguments: the model gets a
+    violation as the call's result.
     """
     declared: list[Mapping[str, Any]] = []
     for tool in tools:
@@ -163,7 +158,7 @@ def followable(tokenizer: ChatTokenizer, tools: Sequence[Tool]) -> list[Mapping[
         try:
             turn_rules(tokenizer, [declaration], TurnOptions("required"), runs_tools=True)
         except SchemaError as error:
-            logger.warning("arguments of the tool %r are not held to its schema: %s", tool.name, error)
+            logger.warning("arguments of the tool %r are not constrained by its schema: %s", tool.name, error)
             declaration = {**declaration, "function": {**declaration["function"], "parameters": ANY_OBJECT}}
         declared.append(declaration)
     return declared
@@ -174,32 +169,32 @@ def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     return function
 
 
-def _blamed(
+def _located(
     tokenizer: ChatTokenizer,
     options: TurnOptions,
     calls: Sequence[Mapping[str, Any]],
     schema: Schema | None,
     error: GrammarError,
 ) -> InputError:
-    """The error with the place that it comes from."""
+    """The error with the schema that it comes from."""
     vocabulary = vocabulary_of(tokenizer)
     if schema is not None:
         try:
             vocabulary.compile(turn_grammar(tokenizer, TurnOptions("none"), [], schema))
-        except GrammarError as own:
-            return SchemaError(f"response_format.json_schema.schema: {own}")
-    for place, function in enumerate(calls):
+        except GrammarError as cause:
+            return SchemaError(f"response_format.json_schema.schema: {cause}")
+    for index, function in enumerate(calls):
         try:
             vocabulary.compile(turn_grammar(tokenizer, TurnOptions("required"), [function], None))
-        except GrammarError as own:
-            return SchemaError(f"tools[{place}].function.parameters: {own} (tool {function['name']!r})")
+        except GrammarError as cause:
+            return SchemaError(f"tools[{index}].function.parameters: {cause} (tool {function['name']!r})")
     return SchemaError(f"tools: {error}; send fewer or smaller ones")
 
 
 def turn_grammar(
     tokenizer: ChatTokenizer, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None
 ) -> str:
-    """The grammar of a turn that may call `functions` (of OpenAI's tools) and whose words are of any or one form.
+    """The grammar of a turn that may call `functions` (of OpenAI's tools) and whose text is free or of a schema.
 
     Raises: SchemaError.
     """
@@ -208,58 +203,58 @@ def turn_grammar(
 
 
 class _Turn:
-    """A turn as our own chat template writes it."""
+    """A turn in the format of our own chat template."""
 
     space = '" "'
-    """Before all words."""
-    between = ""
+    """Before the text."""
+    separator = ""
     """Between two calls."""
-    words = "WORDS"
-    """Any words."""
+    text = "WORDS"
+    """Terminal of free text."""
 
     def __init__(self) -> None:
         self._rules: list[str] = []
 
     def grammar(self, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
         calls = " | ".join(
-            self._call(function, f"tools[{place}].function.parameters")
-            for place, function in enumerate(functions)
+            self._call(function, f"tools[{index}].function.parameters")
+            for index, function in enumerate(functions)
             if options.tool in (None, function["name"])
         )
-        words = f"{self.space} {self.words if schema is None else self._rule(json_rule(schema))}"
-        one = self._one(calls)
-        several = f"{one} ({self.between} {one})*" if options.parallel else one
+        text = f"{self.space} {self.text if schema is None else self._rule(json_rule(schema))}"
+        call = self._marked(calls)
+        several = f"{call} ({self.separator} {call})*" if options.parallel else call
         if not functions:
-            start = words if schema is not None else f"({words})?"
+            start = text if schema is not None else f"({text})?"
         elif options.calls == "required":
             start = several
         elif schema is None:
-            start = f"({words})? ({several})?"
+            start = f"({text})? ({several})?"
         else:
-            start = f"{words} | {several}"
+            start = f"{text} | {several}"
         return "\n".join([f"start: {start}", *self._rules, _TERMINALS])
 
-    def _one(self, calls: str) -> str:
-        """One call, any of these."""
+    def _marked(self, calls: str) -> str:
+        """One of these calls, between marks where the format has them."""
         return f"({calls})"
 
     def _rule(self, body: str) -> str:
-        """A new rule; its name."""
+        """Add a rule; returns its name."""
         self._rules.append(f"r{len(self._rules)}: {body}")
         return f"r{len(self._rules) - 1}"
 
     def _terminal(self, body: str) -> str:
-        """A new terminal, which is one regular expression; its name."""
+        """Add a terminal, which is one regular expression; returns its name."""
         self._rules.append(f"T{len(self._rules)}: {body}")
         return f"T{len(self._rules) - 1}"
 
     def _call(self, function: Mapping[str, Any], where: str) -> str:
-        given = function.get("parameters")
-        parameters = _resolved(checked(NO_ARGUMENTS if given is None else given, where), where)
-        misplaced = sorted(set(parameters) - PLAIN_ROOT)
-        if misplaced or parameters.get("type", "object") != "object":
-            wrong = f"the keyword {misplaced[0]!r}" if misplaced else f"type {parameters['type']!r}"
-            raise SchemaError(f"{where}: {wrong} is not supported here; an object with 'properties' is expected")
+        declared = function.get("parameters")
+        parameters = _resolved(checked(NO_ARGUMENTS if declared is None else declared, where), where)
+        unsupported = sorted(set(parameters) - PLAIN_ROOT)
+        if unsupported or parameters.get("type", "object") != "object":
+            problem = f"the keyword {unsupported[0]!r}" if unsupported else f"type {parameters['type']!r}"
+            raise SchemaError(f"{where}: {problem} is not supported here; an object with 'properties' is expected")
         definitions = {key: value for key, value in parameters.items() if key in _ANNOTATIONS}
         properties: dict[str, Any] = dict(parameters.get("properties", {}))
         required = parameters.get("required", [])
@@ -283,7 +278,7 @@ class _Turn:
         return f'<|argument|> {key} <|value|> " " ({value})'
 
     def _values(self, schema: Any, definitions: Schema, where: str, branch: bool = False) -> Iterator[str]:
-        """Alternatives for the text of an argument's value; `branch`: of one of its alternatives."""
+        """Alternatives for an argument's value; `branch`: the schema is a branch of `anyOf`."""
         if schema is False:
             raise SchemaError(f"{where}: no value fits this schema")
         schema = _resolved({} if schema is True else schema, where, definitions)
@@ -292,15 +287,15 @@ class _Turn:
         if "enum" in schema or "const" in schema:
             yield from self._choices(schema, definitions)
         elif set(schema) == {"anyOf"} and not branch:
-            for place, part in enumerate(schema["anyOf"]):
-                yield from self._values(part, definitions, f"{where}.anyOf[{place}]", branch=True)
+            for index, part in enumerate(schema["anyOf"]):
+                yield from self._values(part, definitions, f"{where}.anyOf[{index}]", branch=True)
         else:
             if "string" in kinds or not schema:
                 yield from self._bare(schema)
             yield self._rule(json_rule({**definitions, **schema}))
 
     def _choices(self, schema: Schema, definitions: Schema) -> Iterator[str]:
-        """An enumeration as the template would write it; with other keywords beside it, as JSON."""
+        """An enumeration as the template writes its values; with other keywords, as JSON."""
         if set(schema) - {"enum", "const", "type"} or {"enum", "const"} <= set(schema):
             yield self._rule(json_rule({**definitions, **schema}))
             return
@@ -311,7 +306,7 @@ class _Turn:
                 yield _literal(value if bare else json.dumps(value, ensure_ascii=False))
 
     def _bare(self, schema: Schema) -> Iterator[str]:
-        """A string that stands as it is, where the schema bounds nothing but its length."""
+        """A raw string, where the schema limits only its length."""
         if {"pattern", "format", "anyOf", "oneOf", "allOf"} & set(schema):
             return
         shortest, longest = max(1, schema.get("minLength", 0)), schema.get("maxLength")
@@ -324,7 +319,7 @@ class _Turn:
 
 
 class _HFTurn(_Turn):
-    """A turn of another family: a call is a JSON object, between marks where the tokenizer has them."""
+    """A turn of another model family: a call is a JSON object, between marks where the tokenizer has them."""
 
     space = '" "?'
 
@@ -332,15 +327,15 @@ class _HFTurn(_Turn):
         super().__init__()
         ids = [tokenizer.special_ids.get(mark) for mark in CALL_MARKS]
         self._marks = None if None in ids else ids
-        self.between = '"\\n"' if self._marks else ""
-        self.words = "WORDS" if self._marks else "NO_OBJECT"
-        self._arguments = "arguments" if self._marks else "parameters"  # as Hermes and Qwen, or as Llama has it
+        self.separator = '"\\n"' if self._marks else ""
+        self.text = "WORDS" if self._marks else "NO_OBJECT"
+        self._arguments = "arguments" if self._marks else "parameters"  # Hermes and Qwen, or Llama
 
     def grammar(self, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
-        # Without marks only a turn that is one call and nothing else can be told from words.
+        # Without marks, a call can be distinguished from text only if it is the whole turn.
         return super().grammar(options if self._marks else replace(options, parallel=False), functions, schema)
 
-    def _one(self, calls: str) -> str:
+    def _marked(self, calls: str) -> str:
         return f'<[{self._marks[0]}]> "\\n" ({calls}) "\\n" <[{self._marks[1]}]>' if self._marks else f"({calls})"
 
     def _call(self, function: Mapping[str, Any], where: str) -> str:
@@ -354,7 +349,7 @@ class _HFTurn(_Turn):
 
 
 def _resolved(schema: Schema, where: str, definitions: Schema | None = None) -> Schema:
-    """The schema that a bare `$ref` leads to."""
+    """The schema that a bare `$ref` refers to."""
     definitions = schema if definitions is None else definitions
     for _ in range(MAX_RESOLVED):
         if set(schema) - _ANNOTATIONS != {"$ref"}:
@@ -366,11 +361,11 @@ def _resolved(schema: Schema, where: str, definitions: Schema | None = None) -> 
         if not isinstance(target, dict):
             raise SchemaError(f"{where}.$ref: {schema['$ref']!r}: no such schema")
         schema = {**{key: value for key, value in schema.items() if key in _ANNOTATIONS}, **target}
-    raise SchemaError(f"{where}.$ref: references lead in a circle")
+    raise SchemaError(f"{where}.$ref: circular references")
 
 
 def _is(value: Any, kind: str) -> bool:
-    """Whether a JSON value is of a schema's type."""
+    """Whether a JSON value has a schema's type."""
     if isinstance(value, bool) or value is None:
         return kind == ("null" if value is None else "boolean")
     if isinstance(value, int | float):
@@ -379,5 +374,4 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _literal(text: str) -> str:
-    """A text in a grammar."""
     return json.dumps(text, ensure_ascii=False)

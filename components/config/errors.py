@@ -8,4 +8,4 @@ class InputError(ValueError):
 
 
 class Refused(Exception):
-    """A gate said no (data validation or promotion). The command exits with 3."""
+    """Data validation or the promotion gate refused. The command exits with 3."""

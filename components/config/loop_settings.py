@@ -1,4 +1,4 @@
-"""Sections of `params.yaml` by which people are heard, learned from and answered."""
+"""Sections of `params.yaml` for ingestion, curation, alignment, the promotion gate and serving."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from components.config.model_settings import Section, TrainConfig
 
 
 class FeedbackConfig(Section):
-    """Taking in what people said."""
+    """Ingestion of user feedback."""
 
     max_items: int = Field(ge=1)
-    """Items that one ingestion takes, into one partition; the rest waits for the next."""
-    max_per_voice: int = Field(ge=1)
-    """Items of one voice (API key, or user) that 24 hours may bring; what is above is quarantined."""
+    """Items of one ingestion, into one partition; the rest waits for the next."""
+    max_items_per_user: int = Field(ge=1)
+    """Items of one user (API key, or user name) within 24 hours; those above are quarantined."""
     improve_after: int = Field(ge=1)
-    """Accepted items that no model learned from at which ingestion asks for an improvement."""
+    """Accepted items that no model is trained on at which ingestion triggers an improvement."""
     keep_days: int | None = Field(ge=1)
-    """Days that a request without feedback stays on record; null: for ever."""
+    """Days that a request without feedback is stored; null: without limit."""
 
 
 class CurateConfig(Section):
-    """From what people said to rows to learn from."""
+    """Curation of user feedback into training rows."""
 
     held_out_share: float = Field(gt=0, lt=0.9)
-    """Share of prompts with feedback that are never trained on: the gate asks them."""
+    """Share of prompts with feedback that are held out of training for the gate."""
     feedback_share: float = Field(gt=0, lt=1)
-    """Share of the learned conversations that are people's; the others are told again from earlier training."""
+    """Share of feedback among the training conversations; the others are replayed from earlier training."""
     noise: float = Field(ge=0, le=1)
     """Share of a correction's repetitions with random tokens in the names and results that it copies."""
     replay: int = Field(ge=1)
-    """Conversations of the model's earlier training told again, so that old skills stay."""
+    """Conversations replayed from the model's earlier training, against forgetting."""
     min_corrections: int = Field(ge=1)
-    """Corrections from which a skill's wording is people's, not its suite's: the old wording is no longer replayed."""
+    """Corrections of a skill from which its earlier wording is superseded and no longer replayed."""
 
 
 class AlignConfig(TrainConfig):
-    """Learning from people: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO."""
+    """Training on feedback: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO."""
 
     trained_share: float = Field(gt=0, le=1)
-    """Share of the blocks that learn, the last ones; below 1 the embeddings stay too. Fewer change old skills less."""
+    """Share of the blocks that are trained, the last ones; below 1 the embeddings are frozen too. Fewer forget less."""
     beta: float = Field(gt=0)
-    """Strength of the tie to the frozen reference model in DPO and KTO."""
+    """Weight of the KL term towards the frozen reference model in DPO and KTO."""
     replay_weight: float = Field(gt=0)
-    """How many learned tokens one token of an earlier conversation counts for in the mean loss."""
+    """Weight of a token of a replayed conversation in the mean loss, in tokens of feedback."""
     preference_weight: float = Field(ge=0)
-    """How many learned tokens one preference counts for in the mean loss."""
+    """Weight of a preference in the mean loss, in tokens of feedback."""
 
 
 class JudgeConfig(Section):
     """The gate between a candidate and the champion."""
 
     max_questions: int = Field(ge=1)
-    """Held-out questions per suite at most."""
+    """Most held-out questions per suite."""
     false_promotion_rate: float = Field(gt=0, lt=0.5)
-    """Chance that a candidate no better than the champion passes, over all skills together."""
+    """Probability that a candidate no better than the champion passes, over all skills together."""
     min_corrected: float = Field(ge=0, le=1)
-    """Share of a skill's held-out corrections to be answered as corrected before they count as learned."""
+    """Share of a skill's held-out corrections that must be answered as corrected for a gain."""
     max_fall: float = Field(ge=0, lt=1)
-    """Share of a skill's held-out questions that may be lost without more ado."""
+    """Largest drop in a skill's share of right answers that is accepted without a test."""
     fall_rate: float = Field(gt=0, lt=0.5)
-    """Error rate of the test that calls a larger fall real."""
+    """Significance level of the test that a larger drop is a regression."""
 
 
 ModelTool = Literal["classifier", "summarizer"]
@@ -75,13 +75,13 @@ class McpServer(Section):
     name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,31}$")
     """Its tools are called NAME_TOOL."""
     command: str | None = None
-    """Program to start, that speaks on its standard input and output."""
+    """Program to start, a server on standard input and output."""
     args: list[str] | None = None
     """The program's arguments."""
     env: dict[str, str] | None = None
-    """Environment of the program beside PATH, HOME and the like; $NAME stands for a variable of ours."""
+    """Environment of the program beside PATH, HOME and the like; $NAME stands for a variable of this process."""
     url: str | None = Field(default=None, pattern=r"^https?://")
-    """Address of a server that speaks streamable HTTP."""
+    """Address of a streamable HTTP server."""
 
     @model_validator(mode="after")
     def _one_way(self) -> McpServer:
@@ -96,47 +96,47 @@ class ServeConfig(Section):
     """The prediction endpoint."""
 
     backend: Literal["engine", "openai"]
-    """Who makes the tokens: the engine in this process, or another server that speaks OpenAI's chat API."""
+    """What generates the tokens: the engine in this process, or another server with OpenAI's chat API."""
     int8: bool
-    """Round the weights to int8 on a CPU, where the model passes for itself rounded; faster from some millions of
-    parameters on."""
+    """Quantize the weights to int8 on a CPU, where the quantized model agrees with the original; faster from some
+    millions of parameters on."""
     backend_url: str | None
-    """Of that server, up to and with `/v1`; its key, where it wants one, is in `LOOPWRIGHT_BACKEND_KEY`."""
+    """Address of that server, including `/v1`; its API key, if any, is in `LOOPWRIGHT_BACKEND_KEY`."""
     backend_model: str | None
-    """What that server calls the model."""
+    """Name of the model on that server."""
     max_body_bytes: int = Field(ge=1024)
     """Larger request bodies are answered with 413."""
     max_new_tokens: int = Field(ge=1)
     """Tokens per model turn where the request sets no limit."""
     max_steps: int = Field(ge=1)
-    """Model turns per answer; the last one may not call a tool."""
+    """Model turns per answer; the last turn may not call a tool."""
     max_running: int = Field(ge=1)
-    """Requests that are answered at the same time, a step of the model for all of them."""
+    """Requests that are decoded in one batch."""
     max_context_tokens: int | None = Field(ge=256)
     """Tokens of a prompt and its answer; as many as the model takes and memory holds where null."""
     max_waiting: int = Field(ge=1)
     """Requests that may wait for a slot before 429."""
     request_seconds: float = Field(gt=0)
-    """Time for one answer: one that has no slot by then is answered with 503, one that is being written ends there."""
+    """Time limit of an answer: a request without a slot by then gets 503, a running one is cut off."""
     follow_seconds: float = Field(gt=0)
-    """Time between looks at the registry alias."""
+    """Seconds between polls of the registry alias."""
     model_tools: list[ModelTool]
     """Registered models that the agent may call, each while it has a champion."""
     mcp_servers: list[McpServer]
     """Servers whose tools the agent may call beside its own; needs the extra `mcp`."""
     mcp_call_seconds: float = Field(gt=0)
-    """Longest wait for a tool of theirs; then the model is told so."""
+    """Timeout of a call to such a tool; the model then gets an error as its result."""
     max_texts: int = Field(ge=1)
     """Texts of one request to classify or embed; more are answered with 413."""
     max_correction_characters: int = Field(ge=1)
     """Longer corrections and comments are answered with 413."""
     max_prompt_characters: int = Field(ge=1)
-    """Longer conversations are refused before anything is made of them."""
+    """Longer conversations are refused before they are tokenized."""
     requests_per_minute: int = Field(ge=1)
-    """Requests that one API key may send, where the key has no limit of its own; more are answered with 429."""
+    """Requests of one API key without a limit of its own; more are answered with 429."""
     allowed_origins: list[str]
-    """Web pages of these origins (`https://host`) may call the endpoint from a browser; others may not."""
+    """Origins (`https://host`) whose web pages may call the endpoint from a browser (CORS)."""
     traces: Literal["off", "mlflow"]
-    """Where the steps of answers are traced, beside their record in the store."""
+    """Where traces of answers are written, beside their record in the store."""
     trace_share: float = Field(ge=0, le=1)
     """Share of the answers that are traced."""

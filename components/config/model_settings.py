@@ -1,6 +1,6 @@
-"""Sections of `params.yaml` by which models are made and measured: type, meaning and bounds of each value.
+"""Sections of `params.yaml` for data, training and evaluation: type, meaning and bounds of each value.
 
-No values stand here: those are in files that DVC watches (components/config/params.py).
+There are no defaults here: values are in files that DVC watches (components/config/params.py).
 """
 
 from __future__ import annotations
@@ -18,29 +18,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def _names(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
-
-
 class CollectConfig(Section):
-    """Gathering the raw data into datasets."""
+    """Collection of the raw data into datasets."""
 
     modules: list[str]
-    """Parts of its source that the project reads, by the names it gives them; empty means all of them."""
+    """Parts of its source that the project reads, by the project's names; empty means all."""
     conversations: int = Field(ge=100)
-    """Training conversations that the project makes, where it makes as many as are asked for."""
+    """Training conversations that the project generates, where their number is free."""
     questions: int = Field(ge=10)
-    """Held-out questions per suite; each reported figure needs 300 or more to be worth quoting."""
+    """Held-out questions per suite; a figure needs 300 or more to be reliable."""
     held_out_share: float = Field(gt=0, lt=0.5)
-    """Share of rows held out of a user's dataset, and of what a project holds out, that training never sees."""
+    """Share of rows held out for testing, of added datasets and of what a project holds out."""
     validation_share: float = Field(gt=0, lt=0.5)
-    """Share of labelled texts and text pairs that training chooses its best weights by."""
+    """Share of labelled texts and text pairs for validation, by which training chooses its best weights."""
     near_duplicate_similarity: float = Field(gt=0.5, le=1)
     """Estimated Jaccard similarity of word 5-grams at which a document counts as a near-duplicate."""
 
 
 class ValidateConfig(Section):
-    """The gate on data."""
+    """Data validation."""
 
     max_failed_share: float = Field(ge=0, le=0.2)
     """Share of rows of a shard that may fail a row-wise expectation before the dataset is refused."""
@@ -52,7 +48,7 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(ge=320, le=262_144)
     """Entries, special tokens and the 256 bytes included."""
     max_documents: int = Field(ge=1)
-    """Rows of each dataset sampled to learn merges from."""
+    """Rows of each dataset sampled for training merges."""
 
 
 class TrainTokenizerConfig(Section):
@@ -72,10 +68,10 @@ class DecoderRowsConfig(Section):
 
     seq_len: int = Field(ge=32)
     """Tokens per packed row; a longer conversation is dropped and counted, a longer document is cut."""
-    copy_share: float = Field(ge=0, lt=1)
-    """Share of pretraining rows that practise copying: repeated spans of names and of random tokens."""
-    noise_share: float = Field(ge=0, le=1)
-    """Share of conversations told once more with random tokens in the names and results that they copy."""
+    copy_rate: float = Field(ge=0, lt=1)
+    """Copy augmentation: share of pretraining rows with repeated spans of names and of random tokens."""
+    token_noise_rate: float = Field(ge=0, le=1)
+    """Token-noise augmentation: share of conversations repeated with random tokens in what they copy."""
 
 
 class EncoderRowsConfig(Section):
@@ -116,9 +112,9 @@ class EncoderModelConfig(Section):
     max_seq_len: int = Field(ge=32)
     """Longest text in tokens, both segments together."""
     dropout: float = Field(ge=0, lt=1)
-    """Share of what blocks add that training leaves out."""
+    """Dropout of the blocks' outputs."""
     attention_dropout: float = Field(ge=0, lt=1)
-    """Share of attention's weights that training leaves out; above 0 training on a CPU takes a slower path."""
+    """Dropout of the attention weights; above 0 training on a CPU takes a slower kernel."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> EncoderModelConfig:
@@ -145,7 +141,7 @@ class EncoderDecoderModelConfig(Section):
     max_seq_len: int = Field(ge=32)
     """Longest source, and longest target, in tokens."""
     dropout: float = Field(ge=0, lt=1)
-    """Share of what blocks add, and of attention's weights, that training leaves out."""
+    """Dropout of the blocks' outputs and of the attention weights."""
     tie_embeddings: bool
     """One matrix for embedding and output head."""
 
@@ -192,7 +188,7 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """What every training stage of the one loop shares."""
+    """Settings that all training stages share."""
 
     dataset: str | list[str]
     """Name of the dataset, or list of names, to learn from (`loopwright data list`)."""
@@ -235,14 +231,14 @@ class TrainConfig(Section):
 
     @property
     def datasets(self) -> list[str]:
-        return _names(self.dataset)
+        return [self.dataset] if isinstance(self.dataset, str) else list(self.dataset)
 
 
 class EncoderPretrainConfig(TrainConfig):
     """Masked language modelling and next-sentence prediction from scratch."""
 
     masked_share: float = Field(gt=0, lt=1)
-    """Share of the tokens that are to be guessed."""
+    """Share of the tokens that are masked."""
     whole_words: bool
     """Whether the tokens of a word are masked together."""
 
@@ -251,20 +247,20 @@ class EncoderDecoderPretrainConfig(TrainConfig):
     """Span corruption from scratch."""
 
     corrupted_share: float = Field(gt=0, lt=1)
-    """Share of the tokens that lie in hidden spans."""
+    """Share of the tokens in masked spans."""
     span_length: float = Field(ge=1)
-    """Mean tokens of a hidden span."""
+    """Mean tokens of a masked span."""
 
 
 class FineTuneConfig(TrainConfig):
-    """What the stages share that start from a model: which one, and how much of it learns."""
+    """Settings of the stages that fine-tune a model: the base, and which weights are trained."""
 
     base: str
-    """A registered model (NAME@ALIAS, NAME/VERSION) or a model folder to start from; empty: the pretrained one."""
+    """A registered model (NAME@ALIAS, NAME/VERSION) or a model folder to start from; empty: the pretrained model."""
     lora_rank: int = Field(ge=0)
-    """Rank of the pairs that learn beside every product of the blocks, all else frozen (LoRA); 0: all weights learn."""
+    """Rank of the LoRA adapters of every linear layer of the blocks, all else frozen; 0: all weights are trained."""
     lora_alpha: float = Field(gt=0)
-    """What the pairs add is scaled by lora_alpha / lora_rank."""
+    """The adapters' output is scaled by lora_alpha / lora_rank."""
 
 
 class PretrainConfig(Section):
@@ -282,46 +278,45 @@ class ClassifierConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder into a classifier."""
 
     fresh: bool
-    """Draw the encoder's weights anew instead of taking the pretrained ones; not where `base` names a model or
-    LoRA trains beside it."""
+    """Initialize the encoder's weights randomly instead of from pretraining; not with `base` or LoRA."""
     min_epochs: float = Field(ge=0)
-    """Passes over the texts that training makes at least, whatever `max_steps` says: more texts, more steps."""
+    """Least passes over the texts, whatever `max_steps` says."""
     validation_steps: int = Field(ge=1)
-    """Steps between two looks at the validation texts."""
+    """Steps between two evaluations on the validation texts."""
     patience: int = Field(ge=1)
-    """Looks without a better macro-F1 after which training stops."""
+    """Evaluations without a better macro-F1 after which training stops (early stopping)."""
     class_weight_power: float = Field(ge=0, le=1)
-    """1: all labels weigh alike however rare, 0: all texts alike, between: between."""
+    """Exponent of inverse label frequency in the loss: 1 weighs all labels alike, 0 all texts alike."""
     label_smoothing: float = Field(ge=0, lt=1)
-    """Share of each text's label that goes to all labels alike."""
-    hidden_share: float = Field(ge=0, lt=1)
-    """Share of the tokens shown as [MASK] in training, other ones each time."""
+    """Share of each target's probability that is spread over all labels."""
+    token_dropout: float = Field(ge=0, lt=1)
+    """Token dropout: share of the tokens replaced by [MASK] in training, drawn anew each time."""
     dropout: float = Field(ge=0, lt=1)
-    """Share of what blocks add, and of the pooled vector, that training leaves out."""
+    """Dropout of the blocks' outputs and of the pooled vector."""
     adapt_steps: int = Field(ge=0)
     """Steps of masked language modelling on the training texts before (arXiv 2004.10964); 0: none."""
     masked_share: float = Field(gt=0, lt=1)
-    """Share of the tokens that are to be guessed in these steps."""
+    """Share of the tokens that are masked in these steps."""
     trials: int = Field(ge=0)
-    """Short trainings to search learning rates and regularisation by; 0: none, the values here are taken."""
+    """Trials of the hyper-parameter search for learning rates and regularization; 0: no search."""
     trial_steps: int = Field(ge=1)
-    """Steps of each at most; the median rule ends those that fall behind."""
+    """Most steps of a trial; the median pruner ends worse trials."""
 
 
 class SummarizerConfig(FineTuneConfig):
-    """Fine-tuning of the pretrained encoder-decoder on sources and what is to be written of them."""
+    """Fine-tuning of the pretrained encoder-decoder on pairs of source and target."""
 
     no_repeat_ngram_size: int = Field(ge=0)
-    """Tokens in a row that no target it writes has twice, also told to `transformers`; 0: whatever is likeliest."""
+    """Length of n-grams that a generated target may not repeat, also in generation_config.json; 0: no limit."""
 
 
 class AssessConfig(Section):
-    """What classifier and summarizer are measured on."""
+    """Evaluation of classifier and summarizer."""
 
     max_texts: int = Field(ge=1)
-    """Held-out texts of each suite asked at most."""
+    """Most held-out texts per suite."""
     beams: int = Field(ge=1)
-    """Targets that the summarizer follows side by side; 1: always the likeliest token."""
+    """Beams of the summarizer's beam search; 1: greedy."""
 
 
 class TuneConfig(FineTuneConfig):
@@ -329,17 +324,17 @@ class TuneConfig(FineTuneConfig):
 
 
 class EvaluateConfig(Section):
-    """What the agent is measured on."""
+    """Evaluation of the agent."""
 
     batch_size: int = Field(ge=1)
-    """Questions answered side by side."""
+    """Questions per batch."""
     max_questions: int = Field(ge=1)
-    """Questions per suite at most."""
+    """Most questions per suite."""
     max_new_tokens: int = Field(ge=8)
-    """Tokens per model turn at most."""
+    """Most tokens per model turn."""
     documents_tokens: int = Field(ge=256)
     """Held-out tokens read for bits per byte."""
     shots: list[Annotated[int, Field(ge=0)]]
-    """Numbers of solved examples before a question at which the agent is measured too."""
+    """Numbers of few-shot examples before a question with which the agent is evaluated too."""
     shot_questions: int = Field(ge=0)
-    """Questions per suite asked so; 0: none."""
+    """Few-shot questions per suite; 0: none."""

@@ -1,8 +1,8 @@
-"""What a person may set: `params.yaml`, checked once, then trusted.
+"""The parameters of `params.yaml`, validated when they are read.
 
-Values come from `components/config/scales.yaml` (what each scale derives), the project's own `scales`, and
-`params.yaml` (what a person overrides). The classes of `settings` and `loop_settings` give
-type, meaning and bounds, and no values: DVC watches the files, so no default may hide in code.
+Values come from `components/config/scales.yaml` (defaults of each scale), the project's own `scales`, and `params.yaml`
+(overrides). The classes of `model_settings` and `loop_settings` give type, meaning and bounds, and no defaults: DVC
+watches the files, so that no default may be in code.
 """
 
 from __future__ import annotations
@@ -48,6 +48,15 @@ FAMILY_OF_SECTION: Mapping[str, Family] = {
 """Sections of params.yaml that fine-tune a model of one family."""
 BY_FAMILY = ("train_tokenizer", "prepare", "model", "pretrain")
 """Sections that have a sub-section for each family."""
+RENAMED: Mapping[str, str] = {
+    "classifier.hidden_share": "classifier.token_dropout",
+    "prepare.copy_share": "prepare.decoder.copy_rate",
+    "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
+    "prepare.noise_share": "prepare.decoder.token_noise_rate",
+    "prepare.decoder.noise_share": "prepare.decoder.token_noise_rate",
+    "feedback.max_per_voice": "feedback.max_items_per_user",
+}
+"""Earlier names of keys: each is refused with the present one."""
 
 SCALES_FILE = Path(__file__).with_name("scales.yaml")
 
@@ -56,13 +65,13 @@ class Params(Section):
     """All of `params.yaml`, resolved."""
 
     project: str
-    """The module that says what is this project's own: datasets, tools, held-out suites, smoke questions."""
+    """The module with the project's own datasets, tools, held-out suites and smoke questions."""
     project_path: str
     """Its folder or file, by which DVC sees an edit of it; `loopwright run` writes it where `project` has changed."""
     scale: Scale
     """The one dial: every value below is derived from it unless set."""
     seed: int = Field(ge=0)
-    """Seed of every random choice."""
+    """Seed of all random generators."""
     collect: CollectConfig
     validate_: ValidateConfig = Field(alias="validate")
     train_tokenizer: TrainTokenizerConfig
@@ -89,12 +98,12 @@ class Params(Section):
 
     @property
     def datasets(self) -> dict[str, list[str]]:
-        """Names of the datasets that each section learns from, by the section's dotted name."""
+        """Names of the datasets that each section trains on, by the section's dotted name."""
         pretrained: dict[str, TrainConfig] = {f"pretrain.{name}": getattr(self.pretrain, name) for name in FAMILIES}
         return {name: config.datasets for name, config in (pretrained | self.fine_tuned).items()}
 
     def datasets_of(self, family: Family) -> list[str]:
-        """Names of the datasets that a family learns from, each once."""
+        """Names of the datasets that a family trains on, without duplicates."""
         sections = [f"pretrain.{family}", *(name for name, of in FAMILY_OF_SECTION.items() if of == family)]
         return list(dict.fromkeys(name for section in sections for name in self.datasets[section]))
 
@@ -111,19 +120,19 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
 
     Raises: InputError naming the file, the key and its value.
     """
-    given = _read_yaml(path)
+    raw = _read_yaml(path)
     for dotted, value in (overrides or {}).items():
-        _assign(given, dotted, value)
+        _assign(raw, dotted, value)
     scales = _read_yaml(SCALES_FILE)
-    scale = given.get("scale")
+    scale = raw.get("scale")
     if scale not in scales or scale == "all":
         raise InputError(f"{path.name}: scale: {scale!r} is not one of smoke, laptop, gpu, cluster")
-    given |= project_of(given, path)
-    project = load_project(given["project"], path.parent)
+    raw |= project_of(raw, path)
+    project = load_project(raw["project"], path.parent)
     values = _merge(scales["all"], scales[scale])
-    for place in ("all", scale):
-        values = _merge(values, dict(project.scales.get(place, {})), where=f"{project.name}.scales")
-    values = _merge(values, given, where=path.name)
+    for section in ("all", scale):
+        values = _merge(values, dict(project.scales.get(section, {})), where=f"{project.name}.scales")
+    values = _merge(values, raw, where=path.name)
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -132,62 +141,62 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
 
 def read_value(dotted: str, text: str) -> Any:
     """The value that a text has as YAML under `section.key`."""
-    value, written = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
+    value, raw = yaml.safe_load(text), yaml.load(text, yaml.BaseLoader)
     for key in reversed(dotted.split(".")):
-        value, written = {key: value}, {key: written}
-    value = _as_written(value, written, Params)
+        value, raw = {key: value}, {key: raw}
+    value = _strings_unparsed(value, raw, Params)
     for key in dotted.split("."):
         value = value[key]
     return value
 
 
-def _as_written(value: Any, text: Any, kind: Any) -> Any:
-    """YAML's value, with what only text fits as it is written: a dataset may be called `no`, `null` or `2024_01_31`."""
+def _strings_unparsed(value: Any, text: Any, kind: Any) -> Any:
+    """YAML's value, with fields of type string unparsed: a dataset may be called `no`, `null` or `2024_01_31`."""
     if isinstance(value, list) and get_origin(kind) is list:
-        return [_as_written(one, written, get_args(kind)[0]) for one, written in zip(value, text, strict=True)]
+        return [_strings_unparsed(item, raw, get_args(kind)[0]) for item, raw in zip(value, text, strict=True)]
     if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
         kinds = {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
-        return {key: _as_written(one, text.get(key), kinds.get(key)) for key, one in value.items()}
+        return {key: _strings_unparsed(item, text.get(key), kinds.get(key)) for key, item in value.items()}
     is_none = value is None and (not text or NoneType in get_args(kind))
     return text if _is_text(kind) and not is_none else value
 
 
 def _is_text(kind: Any) -> bool:
     if get_origin(kind) is Literal:
-        return all(isinstance(one, str) for one in get_args(kind))
+        return all(isinstance(choice, str) for choice in get_args(kind))
     nested = get_origin(kind) in (Union, UnionType, list, dict)
     return kind in (str, NoneType) or (nested and all(map(_is_text, get_args(kind))))
 
 
-def project_of(given: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """`project` and `project_path` of what a params.yaml says.
+def project_of(values: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """`project` and `project_path` of the values of a params.yaml.
 
     Raises: InputError when they name different modules.
     """
-    name = given.get("project") or DEFAULT_PROJECT
+    name = values.get("project") or DEFAULT_PROJECT
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise InputError(f"{path.name}: project: {name!r} is not the name of a module")
-    expected, said = module_path(name, path.parent), given.get("project_path")
-    if said and expected and said != expected:
+    expected, declared = module_path(name, path.parent), values.get("project_path")
+    if declared and expected and declared != expected:
         raise InputError(
-            f"{path.name}: project_path: {said!r} is not where {name} lies, which is {expected!r};"
+            f"{path.name}: project_path: {declared!r} is not the path of {name}, which is {expected!r};"
             ' "loopwright run" writes it'
         )
-    return {"project": name, "project_path": expected or said or name}
+    return {"project": name, "project_path": expected or declared or name}
 
 
 def moved_project(path: Path, overrides: Mapping[str, Any]) -> dict[str, str]:
-    """The override that `project_path` needs, where a person changed `project` alone."""
-    given = _read_yaml(path) | dict(overrides)
-    said = given.pop("project_path", None)
-    expected = module_path(project_of(given, path)["project"], path.parent)
-    return {"project_path": expected} if expected and expected != said else {}
+    """The override of `project_path` that a change of `project` needs."""
+    values = _read_yaml(path) | dict(overrides)
+    declared = values.pop("project_path", None)
+    expected = module_path(project_of(values, path)["project"], path.parent)
+    return {"project_path": expected} if expected and expected != declared else {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        value = _as_written(yaml.safe_load(text), yaml.load(text, yaml.BaseLoader), Params)
+        value = _strings_unparsed(yaml.safe_load(text), yaml.load(text, yaml.BaseLoader), Params)
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run inside a Loopwright project") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -200,8 +209,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, key = dotted.split(".")
     for section in sections:
-        known = values.get(section)
-        values[section] = dict(known) if isinstance(known, dict) else {}
+        existing = values.get(section)
+        values[section] = dict(existing) if isinstance(existing, dict) else {}
         values = values[section]
     values[key] = value
 
@@ -220,36 +229,38 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml
 
 
 def _decoder_keys(section: str) -> Collection[str]:
-    """What stood in the section itself before each family had a sub-section."""
+    """Keys of the section itself in versions without a sub-section per family."""
     by_family: Any = Params.model_fields[section].annotation
     keys: Collection[str] = by_family.model_fields["decoder"].annotation.model_fields
     return keys
 
 
 def _first_error(error: ValidationError, values: Any) -> str:
-    """`section.key: value: reason`, from the first of pydantic's errors, or what it says of a part of that value."""
-    places = [(_place(one, values), one) for one in error.errors()]
-    within = [(place, one) for place, one in places if place.startswith(places[0][0])]
-    place, first = max(within, key=lambda found: len(found[0]))
+    """`section.key: value: reason`, from the first of pydantic's errors, or from an error in a part of that value."""
+    located = [(_dotted_key(details, values), details) for details in error.errors()]
+    within = [(place, details) for place, details in located if place.startswith(located[0][0])]
+    place, first = max(within, key=lambda entry: len(entry[0]))
     if first["type"] == "extra_forbidden":
+        if place in RENAMED:
+            return f"{place}: renamed; write {RENAMED[place]}"
         section, _, key = place.partition(".")
         if section in BY_FAMILY and key in _decoder_keys(section):
-            return f"{place}: each family has values of its own; write {section}.decoder.{key}"
+            return f"{place}: each family has its own values; write {section}.decoder.{key}"
         return f"{place}: unknown key; see components/config/model_settings.py for the keys of each section"
-    reasons = dict.fromkeys(one["msg"] for there, one in within if there == place)
+    reasons = dict.fromkeys(details["msg"] for key, details in within if key == place)
     reason = " or ".join(reasons).removeprefix("Value error, ").replace(" or Input should be", " or")
     value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
     return f"{place}: {value}{reason}" if place else f"{value}{reason}"
 
 
-def _place(error: Any, values: Any) -> str:
-    """Where an error is, in keys of the file: pydantic also names the type of a union that it tried."""
-    place = []
+def _dotted_key(error: Any, values: Any) -> str:
+    """The dotted key of an error in the file: pydantic also names the type of a union that it tried."""
+    keys = []
     for part in error["loc"]:
         if isinstance(part, int) and isinstance(values, list):
-            place.append(str(part))
+            keys.append(str(part))
             values = values[part]
         elif isinstance(values, dict) and (part in values or error["type"] == "missing"):
-            place.append(str(part))
+            keys.append(str(part))
             values = values.get(part)
-    return ".".join(place)
+    return ".".join(keys)

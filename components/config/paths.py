@@ -1,4 +1,4 @@
-"""Where a project keeps things."""
+"""Paths of a project, and messages for errors of the disk."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from pathlib import Path
 from components.config.model_settings import Family
 from components.config.params import InputError
 
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+"""In a model folder: the model's and the tokenizer's configuration, as Hugging Face names them."""
 AGENT, TOOLS = "agent.json", "tools"
-"""In a model folder: what makes it an agent, and the folder of its tools (components/agent/saved_tools.py)."""
+"""In a model folder: the agent's configuration, and the folder of its tools (components/agent/saved_tools.py)."""
+ORIGIN = "origin.json"
+"""In a model folder that a flow fetched: the version or the folder it was copied from."""
 
 
 @dataclass(frozen=True)
 class Paths:
-    """Where a project keeps things; the outs of `dvc.yaml` under the names the code uses."""
+    """Paths of a project: the outs of `dvc.yaml`, and the state folder."""
 
     root: Path
 
@@ -28,7 +32,7 @@ class Paths:
         """The state folder: databases, logs, checkpoints; never an out of DVC."""
         home = (self.root / os.environ.get("LOOPWRIGHT_HOME", "var")).resolve()
         if wrong := [sign for sign in "?\n\r" if sign in str(home)]:
-            # An address of an SQLite database ends there, for MLflow, Prefect and SQLAlchemy.
+            # The URL of an SQLite database ends there, for MLflow, Prefect and SQLAlchemy.
             raise InputError(f"LOOPWRIGHT_HOME: {str(home)!r} contains {wrong[0]!r}; choose a path without it")
         return home
 
@@ -42,7 +46,7 @@ class Paths:
 
     @property
     def added(self) -> Path:
-        """Datasets a user brought with `data add`."""
+        """Datasets that `data add` added."""
         return self.root / "data/added"
 
     @property
@@ -52,7 +56,7 @@ class Paths:
 
     @property
     def agent_files(self) -> Path:
-        """What makes a model the project's agent: agent.json, and its tools with their source and files."""
+        """The files that make a model the project's agent: agent.json, and its tools with their source and files."""
         return self.root / "data/agent"
 
     @property
@@ -78,13 +82,13 @@ class Paths:
         return self.root / "data/models/base" / family
 
     def imported(self, family: Family) -> Path:
-        """Where a run puts the model that `tune.base` and its like name; the folder is there without one too."""
+        """The base model that a section's `base` names; the folder exists without a base too."""
         return self.root / "data/imported" / family
 
     def start_of(self, family: Family) -> Path:
-        """The model that fine-tuning starts from: the imported one where one was named, or the pretrained one."""
+        """The model that fine-tuning starts from: the imported base where there is one, or the pretrained model."""
         imported = self.imported(family)
-        return imported if (imported / "config.json").is_file() else self.base(family)
+        return imported if (imported / CONFIG).is_file() else self.base(family)
 
     @property
     def agent(self) -> Path:
@@ -103,22 +107,22 @@ class Paths:
         return self.root / "data/evaluation"
 
     def assessment(self, name: str) -> Path:
-        """What `assess` asked a model, and what it said."""
+        """Held-out texts of `assess`, and the model's predictions."""
         return self.root / "data/assessment" / name
 
     @property
     def feedback(self) -> Path:
-        """What people said, taken in: one immutable Parquet partition per ingestion, and `withdrawn.json`."""
+        """Ingested user feedback: one immutable Parquet partition per ingestion, and `withdrawn.json`."""
         return self.root / "data/feedback"
 
     @property
     def champion(self) -> Path:
-        """The model that a candidate must beat, fetched from the registry; no out of a stage."""
+        """The champion that a candidate is compared with, fetched from the registry; no out of a stage."""
         return self.root / "data/models/champion"
 
     @property
     def start(self) -> Path:
-        """The model that an improvement starts from: the champion, or an earlier one that learned nothing withdrawn."""
+        """The model that an improvement starts from: the champion, or an ancestor without revoked training examples."""
         return self.root / "data/models/start"
 
     @property
@@ -127,7 +131,7 @@ class Paths:
 
     @property
     def curated(self) -> Path:
-        """Feedback as rows to learn from, and prompts to judge by."""
+        """Feedback as training rows and held-out prompts."""
         return self.root / "data/curated"
 
     @property
@@ -164,7 +168,7 @@ _SQLITE = {
 
 
 def disk_trouble(error: BaseException | None, place: Path | None = None) -> str:
-    """One line on what the disk refused and what helps, where that made an exception; else empty.
+    """One line with the disk's error and its remedy, where an exception comes from the disk; else empty.
 
     `place` is named where the exception names no file.
     """
@@ -196,9 +200,8 @@ def writing(place: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        if told := disk_trouble(error, place):
-            raise InputError(told) from error
+        if message := disk_trouble(error, place):
+            raise InputError(message) from error
         if isinstance(error, FileExistsError | NotADirectoryError):
-            told = f"{place}: cannot be written: {error.strerror}; choose another place"
-            raise InputError(told) from error
+            raise InputError(f"{place}: cannot be written: {error.strerror}; choose another folder") from error
         raise

@@ -1,7 +1,6 @@
-"""A project: the one module that says what is a team's own, named by `project` in params.yaml (docs/your-project.md).
+"""A project: the module with a team's own datasets, tools and suites (docs/your-project.md).
 
-The platform knows a project through this file alone: it imports the module by name and reads the names of `Project`
-from it. No other file imports a project.
+params.yaml names it as `project`. Only this file imports it, by name, and reads the attributes of `Project` from it.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ Kind = Literal["documents", "conversations", "preferences", "labelled_texts", "t
 """Kinds of datasets; their columns: components/datasets/formats.py."""
 
 DEFAULT_PROJECT = "examples.stdlib_agent"
-"""Where params.yaml names none; and whose tools a model has that was saved before tools were saved with models."""
+"""The project where params.yaml names none, and the tools of models that were saved without their tools."""
 
 
 @dataclass(frozen=True)
 class Collecting:
-    """What a project is given when its datasets are collected."""
+    """The settings with which a project collects its datasets."""
 
     settings: CollectConfig
     seed: int
@@ -43,21 +42,21 @@ class Rows:
     test: Iterable[dict[str, Any]]
     """Held out; `suite` names the suite that a row belongs to."""
     validation: Iterable[dict[str, Any]] = ()
-    """Held out, for training to choose its best weights by; of labelled texts and text pairs."""
+    """Rows by which training chooses its best weights; of labelled texts and text pairs."""
     sources: Sequence[dict[str, str]] = ()
-    """Where the rows came from: `{"name", "sha256"}`."""
+    """Origins of the rows: `{"name", "sha256"}`."""
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """What data/metrics/collect.json says beside the number of rows."""
+    """Metrics for data/metrics/collect.json beside the number of rows."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """What a project's module says, each under the name that it has here; those with a default may be left out."""
+    """The attributes of a project's module; those with a default are optional."""
 
     name: str
-    """The module's."""
+    """Of the module."""
     datasets: Mapping[str, Kind]
     """Kind of each dataset that it collects, by name."""
     rows: Callable[[str, Collecting], Rows]
@@ -65,13 +64,13 @@ class Project:
     tools: Callable[[Path], Sequence[Any]]
     """The agent's tools, given the folder of their files: functions, or `Tool.of(function, permissions=[...])`."""
     smoke_questions: Mapping[str, str]
-    """By registered model (agent, classifier, summarizer): what it is asked before it may be champion."""
+    """By registered model (agent, classifier, summarizer): the question of its smoke test before promotion."""
     scales: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Defaults for params.yaml, as in components/config/scales.yaml: under `all`, and under the name of a scale."""
     tool_files: Callable[[Collecting], None] | None = None
     """Writes the files that the tools read into `Collecting.files`."""
     response_formats: bool = False
-    """Whether its conversations teach to answer in the form that a system message asks for."""
+    """Whether its conversations train the response format that a system message asks for."""
 
 
 def load_project(name: str, root: Path | None = None) -> Project:
@@ -86,9 +85,7 @@ def load_project(name: str, root: Path | None = None) -> Project:
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             raise InputError(f"params.yaml: project: {name!r}: no module {error.name!r} here") from None
-        raise InputError(
-            f"params.yaml: project: {name!r} imports {error.name!r}, which is not installed here"
-        ) from error
+        raise InputError(f"params.yaml: project: {name!r} imports {error.name!r}, which is not installed") from error
     parts = {part.name: getattr(module, part.name) for part in fields(Project)[1:] if hasattr(module, part.name)}
     needed = [part.name for part in fields(Project)[1:] if part.default is part.default_factory is MISSING]
     if missing := [part for part in needed if part not in parts]:

@@ -1,6 +1,6 @@
-"""Documents out of a running text: cut at headings and between paragraphs, never larger than a few pages.
+"""Splits running text into documents: at headings and between paragraphs, at most a few pages each.
 
-One document for a whole book could neither be held out in part nor compared with another.
+A whole book as one document could neither be held out in part nor compared with another.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from components.datasets.records import Record
 
 MAX_CHARS = 8192
 """Longest document cut from a running text."""
-_DOCUMENTS_WANTED = 64  # a short text is cut finer, so that some of it can be held out
-_MIN_BLOCK_CHARS = 1024  # lines without a blank one between them are only parted beyond this
+_MIN_DOCUMENTS = 64  # a short text is cut finer, so that some of it can be held out
+_MIN_BLOCK_CHARS = 1024  # lines without a blank line between them are only split beyond this
 _WIKI_HEADING = re.compile(r"\s*(=(?: ?=){0,5}) \S.* =(?: ?=){0,5}\s*$")
 _MARKDOWN_HEADING = re.compile(r"(#{1,6})\s+\S")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
@@ -33,9 +33,9 @@ class _Block:
 
 
 def target_chars(files: Iterable[Path]) -> int:
-    """How long the documents cut from these running texts, taken together, should be."""
+    """Length in characters of the documents to cut from these texts."""
     size = sum(path.stat().st_size for path in files)
-    return min(MAX_CHARS, max(1, size // _DOCUMENTS_WANTED))
+    return min(MAX_CHARS, max(1, size // _MIN_DOCUMENTS))
 
 
 def read_text(path: Path, chars: int) -> Iterator[Record]:
@@ -68,9 +68,9 @@ def _blocks(lines: Iterable[tuple[int, str]], chars: int, markdown: bool) -> Ite
     for number, line in itertools.dropwhile(lambda numbered: numbered[1].isspace(), lines):
         fenced ^= markdown and bool(_FENCE.match(line))
         level = 0 if fenced else _heading_level(line, markdown)
-        parted = blank and not fenced and not line.isspace()
+        starts_paragraph = blank and not fenced and not line.isspace()
         blank = line.isspace()
-        if text and (level or parted or len(text) + len(line) > chars):
+        if text and (level or starts_paragraph or len(text) + len(line) > chars):
             yield _Block(first, text)
             text = ""
         if level:

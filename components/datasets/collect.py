@@ -1,14 +1,16 @@
-"""Stage `collect`: gather every dataset that is learned from, and the agent's tools.
+"""Stage `collect`: gather every dataset that models train on, and the agent's tools.
 
 A dataset is the project's (`components/config/project.py`), or was added by a user. All pass the same removal of
-duplicates, and of training rows that equal a held-out one.
+duplicates, and of training rows that equal a held-out row.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -29,34 +31,39 @@ from components.datasets.formats import (
     refuse_other_kinds,
     write_json,
 )
-from components.datasets.stratified_split import by_hash, stratified
 from components.runtime.stage import StageRun
+
+MIN_ROWS = 3
+"""Rows of a label from which on it is in every split."""
 
 
 def collect(run: StageRun) -> None:
-    """Write each dataset that a section of params.yaml names, and data/agent: what makes a model the project's agent.
+    """Write each dataset that a section of params.yaml names, and the agent's tools in data/agent.
 
     Raises: InputError for an unknown dataset, and for a function that cannot be a tool.
     """
     project = load_project(run.params.project, run.paths.root)
-    wanted = _wanted(run, project)
+    kinds = _kinds(run, project)
     save_agent(project, Collecting(run.params.collect, run.params.seed, run.paths.agent_files / TOOL_FILES), run.paths)
-    run.progress(1, len(wanted) + 1, project=project.name)
-    infos, metrics = _write(run, wanted, project)
+    run.progress(1, len(kinds) + 1, project=project.name)
+    infos, metrics = _write(run, kinds, project)
     for info in infos:
-        _report(run, info)
+        counts = {**info.rows, **info.dropped}
+        run.tracker.metrics({f"{info.name}/{name}": float(count) for name, count in counts.items()})
+        for source in info.sources:
+            run.tracker.dataset(info.name, source["sha256"], source["name"], "collect")
     datasets = {info.name: {"kind": info.kind, "rows": info.rows, "dropped": info.dropped} for info in infos}
     write_json(run.paths.metrics / "collect.json", {"python": sys.version, "datasets": datasets, **metrics})
 
 
-def _write(run: StageRun, wanted: Mapping[str, Kind], project: Project) -> tuple[list[DatasetInfo], dict[str, Any]]:
-    """Write every dataset's held-out rows, then what each trains on: no dataset may train on another's test rows."""
+def _write(run: StageRun, kinds: Mapping[str, Kind], project: Project) -> tuple[list[DatasetInfo], dict[str, Any]]:
+    """Write the held-out rows of every dataset, then the training rows: none may equal another's test row."""
     similarity, seed = run.params.collect.near_duplicate_similarity, run.params.seed
     collecting = Collecting(run.params.collect, seed, run.paths.agent_files / TOOL_FILES)
-    splits = {kind: Splits(kind, similarity, seed) for kind in wanted.values()}
-    made: list[tuple[DatasetWriter, Rows]] = []
+    splits = {kind: Splits(kind, similarity, seed) for kind in kinds.values()}
+    writers: list[tuple[DatasetWriter, Rows]] = []
     with ExitStack() as stack:
-        for name, kind in wanted.items():
+        for name, kind in kinds.items():
             folder = run.paths.collected / name
             shutil.rmtree(folder, ignore_errors=True)
             writer = stack.enter_context(DatasetWriter(folder, name, kind))
@@ -64,42 +71,42 @@ def _write(run: StageRun, wanted: Mapping[str, Kind], project: Project) -> tuple
             writer.info.sources = list(rows.sources)
             for reason, count in rows.dropped.items():
                 writer.drop(reason, count)
-            splits[kind].write_test(rows.test, writer)
-            made.append((writer, rows))
-        for writer, rows in made:
-            splits[writer.info.kind].write_validation(rows.validation, writer)
-        for done, (writer, rows) in enumerate(made, start=2):
+            splits[kind].write_held_out("test", rows.test, writer)
+            writers.append((writer, rows))
+        for writer, rows in writers:
+            splits[writer.info.kind].write_held_out("validation", rows.validation, writer)
+        for done, (writer, rows) in enumerate(writers, start=2):
             splits[writer.info.kind].write_train(rows.train, writer)
             counts = {key: str(count) for key, count in writer.info.rows.items()}
-            run.progress(done, len(wanted) + 1, dataset=writer.info.name, **counts)
-    metrics = {name: value for _, rows in made for name, value in rows.metrics.items()}
-    return [writer.info for writer, _ in made], metrics
+            run.progress(done, len(kinds) + 1, dataset=writer.info.name, **counts)
+    metrics = {name: value for _, rows in writers for name, value in rows.metrics.items()}
+    return [writer.info for writer, _ in writers], metrics
 
 
-def _wanted(run: StageRun, project: Project) -> dict[str, Kind]:
-    """The datasets to write, by name, with their kinds.
+def _kinds(run: StageRun, project: Project) -> dict[str, Kind]:
+    """The kind of each dataset to write, by name.
 
-    Raises: InputError for an unknown name, or a kind that the stage does not learn from.
+    Raises: InputError for an unknown name, or a kind that the section does not train on.
     """
     added = sorted(run.paths.added.glob("*/dataset.json"))
-    kinds = {path.parent.name: read_info(path.parent).kind for path in added} | dict(project.datasets)
-    wanted: dict[str, Kind] = {}
+    known = {path.parent.name: read_info(path.parent).kind for path in added} | dict(project.datasets)
+    kinds: dict[str, Kind] = {}
     for section, names in run.params.datasets.items():
         if not names:
-            raise InputError(f"params.yaml: {section}.dataset: no dataset named; known: {', '.join(sorted(kinds))}")
+            raise InputError(f"params.yaml: {section}.dataset: no dataset named; known: {', '.join(sorted(known))}")
         for name in names:
-            if name not in kinds:
+            if name not in known:
                 raise InputError(
-                    f"params.yaml: {section}.dataset: {name!r} is not a dataset; known: {', '.join(sorted(kinds))}; "
+                    f"params.yaml: {section}.dataset: {name!r} is not a dataset; known: {', '.join(sorted(known))}; "
                     'add one with "loopwright data add"'
                 )
-            refuse_other_kinds(section, name, kinds[name])
-            wanted[name] = kinds[name]
-    return wanted
+            refuse_other_kinds(section, name, known[name])
+            kinds[name] = known[name]
+    return kinds
 
 
 def _added(run: StageRun, name: str, kind: Kind) -> Rows:
-    """Rows of a user's dataset: each row's own id decides, of labelled texts label by label.
+    """Rows of a user's dataset, split by their ids: labelled texts label by label.
 
     Raises: InputError when the dataset is empty.
     """
@@ -109,14 +116,10 @@ def _added(run: StageRun, name: str, kind: Kind) -> Rows:
     if next(iter(rows()), None) is None:
         raise InputError(f'{folder.name}: the dataset is empty; add rows with "loopwright data add"')
     share, validation, seed = run.params.collect.held_out_share, run.params.collect.validation_share, run.params.seed
-    match kind:
-        case "labelled_texts":
-            split_of = stratified(rows, share, validation, seed)
-        case "text_pairs":
-            split_of = by_hash(rows, share, validation, seed)
-        case _:
-            test, train = split(rows, lambda row: in_test_split(row["id"], share, seed))
-            return Rows(train, test, sources=sources)
+    if kind not in ("labelled_texts", "text_pairs"):
+        test, train = split(rows, lambda row: in_test_split(row["id"], share, seed))
+        return Rows(train, test, sources=sources)
+    split_of = stratified(rows, share, validation, seed)
 
     def of(part: Split) -> Iterator[Row]:
         return (row for row in rows() if split_of(row) == part)
@@ -124,8 +127,26 @@ def _added(run: StageRun, name: str, kind: Kind) -> Rows:
     return Rows(of("train"), of("test"), of("validation"), sources)
 
 
-def _report(run: StageRun, info: DatasetInfo) -> None:
-    counts = {**info.rows, **info.dropped}
-    run.tracker.metrics({f"{info.name}/{name}": float(count) for name, count in counts.items()})
-    for source in info.sources:
-        run.tracker.dataset(info.name, source["sha256"], source["name"], "collect")
+def stratified(
+    rows: Callable[[], Iterable[Row]], test_share: float, validation_share: float, seed: int
+) -> Callable[[Row], Split]:
+    """The split of each row: of each label the rows with the smallest hashes of their ids are held out, as many as the
+    shares require and, from MIN_ROWS on, at least one; of two rows one is tested, a single row is trained on.
+
+    Rows without labels count as of one label. Raises: InputError for a repeated id.
+    """
+    by_label: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
+    for row in rows():
+        digest = hashlib.blake2b(f"{seed}:{row['id']}".encode(), digest_size=8).digest()
+        by_label[row.get("label", "")].append((digest, row["id"]))
+    splits: dict[str, Split] = {}
+    for label, ids in by_label.items():
+        ids.sort()
+        tested = max(1, round(len(ids) * test_share)) if len(ids) > 1 else 0
+        validated = max(1, round(len(ids) * validation_share)) if len(ids) >= MIN_ROWS else 0
+        validated = min(validated, len(ids) - tested - 1) if validated else 0
+        for number, (_, identity) in enumerate(ids[: tested + validated]):
+            if identity in splits:
+                raise InputError(f"{label!r}: id {identity!r} is there twice; give every row an id of its own")
+            splits[identity] = "test" if number < tested else "validation"
+    return lambda row: splits.get(row["id"], "train")

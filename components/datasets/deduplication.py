@@ -1,7 +1,7 @@
 """Exact and near-duplicate removal, and the split that keeps every evaluation row out of training.
 
 Near-duplicates are found by MinHash over word 5-grams (Broder 1997) with locality-sensitive
-hashing (Indyk and Motwani 1998). Only hashes are kept: about 2 KB a document, never its text.
+hashing (Indyk and Motwani 1998). Memory holds only hashes: about 2 KB a document, never its text.
 """
 
 from __future__ import annotations
@@ -28,10 +28,9 @@ Signature = NDArray[np.uint32]
 
 
 class Duplicates:
-    """Remembers what it has seen, as hashes, and says why a text is not new.
+    """An index of hashes of texts, which finds duplicates.
 
-    Rows to be held out are shown first, then `seal` is called: whatever equals one of
-    them from then on is `in_test`.
+    Held-out rows come first, then `seal` is called: a duplicate of one of them is `in_test` from then on.
     """
 
     def __init__(self, similarity: float, seed: int = 0, exact_only: bool = False) -> None:
@@ -48,14 +47,14 @@ class Duplicates:
         self._sealed = False
 
     def seal(self) -> None:
-        """Everything remembered so far is held out; only the first call counts."""
+        """All rows so far are held out; only the first call counts."""
         if self._sealed:
             return
         self._held_out = len(self._signatures)
         self._sealed = True
 
     def reason(self, text: str) -> str | None:
-        """None for a new text, which is remembered; else `exact_duplicate`, `near_duplicate` or `in_test`."""
+        """None for a new text, which is added to the index; else `exact_duplicate`, `near_duplicate` or `in_test`."""
         normal = " ".join(text.split()) if self.exact_only else " ".join(text.casefold().split())
         digest = hash_text(normal)
         known = self._exact.get(digest)
@@ -70,7 +69,7 @@ class Duplicates:
         return None
 
     def _near(self, signature: Signature) -> str | None:
-        """Why this signature is not new; a new one is remembered."""
+        """`near_duplicate` or `in_test`; None for a new signature, which is added to the index."""
         keys = self._band_keys(signature)
         close = [
             index
@@ -82,17 +81,17 @@ class Duplicates:
         index = len(self._signatures)
         self._signatures.append(signature)
         for key in keys:
-            self._remember(key, index)
+            self._add(key, index)
         return None
 
     def _candidates(self, keys: list[int]) -> set[int]:
-        found: set[int] = set()
+        candidates: set[int] = set()
         for key in keys:
             documents = self._buckets.get(key, [])
-            found.update(documents if isinstance(documents, list) else [documents])
-        return found
+            candidates.update(documents if isinstance(documents, list) else [documents])
+        return candidates
 
-    def _remember(self, key: int, index: int) -> None:
+    def _add(self, key: int, index: int) -> None:
         documents = self._buckets.get(key)
         if documents is None:
             self._buckets[key] = index
@@ -121,23 +120,17 @@ class Splits:
     """Writes the splits of datasets of one kind: the test rows of all, then the training rows that equal none.
 
     Documents, labelled texts and the sources of pairs are compared exactly and nearly, conversations exactly. A
-    conversation that asks what a test conversation asks, whatever it answers, is in the test split.
+    conversation with the question of a test conversation, whatever its answer, is in the test split.
     """
 
     def __init__(self, kind: Kind, similarity: float, seed: int = 0) -> None:
         self._duplicates = Duplicates(similarity, seed, exact_only=kind == "conversations")
-        self._asked: set[int] = set()
+        self._test_questions: set[int] = set()
 
-    def write_test(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
-        """Write the rows that are new; all datasets' before any training row."""
-        self._write_held_out("test", rows, writer)
-
-    def write_validation(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
-        """Write the rows that are new and equal no test row; all datasets' before any training row."""
-        self._duplicates.seal()
-        self._write_held_out("validation", rows, writer)
-
-    def _write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
+    def write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
+        """Write the new rows of a held-out split: the test rows of all datasets first, training rows last."""
+        if split == "validation":
+            self._duplicates.seal()
         for row in rows:
             reason = self._duplicates.reason(_content(row))
             if reason:
@@ -145,7 +138,7 @@ class Splits:
                 continue
             writer.write(split, row)
             if "messages" in row:
-                self._asked.add(hash_text(question(row)))
+                self._test_questions.add(hash_text(question(row)))
 
     def write_train(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
         """Write the rows that are new and equal no test row; count the rest in the writer.
@@ -154,7 +147,7 @@ class Splits:
         """
         self._duplicates.seal()
         for row in rows:
-            in_test = bool(self._asked) and hash_text(question(row)) in self._asked
+            in_test = bool(self._test_questions) and hash_text(question(row)) in self._test_questions
             reason = "in_test" if in_test else self._duplicates.reason(_content(row))
             if reason:
                 writer.drop(reason)
@@ -165,13 +158,13 @@ class Splits:
 
 
 def split(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> tuple[Iterator[Row], Iterator[Row]]:
-    """Test and training rows, each a pass of its own over what `rows` gives; of two rows, each gets one."""
+    """Test and training rows, each a pass over `rows`; of two rows, each split gets one."""
     chosen = _leave_both(rows, held_out)
     return (row for row in rows() if chosen(row)), (row for row in rows() if not chosen(row))
 
 
 def question(row: Row) -> str:
-    """What a conversation asks: its system and user turns."""
+    """A conversation's system and user turns."""
     return _joined(message["content"] or "" for message in row["messages"] if message["role"] in ("system", "user"))
 
 
@@ -180,7 +173,7 @@ def hash_text(text: str) -> int:
 
 
 def _content(row: Row) -> str:
-    """Everything that makes a row what it is, its id apart."""
+    """The content of a row without its id."""
     if "messages" not in row:
         return str(row["source" if "target" in row else "text"])
     parts = [row.get("tools") or ""]
@@ -196,7 +189,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _leave_both(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> Callable[[Row], bool]:
-    """The choice itself, or, where it would leave a split empty (a handful of rows), the last row alone."""
+    """`held_out`, or, where it would leave a split empty (a handful of rows), the last row alone."""
     outcomes: set[bool] = set()
     ids: list[str] = []
     for row in rows():

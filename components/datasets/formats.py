@@ -1,8 +1,8 @@
 """The kinds of dataset and how one lies on disk: a folder of Parquet shards and a `dataset.json`.
 
     NAME/dataset.json            kind, row counts per split, what was dropped and why, digests of the sources
-    NAME/train-00000.parquet     what is learned from
-    NAME/validation-00000.parquet  held out, to choose by while training (labelled texts and text pairs)
+    NAME/train-00000.parquet     trained on
+    NAME/validation-00000.parquet  held out, for choices during training (labelled texts and text pairs)
     NAME/test-00000.parquet      held out: never trained on, used by `evaluate`
 
 Message columns have the shape of OpenAI's chat API: `tool_calls` is a list of
@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,8 +29,9 @@ from components.config.project import Kind as Kind
 
 Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
+T = TypeVar("T")
 
-LEARNED_KINDS: Mapping[str, tuple[Kind, ...]] = {
+TRAINING_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "pretrain.decoder": ("documents",),
     "pretrain.encoder": ("documents", "labelled_texts"),
     "pretrain.encoder_decoder": ("documents",),
@@ -35,7 +39,7 @@ LEARNED_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "classifier": ("labelled_texts",),
     "summarizer": ("text_pairs",),
 }
-"""The kinds that each section of params.yaml learns from."""
+"""The kinds that each section of params.yaml trains on."""
 ROWS_PER_SHARD = 50_000
 ROWS_PER_GROUP = 4_000
 
@@ -83,7 +87,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
     "labelled_texts": pa.schema([(name, pa.string()) for name in ("id", "text", "label", "suite")]),
     "text_pairs": pa.schema([(name, pa.string()) for name in ("id", "source", "target", "suite")]),
 }
-"""Columns of each kind that this project can hold today."""
+"""Columns of each kind."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ class DatasetInfo:
     name: str
     kind: Kind
     rows: dict[str, int] = field(default_factory=dict)
-    """Rows kept, by split."""
+    """Rows by split."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows dropped, by reason: `exact_duplicate`, `near_duplicate`, `in_test`."""
     sources: list[dict[str, str]] = field(default_factory=list)
@@ -170,10 +174,10 @@ def read_info(folder: Path) -> DatasetInfo:
 
 
 def refuse_other_kinds(section: str, name: str, kind: Kind) -> None:
-    """Raises: InputError when a section of params.yaml names a dataset of a kind that it does not learn from."""
-    if kind not in (learned := LEARNED_KINDS[section]):
+    """Raises: InputError when a section of params.yaml names a dataset of a kind that it does not train on."""
+    if kind not in (kinds := TRAINING_KINDS[section]):
         raise InputError(
-            f"params.yaml: {section}.dataset: {name!r} holds {kind}; {section} learns from {' and '.join(learned)}"
+            f"params.yaml: {section}.dataset: {name!r} holds {kind}; {section} trains on {' and '.join(kinds)}"
         )
 
 
@@ -195,6 +199,25 @@ def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Ite
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {folder}"') from None
+
+
+def first_per_suite(
+    rows: Iterable[T], count: int, suite_of: Callable[[Any], str | None] = itemgetter("suite")
+) -> Iterator[T]:
+    """The first `count` rows of each suite, in order."""
+    seen: Counter[str | None] = Counter()
+    for row in rows:
+        suite = suite_of(row)
+        seen[suite] += 1
+        if seen[suite] <= count:
+            yield row
+
+
+def batched(rows: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` rows, the last one shorter (`itertools.batched` of Python 3.12)."""
+    iterator = iter(rows)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def split_digest(folders: Iterable[Path], split: Split, settings: str) -> str:

@@ -1,4 +1,4 @@
-"""A user's own files into a dataset: read by format, normalised by kind, kept whole or not at all."""
+"""Import of a user's files as a dataset: read by format, normalised by kind, all or nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from components.config.params import InputError, Refused
 from components.datasets import chunks, records
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a table means what, and which role of a turn, where its name does not say."""
+    """Names of a table's columns, and of the roles of turns, where they differ from the defaults."""
 
     text: str | None = None
     label: str | None = None
@@ -43,16 +43,16 @@ Reader = Callable[[Path], Iterator[Record]]
 
 @dataclass(frozen=True)
 class _Kind:
-    """How files become rows of one kind; a further kind is a further entry of `_KINDS`."""
+    """The import of one kind of dataset."""
 
     formats: Callable[[Sequence[Path]], Mapping[str, Reader]]
-    """Readers by file suffix, chosen in sight of all the files."""
+    """Readers by file suffix, given all files."""
     row: Callable[[Record, str, Columns], Row]
     """A row of the kind's schema from one record of the named file."""
     columns: tuple[str, ...]
-    """The columns that may be named, or "roles"."""
+    """Options of the kind: columns, or "roles"."""
     parallel: bool = False
-    """Whether two text files side by side make rows: line by line, the one's the sources, the other's the targets."""
+    """Whether two parallel text files make rows: the lines of the first are sources, those of the second targets."""
 
 
 def add(
@@ -66,13 +66,13 @@ def add(
     built_in: Collection[str] = (),
     version: Callable[[], object] = lambda: None,
 ) -> DatasetInfo:
-    """Read files into the dataset `folder/name`; a row that was there already, word for word, is counted, not kept.
+    """Import files as the dataset `folder/name`; exact duplicates are counted and dropped.
 
-    `check` is given the finished dataset before it takes its place; where `version` fails then, it is taken back.
-    `built_in` are the names of the project's own.
+    `check` validates the finished dataset before it takes its place; where `version` fails, it is removed again.
+    `built_in` are the names of the project's own datasets.
 
-    Raises: InputError for the first thing that does not fit, with its file and row; Refused when `check`
-    finds fault. Nothing is kept then.
+    Raises: InputError for the first error in a file, with its row; Refused when validation fails. Nothing is changed
+    then.
     """
     columns = columns or Columns()
     reader = _reader(kind, columns)
@@ -81,10 +81,10 @@ def add(
     temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
     try:
         info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)))
-        findings = check(temporary / name) if check else None
-        if findings and not findings.success:
-            _place(findings, temporary / name, _kept_rows(reader, _readers(reader, files), columns))
-            raise Refused(refusal([findings]))
+        report = check(temporary / name) if check else None
+        if report and not report.success:
+            _locate(report, temporary / name, _new_rows(reader, _readers(reader, files), columns))
+            raise Refused(refusal([report]))
         if (folder / name).exists():
             os.rename(folder / name, temporary / "replaced")
         os.rename(temporary / name, folder / name)
@@ -108,20 +108,20 @@ def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: Datas
     ]
     with writer:
         writer.info.sources = sources
-        for _, row in _kept_rows(reader, readers, columns, dropped=lambda: writer.drop("exact_duplicate")):
+        for _, row in _new_rows(reader, readers, columns, dropped=lambda: writer.drop("exact_duplicate")):
             writer.write("train", row)
     return writer.info
 
 
 def _shown_name(path: Path) -> str:
-    """The name of a file, also of one that is not UTF-8."""
+    """The name of a file, bytes that are not UTF-8 escaped."""
     return os.fsencode(path.name).decode("utf-8", "backslashreplace")
 
 
 def _readers(reader: _Kind, files: Sequence[Path]) -> list[tuple[Path, Reader]]:
-    """How to read which files; of two parallel ones, the first with the second.
+    """The reader of each file; two parallel files have one.
 
-    Raises: InputError for a format that is not one of the kind.
+    Raises: InputError for a format that the kind does not support.
     """
     formats = reader.formats(files)
     suffixes = [path.suffix.lower() for path in files]
@@ -138,32 +138,34 @@ def _readers(reader: _Kind, files: Sequence[Path]) -> list[tuple[Path, Reader]]:
     return [(path, formats[suffix]) for path, suffix in zip(files, suffixes, strict=True)]
 
 
-def _kept_rows(
+def _new_rows(
     reader: _Kind,
     readers: Sequence[tuple[Path, Reader]],
     columns: Columns,
     dropped: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, Row]]:
-    """(place, row) of every row that was not there already."""
+    """(location, row) of every row that is no exact duplicate."""
     seen: set[int] = set()
     labels: dict[str, str] = {}
     for path, read in readers:
-        for place, row in _rows(reader, read, path, columns):
+        for location, row in _rows(reader, read, path, columns):
             if "label" in row:
-                _refuse_two_spellings(place, row["label"], labels)
+                _refuse_two_spellings(location, row["label"], labels)
             identity = hash_text(str(row["id"]))
             if identity in seen and row["id"] == _content_id(row):
                 dropped()
             else:
-                yield place, row
+                yield location, row
             seen.add(identity)
 
 
-def _refuse_two_spellings(place: str, label: str, labels: dict[str, str]) -> None:
-    """Labels "1" and "1.0", as tables with and without gaps write one whole number, would be two classes."""
+def _refuse_two_spellings(location: str, label: str, labels: dict[str, str]) -> None:
+    """Refuse labels "1" and "1.0", which tables with and without gaps write for one integer."""
     other = labels.setdefault(re.sub(r"(?<=\d)\.0+$", "", label), label)
     if other != label:
-        raise InputError(f"{place}: label: {label!r} and {other!r} are one number written in two ways; write it in one")
+        raise InputError(
+            f"{location}: label: {label!r} and {other!r} are one number written in two ways; write it in one"
+        )
 
 
 def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
@@ -176,65 +178,67 @@ def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start]
-            raise InputError(f"{record.place}: {half!a}: half of a surrogate pair, no character; remove it") from None
+            raise InputError(
+                f"{record.location}: {half!a}: half of a surrogate pair, no character; remove it"
+            ) from None
         except RecursionError:
-            raise InputError(f"{record.place}: not readable: nested too deep") from None
-        yield record.place, row
+            raise InputError(f"{record.location}: not readable: nested too deep") from None
+        yield record.location, row
     if first:
         raise InputError(f"{path}: holds no rows; nothing to add")
 
 
 def _columns_of(record: Record, reader: _Kind, columns: Columns) -> Columns:
-    """The columns of a file, chosen once, by its first row."""
+    """The columns of a file, by its first row."""
     names = [meaning for meaning in reader.columns if meaning != "roles"]
     chosen: dict[str, Any] = {meaning: _column(record, meaning, columns, names) for meaning in names}
     return replaced(columns, **chosen)
 
 
 def _column(record: Record, meaning: str, columns: Columns, meanings: Sequence[str]) -> str:
-    """The column that holds something: the one named for it, or the one called so; for one alone, the only one."""
+    """The column for a meaning: the one of the option, the one of that name, or a table's only column."""
     if named := getattr(columns, meaning):
         return str(named)
     if meaning in record.values:
         return meaning
-    called = [name for name in record.values if name.lower() == meaning]
-    if not called and len(meanings) == len(record.values) == 1:
-        called = list(record.values)
-    if len(called) != 1:
+    matching = [name for name in record.values if name.lower() == meaning]
+    if not matching and len(meanings) == len(record.values) == 1:
+        matching = list(record.values)
+    if len(matching) != 1:
         raise InputError(
-            f"{record.place}: {'more than one' if called else 'no'} column {meaning!r}; "
+            f"{record.location}: {'more than one' if matching else 'no'} column {meaning!r}; "
             f"found columns: {', '.join(record.values) or 'none'}; name one with --{meaning}-column"
         )
-    return called[0]
+    return matching[0]
 
 
-def _place(findings: ValidationReport, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
-    """Say of each offending row where it stands in the user's file: the files are read once more."""
+def _locate(report: ValidationReport, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
+    """Add to each offending row its location in the user's file: the files are read once more."""
     import pyarrow.parquet as pq
 
     before, offsets = 0, {}
     for shard in shards(folder, "train"):
         offsets[shard.name] = before
         before += pq.read_metadata(shard).num_rows
-    wanted = {offsets[one.shard] + one.row for check in findings.failed for one in check.examples}
-    places = {number: place for number, (place, _) in enumerate(rows, 1) if number in wanted}
-    for check in findings.failed:
-        check.examples = [replaced(one, place=places[offsets[one.shard] + one.row]) for one in check.examples]
+    numbers = {offsets[each.shard] + each.row for check in report.failed for each in check.examples}
+    locations = {number: location for number, (location, _) in enumerate(rows, 1) if number in numbers}
+    for check in report.failed:
+        check.examples = [replaced(each, place=locations[offsets[each.shard] + each.row]) for each in check.examples]
 
 
 def _document(record: Record, file: str, columns: Columns) -> Row:
     row = {"text": _text(record, columns.text), "source": str(record.values.get("source") or file)}
-    return {**row, "id": _own_id(record.values, "documents") or _content_id(row) or row_id(record.place)}
+    return {**row, "id": _own_id(record.values, "documents") or _content_id(row) or row_id(record.location)}
 
 
 def _conversation(record: Record, file: str, columns: Columns) -> Row:
-    messages, tools = read_conversation(record.place, record.values, columns.roles)
+    messages, tools = read_conversation(record.location, record.values, columns.roles)
     row: Row = {"messages": messages, "tools": tools, "suite": None}
     return {**row, "id": _own_id(record.values, "conversations") or _content_id(row)}
 
 
 def _preference(record: Record, file: str, columns: Columns) -> Row:
-    row = read_preference(record.place, record.values, columns.roles)
+    row = read_preference(record.location, record.values, columns.roles)
     return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
 
 
@@ -242,14 +246,14 @@ def _labelled_text(record: Record, file: str, columns: Columns) -> Row:
     text, value = _text(record, columns.text) or "", _value(record, columns.label)
     label = _label(value)
     if not label:
-        raise InputError(f"{record.place}: {columns.label}: {shown(value)} is no label; every text needs one")
+        raise InputError(f"{record.location}: {columns.label}: {shown(value)} is no label; every text needs one")
     row: Row = {"text": text, "label": label, "suite": None}
     own = _own_id(record.values, "labelled_texts")
-    return {**row, "id": own or _content_id(row) or row_id(record.place)}
+    return {**row, "id": own or _content_id(row) or row_id(record.location)}
 
 
 def _label(value: Any) -> str:
-    """A label as text: 3 and 3.0 (as tables with gaps hold whole numbers) are "3", true is "true"."""
+    """A label as text: 3 and 3.0 (an integer in a table with gaps) are "3", true is "true"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
@@ -268,18 +272,18 @@ def _text_pair(record: Record, file: str, columns: Columns) -> Row:
 def _text(record: Record, name: str | None) -> str | None:
     text = _value(record, name)
     if not isinstance(text, str | None):
-        raise InputError(f"{record.place}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
+        raise InputError(f"{record.location}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
     return text
 
 
 def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
-    """The id of a row that comes in our own schema."""
+    """The id of a row in the schema of its kind."""
     own = set(values) == set(SCHEMAS[kind].names) and values["id"] is not None
     return str(values["id"]) if own else None
 
 
 def _content_id(row: Row) -> str | None:
-    """The same for the same content, so that a row keeps its split when its file grows; None without content."""
+    """Equal for equal content, so that a row keeps its split when its file grows; None without content."""
     if "messages" in row:
         return row_id(json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
     if "label" in row:
@@ -287,20 +291,22 @@ def _content_id(row: Row) -> str | None:
     if "target" in row:
         return row_id(row["source"], row["target"])
     if "prompt" in row:
-        told = (json.dumps(row[name], ensure_ascii=False) for name in ("prompt", "chosen", "rejected"))
-        return row_id(*told, row["tools"] or "")
+        parts = (json.dumps(row[name], ensure_ascii=False) for name in ("prompt", "chosen", "rejected"))
+        return row_id(*parts, row["tools"] or "")
     return row_id(row["text"]) if row["text"] else None
 
 
 def _value(record: Record, name: str | None) -> Any:
     """A column's value; a dot in the name reaches into nested columns."""
-    assert name is not None  # chosen by the first row
+    assert name is not None  # set from the first row
     if name in record.values:
         return record.values[name]
     value: Any = record.values
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
-            raise InputError(f"{record.place}: no column {name!r}; found columns: {', '.join(record.values) or 'none'}")
+            raise InputError(
+                f"{record.location}: no column {name!r}; found columns: {', '.join(record.values) or 'none'}"
+            )
         value = value[part]
     return value
 
@@ -332,10 +338,7 @@ def _known_kind(kind: str) -> Kind:
     for known in _KINDS:
         if kind == known:
             return known
-    held = ", ".join(_KINDS)
-    if kind in get_args(Kind):
-        raise InputError(f"{kind}: this version holds {held}; datasets of kind {kind} come with a later one")
-    raise InputError(f"{kind!r} is not a kind of dataset; allowed: {held}")
+    raise InputError(f"{kind!r} is not a kind of dataset; allowed: {', '.join(_KINDS)}")
 
 
 def _reader(kind: str, columns: Columns) -> _Kind:
@@ -346,7 +349,7 @@ def _reader(kind: str, columns: Columns) -> _Kind:
         if name != "roles" and value is not None and name not in reader.columns:
             allowed = ", ".join(f"--{column}-column" for column in reader.columns if column != "roles") or "none"
             raise InputError(
-                f"--{name}-column: {value!r} means nothing to {kind}; column options of this kind: {allowed}"
+                f"--{name}-column: {value!r} is not supported by {kind}; column options of this kind: {allowed}"
             )
     return reader
 

@@ -1,6 +1,6 @@
-"""Records out of a user's files, one at a time: JSON lines, JSON arrays, CSV and Parquet.
+"""Records of a user's files, one at a time: JSON lines, JSON arrays, CSV and Parquet.
 
-A record knows its place ("faq.jsonl:12"), so that whatever is wrong with it can be said in one line.
+A record knows its location ("faq.jsonl:12"), for messages in one line.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from datetime import timedelta
 from decimal import Decimal
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from uuid import UUID
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
 from components.config.params import InputError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 _BLOCK = 1 << 16
 _MAX_VALUE_CHARS = 1 << 26  # of one value in a JSON array
@@ -45,15 +44,15 @@ decode_json = _DECODER.decode
 class Record:
     """One row of a file as it was written."""
 
-    place: str
+    location: str
     """File and line or row, for messages."""
     values: dict[str, Any]
 
 
 def inspect(path: Path, binary: bool = False) -> str:
-    """SHA-256 of a file that can be read and, unless `binary`, is UTF-8 throughout.
+    """SHA-256 of a readable file that, unless `binary`, is UTF-8 throughout.
 
-    Raises: InputError saying why it cannot, with line and byte.
+    Raises: InputError with the reason, line and byte.
     """
     try:
         if path.is_dir():
@@ -89,7 +88,7 @@ def _digest(path: Path, binary: bool) -> str:
 
 
 def read_json(path: Path) -> Iterator[Record]:
-    """Objects of a JSON array, or of JSON lines, whichever the file holds."""
+    """Objects of a JSON array or of JSON lines."""
     with path.open(encoding="utf-8-sig") as file:
         start = ""
         while not start and (line := file.readline(_BLOCK)):
@@ -111,14 +110,14 @@ def _json_lines(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            place = f"{path.name}:{number}"
+            location = f"{path.name}:{number}"
             try:
                 value = decode_json(line.rstrip())
             except json.JSONDecodeError as error:
-                raise InputError(f"{place}: not valid JSON: {error.msg} at column {error.colno}") from None
+                raise InputError(f"{location}: not valid JSON: {error.msg} at column {error.colno}") from None
             except RecursionError:
-                raise InputError(f"{place}: not readable JSON: nested too deep") from None
-            yield Record(place, _object(place, value))
+                raise InputError(f"{location}: not readable JSON: nested too deep") from None
+            yield Record(location, _object(location, value))
 
 
 def _json_values(path: Path) -> Iterator[Record]:
@@ -131,8 +130,8 @@ def _json_values(path: Path) -> Iterator[Record]:
                 stream.expect(",")
             number += 1
             line, value = stream.value()
-            place = f"{path.name}: row {number} (line {line})"
-            yield Record(place, _object(place, value))
+            location = f"{path.name}: row {number} (line {line})"
+            yield Record(location, _object(location, value))
         if not stream.at_end():
             raise InputError(f"{path.name}:{stream.line}: not valid JSON: something follows the closing bracket")
         if array and not stream.closed:
@@ -142,7 +141,7 @@ def _json_values(path: Path) -> Iterator[Record]:
 
 
 class _JsonStream:
-    """Values of a JSON text, holding little more of it than the value being read."""
+    """Incremental reader of JSON values; holds little more text than the value being read."""
 
     def __init__(self, name: str, file: TextIO) -> None:
         self.name = name
@@ -155,16 +154,16 @@ class _JsonStream:
     def at_end(self) -> bool:
         return not self._peek()
 
-    def take(self, sign: str) -> bool:
-        """Step over this sign if it comes next."""
-        found = self._peek() == sign
-        self._position += found
-        self.closed = self.closed or (found and sign == "]")
-        return found
+    def take(self, character: str) -> bool:
+        """Step over this character if it comes next."""
+        is_next = self._peek() == character
+        self._position += is_next
+        self.closed = self.closed or (is_next and character == "]")
+        return is_next
 
-    def expect(self, sign: str) -> None:
-        if not self.take(sign):
-            raise InputError(f"{self.name}:{self.line}: not valid JSON: expected {sign!r}, found {self._peek()!r}")
+    def expect(self, character: str) -> None:
+        if not self.take(character):
+            raise InputError(f"{self.name}:{self.line}: not valid JSON: expected {character!r}, found {self._peek()!r}")
 
     def value(self) -> tuple[int, Any]:
         """(line it starts on, value)."""
@@ -182,13 +181,13 @@ class _JsonStream:
                     raise InputError(f"{self.name}:{line}: not valid JSON: {error.msg}") from None
 
     def _peek(self) -> str:
-        """The next sign that is not white space, without stepping over it; empty at the end."""
+        """The next character that is not white space, without stepping over it; empty at the end."""
         while True:
             while self._position < len(self._text):
-                sign = self._text[self._position]
-                if not sign.isspace():
-                    return sign
-                self.line += sign == "\n"
+                character = self._text[self._position]
+                if not character.isspace():
+                    return character
+                self.line += character == "\n"
                 self._position += 1
             if not self._fill():
                 return ""
@@ -200,23 +199,23 @@ class _JsonStream:
         return line
 
     def _fill(self) -> bool:
-        """Read on, as much again as is waiting; whether there was more."""
+        """Read as much again as is unread; whether there was more."""
         rest = self._text[self._position :]
         more = self._file.read(max(_BLOCK, len(rest)))
         self._text, self._position = rest + more, 0
         return bool(more)
 
 
-def _object(place: str, value: Any) -> dict[str, Any]:
+def _object(location: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(
-            f"{place}: expected an object with named fields, found {type(value).__name__} {str(value)[:40]!r}"
+            f"{location}: expected an object with named fields, found {type(value).__name__} {str(value)[:40]!r}"
         )
     return value
 
 
 def read_csv(path: Path) -> Iterator[Record]:
-    """Rows of a CSV file with a header, separated by tabs in a `.tsv`, else by what separates its first rows alike."""
+    """Rows of a CSV file with a header; the separator is a tab in a `.tsv`, else the one that fits the first rows."""
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".tsv":
@@ -229,17 +228,21 @@ def read_csv(path: Path) -> Iterator[Record]:
         )
         try:
             names = [field.strip() for field in next(reader, [])]
-            _refuse_alike(f"{path.name}:1", names)
-            for row in reader:
-                if row:
-                    place = f"{path.name}:{reader.line_num}"
-                    yield Record(place, _fields(place, names, row))
+            _refuse_repeated(f"{path.name}:1", names)
+            for row in filter(None, reader):
+                location = f"{path.name}:{reader.line_num}"
+                if len(row) != len(names):
+                    raise InputError(
+                        f"{location}: {len(row)} fields where the header names {len(names)} ({', '.join(names)}); "
+                        "put fields that hold the separator in double quotes"
+                    )
+                yield Record(location, dict(zip(names, row, strict=True)))
         except csv.Error as error:
             raise InputError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from None
 
 
 def _separator(name: str, file: TextIO) -> str:
-    """The one of `, ; tab` that splits the first rows into equally many fields; else what splits the header most.
+    """The separator of `, ; tab` that splits the first rows into equally many fields; else what splits the header most.
 
     Raises: InputError when more than one does.
     """
@@ -260,7 +263,7 @@ def _separator(name: str, file: TextIO) -> str:
 
 
 def _readable(reader: Iterator[list[str]]) -> Iterator[list[str]]:
-    """The first rows of a CSV file; what cannot be read is an empty row, and the last."""
+    """The first rows of a CSV file; an unreadable row is empty, and the last."""
     try:
         yield from islice(filter(None, reader), _GUESS_ROWS)
     except csv.Error:
@@ -268,7 +271,7 @@ def _readable(reader: Iterator[list[str]]) -> Iterator[list[str]]:
 
 
 def _quoted(name: str, file: TextIO) -> bool:
-    """Whether quotes enclose fields of a `.tsv`: not where each line is a row by itself and quotes do not pair up.
+    """Whether quotes enclose fields of a `.tsv`: not where each line is a row by itself and quotes do not pair.
 
     Raises: InputError when quotes join lines of which each is a row by itself.
     """
@@ -293,24 +296,15 @@ def _quoted(name: str, file: TextIO) -> bool:
     return True
 
 
-def _refuse_alike(place: str, names: Sequence[str]) -> None:
+def _refuse_repeated(location: str, names: Sequence[str]) -> None:
     if not any(names) or len(set(names)) < len(names):
         raise InputError(
-            f"{place}: expected a header of distinct column names, found {', '.join(map(repr, names))[:200]}"
+            f"{location}: expected a header of distinct column names, found {', '.join(map(repr, names))[:200]}"
         )
-
-
-def _fields(place: str, names: list[str], row: list[str]) -> dict[str, Any]:
-    if len(row) != len(names):
-        raise InputError(
-            f"{place}: {len(row)} fields where the header names {len(names)} ({', '.join(names)}); "
-            "put fields that hold the separator in double quotes"
-        )
-    return dict(zip(names, row, strict=True))
 
 
 def read_parallel(source: Path, target: Path) -> Iterator[Record]:
-    """Pairs of two text files side by side: line 7 of the one is the source of line 7 of the other.
+    """Pairs of two parallel text files: a line of `source` with the same line of `target`.
 
     Raises: InputError when one has more lines than the other.
     """
@@ -319,45 +313,42 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
         source.open(encoding="utf-8-sig", newline="\n") as sources,
         target.open(encoding="utf-8-sig", newline="\n") as targets,
     ):
-        for number, (one, other) in enumerate(zip_longest(sources, targets), 1):
-            if one is None or other is None:
-                short, long = (source, target) if one is None else (target, source)
+        for number, (line, other) in enumerate(zip_longest(sources, targets), 1):
+            if line is None or other is None:
+                short, long = (source, target) if line is None else (target, source)
                 raise InputError(
                     f"{short.name}:{number}: ends here, {long.name} goes on; parallel files have equally many lines"
                 )
-            yield Record(f"{source.name}:{number}", {"source": one.rstrip("\r\n"), "target": other.rstrip("\r\n")})
+            yield Record(f"{source.name}:{number}", {"source": line.rstrip("\r\n"), "target": other.rstrip("\r\n")})
 
 
 def read_parquet(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file as JSON would hold them, a small batch in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    place = path.name
+    """Rows of a Parquet file as JSON values, a small batch in memory at a time."""
+    location = path.name
     try:
         with pq.ParquetFile(path) as file:
             schema, number = file.schema_arrow, 0
-            _refuse_alike(place, schema.names)
+            _refuse_repeated(location, schema.names)
             features = _features(schema)
             for batch in file.iter_batches(batch_size=256):
                 for row in range(batch.num_rows):
                     number += 1
-                    place = f"{path.name}: row {number}"
+                    location = f"{path.name}: row {number}"
                     values = {
                         field.name: _plain(column[row].as_py(), field.type, features.get(field.name))
                         for field, column in zip(schema, batch.columns, strict=True)
                     }
-                    yield Record(place, values)
+                    yield Record(location, values)
     except InputError:
         raise
-    # What pyarrow raises of damaged files, of dates beyond Python's and of time zones that are not known.
+    # pyarrow raises these for damaged files, dates beyond Python's and unknown time zones.
     except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{place}: not a readable Parquet file: {reason}") from None
+        raise InputError(f"{location}: not a readable Parquet file: {reason}") from None
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What the library `datasets` notes of its columns in the file."""
+    """The features of the columns, as the library `datasets` stores them in the file."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     except (TypeError, LookupError, ValueError):
@@ -366,18 +357,16 @@ def _features(schema: pa.Schema) -> dict[str, Any]:
 
 
 def _plain(value: Any, kind: Any, feature: Any) -> Any:
-    """An Arrow value as JSON would hold it, classes by their names.
+    """An Arrow value as a JSON value, classes by their names.
 
-    All rows of a struct have all its fields: a null there says that the row has no such field. Maps are objects,
-    dates and times ISO 8601, bytes their text where they are UTF-8.
+    All rows of a struct have all its fields: null means that the row has no such field. Maps become objects, dates and
+    times ISO 8601, bytes text where they are UTF-8.
     """
-    import pyarrow as pa
-
-    noted = feature if isinstance(feature, dict) else {}
+    features = feature if isinstance(feature, dict) else {}
     if value is None:
         return None
     if pa.types.is_struct(kind):
-        fields = {field.name: _plain(value[field.name], field.type, noted.get(field.name)) for field in kind}
+        fields = {field.name: _plain(value[field.name], field.type, features.get(field.name)) for field in kind}
         return {name: item for name, item in fields.items() if item is not None}
     if pa.types.is_map(kind):
         keys = [str(_plain(key, kind.key_type, None)) for key, _ in value]
@@ -385,10 +374,10 @@ def _plain(value: Any, kind: Any, feature: Any) -> Any:
             raise ValueError(f"a map holds a key twice: {keys}")
         return dict(zip(keys, (_plain(item, kind.item_type, None) for _, item in value), strict=True))
     if isinstance(value, list):
-        inner = noted.get("feature") or (feature[0] if isinstance(feature, list) and feature else None)
+        inner = features.get("feature") or (feature[0] if isinstance(feature, list) and feature else None)
         return [_plain(item, kind.value_type, inner) for item in value]
-    if noted.get("_type") == "ClassLabel" and noted.get("names"):
-        return noted["names"][value] if 0 <= value < len(noted["names"]) else None
+    if features.get("_type") == "ClassLabel" and features.get("names"):
+        return features["names"][value] if 0 <= value < len(features["names"]) else None
     if getattr(kind, "extension_name", "") == "arrow.json":
         return decode_json(value)
     return _scalar(value)

@@ -1,7 +1,7 @@
 """Stage: candidate and champion answer the same held-out questions, and the gate decides.
 
-Asked are the suites of the datasets, the prompts whose answers people corrected and that were kept from training, and
-how much each model prefers what people preferred. The champion's answers to the suites are measured once, when it is
+The questions are the suites of the datasets and the held-out prompts with corrected answers; beside them, how much each
+model prefers the answers that users preferred. The champion's answers to the suites are measured once, when it is
 registered, and read again here.
 """
 
@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +20,7 @@ import torch
 
 from components.agent.agent import Agent
 from components.config.params import Params
-from components.datasets.formats import Row, read_rows, write_json
+from components.datasets.formats import Row, first_per_suite, read_rows, write_json
 from components.evaluation.evaluate import (
     ANSWERS,
     ANSWERS_OF,
@@ -41,45 +40,45 @@ from components.runtime.stage import StageRun, warn_on_failure
 from components.token_rows.preference_rows import Answer, Role, encode_preferences
 
 MODE = "gate.json"
-"""Beside a champion: `{"mode": ...}` where the gate is to ask for something else than a gain."""
+"""Beside a champion: `{"mode": ...}` where the gate has another mode than "gain"."""
 FEEDBACK = "feedback/"
-"""Skills that people spoke about are called so, and then as their tool."""
+"""Prefix of the skills with user feedback; their tool's name follows."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model scored, question by question in one order for all models, by skill."""
+    """One model's scores by skill, question by question in one order for all models."""
 
-    words: dict[str, list[float]]
+    answers: dict[str, list[float]]
     """1 where the answer is exactly right."""
     calls: dict[str, list[float]]
     """1 where the tool calls are exactly right."""
     texts: dict[str, list[float]]
     """Mean probability of a byte in conversations that have no one right answer, 2 ** -bits per byte."""
     tools: dict[str, str]
-    """What a skill's questions should call: corrections are known by the tool, suites by a name of their own."""
+    """The tool that a skill's questions should call last: corrections are by tool, suites have names of their own."""
     preferences: dict[str, list[float]]
-    """Log-probability of what people liked less that of what they did not, in nats."""
+    """Log-probability of the preferred answer less that of the other, in nats."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model folder, and where its answers to the suites lie, if they were kept."""
+class AgentFolder:
+    """A model folder, and the folder of its saved answers to the suites, if there is one."""
 
     folder: Path
     answers: Path | None = None
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The verdict with what it was reached from."""
+class Comparison:
+    """The gate's decision with what it is made from."""
 
-    verdict: GateDecision
+    decision: GateDecision
     slices: list[Slice]
     score: float
     """Mean of the candidate's share of right answers over the skills."""
     answers: list[Row]
-    """What the candidate answered to the suites."""
+    """The candidate's answers to the suites."""
 
 
 def judge(run: StageRun) -> None:
@@ -87,119 +86,115 @@ def judge(run: StageRun) -> None:
     paths = run.paths
     mode_file = paths.champion / MODE
     mode: Mode = json.loads(mode_file.read_text(encoding="utf-8"))["mode"] if mode_file.is_file() else "gain"
-    candidate, champion = Model(paths.candidate), Model(paths.champion, paths.champion)
-    judged = judge_folders(candidate, champion, paths.collected, paths.curated, run.params, mode, run.progress)
+    candidate, champion = AgentFolder(paths.candidate), AgentFolder(paths.champion, paths.champion)
+    comparison = judge_folders(candidate, champion, paths.collected, paths.curated, run.params, mode, run.progress)
     paths.judged.mkdir(parents=True, exist_ok=True)
     page = paths.judged / "report.md"
     with warn_on_failure(str(page)):
-        page.write_text(report(judged.verdict, "candidate", "champion"), encoding="utf-8")
-    pq.write_table(_paired(judged.slices), paths.judged / "paired.parquet")
-    write_answers(paths.judged, judged.answers, paths.collected, run.params, run.params.judge.max_questions)
-    write_json(paths.metrics / "judge.json", {"score": judged.score, **judged.verdict.to_json()})
-    run.tracker.metrics(judged_metrics(judged))
+        page.write_text(report(comparison.decision, "candidate", "champion"), encoding="utf-8")
+    pq.write_table(_paired(comparison.slices), paths.judged / "paired.parquet")
+    write_answers(paths.judged, comparison.answers, paths.collected, run.params, run.params.judge.max_questions)
+    write_json(paths.metrics / "judge.json", {"score": comparison.score, **comparison.decision.to_json()})
+    findings = comparison.decision.findings
+    run.tracker.metrics({"score": comparison.score} | {f"{each.skill}/score": each.candidate for each in findings})
     run.tracker.artifact(page)
 
 
-def judged_metrics(judged: Judgement) -> dict[str, float]:
-    """The figures under the names that the registry shows."""
-    findings = judged.verdict.findings
-    return {"score": judged.score} | {f"{one.skill}/score": one.candidate for one in findings}
-
-
 def judge_folders(
-    candidate: Model,
-    champion: Model,
+    candidate: AgentFolder,
+    champion: AgentFolder,
     collected: Path,
     curated: Path | None,
     params: Params,
     mode: Mode,
-    progress: Callable[..., None] = lambda *args, **facts: None,
-) -> Judgement:
+    progress: Callable[..., None] = lambda *args, **values: None,
+) -> Comparison:
     """Ask two models the same questions and decide between them."""
-    theirs, answers = _scores(candidate, collected, curated, params, progress)
-    ours, _ = _scores(champion, collected, curated, params, progress)
-    overruled = _overruled(curated)
-    slices = list(_slices(ours, theirs, overruled, params.judge.min_corrected))
+    scores, answers = _scores(candidate, collected, curated, params, progress)
+    champion_scores, _ = _scores(champion, collected, curated, params, progress)
+    superseded = _superseded(curated)
+    slices = list(_slices(scores, champion_scores, superseded, params.judge.min_corrected))
     if mode == "any_gain":
-        slices.append(_overall(slices))
-    words = [
+        # Many small gains over all right and wrong answers together can be significant.
+        binary = [each for each in slices if set(each.champion) | set(each.candidate) <= {0.0, 1.0}]
+        slices.append(
+            Slice(
+                "overall",
+                False,
+                [value for each in binary for value in each.candidate],
+                [value for each in binary for value in each.champion],
+            )
+        )
+    means = [
         sum(values) / len(values)
-        for skill, values in theirs.words.items()
-        if values and theirs.tools[skill] not in overruled
+        for skill, values in scores.answers.items()
+        if values and scores.tools[skill] not in superseded
     ]
-    verdict = decide(slices, params.judge, mode)
-    return Judgement(verdict, slices, sum(words) / max(1, len(words)), answers)
+    decision = decide(slices, params.judge, mode)
+    return Comparison(decision, slices, sum(means) / max(1, len(means)), answers)
 
 
-def _overall(slices: list[Slice]) -> Slice:
-    """All right and wrong answers as one: many small gains are one that can be told from chance."""
-    words = [one for one in slices if set(one.champion) | set(one.candidate) <= {0.0, 1.0}]
-    ours = [value for one in words for value in one.champion]
-    return Slice("overall", False, ours, [value for one in words for value in one.candidate])
-
-
-def _slices(ours: Scores, theirs: Scores, overruled: set[str], min_corrected: float) -> Iterator[Slice]:
-    for skill, right in theirs.words.items():
-        corrected = theirs.words.get(f"{FEEDBACK}{theirs.tools[skill]}", [])
+def _slices(candidate: Scores, champion: Scores, superseded: set[str], min_corrected: float) -> Iterator[Slice]:
+    for skill, correct in candidate.answers.items():
+        corrected = candidate.answers.get(f"{FEEDBACK}{candidate.tools[skill]}", [])
         if skill.startswith(FEEDBACK):
-            yield Slice(skill, True, ours.words[skill], right, min_corrected)
-        elif theirs.tools[skill] in overruled and corrected and sum(corrected) / len(corrected) >= min_corrected:
-            # People want other words of it, and get them: its suites guard the calls alone.
-            yield Slice(f"{skill} (calls)", False, ours.calls[skill], theirs.calls[skill])
+            yield Slice(skill, True, correct, champion.answers[skill], min_corrected)
+        elif candidate.tools[skill] in superseded and corrected and sum(corrected) / len(corrected) >= min_corrected:
+            # Users want another wording of it, and get it: its suites guard the calls alone.
+            yield Slice(f"{skill} (calls)", False, candidate.calls[skill], champion.calls[skill])
         else:
-            yield Slice(skill, False, ours.words[skill], right)
-    for skill in ours.texts:
-        yield Slice(skill, False, ours.texts[skill], theirs.texts[skill])
-    for skill in ours.preferences:
-        yield Slice(skill, True, ours.preferences[skill], theirs.preferences[skill])
+            yield Slice(skill, False, correct, champion.answers[skill])
+    for skill in candidate.texts:
+        yield Slice(skill, False, candidate.texts[skill], champion.texts[skill])
+    for skill in candidate.preferences:
+        yield Slice(skill, True, candidate.preferences[skill], champion.preferences[skill])
 
 
-def _overruled(curated: Path | None) -> set[str]:
-    """Skills of which people corrected so many answers that their suites' wording no longer counts."""
+def _superseded(curated: Path | None) -> set[str]:
+    """Skills with so many corrected answers that the wording of their suites no longer counts."""
     if curated is None:
         return set()
     skills: Mapping[str, Row] = json.loads((curated / "curated.json").read_text(encoding="utf-8"))["skills"]
-    return {skill for skill, facts in skills.items() if facts["overruled"]}
+    return {skill for skill, counts in skills.items() if counts["overruled"]}
 
 
 def _scores(
-    asked: Model, collected: Path, curated: Path | None, params: Params, progress: Callable[..., None]
+    agent_folder: AgentFolder, collected: Path, curated: Path | None, params: Params, progress: Callable[..., None]
 ) -> tuple[Scores, list[Row]]:
     """The scores, and the answers to the suites that they came from."""
     torch.manual_seed(params.seed)
-    device = best_device()
-    model = load_decoder(asked.folder, device=device)
-    agent = Agent.load(asked.folder, context_len(model))
+    model = load_decoder(agent_folder.folder, device=best_device())
+    agent = Agent.load(agent_folder.folder, context_len(model))
     most = _most(params)
     folders = [collected / name for name in params.tune.datasets]
-    answers = _known_answers(asked.answers, collected, params) if asked.answers else None
+    answers = _saved_answers(agent_folder.answers, collected, params) if agent_folder.answers else None
     if answers is None:
-        questions = [one for place in folders for one in read_questions(place, most)]
+        questions = [question for folder in folders for question in read_questions(folder, most)]
         answers = answer_questions(model, agent, questions, params.evaluate, progress)
     table = list(answers)
     if curated is not None:
         corrected = list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
         table += answer_questions(model, agent, corrected, params.evaluate)
-    words, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    correct, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     tools: dict[str, str] = {}
-    asked_of = [(row, json.loads(row["expected_calls"])) for row in table]
-    mixed = _mixed([(row["suite"], expected) for row, expected in asked_of])
-    for row, expected in asked_of:
+    expected_calls = [json.loads(row["expected_calls"]) for row in table]
+    mixed = _mixed([(row["suite"], expected) for row, expected in zip(table, expected_calls, strict=True)])
+    for row, expected in zip(table, expected_calls, strict=True):
         if "/" in row["suite"]:  # a sample of free text has no right answer
             skill, tool = _skill(row["suite"], expected, mixed)
             tools.setdefault(skill, tool)
-            words[skill].append(float(row["correct"]))
+            correct[skill].append(float(row["correct"]))
             calls[skill].append(float(row["right_calls"]))
     size = max(1, params.evaluate.batch_size // 4)
-    texts = {place.name: _text_scores(model, agent, place, most, size) for place in folders}
+    texts = {folder.name: _text_scores(model, agent, folder, most, size) for folder in folders}
     preferred = _preferences(model, agent, curated / "preferences", size) if curated is not None else []
-    return Scores(dict(words), dict(calls), texts, tools, {f"{FEEDBACK}preferences": preferred}), answers
+    return Scores(dict(correct), dict(calls), texts, tools, {f"{FEEDBACK}preferences": preferred}), answers
 
 
 def _skill(suite: str, expected: list[Row], mixed: set[str]) -> tuple[str, str]:
-    """The skill that a question counts for, and the tool whose result its answer puts into words: the last it calls.
+    """The skill of a question, and the last tool that it calls, whose result the answer words.
 
-    Questions of suites that end on several tools are parted by it, as people may want other words of one of them.
+    A suite whose questions end on several tools is split by tool, for users may want another wording of one of them.
     """
     tool = _last_tool(expected)
     if suite.startswith(FEEDBACK):
@@ -212,12 +207,12 @@ def _last_tool(expected: list[Row]) -> str:
     return str(expected[-1]["name"]) if expected else NO_CALL
 
 
-def _mixed(asked: Iterable[tuple[str, list[Row]]]) -> set[str]:
+def _mixed(questions: Iterable[tuple[str, list[Row]]]) -> set[str]:
     """Skills whose questions end on more than one tool."""
     tools = defaultdict[str, set[str]](set)
-    for suite, expected in asked:
+    for suite, expected in questions:
         tools[suite.partition("/")[0]].add(_last_tool(expected))
-    return {skill for skill, found in tools.items() if len(found) > 1}
+    return {skill for skill, names in tools.items() if len(names) > 1}
 
 
 def _most(params: Params) -> int:
@@ -228,17 +223,17 @@ def _text_scores(model: Decoder, agent: Agent, folder: Path, most: int, batch_si
     pieces = read_conversations(agent, folder, most)
     bits = piece_bits(model, agent.tokenizer, pieces, batch_size)
     sizes = [max(1, masked_bytes(agent.tokenizer, piece)) for piece in pieces]
-    return [2 ** -(one / size) for one, size in zip(bits, sizes, strict=True)]
+    return [2 ** -(piece / size) for piece, size in zip(bits, sizes, strict=True)]
 
 
 def _preferences(model: Decoder, agent: Agent, folder: Path, batch_size: int) -> list[float]:
-    """By how much each held-out answer that people liked is more probable than one they did not.
+    """Log-probability of each held-out preferred answer less that of a rejected one.
 
-    A pair is its own comparison; unpaired labels are compared one liked with one disliked, in their order: a model that
-    has become surer of everything has learned nothing. Not divided by length: DPO and KTO train these very sums.
+    A pair is its own comparison; unpaired labels are compared liked with disliked, in their order: higher confidence
+    in everything is no gain. Not divided by length: DPO and KTO train these very sums.
     """
     pairs: list[dict[Role, Answer]] = []
-    alone: dict[Role, list[Answer]] = {Role.CHOSEN: [], Role.REJECTED: []}
+    unpaired: dict[Role, list[Answer]] = {Role.CHOSEN: [], Role.REJECTED: []}
     for _, answers in encode_preferences(agent.tokenizer, read_rows(folder, "test")):
         if any(len(answer) > agent.context_len for answer in answers.values()):
             continue
@@ -246,36 +241,30 @@ def _preferences(model: Decoder, agent: Agent, folder: Path, batch_size: int) ->
             pairs.append(answers)
         else:
             for role, answer in answers.items():
-                alone[role].append(answer)
-    liked, disliked = alone[Role.CHOSEN], alone[Role.REJECTED]
-    pairs += [{Role.CHOSEN: one, Role.REJECTED: other} for one, other in zip(liked, disliked, strict=False)]
+                unpaired[role].append(answer)
+    liked, disliked = unpaired[Role.CHOSEN], unpaired[Role.REJECTED]
+    pairs += [{Role.CHOSEN: up, Role.REJECTED: down} for up, down in zip(liked, disliked, strict=False)]
     pieces = [pair[role].piece() for pair in pairs for role in (Role.CHOSEN, Role.REJECTED)]
     bits = piece_bits(model, agent.tokenizer, pieces, batch_size)
     return [(bits[number + 1] - bits[number]) * math.log(2) for number in range(0, len(bits), 2)]
 
 
-def _known_answers(folder: Path, collected: Path, params: Params) -> list[Row] | None:
-    """What the model answered to these very suites when it was registered, as far as they are asked here."""
-    about = folder / ANSWERS_OF
-    if not about.is_file() or not (folder / ANSWERS).is_file():
+def _saved_answers(folder: Path, collected: Path, params: Params) -> list[Row] | None:
+    """The answers saved when the model was registered, if they are to these very suites."""
+    path = folder / ANSWERS_OF
+    if not path.is_file() or not (folder / ANSWERS).is_file():
         return None
-    facts = json.loads(about.read_text(encoding="utf-8"))
-    if facts["held_out_digest"] != held_out_digest(collected, params) or facts["questions"] < _most(params):
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["held_out_digest"] != held_out_digest(collected, params) or saved["questions"] < _most(params):
         return None
-    seen: dict[str, int] = defaultdict(int)
-    rows = []
-    for row in pq.read_table(folder / ANSWERS).to_pylist():
-        seen[row["suite"]] += 1
-        if seen[row["suite"]] <= _most(params):
-            rows.append(row)
-    return rows
+    return list(first_per_suite(pq.read_table(folder / ANSWERS).to_pylist(), _most(params)))
 
 
 def _paired(slices: list[Slice]) -> pa.Table:
-    rows: list[dict[str, Any]] = [
-        {"skill": one.skill, "target": one.target, "champion": float(ours), "candidate": float(theirs)}
-        for one in slices
-        for ours, theirs in zip(one.champion, one.candidate, strict=True)
+    rows = [
+        (each.skill, each.target, float(champion), float(candidate))
+        for each in slices
+        for champion, candidate in zip(each.champion, each.candidate, strict=True)
     ]
     names = ("skill", "target", "champion", "candidate")
-    return pa.table({name: [row[name] for row in rows] for name in names})
+    return pa.table({name: [row[column] for row in rows] for column, name in enumerate(names)})

@@ -1,4 +1,4 @@
-"""Stage: ask the agent every held-out question and read held-out text.
+"""Stage: the agent's answers to every held-out question, and bits per byte of held-out text.
 
 Held-out text is tokenized anew by the model's own tokenizer, so that candidate and champion answer the very same sets.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,77 +21,68 @@ from components.config.params import Params
 from components.datasets.formats import Row, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
-from components.evaluation.parallel_rollout import Answering
+from components.evaluation.parallel_rollout import ParallelRollout
 from components.evaluation.questions import COLUMNS, read_questions
 from components.models.decoder import Decoder
 from components.runtime.stage import StageRun, warn_on_failure
 
 Figures = dict[str, Any]
 ANSWERS, ANSWERS_OF = "answers.parquet", "answers.json"
-"""What a model answered to the suites, and which held-out sets asked, up to how many questions of each suite."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, and each answer."""
-
-    figures: Figures
-    """`score`, `held_out_digest`, `suites`, `documents`: the content of the metrics file."""
-    table: list[Row]
-    """One row of `COLUMNS` per question."""
+"""A model's answers to the suites; the digest of the held-out sets and the most questions of a suite."""
 
 
 def evaluate(run: StageRun) -> None:
     """Write `data/metrics/evaluate.json`, the plots and `data/evaluation/answers.parquet`."""
-    with Answering(run.paths.agent, run.params.evaluate) as answering:
-        evaluation = _measured(answering, run.paths.collected, run.params, run.progress)
-        shots = _measure_shots(run, answering)
-    figures = {**evaluation.figures, "few_shot": shots, "seed": run.params.seed, "scale": run.params.scale}
+    params, collected = run.params, run.paths.collected
+    with ParallelRollout(run.paths.agent, params.evaluate) as rollout:
+        figures, table = _measure(rollout, collected, params, run.progress)
+        shots = _measure_shots(run, rollout)
+    figures |= {"few_shot": shots, "seed": params.seed, "scale": params.scale}
     write_json(run.paths.metrics / "evaluate.json", figures)
     _write_plot(run.paths.metrics / "evaluate_suites.csv", figures["suites"])
-    write_answers(
-        run.paths.evaluation, evaluation.table, run.paths.collected, run.params, run.params.evaluate.max_questions
-    )
+    write_answers(run.paths.evaluation, table, collected, params, params.evaluate.max_questions)
     run.tracker.metrics(flat_metrics(figures))
-    run.tracker.table("evaluation_answers.json", _columns(evaluation.table))
+    run.tracker.table("evaluation_answers.json", _columns(table))
     with warn_on_failure("evaluation_suites.png"):
         run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
 
 
-def _measured(answering: Answering, collected: Path, params: Params, progress: Callable[..., None]) -> Evaluation:
-    """Measure a model on the held-out sets of the datasets that `params` names."""
+def _measure(
+    rollout: ParallelRollout, collected: Path, params: Params, progress: Callable[..., None]
+) -> tuple[Figures, list[Row]]:
+    """Figures of the held-out sets of the datasets that `params` names, and one row of `COLUMNS` per question."""
     config = params.evaluate
     torch.manual_seed(params.seed)
-    model, agent = answering.model, answering.agent
+    model, agent = rollout.model, rollout.agent
     questions = [
         question for name in params.tune.datasets for question in read_questions(collected / name, config.max_questions)
     ]
-    answering.prepare(len(questions))
+    rollout.prepare(len(questions))
     documents = {
-        name: _read_documents(model, agent, collected / name, config) for name in params.pretrain.decoder.datasets
+        name: _measure_documents(model, agent, collected / name, config) for name in params.pretrain.decoder.datasets
     }
-    table = answering(questions, progress)
-    suites = _figures(table)
+    table = rollout(questions, progress)
+    suites = _suite_figures(table)
     for name in params.tune.datasets:
-        suites.update(_read_conversations(model, agent, collected / name, name, suites, config))
-    figures = {
+        suites.update(_measure_conversations(model, agent, collected / name, name, suites, config))
+    figures: Figures = {
         "score": sum(suite["score"] for suite in suites.values()) / max(1, len(suites)),
         "held_out_digest": held_out_digest(collected, params),
         "suites": suites,
         "documents": documents,
     }
-    return Evaluation(figures, table)
+    return figures, table
 
 
-def _measure_shots(run: StageRun, answering: Answering) -> dict[str, Figures]:
-    """How examples in the prompt change what the agent gets right."""
+def _measure_shots(run: StageRun, rollout: ParallelRollout) -> dict[str, Figures]:
+    """The agent's exact match with solved examples in the prompt."""
     config, folders = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
     questions = [question for folder in folders for question in read_questions(folder, config.shot_questions)]
-    return few_shot(answering.agent, answering, folders, questions, config, run.params.seed, run.progress)
+    return few_shot(rollout.agent, rollout, folders, questions, config, run.params.seed, run.progress)
 
 
 def write_answers(folder: Path, table: list[Row], collected: Path, params: Params, most: int) -> None:
-    """Write `ANSWERS` and `ANSWERS_OF`: up to `most` questions of each suite were asked."""
+    """Write `ANSWERS` and `ANSWERS_OF`, for up to `most` questions of each suite."""
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(_columns(table)), folder / ANSWERS)
     write_json(folder / ANSWERS_OF, {"held_out_digest": held_out_digest(collected, params), "questions": most})
@@ -103,22 +93,22 @@ def _columns(table: list[Row]) -> dict[str, list[Any]]:
 
 
 def held_out_digest(collected: Path, params: Params) -> str:
-    """Identity of what is asked: two evaluations compare only when theirs are equal."""
+    """Identity of the held-out sets: two evaluations compare only when theirs are equal."""
     folders = [collected / name for name in [*params.pretrain.decoder.datasets, *params.tune.datasets]]
     return split_digest(folders, "test", params.evaluate.model_dump_json(exclude={"shots", "shot_questions"}))
 
 
 def flat_metrics(figures: Figures) -> dict[str, float]:
-    """The figures under the names the tracker shows."""
+    """The figures under the names of the tracker."""
     flat = {"score": float(figures["score"])}
-    for group, place in (("suites", ""), ("documents", ""), ("few_shot", "few_shot/")):
+    for group, prefix in (("suites", ""), ("documents", ""), ("few_shot", "few_shot/")):
         for name, values in figures.get(group, {}).items():
             numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
-            flat.update({f"{place}{name}/{key}": value for key, value in numbers.items()})
+            flat.update({f"{prefix}{name}/{key}": value for key, value in numbers.items()})
     return flat
 
 
-def _figures(table: list[Row]) -> dict[str, Figures]:
+def _suite_figures(table: list[Row]) -> dict[str, Figures]:
     suites: dict[str, list[Row]] = {}
     for row in table:
         suites.setdefault(row["suite"], []).append(row)
@@ -138,7 +128,7 @@ def _figures(table: list[Row]) -> dict[str, Figures]:
     return figures
 
 
-def _read_documents(model: Decoder, agent: Agent, folder: Path, config: EvaluateConfig) -> Figures:
+def _measure_documents(model: Decoder, agent: Agent, folder: Path, config: EvaluateConfig) -> Figures:
     """Bits per byte on held-out text, in windows of at most the context."""
     tokenizer = agent.tokenizer
     width = min(256, agent.context_len) - 1
@@ -163,7 +153,7 @@ def read_conversations(agent: Agent, folder: Path, most: int) -> list[Encoded]:
     return [piece for piece in encoded if len(piece[0]) <= agent.context_len]
 
 
-def _read_conversations(
+def _measure_conversations(
     model: Decoder, agent: Agent, folder: Path, name: str, suites: dict[str, Figures], config: EvaluateConfig
 ) -> dict[str, Figures]:
     """Free-text conversations have no one right answer: their score is the mean probability per byte, 2 ** -bits."""
@@ -171,8 +161,13 @@ def _read_conversations(
     if not pieces:
         return {}
     bits, size = bits_per_byte(model, agent.tokenizer, pieces, max(1, config.batch_size // 4))
-    read = {"bits_per_byte": round(bits, 5), "bytes": size, "conversations": len(pieces), "score": round(2**-bits, 6)}
-    return {name: {**suites.get(name, {}), **read}}
+    figures = {
+        "bits_per_byte": round(bits, 5),
+        "bytes": size,
+        "conversations": len(pieces),
+        "score": round(2**-bits, 6),
+    }
+    return {name: {**suites.get(name, {}), **figures}}
 
 
 def _write_plot(path: Path, suites: dict[str, Figures]) -> None:

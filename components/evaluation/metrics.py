@@ -1,4 +1,4 @@
-"""Figures and their uncertainty."""
+"""Bits per byte of text, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Encoded = tuple[list[int], list[int]]
 """Ids and mask of one text or chat."""
 
 
-class Scored(NamedTuple):
-    """What a model makes of a piece's masked tokens."""
+class PieceScore(NamedTuple):
+    """A model's score of the masked tokens of a piece."""
 
     bits: float
-    """That it needs for them."""
+    """Their negative log-likelihood in bits."""
     greedy: bool
-    """Whether each is the token that it finds likeliest."""
+    """Whether each is the model's most probable token."""
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 def bits_per_byte(
     model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int
 ) -> tuple[float, int]:
-    """Bits that the model needs per byte of the masked tokens' text, and the number of those bytes.
+    """Negative log-likelihood in bits per byte of the masked tokens' text, and the number of those bytes.
 
     A special token counts in bits and has no bytes: ending a text in the right place is part of the task.
     """
@@ -47,23 +47,25 @@ def bits_per_byte(
 
 
 def masked_bytes(tokenizer: ChatTokenizer, piece: Encoded) -> int:
-    """Bytes of the text of a piece's masked tokens, the first token left out: nothing foretells it."""
+    """Bytes of the text of a piece's masked tokens, without the first token, which is not predicted."""
     ids, mask = piece
     return sum(
-        len(tokenizer.token_bytes(number)) for number, learned in list(zip(ids, mask, strict=True))[1:] if learned
+        len(tokenizer.token_bytes(number)) for number, is_target in list(zip(ids, mask, strict=True))[1:] if is_target
     )
 
 
 def piece_bits(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int) -> list[float]:
-    """Bits that the model needs for the masked tokens of each piece, in order."""
-    return [scored.bits for scored in score_pieces(model, tokenizer, pieces, batch_size)]
+    """Negative log-likelihood in bits of the masked tokens of each piece, in order."""
+    return [score.bits for score in score_pieces(model, tokenizer, pieces, batch_size)]
 
 
 @torch.inference_mode()
-def score_pieces(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int) -> list[Scored]:
-    """What the model makes of the masked tokens of each piece, in order."""
+def score_pieces(
+    model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Encoded], batch_size: int
+) -> list[PieceScore]:
+    """The score of each piece, in order; pieces of similar length share a batch."""
     device = next(model.parameters()).device
-    scored = [Scored(0.0, True)] * len(pieces)
+    scored = [PieceScore(0.0, True)] * len(pieces)
     by_length = sorted(range(len(pieces)), key=lambda number: len(pieces[number][0]))
     for start in range(0, len(pieces), batch_size):
         numbers = by_length[start : start + batch_size]
@@ -73,11 +75,11 @@ def score_pieces(model: Decoder, tokenizer: ChatTokenizer, pieces: Sequence[Enco
         mask = torch.tensor([row + [0] * (width - len(row)) for _, row in batch], device=device)
         segments = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch], device=device)
         logits = model(ids, segment_ids=segments).float()[:, :-1]
-        learned = mask[:, 1:].bool()
-        losses = torch.zeros(learned.shape, device=device)
-        losses[learned] = F.cross_entropy(logits[learned], ids[:, 1:][learned], reduction="none")
-        greedy = ((logits.argmax(-1) == ids[:, 1:]) | ~learned).all(dim=1)
+        targets = mask[:, 1:].bool()
+        losses = torch.zeros(targets.shape, device=device)
+        losses[targets] = F.cross_entropy(logits[targets], ids[:, 1:][targets], reduction="none")
+        greedy = ((logits.argmax(-1) == ids[:, 1:]) | ~targets).all(dim=1)
         sums = losses.sum(dim=1, dtype=torch.float64)
-        for number, loss, likeliest in zip(numbers, sums.tolist(), greedy.tolist(), strict=True):
-            scored[number] = Scored(loss / math.log(2), likeliest)
+        for number, loss, all_greedy in zip(numbers, sums.tolist(), greedy.tolist(), strict=True):
+            scored[number] = PieceScore(loss / math.log(2), all_greedy)
     return scored

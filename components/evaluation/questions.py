@@ -1,4 +1,4 @@
-"""Held-out questions put to an agent, and whether each was answered right."""
+"""Held-out questions, the agent's answers to them, and whether each is right."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FREE_TEXT_SAMPLES = 64
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out question and what a right answer is."""
+    """One held-out question and its right answer."""
 
     suite: str
     messages: list[Row]
@@ -34,9 +34,9 @@ def answer_questions(
     agent: Agent,
     questions: Sequence[Question],
     config: EvaluateConfig,
-    progress: Callable[..., None] = lambda *args, **facts: None,
+    progress: Callable[..., None] = lambda *args, **values: None,
 ) -> list[Row]:
-    """One row of `COLUMNS` for each question, in order: what the agent said, and whether that is right."""
+    """One row of `COLUMNS` for each question, in order: the agent's answer, and whether it is right."""
     answers = answer_all(
         model,
         agent,
@@ -45,11 +45,11 @@ def answer_questions(
         config.batch_size,
         lambda done: progress(done, len(questions), answered=done),
     )
-    return [_judge(question, answer) for question, answer in zip(questions, answers, strict=True)]
+    return [_graded(question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
 def read_questions(folder: Path, most: int) -> Iterator[Question]:
-    """The first `most` held-out questions of each suite; of conversations without suites, a sample to look at."""
+    """The first `most` held-out questions of each suite; of conversations without suites, a sample."""
     counts: dict[str, int] = {}
     for row in read_rows(folder, "test"):
         suite = row["suite"] or folder.name
@@ -71,14 +71,14 @@ def _question(suite: str, row: Row) -> Question:
     return Question(suite, messages[: last_user + 1], row["tools"], expected, expected_calls)
 
 
-def _judge(question: Question, answer: Answer | None) -> Row:
+def _graded(question: Question, answer: Answer | None) -> Row:
     calls: list[Row] = []
     if answer is not None:
         calls = [{"name": call.name, "arguments": call.arguments} for call in answer.tool_calls]
         calls += [
             {"name": step["name"], "arguments": step["arguments"]} for step in answer.steps if step["type"] == "call"
         ]
-    said = answer.content if answer is not None else ""
+    content = answer.content if answer is not None else ""
     right_calls = calls == question.expected_calls
     # Small talk must go without a call; elsewhere the answer in words is what counts.
     needs_calls = bool(question.tools) or not question.expected_calls
@@ -86,9 +86,10 @@ def _judge(question: Question, answer: Answer | None) -> Row:
         "suite": question.suite,
         "question": next((m["content"] for m in reversed(question.messages) if m["role"] == "user"), "") or "",
         "expected": question.expected,
-        "answer": said,
+        "answer": content,
         "expected_calls": json.dumps(question.expected_calls, ensure_ascii=False),
         "calls": json.dumps(calls, ensure_ascii=False),
-        "correct": " ".join(said.split()) == " ".join(question.expected.split()) and (right_calls or not needs_calls),
+        "correct": " ".join(content.split()) == " ".join(question.expected.split())
+        and (right_calls or not needs_calls),
         "right_calls": right_calls,
     }

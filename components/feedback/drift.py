@@ -1,7 +1,7 @@
-"""Whether people ask, and judge, otherwise than before: population stability index and Fisher's exact test.
+"""Drift of prompts and ratings: population stability index (PSI) and Fisher's exact test.
 
-A measure alarms when it is both large and no accident: an index above 0.2 is called a shift by convention,
-and small samples exceed it by chance, so it must also exceed what samples of that size from the reference give.
+A PSI above 0.2 is a shift by convention. Small samples exceed it by chance, so it also has to exceed the quantile of
+samples of the same size from the reference.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from scipy.stats import fisher_exact
 
 PSI_THRESHOLD = 0.2
 FALSE_ALARM_RATE = 0.001
-"""Of each measure and each look, when nothing changed."""
+"""False positive rate of each measure and comparison."""
 _DRAWS = 4000
 _WORDS = 30
-"""Most frequent words of the reference that have a bin of their own."""
+"""Most frequent words of the reference, each with its own bin."""
 _LENGTH_EDGES = (2, 4, 6, 8, 11, 15, 25)
 """Upper bounds of the bins of prompt lengths, in words."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One comparison with the past."""
+    """One comparison of current data with the reference."""
 
     name: str
     value: float
@@ -36,12 +36,11 @@ class Measure:
 
 
 def psi(reference: Sequence[int], current: Sequence[int]) -> float:
-    """Population stability index of two histograms; half a count is added to each bin."""
+    """Population stability index of two histograms, with half a count added to each bin."""
     return float(_psi(np.asarray(reference, float), np.asarray(current, float)))
 
 
 def compare(name: str, reference: Sequence[int], current: Sequence[int], seed: int = 0) -> Measure:
-    """Hold a histogram against that of the reference."""
     known, seen = np.asarray(reference, float), np.asarray(current, int)
     total = int(seen.sum())
     shares = (known + 0.5) / (known + 0.5).sum()
@@ -52,7 +51,7 @@ def compare(name: str, reference: Sequence[int], current: Sequence[int], seed: i
 
 
 def rating_change(past: tuple[int, int], now: tuple[int, int]) -> Measure:
-    """Two-sided p value of Fisher's exact test on (up, down) votes; small is a change."""
+    """Two-sided p value of Fisher's exact test on (up, down) votes; a small one is drift."""
     value = float(fisher_exact([past, now]).pvalue)
     return Measure("rating (p value)", value, FALSE_ALARM_RATE, sum(now), value < FALSE_ALARM_RATE)
 
@@ -66,20 +65,20 @@ def lengths(prompts: Iterable[str]) -> list[int]:
 
 
 def first_words(reference: Sequence[str], current: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Histograms of the words that prompts begin with: one a prompt, so that the counts are independent."""
+    """Histograms of the prompts' first words: one word per prompt, so that counts are independent."""
     known, seen = Counter(map(_first, reference)), Counter(map(_first, current))
     words = [word for word, _ in known.most_common(_WORDS)]
     return _binned(known, words), _binned(seen, words)
 
 
 def _binned(counts: Counter[str], words: Sequence[str]) -> list[int]:
-    inside = [counts[word] for word in words]
-    return [*inside, sum(counts.values()) - sum(inside)]
+    bins = [counts[word] for word in words]
+    return [*bins, sum(counts.values()) - sum(bins)]
 
 
 def _first(prompt: str) -> str:
-    found = re.search(r"\w+", prompt.lower())
-    return found.group() if found else ""
+    word = re.search(r"\w+", prompt.lower())
+    return word.group() if word else ""
 
 
 def _psi(reference: np.ndarray, current: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Votes taken in: what is new since the watermark becomes one immutable partition, each vote exactly once.
+"""Ingestion: the votes since the watermark become one immutable partition, each vote exactly once.
 
-The file is written and synced first; the transaction that records it with the outcome of every vote is the moment
-at which the ingestion has happened. A file without its record was left by a killed run: its votes are still new,
-and the next run writes them again.
+The file is written and synced first; the transaction that records it with the outcome of every vote completes the
+ingestion. A file without its record was left by a killed run: its votes are still new, and the next run writes them
+again.
 """
 
 from __future__ import annotations
@@ -24,32 +24,30 @@ from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError
 from components.datasets.formats import Row
 from components.feedback.items import SCHEMA
-from components.feedback.ledger import DAY_SECONDS, Outcome, Status
+from components.feedback.ledger import DAY_SECONDS, Outcome
 from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
-from components.feedback.votes import content_digest, item_of, traits
+from components.feedback.votes import content_digest, item_features, item_of
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
-"""Holds flat rows against the suite `feedback`; returns what is wrong with the rows that fail, by their number."""
+"""Validates flat rows by the suite `feedback`; returns the failure of each row that fails, by its number."""
 
 WITHDRAWN = "withdrawn.json"
 
 
 @dataclass(frozen=True)
 class IngestResult:
-    """What one ingestion took in."""
-
     partition: str | None = None
-    """Null when nothing was new."""
+    """None when there were no new votes."""
     accepted: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)
     """By reason."""
 
 
 def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> IngestResult:
-    """Take in the next votes behind the watermark, at most `max_items` of them.
+    """Ingest the next votes after the watermark, at most `max_items`.
 
-    Raises: InputError when the folder belongs to another store; Refused by a suite that the whole table breaks.
+    Raises: InputError when the folder belongs to another store; Refused when the whole table fails the suite.
     """
     votes = store.behind_watermark(config.max_items)
     if not votes:
@@ -59,78 +57,85 @@ def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> In
     folder.mkdir(parents=True, exist_ok=True)
     first, last = votes[0]["sequence"], votes[-1]["sequence"]
     name = f"items-{first:09d}-{last:09d}"
-    _clear(store, folder, first)
-    items, reasons = judge(store, votes, config, gate)
+    _remove_orphans(store, folder, first)
+    items, reasons = check_votes(store, votes, config, gate)
     accepted = [item for item in items if item["feedback_id"] not in reasons]
     digest = write_partition(folder / f"{name}.parquet", accepted) if accepted else ""
     digests = {item["feedback_id"]: content_digest(item) for item in items}
-    outcomes = [_outcome(vote, reasons.get(vote["id"]), digests.get(vote["id"], "")) for vote in votes]
+    outcomes = [
+        Outcome(
+            vote["id"],
+            vote["sequence"],
+            "quarantined" if vote["id"] in reasons else "accepted",
+            reasons.get(vote["id"]),
+            vote["voice"],
+            vote["created"],
+            digests.get(vote["id"], ""),
+        )
+        for vote in votes
+    ]
     store.commit_partition(name, digest, outcomes)
     return IngestResult(name, len(accepted), dict(Counter(reasons.values()).most_common()))
 
 
-def judge(
+def check_votes(
     store: Store, votes: Sequence[Mapping[str, Any]], config: FeedbackConfig, gate: Gate
 ) -> tuple[list[Row], dict[str, str]]:
-    """The votes as rows, and why those that are not to be learned from are not, by id."""
-    reasons = {vote["id"]: reason for vote in votes if (reason := _void(vote))}
+    """The votes as rows, and the reason to quarantine each that is not accepted, by id."""
+    reasons = {vote["id"]: reason for vote in votes if (reason := _invalid(vote))}
     items = [item_of(vote) for vote in votes if vote["id"] not in reasons]
     for item in items:
         if item["correction"] is not None and is_nothing_but_masks(item["correction"]):
             reasons[item["feedback_id"]] = "The correction is nothing but a secret"
-    failed = gate([traits(item) for item in items]) if items else {}
+    failed = gate([item_features(item) for item in items]) if items else {}
     for number, reason in failed.items():
         reasons.setdefault(items[number]["feedback_id"], f"Fails: {reason}")
-    _judge_voices(store, [item for item in items if item["feedback_id"] not in reasons], config, reasons)
+    _check_users(store, [item for item in items if item["feedback_id"] not in reasons], config, reasons)
     return items, reasons
 
 
-def _void(vote: Mapping[str, Any]) -> str | None:
+def _invalid(vote: Mapping[str, Any]) -> str | None:
     if vote["revoked"] is not None:
-        return "Revoked before it was taken in"
+        return "Revoked before ingestion"
     if vote["replaced_by"] is not None:
-        return "Replaced by a later vote before it was taken in"
+        return "Replaced by a later vote before ingestion"
     return "The request was never answered" if vote["content"] is None else None
 
 
-def _judge_voices(store: Store, items: Sequence[Row], config: FeedbackConfig, reasons: dict[str, str]) -> None:
-    """What a voice has said already, and what is more than its share of a day."""
-    known = set(store.said_before({content_digest(item) for item in items}))
-    said: dict[str, list[float]] = {}
+def _check_users(store: Store, items: Sequence[Row], config: FeedbackConfig, reasons: dict[str, str]) -> None:
+    """Quarantine duplicate votes of a user, and those above the daily limit."""
+    known = set(store.accepted_digests({content_digest(item) for item in items}))
+    accepted: dict[str, list[float]] = {}
     for item in items:
-        voice, created, digest = item["voice"], item["created"], content_digest(item)
-        if voice not in said:
-            said[voice] = store.accepted_of(voice, created - DAY_SECONDS, config.max_per_voice)
-        times = said[voice]
+        user, created, digest = item["voice"], item["created"], content_digest(item)
+        if user not in accepted:
+            accepted[user] = store.accepted_times(user, created - DAY_SECONDS, config.max_items_per_user)
+        times = accepted[user]
         today = len(times) - bisect_right(times, created - DAY_SECONDS)
         if digest in known:
-            reasons[item["feedback_id"]] = "The same voice has said the same before"
-        elif today >= config.max_per_voice:
-            reasons[item["feedback_id"]] = f"The voice has had its {config.max_per_voice} votes of 24 hours"
+            reasons[item["feedback_id"]] = "Duplicate of an earlier vote of the same user"
+        elif today >= config.max_items_per_user:
+            reasons[item["feedback_id"]] = (
+                f"The user has reached the limit of {config.max_items_per_user} votes in 24 hours"
+            )
         else:
             known.add(digest)
             times.insert(bisect_right(times, created), created)
 
 
-def _outcome(vote: Mapping[str, Any], reason: str | None, digest: str) -> Outcome:
-    status: Status = "accepted" if reason is None else "quarantined"
-    return Outcome(vote["id"], vote["sequence"], status, reason, vote["voice"], vote["created"], digest)
-
-
 def clear_orphans(store: Store, folder: Path) -> None:
-    """Remove a partition that a killed run left without its record: before it has one, nothing may learn from it."""
-    following = store.behind_watermark(1)
-    if following:
-        _clear(store, folder, following[0]["sequence"])
+    """Remove a partition that a killed run left without its record: it must not be trained on."""
+    if votes := store.behind_watermark(1):
+        _remove_orphans(store, folder, votes[0]["sequence"])
 
 
-def _clear(store: Store, folder: Path, first: int) -> None:
-    """Remove what a killed run left: half a file, or a whole one whose votes were never recorded as taken in."""
-    for half in folder.glob(".*.tmp"):
-        half.unlink()
+def _remove_orphans(store: Store, folder: Path, first: int) -> None:
+    """Remove what a killed run left: an incomplete file, or a complete one whose ingestion was not recorded."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink()
     for orphan in folder.glob(f"items-{first:09d}-*.parquet"):
         ids = pq.read_table(orphan, columns=["feedback_id"])["feedback_id"].to_pylist()
-        if ids and not store.knows(str(ids[0])):
+        if ids and not store.has_feedback(str(ids[0])):
             raise InputError(
                 f"{orphan}: holds votes of another store than {store.address}; "
                 "set LOOPWRIGHT_DATABASE_URL to theirs, or move the folder away"
@@ -139,7 +144,7 @@ def _clear(store: Store, folder: Path, first: int) -> None:
 
 
 def write_partition(path: Path, items: Sequence[Row]) -> str:
-    """Write a partition, all of it or nothing, and return its sha256; it is on disk when this returns."""
+    """Write a partition atomically and durably; returns its SHA-256."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(items), schema=SCHEMA), sink)
     content = sink.getvalue().to_pybytes()
@@ -148,13 +153,13 @@ def write_partition(path: Path, items: Sequence[Row]) -> str:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Put a file in its place, whole, and on disk when this returns."""
-    half = path.with_name(f".{path.name}.tmp")
-    with half.open("wb") as file:
+    """Replace a file atomically; it is on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(half, path)
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -163,17 +168,17 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def revocations_text(store: Store) -> bytes:
-    """What `withdrawn.json` should say."""
+    """The current content of `withdrawn.json`."""
     return (json.dumps(store.withdrawn(), indent=1, sort_keys=True) + "\n").encode()
 
 
 def revocations_are_written(store: Store, folder: Path) -> bool:
-    """Whether `withdrawn.json` says what the store says; where nothing was taken in, there is none to write."""
+    """Whether `withdrawn.json` is up to date; before the first ingestion there is none."""
     path = folder / WITHDRAWN
     return path.read_bytes() == revocations_text(store) if path.is_file() else not store.watermark()
 
 
 def write_revocations(store: Store, folder: Path) -> None:
-    """Say in `withdrawn.json` which items of the partitions no longer count."""
+    """List in `withdrawn.json` the items of the partitions that are no longer valid."""
     folder.mkdir(parents=True, exist_ok=True)
     write_durably(folder / WITHDRAWN, revocations_text(store))

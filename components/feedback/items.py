@@ -1,4 +1,4 @@
-"""Feedback as it lies in `data/feedback`: one row per accepted vote, with the answer that it is about."""
+"""Feedback items in `data/feedback`: one row per accepted vote, with its request and answer."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Item:
     """`NAME/VERSION` that answered."""
     messages: list[Row]
     tools: str | None
-    """The client's own, JSON."""
+    """The client's tools, JSON."""
     steps: str
-    """What the agent called and was told, JSON."""
+    """The agent's calls and results, JSON."""
     answer: str
     rating: str
     correction: str | None
@@ -69,7 +69,7 @@ def partitions(folder: Path) -> list[Path]:
 
 
 def read_items(folder: Path) -> Iterator[Item]:
-    """Every item of every partition, in the order in which people said it."""
+    """Every item of every partition, in the order of the votes."""
     for partition in partitions(folder):
         with pq.ParquetFile(partition) as file:
             for batch in file.iter_batches(batch_size=1024):
@@ -78,7 +78,7 @@ def read_items(folder: Path) -> Iterator[Item]:
 
 
 def answered(item: Item) -> list[Row]:
-    """The conversation up to the answer in words: what was asked, and the calls and results on the way."""
+    """The conversation before the answer: the request, and the agent's calls and results."""
     messages: list[Row] = list(item.messages)
     steps: list[Mapping[str, Any]] = json.loads(item.steps or "[]")
     for number, step in enumerate(steps):
@@ -96,15 +96,15 @@ def answered(item: Item) -> list[Row]:
 def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
     """The last tool that a conversation calls after its last question, else `conversation`.
 
-    It is the one whose result the answer puts into words.
+    The answer is based on its result.
     """
     last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
-    called = [call["function"]["name"] for message in messages[last:] for call in message.get("tool_calls") or []]
-    return str(called[-1]) if called else NO_CALL
+    names = [call["function"]["name"] for message in messages[last:] for call in message.get("tool_calls") or []]
+    return str(names[-1]) if names else NO_CALL
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Digest of a prompt whose upper case, white space and closing marks do not matter."""
-    said = [(message["role"], " ".join((message.get("content") or "").lower().split())) for message in messages]
-    spelled = json.dumps([(role, text.rstrip(" ?!.")) for role, text in said], ensure_ascii=False)
-    return hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()
+    """Digest of a prompt, ignoring case, whitespace and final punctuation."""
+    texts = [(message["role"], " ".join((message.get("content") or "").lower().split())) for message in messages]
+    normalized = json.dumps([(role, text.rstrip(" ?!.")) for role, text in texts], ensure_ascii=False)
+    return hashlib.blake2b(normalized.encode(), digest_size=16).hexdigest()

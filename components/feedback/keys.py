@@ -1,7 +1,7 @@
-"""API keys on record: a digest, what it opens and how often, never the key.
+"""Stored API keys: digest, scopes and rate limit, never the key.
 
-A key is 32 random bytes, so that its plain SHA-256 cannot be searched for: a slow hash, which
-every request would have to wait for, protects only what people choose themselves.
+A key is 32 random bytes, so that its SHA-256 cannot be found by brute force: a slow hash, which would delay every
+request, is needed only for passwords that people choose.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from components.feedback.database import Database
 from components.feedback.tables import API_KEYS
 
 Scope = Literal["predict", "feedback", "admin"]
-"""predict: ask, and trace answers; feedback: vote; admin: both, and read what others said."""
+"""predict: send requests and trace answers; feedback: vote; admin: both, and read all votes."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "lw-"
-"""Of every key made here, so that people and scanners for secrets know one when they see it."""
+"""Prefix of every key created here, for people and secret scanners to recognize."""
 NAME_CHARACTERS = 64
 
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A key as the endpoint knows it."""
-
     id: str
     digest: str
     """SHA-256, in hexadecimal."""
@@ -44,29 +42,26 @@ class ApiKey:
 
 
 def key_digest(key: str | bytes) -> str:
-    """What is kept of a key."""
     return hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()
 
 
 class Keys(Database):
-    """The store as the endpoint's door sees it."""
+    """The part of the store that holds API keys."""
 
     def create_key(self, name: str, scopes: Sequence[str], requests_per_minute: int | None = None) -> tuple[str, str]:
-        """Record a new key and return its id and the key, which cannot be had again.
+        """Create a key; returns its id and the key, which is not stored.
 
         Raises: InputError.
         """
         if not name.strip() or len(name) > NAME_CHARACTERS or "\0" in name:
             raise InputError(
-                f"name: {name[:80]!r} is empty or longer than {NAME_CHARACTERS} characters; say whose key it is"
+                f"name: {name[:80]!r} is empty or longer than {NAME_CHARACTERS} characters; give the name of its user"
             )
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:
             raise InputError(f"scope: {unknown[0] if unknown else 'none'!r} is not one of {', '.join(SCOPES)}")
         if requests_per_minute is not None and requests_per_minute < 1:
-            raise InputError(
-                f"requests_per_minute: {requests_per_minute} is below 1; revoke a key that may ask nothing"
-            )
+            raise InputError(f"requests_per_minute: {requests_per_minute} is below 1; to block a key, revoke it")
         key = PREFIX + secrets.token_urlsafe(32)
         key_id = f"key-{uuid.uuid4().hex[:12]}"
         row = {
@@ -82,27 +77,23 @@ class Keys(Database):
         return key_id, key
 
     def keys(self) -> list[dict[str, Any]]:
-        """Every key that was ever made, oldest first; `revoked` is null where it still opens."""
+        """Every key, oldest first; `revoked` is null for an active one."""
         shown = [column for column in API_KEYS.c if column.name != "digest"]
-        with self._read() as connection:
-            rows = connection.execute(select(*shown).order_by(API_KEYS.c.created)).mappings()
-            return [{**row, "scopes": row["scopes"].split()} for row in rows]
+        rows = self._rows(select(*shown).order_by(API_KEYS.c.created))
+        return [{**row, "scopes": row["scopes"].split()} for row in rows]
 
     def open_keys(self) -> list[ApiKey]:
-        """The keys that open."""
-        with self._read() as connection:
-            rows = connection.execute(select(API_KEYS).where(API_KEYS.c.revoked.is_(None))).mappings()
-            return [
-                ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"])
-                for row in rows
-            ]
+        return [
+            ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"])
+            for row in self._rows(select(API_KEYS).where(API_KEYS.c.revoked.is_(None)))
+        ]
 
     def revoke_key(self, key_id: str) -> None:
-        """Let a key open nothing any more.
+        """Revoke a key.
 
         Raises: InputError when there is no such key, or it was revoked before.
         """
         revoke = API_KEYS.update().where(API_KEYS.c.id == key_id, API_KEYS.c.revoked.is_(None))
         with self._write() as connection:
             if not connection.execute(revoke.values(revoked=time.time())).rowcount:
-                raise InputError(f'{key_id}: no key with this id opens; run "loopwright keys list"')
+                raise InputError(f'{key_id}: no active key has this id; run "loopwright keys list"')

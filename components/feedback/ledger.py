@@ -1,7 +1,7 @@
-"""What became of each vote: taken in, quarantined, withdrawn, learned from.
+"""The status of each vote: ingested, quarantined, revoked, trained on.
 
-One transaction writes a partition with the outcome of each of its votes; that is the moment at which an ingestion has
-happened. The watermark is the last vote of the newest partition and stands nowhere else.
+One transaction writes a partition with the outcome of each of its votes; with it, the ingestion is complete. The
+watermark is the last vote of the newest partition and is stored nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, and_, case, exists, func, select
+from sqlalchemy import Connection, and_, case, exists, func, select
 
 from components.config.params import InputError
 from components.feedback.database import Database
@@ -22,12 +22,12 @@ DAY_SECONDS = 86_400.0
 
 
 class UnknownFeedback(InputError):
-    """An id that is no vote of this database."""
+    """The id of no vote in this database."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ingestion made of one vote."""
+    """The result of ingesting one vote."""
 
     feedback_id: str
     sequence: int
@@ -36,66 +36,66 @@ class Outcome:
     """Why it was quarantined."""
     voice: str
     created: float
-    """When it was said, seconds since the epoch."""
+    """Time of the vote, in Unix time."""
     content_digest: str
-    """Equal for the same voice saying the same of the same prompt."""
+    """Equal for votes of one user with the same content on the same prompt."""
 
 
 class Ledger(Database):
-    """The store as the loop sees it."""
+    """The part of the store that ingestion and improvement use."""
 
     def watermark(self) -> int:
-        """The last vote that was ingested; 0 before the first."""
+        """Sequence of the last ingested vote; 0 before the first."""
         with self._read() as connection:
             return _watermark(connection)
 
-    def behind_watermark(self, most: int) -> list[dict[str, Any]]:
-        """The next votes in order, each with the request and the answer (null while there is none) it is about."""
+    def behind_watermark(self, limit: int) -> list[dict[str, Any]]:
+        """The next votes in order, each with its request and answer (null without one)."""
         with self._read() as connection:
-            wanted = (
+            statement = (
                 select(FEEDBACK, REQUESTS.c.model, REQUESTS.c.body, ANSWERS.c.content, ANSWERS.c.steps, *_MORE)
                 .join(REQUESTS, REQUESTS.c.id == FEEDBACK.c.completion_id)
                 .outerjoin(ANSWERS, ANSWERS.c.request_id == FEEDBACK.c.completion_id)
                 .outerjoin(REVOCATIONS, REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
                 .where(FEEDBACK.c.sequence > _watermark(connection))
                 .order_by(FEEDBACK.c.sequence)
-                .limit(most)
+                .limit(limit)
             )
-            return [dict(row) for row in connection.execute(wanted).mappings()]
+            return [dict(row) for row in connection.execute(statement).mappings()]
 
-    def said_before(self, digests: Iterable[str]) -> dict[str, str]:
-        """Of these contents, those of accepted votes that still stand, with the vote's id."""
-        wanted = list(digests)
-        found: dict[str, str] = {}
+    def accepted_digests(self, digests: Iterable[str]) -> dict[str, str]:
+        """Of these content digests, those of accepted and still valid votes, with the vote's id."""
+        queried = list(digests)
+        accepted: dict[str, str] = {}
         with self._read() as connection:
-            for start in range(0, len(wanted), 500):
-                # Only by digest: with the status beside it, SQLite would rather walk through all that was accepted.
-                asked = (
+            for start in range(0, len(queried), 500):
+                # By digest alone: with a condition on the status, SQLite scans all accepted votes.
+                statement = (
                     select(OUTCOMES.c.content_digest, OUTCOMES.c.feedback_id, OUTCOMES.c.status)
                     .join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id)
-                    .where(OUTCOMES.c.content_digest.in_(wanted[start : start + 500]))
+                    .where(OUTCOMES.c.content_digest.in_(queried[start : start + 500]))
                     .where(FEEDBACK.c.replaced_by.is_(None), ~_revoked())
                 )
-                for digest, feedback_id, status in connection.execute(asked):
+                for digest, feedback_id, status in connection.execute(statement):
                     if status == "accepted":
-                        found[str(digest)] = str(feedback_id)
-        return found
+                        accepted[str(digest)] = str(feedback_id)
+        return accepted
 
-    def accepted_of(self, voice: str, since: float, most: int) -> list[float]:
-        """When a voice said what was accepted of it after a moment, at most so many."""
-        asked = (
+    def accepted_times(self, user: str, since: float, limit: int) -> list[float]:
+        """Times of a user's accepted votes since a time, at most `limit`."""
+        statement = (
             select(OUTCOMES.c.created)
-            .where(OUTCOMES.c.voice == voice, OUTCOMES.c.created > since, OUTCOMES.c.status == "accepted")
+            .where(OUTCOMES.c.voice == user, OUTCOMES.c.created > since, OUTCOMES.c.status == "accepted")
             .order_by(OUTCOMES.c.created.desc())
-            .limit(most)
+            .limit(limit)
         )
         with self._read() as connection:
-            return sorted(connection.scalars(asked))
+            return sorted(connection.scalars(statement))
 
     def commit_partition(self, name: str, digest: str, outcomes: Sequence[Outcome]) -> None:
-        """Write a partition and the outcomes of its votes, all at once.
+        """Write a partition and the outcomes of its votes in one transaction.
 
-        Raises: InputError when another ingestion took these votes meanwhile.
+        Raises: InputError when another ingestion has committed these votes meanwhile.
         """
         first, last = outcomes[0].sequence, outcomes[-1].sequence
         accepted = sum(outcome.status == "accepted" for outcome in outcomes)
@@ -103,98 +103,91 @@ class Ledger(Database):
         with self._write() as connection:
             self._in_turn(connection)
             if _watermark(connection) >= first:
-                raise InputError(f"{name}: another ingestion has taken these votes; run it again for the next ones")
+                raise InputError(f"{name}: another ingestion has committed these votes; run it again for the next ones")
             counts = {"accepted": accepted, "quarantined": len(outcomes) - accepted}
             connection.execute(PARTITIONS.insert(), row | counts)
             connection.execute(OUTCOMES.insert(), [vars(outcome) | {"partition": name} for outcome in outcomes])
 
     def partitions(self) -> list[dict[str, Any]]:
         """Every partition, oldest first."""
-        with self._read() as connection:
-            asked = select(PARTITIONS).order_by(PARTITIONS.c.last_sequence)
-            return [dict(row) for row in connection.execute(asked).mappings()]
+        return self._rows(select(PARTITIONS).order_by(PARTITIONS.c.last_sequence))
 
-    def knows(self, feedback_id: str) -> bool:
-        """Whether this is a vote of this database."""
-        with self._read() as connection:
-            return connection.scalar(select(FEEDBACK.c.id).where(FEEDBACK.c.id == feedback_id)) is not None
-
-    def has_partition(self, name: str) -> bool:
-        with self._read() as connection:
-            return connection.scalar(select(PARTITIONS.c.name).where(PARTITIONS.c.name == name)) is not None
+    def has_feedback(self, feedback_id: str) -> bool:
+        return self._scalar(select(FEEDBACK.c.id).where(FEEDBACK.c.id == feedback_id)) is not None
 
     def unversioned(self) -> list[str]:
-        """Partitions with a file that no version of the data holds yet."""
-        asked = select(PARTITIONS.c.name).where(PARTITIONS.c.dvc.is_(None), PARTITIONS.c.digest != "")
+        """Partitions whose file DVC does not track yet."""
+        statement = select(PARTITIONS.c.name).where(PARTITIONS.c.dvc.is_(None), PARTITIONS.c.digest != "")
         with self._read() as connection:
-            return list(connection.scalars(asked))
+            return list(connection.scalars(statement))
 
     def mark_versioned(self, names: Iterable[str], dvc: str) -> None:
-        """Note under which of DVC's hashes partitions can be found."""
+        """Store the DVC hash that contains these partitions."""
         with self._write() as connection:
             connection.execute(PARTITIONS.update().where(PARTITIONS.c.name.in_(list(names))).values(dvc=dvc))
 
     def revoke(self, feedback_id: str, reason: str | None = None) -> bool:
-        """Withdraw a vote; false when it was withdrawn before.
+        """Revoke a vote; false when it was revoked before.
 
         Raises: UnknownFeedback.
         """
         with self._write() as connection:
             if connection.scalar(select(FEEDBACK.c.sequence).where(FEEDBACK.c.id == feedback_id)) is None:
                 raise UnknownFeedback(f'{feedback_id}: no such feedback; see "loopwright feedback list" for the ids')
-            known = select(REVOCATIONS.c.feedback_id).where(REVOCATIONS.c.feedback_id == feedback_id)
-            if connection.scalar(known) is not None:
+            revocation = select(REVOCATIONS.c.feedback_id).where(REVOCATIONS.c.feedback_id == feedback_id)
+            if connection.scalar(revocation) is not None:
                 return False
             row = {"feedback_id": feedback_id, "created": time.time(), "reason": reason}
             connection.execute(REVOCATIONS.insert(), row)
             return True
 
     def withdrawn(self) -> dict[str, str]:
-        """Accepted votes that no longer count, and why: `revoked`, or `replaced` by a later vote."""
-        voted = select(OUTCOMES.c.feedback_id, OUTCOMES.c.status)
-        replaced = voted.where(OUTCOMES.c.feedback_id.in_(select(FEEDBACK.c.id).where(FEEDBACK.c.replaced_by > "")))
-        revoked = voted.where(OUTCOMES.c.feedback_id.in_(select(REVOCATIONS.c.feedback_id)))
-        gone: dict[str, str] = {}
+        """Accepted votes that are no longer valid, and why: `revoked`, or `replaced` by a later vote."""
+        votes = select(OUTCOMES.c.feedback_id, OUTCOMES.c.status)
+        replaced = votes.where(OUTCOMES.c.feedback_id.in_(select(FEEDBACK.c.id).where(FEEDBACK.c.replaced_by > "")))
+        revoked = votes.where(OUTCOMES.c.feedback_id.in_(select(REVOCATIONS.c.feedback_id)))
+        withdrawn: dict[str, str] = {}
         with self._read() as connection:
-            for why, asked in (("replaced", replaced), ("revoked", revoked)):
-                rows = connection.execute(asked)
-                gone.update((str(feedback_id), why) for feedback_id, status in rows if status == "accepted")
-        return gone
+            for reason, statement in (("replaced", replaced), ("revoked", revoked)):
+                rows = connection.execute(statement)
+                withdrawn.update((str(feedback_id), reason) for feedback_id, status in rows if status == "accepted")
+        return withdrawn
 
     def fresh(self) -> int:
-        """Votes that no ingestion has looked at."""
+        """Number of votes not yet ingested."""
         with self._read() as connection:
-            behind = select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.sequence > _watermark(connection))
-            return connection.scalar(behind) or 0
+            fresh = select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.sequence > _watermark(connection))
+            return connection.scalar(fresh) or 0
 
     def waiting(self) -> int:
-        """Accepted votes that stand and that came after what the last improvement learned from."""
-        with self._read() as connection:
-            learned = connection.scalar(select(func.max(IMPROVEMENTS.c.last_sequence))) or 0
-            return connection.scalar(_standing(learned)) or 0
+        """Number of valid accepted votes newer than those of the last improvement."""
+        trained = select(func.coalesce(func.max(IMPROVEMENTS.c.last_sequence), 0)).scalar_subquery()
+        return int(
+            self._scalar(
+                select(func.count())
+                .select_from(OUTCOMES.join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id))
+                .where(OUTCOMES.c.sequence > trained, OUTCOMES.c.status == "accepted")
+                .where(FEEDBACK.c.replaced_by.is_(None), ~_revoked())
+            )
+        )
 
     def last_accepted_sequence(self) -> int:
-        """The newest accepted vote; 0 when there is none."""
-        newest = select(func.max(OUTCOMES.c.sequence)).where(OUTCOMES.c.status == "accepted")
-        with self._read() as connection:
-            return connection.scalar(newest) or 0
+        """Sequence of the newest accepted vote; 0 when there is none."""
+        return self._scalar(select(func.max(OUTCOMES.c.sequence)).where(OUTCOMES.c.status == "accepted")) or 0
 
     def add_improvement(self, last_sequence: int, candidate: str, outcome: str, reason: str) -> None:
-        """Note that a candidate learned from every accepted vote up to `last_sequence`, and what came of it."""
+        """Record a candidate trained on every accepted vote up to `last_sequence`, and its outcome."""
         row = {"created": time.time(), "last_sequence": last_sequence, "candidate": candidate, "outcome": outcome}
         with self._write() as connection:
             connection.execute(IMPROVEMENTS.insert(), row | {"reason": reason})
 
     def improvements(self) -> list[dict[str, Any]]:
         """Every improvement, oldest first."""
-        with self._read() as connection:
-            return [
-                dict(row) for row in connection.execute(select(IMPROVEMENTS).order_by(IMPROVEMENTS.c.id)).mappings()
-            ]
+        return self._rows(select(IMPROVEMENTS).order_by(IMPROVEMENTS.c.id))
 
-    def votes(self, most: int, quarantined: bool = False) -> list[dict[str, Any]]:
-        """The newest votes with what became of them: `status` is fresh, accepted, quarantined, replaced or revoked."""
-        asked = (
+    def votes(self, limit: int, quarantined: bool = False) -> list[dict[str, Any]]:
+        """The newest votes with their `status`: fresh, accepted, quarantined, replaced or revoked."""
+        statement = (
             select(
                 *(FEEDBACK.c[name] for name in _SHOWN),
                 REQUESTS.c.model,
@@ -206,32 +199,31 @@ class Ledger(Database):
             .outerjoin(OUTCOMES, OUTCOMES.c.feedback_id == FEEDBACK.c.id)
             .outerjoin(REVOCATIONS, REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
             .order_by(FEEDBACK.c.sequence.desc())
-            .limit(most)
+            .limit(limit)
         )
         if quarantined:
-            asked = asked.where(OUTCOMES.c.status == "quarantined")
-        with self._read() as connection:
-            return [dict(row) for row in connection.execute(asked).mappings()]
+            statement = statement.where(OUTCOMES.c.status == "quarantined")
+        return self._rows(statement)
 
     def feedback_counts(self) -> list[dict[str, Any]]:
-        """Per model that answered: standing votes up and down, corrections, and what became of them."""
+        """Per answering model: valid votes up and down, corrections, and votes by status."""
 
         def count(condition: Any) -> Any:
             return func.coalesce(func.sum(case((condition, 1), else_=0)), 0)
 
-        stands = FEEDBACK.c.replaced_by.is_(None)
-        gone = exists().where(REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
-        learned = select(func.coalesce(func.max(IMPROVEMENTS.c.last_sequence), 0)).scalar_subquery()
-        asked = (
+        valid = FEEDBACK.c.replaced_by.is_(None)
+        revoked = exists().where(REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
+        trained = select(func.coalesce(func.max(IMPROVEMENTS.c.last_sequence), 0)).scalar_subquery()
+        statement = (
             select(
                 REQUESTS.c.model,
-                count(and_(stands, FEEDBACK.c.rating == "up")).label("up"),
-                count(and_(stands, FEEDBACK.c.rating == "down")).label("down"),
-                count(and_(stands, FEEDBACK.c.correction.is_not(None))).label("corrections"),
+                count(and_(valid, FEEDBACK.c.rating == "up")).label("up"),
+                count(and_(valid, FEEDBACK.c.rating == "down")).label("down"),
+                count(and_(valid, FEEDBACK.c.correction.is_not(None))).label("corrections"),
                 count(OUTCOMES.c.status == "accepted").label("accepted"),
                 count(OUTCOMES.c.status == "quarantined").label("quarantined"),
-                count(and_(stands, OUTCOMES.c.status.is_(None))).label("fresh"),
-                count(and_(stands, ~gone, OUTCOMES.c.status == "accepted", OUTCOMES.c.sequence > learned)).label(
+                count(and_(valid, OUTCOMES.c.status.is_(None))).label("fresh"),
+                count(and_(valid, ~revoked, OUTCOMES.c.status == "accepted", OUTCOMES.c.sequence > trained)).label(
                     "waiting"
                 ),
             )
@@ -240,25 +232,22 @@ class Ledger(Database):
             .group_by(REQUESTS.c.model)
             .order_by(REQUESTS.c.model)
         )
-        with self._read() as connection:
-            return [dict(row) for row in connection.execute(asked).mappings()]
+        return self._rows(statement)
 
-    def recent(self, since: float, most: int) -> list[dict[str, Any]]:
-        """The newest requests after a moment: id, created, model and body, `steps` of the answer, and the `rating`."""
+    def recent(self, since: float, limit: int) -> list[dict[str, Any]]:
+        """The newest requests since a time: id, created, model and body, `steps` of the answer, and the `rating`."""
         vote = and_(FEEDBACK.c.completion_id == REQUESTS.c.id, FEEDBACK.c.replaced_by.is_(None))
-        asked = (
+        return self._rows(
             select(REQUESTS, ANSWERS.c.steps, FEEDBACK.c.rating)
             .outerjoin(ANSWERS, ANSWERS.c.request_id == REQUESTS.c.id)
             .outerjoin(FEEDBACK, vote)
             .where(REQUESTS.c.created > since)
             .order_by(REQUESTS.c.created.desc())
-            .limit(most)
+            .limit(limit)
         )
-        with self._read() as connection:
-            return [dict(row) for row in connection.execute(asked).mappings()]
 
     def forget(self, keep_days: int) -> int:
-        """Delete requests, with their answers, that are older and that nobody spoke about; returns how many."""
+        """Delete older requests without feedback, with their answers; returns how many."""
         old = and_(
             REQUESTS.c.created < time.time() - keep_days * DAY_SECONDS,
             ~exists().where(FEEDBACK.c.completion_id == REQUESTS.c.id),
@@ -282,16 +271,6 @@ def _watermark(connection: Connection) -> int:
 
 def _revoked() -> Any:
     return exists().where(REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
-
-
-def _standing(behind: int) -> Select[tuple[int]]:
-    """The number of accepted votes behind a sequence that were neither replaced nor revoked."""
-    return (
-        select(func.count())
-        .select_from(OUTCOMES.join(FEEDBACK, FEEDBACK.c.id == OUTCOMES.c.feedback_id))
-        .where(OUTCOMES.c.sequence > behind, OUTCOMES.c.status == "accepted")
-        .where(FEEDBACK.c.replaced_by.is_(None), ~_revoked())
-    )
 
 
 def _state() -> Any:

@@ -1,7 +1,7 @@
-"""Everything behind one answer, and everything that came of one vote.
+"""Lineage: backwards from an answer, forwards from a feedback item.
 
-Backwards: what was asked, said and voted, the model version that said it, the versions that it was trained from, and
-the feedback that each of them learned from. Forwards: the versions that learned from one item.
+Backwards: the request, the answer and its votes, the model version that answered, its ancestors, and the
+feedback that each of them was trained on. Forwards: the versions that were trained on an item.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from typing import Any
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
 
-LESSONS = "lessons.json"
-"""In a model folder: the version it was trained from, and the ids of the feedback that it learned from."""
+TRAINED_ON_FILE = "lessons.json"
+"""In a model folder: the version it was trained from, and the ids of the feedback items it was trained on."""
 
-FactsOf = Callable[[str], Mapping[str, Any] | None]
-"""What the registry knows of a `NAME/VERSION` (run, tags, metrics, ...); None when it does not know it."""
+VersionMetadata = Callable[[str], Mapping[str, Any] | None]
+"""Metadata of a `NAME/VERSION` (run, tags, metrics, ...); None for an unknown version."""
 
 
-def lineage(store: Store, completion_id: str, facts_of: FactsOf) -> dict[str, Any]:
+def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict[str, Any]:
     """The record of one completion with `version`: the answering model's run, commit, data and checks.
 
     Raises: UnknownCompletion.
     """
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
-    return {**record, "version": {**(facts_of(record["model"]) or {}), "name": name, "version": version}}
+    return {**record, "version": {**(metadata(record["model"]) or {}), "name": name, "version": version}}
 
 
-def registry_facts(home: Path) -> FactsOf:
-    """The facts of versions in the registry of a state folder; the registry is opened when first asked."""
+def registry_metadata(home: Path) -> VersionMetadata:
     registry = Registry(home)
 
-    def facts_of(model: str) -> dict[str, Any] | None:
+    def metadata(model: str) -> dict[str, Any] | None:
         version = registry.find(model)
         if version is None:
             return None
@@ -46,37 +45,39 @@ def registry_facts(home: Path) -> FactsOf:
             "tags": version.tags,
             "metrics": version.metrics,
             "taught_by": [
-                {"version": str(one), "run_id": one.run_id, "feedback": lessons(one)}
-                for one in ancestry(registry, version)
+                {"version": str(each), "run_id": each.run_id, "feedback": feedback_ids(each)}
+                for each in ancestry(registry, version)
             ],
         }
 
-    return facts_of
+    return metadata
 
 
 def ancestry(registry: Registry, version: ModelVersion) -> list[ModelVersion]:
-    """The version itself, the one it was trained from, and so on to the one that `run` made."""
-    found = [version]
-    while parent := found[-1].tags.get("parent"):
+    """The version, its parent (the version it was trained from), and so on to the version without one."""
+    versions = [version]
+    while parent := versions[-1].tags.get("parent"):
         older = registry.find(parent)
-        if older is None or older.version in {one.version for one in found}:
+        if older is None or older.version in {each.version for each in versions}:
             break
-        found.append(older)
-    return found
+        versions.append(older)
+    return versions
 
 
-def lessons(version: ModelVersion) -> list[str]:
-    """Ids of the feedback that this version was trained on, beyond what the one before it was."""
-    path = version.folder / LESSONS
+def feedback_ids(version: ModelVersion) -> list[str]:
+    """Ids of the feedback items that this version was trained on beyond its parent."""
+    path = version.folder / TRAINED_ON_FILE
     if not path.is_file():
         return []
-    learned: list[str] = json.loads(path.read_text(encoding="utf-8"))["feedback"]
-    return learned
+    ids: list[str] = json.loads(path.read_text(encoding="utf-8"))["feedback"]
+    return ids
 
 
-def taught(registry: Registry, feedback_id: str) -> list[str]:
-    """Every `NAME/VERSION` that learned from an item, itself or through the versions it was trained from."""
+def trained_versions(registry: Registry, feedback_id: str) -> list[str]:
+    """Every `NAME/VERSION` that was trained on an item, itself or through its ancestors."""
     versions = [version for name in registry.names() for version in registry.versions(name)]
     return [
-        str(version) for version in versions if any(feedback_id in lessons(one) for one in ancestry(registry, version))
+        str(version)
+        for version in versions
+        if any(feedback_id in feedback_ids(each) for each in ancestry(registry, version))
     ]

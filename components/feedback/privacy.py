@@ -1,8 +1,8 @@
-"""What may not be learned: secrets and personal data, found by libraries that know their shapes, and masked.
+"""Masks secrets and personal data, which must not be trained on.
 
-Keys and tokens by detect-secrets, telephone numbers by phonenumbers (with a country code, else they are
-arithmetic), card and account numbers by python-stdnum's check digits. None of it loads a model or asks a network.
-Names such as `package.function`, dotted versions and local addresses stay: code is what people talk of here.
+Keys and tokens by detect-secrets, telephone numbers by phonenumbers (with a country code, else they are arithmetic),
+card and account numbers by python-stdnum's check digits. Nothing loads a model or uses the network. Names such as
+`package.function`, dotted versions and local addresses are not masked: conversations are about code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 Span = tuple[int, int, str]
-"""Start, end, what it is."""
+"""Start, end, kind."""
 
 SECRET = "SECRET"
 MASK = re.compile(r"<[A-Z][A-Z_]+>")
@@ -30,11 +30,11 @@ _ADDRESS = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)")
 _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
 _BEARER = re.compile(r"(?i)\bbearer\s+([A-Za-z0-9._~+/-]{16,}=*)")
 _PREFIXED = re.compile(r"\b(?:sk-|gh[pousr]_|github_pat_)[A-Za-z0-9_-]{20,}")
-_SAID = re.compile(
+_STATED = re.compile(
     r"(?i)\b(?:pass(?:word|wd|phrase)?|secret|api[ _-]?key|token|pwd)\b[\"']?\s*(?:is|:|=)\s*[\"']?([^\s\"',;]{6,})"
 )
 _MIN_BITS = 2.5
-"""Entropy per character, above which what follows `password is` is no word of a sentence."""
+"""Entropy per character above which the word after `password is` is a secret, not prose."""
 _TOKENS = (
     "artifactory.ArtifactoryDetector",
     "aws.AWSKeyDetector",
@@ -54,48 +54,48 @@ _TOKENS = (
     "telegram_token.TelegramBotTokenDetector",
     "twilio.TwilioKeyDetector",
 )
-"""Of detect-secrets, those that know a shape; what guesses by entropy would take digests and names for secrets."""
+"""The detectors of detect-secrets that match a format; those that estimate entropy mask digests and names."""
 
 
 def mask(text: str) -> str:
-    """The text with `<SECRET>`, `<EMAIL_ADDRESS>`, `<PHONE_NUMBER>` and the like in place of what was found."""
+    """The text with secrets and personal data replaced by `<SECRET>`, `<EMAIL_ADDRESS>`, `<PHONE_NUMBER>` etc."""
     if len(text) < 6:
         return text
     parts, at = [], 0
-    for start, end, what in _apart(found(text)):
-        parts.append(f"{text[at:start]}<{what}>")
+    for start, end, kind in _disjoint(spans_of(text)):
+        parts.append(f"{text[at:start]}<{kind}>")
         at = end
     return "".join([*parts, text[at:]])
 
 
-def _apart(spans: Iterable[Span]) -> list[Span]:
-    """Spans in order that do not overlap: a secret is whole, and wins over what else it looks like."""
-    taken: list[Span] = []
-    for start, end, what in sorted(spans, key=lambda span: (span[2] != SECRET, span[0], -span[1])):
-        others = [span for span in taken if span[0] < end and start < span[1]]
-        if others and what != SECRET:
+def _disjoint(spans: Iterable[Span]) -> list[Span]:
+    """Sorted spans without overlaps: a secret absorbs those it overlaps, others are dropped."""
+    disjoint: list[Span] = []
+    for start, end, kind in sorted(spans, key=lambda span: (span[2] != SECRET, span[0], -span[1])):
+        others = [span for span in disjoint if span[0] < end and start < span[1]]
+        if others and kind != SECRET:
             continue
         for span in others:
-            taken.remove(span)
+            disjoint.remove(span)
             start, end = min(start, span[0]), max(end, span[1])
-        taken.append((start, end, what))
-    return sorted(taken)
+        disjoint.append((start, end, kind))
+    return sorted(disjoint)
 
 
 def is_nothing_but_masks(masked: str) -> bool:
-    """Whether masking left no word of a text that it masked."""
+    """Whether a masked text has no words but masks."""
     return bool(MASK.search(masked)) and not re.search(r"\w", MASK.sub("", masked))
 
 
-def found(text: str) -> Iterator[Span]:
-    """Where secrets and personal data stand; spans may overlap."""
+def spans_of(text: str) -> Iterator[Span]:
+    """Spans of secrets and personal data; they may overlap."""
     yield from _secrets(text)
     for match in _EMAIL.finditer(text):
         if not _EXAMPLES.search(match[0]):
             yield match.start(), match.end(), "EMAIL_ADDRESS"
     yield from _numbers(text)
     for match in _ADDRESS.finditer(text):
-        if _is_of_someone(match[0]):
+        if _is_public(match[0]):
             yield match.start(), match.end(), "IP_ADDRESS"
 
 
@@ -106,10 +106,10 @@ def _secrets(text: str) -> Iterator[Span]:
         for secret in detector.analyze_string(text):
             if secret:
                 yield from _places(text, str(secret))
-    for pattern in (_BEARER, _SAID, _PREFIXED):
+    for pattern in (_BEARER, _STATED, _PREFIXED):
         for match in pattern.finditer(text):
             group = pattern.groups
-            if pattern is not _SAID or _is_random(match[1]):
+            if pattern is not _STATED or _is_random(match[1]):
                 yield match.start(group), match.end(group), SECRET
 
 
@@ -143,8 +143,8 @@ def _numbers(text: str) -> Iterator[Span]:
             yield match.start(), match.end(), "US_SSN"
 
 
-def _is_of_someone(text: str) -> bool:
-    """Whether an address is a machine's on the internet, and no documentation's, network's or version's."""
+def _is_public(text: str) -> bool:
+    """Whether an address is of a host on the internet: not documentation, a network or a version number."""
     try:
         address = ipaddress.IPv4Address(text)
     except ValueError:
@@ -156,7 +156,7 @@ _FAMOUS = {"255.255.255.255", "192.88.99.1"}
 
 
 def _is_random(word: str) -> bool:
-    """Whether a word is more like a password than like a name: digits or marks among letters, few repeated."""
+    """Whether a word is like a password: digits or symbols among letters, with high entropy."""
     plain = word.strip(".!?()[]<>`")
     mixed = bool(re.search(r"\d|[^\w.]", plain)) and bool(re.search(r"[A-Za-z]", plain))
     counts = Counter(plain).values()
@@ -168,8 +168,8 @@ def _is_random(word: str) -> bool:
 def _detectors() -> tuple[Any, ...]:
     from importlib import import_module
 
-    made = []
+    detectors = []
     for name in _TOKENS:
         module, _, kind = name.partition(".")
-        made.append(getattr(import_module(f"detect_secrets.plugins.{module}"), kind)())
-    return tuple(made)
+        detectors.append(getattr(import_module(f"detect_secrets.plugins.{module}"), kind)())
+    return tuple(detectors)

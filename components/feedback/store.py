@@ -1,8 +1,7 @@
-"""The durable record of the endpoint: what was asked, what was answered, what people said of it.
+"""The endpoint's durable store: requests, answers and votes.
 
-A write has reached the disk when its call returns, so whoever acknowledges after it never
-acknowledges what a crash could lose. A later vote replaces an earlier one and both stay on
-record. What became of the votes is kept beside them (ledger.py).
+A write is on disk when its call returns: what is acknowledged after it survives a crash. A later vote replaces an
+earlier one, and both are kept. The status of the votes is in the same database (ledger.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Column, Connection, Table, bindparam, func, select
+from sqlalchemy import Connection, Select, bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 
 from components.config.params import InputError
@@ -30,19 +29,17 @@ Rating = Literal["up", "down"]
 
 
 class UnknownCompletion(InputError):
-    """Feedback or a trace for a completion that this database does not hold."""
+    """A completion id that this database does not have."""
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One finished answer."""
-
     content: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     seconds: float
-    """Wall time from request to last token."""
+    """Wall time from the request to the last token."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
@@ -57,10 +54,10 @@ _VOTE = (
         ),
         include_defaults=False,
     )
-    # PostgreSQL's driver does not keep it for an insert, and it is how an unknown completion is seen.
+    # A row count of 0 means an unknown completion; PostgreSQL's driver drops it for inserts by default.
     .execution_options(preserve_rowcount=True)
 )
-"""One vote, if its completion is on record."""
+"""Insert a vote if its completion exists."""
 _REPLACE = (
     FEEDBACK.update()
     .where(FEEDBACK.c.completion_id == bindparam("completion"), FEEDBACK.c.replaced_by.is_(None))
@@ -70,37 +67,35 @@ _REPLACE = (
 
 
 class Store(Ledger, Keys):
-    """Requests, answers and feedback in one database, with what became of the feedback and who may ask.
+    """Requests, answers, feedback with its status, and API keys in one database.
 
-    Each method raises StoreUnavailable when the database is locked for too long, or gone.
+    Every method raises StoreUnavailable when the database is locked for too long, or missing.
     """
 
     @classmethod
     def of(cls, home: Path, busy_seconds: float = BUSY_SECONDS) -> Store:
-        """The store that belongs to a state folder."""
         url = database_url(home)
         if url.startswith("sqlite"):
             home.mkdir(parents=True, exist_ok=True)
         return cls(url, busy_seconds)
 
     def add_request(self, completion_id: str, model: str, body: Mapping[str, Any]) -> None:
-        """Record what is about to be answered, and by which `NAME/VERSION`.
+        """Record a request and the `NAME/VERSION` that answers it.
 
-        Not synced on its own: nothing is acknowledged before its answer, whose sync takes this along.
+        Not synced: nothing is acknowledged before its answer, which syncs both.
         """
         row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
         with self._write(synced=False) as connection:
             connection.execute(REQUESTS.insert(), row)
 
     def add_answer(self, completion_id: str, answer: AnswerRecord) -> None:
-        """Record the answer to a recorded request."""
         self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
     def add_exchange(
-        self, completion_id: str, model: str, body: Mapping[str, Any], asked: float, answer: AnswerRecord
+        self, completion_id: str, model: str, body: Mapping[str, Any], created: float, answer: AnswerRecord
     ) -> None:
-        """Record what was asked at `asked` (Unix time) together with its answer, in half the time of one by one."""
-        row = {"id": completion_id, "created": asked, "model": model, "body": dict(body)}
+        """Record a request, created at a Unix time, with its answer; takes half the time of two calls."""
+        row = {"id": completion_id, "created": created, "model": model, "body": dict(body)}
         self._insert((REQUESTS, row), (ANSWERS, _answer_row(completion_id, answer)))
 
     def add_feedback(
@@ -110,21 +105,23 @@ class Store(Ledger, Keys):
         correction: str | None = None,
         comment: str | None = None,
         idempotency_key: str | None = None,
-        voice: str = "",
+        user: str = "",
     ) -> str:
-        """Record one vote of a `voice` and return its id; the same key returns the id of the first call with it.
+        """Record a user's vote and return its id; a repeated idempotency key returns the id of its first call.
 
         Raises: UnknownCompletion; InputError when the key was used for another completion.
         """
         vote = {"rating": rating, "correction": correction, "comment": comment, "idempotency_key": idempotency_key}
         for name, value in vote.items():
             if value and "\0" in value:
-                raise InputError(f"{name}: holds a NUL character; send text without it")
+                raise InputError(f"{name}: contains a NUL character; send text without it")
         try:
-            return self._vote(completion_id, {**vote, "voice": _voice(voice)})
+            return self._vote(completion_id, {**vote, "voice": _column_value(user)})
         except IntegrityError:
+            if idempotency_key is None:
+                raise
             with self._read() as connection:
-                known = _with_key(connection, idempotency_key)
+                known = _first(connection, select(FEEDBACK).where(FEEDBACK.c.idempotency_key == idempotency_key))
             if known is None:
                 raise
         if known["completion_id"] != completion_id:
@@ -135,7 +132,7 @@ class Store(Ledger, Keys):
         return str(known["id"])
 
     def _vote(self, completion_id: str, vote: Mapping[str, Any]) -> str:
-        """Two statements when all is well: the database's own constraints say when it is not."""
+        """Insert a vote with two statements; the database's constraints detect errors."""
         feedback_id = f"fb-{uuid.uuid4().hex}"
         row = {f"new_{name}": value for name, value in vote.items()}
         row |= {"completion": completion_id, "new_id": feedback_id, "new_created": time.time()}
@@ -149,34 +146,34 @@ class Store(Ledger, Keys):
         return feedback_id
 
     def completion(self, completion_id: str) -> dict[str, Any]:
-        """Everything recorded about one completion: `id, created, model, request, answer, feedback`.
+        """The record of one completion: `id, created, model, request, answer, feedback`.
 
         `answer` is null while it is being written; `feedback` is oldest first.
 
         Raises: UnknownCompletion.
         """
+        valid = "\0" not in completion_id  # PostgreSQL's driver refuses NUL
         with self._read() as connection:
-            known = "\0" not in completion_id  # which PostgreSQL would not even be asked for
-            request = _one(connection, REQUESTS, REQUESTS.c.id, completion_id) if known else None
+            request = _first(connection, select(REQUESTS).where(REQUESTS.c.id == completion_id)) if valid else None
             if request is None:
                 raise UnknownCompletion(f"{completion_id}: no such completion in {self.address}")
-            answer = _one(connection, ANSWERS, ANSWERS.c.request_id, completion_id)
+            answer = _first(connection, select(ANSWERS).where(ANSWERS.c.request_id == completion_id))
             votes = select(FEEDBACK).where(FEEDBACK.c.completion_id == completion_id).order_by(FEEDBACK.c.sequence)
             feedback = [dict(row) for row in connection.execute(votes).mappings()]
         if answer:
             del answer["request_id"]
-        asked = request.pop("body")
-        return {**request, "request": asked, "answer": answer, "feedback": feedback}
+        body = request.pop("body")
+        return {**request, "request": body, "answer": answer, "feedback": feedback}
 
     def counts(self) -> dict[str, int]:
-        """Rows on record; `feedback` counts standing votes, not replaced ones."""
-        standing = select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.replaced_by.is_(None))
-        with self._read() as connection:
-            return {
-                "requests": connection.scalar(select(func.count()).select_from(REQUESTS)) or 0,
-                "answers": connection.scalar(select(func.count()).select_from(ANSWERS)) or 0,
-                "feedback": connection.scalar(standing) or 0,
-            }
+        """Number of rows; `feedback` excludes replaced votes."""
+        return {
+            "requests": self._scalar(select(func.count()).select_from(REQUESTS)),
+            "answers": self._scalar(select(func.count()).select_from(ANSWERS)),
+            "feedback": self._scalar(
+                select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.replaced_by.is_(None))
+            ),
+        }
 
 
 def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:
@@ -185,18 +182,14 @@ def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:
     return row
 
 
-def _voice(voice: str) -> str:
-    """A voice that fits its column: what a client says of itself may be of any length."""
-    if len(voice) <= VOICE_CHARACTERS and "\0" not in voice:
-        return voice
-    digest = hashlib.sha256(voice.encode(errors="surrogatepass")).hexdigest()[:32]
-    return f"{voice.partition(':')[0][:16]}:{digest}".replace("\0", "")
+def _column_value(user: str) -> str:
+    """The value of the column `voice`: a longer user, which a client may send, becomes its digest."""
+    if len(user) <= VOICE_CHARACTERS and "\0" not in user:
+        return user
+    digest = hashlib.sha256(user.encode(errors="surrogatepass")).hexdigest()[:32]
+    return f"{user.partition(':')[0][:16]}:{digest}".replace("\0", "")
 
 
-def _one(connection: Connection, table: Table, column: Column[Any], value: str) -> dict[str, Any] | None:
-    row = connection.execute(select(table).where(column == value)).mappings().first()
+def _first(connection: Connection, statement: Select[Any]) -> dict[str, Any] | None:
+    row = connection.execute(statement).mappings().first()
     return None if row is None else dict(row)
-
-
-def _with_key(connection: Connection, key: str | None) -> dict[str, Any] | None:
-    return None if key is None else _one(connection, FEEDBACK, FEEDBACK.c.idempotency_key, key)

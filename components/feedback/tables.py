@@ -1,4 +1,4 @@
-"""The tables of the store, as the newest migration leaves them."""
+"""The tables of the newest schema; the column `voice` is the user of a vote."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ANSWERS = Table(
 FEEDBACK = Table(
     "feedback",
     METADATA,
-    # Grows in the order of the commits, so that a reader can go on from the last number it saw.
+    # Increases in commit order, so that a reader can continue from the last number it read.
     Column("sequence", Integer, primary_key=True, autoincrement=True),
     Column("id", String(64), nullable=False, unique=True),
     Column("completion_id", ForeignKey("requests.id"), nullable=False, index=True),
@@ -54,9 +54,9 @@ PARTITIONS = Table(
     Column("created", Float, nullable=False),
     Column("accepted", Integer, nullable=False),
     Column("quarantined", Integer, nullable=False),
-    # SHA-256 of the file; empty where nothing was accepted and there is none.
+    # SHA-256 of the file; empty where nothing was accepted and no file written.
     Column("digest", String(64), nullable=False),
-    # DVC's hash of data/feedback with this partition in it; null until it is versioned.
+    # DVC's hash of data/feedback with this partition; null until it is versioned.
     Column("dvc", String(64)),
 )
 OUTCOMES = Table(
@@ -95,7 +95,7 @@ API_KEYS = Table(
     METADATA,
     Column("id", String(32), primary_key=True),
     Column("name", String(64), nullable=False),
-    # SHA-256 of the key, which itself is nowhere on record.
+    # SHA-256 of the key; the key itself is not stored.
     Column("digest", String(64), nullable=False, unique=True),
     # Words of Scope, separated by spaces.
     Column("scopes", String(64), nullable=False),

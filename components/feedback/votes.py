@@ -1,4 +1,4 @@
-"""A vote as the store returns it, made into a row to learn from: text alone, with secrets and personal data masked."""
+"""Converts a stored vote into a feedback item: text only, with secrets and personal data masked."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def item_of(vote: Mapping[str, Any]) -> Row:
     `vote` is what `Store.behind_watermark` returns, with an answer.
     """
     body: Mapping[str, Any] = vote["body"]
-    form = requested_format(body.get("response_format"))
-    messages = [*([form] if form else []), *(body.get("messages") or [])]
+    response_format = requested_format(body.get("response_format"))
+    messages = [*([response_format] if response_format else []), *(body.get("messages") or [])]
     return {
         "feedback_id": vote["id"],
         "sequence": vote["sequence"],
@@ -35,32 +35,32 @@ def item_of(vote: Mapping[str, Any]) -> Row:
         "correction": _mask(vote["correction"]),
         "comment": _mask(vote["comment"]),
         "voice": vote["voice"],
-        "skill": FORM if form else _skill(vote),
+        "skill": FORM if response_format else _skill(vote),
     }
 
 
-def traits(item: Row) -> Row:
-    """One flat row of what the suite `feedback` checks of an item."""
+def item_features(item: Row) -> Row:
+    """The features of an item that the suite `feedback` validates, as a flat row."""
     messages = item["messages"]
-    said = [message["content"] or "" for message in messages]
-    same = ("sequence", "model", "rating", "correction", "comment", "voice", "skill")
+    texts = [message["content"] or "" for message in messages]
+    copied = ("sequence", "model", "rating", "correction", "comment", "voice", "skill")
     return {
         "id": item["feedback_id"],
-        # An answer without words can be corrected, not rated.
+        # An answer without text can be corrected, not rated.
         "answer": item["answer"] if item["answer"].strip() else item["correction"] or "",
-        **{name: item[name] for name in same},
+        **{name: item[name] for name in copied},
         "roles": " ".join("call" if message["tool_calls"] else str(message["role"]) for message in messages),
         "question": " ".join(message["content"] or "" for message in messages if message["role"] == "user")[:200],
-        "characters": sum(map(len, said)) + len(item["answer"]) + len(messages),
+        "characters": sum(map(len, texts)) + len(item["answer"]) + len(messages),
     }
 
 
 def content_digest(item: Row) -> str:
-    """Equal where one voice says the same of the same prompt: the same correction, or the same of the same answer."""
+    """Equal for votes of one user on one prompt with the same correction, or the same rating of the same answer."""
     corrects = item["correction"] is not None
-    what = item["correction"] if corrects else item["answer"]
-    spelled = json.dumps([item["voice"], prompt_key(item["messages"]), item["rating"], corrects, what])
-    return hashlib.blake2b(spelled.encode(), digest_size=16).hexdigest()
+    text = item["correction"] if corrects else item["answer"]
+    content = json.dumps([item["voice"], prompt_key(item["messages"]), item["rating"], corrects, text])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _message(message: Mapping[str, Any]) -> Row:
@@ -85,17 +85,17 @@ def _message(message: Mapping[str, Any]) -> Row:
 
 
 def _text(content: str | Sequence[Mapping[str, Any]] | None) -> str | None:
-    """Content as text: of parts, those that are text."""
+    """Content as text; other parts are dropped."""
     if content is None or isinstance(content, str):
         return content
     return "\n".join(str(part["text"]) for part in content if part.get("type") == "text")
 
 
 def _skill(vote: Mapping[str, Any]) -> str:
-    """The last tool that the answer called, its own or the client's."""
-    called = [step["name"] for step in vote["steps"] or [] if step.get("type") == "call"]
-    called += [call["function"]["name"] for call in vote["tool_calls"] or []]
-    return str(called[-1]) if called else NO_CALL
+    """The last tool that the answer called, the agent's or the client's."""
+    names = [step["name"] for step in vote["steps"] or [] if step.get("type") == "call"]
+    names += [call["function"]["name"] for call in vote["tool_calls"] or []]
+    return str(names[-1]) if names else NO_CALL
 
 
 def _mask(text: str | None) -> str | None:
@@ -103,7 +103,6 @@ def _mask(text: str | None) -> str | None:
 
 
 def _masked(value: Any) -> Any:
-    """JSON with every string in it masked."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):

@@ -19,39 +19,38 @@ from torch import Tensor, nn
 
 from components.config.params import InputError
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
-from components.inference.constraints import Constraint, mask_logits
 from components.inference.decode_step import Step
-from components.inference.sampling import greedy, random_stream, sampled
+from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
 from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
 
 PREFILL_TOKENS = 512
-"""Prompt tokens prefilled between two decode steps of the other rows, padding counted."""
+"""Prompt tokens prefilled between two decode steps, padding included."""
 SEEN = 16
-"""Positions seen in a pass are a multiple of so many: the sum in a softmax goes vector by vector."""
+"""Positions attended in a pass are a multiple of this: the softmax sums by vectors."""
 MIN_SHARED = 16
-"""Tokens of a common prefix from which on it is copied instead of prefilled again."""
+"""Tokens of the shortest common prefix that is copied instead of prefilled again."""
 Ids = tuple[int, ...]
 
 
 @dataclass(eq=False)
 class Row:
-    """One sequence being continued: what is asked of it, and how far it is."""
+    """One sequence of the batch: its request and its state."""
 
     prompt: Sequence[int]
     limit: int
-    """Tokens it may get, at least one."""
+    """Tokens to generate at most, at least one."""
     temperature: float = 0.0
-    """0: always the likeliest token."""
+    """0: greedy."""
     top_p: float = 1.0
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
     ids: list[int] = field(init=False)
-    """The prompt and what was generated."""
+    """The prompt and the generated ids."""
     key: Ids = field(init=False)
-    """The prompt, as others' are compared with it."""
+    """The prompt, as key of the prefix cache."""
     cached: int = 0
     """Positions whose keys and values are in the cache."""
     slot: int = -1
@@ -70,12 +69,12 @@ class Row:
         return self.limit - len(self.ids) + len(self.prompt)
 
     def number(self) -> float:
-        """The next of the row's random numbers."""
+        """The row's next random number."""
         assert self._numbers is not None
         return float(self._numbers.random(dtype=np.float32))
 
     def take(self, token: int) -> None:
-        """Add a token; the row is finished when it may get no other."""
+        """Append a token; sets `finished` where no other may follow."""
         self.ids.append(token)
         ended = token in self.stop_ids or self.left == 0
         if self.constraint is not None:
@@ -368,9 +367,9 @@ def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32) -> None:
 
 
 def rows_are_independent(model: Decoder) -> bool:
-    """Whether products with this model's weights give a row the same bits beside few others and beside many.
+    """Whether products with this model's weights are bit-identical for a row beside few others and many.
 
-    Tried on a CPU; on CUDA they do not, as the number of rows decides which kernel runs.
+    Measured on a CPU; on CUDA they are not, as the number of rows selects the kernel.
     """
     if model.embed.weight.is_cuda:
         return False

@@ -1,8 +1,10 @@
-"""One step of a decoder for many rows, a token each: the forward pass written out for what a step needs.
+"""One decode step for many rows: the forward pass for one token each.
 
-A module's call costs more than most of what a step computes. No number of a row depends on the other rows, nor on how
-many positions beyond its own are looked at: on one thread torch's fused attention goes through a row's keys in order.
-Shapes: B rows, S positions seen, E embed_dim, H query heads, K key/value heads, D head_dim.
+The forward pass avoids module calls, which cost more than its kernels.
+
+A row's result depends neither on the other rows nor on the number of positions attended beyond its own: on one thread
+torch's fused attention processes a row's keys in order.
+Shapes: B rows, S positions attended, E embed_dim, H query heads, K key/value heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from components.models.positions import Rotary, rotate, rotate_into
 
 Ints = NDArray[np.int64]
 CAPTURED = 64
-"""Positions seen in the smallest CUDA graph; each further graph sees twice as many."""
+"""Positions of the smallest CUDA graph; each larger graph has twice as many."""
 
 
 class Step:
-    """Steps of a model over keys and values (layers, 2, slots, K, span, D), row b in slot b."""
+    """Decode steps of a model with a cache of keys and values (layers, 2, slots, K, span, D), row b in slot b."""
 
     def __init__(self, model: Decoder, whole: Tensor) -> None:
         c = model.config
@@ -38,20 +40,20 @@ class Step:
         slots, span = whole.shape[2], whole.shape[4]
         starts = np.arange(slots * c.num_kv_heads).reshape(slots, c.num_kv_heads) * span
         self._starts = np.concatenate([starts, starts + slots * c.num_kv_heads * span], axis=1)
-        """(slots, 2K): where each head's keys and then values of a slot begin, in heads of a layer."""
+        """(slots, 2K): offset of each head's keys, then values, of a slot within a layer."""
         blocks = (block for block in model.blocks if isinstance(block, Block))
         self._layers = [_Layer.of(block, whole.dtype, whole.device) for block in blocks]
         self._norm_gain = model.norm.gain.detach()
         self._lowest = torch.finfo(whole.dtype).min
         self.fixed = whole.is_cuda
-        """Whether a pass has one shape for each count of rows, and attends to padding too: what is recorded has."""
+        """Static shapes, as CUDA graphs need: one per number of rows, and attention to padding."""
         self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda else self.walk
 
     @torch.inference_mode()
     def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int, real: int) -> Tensor:
-        """The normed stream (B, E) behind tokens (B) at positions (B), whose keys and values go to `places` (B).
+        """The normed hidden states (B, E) of tokens (B) at positions (B), whose keys and values go to `places` (B).
 
-        The rows behind the first `real` ones are padding: products want them, attention does not.
+        Rows after the first `real` ones are padding, which the matrix products need and attention does not.
         """
         if self.fixed:
             seen = min(graph_span(seen), self._whole.shape[4])
@@ -67,7 +69,7 @@ class Step:
         return self.run(torch.from_numpy(tokens).to(self._device), at, where, *masks)
 
     def walk(self, tokens: Tensor, at: Tensor, where: Tensor, *masks: Tensor) -> Tensor:
-        """The pass itself, on tensors alone: tokens and positions (B), places to write (B * 2K), masks (real, S).
+        """The forward pass: tokens and positions `at` (B), cache indices `where` (B * 2K), masks (real, S).
 
         The second mask is that of layers with a window.
         """
@@ -83,7 +85,7 @@ class Step:
     def _attend(
         self, number: int, layer: _Layer, x: Tensor, rotary: Rotary | None, where: Tensor, mask: Tensor
     ) -> Tensor:
-        """Self-attention of x (B, E) to what its rows have in the cache; writes their own keys and values first."""
+        """Self-attention of x (B, E) to the cache, after writing its keys and values."""
         c = self._model.config
         turned = c.num_heads + c.num_kv_heads
         heads = layer.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
@@ -97,7 +99,7 @@ class Step:
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
         real = mask.shape[0]
         keys, values = self._whole[number, :, :real, :, : mask.shape[-1]]  # (real, K, S, D) each
-        # Several threads would part a row's keys among them, in as many parts as there are too few rows: other sums.
+        # Several threads split a row's keys where there are few rows, which changes the order of summation.
         mix = _mixed if self.fixed or torch.get_num_threads() == 1 else _mixed_alone
         mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
@@ -105,7 +107,7 @@ class Step:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What a step reads of a block; gains are None where the block has no such norm."""
+    """A block as a step reads it; a gain is None where the block has no such norm."""
 
     attention: Attention
     mlp: nn.Module
@@ -114,7 +116,7 @@ class _Layer:
     mlp_gain: Tensor | None
     mlp_post_gain: Tensor | None
     heads_gain: Tensor
-    """What queries and keys are multiplied by (H + K, D): their norms' gains, and the scale of the scores."""
+    """Factors of queries and keys (H + K, D): the gains of their norms, and the scale of the attention scores."""
 
     @classmethod
     def of(cls, block: Block, dtype: torch.dtype, device: torch.device) -> _Layer:
@@ -141,21 +143,21 @@ class _Layer:
         return torch.cat(normed, dim=1) * self.heads_gain
 
 
-class Replayed(Protocol):
-    """A recording: reads its inputs where they were and writes its result where it was."""
+class Graph(Protocol):
+    """A CUDA graph: reads and writes the tensors that it was captured with."""
 
     def replay(self) -> None: ...
 
 
-Recording = tuple[Replayed, tuple[Tensor, ...], Tensor]
-"""With the tensors that it reads, and the one that it writes."""
+Recording = tuple[Graph, tuple[Tensor, ...], Tensor]
+"""A graph, its input tensors and its output."""
 
 
 class Captured:
-    """A function of tensors as CUDA graphs, recorded for each shape of its last argument and replayed from then on.
+    """A function of tensors as CUDA graphs, one captured for each shape of its last argument.
 
-    Launching the kernels of a small model one by one takes longer than they run. What is returned is overwritten by
-    the next call.
+    Launching the kernels of a small model one by one takes longer than running them. The next call overwrites the
+    returned tensor.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -163,42 +165,42 @@ class Captured:
         self._pool: Any = None
         self._graphs: dict[tuple[int, ...], Recording] = {}
 
-    def __call__(self, *given: Tensor) -> Tensor:
-        shape = tuple(given[-1].shape)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        shape = tuple(inputs[-1].shape)
         if shape not in self._graphs:
-            self._graphs[shape] = self.record(given)
-        graph, read, written = self._graphs[shape]
-        for place, tensor in zip(read, given, strict=True):
-            place.copy_(tensor)
+            self._graphs[shape] = self.record(inputs)
+        graph, buffers, output = self._graphs[shape]
+        for buffer, tensor in zip(buffers, inputs, strict=True):
+            buffer.copy_(tensor)
         graph.replay()
-        return written
+        return output
 
-    def record(self, given: tuple[Tensor, ...]) -> Recording:
+    def record(self, inputs: tuple[Tensor, ...]) -> Recording:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        read = tuple(tensor.clone() for tensor in given)
-        # Libraries choose kernels and take memory in their first calls, which no graph may hold. Writing the same keys
-        # and values several times changes nothing.
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        buffers = tuple(tensor.clone() for tensor in inputs)
+        # Warm-up: libraries select kernels and allocate memory in their first calls, which a graph must not capture.
+        # Writing the same keys and values again changes nothing.
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             for _ in range(3):
-                self.function(*read)
-        torch.cuda.current_stream().wait_stream(aside)
+                self.function(*buffers)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads may load or warm another model meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            written = self.function(*read)
-        return graph, read, written
+            output = self.function(*buffers)
+        return graph, buffers, output
 
 
 def _mixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """(B, H * D) from queries (B, H, 1, D), keys and values (B, K, S, D), and what is hidden (B, 1, 1, S)."""
+    """Attention (B, H * D) of queries (B, H, 1, D) to keys and values (B, K, S, D) with a mask (B, 1, 1, S)."""
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=grouped).flatten(1)
 
 
 def _mixed_alone(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """`_mixed`, with the same bits for a row whatever other rows there are, on several threads too."""
+    """`_mixed`, bit-identical for a row whatever the other rows, on several threads too."""
     heads, kv_heads = queries.shape[1], keys.shape[1]
     queries = queries.view(-1, kv_heads, heads // kv_heads, 1, queries.shape[-1])  # (B, K, H / K, 1, D)
     weights = (keys.unsqueeze(2) * queries).sum(-1).add_(mask).softmax(-1)  # (B, K, H / K, S)
@@ -206,7 +208,7 @@ def _mixed_alone(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
 
 
 def graph_span(seen: int) -> int:
-    """Positions that the smallest graph for `seen` sees."""
+    """Positions of the smallest graph for `seen`."""
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 

@@ -1,6 +1,6 @@
-"""Grammars that hold generated tokens to a form: the only door to llguidance.
+"""Grammar-constrained decoding with llguidance.
 
-A grammar is compiled once for a tokenizer and kept; each row that follows it gets a cheap `GrammarConstraint`.
+A grammar is compiled once per tokenizer and cached; each row that follows it gets a cheap `GrammarConstraint`.
 Grammars are in llguidance's dialect of Lark (its docs/syntax.md), with `%json` for JSON schemas.
 """
 
@@ -20,21 +20,21 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from components.config.params import InputError
-from components.inference.constraints import Allowed
+from components.inference.sampling import Allowed
 from components.tokenization.chat_tokenizer import ChatTokenizer
 
-KEPT_GRAMMARS = 64
-"""Compiled grammars per tokenizer; the longest unused goes first."""
+CACHED_GRAMMARS = 64
+"""Compiled grammars per tokenizer; the least recently used is dropped."""
 CLOSING_TOKENS = 64
-"""So near its limit a row looks for the way to its end, sooner where the shortest text is longer."""
+"""Tokens before its limit at which a row plans its end; more where the shortest text is longer."""
 PROBED_TOKENS = 24
-"""So near the way's length it looks where other tokens lead."""
-MOST_PROBED = 32
-"""Tokens whose way to the end is looked for, where few may come next."""
+"""Tokens beyond the shortest end at which every allowed token is checked for dead ends."""
+MAX_PROBED = 32
+"""Allowed tokens that are checked for dead ends at most."""
 SLACK = 6
-"""Tokens by which one token can lengthen the way to the end unforeseen: an escape, a character's first byte."""
+"""Tokens by which one token can lengthen the end: an escape, a character's first byte."""
 TRIED_TOKENS = 500
-"""So far a grammar is followed before it is used, to see that it can be."""
+"""Tokens for which a grammar is followed when it is compiled, to check that it is satisfiable."""
 LIMITS = LLParserLimits(
     max_items_in_row=2_000,
     initial_lexer_fuel=500_000,
@@ -44,27 +44,27 @@ LIMITS = LLParserLimits(
     max_grammar_size=100_000,
     verbose_errors=False,
 )
-"""A compilation or a step that needs more ends in an error instead of taking the machine."""
+"""Limits of a compilation and of a step, beyond which they fail."""
 SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
-"""JSON is written as Python's json writes it, and as conversations are told in training."""
+"""JSON with the whitespace of Python's json, as in the training data."""
 
 logger = logging.getLogger("loopwright.grammar")
 
 
 class GrammarError(InputError):
-    """A grammar that cannot be compiled, or that no text fits."""
+    """A grammar that cannot be compiled, or is unsatisfiable."""
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """The part of a grammar for a JSON value that fits a schema (`schemas.checked`)."""
+    """The grammar expression of a JSON value that fits a schema (`schemas.checked`)."""
     return f"%json {json.dumps({'x-guidance': SPACING, **schema})}"
 
 
 class Vocabulary:
-    """The tokens of one tokenizer as grammars see them, and the grammars compiled for it."""
+    """A tokenizer for llguidance, and the grammars compiled for it."""
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
-        # llguidance reads these attributes and calls the object for the ids of a text.
+        # llguidance reads these attributes, and calls the object to tokenize.
         self.eos_token_id, self.bos_token_id = tokenizer.end_id, None
         self.special_token_ids = list(tokenizer.special_ids.values())
         self.tokens = [tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)]
@@ -79,12 +79,12 @@ class Vocabulary:
         self._lock = threading.Lock()
         self.in_text, self.in_structure = self._ranks()
         self.in_format = self.in_text.copy()
-        """The same within a string that letters alone never end, such as an address."""
+        """`in_text` for strings that letters alone cannot end, such as an e-mail address."""
         for rank, mark in enumerate((b"@", b":", b".", b"/", b"-")):
             self.in_format[[token == mark for token in self.tokens]] = 10 + rank
         self.opening = np.array([bool(set(token) & set(b'"{[,:')) for token in self.tokens])
         self.plain = np.ones(self.size, dtype=np.bool_)
-        """All but the special tokens."""
+        """Mask of all but the special tokens."""
         self.plain[self.special_token_ids] = False
         self.quote = self._numbers.get(b'"')
         self.letter = next((number for number, token in enumerate(self.tokens) if token == b"z"), self.end_id)
@@ -92,54 +92,53 @@ class Vocabulary:
     is_tokenizer_wrapper = True
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """Ids whose bytes are the text: the tokenizer's, or the longest that fit where it would put a space before."""
-        given = text.encode() if isinstance(text, str) else text
-        ids = self._encode(given.decode("utf-8", errors="replace"))
-        if b"".join(self.tokens[number] for number in ids) == given:
+        """Ids whose bytes are the text: the tokenizer's, or greedy longest matches where that would add a space."""
+        left = text.encode() if isinstance(text, str) else text
+        ids = self._encode(left.decode("utf-8", errors="replace"))
+        if b"".join(self.tokens[number] for number in ids) == left:
             return ids
         ids = []
-        while given and (number := self._longest(given)) is not None:
+        while left and (number := self._longest(left)) is not None:
             ids.append(number)
-            given = given[len(self.tokens[number]) :]
+            left = left[len(self.tokens[number]) :]
         return ids
 
     def _longest(self, text: bytes) -> int | None:
-        """The longest token that the text begins with."""
         sizes = range(min(len(text), self._longest_token), 0, -1)
         return next((self._numbers[text[:size]] for size in sizes if text[:size] in self._numbers), None)
 
     def compile(self, source: str) -> Grammar:
-        """The grammar of a source text, compiled or kept from before.
+        """The grammar of a source text, compiled or from the cache.
 
-        Raises: GrammarError when it is wrong, too large, or no text fits it.
+        Raises: GrammarError when it is invalid, too large or unsatisfiable.
         """
         with self._lock:
-            known = self._grammars.get(source)
-            if known is not None:
+            cached = self._grammars.get(source)
+            if cached is not None:
                 self._grammars.move_to_end(source)
-        if known is None:
+        if cached is None:
             try:
-                known = Grammar(self, source)
+                cached = Grammar(self, source)
             except GrammarError as error:
-                known = error  # a refused grammar is as dear to compile as another
+                cached = error  # errors are cached too: they take as long
             with self._lock:
-                self._grammars[source] = known
-                while len(self._grammars) > KEPT_GRAMMARS:
+                self._grammars[source] = cached
+                while len(self._grammars) > CACHED_GRAMMARS:
                     self._grammars.popitem(last=False)
-        if isinstance(known, GrammarError):
-            raise GrammarError(str(known))
-        return known
+        if isinstance(cached, GrammarError):
+            raise GrammarError(str(cached))
+        return cached
 
     def _ranks(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """How readily each token leads to an end: lower is better, inside a string and outside of one."""
+        """Heuristic distance of each token from the end, lower is better: inside and outside a string."""
         in_text = np.array([100 + len(token) for token in self.tokens])
         opened = [sum(map(token.count, (b"{", b"["))) - sum(map(token.count, (b"}", b"]"))) for token in self.tokens]
-        # Of what opens nothing, the longest token goes furthest.
+        # Of tokens that open no bracket, the longest is best.
         in_structure = np.array(
             [100 - min(len(token), 60) + 70 * max(0, more) for token, more in zip(self.tokens, opened, strict=True)]
         )
-        for place, mark in enumerate((b"}", b"]", b'"')):
-            in_structure[[token == mark for token in self.tokens]] = place + 2
+        for rank, mark in enumerate((b"}", b"]", b'"'), start=2):
+            in_structure[[token == mark for token in self.tokens]] = rank
         in_text[[token == b'"' for token in self.tokens]] = 2
         for ranks in (in_text, in_structure):
             ranks[[len(token) == 1 and not 32 < token[0] < 127 for token in self.tokens]] = 200
@@ -148,8 +147,8 @@ class Vocabulary:
         return in_text, in_structure
 
     def towards_end(self, mask: Allowed, in_text: NDArray[np.int64]) -> int:
-        """The allowed token that looks shortest, by these ranks within a string."""
-        # Between the quotes of a string a letter may stand; a brace is no end there.
+        """The allowed token of the lowest rank, by `in_text` within a string."""
+        # A letter is allowed only between the quotes of a string, where a brace ends nothing.
         ranks = in_text if mask[self.letter] else self.in_structure
         allowed = np.flatnonzero(mask)
         return int(allowed[ranks[allowed].argmin()])
@@ -157,59 +156,57 @@ class Vocabulary:
 
 @lru_cache(maxsize=4)
 def vocabulary_of(tokenizer: ChatTokenizer) -> Vocabulary:
-    """The one vocabulary of a loaded tokenizer."""
+    """The vocabulary of a loaded tokenizer, cached."""
     return Vocabulary(tokenizer)
 
 
 class Grammar:
-    """A compiled grammar."""
-
     def __init__(self, vocabulary: Vocabulary, source: str) -> None:
         try:
             rules = LLMatcher.grammar_from_lark(source)
             self._start = LLMatcher(vocabulary.native, rules, log_level=0, limits=LIMITS)
         except ValueError as error:
-            raise GrammarError(_told(str(error))) from error
+            raise GrammarError(_error_line(str(error))) from error
         if self._start.is_error():
-            raise GrammarError(_told(self._start.get_error()))
+            raise GrammarError(_error_line(self._start.get_error()))
         self.vocabulary = vocabulary
         ahead = self._start.deep_copy()
-        way = _greedy(vocabulary, ahead, TRIED_TOKENS, vocabulary.in_text)
-        if way is None and _is_stuck(vocabulary, ahead):
-            raise GrammarError("too large to follow, or nothing fits it")
-        way = way or _greedy(vocabulary, self._start.deep_copy(), TRIED_TOKENS, vocabulary.in_format)
-        self._closing_tokens = max(CLOSING_TOKENS, len(way or ()) + PROBED_TOKENS)
+        end = _greedy(vocabulary, ahead, TRIED_TOKENS, vocabulary.in_text)
+        if end is None and _is_stuck(vocabulary, ahead):
+            raise GrammarError("too large, or unsatisfiable")
+        end = end or _greedy(vocabulary, self._start.deep_copy(), TRIED_TOKENS, vocabulary.in_format)
+        self._closing_tokens = max(CLOSING_TOKENS, len(end or ()) + PROBED_TOKENS)
 
     def constraint(self, closes: bool = False) -> GrammarConstraint:
-        """A row's constraint; one that `closes` finds an end before its limit, where there is one."""
+        """A row's constraint; one that `closes` ends the text before the row's limit, where possible."""
         return GrammarConstraint(self.vocabulary, self._start.deep_copy(), closes, self._closing_tokens)
 
 
 class GrammarConstraint:
-    """One row that follows a grammar, as a `Constraint`."""
+    """The `Constraint` of one row that follows a grammar."""
 
     def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher, closes: bool, closing_tokens: int) -> None:
         self._vocabulary, self._matcher, self._closes = vocabulary, matcher, closes
         self._closing_tokens = closing_tokens
         self._mask = _mask(vocabulary, matcher)
-        self._begins = True
-        self._way: list[int] | None = None
-        """The way to the end that was found last."""
+        self._is_first = True
+        self._planned_end: list[int] | None = None
+        """The tokens that lead to the end, as last planned."""
         self.finished = False
         self.cut = False
-        """The row was led to an end before its limit: it might have gone on."""
+        """The row was ended by its limit: the model might have continued."""
 
     @property
     def fallback_tokens(self) -> tuple[list[int], list[int]] | None:
-        """What a model means that was never taught JSON, where its words have to be.
+        """Fallback for a model that was not trained on JSON, where its text has to be JSON.
 
-        Words of its own are a wish to answer, not to call what it can; and at an end within a string it has said what
-        it had to say: there the string is closed. Without this it calls at random, and rambles on in strings.
+        Its free text means an answer rather than a call, and its end token within a string means that the string ends.
+        Without this it calls tools at random, and continues strings without end.
         """
         vocabulary, mask = self._vocabulary, self._mask
         if not self._closes or mask[vocabulary.end_id]:
             return None
-        if self._begins:
+        if self._is_first:
             words = np.flatnonzero(mask & vocabulary.plain).tolist()
             calls = bool((mask & ~vocabulary.plain).any())
             return (np.flatnonzero(~mask & vocabulary.plain).tolist(), words) if words and calls else None
@@ -221,48 +218,44 @@ class GrammarConstraint:
     def allowed(self, left: int) -> Allowed:
         if not self._closes or left > self._closing_tokens:
             return self._mask
-        way = self._way_to_the_end(left)
-        if way is None:
+        if self._planned_end is None:
+            self._planned_end = _closing(self._vocabulary, self._matcher, left)
+        end = self._planned_end
+        if end is None:
             return self._mask
-        if len(way) + SLACK < left:
-            return self._without_dead_ends(left, near=left < len(way) + PROBED_TOKENS)
+        if len(end) + SLACK < left:
+            return self._without_dead_ends(left, near=left < len(end) + PROBED_TOKENS)
         self.cut = self.cut or int(self._mask.sum()) > 1
-        only = np.zeros_like(self._mask)
-        only[way[0]] = True
-        return only
+        forced = np.zeros_like(self._mask)
+        forced[end[0]] = True
+        return forced
 
     def advance(self, token_id: int) -> None:
-        if self._way is not None:
-            self._way = self._way[1:] if self._way[0] == token_id else None
-        self._begins = False
-        taken = self._matcher.consume_token(token_id)
+        if self._planned_end is not None:
+            self._planned_end = self._planned_end[1:] if self._planned_end[0] == token_id else None
+        self._is_first = False
+        accepted = self._matcher.consume_token(token_id)
         special = token_id in self._vocabulary.special_token_ids
-        self._closes = self._closes and not special  # a special token begins a call, and calls are never cut short
-        if not taken or token_id == self._vocabulary.end_id:
+        self._closes = self._closes and not special  # a special token begins a call, and calls are not shortened
+        if not accepted or token_id == self._vocabulary.end_id:
             self.finished = True
             return
         self._mask = _mask(self._vocabulary, self._matcher)
         if self._matcher.is_error() or not self._mask.any():
-            logger.warning("a grammar could not be followed further: %s", _told(self._matcher.get_error()))
+            logger.warning("a grammar failed during decoding: %s", _error_line(self._matcher.get_error()))
             self.finished = True
 
-    def _way_to_the_end(self, left: int) -> list[int] | None:
-        if self._way is None:
-            self._way = _closing(self._vocabulary, self._matcher, left)
-        return self._way
-
     def _without_dead_ends(self, left: int, near: bool) -> Allowed:
-        """What is allowed, less what begins something that cannot be ended any more; `near` the way's length, all."""
-        few = near and int(self._mask.sum()) <= MOST_PROBED
+        """The mask without tokens after which the text cannot end; if not `near`, only opening ones are checked."""
+        few = near and int(self._mask.sum()) <= MAX_PROBED
         probed = np.flatnonzero(self._mask if few else self._mask & self._vocabulary.opening)
-        if len(probed) > MOST_PROBED:
+        if len(probed) > MAX_PROBED:
             return self._mask
         mask = self._mask.copy()
         for token in probed.tolist():
             ahead = self._matcher.deep_copy()
-            taken = token == self._vocabulary.end_id or ahead.consume_token(token)
-            mask[token] = taken and (
-                token == self._vocabulary.end_id or _closing(self._vocabulary, ahead, left - 1) is not None
+            mask[token] = token == self._vocabulary.end_id or (
+                ahead.consume_token(token) and _closing(self._vocabulary, ahead, left - 1) is not None
             )
         return mask if mask.any() else self._mask
 
@@ -274,36 +267,36 @@ def _mask(vocabulary: Vocabulary, matcher: LLMatcher) -> Allowed:
 
 
 def _closing(vocabulary: Vocabulary, matcher: LLMatcher, limit: int) -> list[int] | None:
-    """A short way to the end, its token included, in at most `limit` tokens."""
+    """A short text that ends here, end token included, of at most `limit` tokens."""
     for in_text in (vocabulary.in_text, vocabulary.in_format):
-        way = _greedy(vocabulary, matcher.deep_copy(), limit, in_text)
-        if way is not None:
-            return way
+        ids = _greedy(vocabulary, matcher.deep_copy(), limit, in_text)
+        if ids is not None:
+            return ids
     return None
 
 
 def _greedy(vocabulary: Vocabulary, matcher: LLMatcher, limit: int, in_text: NDArray[np.int64]) -> list[int] | None:
-    """The way of the tokens that look shortest. Uses up the matcher."""
-    way: list[int] = []
-    while len(way) < limit:
+    """The text of the tokens of lowest rank; None where it does not end. Consumes the matcher."""
+    ids: list[int] = []
+    while len(ids) < limit:
         mask = _mask(vocabulary, matcher)
         if matcher.is_error() or not mask.any():
             return None
-        way.append(vocabulary.towards_end(mask, in_text))
-        if way[-1] == vocabulary.end_id:
-            return way if matcher.is_accepting() else None
-        if not matcher.consume_token(way[-1]):
+        ids.append(vocabulary.towards_end(mask, in_text))
+        if ids[-1] == vocabulary.end_id:
+            return ids if matcher.is_accepting() else None
+        if not matcher.consume_token(ids[-1]):
             return None
     return None
 
 
 def _is_stuck(vocabulary: Vocabulary, matcher: LLMatcher) -> bool:
-    """Whether no text fits that begins as the matcher's has begun, as far as it can tell."""
+    """Whether the matcher finds no continuation."""
     mask = _mask(vocabulary, matcher)
     return matcher.is_error() or not mask.any() or (bool(mask[vocabulary.end_id]) and not matcher.is_accepting())
 
 
-def _told(error: str) -> str:
-    """llguidance's error in one line, without the lines of the grammar around it."""
-    said = re.split(r"\n +1 \| |\n<non-verbose", error)[0]
-    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", said).split())[:300]
+def _error_line(error: str) -> str:
+    """llguidance's error in one line, without the excerpt of the grammar."""
+    message = re.split(r"\n +1 \| |\n<non-verbose", error)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", message).split())[:300]

@@ -1,9 +1,9 @@
-"""A decoder's weights laid out for products of few rows, as steps of a batch make them: in full, or rounded to int8.
+"""Decoder weights prepared for products of few rows: packed in fp32, or quantized to int8.
 
-A plain product may lay its weight out anew at each call, which for few rows of a large weight costs more than the
-product; whether the packed one is faster depends on processor and size, so it is tried. Both kinds
-give a row the same bits whatever other rows there are: the packed one as measured (`slots.rows_are_independent` looks
-again), the rounded one because sums of integers are exact and each row is rounded by its own scale.
+A plain product may repack its weight at each call, which for few rows of a large weight costs more than the product;
+whether packing is faster depends on processor and size, so it is measured. Both kinds are bit-identical for a row
+whatever the other rows: the packed one as measured (`batching.rows_are_independent` checks it), the quantized one
+because integer sums are exact and each row has its own scale.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from components.config.params import InputError
 from components.models.decoder import Decoder
 
 TRIED_ROWS, TRIALS = (4, 32), 8
-"""Of the trial whether packing pays."""
-LARGEST = 127
-"""Of the integers that weights and activations are rounded to."""
+"""Batch sizes and repetitions of the measurement in `should_pack`."""
+INT8_MAX = 127
 
 
 class PackedLinear(nn.Module):
-    """x (..., in) to (..., out) in fp32 with oneDNN's own layout of the weight."""
+    """x (..., in) to (..., out) in fp32, with the weight in oneDNN's layout."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -42,18 +41,18 @@ class RoundedLinear(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.in_features = weight.shape[1]
-        self._scale = weight.detach().abs().amax(1).clamp_(min=torch.finfo(weight.dtype).tiny) / LARGEST
+        self._scale = weight.detach().abs().amax(1).clamp_(min=torch.finfo(weight.dtype).tiny) / INT8_MAX
         self._rounded = (weight.detach() / self._scale.unsqueeze(1)).round_().to(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        scale = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(LARGEST)
+        scale = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(INT8_MAX)
         sums = torch._int_mm((rows / scale).round_().to(torch.int8), self._rounded.t())
         return sums.to(x.dtype).mul_(scale).mul_(self._scale).view(*x.shape[:-1], -1)
 
 
 def pack(model: Decoder) -> None:
-    """Lay the weights of a model out for serving, where oneDNN is there for it; it cannot be trained or saved then."""
+    """Pack a model's weights where oneDNN is available; the model can no longer be trained or saved."""
     if _packable(model):
         _replace(model, PackedLinear)
 
@@ -65,9 +64,9 @@ def _packable(model: Decoder) -> bool:
 
 @torch.inference_mode()
 def should_pack(model: Decoder) -> bool:
-    """Whether the model's products, few rows and many, take less time with packed weights.
+    """Whether packed weights make the model's products faster, for few rows and many.
 
-    All of them in turn: a weight that is still in the processor's caches would say nothing of steps.
+    All products are run in turn, so that weights are not in the processor's caches.
     """
     if not _packable(model):
         return False
@@ -77,29 +76,29 @@ def should_pack(model: Decoder) -> bool:
 
 
 def _seconds(products: Sequence[nn.Linear] | Sequence[PackedLinear], rows: int) -> float:
-    """The shortest of some rounds: what else the machine does makes none of them shorter."""
-    given = [torch.ones(rows, product.in_features) for product in products]
-    found = []
+    """The minimum of several rounds, which other load affects least."""
+    inputs = [torch.ones(rows, product.in_features) for product in products]
+    rounds = []
     for _ in range(TRIALS):
-        began = time.perf_counter()
-        for product, x in zip(products, given, strict=True):
+        started = time.perf_counter()
+        for product, x in zip(products, inputs, strict=True):
             product(x)
-        found.append(time.perf_counter() - began)
-    return min(found)
+        rounds.append(time.perf_counter() - started)
+    return min(rounds)
 
 
 def round_weights(model: Decoder) -> None:
-    """Round the weights of every product but the head to int8; the model can no longer be trained or saved."""
+    """Quantize the weights of every product but the head to int8; the model can no longer be trained or saved."""
     _replace(model.blocks, RoundedLinear)
 
 
 @torch.inference_mode()
 def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreement: float) -> float:
-    """`round_weights`, if behind all beginnings of the sequences the model still takes the same token nearly always.
+    """`round_weights`, if the greedy token stays the same after nearly all prefixes of the sequences.
 
-    Returns the share of the same ones.
+    Returns the share of prefixes that agree.
 
-    Raises: InputError when it is less than `min_agreement`; the model is then as unfit as it was found to be.
+    Raises: InputError when it is below `min_agreement`; the model is quantized even then.
     """
     batches = [torch.tensor([list(sequence)]) for sequence in sequences]
     before = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
@@ -108,7 +107,7 @@ def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreem
     agreement = (before == after).double().mean().item()
     if agreement < min_agreement:
         raise InputError(
-            f"params.yaml: serve.int8: rounded, the model takes the same token in {agreement:.1%} of {len(before)} "
+            f"params.yaml: serve.int8: quantized, the model chooses the same token in {agreement:.1%} of {len(before)} "
             f"cases; at least {min_agreement:.0%} are needed; set serve.int8: false"
         )
     return agreement

@@ -5,7 +5,7 @@ Rows come as strings, or as a frame whose column `text` or `source` (else its fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,21 @@ EXAMPLE = "Hello"
 
 
 class Predictor:
-    """A loaded model folder that labels rows, or writes of each."""
+    """A loaded model folder that classifies or summarizes rows."""
 
     def __init__(self, folder: Path) -> None:
         summarizes = task_of(folder) == "summarize"
-        self._answer = _writes(Summarizer.load(folder)) if summarizes else _labels(TextClassifier.load(folder))
+        self._model: Summarizer | TextClassifier = (Summarizer if summarizes else TextClassifier).load(folder)
 
     def predict(self, rows: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """The label of each row, or what is written of it, in order."""
+        """The label or the summary of each row, in order."""
         if hasattr(rows, "columns"):
             column = next((name for name in ("text", "source") if name in rows.columns), rows.columns[0])
             rows = rows[column].tolist()
-        return self._answer([str(row) for row in rows])
-
-
-def _labels(reader: TextClassifier) -> Callable[[list[str]], list[str]]:
-    return lambda texts: [one.label for one in reader.classify(texts)]
-
-
-def _writes(writer: Summarizer) -> Callable[[list[str]], list[str]]:
-    return lambda texts: writer.write(texts)
+        texts = [str(row) for row in rows]
+        if isinstance(self._model, Summarizer):
+            return self._model.write(texts)
+        return [prediction.label for prediction in self._model.classify(texts)]
 
 
 def _load_pyfunc(path: str) -> Predictor:

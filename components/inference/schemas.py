@@ -1,7 +1,7 @@
-"""JSON schemas that a grammar can hold a model to: what is understood is kept, what is not is named.
+"""JSON schemas for structured output: the supported keywords are kept, unsupported ones refused by name.
 
-Draft 2020-12 as llguidance reads it (its docs/json_schema.md). Annotations and unknown keywords say nothing about
-validity and are dropped, as the standard has it; a keyword that does, and cannot be held to, is refused.
+Draft 2020-12 as llguidance supports it (its docs/json_schema.md). Annotations and unknown keywords do not affect
+validity and are dropped, as the standard specifies.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from urllib.parse import unquote
 from components.config.params import InputError
 
 MAX_CHARACTERS = 100_000
-"""Of a schema written as JSON."""
+"""Characters of a schema as JSON."""
 MAX_DEPTH = 40
-"""Schemas within schemas."""
+"""Nesting depth of schemas."""
 MAX_PATTERN_SIZE = 20_000
-"""Characters of a pattern once its counted repetitions are written out."""
+"""Characters of a pattern with its counted repetitions expanded."""
 MAX_MULTIPLE = 10_000
-"""The least common multiple of all `multipleOf`, as digits: 0.25 counts as 25. Automata grow with it."""
+"""Least common multiple of all `multipleOf`, in digits: 0.25 counts as 25. The automaton's size grows with it."""
 MAX_COMPARED = 10_000
-"""Pairs of schemas looked at to see that the branches of a union exclude each other."""
+"""Pairs of schemas compared to show that the branches of a union are disjoint."""
 
 KINDS = ("null", "boolean", "integer", "number", "string", "array", "object")
 FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
-"""What `format` is held to; any other value is an annotation."""
+"""Values of `format` that are enforced; any other is an annotation."""
 _YEAR = r"(?:[1-9]\d{3}|0[1-9]\d\d|00[1-9]\d|000[1-9])"
 _LEAP_YEAR = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 _MONTH_AND_DAY = (
@@ -46,12 +46,11 @@ _PATTERNS = {
     "date-time": f"^{_DATE}T{_TIME}$",
     "email": rf"^{_ATOM}(?:\.{_ATOM}){{0,4}}@(?:{_LABEL}\.){{1,4}}[A-Za-z]{{2,63}}$",
 }
-"""Formats as every reader takes them: days that there are, no leap second, no quoted local part."""
+"""Formats as all parsers accept them: existing days, no leap second, no quoted local part."""
 
 _OF_ONE = ("items", "additionalItems", "additionalProperties")
 _OF_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_PLAIN = ("$schema", "$ref", "const", "enum", "type", "required", "pattern", "format")
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _UNSUPPORTED = (
@@ -64,21 +63,21 @@ Schema = dict[str, Any]
 
 
 class SchemaError(InputError):
-    """A schema that is wrong, or that a grammar cannot express."""
+    """A schema that is invalid or not supported."""
 
 
 def checked(schema: Any, where: str, usable: Callable[[str], bool] | None = None) -> Schema:
-    """The schema with nothing in it but what validity depends on and a grammar can express.
+    """The schema reduced to supported keywords.
 
-    Without `usable`, what no grammar can express is refused. With it, such keywords are left out, as are patterns that
-    are not `usable`: whatever fits the schema fits the result, and whoever takes the value checks the rest.
+    Without `usable`, unsupported keywords are refused. With it, they are dropped, as are patterns that are not
+    `usable`: every value that fits the schema fits the result, and clients validate the rest.
 
-    Raises: SchemaError, naming the place (below `where`) and the keyword.
+    Raises: SchemaError, naming the path (below `where`) and the keyword.
     """
     if len(written := json.dumps(schema, ensure_ascii=False)) > MAX_CHARACTERS:
         raise SchemaError(f"{where}: a schema of more than {MAX_CHARACTERS} characters; send a smaller one")
-    reader = _Reader(json.loads(written) if '"discriminator"' in written else schema, usable)
-    kept = reader.read(where)
+    reducer = _Reducer(json.loads(written) if '"discriminator"' in written else schema, usable)
+    kept = reducer.reduce(where)
     if kept is False:
         raise SchemaError(f"{where}: no value fits this schema")
     _check_multiples(kept, where)
@@ -100,22 +99,22 @@ def parts(schema: Any) -> Iterator[Schema]:
             yield from parts(part)
 
 
-class _Reader:
-    """One schema, with the definitions that its references lead to."""
+class _Reducer:
+    """Reduces one schema, and resolves its references."""
 
     def __init__(self, root: Any, usable: Callable[[str], bool] | None) -> None:
         self._root, self._usable = root, usable
         self._compared = 0
 
-    def read(self, where: str) -> Schema | bool:
+    def reduce(self, where: str) -> Schema | bool:
         self._require_tags()
-        return self._kept(self._root, where, 0)
+        return self._reduced(self._root, where, 0)
 
-    def _kept(self, schema: Any, where: str, depth: int) -> Schema | bool:
+    def _reduced(self, schema: Any, where: str, depth: int) -> Schema | bool:
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            raise SchemaError(f"{where}: {_shown(schema)} is no JSON schema; expected an object or a boolean")
+            raise SchemaError(f"{where}: {_shown(schema)} is not a JSON schema; expected an object or a boolean")
         if depth > MAX_DEPTH:
             if self._usable:
                 return True
@@ -123,26 +122,25 @@ class _Reader:
         kept: Schema = {}
         for key, value in schema.items():
             at = f"{where}.{key}"
-            if self._usable and self._is_left_out(key, value, self._usable):
+            if self._usable and self._is_dropped(key, value, self._usable):
                 continue
             if key in ("anyOf", "oneOf", "allOf") and value == [] and self._usable:
                 raise SchemaError(f"{at}: []: expected schemas")
             if key in _UNSUPPORTED or (key == "uniqueItems" and value is not False):
                 raise SchemaError(f"{at}: the keyword {key!r} is not supported; leave it out")
+            if key in _CHECKS:
+                _CHECKS[key](value, at)
             if key in _OF_ONE and not isinstance(value, list):
-                kept[key] = self._kept(value, at, depth + 1)
+                kept[key] = self._reduced(value, at, depth + 1)
             elif key in _OF_MANY or key in _OF_ONE:
-                kept[key] = [
-                    self._kept(part, f"{at}[{place}]", depth + 1) for place, part in enumerate(_list(value, at))
-                ]
+                kept[key] = [self._reduced(part, f"{at}[{index}]", depth + 1) for index, part in enumerate(value)]
             elif key in _BY_NAME:
                 kept[key] = {
-                    name: self._kept(part, f"{at}.{name}", depth + 1)
-                    for name, part in _object(value, at).items()
+                    name: self._reduced(part, f"{at}.{name}", depth + 1)
+                    for name, part in value.items()
                     if not (self._usable and key == "patternProperties" and not self._usable(name))
                 }
             elif key in _CHECKS:
-                _CHECKS[key](value, at)
                 kept[key] = value
         if kept.get("format") not in FORMATS:
             kept.pop("format", None)
@@ -155,16 +153,17 @@ class _Reader:
                 )
             del kept["minProperties"]
         if self._usable and kept.get("additionalProperties") is False and "patternProperties" not in kept:
-            known = kept.get("properties", {})
-            kept |= {key: [name for name in kept[key] if name in known] for key in ("required",) if key in kept}
-        if kept.get("oneOf") and (self._usable or self._exclude_each_other(schema["oneOf"])):
+            properties = kept.get("properties", {})
+            if "required" in kept:
+                kept["required"] = [name for name in kept["required"] if name in properties]
+        if kept.get("oneOf") and (self._usable or self._are_disjoint(schema["oneOf"])):
             kept["allOf"] = [*kept.get("allOf", []), {"anyOf": kept.pop("oneOf")}]
             if len(kept["allOf"]) == 1 and "anyOf" not in kept:
                 kept |= kept.pop("allOf")[0]
         return kept
 
-    def _is_left_out(self, key: str, value: Any, usable: Callable[[str], bool]) -> bool:
-        """Of a schema that is held to as far as possible: whether a keyword is nothing that a grammar can express."""
+    def _is_dropped(self, key: str, value: Any, usable: Callable[[str], bool]) -> bool:
+        """Whether a keyword of a schema that is enforced as far as possible is not supported."""
         if key in _UNSUPPORTED or key == "uniqueItems":
             return True
         if key == "pattern" and isinstance(value, str):
@@ -174,13 +173,13 @@ class _Reader:
         if key == "$ref" and isinstance(value, str):
             return not value.startswith("#")
         if isinstance(value, bool) and key in ("required", "exclusiveMinimum", "exclusiveMaximum"):
-            return True  # as drafts before 6 have it
+            return True  # drafts before 6
         return (value is None and key != "const") or (key == "type" and value == "any")
 
     def _require_tags(self) -> None:
         """Make each branch of a union with OpenAPI's `discriminator` require its tag, which may have a default.
 
-        Without its tag nobody can tell a value's branch, so pydantic takes none.
+        pydantic refuses a value without its tag.
         """
         for part in list(parts(self._root)):
             tag = part["discriminator"].get("propertyName") if isinstance(part.get("discriminator"), dict) else None
@@ -190,7 +189,7 @@ class _Reader:
                     branch["required"] = [*required, tag]
 
     def _branches(self, schema: Any, depth: int = 0) -> Iterator[Schema]:
-        """The branches of a union, and of the unions among them."""
+        """The branches of a union, nested unions flattened."""
         schema = self._resolved(schema)
         if isinstance(schema, dict) and depth < MAX_DEPTH:
             inner = next((schema[key] for key in ("oneOf", "anyOf") if isinstance(schema.get(key), list)), None)
@@ -200,7 +199,7 @@ class _Reader:
                 yield from self._branches(branch, depth + 1)
 
     def _resolved(self, schema: Any) -> Any:
-        """What a bare reference leads to; None where that is nothing."""
+        """The target of a bare reference; None where there is none."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or not isinstance(path := schema.get("$ref"), str):
                 return schema
@@ -210,40 +209,40 @@ class _Reader:
                 schema = schema.get(name) if isinstance(schema, dict) else None
         return schema
 
-    def _exclude_each_other(self, branches: Any) -> bool:
+    def _are_disjoint(self, branches: Any) -> bool:
         return isinstance(branches, list) and all(
-            self._disjoint(one, other) for one, other in combinations(branches, 2)
+            self._disjoint(left, right) for left, right in combinations(branches, 2)
         )
 
-    def _disjoint(self, one: Any, other: Any, depth: int = 0) -> bool:
-        """Whether it is certain that no value fits both: by kinds, by constants, or by those of what both require."""
+    def _disjoint(self, left: Any, right: Any, depth: int = 0) -> bool:
+        """Whether it is certain that no value fits both: by type, by constants, or by those of required properties."""
         self._compared += 1
-        one, other = self._resolved(one), self._resolved(other)
-        if one is False or other is False:
+        left, right = self._resolved(left), self._resolved(right)
+        if left is False or right is False:
             return True
-        if not (isinstance(one, dict) and isinstance(other, dict)) or depth > 8 or self._compared > MAX_COMPARED:
+        if not (isinstance(left, dict) and isinstance(right, dict)) or depth > 8 or self._compared > MAX_COMPARED:
             return False
-        for left, right in ((one, other), (other, one)):
+        for union, other in ((left, right), (right, left)):
             for key in ("anyOf", "oneOf"):
-                if isinstance(left.get(key), list) and left[key]:
-                    return all(self._disjoint(part, right, depth + 1) for part in left[key])
-        ours, theirs = _constants(one), _constants(other)
-        if ours is not None and theirs is not None:
-            return not ours & theirs
-        kinds, other_kinds = _kinds(one), _kinds(other)
+                if isinstance(union.get(key), list) and union[key]:
+                    return all(self._disjoint(part, other, depth + 1) for part in union[key])
+        constants, other_constants = _constants(left), _constants(right)
+        if constants is not None and other_constants is not None:
+            return not constants & other_constants
+        kinds, other_kinds = _kinds(left), _kinds(right)
         if not kinds & other_kinds:
             return True
-        needed = [name for name in one.get("required") or () if name in (other.get("required") or ())]
+        required = [name for name in left.get("required") or () if name in (right.get("required") or ())]
         return kinds & other_kinds == {"object"} and any(
             self._disjoint(
-                (one.get("properties") or {}).get(name), (other.get("properties") or {}).get(name), depth + 1
+                (left.get("properties") or {}).get(name), (right.get("properties") or {}).get(name), depth + 1
             )
-            for name in needed
+            for name in required
         )
 
 
 def _constants(schema: Schema) -> set[str] | None:
-    """The only values that fit, as JSON; None where there may be others."""
+    """The values of `const` or `enum`, as JSON; None without them."""
     values = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(values, list):
         return None
@@ -252,22 +251,10 @@ def _constants(schema: Schema) -> set[str] | None:
 
 
 def _kinds(schema: Schema) -> set[str]:
-    """The kinds of values that may fit; every integer is a number."""
-    named = schema.get("type")
-    kinds = {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)} or set(KINDS)
+    """The types that may fit; every integer is a number."""
+    types = schema.get("type")
+    kinds = {kind for kind in (types if isinstance(types, list) else [types]) if isinstance(kind, str)} or set(KINDS)
     return {"number" if kind == "integer" else kind for kind in kinds}
-
-
-def _list(value: Any, at: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise SchemaError(f"{at}: {_shown(value)}: expected a list of schemas")
-    return value
-
-
-def _object(value: Any, at: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise SchemaError(f"{at}: {_shown(value)}: expected schemas by name")
-    return value
 
 
 def _fits(fits: Callable[[Any], bool], expected: str) -> Callable[[Any, str], None]:
@@ -295,7 +282,9 @@ def _check_pattern(value: Any, at: str) -> None:
     if not isinstance(value, str):
         raise SchemaError(f"{at}: {_shown(value)}: expected a regular expression")
     if pattern_size(value) > MAX_PATTERN_SIZE:
-        raise SchemaError(f"{at}: its repetitions come to more than {MAX_PATTERN_SIZE} characters; write a smaller one")
+        raise SchemaError(
+            f"{at}: more than {MAX_PATTERN_SIZE} characters with repetitions expanded; write a smaller one"
+        )
 
 
 _CHECKS: Mapping[str, Callable[[Any, str], None]] = {
@@ -313,12 +302,14 @@ _CHECKS: Mapping[str, Callable[[Any, str], None]] = {
         _COUNTS,
         _fits(lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a whole number"),
     ),
+    **dict.fromkeys(_OF_MANY, _fits(lambda value: isinstance(value, list), "a list of schemas")),
+    **dict.fromkeys(_BY_NAME, _fits(lambda value: isinstance(value, dict), "schemas by name")),
     **dict.fromkeys(_NUMBERS, _fits(_is_number, "a number")),
 }
 
 
 def pattern_size(pattern: str) -> int:
-    """Characters of a regular expression whose counted repetitions are written out: `(ab){3}` has 8."""
+    """Characters of a regular expression with counted repetitions expanded: `(ab){3}` has 8."""
     sizes, last = [0], 0
     for piece in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}|.", pattern, re.DOTALL):
         if piece == "(":
@@ -336,7 +327,7 @@ def pattern_size(pattern: str) -> int:
 
 
 def _multiple(value: float) -> int | None:
-    """The digits of a `multipleOf`; None where it is too fine."""
+    """The digits of a `multipleOf`; None below 1e-6."""
     number = Decimal(str(value))
     exponent = int(number.as_tuple().exponent)
     return int(number * 10 ** max(0, -exponent)) if number > 0 and exponent >= -6 else None

@@ -1,4 +1,4 @@
-"""An encoder-decoder folder as a writer: a text in, the text that it was taught to make of it out."""
+"""An encoder-decoder folder as a summarizer: text to text."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ MAX_NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class GeneratedText:
-    """What one source was turned into."""
-
     text: str
     ids: list[int]
     """The tokens of the text."""
     ended: bool
-    """False when the limit of tokens ended it."""
+    """False when the token limit ended it."""
     source_tokens: int
-    """As many as were read."""
+    """Tokens of the source after truncation."""
 
 
 class Summarizer:
@@ -52,27 +50,29 @@ class Summarizer:
         """Raises: InputError when the folder holds no encoder-decoder with its tokenizer."""
         model = load_model(folder, device=best_device())
         if not isinstance(model, EncoderDecoder):
-            raise InputError(f"{folder}: a {type(model).__name__.lower()} writes no target; give an encoder-decoder's")
+            raise InputError(
+                f"{folder}: a {type(model).__name__.lower()} is no encoder-decoder; give an encoder-decoder's folder"
+            )
         return cls(model, load_tokenizer(folder), _no_repeat_ngram_size(folder / "generation_config.json"))
 
     def write(self, sources: Sequence[str], beams: int = 1) -> list[str]:
-        """What each source is turned into, in order; only the beginning is read of one that is too long."""
-        return [one.text for one in self.written(sources, beams)]
+        """The target text of each source, in order; long sources are truncated."""
+        return [target.text for target in self.generate(sources, beams)]
 
-    def written(self, sources: Sequence[str], beams: int = 1) -> list[GeneratedText]:
+    def generate(self, sources: Sequence[str], beams: int = 1) -> list[GeneratedText]:
         """As `write`, with the tokens."""
-        read = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
-        # What is too long loses its end, not the token that ends it.
-        read = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in read]
+        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(sources))]
+        # Truncation keeps the end token.
+        encoded = [ids if len(ids) <= self.max_seq_len else [*ids[: self.max_seq_len - 1], ids[-1]] for ids in encoded]
         search = Search(MAX_NEW_TOKENS, self._end_id, beams, no_repeat_ngram_size=self._no_repeat)
-        targets = generate_targets(self.model, read, search)
+        targets = generate_targets(self.model, encoded, search)
         return [
             GeneratedText(self.decode(target.ids), target.ids, target.ended, len(ids))
-            for target, ids in zip(targets, read, strict=True)
+            for target, ids in zip(targets, encoded, strict=True)
         ]
 
     def count(self, source: str) -> int:
-        """Tokens of a source, however long it is."""
+        """Tokens of a source before truncation."""
         return len(self._tokenizer.encode(source).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -80,7 +80,7 @@ class Summarizer:
 
 
 def _no_repeat_ngram_size(path: Path) -> int:
-    """What a model folder says of repetitions, under the name that `transformers` has for it."""
+    """The setting of `transformers`' generation_config.json; 0 where it has none."""
     if not path.is_file():
         return 0
     try:
@@ -88,5 +88,5 @@ def _no_repeat_ngram_size(path: Path) -> int:
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a readable generation configuration: {error}") from None
     if not isinstance(size, int) or size < 0:
-        raise InputError(f"{path}: no_repeat_ngram_size: {size!r}; a count of tokens, 0 for none, is expected")
+        raise InputError(f"{path}: no_repeat_ngram_size: {size!r}; expected a number of tokens, 0 for none")
     return size

@@ -43,7 +43,7 @@ class LayerCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, D) behind what is there and return all of both."""
+        """Append keys and values (B, K, T, D) and return all of both."""
         start = self.owner.length
         end = start + keys.shape[2]
         self.keys[:, :, start:end] = keys
@@ -54,7 +54,7 @@ class LayerCache:
 class KVCache:
     """Keys and values of a batch whose rows have the same length (shorter ones padded on the left).
 
-    An engine may bring its own: the decoder asks for `length`, `layers[i].extend` and `advance` alone.
+    An engine may have its own: the decoder uses `length`, `layers[i].extend` and `advance` alone.
     """
 
     def __init__(
@@ -132,8 +132,8 @@ class Attention(nn.Module):
         """x (B, T, E), context (B, S, E) -> (B, T, E).
 
         `mask` broadcasts to (B, H, T, S): boolean (true: may attend) or added to the scores; without it every
-        query sees every key. `rotary` turns queries and keys. `cache` is extended by this call's keys and values.
-        `context` may be what `remember` made of it, so that decoding reads a context once.
+        query sees every key. `rotary` rotates queries and keys. `cache` is extended by this call's keys and values.
+        `context` may be the result of `project_context`, so that decoding projects a context once.
         """
         alone = self._fusable and should_fuse(x) and context is None and cache is None
         if alone and mask is not None and rotary is not None and rotary[0].shape[-1] == self.head_dim:
@@ -144,12 +144,12 @@ class Attention(nn.Module):
                 keys, values = cache.extend(keys, values)
         else:
             queries = self._normed(self._heads(self.qkv.some(x, 0, 1)), self.q_norm).transpose(1, 2)
-            keys, values = self.remember(context) if isinstance(context, Tensor) else context
+            keys, values = self.project_context(context) if isinstance(context, Tensor) else context
         mixed = attend(queries, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
         added: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return added
 
-    def remember(self, context: Tensor) -> Pair:
+    def project_context(self, context: Tensor) -> Pair:
         """Keys and values (B, K, S, D) of a context (B, S, E) to attend to."""
         keys, values = self._heads(self.qkv.some(context, 1, 3)).chunk(2, dim=2)
         return self._normed(keys, self.k_norm).transpose(1, 2), values.transpose(1, 2)
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         return added
 
     def _project(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D), the former two normed and turned."""
+        """Queries (B, H, T, D), keys and values (B, K, T, D), the former two normed and rotated."""
         heads = self._heads(self.qkv(x))  # (B, T, H + 2K, D)
         queries, keys, values = torch.split(heads, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         queries, keys = self._normed(queries, self.q_norm), self._normed(keys, self.k_norm)

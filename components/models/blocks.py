@@ -1,6 +1,6 @@
-"""The transformer block: attention and a feed-forward, each behind a norm and added to the stream.
+"""The transformer block: attention and a feed-forward, each after a norm and added to the residual stream.
 
-Shapes: B batch, T tokens, S tokens of the context, E embed_dim, N rows asked for.
+Shapes: B batch, T tokens, S tokens of the context, E embed_dim, N positions to compute.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
             inner = self.activation(gate) * up
         else:
             inner = self.activation(inner)
-        added: Tensor = self.down(dropped(inner, self.dropout, self.training))
+        added: Tensor = self.down(dropout(inner, self.dropout, self.training))
         return added
 
 
@@ -119,16 +119,16 @@ class Block(nn.Module):
         context: Tensor | Pair | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions after attention: (N, E)."""
         attended = self.attention(normed(x, self.attention_norm), mask=mask, cache=cache, rotary=rotary)
         if context is not None:
-            x = x + dropped(attended, self.dropout, self.training)
+            x = x + dropout(attended, self.dropout, self.training)
             attended = self.cross_attention(self.cross_attention_norm(x), context=context, mask=context_mask)
         if rows is not None:
-            x, attended = taken(x, rows), taken(attended, rows)
-        x = x + dropped(normed(attended, self.attention_post_norm), self.dropout, self.training)
+            x, attended = select_rows(x, rows), select_rows(attended, rows)
+        x = x + dropout(normed(attended, self.attention_post_norm), self.dropout, self.training)
         added = normed(self.mlp(normed(x, self.mlp_norm)), self.mlp_post_norm)
-        return x + dropped(added, self.dropout, self.training)
+        return x + dropout(added, self.dropout, self.training)
 
 
 class PostNormBlock(nn.Module):
@@ -145,12 +145,12 @@ class PostNormBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions after attention: (N, E)."""
         attended = self.attention(x, mask=mask)
         if rows is not None:
-            x, attended = taken(x, rows), taken(attended, rows)
-        x = self.attention_norm(x + dropped(attended, self.dropout, self.training))
-        out: Tensor = self.mlp_norm(x + dropped(self.mlp(x), self.dropout, self.training))
+            x, attended = select_rows(x, rows), select_rows(attended, rows)
+        x = self.attention_norm(x + dropout(attended, self.dropout, self.training))
+        out: Tensor = self.mlp_norm(x + dropout(self.mlp(x), self.dropout, self.training))
         return out
 
 
@@ -178,11 +178,11 @@ class PreNormBlock(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, rotary: Rotary | None = None, rows: Tensor | None = None
     ) -> Tensor:
-        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions go on behind attention: (N, E)."""
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions after attention: (N, E)."""
         attended = self.attention(normed(x, self.attention_norm), mask=mask, rotary=rotary)
         if rows is not None:
-            x, attended = taken(x, rows), taken(attended, rows)
-        x = x + dropped(attended, self.attention.dropout, self.training)
+            x, attended = select_rows(x, rows), select_rows(attended, rows)
+        x = x + dropout(attended, self.attention.dropout, self.training)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
@@ -192,11 +192,11 @@ def normed(x: Tensor, norm: nn.Module | None) -> Tensor:
     return norm(x) if norm is not None else x
 
 
-def dropped(x: Tensor, share: float, training: bool) -> Tensor:
-    """x with a random share of its numbers left out, the rest scaled up to make up for it; x itself where none are."""
+def dropout(x: Tensor, share: float, training: bool) -> Tensor:
+    """Dropout with probability `share` in training, else x."""
     return F.dropout(x, share) if share and training else x
 
 
-def taken(x: Tensor, rows: Tensor) -> Tensor:
-    """These of the B * T positions of x (B, T, E): (N, E)."""
+def select_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The positions `rows` (N,) of the B * T of x (B, T, E): (N, E)."""
     return x.flatten(0, 1).index_select(0, rows)

@@ -1,6 +1,6 @@
-"""Hugging Face model folders in and out, for every family: `formats.py` says what is called how.
+"""Hugging Face model folders of every family, read and written with the names of `formats.py`.
 
-Weights are safetensors, one file or shards with an index; pickles are refused, for to read one is to run it.
+Weights are safetensors, one file or shards with an index; pickles are refused, for reading one executes code.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_tem
 """Files that a folder may have beside its tokenizer.json."""
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies, and what it is called there."""
+class TensorLocation(NamedTuple):
+    """The file of a tensor, and its name there."""
 
     file: Path
     name: str
@@ -51,9 +51,11 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder that `transformers` loads, weights in fp32; all of it or nothing.
+    """Write a model folder that `transformers` loads, all of it or nothing.
 
-    `files` are put in beside, by their place in the folder: paths are copied, texts are written. `generation` goes into
+    Weights are in the dtype of the folder that the model was read from, fp32 where it was none.
+
+    `files` are added, by their path in the folder: paths are copied, texts are written. `generation` goes into
     generation_config.json.
 
     Raises: InputError when the disk is full or the folder cannot be written.
@@ -80,7 +82,7 @@ def save_model(
                     shutil.copyfile(source, temporary / filename)
                 else:
                     (temporary / filename).write_text(source, encoding="utf-8")
-            _sync(temporary)
+            sync(*temporary.iterdir(), temporary)
             _swap(temporary, folder, Path(name) / "old")
     except OSError as error:
         raise InputError(
@@ -95,15 +97,17 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.d
     """
     model, pairs, absent = _opened(folder, dtype, device)
     for file, targets in pairs.items():
-        _read_into(file, targets)
-    _draw([absent[name] for name in sorted(absent)])
+        with safe_open(str(file), framework="pt") as tensors:
+            for name, target in targets.items():
+                target.copy_(tensors.get_tensor(name))
+    _initialize([absent[name] for name in sorted(absent)])
     return model
 
 
 def check_model(folder: Path) -> nn.Module:
-    """The model of a folder without its weights, once each is found to be there and of the right shape.
+    """The model of a folder without its weights, after a check of the name and shape of each.
 
-    Its memory is taken and never touched, so that a model larger than the machine's can be looked at.
+    Its memory is allocated and never touched, so that a model larger than the machine's can be inspected.
 
     Raises: InputError as `load_model`.
     """
@@ -113,28 +117,28 @@ def check_model(folder: Path) -> nn.Module:
 def _opened(
     folder: Path, dtype: torch.dtype, device: torch.device | str | None
 ) -> tuple[nn.Module, dict[Path, dict[str, Tensor]], dict[str, Tensor]]:
-    """A model without weights; for each file, what to read into where; and what the folder may lack and does."""
+    """A model without weights; the target of each tensor of each file; and optional weights that the folder lacks."""
     architecture, fields = _read_fields(folder)
     form = FORMATS[architecture]
     config = form.read(fields)
     files = weight_files(folder)
-    found = {_today(name): Stored(file, name) for file in files for name in _names_in(file)}
-    if form.base and not any(name.startswith(form.prefix) for name in found):
+    locations = {_current_name(name): TensorLocation(file, name) for file in files for name in _names_in(file)}
+    if form.base and not any(name.startswith(form.prefix) for name in locations):
         form = FORMATS[form.base]
         config = form.read(fields)
-    config = form.settle(config, found)
+    config = form.settle(config, locations)
     with torch.device(device or "cpu"), _SkipInitialization():
         model = form.model(config).to(dtype)
-    wanted = dict(_hub_tensors(model, form))
-    absent = {name: wanted[name] for name in wanted.keys() - found.keys() if name.startswith(form.optional)}
-    extra = {name for name in found.keys() - wanted.keys() if name.endswith((*form.ignored, *_tied(model)))}
-    _compare(folder, wanted.keys() - absent.keys(), found.keys() - extra)
+    targets = dict(hub_tensors(model, form))
+    absent = {name: targets[name] for name in targets.keys() - locations.keys() if name.startswith(form.optional)}
+    extra = {name for name in locations.keys() - targets.keys() if name.endswith((*form.ignored, *_tied(model)))}
+    _compare(folder, targets.keys() - absent.keys(), locations.keys() - extra)
     pairs: dict[Path, dict[str, Tensor]] = {file: {} for file in files}
-    for name, target in wanted.items():
+    for name, target in targets.items():
         if name not in absent:
-            pairs[found[name].file][found[name].name] = target
-    for file, targets in pairs.items():
-        _compare_shapes(file, targets)
+            pairs[locations[name].file][locations[name].name] = target
+    for file, file_targets in pairs.items():
+        _compare_shapes(file, file_targets)
     return model, pairs, absent
 
 
@@ -156,7 +160,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
 def read_config(folder: Path) -> DecoderConfig:
     """Shape of the decoder in a folder.
 
-    Raises: InputError when its config.json is missing, broken or asks for what our decoder does not do.
+    Raises: InputError when its config.json is missing, broken or asks for what our decoder does not support.
     """
     architecture, fields = _read_fields(folder)
     form = FORMATS[architecture]
@@ -177,39 +181,35 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
     return architecture, FORMATS[architecture].read(fields)
 
 
-def hub_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
-    return _hub_tensors(model, FORMATS[architecture_of(model)])
-
-
-def _hub_tensors(model: nn.Module, form: Format) -> Iterator[tuple[str, Tensor]]:
-    names = form.names(model.config)
+    names = (form or FORMATS[architecture_of(model)]).names(model.config)
     for name, weight in model.named_parameters():
-        place, _, leaf = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", place))
-        pattern = re.sub(r"\.\d+\.", ".{n}.", place)
-        theirs = names.get(f"{pattern}.{leaf}")
-        if isinstance(theirs, str):
-            yield theirs, weight.data
+        module, _, leaf = name.rpartition(".")
+        number = "".join(re.findall(r"\.(\d+)\.", module))
+        pattern = re.sub(r"\.\d+\.", ".{n}.", module)
+        hub_names = names.get(f"{pattern}.{leaf}")
+        if isinstance(hub_names, str):
+            yield hub_names, weight.data
             continue
-        theirs = names[pattern]
-        if isinstance(theirs, str):
-            yield f"{theirs.format(n=number)}.{leaf}", weight.data
+        hub_names = names[pattern]
+        if isinstance(hub_names, str):
+            yield f"{hub_names.format(n=number)}.{leaf}", weight.data
             continue
-        fused = model.get_submodule(place)
+        fused = model.get_submodule(module)
         assert isinstance(fused, FusedLinear)
-        for part, rows in zip(theirs, torch.split(weight.data, list(fused.parts)), strict=True):
+        for part, rows in zip(hub_names, torch.split(weight.data, list(fused.parts)), strict=True):
             yield f"{part.format(n=number)}.{leaf}", rows
 
 
 def _tied(model: nn.Module) -> tuple[str, ...]:
-    """What a folder may hold though it repeats the embedding."""
+    """Tensors of a folder that may repeat the embedding."""
     head = getattr(model, "head", None)
     return ("lm_head.weight",) if head is not None and head.weight is model.get_parameter("embed.weight") else ()
 
 
-def _draw(weights: Sequence[Tensor]) -> None:
-    """Weights that a folder lacks, the same ones each time."""
+def _initialize(weights: Sequence[Tensor]) -> None:
+    """Initialize weights that a folder lacks, with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for weight in weights:
         std = 0.0 if weight.dim() == 1 else 0.02
@@ -217,7 +217,7 @@ def _draw(weights: Sequence[Tensor]) -> None:
 
 
 class _SkipInitialization(TorchFunctionMode):
-    """Leaves out drawing initial weights, which are read right after (torch's meta device costs seconds of imports)."""
+    """Skips initialization of weights, which are read right after (torch's meta device costs seconds of imports)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", "") == "torch.nn.init":
@@ -228,16 +228,16 @@ class _SkipInitialization(TorchFunctionMode):
 def _read_fields(folder: Path) -> tuple[str, Fields]:
     path = folder / "config.json"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        architecture = (given.get("architectures") or ["none"])[0]
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = (config.get("architectures") or ["none"])[0]
     except FileNotFoundError:
         raise InputError(f"{path}: not found; a model folder has config.json and {WEIGHTS}") from None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise InputError(f"{path}: not a readable model configuration: {error}") from None
     if architecture not in FORMATS:
         raise InputError(f"{path}: architectures: {architecture} is not supported; one of {', '.join(FORMATS)}")
-    fields = Fields(path, given)
-    if given.get("quantization_config"):
+    fields = Fields(path, config)
+    if config.get("quantization_config"):
         raise InputError(f"{path}: quantization_config: quantized weights are not supported; use the unquantized model")
     return architecture, fields
 
@@ -247,11 +247,19 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
     special = _special_ids(folder)
     written = FORMATS[architecture].write(model.config)
     written.pop("dtype", None)  # newer writers' word for torch_dtype
-    config = written | {"architectures": [architecture], "torch_dtype": "float32"}
+    dtype = str(_stored_dtype(model)).removeprefix("torch.")
+    config = written | {"architectures": [architecture], "torch_dtype": dtype}
     _write_json(folder / "config.json", config | special)
     if not isinstance(model, Encoder):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
         _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
+
+
+def _stored_dtype(model: nn.Module) -> torch.dtype:
+    """That of the folder a model was read from; fp32 for one of our own."""
+    source: Mapping[str, Any] = getattr(model.config, "source", None) or {}
+    name = source.get("dtype") or source.get("torch_dtype")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(name), torch.float32)
 
 
 def _special_ids(folder: Path) -> dict[str, int]:
@@ -272,27 +280,24 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> None:
-    tensors = dict(hub_tensors(model))
+    tensors, dtype = dict(hub_tensors(model)), _stored_dtype(model)
     shards: list[list[str]] = [[]]
     sizes = [0]
     for name, tensor in tensors.items():
-        size = tensor.numel() * 4
+        size = tensor.numel() * dtype.itemsize
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append([])
             sizes.append(0)
         shards[-1].append(name)
         sizes[-1] += size
-    files = [WEIGHTS] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
+    count = len(shards)
+    files = [WEIGHTS] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     for file, names in zip(files, shards, strict=True):
-        part = {name: tensors[name].detach().float().contiguous().cpu() for name in names}
+        part = {name: tensors[name].detach().to(dtype).contiguous().cpu() for name in names}
         (folder / file).write_bytes(safetensors_bytes(part, {"format": "pt"}))
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-
-
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -333,20 +338,14 @@ def _names_in(file: Path) -> list[str]:
         raise InputError(f"{file}: corrupt: {error}; fetch or train it again") from None
 
 
-def _today(name: str) -> str:
-    """What a tensor is called now: the first BERTs have TensorFlow's names of a norm's two vectors."""
+def _current_name(name: str) -> str:
+    """The present name of a tensor: the first BERTs have TensorFlow's names of a norm's two vectors."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 
-def _read_into(file: Path, wanted: Mapping[str, Tensor]) -> None:
+def _compare_shapes(file: Path, targets: Mapping[str, Tensor]) -> None:
     with safe_open(str(file), framework="pt") as tensors:
-        for name, target in wanted.items():
-            target.copy_(tensors.get_tensor(name))
-
-
-def _compare_shapes(file: Path, wanted: Mapping[str, Tensor]) -> None:
-    with safe_open(str(file), framework="pt") as tensors:
-        for name, target in wanted.items():
+        for name, target in targets.items():
             shape = tuple(tensors.get_slice(name).get_shape())
             if shape != tuple(target.shape):
                 raise InputError(
@@ -354,8 +353,8 @@ def _compare_shapes(file: Path, wanted: Mapping[str, Tensor]) -> None:
                 )
 
 
-def _compare(folder: Path, wanted: Any, found: Any) -> None:
-    for problem, names in (("missing", wanted - found), ("unknown", found - wanted)):
+def _compare(folder: Path, expected: Any, actual: Any) -> None:
+    for problem, names in (("missing", expected - actual), ("unknown", actual - expected)):
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(f"{folder}: {len(names)} tensors {problem}: {some}; the weights do not fit config.json")
@@ -365,18 +364,19 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Rename `new` to `target`; what was there moves to `old`."""
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync(target.parent)
+
+
+def sync(*paths: Path) -> None:
+    """fsync files and folders."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _swap(new: Path, place: Path, old: Path) -> None:
-    """Put `new` in place; what was there moves to `old`."""
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    _sync(place.parent)

@@ -12,12 +12,12 @@ from torch import nn
 from components.config.params import InputError
 
 Names = Mapping[str, str | tuple[str, ...]]
-"""Our module or weight, `{n}` for the number of its block, to theirs; several for the parts of a fused product."""
+"""Our module or weight, `{n}` for the number of its block, to Hugging Face's; several for a fused product."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a config.json, read with their name in every complaint."""
+    """The fields of a config.json; every error names the field."""
 
     path: Path
     values: dict[str, Any]
@@ -36,11 +36,11 @@ class Fields:
         return float(value)
 
     def choice(self, name: str, default: Any, allowed: Collection[Any]) -> Any:
-        """A value out of `allowed`; whatever else asks for what we do not compute."""
+        """A value out of `allowed`; others are not supported."""
         value = self._value(name, default)
         if value not in allowed:
-            said = ", ".join(repr(each) for each in allowed)
-            raise InputError(f"{self.path}: {name}: {value!r} is not supported; allowed: {said}")
+            known = ", ".join(map(repr, allowed))
+            raise InputError(f"{self.path}: {name}: {value!r} is not supported; allowed: {known}")
         return value
 
     def _value(self, name: str, default: Any) -> Any:
@@ -61,10 +61,10 @@ class Format:
     ignored: tuple[str, ...] = ()
     """Ends of the names of tensors that repeat others, or that are computed."""
     optional: tuple[str, ...] = ()
-    """Beginnings of the names of tensors that a folder may lack; they are drawn afresh."""
+    """Beginnings of the names of tensors that a folder may lack; they are initialized."""
     settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
-    """The configuration once the names of the tensors there are known."""
+    """The configuration, given the names of the folder's tensors."""
     base: str = ""
-    """The architecture that a folder is of whose config.json names this one, but none of whose tensors begin with
-    `prefix`: that of the model without its head, as sentence-transformers writes it."""
+    """The architecture of a folder whose config.json names this one, but none of whose tensor names begin with
+    `prefix`: the model without its head, as sentence-transformers writes it."""
     prefix: str = ""

@@ -139,10 +139,10 @@ class Decoder(nn.Module):
 
         input_ids (B, T). `segment_ids` (B, T): attention stays within equal ids (packed documents).
         `position_ids` (B, T): counted from the cache's length where not given.
-        `attention_mask`: (B, S) true at tokens that are not padding, or the whole of who sees whom as (B, T, S),
+        `attention_mask`: (B, S) true at tokens that are not padding, or a complete mask (B, T, S),
         boolean or added to the scores; the latter two replace the causal rule.
-        `rows` (N): which of the B * T positions are asked for; the result is (N, E), and the last block's
-        feed-forward, which no other position's result needs, is spared on the rest.
+        `rows` (N): the B * T positions to compute; the result is (N, E), and the last block's
+        feed-forward is skipped for the others.
         """
         past = cache.length if cache is not None else 0
         if position_ids is None:

@@ -1,4 +1,4 @@
-"""Where a model computes, in which numbers, and what makes this machine faster at it."""
+"""Device, precision and threads of a model, and settings of the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def best_device() -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """bf16 where this machine multiplies it faster than fp32, unless told.
+    """The dtype of `precision`; for "auto", bf16 where this machine multiplies it faster than fp32.
 
     On a CPU that takes AMX's tiles: AVX512's own bf16 product was measured at half the rate of fp32.
     """
@@ -29,25 +29,25 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def threads_for(parameters: int) -> int:
-    """The torch threads that pay for a model of so many parameters."""
+    """The torch threads for a model of this many parameters."""
     return 1 if parameters <= SMALL_MODEL else os.cpu_count() or 1
 
 
 def use_threads(count: int) -> None:
-    """Compute on the calling thread with so many torch threads.
+    """Set the torch threads of the calling thread.
 
-    Each thread that runs a model says so for itself, or models of one process would share what was said last.
+    Each thread that runs a model sets its own, or models of one process would share the last setting.
     """
-    if torch.get_num_threads() != count:  # asked first: only then does torch keep a count for this thread
+    if torch.get_num_threads() != count:  # only after this read does torch keep a count for this thread
         torch.set_num_threads(count)
 
 
 def configure_cpu() -> None:
-    """What makes steps faster on a CPU; to be called before torch starts its threads, which inherit the first of it."""
+    """Settings for faster steps on a CPU; call it before torch starts its threads, which inherit the first of them."""
     torch.set_flush_denormal(True)  # probabilities fade below what a CPU multiplies at full speed
     if sys.platform != "linux":
         return
-    # Every step frees and takes the same blocks: glibc shall keep them, for fresh pages cost a fault each.
+    # Every step frees and allocates the same blocks: glibc keeps them, for each fresh page costs a fault.
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give nothing back

@@ -1,7 +1,7 @@
 """The encoder: BERT's architecture (arXiv 1810.04805), and what its relatives do otherwise (`encoder_formats.py` says
 which does what), with the heads that it is pretrained with or classifies with.
 
-Shapes: B batch, T tokens, E embed_dim, V vocab_size, L labels, N rows asked for.
+Shapes: B batch, T tokens, E embed_dim, V vocab_size, L labels, N positions to compute.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from components.config.model_settings import EncoderModelConfig
 from components.models.attention import Attention, additive, padding_mask
-from components.models.blocks import ACTIVATIONS, FeedForward, PostNormBlock, PreNormBlock, dropped, normed
+from components.models.blocks import ACTIVATIONS, FeedForward, PostNormBlock, PreNormBlock, dropout, normed
 from components.models.positions import RotaryPositions
 
 Poolers = Literal["always", "base and classifier", "classifier"]
@@ -39,11 +39,11 @@ class EncoderConfig:
     attention_dropout: float = 0.0
     """Share of attention's weights that training leaves out; pre-norm: of what attention adds too."""
     head_dropout: float | None = None
-    """Share of the pooled vector that training hides from the classification head; None: as `dropout`."""
+    """Share of the pooled vector that training drops before the classification head; None: as `dropout`."""
     activation: str = "gelu"
     norm_eps: float = 1e-12
     labels: tuple[str, ...] = ()
-    """What a classifier tells apart, in the order of its logits."""
+    """A classifier's labels, in the order of its logits."""
     embed_dropout: float | None = None
     """Share of the embeddings that training leaves out; None: as `dropout`."""
     pad_id: int | None = None
@@ -52,7 +52,7 @@ class EncoderConfig:
     """Which models have a pooler: all (BERT), all but that with a masked-token head (RoBERTa), the classifier alone."""
     pooler_activation: str = "tanh"
     pooler_dropout: bool = False
-    """Whether training hides `head_dropout` of what the classifier's pooler reads too (RoBERTa)."""
+    """Whether training drops `head_dropout` of the input of the classifier's pooler too (RoBERTa)."""
     pooled_tokens: Literal["cls", "mean"] = "cls"
     """What a classifier's pooler reads: the first token's vector, or the mean over tokens that are not padding."""
     transform_activation: str | None = None
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
         return PostNormBlock(attention, mlp, c.embed_dim, c.norm_eps, c.dropout)
 
     def _add_heads(self) -> None:
-        """What reads the vectors; none here."""
+        """Add the heads; none here."""
 
     def init_weights(self) -> None:
         """Draw weights from torch's random state, as BERT does."""
@@ -153,11 +153,11 @@ class Encoder(nn.Module):
         """A vector (B, T, E) for each token of input_ids (B, T).
 
         `token_type_ids` (B, T): the segment of each, the first one where not given. `attention_mask` (B, T): true at
-        tokens that are not padding. `rows` (N): which of the B * T positions are asked for; the result is (N, E).
+        tokens that are not padding. `rows` (N): the B * T positions to compute; the result is (N, E).
         """
         c = self.config
         x = self.embed_norm(self._embedded(input_ids, token_type_ids))
-        x = dropped(x, c.dropout if c.embed_dropout is None else c.embed_dropout, self.training)
+        x = dropout(x, c.dropout if c.embed_dropout is None else c.embed_dropout, self.training)
         mask = padding_mask(attention_mask, x.dtype) if attention_mask is not None else None
         layers = self._layers(input_ids, mask, x.dtype)
         last = len(self.blocks) - 1
@@ -171,12 +171,12 @@ class Encoder(nn.Module):
             x = x + self.segment_embed(token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids))
         if self.position_embed is None:
             return x
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         if (pad := self.config.pad_id) is not None:
             real = input_ids != pad
-            places = real.cumsum(1) * real + pad
-        placed: Tensor = x + self.position_embed(places)
-        return placed
+            positions = real.cumsum(1) * real + pad
+        embedded: Tensor = x + self.position_embed(positions)
+        return embedded
 
     def _layers(self, input_ids: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
         """Of each layer: its mask (B or 1, 1, 1 or T, T), and its rotary table where it has one."""
@@ -184,9 +184,9 @@ class Encoder(nn.Module):
         if self.positions is None or self.local_positions is None:
             yield from ({"mask": mask} for _ in self.blocks)
             return
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        tables = self.positions(places.unsqueeze(0)), self.local_positions(places.unsqueeze(0))
-        near = additive((places - places.unsqueeze(1)).abs() <= c.window, dtype)[None, None]
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        tables = self.positions(positions.unsqueeze(0)), self.local_positions(positions.unsqueeze(0))
+        near = additive((positions - positions.unsqueeze(1)).abs() <= c.window, dtype)[None, None]
         masks = mask, near if mask is None else torch.minimum(mask, near)
         for windowed in c.windowed_layers or (False,) * c.num_layers:
             yield {"mask": masks[windowed], "rotary": tables[windowed]}
@@ -207,7 +207,7 @@ class Encoder(nn.Module):
 
 
 class EncoderForPretraining(Encoder):
-    """An encoder that guesses masked tokens, and as BERT whether one segment follows the other."""
+    """An encoder that predicts masked tokens, and in BERT whether the second segment follows the first."""
 
     pooler_without = ("base and classifier", "classifier")
 
@@ -231,14 +231,14 @@ class EncoderForPretraining(Encoder):
         return self.head(self.transformed(hidden)), follows
 
     def transformed(self, hidden: Tensor) -> Tensor:
-        """What the head reads of hidden (..., E): logits are head(transformed(hidden))."""
+        """The head's input from hidden (..., E): logits are head(transformed(hidden))."""
         activation = ACTIVATIONS[self.config.transform_activation or self.config.activation]
         transformed: Tensor = self.transform_norm(activation(self.transform(hidden)))
         return transformed
 
 
 class Classifier(Encoder):
-    """An encoder that tells which of its labels a text has."""
+    """An encoder that predicts the label of a text."""
 
     pooler_without = ()
 
@@ -257,8 +257,8 @@ class Classifier(Encoder):
         c = self.config
         share = c.dropout if c.head_dropout is None else c.head_dropout
         text = self._text(input_ids, token_type_ids, attention_mask)
-        pooled = self.pooled(dropped(text, share, self.training) if c.pooler_dropout else text)
-        logits: Tensor = self.head(dropped(pooled, share, self.training))
+        pooled = self.pooled(dropout(text, share, self.training) if c.pooler_dropout else text)
+        logits: Tensor = self.head(dropout(pooled, share, self.training))
         return logits
 
     def _text(self, input_ids: Tensor, token_type_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The encoder-decoder: T5's architecture (arXiv 1910.10683).
 
-Shapes: B batch, S source tokens, T target tokens, E embed_dim, V vocab_size, N rows asked for.
+Shapes: B batch, S source tokens, T target tokens, E embed_dim, V vocab_size, N positions to compute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from components.config.model_settings import EncoderDecoderModelConfig
 from components.models.attention import Attention, KVCache, Pair, additive, causal_mask, padding_mask
-from components.models.blocks import Block, FeedForward, dropped
+from components.models.blocks import Block, FeedForward, dropout
 from components.models.fused import RMSNorm
 from components.models.positions import RelativeBias
 
@@ -44,7 +44,7 @@ class EncoderDecoderConfig:
     """Distance in tokens from which all share a bucket."""
     norm_eps: float = 1e-6
     start_id: int = 0
-    """Token that a target is read behind: the padding token."""
+    """First token of the decoder's input: the padding token."""
     architecture: str = field(default="T5ForConditionalGeneration", compare=False)
     """Hugging Face's name for it."""
     source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
@@ -52,26 +52,26 @@ class EncoderDecoderConfig:
 
     @classmethod
     def from_params(cls, model: EncoderDecoderModelConfig, vocab_size: int, start_id: int = 0) -> EncoderDecoderConfig:
-        """Version 1.1's feed-forward; as there, what is not tied is not scaled."""
+        """Version 1.1's feed-forward; as there, untied embeddings are not scaled."""
         values = model.model_dump()
         return cls(vocab_size=vocab_size, start_id=start_id, scale_outputs=model.tie_embeddings, **values)
 
 
 class EncoderDecoderCache(KVCache):
-    """Keys and values of a batch of targets, and those of their contexts, made once."""
+    """Keys and values of a batch of targets, and those of their contexts, projected once."""
 
     contexts: list[Pair] | None = None
-    """Of each layer, once the first tokens were read."""
+    """Keys and values of the context for each layer; None before the first step."""
 
     def keep(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order; one may be kept several times."""
+        """Keep these rows of the batch, in this order; a row may be repeated."""
         super().keep(rows)
         if self.contexts is not None:
             self.contexts = [(keys[rows], values[rows]) for keys, values in self.contexts]
 
 
 class EncoderDecoder(nn.Module):
-    """A source in, logits of each next token of its target out."""
+    """Source in, logits of each next token of its target out."""
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class EncoderDecoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Those of the encoder, then those of the decoder."""
+        """The encoder's blocks, then the decoder's."""
         return [*self.encoder_blocks, *self.decoder_blocks]
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -128,13 +128,13 @@ class EncoderDecoder(nn.Module):
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The context (B, S, E) of input_ids (B, S); `attention_mask` (B, S) is true at tokens that are not padding."""
         length = input_ids.shape[1]
-        x = dropped(self.embed(input_ids), self.config.dropout, self.training)
+        x = dropout(self.embed(input_ids), self.config.dropout, self.training)
         mask = self.encoder_bias(length, length)
         if attention_mask is not None:
             mask = mask + padding_mask(attention_mask, x.dtype)
         for block in self.encoder_blocks:
             x = block(x, mask=mask)
-        return dropped(self.encoder_norm(x), self.config.dropout, self.training)
+        return dropout(self.encoder_norm(x), self.config.dropout, self.training)
 
     def decode(
         self,
@@ -146,16 +146,16 @@ class EncoderDecoder(nn.Module):
     ) -> Tensor:
         """The normed stream (B, T, E) that the head reads.
 
-        decoder_input_ids (B, T): the target so far behind `config.start_id`; with a cache, what it has not read yet.
+        decoder_input_ids (B, T): the target so far after `config.start_id`; with a cache, its new tokens.
         context (B, S, E), with its `context_mask` (B, S), true at tokens that are not padding.
-        `rows` (N): which of the B * T positions are asked for; the result is (N, E).
+        `rows` (N): the B * T positions to compute; the result is (N, E).
         """
         length, past = decoder_input_ids.shape[1], cache.length if cache is not None else 0
-        x = dropped(self.embed(decoder_input_ids), self.config.dropout, self.training)
+        x = dropout(self.embed(decoder_input_ids), self.config.dropout, self.training)
         causal = additive(causal_mask(length, past + length, x.device), x.dtype)
         mask = self.decoder_bias(length, past + length) + causal
         outside = padding_mask(context_mask, x.dtype) if context_mask is not None else None
-        remembered = self._remember(context, cache) if cache is not None else None
+        projected = self._project_context(context, cache) if cache is not None else None
         last = len(self.decoder_blocks) - 1
         for index, block in enumerate(self.decoder_blocks):
             x = block(
@@ -163,17 +163,17 @@ class EncoderDecoder(nn.Module):
                 mask=mask,
                 cache=cache.layers[index] if cache is not None else None,
                 rows=rows if index == last else None,
-                context=remembered[index] if remembered is not None else context,
+                context=projected[index] if projected is not None else context,
                 context_mask=outside,
             )
         if cache is not None:
             cache.advance(length)
-        return dropped(self.decoder_norm(x), self.config.dropout, self.training)
+        return dropout(self.decoder_norm(x), self.config.dropout, self.training)
 
-    def _remember(self, context: Tensor, cache: EncoderDecoderCache) -> list[Pair]:
+    def _project_context(self, context: Tensor, cache: EncoderDecoderCache) -> list[Pair]:
         if cache.contexts is None:
             attentions = (block.get_submodule("cross_attention") for block in self.decoder_blocks)
-            cache.contexts = [each.remember(context) for each in attentions if isinstance(each, Attention)]
+            cache.contexts = [each.project_context(context) for each in attentions if isinstance(each, Attention)]
         return cache.contexts
 
     def new_cache(self, batch: int, max_len: int) -> EncoderDecoderCache:

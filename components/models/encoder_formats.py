@@ -127,8 +127,8 @@ def _modernbert(fields: Fields, shape: dict[str, Any]) -> dict[str, Any]:
     thetas = {FULL: fields.number("global_rope_theta", 160_000.0), SLIDING: fields.number("local_rope_theta", 10_000.0)}
     for kind in thetas:
         nested = fields.values.get("rope_parameters")
-        given = nested.get(kind) if isinstance(nested, dict) else None
-        rope = Fields(fields.path, given if isinstance(given, dict) else {})
+        values = nested.get(kind) if isinstance(nested, dict) else None
+        rope = Fields(fields.path, values if isinstance(values, dict) else {})
         rope.choice("rope_type", "default", ["default"])
         thetas[kind] = rope.number("rope_theta", thetas[kind])
     return {
@@ -239,7 +239,7 @@ def _read(fields: Fields, family: str, difference: Difference) -> EncoderConfig:
         fields.choice(name, value, [value])
     defaults = {**_DEFAULTS, **difference.defaults}
     shape: dict[str, Any] = {
-        ours: _value(fields, ours, theirs, defaults.get(ours)) for ours, theirs in difference.fields.items()
+        name: _value(fields, name, hub_name, defaults.get(name)) for name, hub_name in difference.fields.items()
     }
     if not shape["num_heads"] or shape["embed_dim"] % shape["num_heads"]:
         heads, width = (difference.fields[name] for name in ("num_heads", "embed_dim"))
@@ -251,35 +251,35 @@ def _read(fields: Fields, family: str, difference: Difference) -> EncoderConfig:
     return EncoderConfig(**shape, architecture=family, source=source)
 
 
-def _value(fields: Fields, ours: str, theirs: str, default: Any) -> Any:
+def _value(fields: Fields, name: str, hub_name: str, default: Any) -> Any:
     """A field of `EncoderConfig` as config.json has it."""
-    kind = _KINDS[ours]
-    if ours in _CHOICES:
-        return fields.choice(theirs, default, _CHOICES[ours])
+    kind = _KINDS[name]
+    if name in _CHOICES:
+        return fields.choice(hub_name, default, _CHOICES[name])
     if kind == "bool":
-        return fields.choice(theirs, default, [True, False])
+        return fields.choice(hub_name, default, [True, False])
     if kind == "int":
-        return fields.whole(theirs, default)
-    if default is None and "None" in kind and fields.values.get(theirs) is None:
+        return fields.whole(hub_name, default)
+    if default is None and "None" in kind and fields.values.get(hub_name) is None:
         return None
-    return fields.number(theirs, default)
+    return fields.number(hub_name, default)
 
 
 def _read_classifier(fields: Fields, family: str, difference: Difference) -> EncoderConfig:
     fields.choice("problem_type", "single_label_classification", ["single_label_classification"])
-    given = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(given, dict) or sorted(given) != sorted(map(str, range(len(given)))) or len(given) < 2:
-        raise InputError(f"{fields.path}: id2label: {given!r} does not number two or more labels from 0")
-    labels = tuple(str(given[str(number)]) for number in range(len(given)))
+    names = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or len(names) < 2:
+        raise InputError(f"{fields.path}: id2label: {names!r} does not number two or more labels from 0")
+    labels = tuple(str(names[str(number)]) for number in range(len(names)))
     return replace(_read(fields, family, difference), labels=labels)
 
 
 def _write(config: EncoderConfig, difference: Difference) -> dict[str, Any]:
-    written = {theirs: getattr(config, ours) for ours, theirs in difference.fields.items()}
+    written = {hub_name: getattr(config, name) for name, hub_name in difference.fields.items()}
     written[difference.fields["max_seq_len"]] = config.num_positions
-    for ours in ("head_dropout", "embed_dropout"):  # null where it is that of the model, if config.json may say so
-        if ours in difference.defaults and getattr(config, ours) is None:
-            written[difference.fields[ours]] = config.dropout
+    for name in ("head_dropout", "embed_dropout"):  # null where it is that of the model, if config.json may say so
+        if name in difference.defaults and getattr(config, name) is None:
+            written[difference.fields[name]] = config.dropout
     required = {name: value for name, value in difference.required.items() if name == "position_embedding_type"}
     source = dict(config.source or {})
     if config.labels:
@@ -293,7 +293,7 @@ def _format(family: str, model: type[Encoder]) -> Format:
     difference = DIFFERENCES[family]
     names = dict(difference.names)
     if model is not Encoder:
-        names = {ours: _behind(difference.prefix, theirs) for ours, theirs in names.items()}
+        names = {name: _behind(difference.prefix, hub_name) for name, hub_name in names.items()}
     heads: Mapping[type[Encoder], Names] = {
         EncoderForPretraining: difference.masked_lm,
         Classifier: difference.classifier,

@@ -1,7 +1,7 @@
-"""Hugging Face's formats of our families: which architectures there are, what config.json says, how tensors are called.
+"""Hugging Face's formats of our families: architectures, fields of config.json, names of tensors.
 
-One table of names per family, ours to theirs; what we compute as one product (query-key-value, gate-up) has the
-several names that its parts have there. `checkpoint.py` reads and writes by them.
+One table of names per family, ours to Hugging Face's; a fused product (query-key-value, gate-up) has the names of its
+parts. `checkpoint.py` reads and writes by them.
 """
 
 from __future__ import annotations
@@ -89,27 +89,27 @@ def _write_encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
 def _encoder_decoder_names(config: EncoderDecoderConfig) -> Names:
     names: dict[str, str | tuple[str, ...]] = {"embed": "shared", "head": "lm_head"}
     for side in ("encoder", "decoder"):
-        ours, theirs = f"{side}_blocks.{{n}}", f"{side}.block.{{n}}.layer"
-        last = f"{theirs}.{1 if side == 'encoder' else 2}"
+        module, hub_name = f"{side}_blocks.{{n}}", f"{side}.block.{{n}}.layer"
+        last = f"{hub_name}.{1 if side == 'encoder' else 2}"
         gate = tuple(f"{last}.DenseReluDense.{part}" for part in (("wi_0", "wi_1") if config.gated else ("wi",)))
         names |= {
             f"{side}_bias.table": f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias",
-            f"{ours}.attention_norm": f"{theirs}.0.layer_norm",
-            f"{ours}.attention.qkv": tuple(f"{theirs}.0.SelfAttention.{part}" for part in "qkv"),
-            f"{ours}.attention.out": f"{theirs}.0.SelfAttention.o",
-            f"{ours}.cross_attention_norm": f"{theirs}.1.layer_norm",
-            f"{ours}.cross_attention.qkv": tuple(f"{theirs}.1.EncDecAttention.{part}" for part in "qkv"),
-            f"{ours}.cross_attention.out": f"{theirs}.1.EncDecAttention.o",
-            f"{ours}.mlp_norm": f"{last}.layer_norm",
-            f"{ours}.mlp.up": gate,
-            f"{ours}.mlp.down": f"{last}.DenseReluDense.wo",
+            f"{module}.attention_norm": f"{hub_name}.0.layer_norm",
+            f"{module}.attention.qkv": tuple(f"{hub_name}.0.SelfAttention.{part}" for part in "qkv"),
+            f"{module}.attention.out": f"{hub_name}.0.SelfAttention.o",
+            f"{module}.cross_attention_norm": f"{hub_name}.1.layer_norm",
+            f"{module}.cross_attention.qkv": tuple(f"{hub_name}.1.EncDecAttention.{part}" for part in "qkv"),
+            f"{module}.cross_attention.out": f"{hub_name}.1.EncDecAttention.o",
+            f"{module}.mlp_norm": f"{last}.layer_norm",
+            f"{module}.mlp.up": gate,
+            f"{module}.mlp.down": f"{last}.DenseReluDense.wo",
             f"{side}_norm": f"{side}.final_layer_norm",
         }
     return names
 
 
 def _tied_where_no_head(config: EncoderDecoderConfig, names: Collection[str]) -> EncoderDecoderConfig:
-    """Newer versions of transformers write `tie_word_embeddings: true` whatever the weights are."""
+    """Untied where there is a head: newer versions of transformers always write `tie_word_embeddings: true`."""
     return replace(config, tie_embeddings=config.tie_embeddings and "lm_head.weight" not in names)
 
 

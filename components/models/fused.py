@@ -106,19 +106,19 @@ def self_attention(
 ) -> Tensor:
     """Self-attention from projected queries, keys and values (B, T, H + 2K, D) to (B, T, H * D).
 
-    Norms queries and keys where `gains` are given, turns them, and mixes the values; `mask` is added to the scores.
+    Norms queries and keys where `gains` are given, rotates them, and mixes the values; `mask` is added to the scores.
     """
-    turn = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _Turn.apply)
+    rotate_heads = cast(Callable[..., tuple[Tensor, Tensor, Tensor]], _Rotate.apply)
     mix = cast(Callable[..., Tensor], _Mix.apply)
     q_gain, k_gain = gains or (None, None)
-    queries, keys, values = turn(projected, q_gain, k_gain, eps, *rotary, num_heads)
+    queries, keys, values = rotate_heads(projected, q_gain, k_gain, eps, *rotary, num_heads)
     return mix(queries, keys, values, mask)
 
 
-class _Turn(torch.autograd.Function):
-    """Projections (B, T, H + 2K, D) to queries, keys and values (B, heads, T, D), the former two normed and turned.
+class _Rotate(torch.autograd.Function):
+    """Projections (B, T, H + 2K, D) to queries, keys and values (B, heads, T, D), the former two normed and rotated.
 
-    The scale of the scores rides on the queries. n = H + K heads are turned.
+    The scale of the scores rides on the queries. n = H + K heads are rotated.
     """
 
     @staticmethod
@@ -140,8 +140,8 @@ class _Turn(torch.autograd.Function):
             scale = _inverse_root_mean_square(heads, eps)
             heads = heads * scale
         q_factor = head_dim**-0.5 if q_gain is None else q_gain * head_dim**-0.5
-        queries = _turn(heads[:, :, :num_heads], q_factor, cos, sin)
-        keys = _turn(heads[:, :, num_heads:], 1.0 if k_gain is None else k_gain, cos, sin)
+        queries = _rotated(heads[:, :, :num_heads], q_factor, cos, sin)
+        keys = _rotated(heads[:, :, num_heads:], 1.0 if k_gain is None else k_gain, cos, sin)
         ctx.save_for_backward(heads if q_gain is not None else None, scale, q_gain, k_gain, cos, sin)
         return queries, keys, projected[:, :, turned:].transpose(1, 2).contiguous()
 
@@ -154,7 +154,7 @@ class _Turn(torch.autograd.Function):
         grad = queries_grad.new_empty(batch, length, turned + values_grad.shape[2], head_dim)
         grad[:, :, turned:] = values_grad
         heads_grad = grad[:, :, :turned] if normed is None else torch.empty_like(normed)
-        # The inverse of a turn is its transpose.
+        # The inverse of a rotation is its transpose.
         rotate_into(heads_grad[:, :, :num_heads], queries_grad, cos * head_dim**-0.5, sin * -(head_dim**-0.5))
         rotate_into(heads_grad[:, :, num_heads:], keys_grad, cos, -sin)
         if normed is None:
@@ -167,8 +167,8 @@ class _Turn(torch.autograd.Function):
         return grad, gain_grad[:num_heads].sum(0), gain_grad[num_heads:].sum(0), None, None, None, None
 
 
-def _turn(x: Tensor, gain: Tensor | float, cos: Tensor, sin: Tensor) -> Tensor:
-    """x * gain (B, T, heads, D), turned by position, as a contiguous (B, heads, T, D)."""
+def _rotated(x: Tensor, gain: Tensor | float, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * gain (B, T, heads, D), rotated by position, as a contiguous (B, heads, T, D)."""
     out = x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
     swapped = gain if isinstance(gain, float) else gain.roll(gain.shape[0] // 2)
     rotate_into(out.transpose(1, 2), x, cos * gain, sin * swapped)

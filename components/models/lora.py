@@ -1,6 +1,6 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685): frozen weights, and beside each product of a block a small one learns.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): frozen weights and a trained low-rank pair per product of a block.
 
-h = W x + (alpha / rank) B A x (section 4.1), with B zero at first, so that training starts at the model as it was.
+h = W x + (alpha / rank) B A x (section 4.1), with B zero at first, so that training starts from the unchanged model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from components.models.attention import FusedLinear
 
 
 class LowRankLinear(FusedLinear):
-    """A frozen product with a pair of low rank for each of its parts; its own weights stay those of the product."""
+    """A frozen product with a low-rank pair for each of its parts."""
 
     def __init__(self, product: nn.Linear, rank: int, alpha: float) -> None:
         nn.Module.__init__(self)
@@ -60,7 +60,7 @@ class LowRankLinear(FusedLinear):
 def add_lora(model: nn.Module, rank: int, alpha: float, also: tuple[str, ...] = ()) -> None:
     """Freeze `model` and put a pair of rank `rank` beside every product of its blocks, attention's and feed-forward's.
 
-    `also` names modules that go on learning whole, such as a new head.
+    `also` names modules that are trained fully, such as a new head.
     """
     model.requires_grad_(False)
     for owner, name, product in list(_products(model)):
@@ -70,7 +70,7 @@ def add_lora(model: nn.Module, rank: int, alpha: float, also: tuple[str, ...] = 
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Make the model a plain one again that computes what it has learned; every weight may learn then."""
+    """Merge the pairs into plain products, and unfreeze every weight."""
     for owner, name, product in list(_products(model)):
         if isinstance(product, LowRankLinear):
             setattr(owner, name, product.merged())

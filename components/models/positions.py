@@ -1,4 +1,4 @@
-"""Where a token stands: rotary positions, and T5's bias by distance.
+"""Positions of tokens: rotary positions, and T5's bias by distance.
 
 Rotary positions (arXiv 2104.09864) in the half-split layout that Llama and Qwen3 use: a head's width is split in
 two halves; pair (i, i + D/2) turns by an angle that grows with the position, so that a product of query and key sees
@@ -93,7 +93,7 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn x (B, T, heads, D) by its positions, its first R dimensions where the table has R."""
+    """Rotate x (B, T, heads, D) by its positions, its first R dimensions where the table has R."""
     cos, sin = rotary
     if (width := cos.shape[-1]) < x.shape[-1]:
         return torch.cat([rotate(x[..., :width], rotary), x[..., width:]], dim=-1)
@@ -104,7 +104,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` in three passes and no new memory, for where no gradient is asked for."""
+    """`rotate` in three passes and no new memory, for use without gradients."""
     half = x.shape[-1] // 2
     torch.mul(x, cos, out=out)
     out[..., :half].addcmul_(x[..., half:], sin[..., :half])
@@ -116,7 +116,7 @@ class RelativeBias(nn.Module):
     """One learned number per head and bucket of distances, added to the scores of every layer.
 
     Half of the buckets hold one near distance each, the others ranges that grow with it up to `max_distance`; a
-    bidirectional bias has as many for the keys before a query as for those behind.
+    bidirectional bias has as many for the keys before a query as for those after it.
     """
 
     def __init__(self, num_buckets: int, max_distance: int, num_heads: int, bidirectional: bool) -> None:

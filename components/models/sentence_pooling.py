@@ -62,7 +62,7 @@ class SentencePooling:
 
 
 def read_pooling(folder: Path) -> SentencePooling:
-    """The pooling of a model folder; the mean, normalised, where it has no modules.json.
+    """The pooling of a model folder; the mean, normalized, where it has no modules.json.
 
     Raises: InputError when a file is missing or unreadable, or asks for what is not computed.
     """
@@ -88,16 +88,16 @@ def read_pooling(folder: Path) -> SentencePooling:
 
 
 def pooling_files(folder: Path) -> dict[str, Path]:
-    """The files that say how a folder pools, by their place in it; none where it has no modules.json.
+    """The files that say how a folder pools, by their path in it; none where it has no modules.json.
 
     Raises: InputError as `read_pooling`.
     """
     if not (folder / MODULES).is_file():
         return {}
     read_pooling(folder)
-    found = {name: folder / name for name in SENTENCE_FILES if (folder / name).is_file()}
+    files = {name: folder / name for name in SENTENCE_FILES if (folder / name).is_file()}
     path = _pooling_config(folder, _read(folder / MODULES, list)[1]).path
-    return found | {str(path.relative_to(folder)): path}
+    return files | {str(path.relative_to(folder)): path}
 
 
 def _kind(path: Path, module: Any) -> str:

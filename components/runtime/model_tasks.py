@@ -1,4 +1,4 @@
-"""What a model folder is for, as its architecture tells."""
+"""The task of a model folder, from its architecture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from components.config.params import InputError
+from components.config.paths import CONFIG
 
 Task = Literal["chat", "classify", "summarize"]
 _TASKS: dict[str, Task] = {"ForSequenceClassification": "classify", "T5ForConditionalGeneration": "summarize"}
@@ -14,11 +15,11 @@ _TASKS: dict[str, Task] = {"ForSequenceClassification": "classify", "T5ForCondit
 
 
 def task_of(folder: Path) -> Task:
-    """The task of a model folder; whatever is no classifier and no encoder-decoder chats.
+    """The task of a model folder: `chat` but for classifiers and encoder-decoders.
 
     Raises: InputError when it has no readable config.json.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         (architecture, *_) = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError) as error:

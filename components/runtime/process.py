@@ -1,7 +1,6 @@
-"""How processes of a run belong together: they end with their parent, and one at a time writes.
+"""Processes of a run: they end with their parent, and file locks let one process write at a time.
 
-A killed orchestrator must leave no training behind (facts: DVC alone does), and two
-writers on one output would corrupt it.
+A killed orchestrator must leave no training behind (DVC alone does), and two writers on one output would corrupt it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from components.config.params import InputError
 
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 60.0
 
 
-def ask_to_die_with_parent() -> None:
+def request_parent_death_signal() -> None:
     """Let the kernel send SIGTERM when the parent ends; only Linux can, elsewhere nothing happens.
 
     Safe between fork and exec (`preexec_fn`): one system call.
@@ -38,52 +38,81 @@ def ask_to_die_with_parent() -> None:
 def end_with_parent() -> None:
     """End this process when its parent, or the run it belongs to, ends."""
     parent, run = os.getppid(), int(os.environ.get(RUN_PID, "0"))
-    ask_to_die_with_parent()
+    request_parent_death_signal()
     if run and not alive(run):
         sys.exit(128 + signal.SIGTERM)
-    # A shell between parent and child hides the parent's death from the kernel, and macOS has no such signal.
+    # A shell between parent and child hides the parent's exit from the kernel, and macOS has no such signal.
     threading.Thread(target=_watch, args=(parent, run), name="parent-watch", daemon=True).start()
 
 
 def end_on_signals() -> None:
     """Turn SIGINT and SIGTERM into an orderly exit, so that files and trackers are closed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    # A training stage replaces the handler of SIGTERM by one that saves a checkpoint: Ctrl-C takes the same way.
+    # A training stage replaces the handler of SIGTERM by one that saves a checkpoint: Ctrl-C does the same.
     signal.signal(signal.SIGINT, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
-def heed_interrupts() -> None:
+def accept_interrupts() -> None:
     """Let SIGINT raise KeyboardInterrupt, also where this process was started to ignore it.
 
-    A shell starts so what a script puts behind `&`. The stage takes Ctrl-C all the same; a run that did not would take
-    the stage's end for a failure.
+    A shell starts the background commands of a script so. The stage ends on Ctrl-C all the same; a run that ignored it
+    would report the stage as failed.
     """
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def start(
+    command: Sequence[str], log: BinaryIO, environment: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a service that writes to `log` and ends with this process, in a session of its own.
+
+    So Ctrl-C in the terminal reaches this process alone, which stops its services in order.
+    """
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=request_parent_death_signal,
+    )
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
+    """Terminate a process, and kill it when it has not ended after `seconds`."""
+    process.terminate()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def git(root: Path, *words: str) -> str:
-    """What git answers.
+    """Run a git command and return its output.
 
     Raises: InputError with git's own reason, and its remedy where it names one.
     """
-    command, plain = ["git", "-C", str(root), *words], {**os.environ, "LC_ALL": "C"}
+    command, environment = ["git", "-C", str(root), *words], {**os.environ, "LC_ALL": "C"}
     try:
-        ended = subprocess.run(command, env=plain, capture_output=True, text=True, errors="replace")
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     except FileNotFoundError:
         raise InputError("git: not found; install git") from None
-    if ended.returncode == 0:
-        return ended.stdout.strip()
-    said = [line.strip() for line in ended.stderr.splitlines() if line.strip()] or [f"exit {ended.returncode}"]
-    reason = said[0].removeprefix("fatal: ")
-    if "safe.directory" in said[-1]:
-        raise InputError(f"git: {reason}; if you trust what lies there, run {said[-1]!r}")
+    if result.returncode == 0:
+        return result.stdout.strip()
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or [f"exit {result.returncode}"]
+    reason = lines[0].removeprefix("fatal: ")
+    if "safe.directory" in lines[-1]:
+        raise InputError(f"git: {reason}; if you trust its files, run {lines[-1]!r}")
     if not has_git(root):
         raise InputError('git: this folder is no git clone; run "git init" and commit, or lineage will lack the commit')
     if "unknown revision" in reason:
         raise InputError("git: nothing is committed yet; commit, or lineage will lack the commit")
-    raise InputError(f"git: {reason}; lineage will lack the commit until that is put right")
+    raise InputError(f"git: {reason}; lineage will lack the commit until git works")
 
 
 def has_git(root: Path) -> bool:
@@ -93,9 +122,9 @@ def has_git(root: Path) -> bool:
 
 @contextmanager
 def file_lock(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold the lock `NAME.lock` in `folder`; it falls with the process, however that ends.
+    """Hold the lock `NAME.lock` in `folder`; it is released when the process ends, however that happens.
 
-    Raises: InputError naming the lock_owner when it is still held after `patience` seconds.
+    Raises: InputError naming the owner when it is still held after `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("a+", encoding="utf-8") as file:
@@ -103,8 +132,8 @@ def file_lock(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
         while not _try_lock(file.fileno()):
             if time.monotonic() >= deadline:
                 file.seek(0)
-                lock_owner = file.read().strip() or "unknown"
-                raise InputError(f"{name}: already running as process {lock_owner}; wait for it, or stop it with kill")
+                owner = file.read().strip() or "unknown"
+                raise InputError(f"{name}: already running as process {owner}; wait for it, or stop it with kill")
             time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))

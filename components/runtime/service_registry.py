@@ -1,15 +1,18 @@
-"""Where the running platform answers: `loopwright up` writes its addresses, every other command reads them.
+"""Addresses of the running platform's services: `loopwright up` writes them, every other command reads them.
 
-What answers on this machine is asked directly, whatever proxies the environment names.
+Requests to this machine bypass the proxies that the environment names.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+from components.runtime.files import write_text
 from components.runtime.process import alive, lock_owner
 
 LOCK = "up"
@@ -21,26 +24,34 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 def running(home: Path) -> dict[str, str]:
     """Address of each service of the `up` that runs on this state folder; empty when none does."""
     try:
-        written = json.loads((home / FILE).read_text(encoding="utf-8"))
+        entry = json.loads((home / FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    # The lock falls with its process; the number in the file alone could by now be another program's.
-    if not alive(written["pid"]) or lock_owner(home, LOCK) != written["pid"]:
+    # The lock is released with its process; the process id in the file alone may be another program's by now.
+    if not alive(entry["pid"]) or lock_owner(home, LOCK) != entry["pid"]:
         return {}
-    addresses: dict[str, str] = written["addresses"]
+    addresses: dict[str, str] = entry["addresses"]
     return addresses
 
 
 def publish(home: Path, addresses: dict[str, str]) -> None:
-    """Let the other commands find the services of this process."""
-    scratch = home / f"{FILE}.new"
-    scratch.write_text(json.dumps({"pid": os.getpid(), "addresses": addresses}), encoding="utf-8")
-    scratch.replace(home / FILE)
+    """Write the addresses of this process's services where other commands read them."""
+    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses}))
 
 
 def unregister(home: Path) -> None:
-    """The services end."""
+    """Remove the addresses that `publish` wrote."""
     (home / FILE).unlink(missing_ok=True)
+
+
+def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:
+    """Wait until a GET of the address is answered with 200; False after `seconds`, or when `process` has ended."""
+    deadline = time.monotonic() + seconds
+    while not answers(url):
+        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def answers(url: str, seconds: float = 2.0) -> bool:
@@ -49,7 +60,7 @@ def answers(url: str, seconds: float = 2.0) -> bool:
 
 
 def lives(url: str, seconds: float = 2.0) -> bool:
-    """Whether a GET of the address is answered at all, be it with a refusal."""
+    """Whether a GET of the address gets any response."""
     return _status(url, seconds) != 0
 
 
@@ -58,17 +69,17 @@ def _status(url: str, seconds: float) -> int:
     import httpx
 
     try:
-        # Certificates take thirty times as long to load as the answer to come.
+        # Loading certificates takes thirty times as long as the response.
         return httpx.get(url, timeout=seconds, verify=url.startswith("https:")).status_code
     except (httpx.HTTPError, httpx.InvalidURL):
         return 0
 
 
 def bypass_proxies_for_loopback() -> None:
-    """Have this process and those it starts reach this machine directly; what is remote goes by the proxies as before.
+    """Let this process and its children bypass proxies for loopback addresses.
 
-    HTTP clients read `NO_PROXY`. httpx, Prefect's client too, cannot even be made where it does not understand one of
-    these variables: such a proxy is left out and named, such an exception (an IPv6 network) matches nothing anyway.
+    HTTP clients read `NO_PROXY`. httpx, as in Prefect's client, raises where it cannot parse one of these variables:
+    such a proxy is removed with a message, such a `NO_PROXY` entry (an IPv6 network) without.
     """
     proxies = [name for name, value in os.environ.items() if name.lower() in _PROXIES and value.strip()]
     if not proxies:
@@ -76,23 +87,22 @@ def bypass_proxies_for_loopback() -> None:
     import httpx
 
     for name in proxies:
-        url = os.environ[name].strip().replace("socks://", "socks5://")  # as desktops write it
+        url = os.environ[name].strip().replace("socks://", "socks5://")  # as desktop environments write it
         os.environ[name] = url
         try:
             httpx.Proxy(url if "://" in url else f"http://{url}")
         except (ValueError, httpx.InvalidURL) as error:
             del os.environ[name]
-            print(
-                f"{name}: {url}: {error}; left out; http, https, socks5 and socks5h work", file=sys.stderr, flush=True
-            )
-    given = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
-    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in given.split(",")]
-    known = [host for host in hosts if host and _is_understood(host)]
-    value = "*" if "*" in hosts else ",".join(dict.fromkeys([*known, *_LOOPBACK]))
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = value
+            supported = "http, https, socks5 and socks5h are supported"
+            print(f"{name}: {url}: {error}; ignored; {supported}", file=sys.stderr, flush=True)
+    value = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
+    hosts = [host.strip().removeprefix("[").removesuffix("]") for host in value.split(",")]
+    parsed = [host for host in hosts if host and _is_parsed(host)]
+    no_proxy = "*" if "*" in hosts else ",".join(dict.fromkeys([*parsed, *_LOOPBACK]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = no_proxy
 
 
-def _is_understood(host: str) -> bool:
+def _is_parsed(host: str) -> bool:
     import httpx
 
     try:

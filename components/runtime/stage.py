@@ -1,8 +1,7 @@
 """Run one stage of dvc.yaml by name: `python -m components.runtime.stage NAME`, `STAGE@ITEM` where it has a matrix.
 
-A stage is a pure function of its inputs. This file gives it what is around that: a
-digest of those inputs, a folder for checkpoints named by it, a lock, a tracker, an end
-that follows its parent's, and an exit code (1 wrong input, 3 refused by a gate).
+A stage is a pure function of its inputs. The runner adds a digest of those inputs, a checkpoint folder named by it, a
+lock, a tracker, an end with its parent's, and an exit code (1 wrong input, 3 refused by data validation or the gate).
 """
 
 from __future__ import annotations
@@ -12,23 +11,25 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, disk_trouble, find_root
+from components.config.versions import VERSIONS_FILE
+from components.runtime.files import remove
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
+from components.tracking.event_log import EventLog
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
 
@@ -49,13 +50,13 @@ STAGE_MODULES: Mapping[str, str] = {
 """The module of each stage; its function has the stage's name."""
 
 PIPELINE, IMPROVEMENT = PIPELINES = ("dvc.yaml", "data/improve/dvc.yaml")
-"""What `run` brings up to date, and what `improve` does."""
+"""The pipelines of `run` and of `improve`."""
 
 ENVIRONMENT: Mapping[str, str] = {
-    # OpenMP threads wait for the next product in a short spin: to sleep and be woken between the many small ones of a
-    # step cost a quarter of the speed and more, to spin for long takes the core from whoever shares it.
+    # OpenMP threads spin shortly between kernels: waking sleeping threads for the many small kernels of a step costs a
+    # quarter of the speed and more, a long spin takes the core from other processes.
     "GOMP_SPINCOUNT": "10000",
-    # No tool reports home.
+    # No telemetry.
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -63,41 +64,25 @@ ENVIRONMENT: Mapping[str, str] = {
 """Set before a stage imports its libraries, unless its caller set them."""
 
 PROJECT_PATH = "${project_path}"
-"""In dvc.yaml: the value of params.yaml, which DVC puts there too."""
-PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<facts>.*))?")
-"""A line of `StageRun.progress`, as the orchestrator reads it."""
+"""In dvc.yaml: the value of params.yaml, which DVC substitutes too."""
+PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<figures>.*))?")
+"""A line of `StageRun.progress`, as the orchestrator parses it."""
 
 FORCE = "LOOPWRIGHT_FORCE"
-"""Environment variable: start over, without the checkpoints of an earlier run with the same inputs."""
-_STATES_KEPT = 2
-_SECONDS_FOR_DYING_WRITER = 15.0
+"""Environment variable: start without the checkpoints of an earlier run with the same inputs."""
+_MAX_CHECKPOINT_FOLDERS = 2
+_SECONDS_FOR_ENDING_STAGE = 15.0
 
-
-class Tracker(Protocol):
-    """What a stage may say to the experiment tracker; none of it slows or fails the stage."""
-
-    def params(self, values: Mapping[str, Any]) -> None: ...
-
-    def metrics(self, values: Mapping[str, float], step: int = 0) -> None: ...
-
-    def dataset(self, name: str, digest: str, source: str, context: str) -> None: ...
-
-    def table(self, name: str, columns: Mapping[str, list[Any]]) -> None: ...
-
-    def artifact(self, path: Path) -> None: ...
-
-    def figure(self, figure: Any, name: str) -> None: ...
-
-    def child(self, name: str) -> AbstractContextManager[Tracker]:
-        """A run within this one, such as a trial of a search."""
+Tracker = EventLog
+"""The experiment tracker as a stage sees it; no call slows or fails the stage."""
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """Everything a stage function is given."""
+    """The argument of a stage function."""
 
     name: str
-    """As `--until` takes it: the stage, and behind an @ what of its matrix it runs for."""
+    """As `--until` takes it: the stage, and behind an @ the item of its matrix."""
     params: Params
     paths: Paths
     state: Path
@@ -106,35 +91,35 @@ class StageRun:
 
     @property
     def item(self) -> str:
-        """What of its matrix the stage runs for, such as `encoder`; empty for a stage without one."""
+        """The item of its matrix that the stage runs for, such as `encoder`; empty for a stage without a matrix."""
         return self.name.partition("@")[2]
 
     @property
     def family(self) -> Family:
-        """The family of models that the stage works for."""
-        families: Mapping[str, Family] = {**{one: one for one in FAMILIES}, **FAMILY_OF_SECTION}
+        """The model family of the stage."""
+        families: Mapping[str, Family] = {**{family: family for family in FAMILIES}, **FAMILY_OF_SECTION}
         return families.get(self.item, "decoder")
 
     @property
     def section(self) -> str:
-        """Where its values stand in params.yaml, such as `pretrain.encoder`."""
+        """Its section of params.yaml, such as `pretrain.encoder`."""
         return self.item if self.item in FAMILY_OF_SECTION else self.name.replace("@", ".")
 
-    def progress(self, done: int, total: int, **facts: float | str) -> None:
-        """Say how far the stage is, in one line that a person and the orchestrator can read."""
-        said = "  ".join(
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+    def progress(self, done: int, total: int, **figures: float | str) -> None:
+        """Print the stage's progress in a line that the orchestrator parses."""
+        text = "  ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
         )
         try:
-            print(f"{self.name}  {done}/{total}  {said}".rstrip(), flush=True)
+            print(f"{self.name}  {done}/{total}  {text}".rstrip(), flush=True)
         except BrokenPipeError:
-            # Whoever listened was killed: end as when told to, with a checkpoint.
+            # The orchestrator was killed: end as on SIGTERM, with a checkpoint.
             signal.raise_signal(signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage depends on, read from dvc.yaml: the one place that declares it."""
+    """The dependencies and parameters that dvc.yaml declares for a stage."""
 
     deps: dict[str, str]
     """Content digest of each dependency, by its path."""
@@ -143,14 +128,14 @@ class Inputs:
 
     @property
     def key(self) -> str:
-        """Digest of everything above: equal keys, equal results."""
+        """Digest of dependencies and values: equal keys, equal results."""
         return hashlib.sha256(json.dumps([self.deps, self.values], sort_keys=True).encode()).hexdigest()[:20]
 
 
 def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
     """Digests of the stage's dependencies and values of its parameters.
 
-    Raises: InputError naming a dependency that does not exist and what makes it.
+    Raises: InputError naming a dependency that does not exist and the stage that makes it.
     """
     stages = read_stages(paths.root)
     deps = {dep: digest(paths.root / dep) for dep in stages[name].get("deps", []) if _exists(dep, paths.root, stages)}
@@ -158,57 +143,60 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
         if (paths.root / dep).parent == paths.validated("").parent:
             deps |= _datasets(paths.root / dep, paths)
     resolved = params.model_dump(mode="json", by_alias=True)
-    return Inputs(deps, {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])})
+    values = {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])}
+    if libraries := declared_libraries(stages[name]):
+        versions = yaml.safe_load(VERSIONS_FILE.read_text(encoding="utf-8"))
+        values |= {f"versions.{library}": versions[library] for library in libraries}
+    return Inputs(deps, values)
 
 
 def _datasets(validated: Path, paths: Paths) -> dict[str, str]:
     """Digest of each dataset that passed validation, by its path.
 
-    Raises: InputError when a dataset is not what passed, as where a stage is run without those before it.
+    Raises: InputError when a dataset changed since, as where a stage is run without those before it.
     """
     digests: dict[str, str] = json.loads(validated.read_text(encoding="utf-8"))
     for name, passed in digests.items():
         folder = paths.collected / name
         if not folder.exists() or digest(folder) != passed:
             raise InputError(
-                f'data/collected/{name}: not what passed validation; run "loopwright run --until validate"'
+                f'data/collected/{name}: changed since its validation; run "loopwright run --until validate"'
             )
     return {f"data/collected/{name}": passed for name, passed in digests.items()}
 
 
 def read_stages(root: Path, *files: str) -> dict[str, dict[str, Any]]:
-    """The `stages` of these dvc.yaml files, or of both, by the names DVC gives them: one with a matrix or `foreach`
-    once per item."""
+    """The `stages` of these dvc.yaml files, or of both pipelines, by DVC's names; a matrix or `foreach` is expanded."""
     texts = [(root / file).read_text(encoding="utf-8") for file in files or PIPELINES if (root / file).is_file()]
     if any(PROJECT_PATH in text for text in texts):
-        given = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")) or {}
-        texts = [text.replace(PROJECT_PATH, str(given.get("project_path"))) for text in texts]
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")) or {}
+        texts = [text.replace(PROJECT_PATH, str(params.get("project_path"))) for text in texts]
     declared = {base: template for text in texts for base, template in yaml.safe_load(text)["stages"].items()}
     return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
 
 
 def _instances(base: str, template: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for key, facts in template.get("foreach", {}).items():
-        item = {"${key}": key} | {f"${{item.{name}}}": str(value) for name, value in facts.items()}
-        yield f"{base}@{key}", _filled(template["do"], item)
+    for key, fields in template.get("foreach", {}).items():
+        item = {"${key}": key} | {f"${{item.{name}}}": str(value) for name, value in fields.items()}
+        yield f"{base}@{key}", _interpolated(template["do"], item)
     if "foreach" in template:
         return
     stage = {key: value for key, value in template.items() if key != "matrix"}
     axes = template.get("matrix", {})
     for values in product(*axes.values()):
         item = {f"${{item.{axis}}}": str(value) for axis, value in zip(axes, values, strict=True)}
-        yield "@".join([base, *(["-".join(item.values())] if item else [])]), _filled(stage, item)
+        yield "@".join([base, *(["-".join(item.values())] if item else [])]), _interpolated(stage, item)
 
 
-def _filled(value: Any, item: Mapping[str, str]) -> Any:
-    """The value with `${item.AXIS}` resolved in every text of it."""
+def _interpolated(value: Any, item: Mapping[str, str]) -> Any:
+    """The value with `${item.AXIS}` replaced in every string of it."""
     if isinstance(value, str):
-        for axis, given in item.items():
-            value = value.replace(axis, given)
+        for axis, replacement in item.items():
+            value = value.replace(axis, replacement)
         return value
     if isinstance(value, Mapping):
-        return {_filled(key, item): _filled(one, item) for key, one in value.items()}
-    return [_filled(one, item) for one in value] if isinstance(value, list) else value
+        return {_interpolated(key, item): _interpolated(entry, item) for key, entry in value.items()}
+    return [_interpolated(entry, item) for entry in value] if isinstance(value, list) else value
 
 
 def outs(stage: Mapping[str, Any]) -> list[str]:
@@ -235,8 +223,8 @@ def _files(folder: Path) -> Iterator[Path]:
 def _exists(dep: str, root: Path, stages: Mapping[str, Mapping[str, Any]]) -> bool:
     if (root / dep).exists():
         return True
-    makers = [name for name, stage in stages.items() if any(Path(dep).is_relative_to(out) for out in outs(stage))]
-    remedy = f'run "loopwright run --until {makers[0]}"' if makers else "restore it from git"
+    producers = [name for name, stage in stages.items() if any(Path(dep).is_relative_to(out) for out in outs(stage))]
+    remedy = f'run "loopwright run --until {producers[0]}"' if producers else "restore it from git"
     raise InputError(f"{dep}: not found; {remedy}")
 
 
@@ -245,10 +233,23 @@ def _declared_params(stage: Mapping[str, Any]) -> list[str]:
     names: set[str] = set()
     for entry in stage.get("params", []):
         if isinstance(entry, dict):
-            names.update(dotted.partition(".")[2] for keys in entry.values() for dotted in keys)
+            scaled = (keys for file, keys in entry.items() if Path(file).name != VERSIONS_FILE.name)
+            names.update(dotted.partition(".")[2] for keys in scaled for dotted in keys)
         else:
             names.add(entry)
     return sorted(names)
+
+
+def declared_libraries(stage: Mapping[str, Any]) -> set[str]:
+    """Libraries of which a stage of dvc.yaml declares the version, as it changes what the stage computes."""
+    files = [entry for entry in stage.get("params", []) if isinstance(entry, dict)]
+    return {
+        name
+        for entry in files
+        for file, names in entry.items()
+        if Path(file).name == VERSIONS_FILE.name
+        for name in names
+    }
 
 
 def _look_up(values: Any, dotted: str) -> Any:
@@ -278,26 +279,26 @@ def run_stage(name: str, root: Path) -> int:
     paths = Paths(root)
     started, message = time.time(), ""
     try:
-        with file_lock(paths.home / "stages", name, patience=_SECONDS_FOR_DYING_WRITER):
+        with file_lock(paths.home / "stages", name, patience=_SECONDS_FOR_ENDING_STAGE):
             _run_locked(name, paths)
         code = 0
     except BaseException as error:
         if message := str(error) if isinstance(error, InputError | Refused) else disk_trouble(error, root):
             print(message, file=sys.stderr, flush=True)
             code = 3 if isinstance(error, Refused) else 1
-            _report(paths, name, started, code, message)
+            _write_report(paths, name, started, code, message)
             return code
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        _report(paths, name, started, code, f"{type(error).__name__}: {error}")
+        _write_report(paths, name, started, code, f"{type(error).__name__}: {error}")
         raise
-    _report(paths, name, started, code, message)
+    _write_report(paths, name, started, code, message)
     return code
 
 
 def _run_locked(name: str, paths: Paths) -> None:
     params = load_params(paths.params)
     inputs = stage_inputs(name, paths, params)
-    # What a killed writer left behind; and a link into the DVC cache must not be written through.
+    # Partial outs of a killed run; and nothing may be written through a link into DVC's cache.
     for out in outs(read_stages(paths.root)[name]):
         remove(paths.root / out)
     with open_tracker(name, inputs.key, paths.home) as tracker:
@@ -305,33 +306,25 @@ def _run_locked(name: str, paths: Paths) -> None:
         for dep, content in inputs.deps.items():
             if dep.startswith("data/"):
                 tracker.dataset(dep, content, dep, "input")
-        stage_function(name)(StageRun(name, params, paths, _state(name, inputs.key, paths), tracker))
+        stage_function(name)(StageRun(name, params, paths, _checkpoint_folder(name, inputs.key, paths), tracker))
         tracker.artifact(paths.metrics / f"{name}.json")
 
 
-def _state(name: str, key: str, paths: Paths) -> Path:
-    """The folder of resumable checkpoints for these inputs; older ones go."""
+def _checkpoint_folder(name: str, key: str, paths: Paths) -> Path:
+    """The folder of resumable checkpoints for these inputs; the oldest folders are removed."""
     folder = paths.home / "checkpoints" / name / key
     if os.environ.get(FORCE):
         remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
     newest_first = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for old in newest_first[_STATES_KEPT:]:
+    for old in newest_first[_MAX_CHECKPOINT_FOLDERS:]:
         remove(old)
     return folder
 
 
-def remove(path: Path) -> None:
-    """Remove a file, link or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
-    """Leave how the stage ended where the orchestrator, and `status`, find it."""
+def _write_report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
+    """Write how the stage ended, for the orchestrator."""
     report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
     with suppress(OSError):  # a full disk; the message went to stderr
         (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Keep processes running: start, ask for health, restart with growing pauses, end with all their children.
+"""Keep processes running: start, check health, restart with exponential backoff, end with all their children.
 
-One thread, one loop: `Supervisor.tick` looks at each service once.
+One thread, one loop: `Supervisor.tick` checks each service once.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Literal
 
 import psutil
 
-from components.runtime.process import ask_to_die_with_parent
+from components.runtime.process import start
 
 LOG_BYTES = 20_000_000
-"""A log that is longer is put aside as NAME.log.1 when its service starts."""
+"""A longer log is rotated to NAME.log.1 when its service starts."""
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
-QUICK_DEATH_SECONDS = 60.0
-"""A service that lived longer starts again with the first pause."""
-SECONDS_BETWEEN_ASKS = 10.0
-UNANSWERED_ASKS = 6
-"""So many in a row, and a healthy service counts as hung: it is killed, and starts again. Generous, for training
-takes every core."""
-QUICK_DEATHS = 5
-"""So many quick deaths in a row, and it is given up."""
+STABLE_SECONDS = 60.0
+"""After this long, an exit is no crash loop: the next restart waits for the first pause again."""
+SECONDS_BETWEEN_CHECKS = 10.0
+MAX_FAILED_CHECKS = 6
+"""Failed liveness checks in a row after which a service counts as hung and is restarted. Generous, for training takes
+every core."""
+MAX_CRASHES = 5
+"""Quick exits in a row after which a service is not restarted."""
 
-State = Literal["waiting", "starting", "healthy", "hung", "pausing", "given up"]
+State = Literal["waiting", "starting", "healthy", "hung", "backing off", "crash loop"]
 
 
 @dataclass(frozen=True)
@@ -42,32 +42,32 @@ class Service:
     name: str
     command: Sequence[str]
     address: str
-    """Shown to people; empty when it has none."""
+    """Shown to the user; empty when it has none."""
     health: Callable[[], bool]
     environment: Mapping[str, str] = field(default_factory=dict)
     may_start: Callable[[], bool] = lambda: True
-    """Not started before this is true."""
+    """The service starts only when this returns true."""
     waits_for: str = ""
-    """What `may_start` waits for, for people."""
+    """What `may_start` waits for, as shown to the user."""
     lives: Callable[[], bool] = lambda: True
-    """Asked now and then of a healthy service; may take two seconds."""
+    """Liveness check of a healthy service; may take two seconds."""
 
 
 @dataclass
 class SupervisedService:
-    """A service and how it fares."""
+    """A service, its process and its state."""
 
     service: Service
     log: Path
     state: State = "waiting"
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
-    deaths: int = 0
-    """Quick ones in a row."""
+    crashes: int = 0
+    """Quick exits in a row."""
     next_start: float = 0.0
-    told_waiting: bool = False
-    next_ask: float = 0.0
-    unanswered: int = 0
+    reported_waiting: bool = False
+    next_check: float = 0.0
+    failed_checks: int = 0
 
 
 class Supervisor:
@@ -76,81 +76,71 @@ class Supervisor:
     def __init__(
         self, services: Sequence[Service], logs: Path, root: Path, tell: Callable[[SupervisedService], None]
     ) -> None:
-        self.kept = [SupervisedService(service, logs / f"{service.name}.log") for service in services]
+        self.supervised = [SupervisedService(service, logs / f"{service.name}.log") for service in services]
         self._root, self._tell = root, tell
         logs.mkdir(parents=True, exist_ok=True)
 
     def tick(self) -> None:
-        """Look at each service once: start it, see its health, notice its death."""
-        for kept in self.kept:
-            if kept.process is not None and kept.process.poll() is not None:
-                self._died(kept)
-            elif kept.process is not None and kept.state == "starting" and kept.service.health():
-                kept.unanswered = 0
-                self._change(kept, "healthy")
-            elif kept.state == "healthy" and time.monotonic() >= kept.next_ask:
-                self._ask(kept)
-            elif kept.process is None and kept.state != "given up" and time.monotonic() >= kept.next_start:
-                self._start(kept)
+        """Check each service once: start it, check its health, handle its exit."""
+        for entry in self.supervised:
+            if entry.process is not None and entry.process.poll() is not None:
+                self._handle_exit(entry)
+            elif entry.process is not None and entry.state == "starting" and entry.service.health():
+                entry.failed_checks = 0
+                self._change(entry, "healthy")
+            elif entry.state == "healthy" and time.monotonic() >= entry.next_check:
+                self._check_liveness(entry)
+            elif entry.process is None and entry.state != "crash loop" and time.monotonic() >= entry.next_start:
+                self._start(entry)
 
     def stop(self, seconds: float) -> None:
-        """End every service and its children: asked first, killed after `seconds`."""
-        families = [family(kept.process.pid) for kept in self.kept if kept.process is not None]
-        for kept in self.kept:
-            if kept.process is not None:
+        """Terminate every service and its children, and kill those that are left after `seconds`."""
+        trees = [process_tree(entry.process.pid) for entry in self.supervised if entry.process is not None]
+        for entry in self.supervised:
+            if entry.process is not None:
                 with suppress(ProcessLookupError):
-                    kept.process.terminate()
-        _end([member for members in families for member in members], seconds)
-        for kept in self.kept:
-            if kept.process is not None:
-                kept.process.wait()
+                    entry.process.terminate()
+        _end([member for members in trees for member in members], seconds)
+        for entry in self.supervised:
+            if entry.process is not None:
+                entry.process.wait()
 
-    def _start(self, kept: SupervisedService) -> None:
-        if not kept.service.may_start():
-            if not kept.told_waiting:
-                kept.told_waiting = True
-                self._change(kept, "waiting")
+    def _start(self, entry: SupervisedService) -> None:
+        if not entry.service.may_start():
+            if not entry.reported_waiting:
+                entry.reported_waiting = True
+                self._change(entry, "waiting")
             return
-        if kept.log.exists() and kept.log.stat().st_size > LOG_BYTES:
-            kept.log.replace(kept.log.with_suffix(".log.1"))
-        with kept.log.open("ab") as file:
-            kept.process = subprocess.Popen(
-                kept.service.command,
-                cwd=self._root,
-                env={**os.environ, **kept.service.environment},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                # Ctrl-C is for us: we end the services in order.
-                start_new_session=True,
-                preexec_fn=ask_to_die_with_parent,
-            )
-        kept.started = time.monotonic()
-        kept.state, kept.told_waiting = "starting", False
+        if entry.log.exists() and entry.log.stat().st_size > LOG_BYTES:
+            entry.log.replace(entry.log.with_suffix(".log.1"))
+        with entry.log.open("ab") as file:
+            entry.process = start(entry.service.command, file, entry.service.environment, self._root)
+        entry.started = time.monotonic()
+        entry.state, entry.reported_waiting = "starting", False
 
-    def _ask(self, kept: SupervisedService) -> None:
-        kept.unanswered = 0 if kept.service.lives() else kept.unanswered + 1
-        kept.next_ask = time.monotonic() + SECONDS_BETWEEN_ASKS
-        if kept.unanswered >= UNANSWERED_ASKS:
-            self._change(kept, "hung")
-            _kill_session(kept)
+    def _check_liveness(self, entry: SupervisedService) -> None:
+        entry.failed_checks = 0 if entry.service.lives() else entry.failed_checks + 1
+        entry.next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
+        if entry.failed_checks >= MAX_FAILED_CHECKS:
+            self._change(entry, "hung")
+            _kill_session(entry)
 
-    def _died(self, kept: SupervisedService) -> None:
-        # The rest of its session must not hold its port, nor train on.
-        _kill_session(kept)
-        quick = time.monotonic() - kept.started < QUICK_DEATH_SECONDS
-        kept.deaths = kept.deaths + 1 if quick else 1
-        kept.next_start = time.monotonic() + min(FIRST_PAUSE_SECONDS * 2 ** (kept.deaths - 1), LONGEST_PAUSE_SECONDS)
-        self._change(kept, "given up" if kept.deaths >= QUICK_DEATHS else "pausing")
-        kept.process = None
+    def _handle_exit(self, entry: SupervisedService) -> None:
+        # Its children must not hold its port, nor go on training.
+        _kill_session(entry)
+        quick = time.monotonic() - entry.started < STABLE_SECONDS
+        entry.crashes = entry.crashes + 1 if quick else 1
+        entry.next_start = time.monotonic() + min(FIRST_PAUSE_SECONDS * 2 ** (entry.crashes - 1), LONGEST_PAUSE_SECONDS)
+        self._change(entry, "crash loop" if entry.crashes >= MAX_CRASHES else "backing off")
+        entry.process = None
 
-    def _change(self, kept: SupervisedService, state: State) -> None:
-        kept.state = state
-        self._tell(kept)
+    def _change(self, entry: SupervisedService, state: State) -> None:
+        entry.state = state
+        self._tell(entry)
 
 
-def family(pid: int) -> list[psutil.Process]:
-    """A process and everything below it."""
+def process_tree(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants."""
     try:
         process = psutil.Process(pid)
         return [process, *process.children(recursive=True)]
@@ -158,10 +148,10 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _kill_session(kept: SupervisedService) -> None:
-    assert kept.process is not None
+def _kill_session(entry: SupervisedService) -> None:
+    assert entry.process is not None
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(kept.process.pid, signal.SIGKILL)
+        os.killpg(entry.process.pid, signal.SIGKILL)
 
 
 def _end(members: list[psutil.Process], seconds: float) -> None:

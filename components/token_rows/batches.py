@@ -1,4 +1,4 @@
-"""Packed token rows as batches: memory-mapped rows and an order that needs no memory.
+"""Packed token rows as batches: memory-mapped rows, and a sampler without stored order.
 
 The rows of step s are a pure function of (seed, s), so the state of the sampler is the step number.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,13 @@ from torch import Tensor
 from components.config.params import InputError
 
 IGNORED = -100
-"""Label of a position that is not learned."""
+"""Label of a position without a target."""
 Batch = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
 
 
 class Rows(Protocol):
-    """What the training loop draws its batches from."""
+    """The rows of a training set."""
 
     folder: Path
     seq_len: int
@@ -32,29 +32,35 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def lengths(self, indices: Indices) -> Indices:
-        """Tokens of each of these rows: micro-batches hold rows about as long as each other."""
+        """Tokens of each of these rows: micro-batches hold rows of similar length."""
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
-        """Rows drawn in a step, by number: what is random about one is a function of seed, step and row."""
+        """The rows of a step, by index: random corruption of a row is a function of seed, step and row."""
 
 
 def count_tokens(batch: Batch) -> int:
-    """Tokens that a batch gives to read, padding left out."""
-    return sum(int((batch[name] != 0).sum()) for name in _REAL if name in batch)
+    """Tokens of a batch without padding."""
+    masks = ("segment_ids", "attention_mask", "decoder_attention_mask")  # not zero where a token is no padding
+    return sum(int((batch[name] != 0).sum()) for name in masks if name in batch)
 
 
-_REAL = ("segment_ids", "attention_mask", "decoder_attention_mask")
-"""Not zero where a token is no padding; a batch has the first, or the others."""
+def read_rows_file(folder: Path) -> dict[str, Any]:
+    """`rows.json` of a folder of token rows.
+
+    Raises: InputError when there is none.
+    """
+    try:
+        info: dict[str, Any] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f'{folder}: no token rows; run "loopwright run --until prepare"') from None
+    return info
 
 
 class TokenRows:
-    """One split of a folder that `prepare` wrote; rows are read from disk when asked for."""
+    """Packed rows of one split of a folder that `prepare` wrote, memory-mapped."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        try:
-            info = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f'{folder}: no token rows; run "loopwright run --until prepare"') from None
+        info = read_rows_file(folder)
         self.folder, self.split = folder, split
         self.seq_len, self.vocab_size = int(info["seq_len"]), int(info["vocab_size"])
         self.count = int(info["rows"].get(split, 0))
@@ -83,34 +89,34 @@ class TokenRows:
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, labels, segment_ids and position_ids, each (B, T) int64.
 
-        labels[t] is the token after t where both are of one document and that one is to be learned, else IGNORED.
+        labels[t] is the token after t where both are of one document and the mask has that token, else IGNORED.
         """
         order = np.asarray(indices)
         ids = self._ids[order].astype(np.int64)
         segments = self._segments[order].astype(np.int64)
-        learned = self._mask[order] != 0
+        masked = self._mask[order] != 0
         labels = np.full_like(ids, IGNORED)
-        wanted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0) & learned[:, 1:]
-        labels[:, :-1][wanted] = ids[:, 1:][wanted]
+        targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0) & masked[:, 1:]
+        labels[:, :-1][targets] = ids[:, 1:][targets]
         arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def learned_share(self) -> tuple[int, int]:
-        """How many tokens are marked to be learned, and how many there are without padding."""
-        learned = tokens = 0
+    def masked_tokens(self) -> tuple[int, int]:
+        """The numbers of tokens in the mask, and of all tokens without padding."""
+        masked = tokens = 0
         for start in range(0, self.count, 4096):
             real = self._segments[start : start + 4096] != 0
             tokens += int(real.sum())
-            learned += int(((self._mask[start : start + 4096] != 0) & real).sum())
-        return learned, tokens
+            masked += int(((self._mask[start : start + 4096] != 0) & real).sum())
+        return masked, tokens
 
 
 def _positions(segments: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Positions counted from the start of each document of a row."""
-    place = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
+    """Positions from the start of each document of a row."""
+    index = np.broadcast_to(np.arange(segments.shape[1], dtype=np.int64), segments.shape)
     starts = np.zeros_like(segments)
-    starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], place[:, 1:], 0)
-    return place - np.maximum.accumulate(starts, axis=1)
+    starts[:, 1:] = np.where(segments[:, 1:] != segments[:, :-1], index[:, 1:], 0)
+    return index - np.maximum.accumulate(starts, axis=1)
 
 
 class Sampler:
@@ -130,16 +136,16 @@ class Sampler:
     def step(self, step: int, batch_size: int) -> Indices:
         """Row numbers of one step's batch; batches run on over the ends of epochs."""
         drawn = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-        epochs, places = drawn // self.rows, drawn % self.rows
+        epochs, indices = drawn // self.rows, drawn % self.rows
         chosen = np.empty_like(drawn)
         for epoch in np.unique(epochs):
-            here = epochs == epoch
-            chosen[here] = self._permute(places[here], int(epoch))
+            in_epoch = epochs == epoch
+            chosen[in_epoch] = self._permute(indices[in_epoch], int(epoch))
         return chosen
 
-    def _permute(self, places: Indices, epoch: int) -> Indices:
+    def _permute(self, indices: Indices, epoch: int) -> Indices:
         keys = np.random.default_rng([self.seed, epoch]).integers(0, 2**63, size=self.ROUNDS, dtype=np.uint64)
-        values = self._feistel(places.astype(np.uint64), keys)
+        values = self._feistel(indices.astype(np.uint64), keys)
         while (outside := values >= self.rows).any():  # the cipher's range is up to four times the rows
             values[outside] = self._feistel(values[outside], keys)
         return values.astype(np.int64)

@@ -1,8 +1,8 @@
 """Packed rows of tokens: several documents or conversations in each, so that nothing is computed on padding.
 
 A row has `seq_len` tokens and holds several pieces, numbered by `segments` so that attention and positions never
-cross them. `mask` is 1 on the tokens to be learned: all of a document, the model's own turns of a conversation, the
-repetition (not the first occurrence) of a span in the copying practice.
+cross them. `mask` is 1 on the tokens that are trained on: all of a document, the model's own turns of a conversation,
+the repetition (not the first occurrence) of a span of copy augmentation.
 
     train.ids.bin  train.segments.bin  train.mask.bin    raw little-endian arrays of shape (rows, seq_len)
     rows.json                                            seq_len, dtype, vocab_size, rows per split
@@ -56,19 +56,19 @@ class RowWriter:
 
 
 def id_type(tokenizer: ChatTokenizer) -> str:
-    """The smallest type on disk that holds every id."""
+    """The smallest type on disk for every id."""
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
 def write_rows_file(folder: Path, tokenizer: ChatTokenizer, seq_len: int, writers: Mapping[str, RowWriter]) -> None:
-    """`rows.json`: what a reader needs to know of the splits' arrays."""
+    """Write `rows.json`: shape and type of the splits' arrays."""
     rows = {split: writer.rows for split, writer in writers.items()}
-    facts = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    write_json(folder / "rows.json", {**facts, "rows": rows})
+    info = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
+    write_json(folder / "rows.json", {**info, "rows": rows})
 
 
 def fill_rows(pieces: Iterable[Piece], writer: RowWriter) -> None:
-    """Fill rows to the brim: a document that does not fit goes on in the next row as a new segment."""
+    """Fill rows completely: a document that does not fit continues in the next row as a new segment."""
     row: list[Piece] = []
     free = writer.seq_len
     for ids, mask in pieces:
@@ -92,10 +92,10 @@ def pack_rows(pieces: Iterable[Piece], writer: RowWriter) -> int:
             continue
         room = [index for index, (used, _) in enumerate(rows) if used + len(ids) <= writer.seq_len]
         best = max(room, key=lambda index: rows[index][0], default=None)
-        used, held = (0, []) if best is None else rows.pop(best)
-        rows.append((used + len(ids), [*held, (ids, mask)]))
+        used, row = (0, []) if best is None else rows.pop(best)
+        rows.append((used + len(ids), [*row, (ids, mask)]))
         if len(rows) > OPEN_ROWS:
             writer.add(rows.pop(max(range(len(rows)), key=lambda index: rows[index][0]))[1])
-    for _, held in rows:
-        writer.add(held)
+    for _, row in rows:
+        writer.add(row)
     return too_long

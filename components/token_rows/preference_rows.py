@@ -1,17 +1,16 @@
 """Preferences as rows of tokens: one sequence a row, so that a row has a log-probability of its own.
 
     train.ids.bin, train.segments.bin, train.mask.bin    as `prepare` writes them
-    train.roles.bin                                      what each row is, uint8
+    train.roles.bin                                      `Role` of each row, uint8
 
 A pair is two rows, the chosen answer and then the rejected one. An unpaired label is its own row and, where there are
-several votes, its prompt with another one's answer: KTO estimates its KL term on those.
+several labels, its prompt with the answer of another label: KTO estimates its KL term on those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from components.config.params import InputError
-from components.datasets.formats import Row
+from components.datasets.formats import Row, batched
 from components.token_rows.augmentation import Piece
 from components.token_rows.batches import Batch, Indices, TokenRows
 from components.token_rows.packing import RowWriter, id_type, write_rows_file
@@ -30,7 +29,7 @@ BATCH = 512
 
 
 class Role(IntEnum):
-    """What a row of a batch is there for."""
+    """Purpose of a row of a batch."""
 
     SFT = 0
     CHOSEN = 1
@@ -39,9 +38,9 @@ class Role(IntEnum):
     LIKED = 3
     DISLIKED = 4
     MISMATCHED = 5
-    """A prompt with another one's answer; nothing is learned from it."""
+    """A prompt with the answer to another; not trained on."""
     REPLAY = 6
-    """An earlier conversation: what the reference model says of it is to stay."""
+    """An earlier conversation, on which the model is to stay near the reference model."""
 
 
 def write_preferences(
@@ -51,7 +50,7 @@ def write_preferences(
     folder.mkdir(parents=True, exist_ok=True)
     writer = RowWriter(folder, split, seq_len, id_type(tokenizer))
     roles: list[Role] = []
-    votes: list[tuple[Role, Answer]] = []
+    labels: list[tuple[Role, Answer]] = []
     counts = {"pairs": 0, "votes": 0, "too_long": 0}
     for row, answers in encode_preferences(tokenizer, rows):
         if any(len(answer) > seq_len for answer in answers.values()):
@@ -62,14 +61,14 @@ def write_preferences(
                 writer.add([answers[role].piece()])
                 roles.append(role)
         else:
-            votes += [(Role.LIKED if row["chosen"] else Role.DISLIKED, answer) for answer in answers.values()]
-    counts["votes"] = len(votes)
-    for number, (role, answer) in enumerate(votes):
+            labels += [(Role.LIKED if row["chosen"] else Role.DISLIKED, answer) for answer in answers.values()]
+    counts["votes"] = len(labels)
+    for number, (role, answer) in enumerate(labels):
         writer.add([answer.piece()])
         roles.append(role)
-        other = votes[(number + 1) % len(votes)][1]
-        if len(votes) > 1:
-            writer.add([answer.instead(other, seq_len)])
+        other = labels[(number + 1) % len(labels)][1]
+        if len(labels) > 1:
+            writer.add([answer.replaced_by(other, seq_len)])
             roles.append(Role.MISMATCHED)
     writer.close()
     np.array(roles, "uint8").tofile(folder / f"{split}.roles.bin")
@@ -78,7 +77,7 @@ def write_preferences(
 
 
 class Answer:
-    """One answer to one prompt: ids, and which of them the model wrote in this answer."""
+    """One answer to one prompt: ids, and the mask of the model's own tokens in the answer."""
 
     def __init__(self, prompt: list[int], ids: list[int], mask: list[int]) -> None:
         self.prompt, self.ids, self.mask = prompt, ids, mask
@@ -89,16 +88,15 @@ class Answer:
     def piece(self) -> Piece:
         return [*self.prompt, *self.ids], [0] * len(self.prompt) + self.mask
 
-    def instead(self, other: Answer, seq_len: int) -> Piece:
-        """This prompt with another one's answer, as far as it fits."""
+    def replaced_by(self, other: Answer, seq_len: int) -> Piece:
+        """This prompt with the answer to another, cut to `seq_len` tokens."""
         ids, mask = Answer(self.prompt, other.ids, other.mask).piece()
         return ids[:seq_len], mask[:seq_len]
 
 
 def encode_preferences(tokenizer: ChatTokenizer, rows: Iterable[Row]) -> Iterator[tuple[Row, dict[Role, Answer]]]:
-    """Each row with its answers; turns of the prompt are the context of an answer and not learned."""
-    upcoming = iter(rows)
-    while batch := list(islice(upcoming, BATCH)):
+    """Each row with its answers; turns of the prompt are the context of an answer and not in the mask."""
+    for batch in batched(rows, BATCH):
         prompts = tokenizer.encode_chats([(row["prompt"], row["tools"]) for row in batch])
         sides = [
             (number, role, row)
@@ -132,7 +130,7 @@ class PreferenceRows:
         """Log-probability of each row's labels under the frozen reference model; filled before training."""
 
     def units(self) -> list[list[int]]:
-        """The rows that belong together: a pair, or an unpaired label with its mismatched row."""
+        """The rows of each pair, or unpaired label with its mismatched row."""
         units: list[list[int]] = []
         for row, role in enumerate(self.roles.tolist()):
             if role in (Role.REJECTED, Role.MISMATCHED):
@@ -143,44 +141,44 @@ class PreferenceRows:
 
     def batch(self, rows: Indices) -> Batch:
         """The batch of `TokenRows`, with `role` (R,) int64 and `reference` (R,) float32."""
-        marks = {
+        extra = {
             "role": torch.from_numpy(self.roles[rows].astype(np.int64)),
             "reference": torch.from_numpy(self.reference[rows]),
         }
-        return self.tokens.batch(rows) | marks
+        return self.tokens.batch(rows) | extra
 
 
 class AlignRows:
-    """Packed conversations, earlier ones to keep, and preferences as one set of units to draw from."""
+    """Packed conversations, replayed conversations and preferences as one training set of units."""
 
     def __init__(self, sft: TokenRows | None, replay: TokenRows | None, preferences: PreferenceRows | None) -> None:
-        given = [part for part in (sft, replay, preferences.tokens if preferences else None) if part is not None]
-        if not given:
+        parts = [part for part in (sft, replay, preferences.tokens if preferences else None) if part is not None]
+        if not parts:
             raise InputError("AlignRows: neither conversations nor preferences; there is nothing to learn from")
         self._packed = [
             (role, rows) for role, rows in ((Role.SFT, sft), (Role.REPLAY, replay)) if rows is not None and len(rows)
         ]
         self._preferences = preferences
         self._units = preferences.units() if preferences else []
-        self.folder, self.seq_len, self.vocab_size = given[0].folder, given[0].seq_len, given[0].vocab_size
+        self.folder, self.seq_len, self.vocab_size = parts[0].folder, parts[0].seq_len, parts[0].vocab_size
 
     def __len__(self) -> int:
         return sum(len(rows) for _, rows in self._packed) + len(self._units)
 
     def lengths(self, indices: Indices) -> Indices:
-        """All the same: units of all kinds come in the order in which they are drawn."""
+        """All the same: units of all kinds stay in sampling order."""
         return np.full(len(indices), self.seq_len)
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
-        """The units of these numbers, a pair's rows one after the other, no wider than the longest row needs."""
+        """The units of these indices, a pair's rows one after the other, trimmed to the longest row."""
         parts: list[Batch] = []
         first = 0
         for role, packed in self._packed:
-            here = indices[(indices >= first) & (indices < first + len(packed))] - first
+            chosen = indices[(indices >= first) & (indices < first + len(packed))] - first
             first += len(packed)
-            if len(here):
-                marks = {"role": torch.full((len(here),), int(role)), "reference": torch.zeros(len(here))}
-                parts.append(packed.batch(here) | marks)
+            if len(chosen):
+                extra = {"role": torch.full((len(chosen),), int(role)), "reference": torch.zeros(len(chosen))}
+                parts.append(packed.batch(chosen) | extra)
         rows = [row for unit in indices[indices >= first] for row in self._units[unit - first]]
         if self._preferences and rows:
             parts.append(self._preferences.batch(np.array(rows, np.int64)))
@@ -188,6 +186,6 @@ class AlignRows:
 
 
 def trimmed(batch: Mapping[str, Any]) -> Batch:
-    """The batch without the columns that are padding in every row."""
+    """The batch without columns that are padding in every row."""
     width = int((batch["segment_ids"] != 0).any(0).nonzero().max()) + 1
     return {name: value[:, :width] if value.dim() == 2 else value for name, value in batch.items()}

@@ -1,16 +1,15 @@
-"""Stage: datasets to rows of tokens, in bounded memory: packed (packing.py) or of variable length, by family."""
+"""Stage: tokenize datasets into rows, in bounded memory: packed (packing.py) or of variable length, by family."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from components.config.params import InputError
-from components.datasets.formats import read_info, read_rows, refuse_other_kinds, write_json
+from components.datasets.formats import batched, read_info, read_rows, refuse_other_kinds, write_json
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
@@ -63,7 +62,7 @@ def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Pa
         for folder in folders:
             fill_rows(_documents(tokenizer, folder, split), writer)
         if split == "train":
-            share = run.params.prepare.decoder.copy_share
+            share = run.params.prepare.decoder.copy_rate
             names = _names(folders)
             for row in copy_augmented_rows(
                 names, tokenizer, int(writer.rows * share / (1 - share)), writer.seq_len, run.params.seed
@@ -79,44 +78,43 @@ def _prepare_conversations(run: StageRun, tokenizer: ChatTokenizer, folders: lis
         for folder in folders:
             pieces = _conversations(tokenizer, folder, split)
             if split == "train":
-                pieces = _practised(pieces, run, tokenizer)
+                pieces = _with_noisy_copies(pieces, run, tokenizer)
             too_long += pack_rows(pieces, rows.writer(split))
     return rows.close({"too_long": too_long})
 
 
 def _documents(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterator[Piece]:
-    texts = (row["text"] for row in read_rows(folder, split, ["text"]))
-    while batch := list(islice(texts, BATCH)):
+    for batch in batched((row["text"] for row in read_rows(folder, split, ["text"])), BATCH):
         for ids in tokenizer.encode_batch(batch):
             yield [tokenizer.document_id, *ids, tokenizer.end_id], [0] + [1] * (len(ids) + 1)
 
 
 def _conversations(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterator[Piece]:
     chats = ((row["messages"], row["tools"]) for row in read_rows(folder, split, ["messages", "tools"]))
-    while batch := list(islice(chats, BATCH)):
+    for batch in batched(chats, BATCH):
         yield from tokenizer.encode_chats(batch)
 
 
-def _practised(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer) -> Iterator[Piece]:
-    """The conversations, and a share of them once more with noise in what they copy."""
+def _with_noisy_copies(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer) -> Iterator[Piece]:
+    """The conversations, and a share of them repeated with token noise in their copied spans."""
     random = np.random.default_rng(run.params.seed)
     for ids, mask in pieces:
         yield ids, mask
-        if random.random() < run.params.prepare.decoder.noise_share:
+        if random.random() < run.params.prepare.decoder.token_noise_rate:
             noisy = with_token_noise(ids, random, tokenizer)
             if noisy:
                 yield noisy, mask
 
 
 def _names(folders: list[Path], limit: int = 5_000) -> list[str]:
-    """Names from the training text itself, so that what is copied looks like what will be asked."""
-    found: dict[str, None] = {}
+    """Names of the training text itself, so that copied spans look like those of prompts."""
+    names: dict[str, None] = {}
     for folder in folders:
         for row in read_rows(folder, "train", ["text"]):
-            found.update(dict.fromkeys(name for name in _NAME.findall(row["text"][:4_000]) if len(name) > 5))
-            if len(found) >= limit:
-                return list(found)[:limit]
-    return list(found)
+            names.update(dict.fromkeys(name for name in _NAME.findall(row["text"][:4_000]) if len(name) > 5))
+            if len(names) >= limit:
+                return list(names)[:limit]
+    return list(names)
 
 
 class _Rows:
@@ -139,10 +137,10 @@ class _Rows:
             writer.close()
         train = self._writers["train"]
         if not train.learned:
-            said = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
             raise InputError(
                 f"params.yaml: {self._section}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
-                f" ({said or 'it is empty'}); add rows or raise prepare.decoder.seq_len"
+                f" ({reasons or 'it is empty'}); add rows or raise prepare.decoder.seq_len"
             )
         write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers)
         counts = {

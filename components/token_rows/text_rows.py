@@ -1,52 +1,65 @@
-"""Rows of the encoder and the encoder-decoder: what `prepare` does for the families that read text without turns.
+"""Rows of the encoder and the encoder-decoder: `prepare` for the families that read text without turns.
 
-Nothing is cut in silence: texts, sources and targets longer than a row are counted per split.
+Texts, sources and targets longer than a row are cut, and counted per split. The encoder is pretrained on pairs of
+passages (BERT, arXiv 1810.04805, section 3.1 and appendix A.2): half of the passages B follow A, the others come from
+another document; the sentences that would have followed begin a later pair.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Encoding
 
 from components.config.params import InputError
-from components.datasets.formats import Row, read_rows, shards, write_json
+from components.datasets.formats import Row, batched, read_rows, shards, write_json
 from components.runtime.stage import StageRun
-from components.token_rows.sentence_pairs import Sentence, pairs, sentences
 from components.token_rows.variable_length import NO_PAIR, SPECIAL, VariableLengthWriter
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 
 BATCH = 512
 Counts = dict[str, int]
 Folders = list[Path]
+BUFFERED_DOCUMENTS = 512
+"""Documents that passages are drawn from."""
+SHORT_SHARE = 0.1
+"""Share of pairs shorter than a row, for later texts are short too (appendix A.2)."""
+MIN_TOKENS = 8
+"""Least tokens of a passage."""
+_SENTENCE = re.compile(r"(?<=[.!?:])\s+(?=\S)|\n+")
+
+Sentence = list[tuple[int, int]]
+"""(id, whether it starts a word) of each token."""
 
 
 def prepare_encoder(run: StageRun, documents: Folders, labelled: Folders) -> dict[str, Counts]:
-    """Write `pretrain` (pairs of sentences) and `classifier` (texts and labels); what there is of each."""
+    """Write `pretrain` (pairs of sentences) and `classifier` (texts and labels); return the counts of each."""
     tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
     seq_len = run.params.prepare.encoder.seq_len
-    found = {"pretrain": _sentence_pairs(run, tokenizer, documents, seq_len)}
-    run.progress(1, 2, rows=found["pretrain"]["train_rows"])
-    found["classifier"] = _labelled(run, TextTokenizer.load(tuned_tokenizer(run)), labelled, seq_len)
-    run.progress(2, 2, rows=found["classifier"]["train_rows"])
-    return found
+    counts = {"pretrain": _sentence_pairs(run, tokenizer, documents, seq_len)}
+    run.progress(1, 2, rows=counts["pretrain"]["train_rows"])
+    counts["classifier"] = _labelled(run, TextTokenizer.load(tuned_tokenizer(run)), labelled, seq_len)
+    run.progress(2, 2, rows=counts["classifier"]["train_rows"])
+    return counts
 
 
 def prepare_encoder_decoder(run: StageRun, documents: Folders, text_pairs: Folders) -> dict[str, Counts]:
-    """Write `pretrain` (running text) and `summarizer` (sources and targets); what there is of each."""
+    """Write `pretrain` (running text) and `summarizer` (sources and targets); return the counts of each."""
     tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
-    found = {"pretrain": _chunks(run, tokenizer, documents)}
-    run.progress(1, 2, rows=found["pretrain"]["train_rows"])
-    found["summarizer"] = _text_pairs(run, TextTokenizer.load(tuned_tokenizer(run)), text_pairs)
-    run.progress(2, 2, rows=found["summarizer"]["train_rows"])
-    return found
+    counts = {"pretrain": _chunks(run, tokenizer, documents)}
+    run.progress(1, 2, rows=counts["pretrain"]["train_rows"])
+    counts["summarizer"] = _text_pairs(run, TextTokenizer.load(tuned_tokenizer(run)), text_pairs)
+    run.progress(2, 2, rows=counts["summarizer"]["train_rows"])
+    return counts
 
 
 def tuned_tokenizer(run: StageRun) -> Path:
-    """The folder with the tokenizer of the model that is fine-tuned: an imported one, or the family's own."""
+    """The folder of the tokenizer for fine-tuning: of an imported base, or the family's own."""
     imported = run.paths.imported(run.family)
     return imported if (imported / "config.json").is_file() else run.paths.tokenizer(run.family)
 
@@ -70,41 +83,41 @@ def _sentence_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders, s
             )
     special = {"cls": cls, "sep": sep, "mask": tokenizer.id_of("[MASK]")}
     regular = {"first": tokenizer.regular.start, "last": tokenizer.regular.stop - 1}
-    return rows.close(seq_len, {"special": special, "regular": regular}, {})
+    return rows.close(seq_len, {}, special, regular=regular)
 
 
 def _split(tokenizer: TextTokenizer, folder: Path, split: str) -> Iterator[list[Sentence]]:
     """The sentences of each document, in tokens."""
     texts = (sentences(row["text"]) for row in read_rows(folder, split, ["text"]))
-    while batch := list(islice(texts, BATCH)):
-        encoded = iter(tokenizer.encodings([one for document in batch for one in document]))
+    for batch in batched(texts, BATCH):
+        encoded = iter(tokenizer.encodings([sentence for document in batch for sentence in document]))
         for document in batch:
             yield [_tokens(next(encoded)) for _ in document]
 
 
 def _tokens(encoding: Encoding) -> Sentence:
     words = encoding.word_ids
-    starts = (int(not place or words[place - 1] != word) for place, word in enumerate(words))
+    starts = (int(not index or words[index - 1] != word) for index, word in enumerate(words))
     return list(zip(encoding.ids, starts, strict=True))
 
 
 def _labelled(run: StageRun, tokenizer: TextTokenizer, folders: Folders, seq_len: int) -> Counts:
     labels = sorted({row["label"] for folder in folders for row in read_rows(folder, "train", ["label"])})
-    place = {label: number for number, label in enumerate(labels)}
+    numbers = {label: number for number, label in enumerate(labels)}
     rows = _Rows(run, tokenizer, "classifier", {"ids": _id_type(tokenizer)}, {"label": "u2"})
     cut: Counts = {}
     end = tokenizer.id_of(SEP)
     for split in _splits(folders):
         writer = rows.writer(split)
         for batch in _batches(folders, split, ["id", "text", "label"]):
-            for row, ids in zip(batch, tokenizer.encode_batch([one["text"] for one in batch], True), strict=True):
-                if row["label"] not in place:
+            for row, ids in zip(batch, tokenizer.encode_batch([each["text"] for each in batch], True), strict=True):
+                if row["label"] not in numbers:
                     raise InputError(
                         f"params.yaml: classifier.dataset: label {row['label']!r} of row {row['id']} ({split}) has no"
-                        " row to learn from; add rows with it"
+                        " row to train on; add rows with it"
                     )
-                writer.add(ids=_shortened(ids, seq_len, end, cut, f"{split}_truncated"), label=place[row["label"]])
-    return rows.close(seq_len, {"labels": labels}, cut)
+                writer.add(ids=_shortened(ids, seq_len, end, cut, f"{split}_truncated"), label=numbers[row["label"]])
+    return rows.close(seq_len, cut, {}, labels=labels)
 
 
 def _chunks(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Counts:
@@ -118,8 +131,7 @@ def _chunks(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Counts
             for start in range(0, len(waiting) - seq_len + 1, seq_len):
                 writer.add(ids=waiting[start : start + seq_len])
             waiting = waiting[len(waiting) // seq_len * seq_len :]
-    sentinels = {"sentinels": tokenizer.sentinels}
-    return rows.close(seq_len, {"special": {"end": tokenizer.id_of("</s>")}, **sentinels}, {})
+    return rows.close(seq_len, {}, {"end": tokenizer.id_of("</s>")}, sentinels=tokenizer.sentinels)
 
 
 def _text_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Counts:
@@ -137,8 +149,7 @@ def _text_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Co
                     source=_shortened(source, config.seq_len, end, cut, f"{split}_sources_truncated"),
                     target=_shortened(target, config.target_len, end, cut, f"{split}_targets_truncated"),
                 )
-    facts = {"special": {"end": end}, "target_len": config.target_len}
-    return rows.close(config.seq_len, facts, cut)
+    return rows.close(config.seq_len, cut, {"end": end}, target_len=config.target_len)
 
 
 def section_of(run: StageRun, objective: str) -> str:
@@ -160,10 +171,7 @@ def _splits(folders: Folders) -> list[str]:
 
 
 def _batches(folders: Folders, split: str, columns: list[str]) -> Iterator[list[Row]]:
-    rows: Iterable[Row] = chain.from_iterable(read_rows(folder, split, columns) for folder in folders)
-    taken = iter(rows)
-    while batch := list(islice(taken, BATCH)):
-        yield batch
+    return batched(chain.from_iterable(read_rows(folder, split, columns) for folder in folders), BATCH)
 
 
 def _id_type(tokenizer: TextTokenizer) -> str:
@@ -190,16 +198,14 @@ class _Rows:
         self._writers[split] = VariableLengthWriter(self._folder, split, self._tokens, self._numbers)
         return self._writers[split]
 
-    def close(self, seq_len: int, facts: Mapping[str, object], counts: Counts) -> Counts:
-        """Write `rows.json`; rows and tokens of each split, and what was counted on the way."""
+    def close(self, seq_len: int, counts: Counts, special: Mapping[str, int], **info: object) -> Counts:
+        """Write `rows.json`; return rows and tokens of each split, and `counts`."""
         for writer in self._writers.values():
             writer.close()
         if not self._writers["train"].rows:
             raise InputError(f"params.yaml: {self._section}.dataset: not one row of {seq_len} tokens; add rows")
-        special = {"pad": self._tokenizer.pad_id, **_mapping(facts.get("special"))}
-        info = {
-            **facts,
-            "special": special,
+        info |= {
+            "special": {"pad": self._tokenizer.pad_id, **special},
             "seq_len": seq_len,
             "vocab_size": self._tokenizer.vocab_size,
             "rows": {split: writer.rows for split, writer in self._writers.items()},
@@ -208,12 +214,96 @@ class _Rows:
             "truncated": counts,
         }
         write_json(self._folder / "rows.json", info)
-        found = {f"{split}_{name}": getattr(one, name) for split, one in self._writers.items() for name in _COUNTED}
-        return found | counts
+        sizes = {
+            f"{split}_{name}": getattr(writer, name)
+            for split, writer in self._writers.items()
+            for name in ("rows", "tokens")
+        }
+        return sizes | counts
 
 
-_COUNTED = ("rows", "tokens")
+@dataclass(frozen=True)
+class Pair:
+    """Two passages, the second empty where a document is too short to split."""
+
+    first: Sentence
+    second: Sentence
+    random: bool
+    """Whether the second is of another document."""
 
 
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
+def sentences(text: str) -> list[str]:
+    """The sentences and lines of a text."""
+    return [piece for piece in _SENTENCE.split(text) if piece.strip()]
+
+
+def pairs(documents: Iterable[list[Sentence]], tokens: int, random: np.random.Generator) -> Iterator[Pair]:
+    """Pairs of at most `tokens` tokens together, document by document; a pair that would be longer is cut."""
+    buffer: list[list[Sentence]] = []
+    for document in documents:
+        left = [sentence for sentence in document if sentence]
+        while left:
+            pair, used = _pair(left, buffer, _target(tokens, random), random)
+            yield _cut(pair, tokens)
+            left = left[used:]
+        if len(buffer) < BUFFERED_DOCUMENTS:
+            buffer.append(document)
+        else:
+            buffer[int(random.integers(BUFFERED_DOCUMENTS))] = document
+
+
+def _target(tokens: int, random: np.random.Generator) -> int:
+    short = random.random() < SHORT_SHARE and tokens > 2 * MIN_TOKENS
+    return int(random.integers(2 * MIN_TOKENS, tokens + 1)) if short else tokens
+
+
+def _pair(
+    left: list[Sentence], buffer: list[list[Sentence]], target: int, random: np.random.Generator
+) -> tuple[Pair, int]:
+    """The next pair of a document, and the number of its sentences in the pair."""
+    count = _fitting(left, target)
+    if count == 1:
+        if len(left[0]) < 2 * MIN_TOKENS:
+            return Pair(left[0], [], False), 1
+        # A single long sentence is split.
+        half = min(len(left[0]), target) // 2
+        if buffer and random.random() < 0.5:
+            return Pair(left[0][:half], _passage(buffer, target - half, random), True), 1
+        return Pair(left[0][:half], left[0][half:], False), 1
+    cut = int(random.integers(1, count))
+    first = [token for sentence in left[:cut] for token in sentence]
+    if buffer and random.random() < 0.5:
+        return Pair(first, _passage(buffer, target - len(first), random), True), cut
+    return Pair(first, [token for sentence in left[cut:count] for token in sentence], False), count
+
+
+def _fitting(left: list[Sentence], target: int) -> int:
+    """The number of sentences that fill a pair; the last one may exceed it."""
+    length = 0
+    for count, sentence in enumerate(left, 1):
+        length += len(sentence)
+        if length >= target:
+            return count
+    return len(left)
+
+
+def _passage(buffer: list[list[Sentence]], length: int, random: np.random.Generator) -> Sentence:
+    """About `length` tokens, from a random sentence of a random document on."""
+    document = buffer[int(random.integers(len(buffer)))]
+    start = int(random.integers(len(document))) if document else 0
+    passage: Sentence = []
+    for sentence in document[start:]:
+        passage += sentence
+        if len(passage) >= length:
+            break
+    return passage[: max(length, MIN_TOKENS)]
+
+
+def _cut(pair: Pair, tokens: int) -> Pair:
+    """The pair with its longer passage cut at the end."""
+    first, second = len(pair.first), len(pair.second)
+    if first + second > tokens:
+        limit = max(tokens - second, tokens // 2) if first >= second else first
+        first = min(first, limit, tokens if not second else tokens - 1)
+        second = min(second, tokens - first)
+    return Pair(pair.first[:first], pair.second[:second], pair.random)

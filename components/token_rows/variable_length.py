@@ -1,16 +1,15 @@
-"""Rows of tokens of unlike length on disk, and as batches padded to the longest of each.
+"""Token rows of variable length on disk, and as batches padded to the longest row.
 
     train.ids.bin  train.segments.bin ...   raw little-endian arrays, one number per token, row after row
     train.ids.ends.bin                      where each row ends in that array (uint64); fields of a group share it
     train.label.bin                         one number per row
-    rows.json                               for readers: rows per split, vocab_size, ids of special tokens
+    rows.json                               rows per split, vocab_size, ids of special tokens
 
 B rows, S and T the longest source and target of a batch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,18 @@ import numpy.typing as npt
 import torch
 
 from components.config.params import InputError
-from components.token_rows.batches import IGNORED, Batch, Indices
+from components.token_rows.batches import IGNORED, Batch, Indices, read_rows_file
 
 Numbers = npt.NDArray[np.int64]
 _ENDS = np.dtype("<u8")
 SPECIAL = 2
-"""`starts` of a token that is in no word; else 1 where a word starts, and 0 within."""
+"""`starts` of a special token; else 1 where a word starts, and 0 within."""
 NO_PAIR = 2
-"""`random` of a row that has one segment alone; else 1 where the second is of another document."""
+"""`random` of a row with one segment; else 1 where the second is of another document."""
 
 
 class VariableLengthWriter:
-    """Append rows of one split. `tokens` maps each per-token field to its type, `numbers` each per-row field.
+    """Appends rows of one split. `tokens` maps each per-token field to its type, `numbers` each per-row field.
 
     A field named `a.b` has the lengths of the field `a`.
     """
@@ -62,16 +61,13 @@ class VariableLengthWriter:
 
 
 class VariableLengthRows:
-    """One split of a folder that `VariableLengthWriter` wrote; rows are read from disk when asked for."""
+    """One split of a folder that `VariableLengthWriter` wrote, memory-mapped."""
 
     measured = "ids"
-    """The field by which rows count as long or short."""
+    """The field whose length is that of a row."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        try:
-            self.info: dict[str, Any] = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f'{folder}: no token rows; run "loopwright run --until prepare"') from None
+        self.info = read_rows_file(folder)
         self.folder, self.split = folder, split
         self.seq_len, self.vocab_size = int(self.info["seq_len"]), int(self.info["vocab_size"])
         self.pad_id = int(self.info["special"]["pad"])
@@ -92,15 +88,19 @@ class VariableLengthRows:
     def field(self, name: str, index: int) -> Numbers:
         """The numbers of one row."""
         ends = self._ends[name.partition(".")[0]]
-        found: Numbers = np.asarray(self._arrays[name][ends[index] : ends[index + 1]]).astype(np.int64)
-        return found
+        numbers: Numbers = np.asarray(self._arrays[name][ends[index] : ends[index + 1]]).astype(np.int64)
+        return numbers
+
+    def ids(self, index: int) -> Numbers:
+        """Token ids of one row."""
+        return self.field("ids", index)
 
     def numbers(self, name: str) -> Numbers:
         """A per-row field of all rows (N,)."""
         return np.asarray(self._arrays[name]).astype(np.int64) if self.count else np.zeros(0, np.int64)
 
     def lengths(self, indices: Indices | None = None) -> Numbers:
-        """How many tokens each row has, or each of these: what to sort by where batches shall pad little."""
+        """Tokens of each row, or of each of these."""
         if not self.count:
             return np.zeros(0, np.int64)
         ends = self._ends[self.measured]
@@ -114,11 +114,17 @@ class VariableLengthRows:
 
 
 def padded(rows: Sequence[npt.NDArray[Any]], fill: int) -> Numbers:
-    """Rows of unlike length as one array (B, T), filled behind their ends."""
+    """Rows of different lengths as one array (B, T), filled after their ends."""
     out = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
-    for place, row in enumerate(rows):
-        out[place, : len(row)] = row
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
     return out
+
+
+def inputs(rows: Sequence[npt.NDArray[Any]], pad_id: int) -> dict[str, Numbers]:
+    """input_ids and attention_mask (B, T)."""
+    mask = padded([np.ones(len(row), np.int64) for row in rows], 0)
+    return {"input_ids": padded(rows, pad_id), "attention_mask": mask}
 
 
 def tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> Batch:
@@ -126,13 +132,10 @@ def tensors(arrays: Mapping[str, npt.NDArray[Any]]) -> Batch:
 
 
 class SentencePairs(VariableLengthRows):
-    """`[CLS] A [SEP] B [SEP]`, B what follows A or a passage of another document: what BERT is pretrained on.
+    """`[CLS] A [SEP] B [SEP]`, B the continuation of A or a passage of another document: BERT's pretraining rows.
 
-    Nothing is masked here; `words` of a row numbers its tokens' words, so that whole words can be.
+    Nothing is masked here; `words` numbers the words of a row's tokens, for whole-word masking.
     """
-
-    def ids(self, index: int) -> Numbers:
-        return self.field("ids", index)
 
     def words(self, index: int) -> Numbers:
         """The number of each token's word (T,); -1 at special tokens."""
@@ -145,13 +148,11 @@ class SentencePairs(VariableLengthRows):
         As Hugging Face has them: 0 where B follows A, 1 where it is of another document, IGNORED without a B.
         """
         rows = [int(index) for index in indices]
-        ids = [self.ids(row) for row in rows]
         follows = self.numbers("random")[rows]
         return tensors(
             {
-                "input_ids": padded(ids, self.pad_id),
+                **inputs([self.ids(row) for row in rows], self.pad_id),
                 "token_type_ids": padded([self.field("ids.segments", row) for row in rows], 0),
-                "attention_mask": padded([np.ones_like(row) for row in ids], 0),
                 "words": padded([self.words(row) for row in rows], -1),
                 "next_sentence_labels": np.where(follows == NO_PAIR, IGNORED, follows),
             }
@@ -159,20 +160,15 @@ class SentencePairs(VariableLengthRows):
 
 
 class Chunks(VariableLengthRows):
-    """Running text of documents, each ended by `</s>`, cut into pieces of seq_len tokens: T5 hides spans of them."""
-
-    def ids(self, index: int) -> Numbers:
-        return self.field("ids", index)
+    """Running text of documents, each ended by `</s>`, cut into rows of seq_len tokens: T5's pretraining rows."""
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
-        """input_ids and attention_mask (B, T): the text, nothing hidden."""
-        ids = [self.ids(int(index)) for index in indices]
-        mask = padded([np.ones_like(row) for row in ids], 0)
-        return tensors({"input_ids": padded(ids, self.pad_id), "attention_mask": mask})
+        """input_ids and attention_mask (B, T), without corruption."""
+        return tensors(inputs([self.ids(int(index)) for index in indices], self.pad_id))
 
 
 class LabelledRows(VariableLengthRows):
-    """Texts with the number of their label: what a classifier learns from."""
+    """Texts with the number of their label."""
 
     @property
     def labels(self) -> list[str]:
@@ -181,27 +177,20 @@ class LabelledRows(VariableLengthRows):
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, token_type_ids and attention_mask (B, T); labels (B,)."""
-        ids = [self.field("ids", int(index)) for index in indices]
-        inputs = padded(ids, self.pad_id)
-        return tensors(
-            {
-                "input_ids": inputs,
-                "token_type_ids": np.zeros_like(inputs),
-                "attention_mask": padded([np.ones_like(row) for row in ids], 0),
-                "labels": self.numbers("label")[np.asarray(indices)],
-            }
-        )
+        arrays = inputs([self.ids(int(index)) for index in indices], self.pad_id)
+        labels = self.numbers("label")[np.asarray(indices)]
+        return tensors({**arrays, "token_type_ids": np.zeros_like(arrays["input_ids"]), "labels": labels})
 
 
 class TextPairRows(VariableLengthRows):
-    """Sources with what is to be written of them."""
+    """Sources and targets."""
 
     measured = "source"
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids and attention_mask (B, S); decoder_input_ids, decoder_attention_mask and labels (B, T).
 
-        The decoder reads the target shifted right behind a padding token, as T5 does.
+        The decoder's input is the target shifted right after a padding token, as in T5.
         """
         sources = [self.field("source", int(index)) for index in indices]
         return seq2seq(sources, [self.field("target", int(index)) for index in indices], self.pad_id)
@@ -214,8 +203,7 @@ def seq2seq(sources: Sequence[npt.NDArray[Any]], targets: Sequence[npt.NDArray[A
     shifted[:, 1:] = np.where(labels[:, :-1] == IGNORED, pad_id, labels[:, :-1])
     return tensors(
         {
-            "input_ids": padded(sources, pad_id),
-            "attention_mask": padded([np.ones(len(row), np.int64) for row in sources], 0),
+            **inputs(sources, pad_id),
             "decoder_input_ids": shifted,
             "decoder_attention_mask": (labels != IGNORED).astype(np.int64),
             "labels": labels,

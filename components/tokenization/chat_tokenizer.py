@@ -1,29 +1,29 @@
 """Text to token ids and back: byte-level BPE that splits names and digits so that copying is learnable.
 
-Chats are rendered by the Jinja template that lies in the model folder, the same at training and
-serving; its `generation` block is the training mask.
+Chats are rendered by the Jinja template of the model folder, in training as in serving; its `generation` block is the
+training mask.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+import pydantic_core
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from components.config.params import InputError
-from components.tokenization.chat_templates import (
-    compile_template,
-    defused,
-    marked_pieces,
-    plain_message,
-)
 from components.tokenization.tool_calls import Turn, parse_fields
 
 SPECIAL_TOKENS = (
@@ -40,6 +40,8 @@ SPECIAL_TOKENS = (
     "<|document|>",
 )
 TEMPLATE_FILE = Path(__file__).with_name("chat_template.jinja")
+# Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 # Words take a leading space, except a name's first (dotted, underscored or camelCase): behind a space
 # or a quote, a name is spelled alike. Parts of camelCase, each digit, mark and underscore stand alone.
@@ -51,18 +53,34 @@ SPLIT = (
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn byte-level BPE merges; `vocab_size` counts the special tokens and the 256 bytes."""
+    """Train the chat tokenizer; see `train_bpe`."""
+    return train_bpe(texts, vocab_size, SPLIT, SPECIAL_TOKENS)
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    split: str,
+    special_tokens: Sequence[str],
+    normalizer: normalizers.Normalizer | None = None,
+) -> Tokenizer:
+    """Learn byte-level BPE merges within the pieces of the pattern `split`.
+
+    `vocab_size` counts the special tokens, which come first, and the 256 bytes.
+    """
     tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -71,28 +89,54 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a chat tokenizer; see `write_tokenizer`."""
+    config = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "clean_up_tokenization_spaces": False}
+    write_tokenizer(tokenizer, folder, {**config, "chat_template": TEMPLATE_FILE.read_text(encoding="utf-8")})
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, config: Mapping[str, Any]) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face's loaders expect them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|end|>",
-        "pad_token": "<|pad|>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": TEMPLATE_FILE.read_text(encoding="utf-8"),
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def reading_tokenizer(folder: Path, required: Sequence[str]) -> Iterator[tuple[Tokenizer, dict[str, Any]]]:
+    """The tokenizer and the tokenizer_config.json of a tokenizer or model folder.
+
+    Raises: InputError when a required file is missing, or when they cannot be read, also by the caller's block.
+    """
+    # The library's threads and a forked stage do not mix; without this setting it only warns.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in required:
+        if not (folder / name).is_file():
+            raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        yield tokenizer, read_json(folder / "tokenizer_config.json")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a file; empty where there is none."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
 
 
 class ChatTokenizer:
-    """The tokenizer of a model folder together with its chat template."""
+    """The tokenizer of a model folder with its chat template."""
 
     native = True
-    """Of this project's make: calls are tokens and text that a grammar can hold to their schema."""
+    """Of this project's own training: calls are tokens and text that a grammar can constrain."""
     _special = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
     """The beginning of a special token spelled out."""
     _variables: Mapping[str, str] = {}
-    """What the template may name beside the chat."""
+    """Variables of the template beside the chat."""
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
         self._tokenizer = tokenizer
@@ -113,6 +157,11 @@ class ChatTokenizer:
         """The special tokens of chats and their ids."""
         return self._ids
 
+    @property
+    def _plain(self) -> Tokenizer:
+        """For text that is no chat: special tokens in it are text."""
+        return self._tokenizer
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token id; empty for special tokens."""
@@ -124,19 +173,19 @@ class ChatTokenizer:
         return table
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing in it is read as a special token."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Ids of plain text; special tokens in it are text."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens have none, broken UTF-8 becomes U+FFFD."""
+        """Text of the ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
         return b"".join(self._bytes[number] for number in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, number: int) -> bytes:
-        """The bytes of one id; none for a special token."""
+        """The bytes of an id; none for a special token."""
         return self._bytes[number]
 
     def stream(self) -> TextStream:
@@ -152,7 +201,7 @@ class ChatTokenizer:
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, add_generation_prompt: bool = False
     ) -> tuple[list[int], list[int]]:
-        """Ids of a chat and their training mask (1: the model writes this token, learn it)."""
+        """Ids of a chat and their training mask (1: the model writes this token)."""
         return self.encode_chats([(messages, tools)], add_generation_prompt)[0]
 
     def encode_chats(
@@ -165,15 +214,15 @@ class ChatTokenizer:
         for parts in rendered:
             ids: list[int] = []
             mask: list[int] = []
-            for _, number, learned in parts:
+            for _, number, generated in parts:
                 piece = next(encoded) if number is None else [number]
                 ids += piece
-                mask += [int(learned)] * len(piece)
+                mask += [int(generated)] * len(piece)
             chats_ids.append((ids, mask))
         return chats_ids
 
     def parse_turn(self, ids: Iterable[int]) -> Turn:
-        """Read what the model wrote after <|assistant|>, up to <|end|>."""
+        """The turn of the ids that the model generated after <|assistant|>, up to <|end|>."""
         return parse_fields(self._fields(ids))
 
     def _fields(self, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
@@ -190,7 +239,7 @@ class ChatTokenizer:
         yield kind, self.decode(piece).removeprefix(" ")
 
     def _render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> list[tuple[str, bool]]:
-        """`(text, the model writes it)` in order."""
+        """`(text, whether the model writes it)` in order."""
         if isinstance(tools, str):
             tools = json.loads(tools)
         try:
@@ -207,10 +256,10 @@ class ChatTokenizer:
     def _parts(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool
     ) -> list[tuple[str, int | None, bool]]:
-        """`(text, its id when it is a special token of the template, the model writes it)` in order."""
+        """`(text, its id if it is a special token of the template, whether the model writes it)` in order."""
         return [
-            (part, self._ids.get(part), learned)
-            for text, learned in self._render(messages, tools, prompt)
+            (part, self._ids.get(part), generated)
+            for text, generated in self._render(messages, tools, prompt)
             for part in _RENDERED.split(text)
             if part
         ]
@@ -231,7 +280,7 @@ class TextStream:
         return self._decoder.decode(self._table[number])
 
     def flush(self) -> str:
-        """What is left: U+FFFD when the last character never became whole."""
+        """The rest: U+FFFD if the last character is incomplete."""
         return self._decoder.decode(b"", final=True)
 
 
@@ -242,3 +291,92 @@ def byte_of_character() -> dict[str, int]:
     for offset, byte in enumerate(sorted(set(range(256)) - set(printable))):
         table[chr(256 + offset)] = byte
     return table
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: what the model writes."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads this attribute of the class
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Any) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def read_template(folder: Path, config: Mapping[str, Any]) -> str:
+    """The chat template, which newer folders keep in a file of its own."""
+    own = folder / "chat_template.jinja"
+    template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    if not isinstance(template, str):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is missing; add the one of the model")
+    return template
+
+
+def compile_template(template: str) -> jinja2.Template:
+    """A chat template with what Hugging Face's know: `generation`, `break`, `tojson`, `raise_exception`.
+
+    `strftime_now` is left out: what a model is trained on must not depend on the day.
+
+    Raises: InputError.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
+    environment.globals["raise_exception"] = _raise
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def plain_message(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[str, Any]:
+    """A message as a template wants it: text content, parsed arguments, no special token in anyone's text."""
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content)
+    calls = []
+    for call in message.get("tool_calls") or []:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        calls.append({"type": "function", "function": {"name": name, "arguments": _read_arguments(arguments)}})
+    said = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
+    return {key: defused(value, special) for key, value in said.items() if value or key == "content"}
+
+
+def _read_arguments(arguments: Any) -> Any:
+    """A call's arguments by name; of a call that was cut off, whose text is no JSON object, that text as one."""
+    if not isinstance(arguments, str):
+        return arguments or {}
+    try:
+        value = pydantic_core.from_json(arguments.strip() or "{}")
+    except ValueError:
+        value = arguments
+    return value if isinstance(value, Mapping) else {"arguments": arguments} if value is not None else {}
+
+
+def defused(value: Any, special: re.Pattern[str]) -> Any:
+    """The value with a space put into every spelled-out special token, so that no text can open a turn."""
+    if isinstance(value, str):
+        return special.sub(r"\g<0> ", value).replace(_OPEN, "").replace(_CLOSE, "")
+    if isinstance(value, Mapping):
+        return {defused(key, special): defused(item, special) for key, item in value.items()}
+    if isinstance(value, list):
+        return [defused(item, special) for item in value]
+    return value
+
+
+def marked_pieces(rendered: str) -> Iterator[tuple[str, bool]]:
+    """`(text, the model writes it)` in order, without the marks."""
+    for index, text in enumerate(re.split(f"[{_OPEN}{_CLOSE}]", rendered)):
+        if text:
+            yield text, index % 2 == 1

@@ -1,23 +1,22 @@
-"""Tokenizers of the encoder and the encoder-decoder: byte-level BPE in Hugging Face's format, so nothing is unknown.
+"""Tokenizers of the encoder and the encoder-decoder: byte-level BPE in Hugging Face's format, without unknown tokens.
 
-The encoder's reads text without regard to case, as uncased BERT does: `[CLS] text [SEP]`, or `[CLS] a [SEP] b [SEP]`.
-The encoder-decoder's keeps every character, and splits names and digits as the decoder's does: `text </s>`.
+The encoder's is uncased, as uncased BERT's: `[CLS] text [SEP]`, or `[CLS] a [SEP] b [SEP]`. The encoder-decoder's
+keeps every character, and splits names and digits as the decoder's does: `text </s>`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from components.config.params import InputError
-from components.tokenization.chat_tokenizer import SPLIT
+from components.tokenization.chat_tokenizer import SPLIT, read_json, reading_tokenizer, train_bpe, write_tokenizer
 
 PAD, CLS, SEP, MASK = ENCODER_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
@@ -26,9 +25,8 @@ _WORDS = r" ?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]|\s"
 
 
 def train_encoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn the encoder's tokenizer; `vocab_size` counts the special tokens and the 256 bytes."""
-    tokenizer = _untrained(_WORDS)
-    tokenizer.normalizer = normalizers.Sequence(
+    """Learn the encoder's tokenizer; see `train_bpe`."""
+    normalizer = normalizers.Sequence(
         [
             normalizers.NFC(),
             normalizers.Lowercase(),
@@ -37,7 +35,7 @@ def train_encoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             normalizers.Prepend(" "),
         ]
     )
-    _train(tokenizer, texts, vocab_size, ENCODER_TOKENS)
+    tokenizer = train_bpe(texts, vocab_size, _WORDS, ENCODER_TOKENS, normalizer)
     ends = [(token, ENCODER_TOKENS.index(token)) for token in (CLS, SEP)]
     tokenizer.post_processor = TemplateProcessing(
         single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=ends
@@ -46,91 +44,45 @@ def train_encoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def train_encoder_decoder(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn the encoder-decoder's tokenizer; `vocab_size` counts the special tokens and the 256 bytes."""
-    tokenizer = _untrained(SPLIT)
-    tokenizer.normalizer = normalizers.Prepend(" ")
-    _train(tokenizer, texts, vocab_size, ENCODER_DECODER_TOKENS)
+    """Learn the encoder-decoder's tokenizer; see `train_bpe`."""
+    tokenizer = train_bpe(texts, vocab_size, SPLIT, ENCODER_DECODER_TOKENS, normalizers.Prepend(" "))
     tokenizer.post_processor = TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ENCODER_DECODER_TOKENS.index("</s>"))]
     )
     return tokenizer
 
 
-def _untrained(split: str) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _train(tokenizer: Tokenizer, texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> None:
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-
-
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` as Hugging Face's loaders expect them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    if tokenizer.token_to_id(MASK) is not None:
-        roles = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    else:
-        roles = {"pad_token": "<pad>", "eos_token": "</s>"}
-        inputs = ["input_ids", "attention_mask"]
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **roles,
-        "model_input_names": inputs,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """Write an encoder's or encoder-decoder's tokenizer; see `write_tokenizer`."""
+    is_encoder = tokenizer.token_to_id(MASK) is not None
+    inputs = ["input_ids", *(["token_type_ids"] if is_encoder else []), "attention_mask"]
+    config = {"model_input_names": inputs, "clean_up_tokenization_spaces": False}
+    write_tokenizer(tokenizer, folder, {**(_BERT if is_encoder else _T5), **config})
 
 
 def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
     """The tokenizer of a tokenizer or model folder, and its special tokens by role, as AutoTokenizer reads them.
 
-    Published BERT and T5 folders say little in tokenizer_config.json, or have none: the rest is their class's.
+    Published BERT and T5 folders have a short tokenizer_config.json, or none: the rest are defaults of their class.
 
     Raises: InputError when a file is missing or unreadable.
     """
-    # The library's threads and a forked stage do not mix; it only warns where this is not said.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
-    needed = ["tokenizer.json", *(["tokenizer_config.json"] if not (folder / "config.json").is_file() else [])]
-    for name in needed:
-        if not (folder / name).is_file():
-            raise InputError(f'{folder / name}: not found; run "loopwright run --until train_tokenizer"')
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        given, named, model = (
-            json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
-            for name in names
-        )
-        family = (given.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
+    required = ["tokenizer.json", *(["tokenizer_config.json"] if not (folder / "config.json").is_file() else [])]
+    with reading_tokenizer(folder, required) as (tokenizer, config):
+        model = read_json(folder / "config.json")
+        special_tokens = read_json(folder / "special_tokens_map.json")
+        family = (config.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
         if family in _LIKE_BERT:
-            _normalize_as_bert(tokenizer, given)
+            _normalize_as_bert(tokenizer, config)
         elif family in _LIKE_ROBERTA and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
-            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=given.get("add_prefix_space", False))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
         elif family in _LIKE_SENTENCEPIECE and isinstance(tokenizer.model, models.Unigram):
-            _split_as_sentencepiece(tokenizer, family, given)
+            _split_as_sentencepiece(tokenizer, family, config)
         if isinstance(tokenizer.model, models.Unigram):
             _break_special_tokens(tokenizer)
         # special_tokens_map.json counts before the configuration, unless that lists the tokens itself.
-        sources = [given] if "added_tokens_decoder" in given else [named, given]
+        sources = [config] if "added_tokens_decoder" in config else [special_tokens, config]
         return tokenizer, _special_tokens(tokenizer, [*sources, _DEFAULTS.get(family, {})], model)
-    except Exception as error:
-        raise InputError(f"{folder}: not a readable tokenizer: {' '.join(str(error).split())}") from error
 
 
 _BERT: Mapping[str, str] = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
@@ -153,16 +105,16 @@ _DEFAULTS = {
     **dict.fromkeys((*_LIKE_ROBERTA, *_LIKE_XLM_ROBERTA), _ROBERTA),
     **dict.fromkeys(_LIKE_T5, _T5),
 }
-"""What the tokenizer classes of transformers call their special tokens where nothing else is said."""
+"""Default special tokens of the tokenizer classes of transformers."""
 _ROLES = {CLS: "cls_token", SEP: "sep_token", MASK: "mask_token", "</s>": "eos_token"}
 
 
 def _special_tokens(
     tokenizer: Tokenizer, sources: Sequence[Mapping[str, Any]], model: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Each role's token: the first that is in the vocabulary of those named, and of those that the files imply."""
-    described = json.loads(tokenizer.to_str())
-    padding, processor = described.get("padding") or {}, described.get("post_processor") or {}
+    """Each role's token: the first in the vocabulary of those that `sources` name and those that the files imply."""
+    content = json.loads(tokenizer.to_str())
+    padding, processor = content.get("padding") or {}, content.get("post_processor") or {}
     ends = [piece["SpecialToken"]["id"] for piece in processor.get("single") or () if "SpecialToken" in piece]
     cls, sep = [*ends, *(processor[end][0] for end in ("cls", "sep") if end in processor), None, None][:2]
     implied = {
@@ -172,7 +124,7 @@ def _special_tokens(
         "mask_token": (MASK, "<mask>"),
         "eos_token": (ends[-1] if ends else None, "</s>"),
     }
-    found = {}
+    tokens = {}
     for role, others in implied.items():
         named = [source.get(role) for source in sources]
         texts = [token.get("content") if isinstance(token, Mapping) else token for token in named]
@@ -180,12 +132,12 @@ def _special_tokens(
         texts.append(tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None)
         known = (text for text in (*texts, *others) if text and tokenizer.token_to_id(text) is not None)
         if (text := next(known, None)) is not None:
-            found[role] = text
-    return found
+            tokens[role] = text
+    return tokens
 
 
 def _normalize_as_bert(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Take case and accents as the configuration has them, whatever tokenizer.json says: BertTokenizer does."""
+    """Set case and accents by the configuration, whatever is in tokenizer.json, as BertTokenizer does."""
     if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
         tokenizer.normalizer = normalizers.BertNormalizer(
             handle_chinese_chars=config.get("tokenize_chinese_chars", True),
@@ -196,8 +148,8 @@ def _normalize_as_bert(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
 
 def _split_as_sentencepiece(tokenizer: Tokenizer, family: str, config: Mapping[str, Any]) -> None:
     """Normalize and split as the class does, of whose tokenizer.json the characters' map alone counts."""
-    given = tokenizer.normalizer
-    parts = list(cast(Any, given)) if isinstance(given, normalizers.Sequence) else [given]
+    current = tokenizer.normalizer
+    parts = list(cast(Any, current)) if isinstance(current, normalizers.Sequence) else [current]
     tokenizer.normalizer = next((part for part in parts if isinstance(part, normalizers.Precompiled)), None)
     prefix = family in _LIKE_T5 or config.get("add_prefix_space", True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -238,13 +190,13 @@ class TextTokenizer:
         tokenizer, special_tokens = read_tokenizer(folder)
         if "pad_token" not in special_tokens:
             raise InputError(f"{folder / 'tokenizer_config.json'}: pad_token is missing; name the token that pads")
-        # What a foreign folder cuts and pads is decided by who asks.
+        # The caller truncates and pads, whatever the folder's settings.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer, special_tokens)
 
     def id_of(self, token: str) -> int:
-        """The id of a special token; of CLS, SEP, MASK and `</s>`, of whatever has that role here.
+        """The id of a special token; for CLS, SEP, MASK and `</s>`, of the token with that role.
 
         Raises: InputError when there is none.
         """
@@ -255,9 +207,9 @@ class TextTokenizer:
 
     @property
     def sentinels(self) -> list[int]:
-        """Ids of `<extra_id_0>` and those behind it, as many as there are."""
-        found = (self._tokenizer.token_to_id(token) for token in SENTINELS)
-        return [number for number in found if number is not None]
+        """Ids of `<extra_id_0>` and its successors, as many as there are."""
+        ids = (self._tokenizer.token_to_id(token) for token in SENTINELS)
+        return [number for number in ids if number is not None]
 
     @property
     def regular(self) -> range:
@@ -268,11 +220,11 @@ class TextTokenizer:
         return max((range(before + 1, end) for before, end in ends), key=len)
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of texts, on all cores; with `special`, what the model reads around a text too."""
+        """Ids of texts, on all cores; with `special`, with the special tokens around a text."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        """The texts' tokens with the number of each one's word, special tokens apart."""
+        """The texts' tokens with their word numbers, without special tokens."""
         return list(self._tokenizer.encode_batch(list(texts), add_special_tokens=False))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,8 +1,8 @@
-"""Tool calls as models write them: reading a turn, the one rule for arguments, and the deltas that OpenAI streams.
+"""Tool calls in the formats of models: parsing a turn, the rule for arguments, and OpenAI's streaming deltas.
 
-Our own chat template writes `<|call|> name<|argument|> key<|value|> value`, each argument as raw text, one spelling
-with the user's words, unless that text could be read as JSON: then it is written as JSON. Hermes, Qwen and Llama write
-the whole call as JSON. `components/agent/turn_grammar.py` holds a model to either.
+Our own chat template writes `<|call|> name<|argument|> key<|value|> value`, each argument as raw text, spelled as in
+the user's message, unless that text could be read as JSON: then it is written as JSON. Hermes, Qwen and Llama write
+the whole call as JSON. `components/agent/turn_grammar.py` constrains a model to either.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, Protocol
 CALL_MARKS = ("<tool_call>", "</tool_call>")
 """Tokens around a call in the format of Hermes and Qwen."""
 _CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-# What may still turn out to be JSON when more of it comes.
+# Prefixes of JSON numbers: more text decides.
 _UNDECIDED = re.compile(r"-?\d*(\.\d*)?([eE][+-]?\d*)?[ \t\n\r]*")
 _JSON_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One tool call that the model wrote."""
+    """One tool call of the model."""
 
     name: str
     arguments: dict[str, Any]
@@ -33,20 +33,20 @@ class Call:
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: words, calls, or both."""
+    """One assistant turn: text, calls, or both."""
 
     content: str
     calls: tuple[Call, ...] = ()
 
 
-def openai_call(wanted: Call, number: str) -> dict[str, Any]:
+def openai_call(call: Call, number: str) -> dict[str, Any]:
     """A call in the shape of OpenAI's chat API."""
-    arguments = json.dumps(wanted.arguments, ensure_ascii=False)
-    return {"id": number, "type": "function", "function": {"name": wanted.name, "arguments": arguments}}
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": number, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def parse_fields(fields: Iterable[tuple[str, str]]) -> Turn:
-    """A turn of our own template out of `(special token, the text behind it)`; the first has no token before it."""
+    """A turn of our own template from `(special token, the text after it)`; the first has no token before it."""
     content, calls, key = "", list[Call](), ""
     for kind, text in fields:
         if kind == "":
@@ -61,10 +61,10 @@ def parse_fields(fields: Iterable[tuple[str, str]]) -> Turn:
 
 
 def parse_json_calls(text: str) -> Turn:
-    """A turn of another family: words with calls between marks, or one call and nothing else."""
+    """A turn of another family: text with calls between marks, or one call and nothing else."""
     pieces = _CALL.split(text)
     marked = pieces[1::2]
-    calls = [call for each in marked if (call := _read_call(each)) is not None]
+    calls = [call for piece in marked if (call := _read_call(piece)) is not None]
     if not marked and (call := _read_call(text)) is not None:
         return Turn("", (call,))
     return Turn("".join(pieces[::2]).strip() if marked else text.removeprefix(" "), tuple(calls))
@@ -83,7 +83,7 @@ def _read_call(text: str) -> Call | None:
 
 
 def stands_bare(text: str) -> bool:
-    """Whether the template writes this string as it stands: nothing reads it as JSON."""
+    """Whether the template writes this string unquoted: it cannot be read as JSON."""
     return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
 
 
@@ -98,12 +98,12 @@ def read_value(text: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """A number, at most the largest there is: infinity is no JSON."""
+    """A number, at most the largest float: infinity is no JSON."""
     return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
 def _integer(text: str) -> int:
-    """A whole number of any length, also where Python would refuse to read one so long."""
+    """An integer of any length; as a float where it has more digits than Python reads."""
     return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
 
 
@@ -124,7 +124,7 @@ class Stream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the deltas need of a `ChatTokenizer`."""
+    """The part of `ChatTokenizer` that the deltas need."""
 
     native: bool
 
@@ -137,22 +137,22 @@ class Tokenizer(Protocol):
 
 
 class ToolCallDeltaParser:
-    """The deltas of a turn's calls as its ids come; all pieces of a call's arguments make one JSON object."""
+    """The deltas of a turn's calls, id by id; the pieces of a call's arguments make one JSON object."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._names = {number: name for name, number in tokenizer.special_ids.items()}
         self._tokenizer = tokenizer
         self._kind, self._text, self._key = "", "", ""
         self._stream = tokenizer.stream()
-        self._told: int | None = None
-        """Characters of this value that were told as a string; None: it is not certain to be one."""
+        self._emitted: int | None = None
+        """Characters of this value that were emitted as a string; None: it is not certain to be one."""
         self._arguments = 0
         self._read: list[int] = []
         self.ids: list[str] = []
         """Of the calls so far."""
 
     def push(self, number: int) -> list[dict[str, Any]]:
-        """What can be told now."""
+        """The deltas that this id completes."""
         if not self._tokenizer.native:
             return self._whole(number)
         if number not in self._names:
@@ -160,14 +160,14 @@ class ToolCallDeltaParser:
             return self._part() if self._kind == "<|value|>" else []
         self._text += self._stream.flush()
         deltas = self._field()
-        self._kind, self._text, self._told, self._stream = self._names[number], "", None, self._tokenizer.stream()
+        self._kind, self._text, self._emitted, self._stream = self._names[number], "", None, self._tokenizer.stream()
         if self._kind in ("<|call|>", "<|end|>") and self.ids and self._arguments >= 0:
             deltas.append(self._piece("}" if self._arguments else "{}"))
-            self._arguments = -1  # this call is whole
+            self._arguments = -1  # this call is complete
         return deltas
 
     def _whole(self, number: int) -> list[dict[str, Any]]:
-        """Calls of another family's format, each when it is whole."""
+        """Calls of another family's format, each when it is complete."""
         self._read.append(number)
         if number not in self._names:
             return []
@@ -185,7 +185,7 @@ class ToolCallDeltaParser:
         return {"index": len(self.ids) - 1, "id": self.ids[-1], "type": "function", "function": function}
 
     def _field(self) -> list[dict[str, Any]]:
-        """What the field that ends here adds."""
+        """The deltas of the field that ends here."""
         text = self._text.removeprefix(" ")
         if self._kind == "<|call|>":
             self._arguments = 0
@@ -193,20 +193,20 @@ class ToolCallDeltaParser:
         if self._kind == "<|argument|>":
             self._key = text
         elif self._kind == "<|value|>" and self.ids:
-            if self._told is not None:
-                return [self._piece(_inside(text[self._told :]) + '"')]
+            if self._emitted is not None:
+                return [self._piece(_inside(text[self._emitted :]) + '"')]
             return [self._piece(self._opening() + json.dumps(read_value(text), ensure_ascii=False))]
         return []
 
     def _part(self) -> list[dict[str, Any]]:
-        """More of a value that is certain to be a string."""
+        """The delta of a value that is certain to be a string."""
         text = self._text.removeprefix(" ")
         start = ""
-        if self._told is None:
+        if self._emitted is None:
             if not text or text[0] in '"[{' or _UNDECIDED.fullmatch(text) or _begins_word(text) or not self.ids:
                 return []
-            start, self._told = self._opening() + '"', 0
-        new, self._told = text[self._told :], len(text)
+            start, self._emitted = self._opening() + '"', 0
+        new, self._emitted = text[self._emitted :], len(text)
         return [self._piece(start + _inside(new))] if start or new else []
 
     def _opening(self) -> str:
@@ -222,5 +222,5 @@ def _begins_word(text: str) -> bool:
 
 
 def _inside(text: str) -> str:
-    """A text as it stands within the quotes of JSON."""
+    """A text as JSON, without its quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

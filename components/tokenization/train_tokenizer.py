@@ -25,9 +25,9 @@ def train_tokenizer(run: StageRun) -> None:
     config = run.params.train_tokenizer.of(run.family)
     texts = list(_sample(run, config.max_documents))
     if not any(texts):
-        raise InputError('data/collected: no text to learn a tokenizer from; run "loopwright data list"')
+        raise InputError('data/collected: no text to train a tokenizer on; run "loopwright data list"')
     run.progress(0, 1, documents=len(texts))
-    tokenizer = _trained(run.family, texts, config.vocab_size, run.paths.tokenizer(run.family))
+    tokenizer = _train(run.family, texts, config.vocab_size, run.paths.tokenizer(run.family))
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(texts))
     metrics = {"vocab_size": tokenizer.vocab_size, "documents": len(texts), "bytes_per_token": round(size / tokens, 4)}
@@ -36,8 +36,8 @@ def train_tokenizer(run: StageRun) -> None:
     run.progress(1, 1, **metrics)
 
 
-def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) -> bpe.ChatTokenizer | TextTokenizer:
-    """Learn the family's tokenizer, save it, and read it as its users will."""
+def _train(family: Family, texts: list[str], vocab_size: int, folder: Path) -> bpe.ChatTokenizer | TextTokenizer:
+    """Train the family's tokenizer, save and load it."""
     if family == "decoder":
         bpe.save(bpe.train(texts, vocab_size), folder)
         return load_chat_tokenizer(folder)
@@ -47,7 +47,7 @@ def _trained(family: Family, texts: list[str], vocab_size: int, folder: Path) ->
 
 
 def _sample(run: StageRun, limit: int) -> Iterator[str]:
-    """At most `limit` training texts of each dataset, a seeded choice spread over all of it."""
+    """At most `limit` training texts of each dataset, a seeded sample."""
     for name in run.params.datasets_of(run.family):
         folder = run.paths.collected / name
         share = min(1.0, 1.2 * limit / max(1, read_info(folder).rows.get("train", 0)))
@@ -56,7 +56,7 @@ def _sample(run: StageRun, limit: int) -> Iterator[str]:
 
 
 def _text(row: Row) -> str:
-    """The row's words as training will spell them, each turn behind a space."""
+    """The text of a row as in training, a space before each turn."""
     if "text" in row:
         return str(row["text"])
     if "target" in row:

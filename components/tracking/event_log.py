@@ -1,10 +1,10 @@
-"""What a stage tells the experiment tracker, as lines in a file: saying it costs microseconds and cannot fail.
+"""The experiment tracker of a stage, as an event log (outbox) on disk: a write costs microseconds and cannot fail.
 
-`components/tracking/mlflow_client.py` carries journals to MLflow, from another thread or process; what it
-could not deliver stays here and goes with the next run.
+`components/tracking/mlflow_client.py` uploads event logs to MLflow from another thread or process; what it could not
+send stays here and goes with the next run.
 
-    STAGE-TIME-PID/lines.jsonl   one JSON object per line: {"kind", "time", ...}, of a child run also "child"
-    STAGE-TIME-PID/0003/...      files that line 3 speaks of
+    STAGE-TIME-PID/lines.jsonl   an event a line: {"kind", "time", ...}, of a child run also "child"
+    STAGE-TIME-PID/0003/...      files of the event in line 3
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARENT_RUN = "LOOPWRIGHT_PARENT_RUN"
 
 @contextmanager
 def warn_on_failure(name: str) -> Iterator[None]:
-    """Plots and reports never end a run whose work is done: a failure is a warning that names the report."""
+    """Turn the failure of a plot or report into a warning that names it; it must not end a run."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a plot or a page fails at, the results stand without it
@@ -36,39 +36,39 @@ def warn_on_failure(name: str) -> Iterator[None]:
 
 
 class EventLog:
-    """The tracker a stage talks to. A context manager: leaving it says how the stage ended."""
+    """The tracker of a stage; as a context manager it records how the stage ended."""
 
     def __init__(self, folder: Path, stage: str, key: str) -> None:
         self._lines = _Lines(folder / f"{stage}-{time.time_ns()}-{os.getpid()}")
         self._child: dict[str, int] = {}
         parent = os.environ.get(PARENT_RUN)
-        self._say("start", name=stage, tags={"stage": stage, "key": key}, parent=parent, pid=os.getpid())
+        self._record("start", name=stage, tags={"stage": stage, "key": key}, parent=parent, pid=os.getpid())
 
     def __enter__(self) -> EventLog:
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         stopped = exc_type is not None and not issubclass(exc_type, Exception)
-        self._say("end", status="KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
+        self._record("end", status="KILLED" if stopped else "FAILED" if exc_type else "FINISHED")
 
     def child(self, name: str) -> EventLog:
         """A run within this one, such as a trial of a search; a context manager too."""
         child = copy.copy(self)
         child._child = {"child": self._lines.number()}
-        child._say("start", name=name, tags={})
+        child._record("start", name=name, tags={})
         return child
 
     def params(self, values: Mapping[str, Any]) -> None:
-        self._say("params", values=dict(values))
+        self._record("params", values=dict(values))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        self._say("metrics", values={key: float(value) for key, value in values.items()}, step=step)
+        self._record("metrics", values={key: float(value) for key, value in values.items()}, step=step)
 
     def dataset(self, name: str, digest: str, source: str, context: str) -> None:
-        self._say("dataset", name=name, digest=digest, source=source, context=context)
+        self._record("dataset", name=name, digest=digest, source=source, context=context)
 
     def table(self, name: str, columns: Mapping[str, list[Any]]) -> None:
-        self._say("table", name=name, columns=dict(columns))
+        self._record("table", name=name, columns=dict(columns))
 
     def artifact(self, path: Path) -> None:
         copy = shutil.copytree if path.is_dir() else shutil.copy2
@@ -78,22 +78,22 @@ class EventLog:
         self._file("artifact", name, figure.savefig)
 
     def _file(self, kind: str, name: str, write: Callable[[Path], Any]) -> None:
-        """Keep a copy, because a later run of the stage may remove the original before it is carried."""
+        """Store a copy: a later run of the stage may remove the original before the upload."""
         target = self._lines.folder / f"{self._lines.number():04d}" / name
         self._lines.attempt(target.parent.mkdir)
         if not target.parent.is_dir():
             return
         with warn_on_failure(f"tracking: {name}"):
             write(target)
-            self._say(kind, path=target.relative_to(self._lines.folder).as_posix())
+            self._record(kind, path=target.relative_to(self._lines.folder).as_posix())
 
-    def _say(self, kind: str, **fields: Any) -> None:
+    def _record(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "time": int(time.time() * 1000), **self._child, **fields}, default=str)
         self._lines.append(line)
 
 
 class _Lines:
-    """The file that a event_log and its children write into."""
+    """The file that an event log and its children write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class _Lines:
         self.attempt(lambda: folder.mkdir(parents=True))
 
     def number(self) -> int:
-        """One that nothing else in this event_log has."""
+        """A number that is unique in this event log."""
         with self._lock:
             self._count += 1
             return self._count
@@ -116,7 +116,7 @@ class _Lines:
             file.write(line + "\n")
 
     def attempt(self, action: Callable[[], Any]) -> None:
-        """A full disk must not end training: say it once, then go on untracked."""
+        """Run an action; a full disk must not end training, and is reported once."""
         try:
             action()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The only door to MLflow: runs of stages, carried from their journals, and models that predict.
+"""The only door to MLflow: runs of stages, uploaded from their event logs, and pyfunc models.
 
 SQLite and plain files under the state folder, or the server that MLFLOW_TRACKING_URI names.
 Run ids are always passed explicitly; MLflow is imported when it is first needed (seconds).
@@ -35,7 +35,7 @@ EXPERIMENT = "loopwright"
 DATABASE = "mlflow.db"
 """In the folder `mlflow` of the state folder."""
 UPLOADER = "LOOPWRIGHT_COURIER"
-"""Environment variable with the process that carries journals for everyone."""
+"""Environment variable with the process that uploads the event logs of all stages."""
 
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -45,17 +45,17 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # They are written from a thread of our own, which shall know that they are.
+    # Traces are written from a thread of our own, which must see failures.
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-_NEEDED = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
+_REQUIREMENTS = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
 _LOADERS: Mapping[Task, str] = {
     "chat": "components.agent.pyfunc",
     "classify": "components.inference.pyfunc",
     "summarize": "components.inference.pyfunc",
 }
-"""The module that loads a model folder for MLflow, by what the model is for."""
+"""The module that loads a model folder for MLflow, by the model's task."""
 _ARTIFACT_COLUMNS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -64,38 +64,55 @@ _ARTIFACT_COLUMNS = (
     ("model_versions", "storage_location"),
     ("trace_tags", "value"),
 )
-"""Where MLflow's tables hold absolute addresses of artifacts."""
+"""Columns of MLflow's tables with absolute addresses of artifacts."""
 _MAX_BATCH = 1000
 _MAX_PARAM = 500
 _DATABASE_SECONDS = 120.0
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client for the state folder's database, made on first use, or for MLFLOW_TRACKING_URI."""
+    """A client for the state folder's database, created on first use, or for MLFLOW_TRACKING_URI."""
     if "%" in sys.prefix:
-        # Of the path of the package itself: its migrations stop there.
+        # In the path of MLflow's package its migrations fail.
         raise InputError(f"{sys.prefix}: MLflow cannot have '%' in the path of its environment; move the project")
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
 
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = given or f"sqlite:///{home / 'mlflow' / DATABASE}"
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = server or f"sqlite:///{home / 'mlflow' / DATABASE}"
     client = MlflowClient(uri, uri)
     try:
-        # Two processes that create the tables at once would trip over each other.
+        if not server and _artifact_location(home) == (home / "mlflow" / "artifacts").as_uri():
+            return client
+        # Two processes must not create the tables at the same time.
         with file_lock(home / "mlflow", "database", patience=_DATABASE_SECONDS):
-            if not given:
+            if not server:
                 relocate(home)
             if client.get_experiment_by_name(EXPERIMENT) is None:
-                files = None if given else (home / "mlflow" / "artifacts").as_uri()
+                files = None if server else (home / "mlflow" / "artifacts").as_uri()
                 client.create_experiment(EXPERIMENT, artifact_location=files)
     except errors() as error:
-        if not given:
+        if not server:
             raise
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"MLFLOW_TRACKING_URI: {given}: {said}; start that server, or unset the variable") from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"MLFLOW_TRACKING_URI: {server}: {reason}; start that server, or unset the variable"
+        ) from error
     return client
+
+
+def _artifact_location(home: Path) -> str:
+    """The address of the artifacts in the state folder's database; empty where MLflow has not made its tables yet."""
+    database = home / "mlflow" / DATABASE
+    if not database.is_file():
+        return ""
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", timeout=_DATABASE_SECONDS, uri=True)) as tables:
+        try:
+            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
+        except sqlite3.OperationalError:
+            return ""
+    return row[0] if row else ""
 
 
 def relocate(home: Path) -> None:
@@ -104,18 +121,15 @@ def relocate(home: Path) -> None:
     MLflow stores them absolute, reads and writes where they point, and has no call that changes those of a run.
     """
     database, artifacts = home / "mlflow" / DATABASE, home / "mlflow" / "artifacts"
-    if not database.is_file():
+    stored, current = _artifact_location(home), artifacts.as_uri()
+    before = Path(unquote(urlparse(stored).path))
+    if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
         return
     with closing(sqlite3.connect(database, timeout=_DATABASE_SECONDS)) as tables, tables:
-        try:
-            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
-        except sqlite3.OperationalError:  # MLflow has not made its tables yet
-            return
-        stored, current = row[0] if row else "", artifacts.as_uri()
-        before = Path(unquote(urlparse(stored).path))
-        if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
-            return
-        _copy_missing(tables, before, artifacts)
+        # Of a copied state folder, earlier versions wrote artifacts into the original.
+        for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
+            if (before / run_id).is_dir() and not (artifacts / run_id).exists():
+                shutil.copytree(before / run_id, artifacts / run_id)
         for table, column in _ARTIFACT_COLUMNS:
             tables.execute(
                 f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
@@ -126,13 +140,6 @@ def relocate(home: Path) -> None:
         tables.execute(f"UPDATE experiments SET artifact_location = ? WHERE {default}", [f"{current}/0"])
         moved = [str(home), str(before.parents[1])]
         tables.execute("UPDATE tags SET value = ? WHERE key = 'home' AND value = ?", moved)
-
-
-def _copy_missing(tables: sqlite3.Connection, before: Path, artifacts: Path) -> None:
-    """Fetch the artifacts of runs of a copied state folder that earlier code wrote into the original."""
-    for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
-        if (before / run_id).is_dir() and not (artifacts / run_id).exists():
-            shutil.copytree(before / run_id, artifacts / run_id)
 
 
 def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:
@@ -146,20 +153,20 @@ def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent:
 
 
 def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
-    """Mark runs of that name in this state folder that still seem to run; their caller knows that none does."""
+    """Mark runs of that name in this state folder that count as running; the caller knows that none does."""
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    seeming = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
-    for run in client.search_runs([experiment], seeming):
+    unended = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
+    for run in client.search_runs([experiment], unended):
         if run.data.tags.get("home") == str(home):  # not in the filter, whose quotes a path may break
             client.set_terminated(run.info.run_id, "KILLED")
 
 
 @contextmanager
 def open_tracker(stage: str, key: str, home: Path) -> Iterator[EventLog]:
-    """A tracker for one stage; carries its event_log itself when no run of the orchestrator does."""
+    """A tracker for one stage; uploads its event log itself when no run of the orchestrator does."""
     folder = home / "tracking"
-    carried = alive(int(os.environ.get(UPLOADER, "0")))
-    uploader = None if carried else Uploader(home)
+    is_uploaded = alive(int(os.environ.get(UPLOADER, "0")))
+    uploader = None if is_uploaded else Uploader(home)
     if uploader:
         uploader.start()
     try:
@@ -171,7 +178,7 @@ def open_tracker(stage: str, key: str, home: Path) -> Iterator[EventLog]:
 
 
 class Uploader(threading.Thread):
-    """Carries journals to MLflow in the background while a run goes on."""
+    """Uploads event logs to MLflow in the background during a run."""
 
     def __init__(self, home: Path) -> None:
         super().__init__(name="uploader", daemon=True)
@@ -181,27 +188,27 @@ class Uploader(threading.Thread):
         self._client: MlflowClient | None = None
 
     def finish(self, seconds: float = 60.0) -> None:
-        """Carry what is there, waiting no longer than `seconds`; the rest goes with the next run."""
+        """Upload the rest, waiting no longer than `seconds`; what is left goes with the next run."""
         self._finishing.set()
         self.join(seconds)
 
     def run(self) -> None:
         while True:
             last = self._finishing.is_set()
-            trouble = self._round(patience=10.0 if last else 0.0)
+            failure = self._upload_all(patience=10.0 if last else 0.0)
             if last:
                 break
-            self._finishing.wait(5.0 if trouble else 1.0)
-        if trouble:
-            print(f"tracking: {trouble}; kept in {self.folder}, goes with the next run", file=sys.stderr, flush=True)
+            self._finishing.wait(5.0 if failure else 1.0)
+        if failure:
+            print(f"tracking: {failure}; kept in {self.folder}, goes with the next run", file=sys.stderr, flush=True)
 
-    def _round(self, patience: float) -> str:
-        """Carry what is new; returns what went wrong. One uploader at a time: it carries everyone's journals."""
+    def _upload_all(self, patience: float) -> str:
+        """Upload new lines of all event logs, one uploader at a time; returns the failure, if any."""
         try:
             self._client = self._client or connect(self._home)
             with file_lock(self.folder, "uploader", patience):
                 for lines in sorted(self.folder.glob("*/lines.jsonl")):
-                    _carry(self._client, lines.parent)
+                    _upload(self._client, lines.parent)
         except InputError as error:
             return str(error)
         except errors() as error:
@@ -210,19 +217,19 @@ class Uploader(threading.Thread):
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """What may go wrong between us and MLflow."""
+    """Exceptions of a failing MLflow client or database."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     return (MlflowException, SQLAlchemyError, OSError, ValueError)
 
 
-def _carry(client: MlflowClient, folder: Path) -> None:
-    """Send the lines of one event_log that were not sent yet; a finished event_log is removed."""
-    memory = folder / "delivered.json"
+def _upload(client: MlflowClient, folder: Path) -> None:
+    """Send the new lines of an event log; a finished event log is removed."""
+    state_file = folder / "delivered.json"
     sent: dict[str, Any] = {"run_id": None, "offset": 0, "pid": 0, "children": {}}
-    if memory.exists():
-        sent = json.loads(memory.read_text())
+    if state_file.exists():
+        sent = json.loads(state_file.read_text())
     with (folder / "lines.jsonl").open("rb") as file:
         file.seek(sent["offset"])
         read = file.read()
@@ -233,19 +240,19 @@ def _carry(client: MlflowClient, folder: Path) -> None:
         start = events[0]
         sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
         sent["pid"] = start["pid"]
-        memory.write_text(json.dumps(sent))
+        state_file.write_text(json.dumps(sent))
     if not sent["run_id"]:
         return
     own = [event for event in events if "child" not in event]
     _send(client, sent["run_id"], own, folder)
-    _carry_children(client, sent, [event for event in events if "child" in event], folder)
+    _upload_children(client, sent, [event for event in events if "child" in event], folder)
     sent["offset"] += len(whole) + 1 if whole else 0
-    memory.write_text(json.dumps(sent))
+    state_file.write_text(json.dumps(sent))
     ends = [event for event in own if event["kind"] == "end"]
     if not ends and alive(sent["pid"]):
         return
     if not ends and (folder / "lines.jsonl").stat().st_size > end:
-        _carry(client, folder)  # it ended while its earlier lines were on their way; now nothing more can come
+        _upload(client, folder)  # the stage ended meanwhile; now its log is complete
         return
     last = ends[-1] if ends else {"status": "KILLED", "time": None}
     for run_id in (*sent["children"].values(), sent["run_id"]):
@@ -253,24 +260,24 @@ def _carry(client: MlflowClient, folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _carry_children(client: MlflowClient, sent: dict[str, Any], events: list[dict[str, Any]], folder: Path) -> None:
-    """Send what is of runs within the run; `sent["children"]` are those that have not ended, by their number."""
+def _upload_children(client: MlflowClient, sent: dict[str, Any], events: list[dict[str, Any]], folder: Path) -> None:
+    """Send the lines of child runs; `sent["children"]` are those that have not ended, by number."""
     for number in dict.fromkeys(str(event["child"]) for event in events):
-        told = [event for event in events if str(event["child"]) == number]
-        if told[0]["kind"] == "start":
-            start = told[0]
+        own = [event for event in events if str(event["child"]) == number]
+        if own[0]["kind"] == "start":
+            start = own[0]
             sent["children"][number] = create_run(client, start["name"], start["tags"], sent["run_id"], start["time"])
         run_id = sent["children"].get(number)
-        if run_id is None:  # its beginning was torn off by a full disk
+        if run_id is None:  # its first line was lost to a full disk
             continue
-        _send(client, run_id, told, folder)
-        if told[-1]["kind"] == "end":
-            client.set_terminated(run_id, told[-1]["status"], told[-1]["time"])
+        _send(client, run_id, own, folder)
+        if own[-1]["kind"] == "end":
+            client.set_terminated(run_id, own[-1]["status"], own[-1]["time"])
             del sent["children"][number]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A line, or None for one that a full disk has torn."""
+    """An event, or None for a line that a full disk cut off."""
     try:
         event: dict[str, Any] = json.loads(line)
     except ValueError:
@@ -279,19 +286,24 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folder: Path) -> None:
-    metrics = [entry for event in events if event["kind"] == "metrics" for entry in _entries(event)]
+    metrics = [
+        (key, value, event["time"], event["step"])
+        for event in events
+        if event["kind"] == "metrics"
+        for key, value in event["values"].items()
+    ]
     log_metrics(client, run_id, metrics)
     for event in events:
         try:
-            _send_one(client, run_id, event, folder)
+            _send_event(client, run_id, event, folder)
         except Exception as error:
-            # One line that MLflow will never take must not hold up those behind it.
+            # A line that MLflow will never accept must not block those behind it.
             if isinstance(error, errors()) and not isinstance(error, ValueError) and not is_missing(error):
                 raise
             print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
 
 
-def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folder: Path) -> None:
+def _send_event(client: MlflowClient, run_id: str, event: Mapping[str, Any], folder: Path) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     match event["kind"]:
@@ -316,32 +328,13 @@ def _send_one(client: MlflowClient, run_id: str, event: Mapping[str, Any], folde
                 client.log_artifact(run_id, str(path))
 
 
-def _entries(event: Mapping[str, Any]) -> list[tuple[str, float, int, int]]:
-    return [(key, value, event["time"], event["step"]) for key, value in event["values"].items()]
-
-
 def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, float, int, int]]) -> None:
-    """Log `(name, value, time in ms, step)` entries in as few requests as MLflow takes."""
+    """Log `(name, value, time in ms, step)` entries in as few requests as MLflow allows."""
     from mlflow.entities import Metric
 
     metrics = [Metric(mlflow_name(key), *rest) for key, *rest in entries]
     for first in range(0, len(metrics), _MAX_BATCH):
         client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
-
-
-def attach(client: MlflowClient, run_id: str, given: Path | str, text: str | None = None) -> None:
-    """Keep a file with a run, or a text under a name."""
-    if text is None:
-        client.log_artifact(run_id, str(given))
-    else:
-        client.log_text(run_id, text, str(given))
-
-
-def attached(client: MlflowClient, run_id: str, name: str, folder: Path) -> Path | None:
-    """Fetch a file that was kept with a run into a folder; None where there is none."""
-    if not any(found.path == name for found in client.list_artifacts(run_id)):
-        return None
-    return Path(client.download_artifacts(run_id, name, str(folder)))
 
 
 def mlflow_name(key: str) -> str:
@@ -350,7 +343,7 @@ def mlflow_name(key: str) -> str:
 
 
 def save_pyfunc(folder: Path, path: Path) -> None:
-    """Write an MLflow model around a model folder; our own code goes along, so that it loads anywhere."""
+    """Write an MLflow model around a model folder, with our code, so that it loads anywhere."""
     with warnings.catch_warnings():
         # MLflow warns of types in its own code while it is imported.
         warnings.simplefilter("ignore")
@@ -372,10 +365,10 @@ def save_pyfunc(folder: Path, path: Path) -> None:
         code_paths=[str(Path(__file__).parents[1])],
         signature=signature,
         input_example=[loader.EXAMPLE],
-        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _NEEDED],
+        pip_requirements=[f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS],
     )
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether MLflow says that it has no such thing, or that the name cannot be one."""
+    """Whether MLflow's error means that there is no such object, or that the name is invalid."""
     return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

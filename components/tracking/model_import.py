@@ -1,6 +1,6 @@
-"""Model folders from elsewhere into the registry: checked whole, then kept as they are, tokenizer and template too.
+"""Import of Hugging Face model folders into the registry: checked, then copied with tokenizer and chat template.
 
-Nothing is taken that could run: weights are safetensors, code and pickles stay behind, a model's tools among them.
+Nothing executable is copied: weights are safetensors; code and pickles, a model's tools among them, are left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,37 +18,39 @@ from typing import Any
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import Paths, writing
+from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
 from components.models.checkpoint import INDEX, check_model, read_architecture, weight_files
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
+from components.models.gguf import open_gguf, unpack_gguf
 from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
+from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import ModelVersion, Registry
 
-GOVERNED = ("agent", "classifier", "summarizer")
-"""Models whose champion a gate chooses."""
-KEPT = (
-    "config.json",
+GATED = ("agent", "classifier", "summarizer")
+"""Models whose champion the promotion gate chooses."""
+FILES = (
+    CONFIG,
     "generation_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "agent.json",
+    AGENT,
     "knowledge.sqlite",
 )
-"""Files of a model folder that are taken along, beside its weights."""
-NEEDED = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
-"""Tokens, beside the one that pads, without which a family reads nothing."""
+"""Files of a model folder that are copied, beside its weights."""
+REQUIRED_TOKENS = {"encoder": (CLS, SEP), "encoder_decoder": ("</s>",)}
+"""Special tokens that a family needs, beside the padding token."""
 FAMILIES: dict[type[Any], Family] = {Decoder: "decoder", Encoder: "encoder", EncoderDecoder: "encoder_decoder"}
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model folder turned out to hold."""
+    """Family, architecture and size of a model folder."""
 
     family: Family
     architecture: str
@@ -56,50 +59,83 @@ class ModelInfo:
 
 
 def inspect_model(folder: Path) -> ModelInfo:
-    """Check that a folder holds a model that we can run and train, with its tokenizer.
+    """Check that a folder holds a model that the platform can run and train, with its tokenizer.
 
     Raises: InputError naming what is missing, unknown, misshapen or not supported.
     """
     model: Any = check_model(folder)
     family = next(family for kind, family in FAMILIES.items() if isinstance(model, kind))
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder / 'tokenizer.json'}: not found; save the model's fast tokenizer with it")
+    if not (folder / TOKENIZER).is_file():
+        raise InputError(f"{folder / TOKENIZER}: not found; save the model's fast tokenizer with it")
     if family == "decoder" and "source" not in read_agent(folder):
-        load_tools(folder)  # of which the folder has the names alone
+        load_tools(folder)  # the folder has their names alone
     if family == "encoder":
         read_pooling(folder)
-    tokens = load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, model.config)
+    tokens = (
+        load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family, model.config)
+    )
     if tokens > model.config.vocab_size:
         raise InputError(
-            f"{folder / 'tokenizer.json'}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
+            f"{folder / TOKENIZER}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
             " config.json; give the tokenizer that the model was trained with"
         )
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    architecture = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architectures"][0]
     return ModelInfo(family, architecture, model.num_parameters, model.config.vocab_size)
 
 
-def _count_tokens(folder: Path, config: Any) -> int:
+def _count_tokens(folder: Path, family: Family, config: Any) -> int:
     tokenizer = TextTokenizer.load(folder)
-    for token in NEEDED["encoder" if isinstance(config, EncoderConfig) else "encoder_decoder"]:
+    for token in REQUIRED_TOKENS[family]:
         tokenizer.id_of(token)
-    if isinstance(config, EncoderConfig) and config.pad_id not in (None, tokenizer.pad_id):
+    if family == "encoder" and config.pad_id not in (None, tokenizer.pad_id):
         raise InputError(
-            f"{folder / 'config.json'}: pad_token_id: {config.pad_id} is not the tokenizer's {tokenizer.pad_id}, by"
+            f"{folder / CONFIG}: pad_token_id: {config.pad_id} is not the tokenizer's {tokenizer.pad_id}, by"
             " which positions are counted; give the tokenizer that the model was trained with"
         )
     return tokenizer.vocab_size
 
 
-def import_model(
-    folder: Path, found: ModelInfo, name: str, registry: Registry, paths: Paths | None = None
-) -> ModelVersion:
-    """Register a model folder that was looked at; where no gate governs the name, the version is its champion.
+@contextmanager
+def unpacked(path: Path, home: Path) -> Iterator[Path]:
+    """A model folder, or what a GGUF file is unpacked to in the state folder `home` while the block runs.
 
-    It is left without tools whose code is not that of the project in `paths`; the tag `tools_left_out` names them.
+    Raises: InputError when the file is damaged or not supported, or the disk is full.
+    """
+    if path.suffix != ".gguf":
+        yield path
+        return
+    if not path.is_file():
+        raise InputError(f"{path}: not found; give a GGUF file or a model folder")
+    with writing(home):
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home, prefix=".importing-") as scratch:
+            file = open_gguf(path)
+            unpack_gguf(file, Path(scratch))
+            unpack_tokenizer(file.metadata, path, Path(scratch))
+            yield Path(scratch)
+
+
+def import_model(
+    folder: Path,
+    info: ModelInfo,
+    name: str,
+    registry: Registry,
+    paths: Paths | None = None,
+    source: Path | None = None,
+) -> ModelVersion:
+    """Register an inspected model folder; a model without a promotion gate becomes champion.
+
+    `source` is the file that the folder was unpacked from.
+
+    Tools whose source is not that of the project in `paths` are left out; the tag `tools_left_out` names them.
 
     Raises: InputError when the disk is full.
     """
-    tags = {"imported_from": str(folder.resolve()), "architecture": found.architecture, "family": found.family}
+    tags = {
+        "imported_from": str((source or folder).resolve()),
+        "architecture": info.architecture,
+        "family": info.family,
+    }
     with writing(registry.home):
         registry.home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
@@ -107,15 +143,15 @@ def import_model(
             copy_model(folder, clean)
             if left_out := adopt_tools(clean, folder, paths):
                 tags["tools_left_out"] = ", ".join(left_out)
-            metrics = {"parameters": float(found.parameters)}
+            metrics = {"parameters": float(info.parameters)}
             version = registry.register(clean, name, metrics, tags, None)
-    if name not in GOVERNED:
+    if name not in GATED:
         registry.promote(version)
     return registry.resolve(str(version))
 
 
 def copy_model(folder: Path, place: Path) -> None:
-    """Copy what a model folder consists of, and nothing else that lies there.
+    """Copy the files of a model, and no others of its folder.
 
     Raises: InputError when the disk is full or the place cannot be written.
     """
@@ -127,34 +163,34 @@ def copy_model(folder: Path, place: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Each file, behind its place in the folder."""
+    """Each file with its path in the folder."""
     yield from ((file.name, file) for file in weight_files(folder))
-    yield from ((name, folder / name) for name in (*KEPT, INDEX) if (folder / name).is_file())
+    yield from ((name, folder / name) for name in (*FILES, INDEX) if (folder / name).is_file())
     if (folder / MODULES).is_file() and isinstance(read_architecture(folder)[1], EncoderConfig):
         yield from pooling_files(folder).items()
 
 
 def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
-    """Put a model folder, with `origin.json` beside it, into `place`, whose files that begin with a dot stay.
+    """Copy a model, with `origin.json`, into the folder `place`, whose hidden files stay.
 
-    What was there goes first and config.json comes last, so that a half-placed model is none.
+    Older files are removed first and config.json is written last: without it an interrupted copy is no model.
     """
     clear(place)
-    for left in place.parent.glob(f".{place.name}-*"):  # by a process that was killed meanwhile
+    for left in place.parent.glob(f".{place.name}-*"):  # by a process that was killed
         shutil.rmtree(left)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         copied = Path(scratch) / "model"
         copy_model(folder, copied)
-        (copied / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        (copied / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
-        for file in sorted(copied.iterdir(), key=lambda file: file.name == "config.json"):
+        for file in sorted(copied.iterdir(), key=lambda file: file.name == CONFIG):
             os.replace(file, place / file.name)
 
 
 def clear(place: Path) -> None:
-    """Take an imported model away again, config.json first."""
-    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != "config.json"):
+    """Remove an imported model, config.json first."""
+    for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != CONFIG):
         if file.is_dir():
             shutil.rmtree(file)
         else:

@@ -1,9 +1,9 @@
 """The model registry: versions of a model, and the aliases champion, challenger and previous.
 
-One write moves the championship: the alias `champion`. What else there is to know follows from what was written before
-it: a version's tag `previous` names the champion before it, and counts while that version is champion. The aliases
-`previous` and `challenger` are brought in line behind it, for programs that ask MLflow; a process that dies in between
-leaves nothing that this module reads wrongly.
+One write makes a version champion: that of the alias `champion`. The rest follows from earlier writes: a version's tag
+`previous` names the champion before it, and counts while that version is champion. The aliases `previous` and
+`challenger` are updated afterwards, for programs that read MLflow directly; a process that is killed in between leaves
+a registry that this module reads correctly.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 ALIASES = ("champion", "challenger", "previous")
 PREVIOUS = "previous"
 """Tag of a version: the number of the champion before it, or empty; alias of the version that the tag names."""
-_MOVE_SECONDS = 60.0
-"""A change of aliases waits this long for another one."""
+_LOCK_SECONDS = 60.0
+"""Longest wait for another process that changes aliases."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelVersion:
     version: int
     run_id: str
     source: str
-    """Where the files are, as `runs:/ID/path`."""
+    """Address of the files, as `runs:/ID/path`."""
     aliases: tuple[str, ...]
     tags: dict[str, str]
     metrics: dict[str, float]
@@ -65,9 +65,9 @@ class ModelVersion:
 
     @cached_property
     def folder(self) -> Path:
-        """The model folder (Hugging Face format) on this machine; downloaded once when a server keeps it.
+        """The model folder (Hugging Face format) on this machine; downloaded once from a server.
 
-        Raises: InputError when the code of its tools is not what was registered.
+        Raises: InputError when the source of its tools differs from the registered digest.
         """
         folder = next((self.registry.files(self) / "data").iterdir())
         if sha256 := self.tags.get("tools_sha256"):
@@ -86,17 +86,17 @@ class Registry:
         return connect(self.home)
 
     def stamp(self) -> object:
-        """Another one after every write to the database on this machine; None where a server keeps it.
+        """A token that changes with every write to the database on this machine; None with a server.
 
-        A thousandth of what it costs to ask, for those who wait for an alias to move.
+        It costs a thousandth of a query, for those who poll an alias.
         """
         if os.environ.get("MLFLOW_TRACKING_URI"):
             return None
         files = []
         for name in (DATABASE, f"{DATABASE}-wal"):
             with suppress(FileNotFoundError):
-                facts = (self.home / "mlflow" / name).stat()
-                files.append((facts.st_ino, facts.st_mtime_ns, facts.st_size))
+                info = (self.home / "mlflow" / name).stat()
+                files.append((info.st_ino, info.st_mtime_ns, info.st_size))
         return tuple(files)
 
     def names(self) -> list[str]:
@@ -109,26 +109,25 @@ class Registry:
         Raises: InputError for an unknown name.
         """
         if name not in (names := self.names()):
-            raise InputError(f"{name}: no such model in the registry; {_one_of(names)}")
-        found = self.client.search_model_versions(f"name = '{name}'")
+            raise InputError(f"{name}: no such model in the registry; {_known(names)}")
+        rows = self.client.search_model_versions(f"name = '{name}'")
         aliases = self.aliases(name)
-        return [self._version(row, aliases) for row in sorted(found, key=lambda row: -int(row.version))]
+        return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))]
 
-    def resolve(self, wanted: str) -> ModelVersion:
+    def resolve(self, name: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
 
-        Raises: InputError saying what there is.
+        Raises: InputError listing the registered versions.
         """
-        found = self.find(wanted)
-        if found:
-            return found
-        versions = self.versions(_parse(wanted)[0])
-        there = [known for row in versions for known in (str(row), *(f"{row.name}@{alias}" for alias in row.aliases))]
-        raise InputError(f"{wanted}: not in the registry; {_one_of(there)}")
+        if version := self.find(name):
+            return version
+        versions = self.versions(_parse(name)[0])
+        names = [name for row in versions for name in (str(row), *(f"{row.name}@{alias}" for alias in row.aliases))]
+        raise InputError(f"{name}: not in the registry; {_known(names)}")
 
-    def find(self, wanted: str) -> ModelVersion | None:
-        """`resolve`, or None where there is none."""
-        name, version, alias = _parse(wanted)
+    def find(self, name: str) -> ModelVersion | None:
+        """`resolve`, or None where there is no such version."""
+        name, version, alias = _parse(name)
         aliases = self.aliases(name)
         version = version or str(aliases.get(alias, ""))
         if not version:
@@ -157,7 +156,7 @@ class Registry:
         if PREVIOUS in tags:  # versions of earlier releases have the alias alone
             aliases.pop(PREVIOUS, None)
             aliases |= {PREVIOUS: int(tags[PREVIOUS])} if tags[PREVIOUS] else {}
-        # No version has two: a challenger that was promoted is one no more, nor is it its own predecessor.
+        # A promoted challenger is challenger no more, nor is the champion its own predecessor.
         return {alias: version for alias, version in aliases.items() if alias == "champion" or version != champion}
 
     def files(self, version: ModelVersion) -> Path:
@@ -167,15 +166,15 @@ class Registry:
         if stored.startswith("file:"):
             folder = Path(unquote(urlparse(stored).path))
             if not (folder / "data").is_dir():
-                raise InputError(f"{version}: {folder}: its files are missing; restore the whole state folder")
+                raise InputError(f"{version}: {folder}: its files are missing; restore the state folder as a whole")
             return folder
-        kept = self.home / "mlflow" / "downloads" / version.name / str(version.version)
-        if not kept.is_dir():
+        local = self.home / "mlflow" / "downloads" / version.name / str(version.version)
+        if not local.is_dir():
             with tempfile.TemporaryDirectory(dir=self.home) as scratch:
                 fetched = self.client.download_artifacts(run_id, path, scratch)
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fetched, kept)
-        return kept
+                local.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(fetched, local)
+        return local
 
     def register(
         self, folder: Path, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], parent: str | None
@@ -189,7 +188,7 @@ class Registry:
                 save_pyfunc(folder, Path(scratch) / name)
                 self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
         except BaseException:
-            # Nobody would ever look for half of a model, which takes the room that was missing.
+            # A partial model is of no use, and takes the disk space that was missing.
             shutil.rmtree(self.home / "mlflow" / "artifacts" / run_id, ignore_errors=True)
             with suppress(*errors()):
                 self.client.set_terminated(run_id, "FAILED")
@@ -206,6 +205,19 @@ class Registry:
         """Add metrics to a version's run."""
         log_metrics(self.client, run_id, [(key, float(value), _now(), 0) for key, value in metrics.items()])
 
+    def store_file(self, version: ModelVersion, path: Path) -> None:
+        """Store a file with a version's run."""
+        self.client.log_artifact(version.run_id, str(path))
+
+    def store_text(self, version: ModelVersion, name: str, text: str) -> None:
+        """Store a text with a version's run, as a file of this name."""
+        self.client.log_text(version.run_id, text, name)
+
+    def fetch_file(self, version: ModelVersion, name: str, folder: Path) -> None:
+        """Download a file that was stored with a version's run into a folder, if there is one of that name."""
+        if any(file.path == name for file in self.client.list_artifacts(version.run_id)):
+            self.client.download_artifacts(version.run_id, name, str(folder))
+
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""
         self._tag(version.name, version.version, tags)
@@ -213,7 +225,7 @@ class Registry:
     def alias(self, name: str, alias: str, version: ModelVersion | None) -> None:
         """Point an alias at a version, or remove it."""
         with self._locked():
-            self._point(name, {alias: version.version if version else None})
+            self._set_aliases(name, {alias: version.version if version else None})
 
     def promote(self, version: ModelVersion) -> None:
         """Make a version the champion; the old champion becomes `previous`."""
@@ -221,7 +233,7 @@ class Registry:
             champion = self.aliases(version.name).get("champion")
             if champion == version.version:
                 raise InputError(f"{version}: is the champion already")
-            self._crown(version.name, version.version, champion)
+            self._make_champion(version.name, version.version, champion)
 
     def rollback(self, name: str) -> ModelVersion:
         """Make `previous` the champion again; the champion becomes `previous`.
@@ -233,15 +245,15 @@ class Registry:
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
         with self._locked():
             aliases = self.aliases(name)
-            # Its files may still be what the pipeline made last: a run must not promote them again.
+            # It may still be the pipeline's newest model: a run must not promote it again.
             self._tag(name, aliases["champion"], {"rolled_back": "true"})
-            self._crown(name, aliases[PREVIOUS], aliases["champion"])
+            self._make_champion(name, aliases[PREVIOUS], aliases["champion"])
         return self.resolve(f"{name}@champion")
 
     def demote(self, version: ModelVersion, reason: str) -> bool:
-        """Mark a version that fails in service; if it is the champion, the champion before it is champion again.
+        """Mark a version that fails its smoke test; if it is champion, make the previous champion champion again.
 
-        False when there is nothing to go back to, or another process was first; the version is marked all the same.
+        False when there is no previous champion, or another process was first; the version is marked all the same.
         """
         with self._locked():
             aliases = self.aliases(version.name)
@@ -250,23 +262,23 @@ class Registry:
                 return False
             self._tag(version.name, version.version, {"rolled_back": "true"})
             before = self.client.get_model_version(version.name, str(aliases[PREVIOUS])).tags.get(PREVIOUS)
-            self._crown(version.name, aliases[PREVIOUS], before)
+            self._make_champion(version.name, aliases[PREVIOUS], before)
             return True
 
     def _locked(self) -> AbstractContextManager[None]:
-        """Keep others on this machine from changing aliases meanwhile.
+        """Lock the aliases against other processes on this machine.
 
-        Raises: InputError when another process does so for longer than `_MOVE_SECONDS`.
+        Raises: InputError when another process does so for longer than `_LOCK_SECONDS`.
         """
-        return file_lock(self.home / "mlflow", "aliases", _MOVE_SECONDS)
+        return file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS)
 
-    def _crown(self, name: str, version: int, before: int | str | None) -> None:
+    def _make_champion(self, name: str, version: int, before: int | str | None) -> None:
         """Make a version champion, with `before` as its `previous`.
 
-        Tags first, which count for nothing until the alias moves: `previous` is read of the champion alone, and a
+        Tags first, which have no effect until the alias moves: `previous` is read from the champion alone, and a
         champion does not count as rolled back.
         """
-        aliases = self._align(name)  # as a change that was cut short left them
+        aliases = self._update_aliases(name)  # after a change that was interrupted
         champion = aliases.get("champion")
         if champion and PREVIOUS in aliases:
             self._tag(name, champion, {PREVIOUS: str(aliases[PREVIOUS])})
@@ -275,16 +287,16 @@ class Registry:
         tags = self.client.get_model_version(name, str(version)).tags
         stale = {"rolled_back": "false", "smoke_failed": ""}
         self._tag(name, version, {key: value for key, value in stale.items() if key in tags})
-        self._align(name)
+        self._update_aliases(name)
 
-    def _align(self, name: str) -> dict[str, int]:
-        """Bring the aliases in MLflow in line with what they are here."""
+    def _update_aliases(self, name: str) -> dict[str, int]:
+        """Write to MLflow the aliases that follow from the champion, and return them."""
         aliases = self.aliases(name)
-        self._point(name, {alias: aliases.get(alias) for alias in ALIASES})
+        self._set_aliases(name, {alias: aliases.get(alias) for alias in ALIASES})
         return aliases
 
-    def _point(self, name: str, target: Mapping[str, int | None]) -> None:
-        """Set each alias that is not yet so."""
+    def _set_aliases(self, name: str, target: Mapping[str, int | None]) -> None:
+        """Set or delete each alias whose version differs."""
         aliases = self.client.get_registered_model(name).aliases
         for alias, version in target.items():
             if version is not None and aliases.get(alias) != str(version):
@@ -309,25 +321,25 @@ class Registry:
 
 
 def is_empty(home: Path) -> bool:
-    """Whether nothing was ever registered; told without MLflow, whose import takes seconds."""
+    """Whether nothing was ever registered; without importing MLflow, which takes seconds."""
     return "MLFLOW_TRACKING_URI" not in os.environ and not (home / "mlflow" / DATABASE).exists()
 
 
-def resolve(wanted: str, home: Path) -> ModelVersion:
+def resolve(name: str, home: Path) -> ModelVersion:
     """The registered version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names."""
-    return Registry(home).resolve(wanted)
+    return Registry(home).resolve(name)
 
 
-def _parse(wanted: str) -> tuple[str, str, str]:
+def _parse(name: str) -> tuple[str, str, str]:
     """Name, version, alias of `NAME@ALIAS`, `NAME/VERSION` or `NAME`."""
-    name, at, alias = wanted.removeprefix("models:/").partition("@")
+    name, at, alias = name.removeprefix("models:/").partition("@")
     if at:
         return name, "", alias
     name, slash, version = name.partition("/")
     return (name, version, "") if slash else (name, "", "champion")
 
 
-def _one_of(names: list[str]) -> str:
+def _known(names: list[str]) -> str:
     return f"known: {', '.join(names)}" if names else 'it is empty; run "loopwright run"'
 
 

@@ -1,8 +1,8 @@
-"""Traces of answers, step by step, kept beside MLflow's runs; best effort: an answer never waits for its trace.
+"""Traces of answers in MLflow, step by step; best effort: an answer never waits for its trace.
 
-MLflow writes some twenty traces a second (measured), so a share of the answers is drawn and a full
-queue drops the newest, counted. With OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set and an OTLP exporter
-installed, MLflow sends the same spans there instead.
+MLflow writes some twenty traces a second (measured), so a share of the answers is sampled and a full queue drops the
+newest, counted. With OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set and an OTLP exporter installed, MLflow sends the same
+spans there instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from components.tracking.mlflow_client import EXPERIMENT, connect
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-WAITING = 256
+QUEUE_SIZE = 256
 """Traces that may wait to be written."""
 CLOSE_SECONDS = 5.0
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("loopwright.traces")
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took time."""
+    """A timed step."""
 
     name: str
     kind: str
@@ -49,26 +49,26 @@ Trace = tuple[Span, Sequence[Span], Mapping[str, str]]
 
 
 class Traces:
-    """Takes traces from any thread and writes a share of them from one of its own."""
+    """Accepts traces from any thread and writes a sampled share of them from its own thread."""
 
     def __init__(self, home: Path, share: float) -> None:
         self._home, self._share = home, share
-        self._queue: queue.Queue[Trace | None] = queue.Queue(WAITING)
+        self._queue: queue.Queue[Trace | None] = queue.Queue(QUEUE_SIZE)
         self.dropped = 0
         self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
         self._thread.start()
 
-    def add(self, whole: Span, parts: Sequence[Span], facts: Mapping[str, str]) -> None:
-        """Keep an answer's trace, if it is drawn and there is room."""
+    def add(self, whole: Span, parts: Sequence[Span], tags: Mapping[str, str]) -> None:
+        """Enqueue an answer's trace, if it is sampled and the queue has room."""
         if random.random() >= self._share:
             return
         try:
-            self._queue.put_nowait((whole, parts, facts))
+            self._queue.put_nowait((whole, parts, tags))
         except queue.Full:
             self.dropped += 1
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Write what waits, for no longer than `seconds`."""
+        """Write the queued traces, for no longer than `seconds`."""
         with suppress(queue.Full):
             self._queue.put(None, timeout=seconds)
         self._thread.join(seconds)
@@ -82,25 +82,25 @@ class Traces:
             except Exception:
                 logger.exception("a trace could not be written")
         if self.dropped:
-            logger.warning("%d traces were dropped: more came than could be written", self.dropped)
+            logger.warning("%d traces dropped: the queue was full", self.dropped)
 
 
 def _write(client: MlflowClient, trace: Trace) -> None:
-    """Keep the steps of one answer, with the times they took."""
+    """Write the trace of one answer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types in MLflow's own code, while it is imported
         import mlflow.pyfunc  # which starting a trace imports
 
-    whole, parts, facts = trace
+    whole, parts, tags = trace
     # Traces go where the process's own address says, whatever the client's.
     if mlflow.get_tracking_uri() != client.tracking_uri:
-        given = os.environ.get("MLFLOW_TRACKING_URI")
+        variable = os.environ.get("MLFLOW_TRACKING_URI")
         mlflow.set_tracking_uri(client.tracking_uri)
-        if given is None:  # that also tells it to every process we start, and to whoever opens another state folder
+        if variable is None:  # MLflow sets it too, for every process we start and for other state folders
             os.environ.pop("MLFLOW_TRACKING_URI", None)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     root = client.start_trace(
-        whole.name, whole.kind, whole.inputs, tags=dict(facts), experiment_id=experiment, start_time_ns=_ns(whole.start)
+        whole.name, whole.kind, whole.inputs, tags=dict(tags), experiment_id=experiment, start_time_ns=_ns(whole.start)
     )
     for part in parts:
         span = client.start_span(

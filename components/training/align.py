@@ -1,29 +1,30 @@
-"""Stage: a model that people have judged into one that learned from it, starting from its own weights.
+"""Stage: align the deployed model with user feedback, starting from its own weights.
 
-Corrections are demonstrations, with earlier conversations replayed between them; pairs and unpaired labels are compared
-with the frozen model that training starts from.
+Instruction tuning on demonstrations, replay of earlier conversations, DPO on pairs and KTO on unpaired labels in one
+forward pass: Rafailov et al. 2023 (arXiv 2305.18290), Ethayarajh et al. 2024 (arXiv 2402.01306). The reference model
+is frozen: its log-probabilities are computed once, before the first step.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from components.config.paths import AGENT, TOOLS
+from components.config.loop_settings import AlignConfig
+from components.config.paths import AGENT, ORIGIN, TOOLS
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.runtime.stage import StageRun, digest
-from components.token_rows.batches import TokenRows
-from components.token_rows.preference_rows import AlignRows, PreferenceRows
+from components.token_rows.batches import IGNORED, Batch, TokenRows
+from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
 from components.training.loop import refuse_bad_masks, train
-from components.training.preferences import align_objective, reference_log_probs
+from components.training.objectives import Loss, Objective, linear_cross_entropy
 from components.training.report import describe, report
-
-ORIGIN = "origin.json"
-"""Beside the model that training starts from: `{"version": "NAME/VERSION"}`."""
 
 
 def align(run: StageRun) -> None:
@@ -32,21 +33,23 @@ def align(run: StageRun) -> None:
     Raises: InputError when model and rows do not fit, when there is nothing to learn, or when saving fails.
     """
     configure_cpu()
-    config, curated = run.params.align, run.paths.curated
+    config, curated, start = run.params.align, run.paths.curated, run.paths.start
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    reference = load_decoder(run.paths.start, compute_dtype(config.precision, device), device).eval()
+    reference = load_decoder(start, compute_dtype(config.precision, device), device).eval()
     reference.requires_grad_(False)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
     reference_log_probs(reference, preferences, config.micro_batch_size)
     rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
-    model = load_decoder(run.paths.start)
+    model = load_decoder(start)
     freeze(model, config.trained_share)
     torch.manual_seed(run.params.seed)
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
-    save_decoder(model, run.paths.candidate, run.paths.start, _agent_files(run.paths.start, _lessons(run)))
+    # knowledge.sqlite: of a model that was saved before tools were saved with models.
+    files = {name: start / name for name in (AGENT, TOOLS, "knowledge.sqlite") if (start / name).exists()}
+    save_decoder(model, run.paths.candidate, start, {**files, "lessons.json": _origin(run)})
     report(run, config, model, measured, run.paths.candidate, {})
 
 
@@ -60,17 +63,102 @@ def freeze(model: Decoder, trained_share: float) -> None:
         block.requires_grad_(True)
 
 
-def _lessons(run: StageRun) -> str:
-    """Where the candidate comes from, as JSON."""
+def _origin(run: StageRun) -> str:
+    """The candidate's parent version and the feedback it is trained on, as JSON."""
     curated = json.loads((run.paths.curated / "curated.json").read_text(encoding="utf-8"))
     origin = json.loads((run.paths.start / ORIGIN).read_text(encoding="utf-8"))
-    lessons = {"parent": origin["version"], "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
-    return json.dumps(lessons, indent=2) + "\n"
+    lineage = {"parent": origin["version"], "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
+    return json.dumps(lineage, indent=2) + "\n"
 
 
-def _agent_files(start: Path, lessons: str) -> dict[str, Path | str]:
-    """The tools of the model before it."""
-    # The last is of a model that was saved before tools were saved with models.
-    names = (AGENT, TOOLS, "knowledge.sqlite")
-    kept: dict[str, Path | str] = {name: start / name for name in names if (start / name).exists()}
-    return kept | {"lessons.json": lessons}
+def dpo_losses(
+    chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor, beta: float
+) -> Tensor:
+    """Equation 7 of the DPO paper for each pair, from summed log-probabilities (N,)."""
+    return -F.logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected)))
+
+
+def kto_losses(policy: Tensor, reference: Tensor, liked: Tensor, kl: Tensor, beta: float) -> Tensor:
+    """Equation 8 of the KTO paper for each label with both lambdas 1; `kl` is the reference point z0, not trained."""
+    sign = torch.where(liked, 1.0, -1.0)
+    return 1 - torch.sigmoid(sign * beta * (policy - reference - kl.detach()))
+
+
+def preference_loss(log_probs: Tensor, batch: Batch, beta: float) -> tuple[Tensor, int]:
+    """Sum of the losses of all pairs and unpaired labels of a batch, and their number; log_probs (R,)."""
+    role, reference = batch["role"], batch["reference"]
+    chosen, rejected = role == Role.CHOSEN, role == Role.REJECTED
+    pairs = dpo_losses(log_probs[chosen], log_probs[rejected], reference[chosen], reference[rejected], beta)
+    labelled = (role == Role.LIKED) | (role == Role.DISLIKED)
+    mismatched = role == Role.MISMATCHED
+    ratios = (log_probs - reference)[mismatched].detach()
+    kl = ratios.mean().clamp(min=0) if len(ratios) else torch.zeros((), device=role.device)
+    unpaired = kto_losses(log_probs[labelled], reference[labelled], role[labelled] == Role.LIKED, kl, beta)
+    return pairs.sum() + unpaired.sum(), len(pairs) + len(unpaired)
+
+
+def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decoder]:
+    """User feedback without forgetting.
+
+    Cross-entropy on demonstrations; on replayed conversations the cross-entropy to the frozen `reference` (Hinton et
+    al. 2015, arXiv 1503.02531), whose gradient is zero where nothing has changed; and `preference_weight` times the
+    losses of pairs and unpaired labels.
+    """
+
+    def objective(model: Decoder, batch: Batch) -> Loss:
+        role, width = batch["role"], batch["labels"].shape[1]
+        labels = batch["labels"].flatten()
+        positions = (labels != IGNORED).nonzero().squeeze(1)
+        row = positions // width
+        inputs = (batch["input_ids"], batch["segment_ids"], batch["position_ids"])
+        stream = model.hidden(*inputs, rows=positions)
+        sft, replay = (role == Role.SFT)[row], (role == Role.REPLAY)[row]
+        loss = Loss(stream.sum() * 0, 0.0)
+        if sft.any():
+            loss = plus(loss, linear_cross_entropy(stream[sft], model.head.weight, labels[positions][sft]), sft.sum())
+        if replay.any():
+            with torch.no_grad():
+                target = reference.hidden(*inputs, rows=positions[replay]) @ reference.head.weight.T
+            log_probs = F.log_softmax((stream[replay] @ model.head.weight.T).float(), dim=-1)
+            distance = -(F.softmax(target.float(), dim=-1) * log_probs).sum()
+            loss = plus(loss, config.replay_weight * distance, config.replay_weight * replay.sum())
+        preference = ~(sft | replay)
+        if preference.any():
+            losses = target_nll(stream[preference], model.head.weight, labels[positions][preference])
+            log_probs = -torch.zeros(len(role), device=role.device).index_add(0, row[preference], losses)
+            preferred, count = preference_loss(log_probs, batch, config.beta)
+            loss = plus(loss, config.preference_weight * preferred, config.preference_weight * count)
+        return loss
+
+    return objective
+
+
+def plus(loss: Loss, total: Tensor, targets: Tensor | float) -> Loss:
+    """The sum of two losses."""
+    return Loss(loss.total + total, loss.targets + float(targets))
+
+
+def target_nll(stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-probability of each label (N,) in float32, with gradients; answers are short, so all at once."""
+    return F.cross_entropy((stream @ weight.T).float(), labels, reduction="none")
+
+
+@torch.no_grad()
+def reference_log_probs(model: Decoder, rows: PreferenceRows, batch_size: int) -> None:
+    """Fill `rows.reference` with the log-probabilities under `model` as it is now."""
+    device = model.embed.weight.device
+    for start in range(0, len(rows.tokens), batch_size):
+        numbers = np.arange(start, min(start + batch_size, len(rows.tokens)))
+        batch = {name: value.to(device) for name, value in trimmed(rows.batch(numbers)).items()}
+        rows.reference[numbers] = row_log_probs(model, batch).float().cpu().numpy()
+
+
+@torch.no_grad()
+def row_log_probs(model: Decoder, batch: Batch) -> Tensor:
+    """Log-probability of the labels of each row (R,) float32."""
+    width = batch["labels"].shape[1]
+    labels = batch["labels"].flatten()
+    positions = (labels != IGNORED).nonzero().squeeze(1)
+    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=positions)
+    losses = target_nll(stream, model.head.weight, labels[positions])
+    return -torch.zeros(len(labels) // width, device=losses.device).index_add_(0, positions // width, losses)

@@ -1,7 +1,7 @@
-"""Resumable checkpoints of a run: one file each, whole or not there.
+"""Resumable checkpoints of a run: one file each, written atomically.
 
-A file is written under a temporary name, synced and renamed; its name carries the digest of
-its content, so that a torn or altered one is told apart and skipped. The last two are kept.
+A file is written under a temporary name, synced and renamed; its name has the digest of its content, so that a torn
+or altered file is recognized and skipped. The last two are kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from components.config.params import InputError
+from components.models.checkpoint import sync
 
-KEPT = 2
+MAX_CHECKPOINTS = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
 
 
 @dataclass(frozen=True)
-class Saved:
-    """What a run needs to go on: tensors by name, and facts (JSON)."""
+class CheckpointState:
+    """What a run needs to resume: tensors by name, and JSON values."""
 
     step: int
     tensors: dict[str, Tensor]
-    facts: dict[str, Any]
+    values: dict[str, Any]
 
 
 class Checkpoints:
@@ -39,48 +40,46 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, saved: Saved) -> None:
-        """Keep this state.
+    def save(self, state: CheckpointState) -> None:
+        """Write a checkpoint.
 
-        Raises: InputError when it cannot be written; what was saved before stays.
+        Raises: InputError when it cannot be written; earlier checkpoints stay.
         """
-        facts = json.dumps(saved.facts)
-        content = tensors_to_bytes(
-            {name: tensor.contiguous() for name, tensor in saved.tensors.items()}, {"facts": facts}
-        )
-        temporary = self.folder / f".saving-{saved.step}"
+        tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
+        content = tensors_to_bytes(tensors, {"facts": json.dumps(state.values)})
+        temporary = self.folder / f".saving-{state.step}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.rename(self.folder / f"step-{saved.step:08d}-{_digest(content)}.safetensors")
-            _sync_folder(self.folder)
+            temporary.rename(self.folder / f"step-{state.step:08d}-{_digest(content)}.safetensors")
+            sync(self.folder)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise InputError(
-                f"{self.folder}: checkpoint of step {saved.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
+                f"{self.folder}: checkpoint of step {state.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
                 f" {error.strerror}; free space and run again, the last one is kept"
             ) from error
-        for old in self._files()[:-KEPT]:
+        for old in self._files()[:-MAX_CHECKPOINTS]:
             old.unlink(missing_ok=True)
 
-    def load(self) -> Saved | None:
-        """The newest whole checkpoint; None when there is none."""
+    def load(self) -> CheckpointState | None:
+        """The newest valid checkpoint; None when there is none."""
         files = self._files()
         for path in reversed(files):
             content = path.read_bytes()
             name = _NAME.fullmatch(path.name)
             if name and _digest(content) == name[2]:
-                return Saved(int(name[1]), tensors_from_bytes(content), _facts(content))
+                return CheckpointState(int(name[1]), tensors_from_bytes(content), _values(content))
             print(f"warning: {path}: torn checkpoint (its digest differs); skipped", flush=True)
         if files:
-            print(f"warning: {self.folder}: no whole checkpoint is left; starting over", flush=True)
+            print(f"warning: {self.folder}: no valid checkpoint is left; starting over", flush=True)
         return None
 
     def clear(self) -> None:
-        """Forget every checkpoint: the run has delivered."""
+        """Remove every checkpoint, at the end of a run."""
         for path in (*self._files(), *self.folder.glob(".saving-*")):
             path.unlink(missing_ok=True)
 
@@ -92,15 +91,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _facts(content: bytes) -> dict[str, Any]:
+def _values(content: bytes) -> dict[str, Any]:
     length = int.from_bytes(content[:8], "little")
-    facts: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
-    return facts
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    values: dict[str, Any] = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
+    return values

@@ -1,12 +1,13 @@
-"""The pretrained encoder into a classifier: adapt to the texts, search settings, train with the best, calibrate.
+"""Fine-tune the pretrained encoder to classify: domain adaptation, hyper-parameter search, training, calibration.
 
-Devlin et al. 2019 (arXiv 1810.04805) for the head on [CLS], Gururangan et al. 2020 (arXiv 2004.10964) for going on
-with pretraining on the texts themselves, Guo et al. 2017 (arXiv 1706.04599) for the temperature.
+Devlin et al. 2019 (arXiv 1810.04805) for the head on [CLS], Gururangan et al. 2020 (arXiv 2004.10964) for pretraining
+on the texts themselves, Guo et al. 2017 (arXiv 1706.04599) for temperature scaling.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,11 @@ from components.runtime.stage import StageRun, Tracker
 from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.checkpoints import Checkpoints
-from components.training.early_stopping import EarlyStopping
-from components.training.loop import train
+from components.training.loop import EarlyStopping, Measured, train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, refuse_other_vocabulary, report
-from components.training.rows import AdaptedRows, TokenDropoutRows
-from components.training.search import Range, TrialMonitor, Tried, Values, best_of, search
+from components.training.rows import MaskedRows, TokenDropoutRows
+from components.training.search import Range, Trial, TrialMonitor, Values, best_of, search
 
 if TYPE_CHECKING:
     import optuna
@@ -43,21 +43,21 @@ VALIDATION_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Part(StageRun):
-    """A training within a stage, with its own checkpoints; progress counts the steps of all of them."""
+class Phase(StageRun):
+    """One training within the stage, with its own checkpoints; progress counts the steps of all phases."""
 
-    before: int = 0
-    """Steps of the parts before this one."""
-    whole: int = 0
-    """Steps of all parts."""
+    first_step: int = 0
+    """Steps of the phases before this one."""
+    total_steps: int = 0
+    """Steps of all phases."""
     title: str = ""
 
-    def progress(self, done: int, total: int, **facts: float | str) -> None:
-        super().progress(self.before + done, self.whole, part=self.title, **facts)
+    def progress(self, done: int, total: int, **values: float | str) -> None:
+        super().progress(self.first_step + done, self.total_steps, part=self.title, **values)
 
 
-class Finetuning:
-    """One run of the stage: what its parts share."""
+class ClassifierTraining:
+    """One run of the stage: what its phases share."""
 
     def __init__(self, run: StageRun) -> None:
         self.run = run
@@ -66,27 +66,28 @@ class Finetuning:
         self.rows, self.validation = (LabelledRows(folder, split) for split in ("train", "validation"))
         self.tokenizer = TextTokenizer.load(self.base)
         self.encoder = _load_encoder(self.base, self.rows)
-        self.config = config = _long_enough(run.params.classifier, len(self.rows))
+        config = run.params.classifier
+        epoch_steps = math.ceil(config.min_epochs * len(self.rows) / config.global_batch_size)
+        self.config = config = config.model_copy(update={"max_steps": max(config.max_steps, epoch_steps)})
         if config.fresh and not config.base and not config.lora_rank:
             torch.manual_seed(run.params.seed)
             self.encoder = type(self.encoder)(self.encoder.config)
         refuse_other_vocabulary(run, "encoder", self.encoder.config.vocab_size, self.rows)
-        self.parts: list[Part] = []
-        self.whole = config.adapt_steps + config.trials * config.trial_steps + config.max_steps
+        self.phases: list[Phase] = []
+        self.total_steps = config.adapt_steps + config.trials * config.trial_steps + config.max_steps
         numbers = self.rows.numbers("label")
         weights = class_weights(numbers, len(self.rows.labels), config.class_weight_power)
         self.weights = torch.tensor(weights, dtype=torch.float32, device=best_device())
 
-    def part(self, title: str, before: int, tracker: Tracker) -> Part:
+    def phase(self, title: str, first_step: int, tracker: Tracker) -> Phase:
         """A run for one training, whose checkpoints lie in a folder of its own."""
         run = self.run
-        state = run.state / title
-        made = Part(run.name, run.params, run.paths, state, tracker, before, self.whole, title)
-        self.parts.append(made)
-        return made
+        phase = Phase(run.name, run.params, run.paths, run.state / title, tracker, first_step, self.total_steps, title)
+        self.phases.append(phase)
+        return phase
 
     def adapt(self) -> None:
-        """Go on with masked language modelling, on the texts that are to be classified."""
+        """Continue masked language modelling on the texts to classify."""
         config = self.config
         if not config.adapt_steps:
             return
@@ -94,43 +95,44 @@ class Finetuning:
             raise InputError(
                 f"{self.base}: has no head for masked tokens; set classifier.adapt_steps to 0, now {config.adapt_steps}"
             )
-        rows = AdaptedRows(self.rows, self.tokenizer, config.masked_share, self.run.params.seed)
+        rows = MaskedRows(self.rows, self.tokenizer, config.masked_share, self.run.params.seed)
         steps = config.model_copy(update={"max_steps": config.adapt_steps})
         torch.manual_seed(self.run.params.seed)
         with self.run.tracker.child("adapt") as tracker:
-            train(self.part("adapt", 0, tracker), steps, self.encoder, rows, masked_lm_next_sentence)
+            train(self.phase("adapt", 0, tracker), steps, self.encoder, rows, masked_lm_next_sentence)
 
-    def search(self) -> list[Tried]:
+    def search(self) -> list[Trial]:
         """Short trainings with other settings; none where `trials` is 0."""
         config = self.config
         if not config.trials:
             return []
-        given = {name: float(getattr(config, name)) for name in _ranges(config)}
-        return search(config.trials, self.run.params.seed, given, _ranges(config), self._attempt)
+        ranges = _ranges(config)
+        initial = {name: float(getattr(config, name)) for name in ranges}
+        return search(config.trials, self.run.params.seed, initial, ranges, self._run_trial)
 
-    def _attempt(self, trial: optuna.trial.Trial, values: Values) -> TrialMonitor:
+    def _run_trial(self, trial: optuna.trial.Trial, values: Values) -> TrialMonitor:
         config = self.config
-        title, before = f"trial-{trial.number}", config.adapt_steps + trial.number * config.trial_steps
+        title, first_step = f"trial-{trial.number}", config.adapt_steps + trial.number * config.trial_steps
         settings = config.model_copy(update={**values, "max_steps": config.trial_steps})
         with self.run.tracker.child(title) as tracker:
             tracker.params(values)
-            part = self.part(title, before, tracker)
+            phase = self.phase(title, first_step, tracker)
             model = self._new_model(settings)
-            watch = TrialMonitor(
-                trial, lambda: self.score(model), settings.validation_steps, settings.patience, _told(part, tracker)
+            monitor = TrialMonitor(
+                trial, lambda: self.score(model), settings.validation_steps, settings.patience, _score_logger(phase)
             )
-            self._train(part, settings, model, watch)
-        return watch
+            self._train(phase, settings, model, monitor)
+        return monitor
 
-    def final(self, values: Values) -> tuple[Classifier, EarlyStopping, Any]:
-        """The long training, with these values instead of the given ones."""
+    def final(self, values: Values) -> tuple[Classifier, EarlyStopping, Measured]:
+        """The long training, with `values` in place of those of the configuration."""
         settings = self.config.model_copy(update=values)
-        part = self.part("final", self.whole - self.config.max_steps, self.run.tracker)
+        phase = self.phase("final", self.total_steps - self.config.max_steps, self.run.tracker)
         model = self._new_model(settings)
-        watch = EarlyStopping(
-            lambda: self.score(model), settings.validation_steps, settings.patience, _told(part, part.tracker)
+        stopping = EarlyStopping(
+            lambda: self.score(model), settings.validation_steps, settings.patience, _score_logger(phase)
         )
-        return model, watch, self._train(part, settings, model, watch)
+        return model, stopping, self._train(phase, settings, model, stopping)
 
     def _new_model(self, settings: ClassifierConfig) -> Classifier:
         torch.manual_seed(self.run.params.seed)
@@ -139,101 +141,92 @@ class Finetuning:
             add_lora(model, settings.lora_rank, settings.lora_alpha, also=("pooler", "head"))
         return model
 
-    def _train(self, part: Part, settings: ClassifierConfig, model: Classifier, watch: EarlyStopping) -> Any:
-        rows = TokenDropoutRows(self.rows, self.tokenizer, settings.hidden_share, self.run.params.seed)
-        return train(part, settings, model, rows, classification(self.weights, settings.label_smoothing), watch)
+    def _train(self, phase: Phase, settings: ClassifierConfig, model: Classifier, stopping: EarlyStopping) -> Measured:
+        rows = TokenDropoutRows(self.rows, self.tokenizer, settings.token_dropout, self.run.params.seed)
+        return train(phase, settings, model, rows, classification(self.weights, settings.label_smoothing), stopping)
 
     def score(self, model: Classifier) -> float:
         """Macro-F1 on the validation texts."""
-        labels, guesses = self.validation.numbers("label"), validation_logits(model, self.validation).argmax(1).numpy()
-        return float(f1_score(labels, guesses, average="macro")) if len(labels) else 0.0
+        labels = self.validation.numbers("label")
+        predictions = validation_logits(model, self.validation).argmax(1).numpy()
+        return float(f1_score(labels, predictions, average="macro")) if len(labels) else 0.0
 
 
 def finetune_classifier(run: StageRun) -> None:
     """Train the base on data/tokens/encoder/classifier, save data/models/classifier."""
-    work = Finetuning(run)
-    describe(run, work.encoder, work.encoder.config.max_seq_len, work.rows)
-    work.adapt()
-    tried = work.search()
-    best = best_of(tried, 1 / len(work.rows.labels)) if tried else None
+    training = ClassifierTraining(run)
+    describe(run, training.encoder, training.encoder.config.max_seq_len, training.rows)
+    training.adapt()
+    trials = training.search()
+    best = best_of(trials, 1 / len(training.rows.labels)) if trials else None
     chosen = best.values if best else {}
-    model, watch, measured = work.final(chosen)
+    model, stopping, measured = training.final(chosen)
     merge_lora(model)
-    logits = validation_logits(model, work.validation)
-    temperature = fit_temperature(logits, torch.from_numpy(work.validation.numbers("label")))
+    logits = validation_logits(model, training.validation)
+    temperature = fit_temperature(logits, torch.from_numpy(training.validation.numbers("label")))
     apply_temperature(model, temperature)
-    save_model(model, run.paths.classifier, work.base, pooling_files(work.base))
-    facts: dict[str, float | int | str | None] = {
-        "validation_macro_f1": watch.best_score,
-        "best_step": watch.best_step,
+    save_model(model, run.paths.classifier, training.base, pooling_files(training.base))
+    metrics: dict[str, float | int | str | None] = {
+        "validation_macro_f1": stopping.best_score,
+        "best_step": stopping.best_step,
         "temperature": temperature,
-        "labels": len(work.rows.labels),
-        "texts": len(work.rows),
-        "texts_cut": work.rows.info["truncated"].get("train_truncated", 0),
-        "trials": len(tried),
+        "labels": len(training.rows.labels),
+        "texts": len(training.rows),
+        "texts_cut": training.rows.info["truncated"].get("train_truncated", 0),
+        "trials": len(trials),
         **{f"chosen_{name}": value for name, value in chosen.items()},
     }
     if best:
-        facts["chosen_trial"] = best.number
-        run.tracker.table("trials.json", _columns(tried))
-    for part in work.parts:
-        Checkpoints(part.state).clear()
-    report(run, work.config, model, measured, run.paths.classifier, facts)
+        metrics["chosen_trial"] = best.number
+        rows = [{**asdict(trial), **trial.values} for trial in trials]
+        run.tracker.table("trials.json", {name: [row[name] for row in rows] for name in rows[0] if name != "values"})
+    for phase in training.phases:
+        Checkpoints(phase.state).clear()
+    report(run, training.config, model, measured, run.paths.classifier, metrics)
 
 
 def _load_encoder(base: Any, rows: LabelledRows) -> Encoder:
     encoder = load_model(base)
     if not isinstance(encoder, Encoder):
-        raise InputError(f"{base}: a {type(encoder).__name__.lower()} reads no labels; give an encoder's folder")
+        raise InputError(f"{base}: a {type(encoder).__name__.lower()} cannot classify; give an encoder's folder")
     if len(rows.labels) < 2:
         raise InputError(f"{rows.folder}: one label alone, {rows.labels}; a classifier needs two or more")
     return encoder
 
 
-def _long_enough(config: ClassifierConfig, texts: int) -> ClassifierConfig:
-    """The settings with as many steps as `min_epochs` passes take."""
-    steps = math.ceil(config.min_epochs * texts / config.global_batch_size)
-    return config.model_copy(update={"max_steps": max(config.max_steps, steps)})
-
-
 def _ranges(config: ClassifierConfig) -> dict[str, Range]:
-    """Rates up to three times the given ones and down to a third, regularisation up to twice and down to half.
+    """Learning rates from a third to three times those of the configuration, regularisation from half to twice.
 
-    Not down to none: short trials like that best, for what it is there for comes later.
+    Regularisation never down to zero: short trials prefer none, and it helps the long training.
     """
-    rates, others = ("learning_rate", "muon_learning_rate"), ("label_smoothing", "hidden_share", "dropout")
-    given = {name: float(getattr(config, name)) for name in (*rates, *others)}
-    found = {name: Range(given[name] / 3, given[name] * 3, log=True) for name in rates}
-    return found | {name: Range(given[name] / 2, min(given[name] * 2, 0.9)) for name in others if given[name]}
+    rates, others = ("learning_rate", "muon_learning_rate"), ("label_smoothing", "token_dropout", "dropout")
+    initial = {name: float(getattr(config, name)) for name in (*rates, *others)}
+    ranges = {name: Range(initial[name] / 3, initial[name] * 3, log=True) for name in rates}
+    return ranges | {name: Range(initial[name] / 2, min(initial[name] * 2, 0.9)) for name in others if initial[name]}
 
 
-def _told(part: Part, tracker: Tracker) -> Any:
-    def told(step: int, score: float) -> None:
-        tracker.metrics({"validation_macro_f1": score}, step)
-        part.progress(step, part.whole, macro_f1=score)
+def _score_logger(phase: Phase) -> Callable[[int, float], None]:
+    def log(step: int, score: float) -> None:
+        phase.tracker.metrics({"validation_macro_f1": score}, step)
+        phase.progress(step, phase.total_steps, macro_f1=score)
 
-    return told
-
-
-def _columns(tried: list[Tried]) -> dict[str, list[Any]]:
-    rows = [{**asdict(one), **one.values} for one in tried]
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "values"}
+    return log
 
 
 @torch.no_grad()
 def validation_logits(model: Classifier, rows: LabelledRows) -> Tensor:
-    """Logits (N, L) float32 of every row, in order; batches are of rows about as long as each other."""
+    """Logits (N, L) float32 of every row, in order; each batch holds rows of similar length."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     order = np.argsort(rows.lengths(), kind="stable")
-    found = torch.zeros(len(rows), len(model.config.labels))
+    all_logits = torch.zeros(len(rows), len(model.config.labels))
     for start in range(0, len(order), VALIDATION_BATCH):
-        places = order[start : start + VALIDATION_BATCH]
-        batch = {name: part.to(device) for name, part in rows.batch(places).items()}
+        indices = order[start : start + VALIDATION_BATCH]
+        batch = {name: part.to(device) for name, part in rows.batch(indices).items()}
         logits = model.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
-        found[torch.from_numpy(places)] = logits.float().cpu()
+        all_logits[torch.from_numpy(indices)] = logits.float().cpu()
     model.train(training)
-    return found
+    return all_logits
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -248,17 +241,17 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def class_weights(numbers: npt.NDArray[np.int64], count: int, power: float) -> npt.NDArray[np.float64]:
-    """The weight (L,) of each label in the loss: (N / (L n)) ** power for one that n of the N texts have.
+    """The weight (L,) of each label in the loss: (N / (L n)) ** power for a label of n of the N texts.
 
     Power 1 weighs all labels alike however rare ("balanced" in scikit-learn), power 0 all texts alike.
     """
-    found = np.bincount(numbers, minlength=count)
-    weights: npt.NDArray[np.float64] = (len(numbers) / (count * np.maximum(found, 1))) ** power
+    texts = np.bincount(numbers, minlength=count)
+    weights: npt.NDArray[np.float64] = (len(numbers) / (count * np.maximum(texts, 1))) ** power
     return weights
 
 
 @torch.no_grad()
 def apply_temperature(model: Classifier, temperature: float) -> None:
-    """Divide the logits by a temperature, within the head: any reader of the folder gets calibrated probabilities."""
+    """Divide the head by a temperature, so that any reader of the folder gets calibrated probabilities."""
     model.head.weight.div_(temperature)
     model.head.bias.div_(temperature)

@@ -1,7 +1,7 @@
-"""The one training loop: what differs between stages is `objective(model, batch) -> Loss`.
+"""The training loop of all stages, which differ in `objective(model, batch) -> Loss`.
 
-Everything that decides the next step (weights, optimizers, step number, random states, what
-was measured so far) is one checkpoint, so that a run killed at any instant ends at the same weights.
+Everything that decides the next step (weights, optimizers, step number, random states, metrics so far) is one
+checkpoint, so that a run killed at any instant ends at the same weights.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, cast
+from typing import Any, Generic, cast
 
 import numpy as np
 import torch
@@ -26,54 +26,89 @@ from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
-from components.training.checkpoints import Checkpoints, Saved
+from components.training.checkpoints import Checkpoints, CheckpointState
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 
 
 @dataclass
 class Measured:
-    """What was seen so far; part of the checkpoint."""
+    """Metrics of a run so far; part of the checkpoint."""
 
     tokens: int = 0
     """Tokens read, padding left out."""
     targets: float = 0
-    """Tokens learned."""
+    """Tokens with a target."""
     losses: list[tuple[int, float]] = field(default_factory=list)
-    """Step, and the mean loss of the steps since the one before."""
+    """Step, and the mean loss of the steps since the previous entry."""
     window_loss: float = 0.0
     window_targets: float = 0
 
 
-class TrainingMonitor(Protocol):
-    """Looks at a model in training every so many steps, remembers its best weights, and may end the training."""
+class EarlyStopping:
+    """Keep the weights with the best validation score, and stop when it no longer improves (Prechelt 1998)."""
 
-    every: int
-    """Steps between two looks; one is also taken behind the last step."""
-    over: bool
-    """Whether there is nothing more to be hoped for."""
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        interval: int,
+        patience: int,
+        on_score: Callable[[int, float], None],
+    ) -> None:
+        """`measure` scores the model, higher is better, every `interval` steps and behind the last one.
 
-    def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Measure the model, which is in evaluation mode, and remember its fp32 `weights` if it is the best so far."""
+        `patience`: scores without a better one after which training stops; `on_score` gets each step and score.
+        """
+        self.measure, self.interval, self.patience, self.on_score = measure, interval, patience, on_score
+        self.stopped = False
+        self.scores: list[tuple[int, float]] = []
+        """Step and score of each evaluation."""
+        self.best_weights: dict[str, Tensor] = {}
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The best weights, and everything else that the next look depends on (JSON)."""
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Score the model, which is in evaluation mode, and keep its fp32 `weights` if they are the best so far."""
+        score = self.measure()
+        if not self.scores or score > self.best_score:
+            self.best_weights = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.scores.append((step, score))
+        self.stopped = len(self.scores) - 1 - self._best() >= self.patience
+        self.on_score(step, score)
 
-    def restore(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    @property
+    def best_score(self) -> float:
+        return self.scores[self._best()][1]
+
+    @property
+    def best_step(self) -> int:
+        return self.scores[self._best()][0]
+
+    def _best(self) -> int:
+        """Index of the first best score."""
+        return max(range(len(self.scores)), key=lambda number: (self.scores[number][1], -number))
+
+    def state(self) -> dict[str, Any]:
+        """What the next evaluation depends on beside `best_weights` (JSON)."""
+        return {"scores": self.scores, "over": self.stopped}
+
+    def restore(self, best_weights: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
-
-    def best(self) -> Mapping[str, Tensor]:
-        """The weights to deliver; none where it never looked."""
+        self.best_weights = best_weights
+        self.scores, self.stopped = [(int(step), score) for step, score in state["scores"]], state["over"]
 
 
 class Training(Generic[M]):
     """One model being trained: everything that a step changes."""
 
     def __init__(
-        self, model: M, objective: Objective[M], config: TrainConfig, seed: int, watch: TrainingMonitor | None = None
+        self,
+        model: M,
+        objective: Objective[M],
+        config: TrainConfig,
+        seed: int,
+        early_stopping: EarlyStopping | None = None,
     ) -> None:
         self.model, self.objective, self.config, self.seed = model, objective, config, seed
-        self.watch = watch
+        self.early_stopping = early_stopping
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.masters = Masters(model)
@@ -87,8 +122,9 @@ class Training(Generic[M]):
 
     @property
     def over(self) -> bool:
-        """Whether every step is done, or its watch has seen enough."""
-        return self.step >= self.config.max_steps or (self.watch is not None and self.watch.over)
+        """Whether every step is done, or early stopping ended the run."""
+        stopped = self.early_stopping is not None and self.early_stopping.stopped
+        return stopped or self.step >= self.config.max_steps
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches."""
@@ -105,9 +141,10 @@ class Training(Generic[M]):
         if targets:
             self._update(targets)
         self.step += 1
-        if self.watch is not None and (self.step % self.watch.every == 0 or self.step == self.config.max_steps):
+        stopping = self.early_stopping
+        if stopping is not None and (self.step % stopping.interval == 0 or self.step == self.config.max_steps):
             self.model.eval()
-            self.watch.look(self.step, self.masters.trained())
+            stopping.evaluate(self.step, self.masters.trained())
             self.model.train()
 
     def _update(self, targets: float) -> None:
@@ -123,29 +160,29 @@ class Training(Generic[M]):
 
     def read_loss(self) -> float:
         """Mean loss since it was last read; the one place that waits for the device."""
-        self._settle()
+        self._flush_loss()
         measured = self.measured
         loss = measured.window_loss / max(1.0, measured.window_targets)
         measured.window_loss, measured.window_targets = 0.0, 0
         measured.losses.append((self.step, loss))
         return loss
 
-    def _settle(self) -> None:
+    def _flush_loss(self) -> None:
         self.measured.window_loss += float(self._loss)
         self._loss.zero_()
 
-    def state(self) -> Saved:
+    def state(self) -> CheckpointState:
         """Everything the next step depends on."""
-        self._settle()
+        self._flush_loss()
         tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        facts = {"measured": vars(self.measured), "inputs": self.inputs()}
-        if self.watch is not None:
-            best, facts["watch"] = self.watch.state()
-            tensors |= {f"best.{name}": weight.cpu() for name, weight in best.items()}
-        return Saved(self.step, tensors, facts)
+        values = {"measured": vars(self.measured), "inputs": self.inputs()}
+        if self.early_stopping is not None:
+            values["watch"] = self.early_stopping.state()
+            tensors |= {f"best.{name}": weight.cpu() for name, weight in self.early_stopping.best_weights.items()}
+        return CheckpointState(self.step, tensors, values)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"weights.{name}": weight for name, weight in self.masters.trained().items()}
@@ -155,9 +192,9 @@ class Training(Generic[M]):
         return tensors
 
     @torch.no_grad()
-    def restore(self, saved: Saved) -> bool:
-        """Go on from a saved state; false when it is of a run with other inputs."""
-        if saved.facts["inputs"] != self.inputs():
+    def restore(self, saved: CheckpointState) -> bool:
+        """Resume from a checkpoint; false when it is of a run with other inputs."""
+        if saved.values["inputs"] != self.inputs():
             return False
         for name, tensor in self._tensors().items():
             tensor.copy_(saved.tensors[name])
@@ -166,19 +203,19 @@ class Training(Generic[M]):
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved.tensors["random.cuda"])
         self.step = saved.step
-        facts = saved.facts["measured"]
-        self.measured = Measured(**facts | {"losses": [(int(step), loss) for step, loss in facts["losses"]]})
-        if self.watch is not None:
+        measured = saved.values["measured"]
+        self.measured = Measured(**measured | {"losses": [(int(step), loss) for step, loss in measured["losses"]]})
+        if self.early_stopping is not None:
             best = {name[5:]: weight for name, weight in saved.tensors.items() if name.startswith("best.")}
-            self.watch.restore(best, saved.facts["watch"])
+            self.early_stopping.restore(best, saved.values["watch"])
         return True
 
     def inputs(self) -> str:
-        """A digest of what decides the result, as far as the loop knows it."""
+        """A digest of the settings, shapes and seed that decide the result."""
         config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
         shapes = {name: list(weight.shape) for name, weight in self.masters.trained().items()}
-        facts = [config, shapes, str(self.dtype), self.device.type, self.seed]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        inputs = [config, shapes, str(self.dtype), self.device.type, self.seed]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def train(
@@ -187,11 +224,11 @@ def train(
     model: M,
     rows: Rows,
     objective: Objective[M],
-    watch: TrainingMonitor | None = None,
+    early_stopping: EarlyStopping | None = None,
 ) -> Measured:
-    """Train `model` in place, going on from the last checkpoint where there is one.
+    """Train `model` in place up to `config.max_steps`, resuming from the last checkpoint where there is one.
 
-    It ends at `config.max_steps`, or earlier where `watch` says so; then the model has the watch's best weights.
+    With `early_stopping` it may end earlier, and the model gets the weights with the best score.
     """
     device = best_device()
     dtype = compute_dtype(config.precision, device)
@@ -200,19 +237,19 @@ def train(
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for block in cast(Iterable[nn.Module], model.blocks):
             block.compile()
-    training = Training(model, objective, config, run.params.seed, watch)
+    training = Training(model, objective, config, run.params.seed, early_stopping)
     checkpoints = Checkpoints(run.state)
     saved = checkpoints.load()
     if saved:
         resumed = training.restore(saved)
-        said = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
-        print(f"{run.name}  {said} step {saved.step}", flush=True)
+        verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
+        print(f"{run.name}  {verb} step {saved.step}", flush=True)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
-    best = watch.best() if watch is not None else {}
-    with torch.no_grad():  # deliver what was trained and what was not, without their rounding
+    best = early_stopping.best_weights if early_stopping is not None else {}
+    with torch.no_grad():  # trained and frozen weights alike without their bf16 rounding
         weights = dict(model.float().named_parameters())
-        for name, weight in (frozen | training.masters.trained() | dict(best)).items():
+        for name, weight in (frozen | training.masters.trained() | best).items():
             weights[name].copy_(weight)
     model.eval()
     return training.measured
@@ -222,7 +259,7 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
     config, measured = training.config, training.measured
     sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
-    seen = measured.tokens
+    tokens_before = measured.tokens
     while not training.over:
         batches = _micro_batches(rows, sampler, training.step, config)
         measured.tokens += sum(count_tokens(batch) for batch in batches)
@@ -233,21 +270,21 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
             if not math.isfinite(loss):
                 where = f"params.yaml: {run.section}.learning_rate"
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
-            speed = (measured.tokens - seen) / max(1e-9, now - clock)
+            speed = (measured.tokens - tokens_before) / max(1e-9, now - clock)
             _report(run, training, loss, speed)
-            clock, seen = now, measured.tokens
+            clock, tokens_before = now, measured.tokens
         if stopped or last or time.monotonic() - saved_at >= config.checkpoint_seconds:
             checkpoints.save(training.state())
             saved_at = time.monotonic()
         if stopped and not last:
             print(
-                f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to go on", flush=True
+                f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to resume", flush=True
             )
             raise SystemExit(128 + stopped[0])
 
 
 def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
-    """The rows of one step. Who stands beside whom changes no gradient, and alike lengths need little padding."""
+    """The rows of one step: grouping by length changes no gradient, and needs little padding."""
     drawn = sampler.step(step, config.global_batch_size)
     order = drawn[np.argsort(rows.lengths(drawn), kind="stable")].reshape(-1, config.micro_batch_size)
     return [rows.batch(part, step) for part in order]
@@ -263,17 +300,17 @@ def _report(run: StageRun, training: Training[M], loss: float, speed: float) -> 
 
 
 def refuse_bad_masks(rows: TokenRows, tuning: bool) -> None:
-    """Refuse a mask that would teach nothing, or, in tuning, the user's words as well as the model's.
+    """Refuse an empty mask, or, in tuning, one that has the user's turns as well as the model's.
 
     Raises: InputError.
     """
-    learned, tokens = rows.learned_share()
-    where = f"{rows.folder}: mask: {learned} of {tokens} tokens are to be learned"
-    if not learned:
-        raise InputError(f'{where}; nothing would be; look at the dataset and run "loopwright run --until prepare"')
-    if tuning and learned == tokens:
+    masked, tokens = rows.masked_tokens()
+    where = f"{rows.folder}: mask: {masked} of {tokens} tokens are trained on"
+    if not masked:
+        raise InputError(f'{where}; look at the dataset and run "loopwright run --until prepare"')
+    if tuning and masked == tokens:
         raise InputError(
-            f"{where}; tuning learns the model's own turns alone; look at the chat template's generation block"
+            f"{where}; tuning trains on the model's own turns alone; look at the chat template's generation block"
         )
 
 
@@ -294,13 +331,14 @@ def measure_loss(model: M, rows: Rows, objective: Objective[M], batch_size: int,
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT, so that the loop can save before it leaves."""
+    """Collect SIGTERM and SIGINT, so that the loop can save a checkpoint before it ends."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
     old = {
-        number: signal.signal(number, lambda got, _: caught.append(got)) for number in (signal.SIGTERM, signal.SIGINT)
+        number: signal.signal(number, lambda signum, _: caught.append(signum))
+        for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield caught

@@ -1,7 +1,6 @@
-"""What a model is trained for: `objective(model, batch) -> Loss`, a sum over its targets.
+"""Training objectives: `objective(model, batch) -> Loss`, a sum over targets.
 
-A sum and a count, not a mean, so that micro-batches with unlike numbers of targets add up
-to what one large batch would give.
+A sum and a count, not a mean, so that micro-batches with different numbers of targets add up to one large batch.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from components.models.encoder_decoder import EncoderDecoder
 from components.token_rows.batches import IGNORED, Batch
 
 CHUNK = 1024
-"""Rows of logits in memory at a time on a CPU; a GPU wants larger products."""
+"""Rows of logits in memory at a time on a CPU; larger products are faster on a GPU."""
 CUDA_CHUNK = 8192
 
 
 class Loss(NamedTuple):
-    """Sum of the losses of a batch, and over how many targets."""
+    """Sum of the losses of a batch, and the number of targets."""
 
     total: Tensor
     targets: float
-    """A count; a preference may count for several."""
+    """A preference may count as several."""
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,12 +59,12 @@ def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
     firsts = torch.arange(0, count * length, length, device=labels.device)
     rows = torch.cat([masked, firsts])
     stream = model.hidden(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], rows=rows)
-    guessed = model.transformed(stream[: len(masked)])
-    tokens = linear_cross_entropy(guessed, model.head.weight, labels[masked], model.head.bias)
+    transformed = model.transformed(stream[: len(masked)])
+    tokens = linear_cross_entropy(transformed, model.head.weight, labels[masked], model.head.bias)
     if model.next_sentence is None:
         return Loss(tokens, len(masked))
-    told = model.next_sentence(model.pooled(stream[len(masked) :])).float()
-    pairs = F.cross_entropy(told, follows, ignore_index=IGNORED, reduction="sum")
+    logits = model.next_sentence(model.pooled(stream[len(masked) :])).float()
+    pairs = F.cross_entropy(logits, follows, ignore_index=IGNORED, reduction="sum")
     weight = len(masked) / (follows != IGNORED).sum().clamp(min=1)
     return Loss(tokens + weight * pairs, len(masked))
 
@@ -100,29 +99,30 @@ def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor, bias: T
     if not torch.is_grad_enabled():
         size = CUDA_CHUNK if stream.is_cuda else CHUNK
         chunks = zip(torch.split(stream, size), torch.split(labels, size), strict=True)
-        logits = ((F.linear(rows, weight, bias).float(), wanted) for rows, wanted in chunks)
-        parts = [F.cross_entropy(rows, wanted, reduction="sum") for rows, wanted in logits]
+        logits = ((F.linear(rows, weight, bias).float(), targets) for rows, targets in chunks)
+        parts = [F.cross_entropy(rows, targets, reduction="sum") for rows, targets in logits]
         return torch.stack(parts).sum() if parts else stream.sum() * 0
     apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
     return apply(stream, weight, labels, bias)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss and gradients chunk by chunk in the forward pass, so that logits are made once and never kept."""
+    """Loss and gradients chunk by chunk in the forward pass, so that logits are computed once and never stored."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=stream.device)
         stream_grad = torch.empty_like(stream)
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # LoRA leaves the head as it is
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen by LoRA
         bias_grad = torch.zeros_like(bias) if bias is not None else None
         size = CUDA_CHUNK if stream.is_cuda else CHUNK
         for start in range(0, len(labels), size):
-            rows, wanted = stream[start : start + size], labels[start : start + size].unsqueeze(1)
-            chances = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)
-            total -= chances.gather(1, wanted).clamp_(min=1e-37).log_().sum()
+            rows, targets = stream[start : start + size], labels[start : start + size].unsqueeze(1)
+            probabilities = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)
+            total -= probabilities.gather(1, targets).clamp_(min=1e-37).log_().sum()
             # d loss / d logits = probabilities, less one at the label.
-            logits_grad = chances.scatter_add_(1, wanted, chances.new_full(wanted.shape, -1.0)).to(stream.dtype)
+            minus_one = probabilities.new_full(targets.shape, -1.0)
+            logits_grad = probabilities.scatter_add_(1, targets, minus_one).to(stream.dtype)
             torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
             if weight_grad is not None:
                 weight_grad.addmm_(logits_grad.T, rows)

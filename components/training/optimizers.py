@@ -22,12 +22,12 @@ from components.models.attention import FusedLinear
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 CACHED_MATRICES = 4
-"""Matrices in one batch of Newton-Schulz on a CPU: more would not stay in its caches."""
+"""Matrices in one batch of Newton-Schulz on a CPU: more would not fit its caches."""
 Weights = Mapping[str, Tensor]
 
 
 class Optimizer(Protocol):
-    """Updates weights from their gradients; all it remembers is tensors."""
+    """Updates weights from their gradients; its state is tensors."""
 
     learning_rate: float
     """The peak."""
@@ -36,7 +36,7 @@ class Optimizer(Protocol):
         """One step at `factor` times the peak rate; every weight has a gradient."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step depends on, by name."""
+        """The state, by name."""
 
 
 class AdamW:
@@ -173,7 +173,7 @@ def _grads(weights: Weights, names: list[str]) -> list[Tensor]:
 
 
 class Masters:
-    """The weights that the optimizers update: the model's own in fp32, or fp32 copies of bf16 ones."""
+    """The weights that the optimizers update: the model's own in fp32, or fp32 copies of bf16 weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -199,7 +199,7 @@ class Masters:
 
 
 def build_optimizers(model: nn.Module, masters: Masters, config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
-    """The optimizers of `config.optimizer`; products of Newton-Schulz are made in `dtype`.
+    """The optimizers of `config.optimizer`; Newton-Schulz computes in `dtype`.
 
     Muon takes the matrices of the blocks alone, not what reads tokens or names classes.
     """
@@ -230,7 +230,7 @@ def scale_and_clip(weights: list[Tensor], factor: float, max_norm: float) -> Non
 
 
 def rate_factor(step: int, max_steps: int, warmup_steps: int, decay_share: float) -> float:
-    """Share of the peak rate at a step: linear warm-up, a plateau, a linear fall to zero behind the last step."""
+    """Share of the peak rate at a step: linear warm-up, a plateau, a linear decay to zero after the last step."""
     warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
     decay_steps = max(1, round(max_steps * decay_share))
     return min(warm, 1.0, (max_steps - step) / decay_steps) if decay_share else warm

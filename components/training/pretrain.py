@@ -1,7 +1,7 @@
-"""Stage: a model of each family from scratch, on the documents that `prepare` made rows of.
+"""Stage: pretrain a model of each family from scratch, on documents.
 
-The decoder learns by causal language modelling, the encoder by masked language modelling and next-sentence
-prediction, the encoder-decoder by span corruption.
+The decoder by causal language modelling, the encoder by masked language modelling and next-sentence prediction, the
+encoder-decoder by span corruption.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ def _decoder(run: StageRun) -> None:
     refuse_bad_masks(rows, tuning=False)
     torch.manual_seed(run.params.seed)
     config = DecoderConfig.from_params(run.params.model.decoder, rows.vocab_size)
-    _learn(run, run.params.pretrain.decoder, Decoder(config), config.max_seq_len, (rows, test), causal_lm)
+    _train(run, run.params.pretrain.decoder, Decoder(config), config.max_seq_len, (rows, test), causal_lm)
 
 
 def _encoder(run: StageRun) -> None:
     config, seed = run.params.pretrain.encoder, run.params.seed
     tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
     rows, test = (
-        MaskedRows(SentencePairs(_folder(run), split), tokenizer, config, seed) for split in ("train", "test")
+        MaskedRows(SentencePairs(_folder(run), split), tokenizer, config.masked_share, seed, config.whole_words)
+        for split in ("train", "test")
     )
     torch.manual_seed(seed)
     shape = EncoderConfig.from_params(run.params.model.encoder, rows.vocab_size)
-    _learn(run, config, EncoderForPretraining(shape), shape.max_seq_len, (rows, test), masked_lm_next_sentence)
+    _train(run, config, EncoderForPretraining(shape), shape.max_seq_len, (rows, test), masked_lm_next_sentence)
 
 
 def _encoder_decoder(run: StageRun) -> None:
@@ -60,14 +61,14 @@ def _encoder_decoder(run: StageRun) -> None:
     rows, test = (SpanRows(Chunks(_folder(run), split), tokenizer, config, seed) for split in ("train", "test"))
     torch.manual_seed(seed)
     shape = EncoderDecoderConfig.from_params(run.params.model.encoder_decoder, rows.vocab_size, tokenizer.pad_id)
-    _learn(run, config, EncoderDecoder(shape), shape.max_seq_len, (rows, test), sequence_to_sequence)
+    _train(run, config, EncoderDecoder(shape), shape.max_seq_len, (rows, test), sequence_to_sequence)
 
 
 def _folder(run: StageRun) -> Path:
     return run.paths.tokens(run.family) / "pretrain"
 
 
-def _learn(
+def _train(
     run: StageRun, config: TrainConfig, model: M, max_seq_len: int, splits: tuple[Rows, Rows], objective: Objective[M]
 ) -> None:
     """Train on the first split, save, and measure on the second."""

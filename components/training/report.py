@@ -1,4 +1,4 @@
-"""What a training stage says of itself: sizes before, metrics and the loss curve behind."""
+"""Report of a training stage: sizes before training, metrics and the loss curve after it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from components.training.checkpoints import Checkpoints
 from components.training.loop import Measured
 
 TEST_ROWS = 128
-"""Held-out rows read for the test loss at the end."""
+"""Held-out rows of the test loss."""
 
 
 def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> None:
-    """Check that the rows fit the model, and tell the tracker their sizes."""
+    """Check that the rows fit the model, and log their sizes."""
     if rows.seq_len > max_seq_len:
         raise InputError(
             f"params.yaml: prepare.{run.family}.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model"
@@ -31,7 +31,7 @@ def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> N
 
 
 def refuse_other_vocabulary(run: StageRun, family: Family, vocab_size: int, rows: Rows) -> None:
-    """Refuse rows of other tokens than the base's; an imported one may have more, for some are padded.
+    """Refuse rows of another vocabulary than the base's; an imported base may have more tokens, as padding.
 
     Raises: InputError.
     """
@@ -52,8 +52,7 @@ def report(
     folder: Path,
     more: Mapping[str, float | int | str | None],
 ) -> None:
-    """Write the stage's metrics, with `more` of its own that is not None, and its loss curve; then its checkpoints
-    have served."""
+    """Write the stage's metrics, with the values of `more` that are not None, and its loss curve; clear checkpoints."""
     steps = len(measured.losses)
     values: dict[str, float | int | str | None] = {
         "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),

@@ -1,8 +1,8 @@
-"""Search of hyper-parameters: short trainings that Optuna proposes, those that fall behind ended by the median rule.
+"""Hyper-parameter search: short trials that Optuna proposes, with median pruning.
 
-Bergstra et al. 2011 (tree-structured Parzen estimator), Golovin et al. 2017 (median stopping). What is proposed is a
-function of the seed and of earlier trials, and a trial resumes from its checkpoints as any training: a search that was
-killed goes on with the same trials.
+Bergstra et al. 2011 (tree-structured Parzen estimator), Golovin et al. 2017 (median stopping). Proposals are a function
+of the seed and of earlier trials, and a trial resumes from its checkpoints as any training: a search that was killed
+resumes with the same trials.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from components.training.early_stopping import EarlyStopping
+from components.training.loop import EarlyStopping
 
 if TYPE_CHECKING:
     import optuna
 
 Values = dict[str, float]
-FAR = 2.0
-"""A score must be this many times what guessing has before it says anything."""
+MIN_RATIO_TO_CHANCE = 2.0
+"""How many times the score of guessing a score must be before it counts."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Where a value is sought."""
+    """The range in which a hyper-parameter is searched."""
 
     low: float
     high: float
     log: bool = False
-    """Whether to draw by factors rather than by differences."""
+    """Whether to sample on a logarithmic scale."""
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A trial and how it ended."""
+class Trial:
+    """A finished trial."""
 
     number: int
     values: Values
@@ -45,32 +45,31 @@ class Tried:
 
 
 class TrialMonitor(EarlyStopping):
-    """Early stopping that also ends a trial which does worse than the median of those before it at the same step."""
+    """Early stopping that also prunes a trial below the median of earlier trials at the same step."""
 
     def __init__(
         self,
         trial: optuna.trial.Trial,
         measure: Callable[[], float],
-        every: int,
+        interval: int,
         patience: int,
-        told: Callable[[int, float], None],
+        on_score: Callable[[int, float], None],
     ) -> None:
-        super().__init__(measure, every, patience, told)
+        super().__init__(measure, interval, patience, on_score)
         self.trial, self.pruned = trial, False
 
-    def look(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        super().look(step, weights)
+    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        super().evaluate(step, weights)
         self.trial.report(self.scores[-1][1], step)
         self.pruned = bool(self.trial.should_prune())  # it may be numpy's
-        self.over = self.over or self.pruned
+        self.stopped = self.stopped or self.pruned
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        best, facts = super().state()
-        return best, facts | {"pruned": self.pruned}
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"pruned": self.pruned}
 
-    def restore(self, best: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        super().restore(best, facts)
-        self.pruned = facts["pruned"]
+    def restore(self, best_weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        super().restore(best_weights, state)
+        self.pruned = state["pruned"]
         for step, score in self.scores:
             self.trial.report(score, step)
 
@@ -78,35 +77,35 @@ class TrialMonitor(EarlyStopping):
 def search(
     trials: int,
     seed: int,
-    given: Values,
+    initial: Values,
     ranges: Mapping[str, Range],
-    attempt: Callable[[optuna.trial.Trial, Values], TrialMonitor],
-) -> list[Tried]:
-    """Try the `given` values, then others within `ranges`; `attempt` trains once with some and returns its watch."""
+    run_trial: Callable[[optuna.trial.Trial, Values], TrialMonitor],
+) -> list[Trial]:
+    """Run a trial with the `initial` values, then with others within `ranges`; `run_trial` trains once."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0)
     study = optuna.create_study(direction="maximize", pruner=pruner)
-    study.enqueue_trial(given)
-    tried: list[Tried] = []
+    study.enqueue_trial(initial)
+    finished: list[Trial] = []
     for number in range(trials):
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=3, seed=seed + number)
         trial = study.ask()
-        values = {name: trial.suggest_float(name, one.low, one.high, log=one.log) for name, one in ranges.items()}
-        watch = attempt(trial, values)
-        if watch.pruned:
+        values = {name: trial.suggest_float(name, each.low, each.high, log=each.log) for name, each in ranges.items()}
+        monitor = run_trial(trial, values)
+        if monitor.pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
-            study.tell(trial, watch.best_score)
-        tried.append(Tried(number, values, watch.best_score, watch.scores[-1][0], watch.pruned))
-    return tried
+            study.tell(trial, monitor.best_score)
+        finished.append(Trial(number, values, monitor.best_score, monitor.scores[-1][0], monitor.pruned))
+    return finished
 
 
-def best_of(tried: list[Tried], chance: float) -> Tried:
-    """The first of those with the best score; the first of all, the given values, where none is far from `chance`.
+def best_of(trials: list[Trial], chance: float) -> Trial:
+    """The first trial with the best score; the first of all, with the initial values, where none is far from `chance`.
 
     Trials too short to learn anything differ by luck alone.
     """
-    best = max(tried, key=lambda one: (one.score, -one.number))
-    return best if best.score > FAR * chance else tried[0]
+    best = max(trials, key=lambda trial: (trial.score, -trial.number))
+    return best if best.score > MIN_RATIO_TO_CHANCE * chance else trials[0]

@@ -1,4 +1,4 @@
-"""Stage: a base, pretrained here or imported, into the agent, by learning the model's own turns of conversations."""
+"""Stage: tune a base, pretrained here or imported, on the model's own turns of conversations into the agent."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 
 import torch
 
+from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.devices import configure_cpu
 from components.models.lora import add_lora, merge_lora
 from components.runtime.stage import StageRun
-from components.token_rows.batches import TokenRows
-from components.training.loop import measure_loss, refuse_bad_masks, train
-from components.training.objectives import causal_lm
+from components.token_rows.batches import Rows, TokenRows
+from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
+from components.training.objectives import M, Objective, causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
 
 AGENT_STEPS = 6
-"""Turns that an agent may take for one answer."""
+"""Most turns of an agent for one answer."""
 
 
 def tune(run: StageRun) -> None:
@@ -32,25 +33,30 @@ def tune(run: StageRun) -> None:
     config, base = run.params.tune, run.paths.start_of("decoder")
     model = load_decoder(base)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
-    torch.manual_seed(run.params.seed)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha)
-    describe(run, model, model.config.max_seq_len, rows)
-    measured = train(run, config, model, rows, causal_lm)
-    merge_lora(model)
-    save_decoder(model, run.paths.agent, base, _agent_files(run) | _kept(base))
+    measured = train_from_base(run, config, model, model.config.max_seq_len, rows, causal_lm)
+    # Its stop tokens may be more than the tokenizer's.
+    generation = base / "generation_config.json"
+    files = _agent_files(run) | ({generation.name: generation} if generation.is_file() else {})
+    save_decoder(model, run.paths.agent, base, files)
     test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, config.micro_batch_size, TEST_ROWS)
     report(run, config, model, measured, run.paths.agent, {"test_loss": test})
 
 
-def _kept(base: Path) -> dict[str, Path | str]:
-    """What ends a generation may be more than the tokenizer says."""
-    path = base / "generation_config.json"
-    return {path.name: path} if path.is_file() else {}
+def train_from_base(
+    run: StageRun, config: FineTuneConfig, model: M, max_seq_len: int, rows: Rows, objective: Objective[M]
+) -> Measured:
+    """Train all weights of a base, or LoRA's low-rank pairs, which are merged at the end."""
+    torch.manual_seed(run.params.seed)
+    if config.lora_rank:
+        add_lora(model, config.lora_rank, config.lora_alpha)
+    describe(run, model, max_seq_len, rows)
+    measured = train(run, config, model, rows, objective)
+    merge_lora(model)
+    return measured
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:
-    """What makes the model the project's agent, where it learns the project's conversations."""
+    """The files of the project's agent, if the model is tuned on the project's conversations."""
     agent = json.loads((run.paths.agent_files / AGENT).read_text(encoding="utf-8"))
     if not set(agent.pop("datasets")) & set(run.params.tune.datasets):
         agent = {"tools": [], "forms": False}

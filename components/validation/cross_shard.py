@@ -1,4 +1,4 @@
-"""Checks that no single shard can make: ids across shards, held-out rows in the training split, counts as declared.
+"""Checks across shards: unique ids, no held-out rows in the training split, row counts as declared.
 
 DuckDB reads only the columns it needs and spills to disk, so a set need not fit in memory.
 """
@@ -23,13 +23,13 @@ _CONTENT = {
     "labelled_texts": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
     "text_pairs": "trim(regexp_replace(lower(source), '\\s+', ' ', 'g'))",
 }
-"""What may not stand in both splits: a document's text, what a conversation or a rated prompt asks."""
+"""What may not be in both splits: a document's text, a source, the question of a conversation or a prompt."""
 MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
-"""Labels that a classifier can tell apart; and rows of each, one to learn from and one to test it by."""
+"""Limits of the number of labels; and rows of each, one to train on and one to test it by."""
 
 
 def cross_shard_checks(files: list[Path], info: DatasetInfo) -> list[Check]:
-    """Hold all shards of a dataset together against what must be true of the whole."""
+    """Check all shards of a dataset together."""
     if not files:
         return [_counts(info, {})]
     import duckdb
@@ -40,29 +40,29 @@ def cross_shard_checks(files: list[Path], info: DatasetInfo) -> list[Check]:
             connection.execute("SET enable_progress_bar = false")
             rows = connection.read_parquet([str(file) for file in files], filename=True, file_row_number=True)
             rows.create_view("rows")
-            checks = [_counts(info, _rows_found(connection)), _unique_ids(connection)]
+            checks = [_counts(info, _row_counts(connection)), _unique_ids(connection)]
             if info.kind in _CONTENT and info.rows.get("test"):
                 checks.append(_held_out(connection, _CONTENT[info.kind]))
             if info.kind == "labelled_texts":
-                # Of what is split already, it counts that each label is learned.
-                held = _learned_labels if info.rows.get("test") else _rows_per_label
-                checks += [_label_count(connection), held(connection)]
+                # Of a dataset that is split already, each label must be trained on.
+                rows_of_labels = _trained_labels if info.rows.get("test") else _rows_per_label
+                checks += [_label_count(connection), rows_of_labels(connection)]
     return checks
 
 
-def _rows_found(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
-    found = connection.execute(
+def _row_counts(connection: duckdb.DuckDBPyConnection) -> dict[str, int]:
+    counts = connection.execute(
         "SELECT split_part(parse_filename(filename), '-', 1), count(*) FROM rows GROUP BY 1 ORDER BY 1"
     )
-    return {str(split): int(count) for split, count in found.fetchall()}
+    return {str(split): int(count) for split, count in counts.fetchall()}
 
 
-def _counts(info: DatasetInfo, found: dict[str, int]) -> Check:
+def _counts(info: DatasetInfo, counts: dict[str, int]) -> Check:
     check = Check("row_counts_are_as_declared", None, "There are rows to train on, as many as dataset.json says", _ALL)
-    check.rows = sum(found.values())
-    if found != {split: count for split, count in info.rows.items() if count}:
-        check.broken = f"found {found or 'no rows'}; dataset.json says {info.rows}"
-    elif not found.get("train"):
+    check.rows = sum(counts.values())
+    if counts != {split: count for split, count in info.rows.items() if count}:
+        check.broken = f"found {counts or 'no rows'}; dataset.json says {info.rows}"
+    elif not counts.get("train"):
         check.broken = "no rows to train on"
     return check
 
@@ -73,7 +73,7 @@ def _unique_ids(connection: duckdb.DuckDBPyConnection) -> Check:
         "CREATE TEMP TABLE repeated AS SELECT id, count(*) AS n FROM rows GROUP BY id HAVING n > 1 AND id IS NOT NULL"
     )
     check.rows, check.failed = _pair(connection, "SELECT (SELECT count(*) FROM rows), (SELECT sum(n) FROM repeated)")
-    _note(connection, check, "id", "id IN (SELECT id FROM repeated)")
+    _add_examples(connection, check, "id", "id IN (SELECT id FROM repeated)")
     return check
 
 
@@ -87,7 +87,7 @@ def _held_out(connection: duckdb.DuckDBPyConnection, content: str) -> Check:
     check.rows, check.failed = _pair(
         connection, f"SELECT count(*) FILTER ({train}), count(*) FILTER ({where}) FROM rows"
     )
-    _note(connection, check, content, where)
+    _add_examples(connection, check, content, where)
     return check
 
 
@@ -108,16 +108,16 @@ def _rows_per_label(connection: duckdb.DuckDBPyConnection) -> Check:
     check = Check("labels_have_rows", "label", about, _ALL)
     few = f"SELECT label FROM rows GROUP BY label HAVING count(*) < {MIN_ROWS}"
     check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER (label IN ({few})) FROM rows")
-    _note(connection, check, "label", f"label IN ({few})")
+    _add_examples(connection, check, "label", f"label IN ({few})")
     return check
 
 
-def _learned_labels(connection: duckdb.DuckDBPyConnection) -> Check:
+def _trained_labels(connection: duckdb.DuckDBPyConnection) -> Check:
     check = Check("held_out_labels_are_trained_on", "label", "Every held-out label is also in the training split", _ALL)
     trained = "SELECT label FROM rows WHERE parse_filename(filename) LIKE 'train-%'"
     where = f"label NOT IN ({trained})"
     check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER ({where}) FROM rows")
-    _note(connection, check, "label", where)
+    _add_examples(connection, check, "label", where)
     return check
 
 
@@ -127,10 +127,10 @@ def _pair(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[int, int]:
     return int(row[0]), int(row[1] or 0)
 
 
-def _note(connection: duckdb.DuckDBPyConnection, check: Check, value: str, where: str) -> None:
+def _add_examples(connection: duckdb.DuckDBPyConnection, check: Check, value: str, where: str) -> None:
     if not check.failed:
         return
     columns = f"parse_filename(filename), file_row_number, id, {value}"
-    found = connection.execute(f"SELECT {columns} FROM rows WHERE {where} ORDER BY 1, 2 LIMIT {EXAMPLES}")
-    for shard, row, identity, found_value in found.fetchall():
-        check.note(Example(shard, int(row) + 1, identity, shown(found_value)))
+    examples = connection.execute(f"SELECT {columns} FROM rows WHERE {where} ORDER BY 1, 2 LIMIT {EXAMPLES}")
+    for shard, row, identity, content in examples.fetchall():
+        check.note(Example(shard, int(row) + 1, identity, shown(content)))

@@ -1,14 +1,20 @@
-"""What validation found: one check per expectation and shard, in words, as JSON and as a refusal."""
+"""The validation report: one check per expectation and shard, as JSON, as an error message and as offline pages.
+
+Our page is the same for the same data; Great Expectations' pages contain the time of the run.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from components.datasets.formats import Kind
 
 EXAMPLES = 5
-"""Offending rows that a check keeps."""
+"""Offending rows that a check lists."""
 _SHOWN_CHARS = 80
 
 
@@ -18,12 +24,12 @@ class Example:
 
     shard: str
     row: int
-    """Counted from 1 within the shard."""
+    """From 1 within the shard."""
     id: str | None
     value: str
-    """As it would be typed in Python; long ones are cut."""
+    """Its Python literal; long ones are cut."""
     place: str | None = None
-    """Where the row stands in the user's own file, when that is being added."""
+    """Location of the row in the user's own file, during its import."""
 
     def __str__(self) -> str:
         return f"{self.place or f'{self.shard} row {self.row}'} (id {self.id}): {self.value}"
@@ -31,14 +37,14 @@ class Example:
 
 @dataclass
 class Check:
-    """One expectation held against one shard, or against the whole dataset."""
+    """One expectation on one shard, or on the whole dataset."""
 
     expectation: str
-    """Great Expectations' name, or ours for what no single shard can tell."""
+    """Great Expectations' name, or that of a cross-shard check."""
     column: str | None
     description: str
     shard: str
-    """File name; `all shards` for a check across them."""
+    """File name; `all shards` for a cross-shard check."""
     rows: int = 0
     failed: int = 0
     allowed_share: float = 0.0
@@ -94,17 +100,17 @@ class ValidationReport:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and cut where it is long."""
+    """A value in a message: on one line, and cut where it is long."""
     text = "null" if value is None or value != value else repr(value)  # NaN, pandas' null, differs from itself
     return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}… ({len(text)} characters)"
 
 
-def refusal(found: list[ValidationReport], page: str | None = None) -> str:
-    """Why data is refused: which dataset, which expectation, how many rows and the first of them.
+def refusal(reports: list[ValidationReport], page: str | None = None) -> str:
+    """The error message for data that fails: dataset, expectation, number of rows and the first of them.
 
-    The first line says the first reason; the others say all.
+    The first line gives the first failed check; the others give all.
     """
-    failed = [(findings.dataset, check) for findings in found for check in findings.failed]
+    failed = [(report.dataset, check) for report in reports for check in report.failed]
     dataset, first = failed[0]
     row = f"; first {first.examples[0]}" if first.examples else ""
     lines = [f"{dataset}: data validation failed: {first.description}: {_count(first)}{row}"]
@@ -122,3 +128,108 @@ def _count(check: Check) -> str:
         return check.broken
     allowed = f", {check.allowed_share:.2%} allowed" if check.allowed_share else ""
     return f"{check.failed:,} of {check.rows:,} rows failed ({check.failed / max(check.rows, 1):.2%}{allowed})"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { margin: 2.2rem 0 .3rem; border-top: 1px solid var(--line); padding-top: 1.2rem; }
+table { border-collapse: collapse; width: 100%; margin: .6rem 0 1.2rem; }
+th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { background: var(--soft); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
+code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+.examples { margin: .3rem 0 0; padding-left: 1.1rem; } small { opacity: .75; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Data validation</title><style>{{ style }}</style></head><body>
+<h1>Data validation: {{ verdict(reports | rejectattr("success") | list | length == 0) }}</h1>
+<p>Each dataset is held against the suite of its kind in <code>data/expectations</code>; no row may fail unless
+<code>validate.max_failed_share</code> in <code>params.yaml</code> allows a share.</p>
+<table><tr><th>dataset</th><th>kind</th><th>rows</th><th>checks</th><th>failed checks</th><th></th></tr>
+{% for report in reports %}<tr><td><a href="#{{ report.dataset }}">{{ report.dataset }}</a></td>
+<td>{{ report.kind }}</td><td>{% for split, count in report.rows.items() %}
+{{ "{:,}".format(count) }} {{ split }}{{ ", " if not loop.last }}{% endfor %}</td>
+<td class="number">{{ report.checks | length }}</td><td class="number">{{ report.failed | length }}</td>
+<td>{{ verdict(report.success) }}</td></tr>{% endfor %}</table>
+{% for report in reports %}
+<h2 id="{{ report.dataset }}">{{ report.dataset }} <small>{{ report.kind }}</small></h2>
+<table><tr><th>expectation</th><th>shard</th><th>rows</th><th>failed</th><th></th></tr>
+{% for check in report.failed + (report.checks | selectattr("success") | list) %}
+<tr><td>{{ check.description }}<br>
+<small><code>{{ check.expectation }}{{ " of " + check.column if check.column }}</code></small>
+{% if check.broken %}<br>{{ check.broken }}{% endif %}
+{% if check.examples %}<ul class="examples">{% for example in check.examples %}
+<li>{{ example.shard }} row {{ example.row }} <small>id {{ example.id }}</small>
+<code>{{ example.value }}</code></li>{% endfor %}</ul>{% endif %}</td>
+<td><code>{{ check.shard }}</code></td><td class="number">{{ "{:,}".format(check.rows) }}</td>
+<td class="number">{{ "{:,}".format(check.failed) }}</td><td>{{ verdict(check.success) }}</td></tr>
+{% endfor %}</table>{% endfor %}
+</body></html>
+"""
+
+_INDEX = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Data Docs</title><style>{{ style }}</style></head><body>
+<h1>Data Docs</h1><p>Great Expectations' page of each shard, as of its last validation.</p>
+{% for name, pages in datasets %}<h2>{{ name }}</h2><ul>
+{% for page in pages %}<li><a href="{{ name }}/{{ page }}">{{ page.removesuffix(".html") }}</a></li>
+{% endfor %}</ul>{% endfor %}
+</body></html>
+"""
+
+# The rules of style sheets on the network that Great Expectations' pages use.
+_OFFLINE_STYLE = """
+<style>
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; color: #222; background: #fff; }
+.container-fluid > .row { display: flex; gap: 2rem; flex-wrap: wrap; }
+.row { display: block; } .col-lg-2 { flex: 0 0 15rem; } .col-lg-10 { flex: 1 1 40rem; min-width: 0; }
+.pl-5 { padding: 1rem 2rem; } .card, .alert { border: 1px solid #ddd; border-radius: 6px; margin: 0 0 1rem; }
+.card-header, .alert { background: #f3f4f6; padding: .5rem .8rem; } h4, h5 { margin: .2rem 0; }
+table { border-collapse: collapse; width: 100%; } .m-3 { margin: 1rem; }
+th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
+.badge { background: #e5e7eb; border-radius: 4px; padding: 0 .35rem; font-family: ui-monospace, monospace; }
+.fa-check-circle::before { content: "\\2713"; color: #1a7f37; } .fa-times::before { content: "\\2717"; color: #cf222e; }
+.fa-exclamation-triangle::before { content: "!"; color: #9a6700; }
+i.fas, i.fa { font-style: normal; font-weight: bold; }
+.collapse { display: block; }
+nav.navbar, .modal, footer, .btn, #ge-cta-footer, .card-text, .popover { display: none !important; }
+#navigation { display: block !important; } #navigation ul { list-style: none; padding: .4rem; margin: 0; }
+</style>
+"""
+_FROM_NETWORK = re.compile(
+    r"<script\b.*?</script>|<link\b[^>]*>|<img\b[^>]*>|<iframe\b.*?</iframe>|url\('https?:[^)]*\)[^;]*;?",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def write_page(path: Path, reports: Sequence[ValidationReport]) -> Path:
+    """Write our page of every check, failed checks first."""
+    return _write(path, _PAGE, reports=list(reports))
+
+
+def write_docs_index(docs: Path) -> Path:
+    """Write the index of Great Expectations' pages in `docs/NAME`."""
+    folders = sorted(folder for folder in docs.glob("*") if folder.is_dir())
+    datasets = [(folder.name, sorted(page.name for page in folder.glob("*.html"))) for folder in folders]
+    return _write(docs / "index.html", _INDEX, datasets=datasets)
+
+
+def offline(html: str) -> str:
+    """A page of Great Expectations without what it would load from the network, with its own style."""
+    return _FROM_NETWORK.sub("", html).replace("</head>", _OFFLINE_STYLE + "</head>", 1)
+
+
+def _write(path: Path, template: str, **values: object) -> Path:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    def verdict(success: bool) -> Markup:
+        return Markup('<span class="{}">{}</span>').format(*(("good", "passed") if success else ("bad", "failed")))
+
+    page = Environment(autoescape=True, trim_blocks=True).from_string(template)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page.render(style=Markup(_STYLE), verdict=verdict, **values), encoding="utf-8")
+    return path

@@ -1,6 +1,6 @@
-"""What can be checked of a conversation or a rated answer, as one flat row: the columns that its expectations name.
+"""Features of a conversation or a preference as one flat row: the columns of its suite's expectations.
 
-A column that tells of a fault is null where there is none, and else says which turn and why.
+A column of a fault is null where there is none, and else names the turn and the reason.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def conversation_features(row: Row) -> Row:
     """One flat row of strings and counts; roles are joined by spaces, an assistant turn with tool calls is a `call`."""
     messages = row["messages"] or []
     roles = ["call" if message.get("tool_calls") else str(message.get("role")) for message in messages]
-    asked = [message.get("content") or "" for message in messages if message.get("role") == "user"]
+    questions = [message.get("content") or "" for message in messages if message.get("role") == "user"]
     unanswered, uncalled = _unmatched(messages)
     return {
         "id": row["id"],
         "roles": " ".join(roles),
-        "question": " ".join(asked)[:200],
+        "question": " ".join(questions)[:200],
         "empty_answers": _empty_answers(messages),
         "unanswered_calls": unanswered,
         "uncalled_results": uncalled,
@@ -47,16 +47,18 @@ _FAULTS = (
 
 
 def preference_features(row: Row) -> Row:
-    """One flat row of a pair or an unpaired label; a fault says on which side it stands."""
+    """One flat row of a pair or an unpaired label; a fault names its side."""
     prompt = row["prompt"] or []
-    asked = conversation_features({"id": row["id"], "messages": prompt, "tools": None})
+    prompt_features = conversation_features({"id": row["id"], "messages": prompt, "tools": None})
     sides = {side: row[side] for side in ("chosen", "rejected") if row[side]}
     whole = {
         side: conversation_features({"id": row["id"], "messages": [*prompt, *messages], "tools": row["tools"]})
         for side, messages in sides.items()
     }
     faults = {
-        fault: next((f"{side}: {traits[fault]}" for side, traits in whole.items() if traits[fault] is not None), None)
+        fault: next(
+            (f"{side}: {features[fault]}" for side, features in whole.items() if features[fault] is not None), None
+        )
         for fault in _FAULTS
     }
     ends = (
@@ -66,21 +68,21 @@ def preference_features(row: Row) -> Row:
     )
     return {
         "id": row["id"],
-        "prompt_roles": asked["roles"],
-        "question": asked["question"],
+        "prompt_roles": prompt_features["roles"],
+        "question": prompt_features["question"],
         "answers": " ".join(sides),
         "equal_answers": "chosen and rejected" if len(sides) == 2 and row["chosen"] == row["rejected"] else None,
         "foreign_answers": next(ends, None),
         **faults,
-        "characters": max((traits["characters"] for traits in whole.values()), default=0),
+        "characters": max((features["characters"] for features in whole.values()), default=0),
     }
 
 
-TRAITS: Mapping[Kind, Callable[[Row], Row]] = {
+ROW_FEATURES: Mapping[Kind, Callable[[Row], Row]] = {
     "conversations": conversation_features,
     "preferences": preference_features,
 }
-"""How a row of messages becomes flat; other kinds are flat as they are."""
+"""Features of the kinds whose rows hold messages; other kinds have flat rows."""
 
 
 def _empty_answers(messages: Sequence[Row]) -> str | None:

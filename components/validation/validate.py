@@ -1,6 +1,6 @@
-"""The gate on data: every dataset is held against the Great Expectations suite of its kind, shard by shard.
+"""Data validation: every dataset is checked by the Great Expectations suite of its kind, shard by shard.
 
-Suites are JSON in `data/expectations`. What no single shard can tell, such as an id used twice, is asked of DuckDB.
+Suites are JSON in `data/expectations`. Cross-shard checks, such as repeated ids, are queries of DuckDB.
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
 from components.runtime.stage import StageRun, digest, warn_on_failure
 from components.validation.cross_shard import cross_shard_checks
-from components.validation.report import Check, Example, ValidationReport, refusal, shown
-from components.validation.report_pages import offline, write_docs_index, write_page
-from components.validation.row_features import TRAITS
+from components.validation.report import (
+    Check,
+    Example,
+    ValidationReport,
+    offline,
+    refusal,
+    shown,
+    write_docs_index,
+    write_page,
+)
+from components.validation.row_features import ROW_FEATURES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,29 +43,29 @@ _BATCH_ROWS = 12_000  # each batch costs Great Expectations a quarter of a secon
 def validate(run: StageRun) -> None:
     """Check every collected dataset; refuse all of them if one fails, naming the rows.
 
-    What passed is written down for each section that names datasets.
+    Writes the digests of the datasets of each section that names datasets.
     """
     folders = sorted(path.parent for path in run.paths.collected.glob("*/dataset.json"))
     sections = run.params.datasets
     for name in sorted({name for names in sections.values() for name in names} - {folder.name for folder in folders}):
         raise InputError(f'{run.paths.collected / name}: no dataset; run "loopwright run --until collect"')
     validator = Validator(run.paths.expectations, run.params.validate_.max_failed_share)
-    found = []
+    reports = []
     for done, folder in enumerate(folders, 1):
-        findings = validator.check(folder, docs=run.paths.home / "docs" / "validation")
-        found.append(findings)
-        run.progress(done, len(folders), dataset=findings.dataset, **findings.counts())
+        report = validator.check(folder, docs=run.paths.home / "docs" / "validation")
+        reports.append(report)
+        run.progress(done, len(folders), dataset=report.dataset, **report.counts())
     run.paths.validation.mkdir(parents=True, exist_ok=True)
-    write_json(run.paths.validation / "result.json", [findings.to_json() for findings in found])
+    write_json(run.paths.validation / "result.json", [report.to_json() for report in reports])
     page = run.paths.validation / "docs" / "index.html"
     with warn_on_failure(str(page)):
-        write_page(page, found)
-    counts = {findings.dataset: findings.counts() for findings in found}
+        write_page(page, reports)
+    counts = {report.dataset: report.counts() for report in reports}
     write_json(run.paths.metrics / "validate.json", counts)
     run.tracker.metrics({f"{name}/{key}": value for name, values in counts.items() for key, value in values.items()})
     run.tracker.artifact(page)
-    if not all(findings.success for findings in found):
-        raise Refused(refusal(found, str(page.relative_to(run.paths.root))))
+    if not all(report.success for report in reports):
+        raise Refused(refusal(reports, str(page.relative_to(run.paths.root))))
     digests = {folder.name: digest(folder) for folder in folders}
     for section, names in sections.items():
         write_json(run.paths.validated(section), {name: digests[name] for name in names})
@@ -71,7 +79,7 @@ def validate_dataset(
 
 
 class Validator:
-    """The suites, and what Great Expectations needs to run them, loaded once."""
+    """The suites and Great Expectations' context, loaded once."""
 
     def __init__(self, expectations: Path, max_failed_share: float = 0.0) -> None:
         self._expectations = expectations
@@ -87,49 +95,49 @@ class Validator:
             self._batches = asset.add_batch_definition_whole_dataframe("batch")
 
     def check(self, folder: Path, docs: Path | None = None) -> ValidationReport:
-        """Hold one dataset against the suite of its kind.
+        """Check one dataset by the suite of its kind.
 
         Raises: InputError when the folder holds no dataset, or its kind has no readable suite.
         """
         info = read_info(folder)
         files = [shard for split in SPLITS for shard in shards(folder, split)]
-        findings = ValidationReport(info.name, info.kind, dict(info.rows))
+        report = ValidationReport(info.name, info.kind, dict(info.rows))
         results = []
         for shard in files:
-            findings.checks.append(_schema_check(shard, info.kind))
-            if findings.checks[-1].success:
+            report.checks.append(_schema_check(shard, info.kind))
+            if report.checks[-1].success:
                 results.append(self._run(shard, info.kind))
-                findings.checks += results[-1].checks.values()
+                report.checks += results[-1].checks.values()
         if len(results) == len(files):
-            findings.checks += cross_shard_checks(files, info)
+            report.checks += cross_shard_checks(files, info)
         if docs is not None:
             with warn_on_failure(f"{docs / info.name}: Data Docs"):
                 self._write_docs(docs, info.name, results)
-        return findings
+        return report
 
     def failing(self, rows: Sequence[Row], suite: str) -> dict[int, str]:
-        """What is wrong with those of these flat rows that fail a suite, by their number.
+        """The expectation that each failing flat row breaks, by the row's index.
 
-        Raises: Refused when the rows as a whole are not what the suite speaks of.
+        Raises: Refused when the rows lack what the suite expects, such as a column.
         """
         import pandas as pd
 
-        found: dict[int, str] = {}
+        failures: dict[int, str] = {}
         for offset in range(0, len(rows), _BATCH_ROWS):
             frame = pd.DataFrame(rows[offset : offset + _BATCH_ROWS], dtype=object)
             with _quiet():
                 batch = self._batches.get_batch(batch_parameters={"dataframe": frame})
                 validated = batch.validate(self._suite(suite), result_format={"result_format": "COMPLETE"})
             for result in validated.results:
-                what = result.expectation_config.description or result.expectation_config.type.replace("_", " ")
+                description = result.expectation_config.description or result.expectation_config.type.replace("_", " ")
                 if "unexpected_index_list" not in result.result:
-                    _refuse_if_broken(result, suite, what)
+                    _refuse_if_broken(result, suite, description)
                 for index in result.result.get("unexpected_index_list") or []:
-                    found.setdefault(offset + index, what)
-        return found
+                    failures.setdefault(offset + index, description)
+        return failures
 
     def _run(self, shard: Path, kind: Kind) -> _ShardResult:
-        """Run the suite over one shard, a few thousand rows in memory at a time."""
+        """Run the suite on one shard, a few thousand rows in memory at a time."""
         suite = self._suite(kind)
         result = _ShardResult(shard.name, self._max_failed_share)
         for offset, frame in _frames(shard, kind):
@@ -146,7 +154,7 @@ class Validator:
         return self._suites[kind]
 
     def _write_docs(self, docs: Path, name: str, results: list[_ShardResult]) -> None:
-        """Great Expectations' own page of each shard; it carries the time of the run, so it is no out of the stage."""
+        """Great Expectations' page of each shard; it contains the time of the run, so it is no out of the stage."""
         shutil.rmtree(docs / name, ignore_errors=True)
         with _quiet():
             from great_expectations.render.renderer import ValidationResultsPageRenderer
@@ -224,11 +232,11 @@ class _ShardResult:
                 )
 
 
-def _refuse_if_broken(result: Any, suite: str, what: str) -> None:
-    """Of a check that has no rows to name: whether it could be made, and what it said."""
+def _refuse_if_broken(result: Any, suite: str, description: str) -> None:
+    """Raises: Refused for a failed check that names no rows."""
     if not result.success:
-        seen = result.result.get("observed_value") or result.exception_info
-        raise Refused(f"{suite}: data validation failed: {what}: found {shown(seen)}")
+        observed = result.result.get("observed_value") or result.exception_info
+        raise Refused(f"{suite}: data validation failed: {description}: found {shown(observed)}")
 
 
 def _read_suite(path: Path) -> Any:
@@ -237,7 +245,7 @@ def _read_suite(path: Path) -> Any:
 
     try:
         suite = json.loads(path.read_text(encoding="utf-8"))
-        # Built one by one: given a list, the suite would only log what it cannot build, and go without it.
+        # Built one by one: of a list, the suite only logs what it cannot build, and goes without it.
         built = [ExpectationConfiguration(**expectation).to_domain_obj() for expectation in suite.pop("expectations")]
         return gx.ExpectationSuite(**suite, expectations=built)
     except FileNotFoundError:
@@ -248,7 +256,7 @@ def _read_suite(path: Path) -> Any:
 
 
 def _key(result: Any) -> str:
-    """Which expectation of the suite a result is of."""
+    """Identity of the expectation of a result."""
     kwargs = {name: value for name, value in result.expectation_config.kwargs.items() if name != "batch_id"}
     return json.dumps([result.expectation_config.type, kwargs], sort_keys=True)
 
@@ -267,18 +275,18 @@ def _add_up(total: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _schema_check(shard: Path, kind: Kind) -> Check:
-    """Whether a shard has the columns of its kind."""
+    """The check of a shard's columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     check = Check("columns_match_schema", None, f"Columns are those of kind {kind}", shard.name)
     expected = SCHEMAS[kind]
     try:
-        found = pq.read_schema(shard)
-        found.empty_table().select(expected.names).cast(expected)
+        schema = pq.read_schema(shard)
+        schema.empty_table().select(expected.names).cast(expected)
         check.rows = pq.read_metadata(shard).num_rows
     except (KeyError, pa.ArrowNotImplementedError, pa.ArrowTypeError):
-        names = ", ".join(f"{name}: {type_}" for name, type_ in zip(found.names, found.types, strict=True))
+        names = ", ".join(f"{name}: {type_}" for name, type_ in zip(schema.names, schema.types, strict=True))
         check.broken = f"found {names[:300]}; expected {', '.join(expected.names)}"
     except (pa.ArrowException, OSError) as error:
         check.broken = f"not a readable Parquet file: {' '.join(str(error).split())[:200]}"
@@ -286,7 +294,7 @@ def _schema_check(shard: Path, kind: Kind) -> Check:
 
 
 def _frames(shard: Path, kind: Kind) -> Iterator[tuple[int, pd.DataFrame]]:
-    """(rows before it, flat rows) of each batch of a shard."""
+    """(number of rows before it, flat rows) of each batch of a shard."""
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -295,8 +303,8 @@ def _frames(shard: Path, kind: Kind) -> Iterator[tuple[int, pd.DataFrame]]:
         batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES * file.metadata.num_rows // max(size, 1)))
         offset = 0
         for batch in file.iter_batches(batch_size=batch_rows, columns=SCHEMAS[kind].names):
-            if kind in TRAITS:
-                yield offset, pd.DataFrame([TRAITS[kind](row) for row in batch.to_pylist()])
+            if kind in ROW_FEATURES:
+                yield offset, pd.DataFrame([ROW_FEATURES[kind](row) for row in batch.to_pylist()])
             else:
                 yield offset, batch.to_pandas()
             offset += batch.num_rows
@@ -304,7 +312,7 @@ def _frames(shard: Path, kind: Kind) -> Iterator[tuple[int, pd.DataFrame]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Great Expectations without telemetry, warnings and log lines: what it finds is told by us."""
+    """Silence Great Expectations' telemetry, warnings and log lines."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     logger = logging.getLogger("great_expectations")
     level = logger.level

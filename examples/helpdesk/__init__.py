@@ -124,7 +124,7 @@ def rows(name: str, _: Collecting) -> Rows:
         return Rows(texts[2:], texts[:2])
     make = conversation if name == "helpdesk-conversations" else ticket
     learned = [make(*case) for case in cases(WORDINGS)]
-    asked = [make(*case) | {"suite": f"{case[0].__name__}/new_wordings"} for case in cases(UNSEEN)]
+    held_out = [make(*case) | {"suite": f"{case[0].__name__}/new_wordings"} for case in cases(UNSEEN)]
     if make is conversation:
-        return Rows(learned, asked)
-    return Rows(learned[::2] + learned[1::4], asked, learned[3::4])
+        return Rows(learned, held_out)
+    return Rows(learned[::2] + learned[1::4], held_out, learned[3::4])

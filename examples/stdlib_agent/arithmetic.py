@@ -1,4 +1,4 @@
-"""Arithmetic on text, evaluated as a syntax tree of numbers and operators: nothing else can be said in it."""
+"""Arithmetic on text, evaluated as a syntax tree of numbers and operators: nothing else is allowed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Questions that take two or three calls: what one tool finds is what the next is asked about.
+"""Questions that take two or three calls: the result of one tool is the argument of the next.
 
-*Which module defines the class that OrderedDict extends?* wants `bases`, then `module`. Such wordings are composed: a
-frame that asks for what the last tool knows, around a noun for what each tool before it finds.
+*Which module defines the class that OrderedDict extends?* needs `bases`, then `module`. Such wordings are composed: a
+frame for the last tool, around a noun for each tool before it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ CHAINS: dict[Chain, int] = {
     ("bases", "bases", "lookup"): 6,
     ("bases", "module", "lookup"): 5,
 }
-"""Questions that want each chain, in a hundred."""
+"""Questions for each chain, in a hundred."""
 ENDS_EARLY = 0.12
 """Share of made-up chains in which a call may find nothing, fail or find several."""
 TRIES = 200
-"""Draws for a real chain that touches nothing held out."""
+"""Draws for a real chain without held-out symbols."""
 
 
 class Chains:
-    """Puts chains about symbols and descriptions into words."""
+    """Generates questions for chains about symbols and descriptions."""
 
     def __init__(self, asker: Asker, seed: int) -> None:
         self.asker = asker
@@ -72,22 +72,22 @@ class Chains:
         return Question(text, self.walk(chain, first))
 
     def walk(self, chain: Chain, argument: str) -> tuple[Hop, ...]:
-        """The real calls, each about what the one before it found; fewer where one finds no single thing."""
+        """The real calls, each with the result of the previous one; fewer where a result has no single name."""
         hops: list[Hop] = []
         for tool in chain:
-            hops.append(Hop(tool, argument, self.asker.said_by(tool, argument)))
-            argument = hops[-1].found
+            hops.append(Hop(tool, argument, self.asker.tool_result(tool, argument)))
+            argument = hops[-1].next_argument
             if not argument:
                 break
         return tuple(hops)
 
     def whole(self, chain: Chain, pool: Sequence[Symbol]) -> list[Symbol]:
-        """Those about which every call finds what it is asked for; if in words, in a plain short sentence."""
+        """The symbols for which every call succeeds; a final summary is a plain short sentence."""
         return [symbol for symbol in fit(chain, pool) if self._is_whole(chain, symbol)]
 
     def _is_whole(self, chain: Chain, symbol: Symbol) -> bool:
         hops = self.walk(chain, task(symbol) if chain[0] == "search" else symbol.name)
-        whole = len(hops) == len(chain) and hops[-1].found != ""
+        whole = len(hops) == len(chain) and hops[-1].next_argument != ""
         return whole and (
             chain[-1] != "lookup" or self.asker.knowledge.full_name(hops[-1].argument) in self._summarized
         )
@@ -101,7 +101,7 @@ class Chains:
         argument = first
         for tool in chain:
             hops.append(Hop(tool, argument, self._made_up_result(rng, tool, argument, summary)))
-            argument = hops[-1].found
+            argument = hops[-1].next_argument
             if not argument:
                 break
         return Question(manner.put(self.wordings[chain], **slots), tuple(hops))
@@ -113,7 +113,7 @@ class Chains:
             return self.asker.made_up_result(rng, tool, argument)
         if tool == "bases":
             return inventions.base_names(rng)[0]
-        return self.asker.made_up_result(rng, tool, argument, found=True)
+        return self.asker.made_up_result(rng, tool, argument, succeeds=True)
 
 
 def fit(chain: Chain, pool: Sequence[Symbol]) -> list[Symbol]:
@@ -133,7 +133,7 @@ def composed(chain: Chain) -> list[str]:
     frames = templates("module") if chain[-1] == "module" else template_groups("frames")[chain[-1]]
     # "the class that X extends's module" is no English.
     frames = [frame for frame in frames if "{x}'s" not in frame]
-    made = [frame.replace("{x}", noun) for frame in frames for noun in inner]
+    templates_of_chain = [frame.replace("{x}", noun) for frame in frames for noun in inner]
     shortcuts = template_groups("shortcuts").get(" ".join(chain), [])
-    # People rather say "the grandparent": as often as half of all that is composed.
-    return made + shortcuts * (len(made) // (2 * len(shortcuts)) if shortcuts else 0)
+    # Users rather write "the grandparent": half as often as all composed templates.
+    return templates_of_chain + shortcuts * (len(templates_of_chain) // (2 * len(shortcuts)) if shortcuts else 0)

@@ -38,10 +38,10 @@ def without_docstring(source: str, name: str) -> str:
     if found is None or ast.get_docstring(found) is None or len(found.body) < MIN_LINES:
         return ""
     lines = text.splitlines()
-    said = found.body[0]
+    docstring = found.body[0]
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
-    assert said.end_lineno is not None
-    kept = [*lines[first - 1 : said.lineno - 1], *lines[said.end_lineno : found.end_lineno]]
+    assert docstring.end_lineno is not None
+    kept = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : found.end_lineno]]
     return textwrap.dedent("\n".join(kept)).strip()
 
 

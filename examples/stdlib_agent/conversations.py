@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from components.config.params import InputError
 from components.datasets.formats import Row
 from examples.stdlib_agent.chains import Chains
-from examples.stdlib_agent.dialogue import ERROR, Message, arguments, asked, in_words, row
+from examples.stdlib_agent.dialogue import ERROR, Message, arguments, in_words, row, user_text
 from examples.stdlib_agent.forms import in_form
 from examples.stdlib_agent.knowledge import NOT_FOUND
 from examples.stdlib_agent.questions import SYMBOL_TOOLS, Asker, Manner
@@ -31,11 +31,11 @@ FORM_SHARE = 0.08
 MAX_CHARACTERS = 420
 """Of a conversation: some 200 tokens, so that it fits one row of training."""
 TRIES = 50
-"""Draws for a question that was not asked before."""
+"""Draws for a new question."""
 
 
 def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str]) -> Iterator[Row]:
-    """Exactly `count` conversations, no two asking the same, none what is in `avoid` or about what is held out."""
+    """Exactly `count` conversations with different questions, none in `avoid` or about held-out symbols."""
     rng = random.Random(f"{seed}:train")
     chains = Chains(asker, seed)
     seen = set(avoid)
@@ -44,12 +44,12 @@ def training_conversations(asker: Asker, count: int, seed: int, avoid: set[str])
         for _ in range(TRIES):
             messages = _conversation(asker, chains, rng)
             short = sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS
-            # A made-up name can be that of something real.
-            if short and asked(messages) not in seen and not unseen & arguments(messages):
+            # A made-up name can be that of a real symbol.
+            if short and user_text(messages) not in seen and not unseen & arguments(messages):
                 break
         else:
             raise InputError(f"params.yaml: collect.conversations: {count} is more than the {number} that can be made")
-        seen.add(asked(messages))
+        seen.add(user_text(messages))
         yield row(messages)
 
 
@@ -65,7 +65,7 @@ def _conversation(asker: Asker, chains: Chains, rng: random.Random) -> list[Mess
         first = asker.made_up(manner, rng.choice(SYMBOL_TOOLS))
         if first.hops[0].result.startswith((NOT_FOUND, ERROR)):
             return first.messages()
-        return told_again(rng, first.messages()) + asker.follow_up(manner, first).messages(2)
+        return replayed(rng, first.messages()) + asker.follow_up(manner, first).messages(2)
     return several_questions(asker, chains, manner)
 
 
@@ -73,11 +73,11 @@ def several_questions(asker: Asker, chains: Chains, manner: Manner) -> list[Mess
     """Two or three questions that have nothing to do with each other, each with its answer."""
     messages: list[Message] = []
     for _ in range(2 if manner.rng.random() < THIRD_SHARE else 1):
-        messages += told_again(manner.rng, any_answer(asker, chains, manner, 1 + len(messages)))
+        messages += replayed(manner.rng, any_answer(asker, chains, manner, 1 + len(messages)))
     return messages + any_answer(asker, chains, manner, 1 + len(messages))
 
 
-def told_again(rng: random.Random, messages: list[Message]) -> list[Message]:
+def replayed(rng: random.Random, messages: list[Message]) -> list[Message]:
     """An answered question as it stands in a later prompt: most clients send words back, and no calls."""
     return in_words(messages) if rng.random() < IN_WORDS_SHARE else messages
 

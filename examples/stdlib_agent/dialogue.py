@@ -1,4 +1,4 @@
-"""Messages of a conversation with tool calls, and the words in which the agent passes a tool's result on."""
+"""Messages of a conversation with tool calls, and the agent's wording of tool results."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ ARGUMENTS = {
     "calculate": "expression",
     "search": "query",
 }
-"""The one argument of each tool."""
+"""The argument of each tool."""
 ERROR = "error: "
 
 
 class Hop(NamedTuple):
-    """One call on the way to an answer, and what the tool answers."""
+    """One tool call of an answer, with its result."""
 
     tool: str
     argument: str
     result: str
 
     @property
-    def found(self) -> str:
-        """The one name that the result gives, for the next call; empty where it gives none, or several."""
+    def next_argument(self) -> str:
+        """The name in the result, for the next call; empty where there is none, or several."""
         if self.result.startswith((NOT_FOUND, ERROR)) or (self.tool == "bases" and " and " in self.result):
             return ""
         return self.result.partition(": ")[0] if self.tool == "search" else self.result
 
 
-def said(role: str, content: str) -> Message:
+def turn(role: str, content: str) -> Message:
     return {"role": role, "content": content, "tool_calls": None, "tool_call_id": None, "name": None}
 
 
 def exchange(question: str, hops: Sequence[Hop], number: int = 1) -> list[Message]:
-    """A question, the calls it wants with their results, and the answer; `number` is that of the first call."""
-    messages = [said("user", question)]
-    for place, hop in enumerate(hops):
-        call_id = f"call_{number + place}"
+    """A question, its calls with their results, and the answer; `number` is that of the first call."""
+    messages = [turn("user", question)]
+    for index, hop in enumerate(hops):
+        call_id = f"call_{number + index}"
         arguments = json.dumps({ARGUMENTS[hop.tool]: hop.argument}, ensure_ascii=False)
         call = {"id": call_id, "type": "function", "function": {"name": hop.tool, "arguments": arguments}}
-        messages.append({**said("assistant", ""), "tool_calls": [call]})
-        messages.append({**said("tool", hop.result), "tool_call_id": call_id, "name": hop.tool})
-    return [*messages, said("assistant", answer(hops[-1].tool, hops[-1].result))]
+        messages.append({**turn("assistant", ""), "tool_calls": [call]})
+        messages.append({**turn("tool", hop.result), "tool_call_id": call_id, "name": hop.tool})
+    return [*messages, turn("assistant", answer(hops[-1].tool, hops[-1].result))]
 
 
 def answer(tool: str, result: str) -> str:
-    """What the agent says after a tool's result: short, and but for a few words a copy of it."""
+    """The agent's answer after a tool's result: short, mostly a copy of it."""
     if result.startswith(NOT_FOUND):
         return f"I could not find {result.removeprefix(NOT_FOUND)}."
     if result.startswith(ERROR):
@@ -78,12 +78,12 @@ def row(messages: Sequence[Message], suite: str | None = None) -> Row:
     return {"id": row_id(suite or "", *content), "messages": list(messages), "tools": None, "suite": suite}
 
 
-def asked(messages: Sequence[Message]) -> str:
-    """Everything the user says."""
+def user_text(messages: Sequence[Message]) -> str:
+    """The text of the user's messages."""
     return "\n".join(str(message["content"]) for message in messages if message["role"] == "user")
 
 
 def arguments(messages: Sequence[Message]) -> set[str]:
-    """Everything that tools are asked about, without the () of functions."""
+    """All arguments of tool calls, without the () of functions."""
     calls = (call["function"]["arguments"] for message in messages for call in message.get("tool_calls") or ())
     return {str(value).removesuffix("()") for call in calls for value in json.loads(call).values()}

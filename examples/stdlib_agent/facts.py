@@ -28,14 +28,14 @@ def build(path: Path, symbols: Iterable[Symbol]) -> None:
         connection.executescript(_SCHEMA)
         for symbol in sorted(symbols, key=lambda symbol: (symbol.name.count("."), symbol.name)):
             same = f"{symbol.family} {symbol.name.rpartition('.')[2]}"
-            said = shortened(symbol.docstring)
-            row = (symbol.name, symbol.kind, said, listed(symbol.bases), symbol.module, same)
+            summary = shortened(symbol.docstring)
+            row = (symbol.name, symbol.kind, summary, listed(symbol.bases), symbol.module, same)
             connection.execute("INSERT INTO symbols VALUES (?, ?, ?, ?, ?, ?)", row)
             parts = symbol.name.split(".")
             endings = [(".".join(parts[start:]), symbol.name) for start in range(1, len(parts))]
             connection.executemany("INSERT INTO endings VALUES (?, ?)", endings)
             # One object under several names is found under its shortest.
-            if said and same not in indexed:
+            if summary and same not in indexed:
                 indexed.add(same)
                 words = (symbol.name, name_words(symbol.name), first_sentence(symbol.docstring))
                 connection.execute("INSERT INTO texts VALUES (?, ?, ?)", words)

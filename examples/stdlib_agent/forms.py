@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from components.tokenization.response_format import format_message
-from examples.stdlib_agent.dialogue import ERROR, Message, said
+from examples.stdlib_agent.dialogue import ERROR, Message, turn
 from examples.stdlib_agent.knowledge import NOT_FOUND
 
 KEYS = (
@@ -29,4 +29,4 @@ def in_form(rng: random.Random, messages: Sequence[Message]) -> list[Message]:
     fields |= {"calls": len(results)} if rng.random() < MORE_SHARE else {}
     order = rng.sample(list(fields), len(fields))
     answer = json.dumps({key: fields[key] for key in order}, ensure_ascii=False)
-    return [{**said("system", ""), **format_message(order)}, *before, {**last, "content": answer}]
+    return [{**turn("system", ""), **format_message(order)}, *before, {**last, "content": answer}]

@@ -29,7 +29,7 @@ class HeldOut:
 
 
 def hold_out(symbols: Sequence[Symbol], share: float, questions: int, seed: int) -> HeldOut:
-    """Part the symbols by a seeded choice of packages and definitions.
+    """Split the symbols by a seeded choice of packages and definitions.
 
     Packages are added until their share is held out and, as far as that can be, enough for `questions`
     about different summaries and for half as many about different classes.
@@ -56,20 +56,20 @@ def hold_out(symbols: Sequence[Symbol], share: float, questions: int, seed: int)
 
 
 def draw_definitions(symbols: Sequence[Symbol], share: float, seed: str) -> frozenset[str]:
-    """Families with about that share of the symbols of each area of the library, in an order that the seed says.
+    """Families with about that share of the symbols of each area of the library, in a seeded order.
 
-    One that is large for its area is passed over: what is drawn takes at most twice the share, and never all.
+    A family that is large for its area is skipped: the drawn ones take at most twice the share, and never all.
     """
     sizes: dict[str | None, Counter[str]] = defaultdict(Counter)
     for symbol in symbols:
         sizes[area(symbol)][symbol.family] += 1
     chosen: set[str] = set()
-    for found in sizes.values():
-        wanted, taken = share * found.total(), 0
-        for family in sorted(found, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()):
-            if taken < wanted and taken + found[family] <= min(max(1, 2 * wanted), found.total() - 1):
+    for families in sizes.values():
+        target, taken = share * families.total(), 0
+        for family in sorted(families, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()):
+            if taken < target and taken + families[family] <= min(max(1, 2 * target), families.total() - 1):
                 chosen.add(family)
-                taken += found[family]
+                taken += families[family]
     return frozenset(chosen)
 
 

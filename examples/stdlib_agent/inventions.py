@@ -94,7 +94,7 @@ def _noun_phrase(rng: random.Random) -> list[str]:
 def _altered(rng: random.Random, model: str) -> str:
     parts = model.rstrip(".").split(" ")
     for _ in range(rng.choice((1, 2, 3, 4))):
-        place = rng.randrange(len(parts))
-        if parts[place].isalpha() and len(parts[place]) > 3:
-            parts[place] = word(rng) if place else word(rng).capitalize()
+        index = rng.randrange(len(parts))
+        if parts[index].isalpha() and len(parts[index]) > 3:
+            parts[index] = word(rng) if index else word(rng).capitalize()
     return " ".join(parts)[: MAX_SUMMARY - 1].rstrip() + "."

@@ -17,7 +17,7 @@ from components.config.params import InputError
 NOT_FOUND = "not found: "
 MAX_QUERY_WORDS = 24
 MAX_SHOWN = 3
-"""Names said when a short name is ambiguous."""
+"""Names listed when a short name is ambiguous."""
 
 _RANK = """
 SELECT symbols.name, symbols.summary FROM texts JOIN symbols USING (name)

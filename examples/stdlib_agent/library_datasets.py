@@ -19,7 +19,7 @@ from examples.stdlib_agent.agent_tools import FACTS
 from examples.stdlib_agent.areas import area, labelled
 from examples.stdlib_agent.code_summaries import described
 from examples.stdlib_agent.conversations import training_conversations
-from examples.stdlib_agent.dialogue import asked
+from examples.stdlib_agent.dialogue import user_text
 from examples.stdlib_agent.held_out import HeldOut, draw_definitions, hold_out
 from examples.stdlib_agent.knowledge import Knowledge
 from examples.stdlib_agent.questions import Asker
@@ -101,7 +101,7 @@ def _conversations(collecting: Collecting, library: Library) -> Rows:
     config, seed = collecting.settings, collecting.seed
     asker = Asker(library.held_out, Knowledge(collecting.files / FACTS), config.held_out_share, seed)
     tests = list(suites(asker, config.questions, seed))
-    avoid = {asked(test["messages"]) for test in tests}
+    avoid = {user_text(test["messages"]) for test in tests}
     return Rows(training_conversations(asker, config.conversations, seed, avoid), tests)
 
 

@@ -1,4 +1,4 @@
-"""Questions that want one tool, about symbols, sums and descriptions, real or made up; and talk that wants none."""
+"""Questions for one tool, about symbols, sums and descriptions, real or made up; and small talk without tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 from components.config.params import InputError
 from examples.stdlib_agent import inventions
 from examples.stdlib_agent.arithmetic import calculate
-from examples.stdlib_agent.dialogue import ERROR, Hop, Message, exchange, said
+from examples.stdlib_agent.dialogue import ERROR, Hop, Message, exchange, turn
 from examples.stdlib_agent.held_out import HeldOut
 from examples.stdlib_agent.knowledge import NOT_FOUND, Knowledge, listed
 from examples.stdlib_agent.phrasings import Talk, talks, template_groups, templates, words
@@ -21,24 +21,24 @@ from examples.stdlib_agent.tasks import about, as_task, task
 from examples.stdlib_agent.wordings import Wordings, quoted, typed
 
 TOOLS = {"lookup": 32, "bases": 26, "module": 8, "search": 10, "calculate": 24}
-"""Questions that want each tool, in a hundred."""
+"""Questions for each tool, in a hundred."""
 MADE_UP_SHARE = 0.5
 SYMBOL_TOOLS = ("lookup", "bases", "module")
-"""Those whose argument is a symbol."""
+"""The tools whose argument is a symbol."""
 OFF_TOPIC = "off_topic"
-"""The intent of requests for something else than the agent is for."""
+"""The intent of requests outside the agent's task."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What the user types, the calls it wants and what the tools answer."""
+    """The user's text, its tool calls and their results."""
 
     text: str
     hops: tuple[Hop, ...]
 
     @classmethod
     def of(cls, text: str, tool: str, argument: str, result: str) -> Question:
-        """One that a single call answers."""
+        """A question that a single call answers."""
         return cls(text, (Hop(tool, argument, result),))
 
     def messages(self, number: int = 1) -> list[Message]:
@@ -47,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Manner:
-    """How a question is put: in words held out of training or not, with a slip or not."""
+    """The style of a question: a wording held out of training or not, with a typing error or not."""
 
     rng: random.Random
     held_out: bool = False
@@ -61,7 +61,7 @@ class Manner:
 
 
 class Asker:
-    """Puts questions about symbols, sums and anything else into words."""
+    """Generates questions about symbols, sums and anything else."""
 
     def __init__(self, held_out: HeldOut, knowledge: Knowledge, held_out_share: float, seed: int) -> None:
         self.held_out = held_out
@@ -86,11 +86,11 @@ class Asker:
         """A question whose answer is the tool's own."""
         name = written(manner.rng, symbol, self.knowledge)
         text = manner.put(self.about[tool], x=quoted(manner.rng, name))
-        return Question.of(text, tool, name, self.said_by(tool, name))
+        return Question.of(text, tool, name, self.tool_result(tool, name))
 
-    @lru_cache(maxsize=20_000)  # noqa: B019 - one asker lives as long as the stage
-    def said_by(self, tool: str, argument: str) -> str:
-        """What the tool really answers."""
+    @lru_cache(maxsize=20_000)  # noqa: B019 - the asker lives as long as the stage
+    def tool_result(self, tool: str, argument: str) -> str:
+        """The tool's real result."""
         knowledge = self.knowledge
         ask = {"lookup": knowledge.lookup, "bases": knowledge.bases, "module": knowledge.module}
         try:
@@ -105,9 +105,9 @@ class Asker:
         text = manner.put(self.about[tool], x=quoted(manner.rng, name))
         return Question.of(text, tool, name, self.made_up_result(manner.rng, tool, name))
 
-    def made_up_result(self, rng: random.Random, tool: str, name: str, found: bool = False) -> str:
-        """What a tool might answer about a name that does not exist; `found`: neither that nor an error."""
-        luck = 1.0 if found else rng.random()
+    def made_up_result(self, rng: random.Random, tool: str, name: str, succeeds: bool = False) -> str:
+        """A plausible result for a name that does not exist; with `succeeds`, neither "not found" nor an error."""
+        luck = 1.0 if succeeds else rng.random()
         if luck < 0.1:
             return NOT_FOUND + name
         if luck < 0.15:
@@ -127,14 +127,14 @@ class Asker:
         """A question for what does something; `real` asks the index, else the answer is the symbol itself."""
         rng = manner.rng
         name, summary = (symbol.name, symbol.summary) if symbol else (inventions.any_name(rng), inventions.deed(rng))
-        wanted = as_task(summary)
-        subject = about(wanted) if rng.random() < 0.35 else ""
-        query = subject or wanted
-        text = manner.put(self.search_about, k=subject) if subject else manner.put(self.search, q=wanted)
+        goal = as_task(summary)
+        subject = about(goal) if rng.random() < 0.35 else ""
+        query = subject or goal
+        text = manner.put(self.search_about, k=subject) if subject else manner.put(self.search, q=goal)
         if real:
-            return Question.of(text, "search", query, self.said_by("search", query))
-        found = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
-        return Question.of(text, "search", query, found)
+            return Question.of(text, "search", query, self.tool_result("search", query))
+        result = NOT_FOUND + query if symbol is None and rng.random() < 0.1 else f"{name}: {summary}"
+        return Question.of(text, "search", query, result)
 
     def calculation(self, manner: Manner, held_out: bool = False, by_hand: Sequence[str] = ()) -> Question:
         """A sum, `held_out` with numbers that training never sees together; wordings `by_hand` are used as they are."""
@@ -150,7 +150,7 @@ class Asker:
                     return Question.of(text, "calculate", drawn.expression, f"{ERROR}{error}")
 
     def talk(self, manner: Manner, talk: Talk) -> list[Message]:
-        return [said("user", manner.chat(self.talks[talk])), said("assistant", talk.reply)]
+        return [turn("user", manner.chat(self.talks[talk])), turn("assistant", talk.reply)]
 
     def any_question(self, manner: Manner) -> Question:
         """One training question in the proportions of the recipe."""
@@ -163,7 +163,7 @@ class Asker:
             return self.searching(manner, None if invented or not self.tasks else rng.choice(self.tasks))
         if invented:
             return self.made_up(manner, kind)
-        # Some ask for the bases of what is no class, and hear so.
+        # Some ask for the bases of a symbol that is no class.
         pool = self.classes if kind == "bases" and rng.random() > 0.03 else self.documented
         return self.about_symbol(manner, kind, rng.choice(pool))
 
@@ -171,12 +171,12 @@ class Asker:
         """Another question about the symbol of the first, as `it`."""
         tool = manner.rng.choice([tool for tool in SYMBOL_TOOLS if tool != first.hops[0].tool])
         name = first.hops[0].argument
-        result = self.made_up_result(manner.rng, tool, name, found=True)
+        result = self.made_up_result(manner.rng, tool, name, succeeds=True)
         return Question.of(manner.put(self.follow_ups[tool]), tool, name, result)
 
 
 def written(rng: random.Random, symbol: Symbol, knowledge: Knowledge) -> str:
-    """A symbol's name as people write it: in full, or short where it means nothing else; some with ()."""
+    """A symbol's name as users write it: in full, or short where it is unambiguous; some with ()."""
     parts = symbol.name.split(".")
     name = symbol.name
     if len(parts) > 1 and rng.random() < 0.22:

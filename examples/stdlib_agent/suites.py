@@ -11,8 +11,8 @@ from types import MappingProxyType
 
 from components.datasets.formats import Row
 from examples.stdlib_agent.chains import CHAINS, Chain, Chains
-from examples.stdlib_agent.conversations import MAX_CHARACTERS, any_answer, told_again
-from examples.stdlib_agent.dialogue import Hop, Message, asked, exchange, row, said
+from examples.stdlib_agent.conversations import MAX_CHARACTERS, any_answer, replayed
+from examples.stdlib_agent.dialogue import Hop, Message, exchange, row, turn, user_text
 from examples.stdlib_agent.forms import in_form
 from examples.stdlib_agent.held_out import is_askable_class
 from examples.stdlib_agent.phrasings import hand_written
@@ -39,8 +39,8 @@ def suites(asker: Asker, count: int, seed: int) -> Iterator[Row]:
         seen: set[str] = set()
         for number in range(count * 3):
             messages = make(rng, number)
-            if asked(messages) not in seen:
-                seen.add(asked(messages))
+            if user_text(messages) not in seen:
+                seen.add(user_text(messages))
                 yield row(messages, suite=name)
             if len(seen) == count:
                 break
@@ -76,7 +76,7 @@ def _later(chains: Chains, makers: Sequence[Maker]) -> Maker:
         last = makers[number % len(makers)](rng, number // len(makers))
         for _ in range(TRIES):
             first = any_answer(chains.asker, chains, Manner(rng), 1 + len(last))
-            messages = told_again(rng, first) + last
+            messages = replayed(rng, first) + last
             if sum(len(message["content"]) for message in messages) <= MAX_CHARACTERS:
                 return messages
         return last  # so long that nothing fits before it
@@ -111,7 +111,7 @@ def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
         name = written(rng, pool[number % len(pool)], asker.knowledge)
         text = rng.choice(hand_written(tool)).format(x=quoted(rng, name))
-        return exchange(text, [Hop(tool, name, asker.said_by(tool, name))])
+        return exchange(text, [Hop(tool, name, asker.tool_result(tool, name))])
 
     return make
 
@@ -120,7 +120,7 @@ def _hand_written_search(asker: Asker, pool: Sequence[Symbol]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
         wanted = task(pool[number % len(pool)])
         text = rng.choice(hand_written("search")).format(q=wanted)
-        return exchange(text, [Hop("search", wanted, asker.said_by("search", wanted))])
+        return exchange(text, [Hop("search", wanted, asker.tool_result("search", wanted))])
 
     return make
 
@@ -177,8 +177,8 @@ def _talks(asker: Asker) -> dict[str, Maker]:
         "off_topic/unseen_wordings": lambda rng, _: asker.talk(Manner(rng, True), rng.choice(asker.off_topic)),
     } | {
         f"{skill}/hand_written": lambda rng, number, pairs=pairs: [
-            said("user", pairs[number % len(pairs)][1]),
-            said("assistant", pairs[number % len(pairs)][0].reply),
+            turn("user", pairs[number % len(pairs)][1]),
+            turn("assistant", pairs[number % len(pairs)][0].reply),
         ]
         for skill, pairs in (("small_talk", by_hand), ("off_topic", off_topic))
     }

@@ -88,17 +88,17 @@ def _ends(parts: Sequence[str]) -> Sequence[str]:
 
 def _disturbed(rng: random.Random, parts: list[str]) -> list[str]:
     """One slip: a filler put in, a small word dropped, or a word mistyped."""
-    plain = [place for place, part in enumerate(parts) if "{" not in part]
-    small = [place for place in plain if parts[place] in words("droppable")]
+    plain = [index for index, part in enumerate(parts) if "{" not in part]
+    small = [index for index in plain if parts[index] in words("droppable")]
     slip = rng.random()
     if slip < 0.3 and small and len(parts) > 2:
         dropped = rng.choice(small)
         return parts[:dropped] + parts[dropped + 1 :]
     if slip < 0.55 and plain:
-        place = rng.choice(plain)
-        return [*parts[:place], _mistyped(rng, parts[place]), *parts[place + 1 :]]
-    place = rng.randrange(len(parts) + 1)
-    return [*parts[:place], *rng.choice(words("fillers")).split(" "), *parts[place:]]
+        index = rng.choice(plain)
+        return [*parts[:index], _mistyped(rng, parts[index]), *parts[index + 1 :]]
+    index = rng.randrange(len(parts) + 1)
+    return [*parts[:index], *rng.choice(words("fillers")).split(" "), *parts[index:]]
 
 
 def _mistyped(rng: random.Random, word: str) -> str:

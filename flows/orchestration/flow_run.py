@@ -26,19 +26,19 @@ SECONDS_BETWEEN_TRIES = 2.0
 
 @dataclass(frozen=True)
 class FlowRun:
-    """The flow run that goes on."""
+    """The current flow run."""
 
     id: str
-    """Prefect's."""
+    """Prefect's id."""
     note: Note
-    """Puts tags on the MLflow run."""
+    """Sets tags on the MLflow run."""
 
 
 def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **parameters: Any) -> T:
     """Call `body` as a flow run of this name and return what it returns.
 
-    Inside a flow run already (a deployment's, under a worker) that one is used; else one is started, on the
-    server that PREFECT_API_URL names or on one of our own, which is ready when MLflow and Prefect are imported.
+    Inside a flow run, as of a deployment, that run is used; else a flow run is started, on the server that
+    PREFECT_API_URL names or on a local server that starts while MLflow and Prefect are imported.
     """
     if flow_run := _current():
         with heartbeat(home, flow_run), _tracked(name, home) as note:
@@ -48,7 +48,7 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         @flow(name=name, validate_parameters=False)
-        def started(**facts: Any) -> T:  # what the run is shown with
+        def started(**parameters: Any) -> T:  # shown in Prefect
             flow_run = _current()
             with heartbeat(home, flow_run):
                 return _noted(FlowRun(flow_run, note), body)
@@ -65,33 +65,33 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
 
 
 def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int = RETRIES) -> T:
-    """Call `function` as a task of the flow run, under its own name and that of the model it is an effect `of`.
+    """Call `function` as a task of the flow run, named after the function and the model `of`.
 
-    It is tried again, for a registry or a network may come back; what computes asks for no `retries`.
+    It is retried, for a registry or a network may come back; computations pass no `retries`.
     """
     from prefect import task
     from prefect.cache_policies import NO_CACHE
 
     name = getattr(function, "__name__", "effect")
-    made = task(
+    wrapped = task(
         name=name,
         task_run_name=f"{name} {of}".strip(),
         cache_policy=NO_CACHE,
         retries=retries,
         retry_delay_seconds=SECONDS_BETWEEN_TRIES,
-        retry_condition_fn=_may_come_back,
+        retry_condition_fn=_may_succeed_later,
     )
-    return made(lambda: function(*values))()
+    return wrapped(lambda: function(*values))()
 
 
-def _may_come_back(task: Any, task_run: Any, state: Any) -> bool:
-    """Whether another try could end otherwise: wrong input stays wrong, a refusal stays no."""
+def _may_succeed_later(task: Any, task_run: Any, state: Any) -> bool:
+    """Whether a retry may succeed: wrong input stays wrong, a refusal stays a refusal."""
     return not isinstance(state.data, InputError | Refused)
 
 
 def _current() -> str:
-    """The id of the flow run that this code runs in; empty outside of one."""
-    if "prefect" not in sys.modules:  # nor is it worth the seconds of its import to ask
+    """The id of the flow run that this code runs in; empty outside of a flow run."""
+    if "prefect" not in sys.modules:  # without importing it, which takes seconds
         return ""
     from prefect.context import FlowRunContext
 

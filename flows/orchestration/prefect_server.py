@@ -1,6 +1,6 @@
-"""Prefect's API for the length of a run: the server that PREFECT_API_URL names, or a real one of our own.
+"""Prefect's API during a run: the server that PREFECT_API_URL names, or a local server.
 
-Not Prefect's ephemeral server: that one starts slower, outlives its own time-out and locks its database.
+Not Prefect's ephemeral server, which starts slower, outlives its time-out and locks its database.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.params import InputError
-from components.runtime.process import ask_to_die_with_parent, file_lock, lock_owner
-from components.runtime.service_registry import answers, running
+from components.runtime.process import file_lock, lock_owner, start, stop
+from components.runtime.service_registry import running, wait_for
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
@@ -26,14 +25,14 @@ _SETTINGS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-    # What a stage says reaches the terminal from us, once; Prefect's own loggers go to its API.
+    # A stage's output is printed by the flow, once; Prefect's own loggers write to its API.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
 }
 
 
 @dataclass(frozen=True)
 class Api:
-    """Where Prefect answers; `process` when the server is our own."""
+    """The address of Prefect's API; `process` of a local server that we started."""
 
     url: str
     log: Path
@@ -42,46 +41,36 @@ class Api:
     def wait(self, seconds: float = _SECONDS_TO_ANSWER) -> str:
         """Return the address once the server is healthy.
 
-        Raises: InputError when the one that was named does not answer, RuntimeError when our own does not.
+        Raises: InputError when the named server does not answer, RuntimeError when the local server does not.
         """
-        deadline = time.monotonic() + (_SECONDS_TO_START if self.process else seconds)
-        while not answers(f"{self.url}/health"):
-            late = time.monotonic() > deadline
-            if self.process is None and late:
-                raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
-            if self.process is not None and (late or self.process.poll() is not None):
-                raise RuntimeError(f"Prefect's server did not start; see {self.log}")
-            time.sleep(0.1)
-        return self.url
+        if wait_for(f"{self.url}/health", _SECONDS_TO_START if self.process else seconds, self.process):
+            return self.url
+        if self.process is None:
+            raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
+        raise RuntimeError(f"Prefect's server did not start; see {self.log}")
 
 
 def settings(home: Path) -> Mapping[str, str]:
-    """Environment that keeps Prefect in the state folder, quiet and telling nobody."""
+    """Environment for Prefect: its data in the state folder, no telemetry, few logs."""
     return {"PREFECT_HOME": str(home / "prefect"), **_SETTINGS}
 
 
 @contextmanager
 def prefect_api(home: Path) -> Iterator[Api]:
-    """The server that PREFECT_API_URL or a running `up` names; else one of our own, for the length of the block."""
+    """The API that PREFECT_API_URL or a running `up` names; else that of a local server, started for the block."""
     (home / "prefect").mkdir(parents=True, exist_ok=True)
     (home / "logs").mkdir(exist_ok=True)
     for variable, value in settings(home).items():
         os.environ.setdefault(variable, value)
     log = home / "logs" / "prefect-server.log"
-    given = os.environ.get("PREFECT_API_URL") or running(home).get("prefect")
-    if given:
-        yield Api(given, log, None)
+    url = os.environ.get("PREFECT_API_URL") or running(home).get("prefect")
+    if url:
+        yield Api(url, log, None)
         return
     with log.open("wb") as file:
         port = free_port()
-        process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C is for the run, which stops the server after the flow has said how it ended.
-            start_new_session=True,
-            preexec_fn=ask_to_die_with_parent,
-        )
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        process = start(command, file)
     try:
         yield Api(f"http://127.0.0.1:{port}/api", log, process)
     finally:
@@ -90,7 +79,7 @@ def prefect_api(home: Path) -> Iterator[Api]:
 
 @contextmanager
 def heartbeat(home: Path, flow_run: str) -> Iterator[None]:
-    """Show for the length of the block that this flow run's process lives, by a lock that falls with it."""
+    """Hold a lock during the block that shows that this flow run's process lives; it is released with the process."""
     with file_lock(home / "flows", flow_run):
         try:
             yield
@@ -99,14 +88,14 @@ def heartbeat(home: Path, flow_run: str) -> Iterator[None]:
 
 
 def home_tag(home: Path) -> str:
-    """The tag by which a server of several state folders tells their runs apart."""
+    """The tag of the state folder, for servers with the runs of several."""
     return f"home:{home}"
 
 
 def mark_crashed_runs(home: Path, own_server: bool) -> None:
-    """Mark flow runs of this state folder whose process was killed; what a heartbeat process runs stays.
+    """Mark flow runs of this state folder as crashed whose process was killed, by their missing heartbeat.
 
-    The folder's own server also has those that carry the path of before the folder was moved or copied.
+    On the folder's own server these include runs with the path from before the folder was moved or copied.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
@@ -118,30 +107,20 @@ def mark_crashed_runs(home: Path, own_server: bool) -> None:
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=running):
             homes = [Path(tag.removeprefix("home:")) for tag in run.tags if tag.startswith("home:")]
-            ours = home in homes or (own_server and homes)
-            if ours and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
+            is_own = home in homes or (own_server and homes)
+            if is_own and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 
 def send_logs() -> None:
-    """Hand the last log lines to Prefect while its server is still there."""
+    """Send the last log lines to Prefect before its server stops."""
     from prefect.logging.handlers import APILogHandler
 
     APILogHandler().flush()
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
-    """Ask a process to end, and end it when it does not."""
-    process.terminate()
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
+    """A free TCP port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -20,15 +20,15 @@ from typing import Literal
 import psutil
 
 from components.config.paths import Paths
-from components.runtime.process import RUN_PID, ask_to_die_with_parent, heed_interrupts
+from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
 from components.runtime.stage import FORCE, IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
 _SECONDS_TO_END = 90.0
-_SECONDS_TO_HEAR = 2.0
+_SECONDS_TO_INTERRUPT = 2.0
 """In which DVC, while no stage runs, ends by the terminal's own Ctrl-C; a second one would disturb it."""
-_CHATTER = (
+_DVC_MESSAGES = (
     "Running stage '",
     "> python -m components.runtime.stage",
     "Stage '",
@@ -43,7 +43,7 @@ _CHATTER = (
     "WARNING: Process '",
     "Data and pipelines are up to date",
 )
-"""What DVC says around a stage that a person need not read."""
+"""Beginnings of DVC's own messages around a stage, which are not shown."""
 
 
 class StageFailed(Exception):
@@ -56,22 +56,22 @@ class StageFailed(Exception):
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage came to be up to date."""
+    """The outcome of a stage."""
 
     name: str
     outcome: Outcome
     seconds: float
 
 
-def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -> StageResult:
-    """Run `dvc repro -s NAME`; `hear` is told each line the stage says.
+def reproduce(name: str, root: Path, force: bool, echo: Callable[[str], None]) -> StageResult:
+    """Run `dvc repro --single-item NAME`; `echo` is called with each line of the stage's output.
 
     Raises: StageFailed with the stage's own message; KeyboardInterrupt, once the stage has ended.
     """
     report = Paths(root).home / "stages" / f"{name}.json"
     target = f"{IMPROVEMENT}:{name}" if name in read_stages(root, IMPROVEMENT) else name
     report.unlink(missing_ok=True)
-    heed_interrupts()
+    accept_interrupts()
     started = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), target],
@@ -82,60 +82,59 @@ def reproduce(name: str, root: Path, force: bool, hear: Callable[[str], None]) -
         text=True,
         errors="replace",
         # Not a new session: Ctrl-C in the terminal, and a worker that cancels, reach the stage too.
-        preexec_fn=ask_to_die_with_parent,
+        preexec_fn=request_parent_death_signal,
     ) as process:
         try:
-            said = _listen(process, hear)
+            messages = _read_output(process, echo)
         except BaseException:
             _end(process)
             raise
     if process.returncode:
-        raise _failure(name, report, said)
-    return StageResult(name, _outcome(target, said), time.monotonic() - started)
+        raise _failure(name, report, messages)
+    return StageResult(name, _outcome(target, messages), time.monotonic() - started)
 
 
 def _environment(force: bool) -> dict[str, str]:
-    own = str(os.getpid())
+    pid = str(os.getpid())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    forced = {FORCE: "1"} if force else {}
     # A login shell's start-up files must not choose another Python.
     return {
         **os.environ,
         "PATH": path,
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
-        RUN_PID: own,
-        UPLOADER: own,
-        **forced,
+        RUN_PID: pid,
+        UPLOADER: pid,
+        **({FORCE: "1"} if force else {}),
     }
 
 
-def _listen(process: subprocess.Popen[str], hear: Callable[[str], None]) -> list[str]:
-    """Pass on what the stage says; return what DVC says."""
+def _read_output(process: subprocess.Popen[str], echo: Callable[[str], None]) -> list[str]:
+    """Pass the stage's lines to `echo`; return those of DVC."""
     assert process.stdout is not None
     dvc: list[str] = []
     for line in process.stdout:
         line = line.rstrip("\n")
-        if line.startswith((*_CHATTER, "ERROR: ")):
+        if line.startswith((*_DVC_MESSAGES, "ERROR: ")):
             dvc.append(line)
         elif line.strip():
-            hear(line)
+            echo(line)
     process.wait()
     return dvc
 
 
-def _outcome(name: str, said: list[str]) -> Outcome:
-    if f"Running stage '{name}':" in said:
+def _outcome(name: str, messages: list[str]) -> Outcome:
+    if f"Running stage '{name}':" in messages:
         return "ran"
-    return "restored from cache" if any("is cached" in line for line in said) else "up to date"
+    return "restored from cache" if any("is cached" in line for line in messages) else "up to date"
 
 
-def _failure(name: str, report: Path, said: list[str]) -> StageFailed:
+def _failure(name: str, report: Path, messages: list[str]) -> StageFailed:
     if report.exists():
         ended = json.loads(report.read_text(encoding="utf-8"))
         if ended["exit_code"]:
             return StageFailed(ended["message"], ended["exit_code"])
-    errors = [line.removeprefix("ERROR: ") for line in said if line.startswith("ERROR: ")]
+    errors = [line.removeprefix("ERROR: ") for line in messages if line.startswith("ERROR: ")]
     return StageFailed(f"{name}: {'; '.join(errors) or 'dvc repro failed'}", 1)
 
 
@@ -150,7 +149,7 @@ def _end(process: subprocess.Popen[str]) -> None:
             for member in set(psutil.Process(process.pid).children(recursive=True)) - stage:
                 stage.add(member)
                 _signal(member, signal.SIGTERM)
-        if not stage and not interrupted and waited > _SECONDS_TO_HEAR:
+        if not stage and not interrupted and waited > _SECONDS_TO_INTERRUPT:
             process.send_signal(signal.SIGINT)
             interrupted = True
         with suppress(subprocess.TimeoutExpired):

@@ -47,29 +47,29 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     relocate(home)
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
-    # The very files that commands beside the server read and write, under the same address.
+    # The same files, under the same address, as for commands that run beside the server.
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
-    slim = {
+    environment = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
         "GIT_PYTHON_REFRESH": "quiet",
     }
-    health = f"{url}/health"
-    return Service("mlflow", _python(*command), url, partial(answers, health, 1.0), slim, lives=partial(lives, health))
+    health, command = f"{url}/health", _python(*command)
+    return Service("mlflow", command, url, partial(answers, health, 1.0), environment, lives=partial(lives, health))
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
     ready = home / HEALTH_FILE
-    # The worker does so at each start; until then a number of before a reboot could be another program's.
+    # The worker does so at each start; until then a process id from before a reboot may be another program's.
     ready.unlink(missing_ok=True)
+
+    def is_healthy() -> bool:
+        """Whether the worker that wrote its process id there still runs; a killed worker leaves the file."""
+        return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
+
     command = _python("flows.orchestration.worker", *([] if deploy else ["--no-deploy"]))
-    return Service("worker", command, "", lambda: _lives(ready), {**settings(home), "PREFECT_API_URL": prefect})
-
-
-def _lives(ready: Path) -> bool:
-    """Whether the worker that wrote its process id there still runs; a killed one leaves the file."""
-    return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
+    return Service("worker", command, "", is_healthy, {**settings(home), "PREFECT_API_URL": prefect})
 
 
 def _endpoint(home: Path, port: int) -> Service:
@@ -86,14 +86,14 @@ def _endpoint(home: Path, port: int) -> Service:
 
 
 def has_champion(home: Path) -> bool:
-    """Whether there is something to serve, told without MLflow's import and before its server has started."""
-    if given := os.environ.get("MLFLOW_TRACKING_URI", ""):
+    """Whether the agent has a champion; without importing MLflow, and before its server has started."""
+    if server := os.environ.get("MLFLOW_TRACKING_URI", ""):
         path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
-        return not given.startswith("http") or answers(f"{given}/{path}", 1.0)
+        return not server.startswith("http") or answers(f"{server}/{path}", 1.0)
     try:
         with closing(sqlite3.connect(f"{(home / 'mlflow' / DATABASE).as_uri()}?mode=ro", uri=True)) as tables:
-            asked = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
-            return tables.execute(asked).fetchone() is not None
+            query = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
+            return tables.execute(query).fetchone() is not None
     except sqlite3.Error:
         return False
 

@@ -1,4 +1,4 @@
-"""The worker of `loopwright up`: waits for Prefect's server, registers the deployments, runs what is due."""
+"""The worker of `loopwright up`: waits for Prefect's server, registers the deployments, executes flow runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     """Run until a signal comes."""
     parser = argparse.ArgumentParser(prog="python -m flows.orchestration.worker", description=main.__doc__)
     parser.add_argument("--no-deploy", action="store_true")
-    given = parser.parse_args()
+    options = parser.parse_args()
     end_with_parent()
     bypass_proxies_for_loopback()
     root = find_root()
@@ -27,7 +27,7 @@ def main() -> None:
     (home / HEALTH_FILE).unlink(missing_ok=True)
     for variable, value in settings(home).items():
         os.environ.setdefault(variable, value)
-    # What the worker starts ends with it, also when it is killed while they still import.
+    # Flow runs end with the worker, also when it is killed while they still import.
     os.environ[RUN_PID] = str(os.getpid())
     from prefect.workers.process import ProcessWorker
 
@@ -35,7 +35,7 @@ def main() -> None:
 
     url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
     mark_crashed_runs(home, own_server=running(home).get("prefect") == url)
-    if not given.no_deploy:
+    if not options.no_deploy:
         register(root)
     asyncio.run(_work(ProcessWorker(work_pool_name=POOL, name="loopwright"), home / HEALTH_FILE))
 

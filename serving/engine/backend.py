@@ -1,8 +1,8 @@
-"""What a backend is asked and what it tells of an answer, and the queue that every backend keeps.
+"""Backends: their requests, events and request queue.
 
-A backend answers generation requests with one version of a model: in this process (`local.py`), behind another server
-(`remote.py`), or by an encoder-decoder (`summarizer_worker.py`). `submit` goes in, events come out; nothing is known
-of HTTP. The bound on how many may wait is what keeps the endpoint honest when it is full.
+A backend answers generation requests with one version of a model: in this process (`local.py`), on another server
+(`remote.py`), or by an encoder-decoder (`summarizer_worker.py`). `submit` takes a request, events report its answer;
+no backend knows of HTTP. The queue is bounded: a full endpoint refuses requests instead of delaying all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tools import Tool
@@ -27,20 +27,20 @@ from components.runtime.model_tasks import Task
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to answer, and how."""
+    """The conversation to answer, and how."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
-    """The client's tools: calls of them are handed back. Without, the agent uses its own."""
+    """The client's tools, whose calls are returned to it. None: the agent calls its own."""
     may_call: bool = True
     one_call: bool = False
-    """Hand back the first call of a turn only."""
+    """Return only the first call of a turn."""
     rules: Rules | None = None
-    """What each turn keeps to (`Agent.rules`); without, the model writes what it likes."""
+    """Grammars of the turns (`Agent.rules`); None: unconstrained."""
     options: TurnOptions = DEFAULT_OPTIONS
-    """What `rules` were made of."""
+    """The options that `rules` were compiled from."""
     max_tokens: int | None = None
-    """Over all turns; None: the configured number for each turn."""
+    """Over all turns; None: the configured limit for each turn."""
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
@@ -54,34 +54,34 @@ class Start:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the answer, whole characters."""
+    """More text of the answer, in whole characters."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """More of a call of the client's tools: OpenAI's delta, one of `tool_calls`."""
+    """More of a call of the client's tools: an element of `tool_calls` in OpenAI's delta."""
 
     delta: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class AgentStep:
-    """The agent called a tool, or a tool answered."""
+    """The agent called a tool, or a tool returned."""
 
     step: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The last event of a request: `content` is all its `TextDelta` in one."""
+    """The last event of a request: `content` joins its text deltas."""
 
     content: str
     steps: list[dict[str, Any]]
     tool_calls: list[dict[str, Any]]
     finish_reason: str
-    """stop, length, tool_calls; cancelled when the client went away."""
+    """stop, length, tool_calls; cancelled when the client disconnected."""
     prompt_tokens: int
     completion_tokens: int
 
@@ -98,141 +98,90 @@ Notify = Callable[[Event], None]
 
 
 class QueueFull(Exception):
-    """As many requests wait as may wait."""
-
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the queue is full; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
 class BackendRetired(Exception):
-    """This backend takes no more requests: another model took its place."""
+    """This backend accepts no more requests: its model was replaced."""
 
 
 class DeadlineExceeded(Exception):
-    """Nobody had time for this request within its deadline."""
+    """The request was not answered within its deadline."""
 
     def __init__(self, message: str = "no slot became free within serve.request_seconds; try again later") -> None:
         super().__init__(message)
 
 
-class LoadedModel(Protocol):
-    """A loaded version of a model, whatever it answers."""
-
-    @property
-    def name(self) -> str:
-        """`NAME/VERSION`."""
-
-    @property
-    def task(self) -> Task: ...
-
-    @property
-    def loaded(self) -> int:
-        """Unix time."""
-
-    @property
-    def context_len(self) -> int:
-        """Tokens that it reads and writes at most."""
-
-    @property
-    def running(self) -> int:
-        """Requests that it is answering."""
-
-    @property
-    def waiting(self) -> int: ...
-
-    def retire(self) -> None:
-        """Take no more requests, finish those that are here."""
-
-    def close(self) -> None:
-        """Retire, and let go of everything."""
-
-
-class Backend(LoadedModel, Protocol):
-    """A loaded model that answers generation requests."""
-
-    @property
-    def agent(self) -> Agent | None:
-        """Whose turns it writes; None: it makes one text of one text."""
-
-    @property
-    def tool_names(self) -> frozenset[str]:
-        """Of the agent's own tools."""
-
-    def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
-        """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
-
-        `first` puts it before all that wait, however many they are.
-
-        Raises: Full, Retired.
-        """
-
-
 class GenerationTask:
-    """One submitted request; `cancel` frees its slot before the next token."""
+    """A submitted request; `cancel` frees its slot before the next token."""
 
-    def __init__(self, queue: QueuedBackend, request: GenerationRequest, notify: Notify) -> None:
+    def __init__(self, queue: Backend, request: GenerationRequest, notify: Notify) -> None:
         self._queue, self.request, self.notify = queue, request, notify
         self.deadline = time.monotonic() + queue.request_seconds
-        self.begun = 0.0
+        self.start_time = 0.0
         """By `time.monotonic()`."""
         self.cancelled = threading.Event()
-        self.said: list[str] = []
+        self.text: list[str] = []
+        """The text deltas so far."""
         self.written = 0
-        """Tokens."""
+        """Completion tokens so far."""
 
     def cancel(self) -> None:
         self.cancelled.set()
-        self._queue.forget(self)
+        self._queue.start_cancelled(self)
 
     @property
-    def late(self) -> bool:
+    def expired(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def tell(self, text: str) -> None:
-        """Tell more of the answer, if there is more."""
+    def send_text(self, text: str) -> None:
+        """Send a text delta, unless it is empty."""
         if text:
-            self.said.append(text)
+            self.text.append(text)
             self.notify(TextDelta(text))
 
 
-class QueuedBackend(ABC):
-    """A backend's requests: those that wait, those that run, and how many may write at once."""
+class Backend(ABC):
+    """A loaded model that answers generation requests: its queue of waiting and running requests, and its slots."""
 
     task: Task = "chat"
 
     def __init__(self, agent: Agent | None, name: str, config: ServeConfig, slots: int = 0) -> None:
         self.agent = agent
+        """Whose turns it generates; None for text to text."""
         self.name = name
+        """`NAME/VERSION`."""
         self.loaded = int(time.time())
+        """Time of the load, in Unix time."""
         self.slots = slots or config.max_running
         self.room = self.slots + config.max_waiting
-        """Requests that may be here at once."""
+        """Waiting and running requests at most."""
         self.request_seconds = config.request_seconds
         self._waiting: deque[GenerationTask] = deque()
         self._running: set[GenerationTask] = set()
         self._busy = 0
-        """Running requests that write, or are about to: those that wait for a tool let others in."""
+        """Slots in use: a running request that waits for a tool uses none."""
         self._changed = threading.RLock()
         self._retired = False
         self._seconds = 1.0
-        """Running mean of what one request takes, for `Retry-After`."""
+        """Running mean of a request's duration, for `Retry-After`."""
 
     @abstractmethod
-    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask:
-        """A new request."""
+    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask: ...
 
     @abstractmethod
     def _start(self, task: GenerationTask) -> None:
-        """Let a request run on other threads; it says `let_go` and `done` at its end."""
+        """Run a request on other threads; it calls `release_slot` and `finish` at its end."""
 
     @abstractmethod
     def _stop(self) -> None:
-        """Let the threads end: nothing runs, and nobody comes any more. May be called again."""
+        """Make the idle threads end: there will be no more requests. May be called again."""
 
     @abstractmethod
     def _join(self) -> None:
-        """Wait until the threads have ended."""
+        """Wait for the threads to end."""
 
     @property
     @abstractmethod
@@ -241,6 +190,7 @@ class QueuedBackend(ABC):
 
     @property
     def tool_names(self) -> frozenset[str]:
+        """Names of the agent's tools."""
         return frozenset(tool.name for tool in self.agent.tools) if self.agent else frozenset()
 
     @property
@@ -252,6 +202,12 @@ class QueuedBackend(ABC):
         return len(self._running)
 
     def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
+        """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
+
+        `first` puts it in front of the queue, even of a full one.
+
+        Raises: QueueFull, BackendRetired.
+        """
         task = self._new_task(request, notify)
         with self._changed:
             if self._retired:
@@ -260,66 +216,68 @@ class QueuedBackend(ABC):
             if unfinished >= self.room and not first:
                 raise QueueFull(max(1, math.ceil(self._seconds * unfinished / self.slots)))
             self._waiting.insert(0 if first else len(self._waiting), task)
-        self.begin()
+        self.start_waiting()
         return task
 
     def retire(self) -> None:
+        """Refuse new requests, and finish the accepted ones."""
         with self._changed:
             self._retired = True
-        self.begin()
+        self.start_waiting()
 
     def close(self) -> None:
+        """Retire, cancel all requests and wait for the threads to end."""
         self.retire()
         with self._changed:
             for task in (*self._waiting, *self._running):
                 task.cancel()
         self._join()
 
-    def hold(self) -> None:
-        """A request is about to write again."""
+    def acquire_slot(self) -> None:
+        """Count a slot for the next turn of a running request."""
         with self._changed:
             self._busy += 1
 
-    def let_go(self) -> None:
-        """A request no longer writes: another may."""
+    def release_slot(self) -> None:
+        """Free the slot of a request whose turn has ended, and start the next request."""
         with self._changed:
             self._busy -= 1
-        self.begin()
+        self.start_waiting()
 
-    def done(self, task: GenerationTask) -> None:
-        """A request has ended."""
+    def finish(self, task: GenerationTask) -> None:
+        """Remove a request that has ended."""
         with self._changed:
             self._running.discard(task)
-            self._seconds += 0.2 * (time.monotonic() - task.begun - self._seconds)
-        self.begin()
+            self._seconds += 0.2 * (time.monotonic() - task.start_time - self._seconds)
+        self.start_waiting()
 
-    def forget(self, task: GenerationTask) -> None:
-        """Begin with a cancelled request right away, which ends it."""
+    def start_cancelled(self, task: GenerationTask) -> None:
+        """Start a cancelled waiting request at once, which ends it."""
         with self._changed:
             if task in self._waiting:
                 self._waiting.remove(task)
                 self._run(task)
 
-    def begin(self) -> None:
-        """Begin with those that wait, as far as there are slots, and with those that are late, which ends them.
+    def start_waiting(self) -> None:
+        """Start waiting requests in free slots, and expired ones, which ends them.
 
-        Lets go of the threads when nobody comes any more.
+        Stops the threads of a retired backend that has no request left.
         """
         with self._changed:
-            while self._waiting and (self._busy < self.slots or self._waiting[0].late):
+            while self._waiting and (self._busy < self.slots or self._waiting[0].expired):
                 self._run(self._waiting.popleft())
             if self._retired and not self._waiting and not self._running:
                 self._stop()
 
     def _run(self, task: GenerationTask) -> None:
-        task.begun = time.monotonic()
+        task.start_time = time.monotonic()
         self._running.add(task)
         self._busy += 1
         self._start(task)
 
 
 def load_agent(folder: Path, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
-    """The agent of a model folder, bounded as serving wants it; it may call `external_tools` too.
+    """The agent of a model folder with serving's step limit; it may call `external_tools` too.
 
     Raises: InputError when the folder holds no usable agent.
     """

@@ -1,7 +1,6 @@
-"""A model of this process: its requests are written by one scheduler, a step of the model for all of them at a time.
+"""A backend whose model runs in this process: one scheduler generates for all requests, a decode step at a time.
 
-Prompts, tools and records are the work of other threads (`serving/engine/scheduler.py` says why), so that none of them
-is waited for.
+Prompts, tools and records are processed on other threads, so that they do not block the scheduler.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
     AgentStep,
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
     ToolCallDelta,
     load_agent,
@@ -41,15 +40,15 @@ from serving.engine.backend import (
 from serving.engine.scheduler import Scheduler, Turn
 
 INT8_AGREEMENT = 0.98
-"""Of the tokens that a model takes behind its own answers to SAMPLES, in full and rounded to int8."""
+"""Share of greedy tokens that have to agree on SAMPLES between the full and the int8 model."""
 SAMPLES = ("Hello", "Thank you!", "What can you do?", "How much is 37 times 12?", "Tell me a story.")
 COLD = 1e-4
-"""Temperatures under this are greedy; dividing by them would overflow."""
+"""Temperatures below this are greedy; dividing by them would overflow."""
 
 logger = logging.getLogger("loopwright.engine")
 
 
-class LocalEngine(QueuedBackend):
+class LocalEngine(Backend):
     """One model, its agent, and who answers with them."""
 
     agent: Agent
@@ -63,7 +62,7 @@ class LocalEngine(QueuedBackend):
         slots: int = 0,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> None:
-        """`on_step` is told of each step of the model how many requests wrote a token in it."""
+        """`on_step` is called with the number of requests in each decode step."""
         batch = ContinuousBatch(model, slots or config.max_running, config.max_context_tokens)
         super().__init__(agent, name, config, batch.count)
         agent.context_len = batch.context
@@ -85,7 +84,7 @@ class LocalEngine(QueuedBackend):
         external_tools: Callable[[], Sequence[Tool]] = tuple,
         on_step: Callable[[int], None] = lambda rows: None,
     ) -> LocalEngine:
-        """Load a model folder and answer one throw-away request, so that the first real one is not slow.
+        """Load a model folder and answer one request as a warm-up.
 
         Raises: InputError when the folder holds no usable model.
         """
@@ -123,10 +122,10 @@ class LocalEngine(QueuedBackend):
         self.pool.submit(task.begin)
 
     def _on_step(self, rows: int) -> None:
-        """While all slots are taken, nothing but steps happens: who has waited too long is told so after one."""
+        """Start expired requests, which ends them: while all slots are in use, only steps run."""
         self._observe_step(rows)
-        if self._waiting and self._waiting[0].late:
-            self.begin()
+        if self._waiting and self._waiting[0].expired:
+            self.start_waiting()
 
     def _stop(self) -> None:
         self.scheduler.end()
@@ -138,7 +137,7 @@ class LocalEngine(QueuedBackend):
 
 
 def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
-    """Some questions, each with the model's own answer."""
+    """SAMPLES with the model's answers, as ids."""
     chats: list[tuple[list[dict[str, str]], None]] = [([{"role": "user", "content": text}], None) for text in SAMPLES]
     prompts = agent.tokenizer.encode_chats(chats, add_generation_prompt=True)
     rows = [Row(ids, 48, stop_ids=(agent.tokenizer.end_id,)) for ids, _ in prompts]
@@ -147,7 +146,7 @@ def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
 
 
 class _Steps(list[dict[str, Any]]):
-    """What the agent does, told as it happens: a call before its tool has run."""
+    """The agent's steps, sent as they are appended: a call before its tool runs."""
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
@@ -159,9 +158,9 @@ class _Steps(list[dict[str, Any]]):
 
 
 class LocalTask(GenerationTask):
-    """One request from its first prompt to its last event: the agent's turns, the words as they come, its tools.
+    """One request: the agent's turns, the text as it is generated, and the tool calls.
 
-    `begin` and `_go_on` run on the engine's pool, `_push` and `_ended` on the scheduler's thread: one at a time.
+    `begin` and `_go_on` run on the engine's pool, `_push` and `_ended` on the scheduler's thread, never concurrently.
     """
 
     def __init__(self, engine: LocalEngine, request: GenerationRequest, notify: Notify) -> None:
@@ -174,20 +173,20 @@ class LocalTask(GenerationTask):
         self.speech = StopSequenceFilter(agent.tokenizer, self.request.stops)
         self.turn = -1
         self.row: Row | None = None
-        """What the model writes in this turn; none where it may write nothing."""
+        """The row of this turn; None where no token is left."""
         self.stopped = False
         self.prompt_tokens = 0
 
     def begin(self) -> None:
-        """Make the first prompt and hand it in."""
+        """Render the first prompt and submit its turn."""
         try:
             prompt = self._first()
-        except Exception as error:  # noqa: BLE001 - logged below, and told
-            self.engine.let_go()
+        except Exception as error:  # noqa: BLE001 - logged and reported below
+            self.engine.release_slot()
             self._fail(error)
         else:
             if prompt is None:
-                self.engine.let_go()
+                self.engine.release_slot()
             else:
                 self._write(prompt)
 
@@ -195,14 +194,14 @@ class LocalTask(GenerationTask):
         if self.cancelled.is_set():
             self._end(self._finish(None, "cancelled"))
             return None
-        if self.late:
+        if self.expired:
             raise DeadlineExceeded
         prompt = next(self.conversation)
         self.notify(Start())
         return prompt
 
     def _write(self, prompt: Prompt) -> None:
-        """Let the model write a turn."""
+        """Submit a turn to the scheduler."""
         self.turn += 1
         self.prompt_tokens = len(prompt.ids)
         left = self.engine.max_new_tokens if self.request.max_tokens is None else self.request.max_tokens - self.written
@@ -226,20 +225,20 @@ class LocalTask(GenerationTask):
         self.engine.scheduler.submit(turn, first=self.turn > 0)
 
     def _push(self, number: int) -> bool:
-        """Tell the words that a token makes whole; false when no more are wanted."""
+        """Send the text and calls that a token completes; false when a stop string ends the turn."""
         self.written += 1
-        self.tell(self.speech.push(number))
+        self.send_text(self.speech.push(number))
         for delta in self.calls.push(number) if self.request.tools else ():
             self.notify(ToolCallDelta(delta))
         return not self.speech.stopped
 
     def _ended(self, error: Exception | None) -> None:
-        """The turn is written; what comes of it is worked out elsewhere, and may take its time."""
+        """Continue with a generated turn on the pool, where it may block."""
         self.engine.pool.submit(self._go_on, error)
-        self.engine.let_go()
+        self.engine.release_slot()
 
     def _go_on(self, error: Exception | None) -> None:
-        """Run the tools that the turn calls and hand in the next one, or end."""
+        """Run the turn's tool calls and submit the next turn, or end."""
         try:
             if error is not None:
                 raise error
@@ -247,18 +246,18 @@ class LocalTask(GenerationTask):
                 self._end(self._finish(None, "cancelled"))
                 return
             prompt = self._answer()
-        except Exception as failure:  # noqa: BLE001 - logged below, and told
+        except Exception as failure:  # noqa: BLE001 - logged and reported below
             self._fail(failure)
         else:
             if prompt is not None:
-                self.engine.hold()
+                self.engine.acquire_slot()
                 self._write(prompt)
 
     def _answer(self) -> Prompt | None:
         """The prompt of the next turn; None when that was the last."""
-        self.tell(self.speech.flush())
+        self.send_text(self.speech.flush())
         self.stopped = self.speech.stopped
-        if self.late:
+        if self.expired:
             self._end(self._finish(None))
             return None
         answer = None
@@ -273,26 +272,26 @@ class LocalTask(GenerationTask):
 
     def _end(self, finished: Completion) -> None:
         self.notify(finished)
-        self.engine.done(self)
+        self.engine.finish(self)
 
     def _fail(self, error: Exception) -> None:
-        # Bad input is the client's to hear of, anything else also ours to mend.
+        # Bad input is reported to the client only; other errors are logged too.
         if not isinstance(error, ContextTooLong | DeadlineExceeded):
             logger.error("a request failed", exc_info=error)
         try:
             self.notify(Failure(error))
         finally:
-            self.engine.done(self)
+            self.engine.finish(self)
 
     def _finish(self, answer: Answer | None, reason: str = "length") -> Completion:
         calls: list[dict[str, Any]] = []
         if answer is not None:
             reason = "stop" if self.stopped else answer.finish_reason
             calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
-            if not self.said and not self.stopped:
-                self.tell(answer.content)  # the agent's own words, when the model ended on a call
+            if not self.text and not self.stopped:
+                self.send_text(answer.content)  # the agent's fallback answer, when the model ended on a call
         return Completion(
-            content="".join(self.said),
+            content="".join(self.text),
             steps=list(self.steps),
             tool_calls=calls[:1] if self.request.one_call else calls,
             finish_reason=reason,
@@ -302,26 +301,26 @@ class LocalTask(GenerationTask):
 
 
 class StopSequenceFilter:
-    """The words of one turn as its ids come: whole characters, no call, nothing from a stop string on."""
+    """The text of one turn as its ids are generated: whole characters, without calls, up to a stop string."""
 
     def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._stream = tokenizer.stream()
         self._held = ""
-        """Could be the beginning of a stop string."""
+        """May be the beginning of a stop string."""
         self._first = self._speaking = True
         self.stopped = False
 
     def push(self, number: int) -> str:
-        """Text that is now certain to belong to the answer."""
+        """Text that certainly belongs to the answer."""
         if not self._speaking:
             return ""
-        if not self._tokenizer.token_bytes(number):  # a special token: what follows are calls, or nothing
+        if not self._tokenizer.token_bytes(number):  # a special token: calls or the end follow
             return self.flush()
         return self._certain(self._stream.push(number))
 
     def flush(self) -> str:
-        """What was held back, now that no more text comes."""
+        """The text held back, at the end of the turn."""
         if not self._speaking:
             return ""
         text = self._certain(self._stream.flush())
@@ -343,5 +342,5 @@ class StopSequenceFilter:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,4 +1,4 @@
-"""Registered models as tools of the agent: each is there while it has a champion, and loaded at its first call."""
+"""Registered models as tools of the agent, available while they have a champion and loaded at the first call."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from components.tracking.registry import ModelVersion, Registry
 
 
 class ModelTools:
-    """The tools of the models `names`; which has a champion is looked up every `seconds`."""
+    """The tools of the models `names`, whose champions are looked up every `seconds`."""
 
     def __init__(self, registry: Registry, names: Sequence[ModelTool], seconds: float) -> None:
         self._registry, self._names, self._seconds = registry, tuple(names), seconds
-        functions = {"classifier": self.classify, "summarizer": self.summarize}
-        # A model's folder is read, and fetched where the registry is a server.
+        # The permissions: a model's folder is read, and downloaded from a remote registry.
         self._tools = {
-            name: Tool.of(function, permissions=("files", "network")) for name, function in functions.items()
+            name: Tool.of(function, permissions=("files", "network"))
+            for name, function in (("classifier", self.classify), ("summarizer", self.summarize))
         }
-        self._looked = -seconds
-        self._stamp: object = None
+        self._updated = -seconds
+        self._etag: object = None
         self._champions: dict[ModelTool, ModelVersion] = {}
         self._loaded: dict[ModelTool, tuple[str, Any]] = {}
         """`NAME/VERSION` and the model."""
         self._loading = threading.Lock()
 
     def tools(self) -> list[Tool]:
-        """Those of models that can be called now."""
-        if self._names and time.monotonic() - self._looked >= self._seconds:
-            self._looked, stamp = time.monotonic(), self._registry.stamp()
-            if stamp is None or stamp != self._stamp:
-                found = {name: self._registry.find(f"{name}@champion") for name in self._names}
-                self._champions = {name: version for name, version in found.items() if version is not None}
-                self._stamp = stamp
+        """The tools of the models that have a champion now."""
+        if self._names and time.monotonic() - self._updated >= self._seconds:
+            self._updated, etag = time.monotonic(), self._registry.stamp()
+            if etag is None or etag != self._etag:
+                champions = {name: self._registry.find(f"{name}@champion") for name in self._names}
+                self._champions = {name: version for name, version in champions.items() if version is not None}
+                self._etag = etag
         return [self._tools[name] for name in self._champions]
 
     def classify(self, text: str) -> str:
         """The label of a text, as the registered classifier was taught to give it."""
-        reader: TextClassifier = self._model("classifier", TextClassifier)
-        return reader.classify([text])[0].label
+        classifier: TextClassifier = self._model("classifier", TextClassifier)
+        return classifier.classify([text])[0].label
 
     def summarize(self, code: str) -> str:
         """What a function does, in one line, from its source text."""
-        writer: Summarizer = self._model("summarizer", Summarizer)
-        return writer.write([code])[0]
+        summarizer: Summarizer = self._model("summarizer", Summarizer)
+        return summarizer.write([code])[0]
 
     def _model(self, name: ModelTool, kind: Any) -> Any:
         version = self._champions[name]

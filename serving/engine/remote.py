@@ -1,7 +1,7 @@
-"""A backend whose model is behind another server: any that speaks OpenAI's chat API (vLLM, llama.cpp, this one).
+"""A backend whose model runs on another server with OpenAI's chat API (vLLM, llama.cpp, this one).
 
-The agent's loop stays here: its tools are declared to the server, the calls that come back are run, and what came of
-them is asked on. So are records, feedback and lineage, under the name of the registered version that it stands for.
+The agent's loop runs here: its tools are declared to the server, the calls that it returns are run, and their results
+sent back. Records, feedback and lineage are kept here under the name of the registered version that the server runs.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from serving.engine.backend import (
     AgentStep,
+    Backend,
     Completion,
     DeadlineExceeded,
     Failure,
     GenerationRequest,
     GenerationTask,
     Notify,
-    QueuedBackend,
     Start,
     ToolCallDelta,
     load_agent,
 )
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
-LOOK_SECONDS = 0.05
-"""Between looks whether the client is still there."""
-KEPT_SECONDS = 2.0
-"""A connection waits for its next request; less than the five after which servers close theirs."""
+POLL_SECONDS = 0.05
+"""Interval of the checks for cancellation and deadline."""
+KEEPALIVE_SECONDS = 2.0
+"""Lifetime of an idle connection; below the 5 s after which servers close theirs."""
 TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
-"""What servers say of a prompt that their model has no room for, in a code, a type or words."""
+"""Parts of servers' error codes, types or messages for a prompt that exceeds the context."""
 T = TypeVar("T")
 
 logger = logging.getLogger("loopwright.remote")
 
 
 class BackendUnavailable(DeadlineExceeded):
-    """The server behind this one cannot answer now."""
+    """The remote server cannot answer now."""
 
 
-class RemoteServer(QueuedBackend):
+class RemoteServer(Backend):
     """Answers with the model of another server.
 
-    One event loop, on a thread of its own, speaks with that server for all requests and keeps its connections; tools
-    and records, which take their time, are the work of other threads.
+    One event loop, on a thread of its own, sends all requests and owns the connections; tools and records, which may
+    block, run on other threads.
     """
 
     agent: Agent
@@ -73,19 +73,19 @@ class RemoteServer(QueuedBackend):
         self.model_name = config.backend_model
         self.url = f"{config.backend_url.rstrip('/')}/chat/completions"
         key = os.environ.get(KEY_VARIABLE)
-        limits = httpx.Limits(max_keepalive_connections=self.slots, keepalive_expiry=KEPT_SECONDS)
+        limits = httpx.Limits(max_keepalive_connections=self.slots, keepalive_expiry=KEEPALIVE_SECONDS)
         self.client = httpx.AsyncClient(
             timeout=None, limits=limits, headers={"Authorization": f"Bearer {key}"} if key else {}
         )
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._speak, name=f"{name}-backend", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name=f"{name}-backend", daemon=True)
         self._thread.start()
 
     @classmethod
     def load(
         cls, folder: Path, name: str, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple
     ) -> RemoteServer:
-        """The agent of a model folder, whose model the server has.
+        """The agent of a model folder, whose model the server runs.
 
         Raises: InputError when the folder holds no usable agent, or the server's address is missing.
         """
@@ -95,7 +95,7 @@ class RemoteServer(QueuedBackend):
     def context_len(self) -> int:
         return self.agent.context_len
 
-    def _speak(self) -> None:
+    def _run_loop(self) -> None:
         self._loop.run_forever()
         self._loop.run_until_complete(self.client.aclose())
         self._loop.close()
@@ -108,7 +108,7 @@ class RemoteServer(QueuedBackend):
         asyncio.run_coroutine_threadsafe(task.run(), self._loop)
 
     def _stop(self) -> None:
-        with suppress(RuntimeError):  # it was told before, and is closed
+        with suppress(RuntimeError):  # stopped and closed before
             self._loop.call_soon_threadsafe(self._loop.stop)
         self.pool.shutdown(wait=False)
 
@@ -131,25 +131,25 @@ class RemoteTask(GenerationTask):
 
     async def run(self) -> None:
         try:
-            await self._aside(self.notify, await self._answer_or_leave())
+            await self._in_thread(self.notify, await self._answer_in_time())
         except Exception as error:
             if not isinstance(error, InputError | DeadlineExceeded):
                 logger.error("a request failed", exc_info=error)
             with suppress(Exception):
-                await self._aside(self.notify, Failure(error))
+                await self._in_thread(self.notify, Failure(error))
         finally:
-            self.engine.let_go()
-            self.engine.done(self)
+            self.engine.release_slot()
+            self.engine.finish(self)
 
-    async def _aside(self, function: Callable[..., T], *given: Any) -> T:
-        """Run what may wait for a disk or a tool where no other request waits for it."""
-        return await asyncio.get_running_loop().run_in_executor(self.engine.pool, function, *given)
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function that may block on another thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.engine.pool, function, *arguments)
 
-    async def _answer_or_leave(self) -> Completion:
-        """The answer, or what there is of it when the client leaves or time is up."""
+    async def _answer_in_time(self) -> Completion:
+        """The answer, or its beginning when the client disconnects or the deadline passes."""
         answer = asyncio.ensure_future(self._answer())
-        while not answer.done() and not self.cancelled.is_set() and not self.late:
-            await asyncio.wait([answer], timeout=LOOK_SECONDS)
+        while not answer.done() and not self.cancelled.is_set() and not self.expired:
+            await asyncio.wait([answer], timeout=POLL_SECONDS)
         if answer.done():
             return answer.result()
         answer.cancel()
@@ -165,9 +165,9 @@ class RemoteTask(GenerationTask):
             if not calls or self.request.tools:
                 return self._finish(reason, calls[:1] if self.request.one_call else calls)
             self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
-            for wanted in calls:
-                await self._run_tool(wanted)
-        self.tell(GAVE_UP.format(steps=self.engine.agent.max_steps))
+            for tool_call in calls:
+                await self._run_tool(tool_call)
+        self.send_text(GAVE_UP.format(steps=self.engine.agent.max_steps))
         return self._finish("stop")
 
     async def _turn(self, last: bool) -> tuple[str, list[dict[str, Any]], str]:
@@ -176,12 +176,12 @@ class RemoteTask(GenerationTask):
         async for chunk in self._chunks(self._body(last)):
             if not self.started:
                 self.started = True
-                await self._aside(self.notify, Start())
+                await self._in_thread(self.notify, Start())
             self.usage = chunk.get("usage") or self.usage
             for choice in chunk.get("choices", []):
                 delta, reason = choice.get("delta") or {}, choice.get("finish_reason") or reason
                 text += delta.get("content") or ""
-                self.tell(delta.get("content") or "")
+                self.send_text(delta.get("content") or "")
                 for part in delta.get("tool_calls") or []:
                     _join(calls.setdefault(part.get("index", 0), {}), part)
                     if self.request.tools:
@@ -218,7 +218,7 @@ class RemoteTask(GenerationTask):
     async def _chunks(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """The server's events.
 
-        Raises: InputError where it refuses the request, BackendDown where it cannot answer.
+        Raises: InputError where it refuses the request, BackendUnavailable where it cannot answer.
         """
         url = self.engine.url
         try:
@@ -232,28 +232,29 @@ class RemoteTask(GenerationTask):
             raise BackendUnavailable(f"{url}: {error or type(error).__name__}; is the backend up?") from error
 
     def _chunk(self, line: str) -> dict[str, Any] | None:
-        """What a line of server-sent events tells, if anything."""
-        told = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-        if not told or told == "[DONE]":
+        """The JSON of a line of server-sent events; None where it has none."""
+        data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+        if not data or data == "[DONE]":
             return None
         try:
-            chunk = json.loads(told)
+            chunk = json.loads(data)
         except ValueError as error:
-            raise BackendUnavailable(f"{self.engine.url}: an event is no JSON: {error}") from error
+            raise BackendUnavailable(f"{self.engine.url}: an event is not JSON: {error}") from error
         if not isinstance(chunk, dict):
-            raise BackendUnavailable(f"{self.engine.url}: an event is no JSON object: {told[:80]}")
-        if wrong := chunk.get("error"):
-            raise BackendUnavailable(f"{self.engine.url}: {wrong.get('message') if isinstance(wrong, dict) else wrong}")
+            raise BackendUnavailable(f"{self.engine.url}: an event is not a JSON object: {data[:80]}")
+        if reported := chunk.get("error"):
+            message = reported.get("message") if isinstance(reported, dict) else reported
+            raise BackendUnavailable(f"{self.engine.url}: {message}")
         return chunk
 
-    async def _run_tool(self, wanted: dict[str, Any]) -> None:
-        name, arguments = wanted["function"]["name"], wanted["function"]["arguments"]
+    async def _run_tool(self, tool_call: dict[str, Any]) -> None:
+        name, arguments = tool_call["function"]["name"], tool_call["function"]["arguments"]
         with suppress(ValueError):
             arguments = json.loads(arguments)
         self._step({"type": "call", "name": name, "arguments": arguments})
-        content = (await self._aside(call, self.engine.agent.tools, name, arguments))[:MAX_RESULT_CHARACTERS]
+        content = (await self._in_thread(call, self.engine.agent.tools, name, arguments))[:MAX_RESULT_CHARACTERS]
         self._step({"type": "result", "name": name, "content": content})
-        self.messages.append({"role": "tool", "tool_call_id": wanted["id"], "name": name, "content": content})
+        self.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "name": name, "content": content})
 
     def _step(self, step: dict[str, Any]) -> None:
         self.steps.append(step)
@@ -261,11 +262,11 @@ class RemoteTask(GenerationTask):
 
     def _finish(self, reason: str, calls: list[dict[str, Any]] | None = None) -> Completion:
         prompt_tokens = int(self.usage.get("prompt_tokens", 0))
-        return Completion("".join(self.said), self.steps, calls or [], reason, prompt_tokens, self.written)
+        return Completion("".join(self.text), self.steps, calls or [], reason, prompt_tokens, self.written)
 
 
 def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
-    """Add a delta to the call that it is a part of."""
+    """Merge a delta into its tool call."""
     function = part.get("function") or {}
     if not call:
         number = part.get("id") or f"call_{uuid.uuid4().hex[:24]}"
@@ -275,12 +276,12 @@ def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
 
 
 def _refusal(status: int, body: str) -> Exception:
-    message, told = body[:500], body
+    message, description = body[:500], body
     with suppress(ValueError, KeyError, TypeError):
         error = json.loads(body)["error"]
         message = error["message"]
-        told = f"{error.get('code')} {error.get('type')} {message}"
+        description = f"{error.get('code')} {error.get('type')} {message}"
     if status in (400, 413, 422):
-        kind = ContextTooLong if any(words in told.lower() for words in TOO_LONG) else InputError
+        kind = ContextTooLong if any(part in description.lower() for part in TOO_LONG) else InputError
         return kind(f"the backend refused the request: {message}")
     return BackendUnavailable(f"the backend answered {status}: {message}")

@@ -1,7 +1,6 @@
-"""The public routes: OpenAI's chat completions and models, feedback, lineage, health and metrics.
+"""The FastAPI app, and its routes for models, feedback, lineage, health and metrics.
 
-A chat request's way: `schemas` checks it, `chat_handler` hands it to a backend, records its answer before it is
-acknowledged and gives it OpenAI's shape.
+The other routes: `chat_handler` (chat completions), `classify` (labels and embeddings), `page_files` (the chat page).
 """
 
 from __future__ import annotations
@@ -11,19 +10,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi_offline import FastAPIOffline
 
 from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
-from serving.http import classify
-from serving.http import page_files as page
-from serving.http.chat_handler import ClientGone, begin
-from serving.http.errors import ERRORS, ApiError, shape_errors
-from serving.http.routes import DirectRoute, StrictRoute
-from serving.http.schemas import ChatRequest, FeedbackRequest
+from serving.http import chat_handler, classify, page_files
+from serving.http.errors import ERRORS, ApiError, handle_errors
+from serving.http.schemas import FeedbackRequest
 from serving.models.alias_watcher import describe
-from serving.models.state import Running, who
+from serving.models.state import Running, StrictRoute
 from serving.observability.metrics import CONTENT_TYPE
 
 MAX_KEY_CHARACTERS = 255
@@ -31,43 +26,21 @@ MAX_LISTED = 1000
 
 
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
-chat = APIRouter(route_class=DirectRoute, responses=ERRORS)
-ROUTERS = (chat, router, classify.router, page.router)
-"""Every public route is in one of these."""
 
 
 def new_api() -> FastAPI:
-    """The app; whoever runs it sets `state.serving` before the first request. `/docs` needs no network."""
+    """The app, whose server sets `state.serving` before the first request. `/docs` works offline."""
     api = FastAPIOffline(title="Loopwright", version="1", redoc_url=None, static_url="/docs/assets")
-    for one in ROUTERS:
-        api.router.routes.extend(one.routes)  # as they are: an included router is asked of at each request
-    shape_errors(api)
+    for each in (chat_handler.router, router, classify.router, page_files.router):
+        api.router.routes.extend(each.routes)  # copied: an included router is matched again at each request
+    handle_errors(api)
     return api
-
-
-@chat.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
-async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
-    """Answer a conversation; with `stream`, as server-sent events."""
-    if body.characters > (limit := serving.config.max_prompt_characters):
-        message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
-        raise ApiError(400, message, "context_length_exceeded", "messages")
-    handler = await begin(body, serving, who(request, body.user))
-    if body.stream:
-        return StreamingResponse(
-            handler.chunks(),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-    try:
-        return JSONResponse(await handler.completion(request))
-    except ClientGone:
-        return Response(status_code=499)
 
 
 @router.get("/v1/models")
 async def models(serving: Running) -> dict[str, Any]:
     """The models being served."""
-    return {"object": "list", "data": [row for one in serving.watchers for row in describe(one)]}
+    return {"object": "list", "data": [row for watcher in serving.watchers for row in describe(watcher)]}
 
 
 @router.get("/v1/models/{model:path}")
@@ -86,15 +59,19 @@ async def feedback(
     request: Request,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, str]:
-    """Take in a vote on an answer; it is on disk when the 202 is sent."""
+    """Store a vote on an answer; it is on disk when the 202 is sent."""
     if len(idempotency_key or "") > MAX_KEY_CHARACTERS:
         message = f"Idempotency-Key: longer than {MAX_KEY_CHARACTERS} characters; send a shorter one"
         raise ApiError(400, message, "invalid_value", "Idempotency-Key")
-    _bound("correction", body.correction, serving.config.max_correction_characters)
-    _bound("comment", body.comment, serving.config.max_correction_characters)
-    asked: dict[str, Any] = {"model": "", "request": {}}
-    with suppress(UnknownCompletion):  # the vote itself says so
-        asked = await run_in_threadpool(serving.store.completion, body.completion_id)
+    limit = serving.config.max_correction_characters
+    for name, text in (("correction", body.correction), ("comment", body.comment)):
+        if text is not None and len(text) > limit:
+            message = f"{name}: {len(text)} characters; send at most {limit} (serve.max_correction_characters)"
+            raise ApiError(413, message, "request_too_large", name)
+    completion: dict[str, Any] = {"model": "", "request": {}}
+    with suppress(UnknownCompletion):  # add_feedback raises it again
+        completion = await run_in_threadpool(serving.store.completion, body.completion_id)
+    user = completion["request"].get("user")
     feedback_id = await run_in_threadpool(
         serving.store.add_feedback,
         body.completion_id,
@@ -102,36 +79,26 @@ async def feedback(
         body.correction,
         body.comment,
         idempotency_key or None,
-        _voice(request, asked["request"].get("user")),
+        # The API key, else the `user` that the request named, else this machine.
+        str(request.scope.get("api_key_user") or (f"user:{user}" if user else "local")),
     )
-    serving.metrics.vote(body.rating, serving.chat_watcher(asked["model"]).role(asked["model"]))
+    serving.metrics.vote(body.rating, serving.chat_watcher(completion["model"]).role(completion["model"]))
     return {"id": feedback_id}
-
-
-def _bound(where: str, text: str | None, limit: int) -> None:
-    if text is not None and len(text) > limit:
-        message = f"{where}: {len(text)} characters; send at most {limit} (serve.max_correction_characters)"
-        raise ApiError(413, message, "request_too_large", where)
 
 
 @router.get("/v1/feedback")
 async def votes(
     serving: Running,
-    limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="How many, the newest first.")] = 20,
+    limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="Number of votes, newest first.")] = 20,
 ) -> dict[str, Any]:
-    """The newest votes and what became of each; with keys, for those that open `admin`."""
+    """The newest votes and their status; with API keys, requires the scope `admin`."""
     return {"object": "list", "data": await run_in_threadpool(serving.store.votes, limit)}
-
-
-def _voice(request: Request, user: str | None) -> str:
-    """Who speaks: the API key, else the `user` that the request named, else whoever sits at this machine."""
-    return str(request.scope.get("voice") or (f"user:{user}" if user else "local"))
 
 
 @router.get("/v1/lineage/{completion_id}")
 async def completion_lineage(completion_id: str, serving: Running) -> dict[str, Any]:
-    """Everything behind one answer, as `loopwright trace` prints it."""
-    return await run_in_threadpool(lineage, serving.store, completion_id, serving.facts_of)
+    """The lineage of one answer, as `loopwright trace` prints it."""
+    return await run_in_threadpool(lineage, serving.store, completion_id, serving.version_metadata)
 
 
 @router.get("/livez", response_class=Response)
@@ -142,7 +109,7 @@ async def livez() -> Response:
 
 @router.get("/readyz", response_class=Response)
 async def readyz(serving: Running) -> Response:
-    """200 while questions are answered; 503 while loading or stopping."""
+    """200 while requests are answered; 503 while loading or stopping."""
     if not serving.ready:
         raise ApiError(503, "not ready: the model is loading or the server is stopping", "not_ready")
     return Response("ok\n", media_type="text/plain")
@@ -150,9 +117,9 @@ async def readyz(serving: Running) -> Response:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(serving: Running) -> Response:
-    """Counters for Prometheus."""
+    """Metrics for Prometheus."""
     engines = serving.models.engines
-    serving.metrics.queue(sum(one.waiting for one in engines), sum(one.running for one in engines))
+    serving.metrics.queue(sum(engine.waiting for engine in engines), sum(engine.running for engine in engines))
     for models in (watcher.serving_models for watcher in serving.watchers):
         if models.champion is not None:
             serving.metrics.model(models.champion.name, models.challenger.name if models.challenger else None)

@@ -1,7 +1,8 @@
-"""One chat request between the engine's threads and the event loop, recorded as it goes.
+"""The route of chat completions: one request between the event loop and the backend's threads, recorded as it runs.
 
-Records are written in the engine's thread, before the event that would let the client know:
-so an acknowledged answer is on disk, also when the client left or the loop is busy.
+`schemas` validates the body, a backend answers, the answer is recorded before it is acknowledged and then sent in
+OpenAI's format. Records are written in the backend's thread, before the event that tells the client: an acknowledged
+answer is on disk even when the client disconnects or the event loop is busy.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from components.agent.agent import Agent, ContextTooLong
 from components.feedback.store import AnswerRecord, Store
@@ -37,27 +39,26 @@ from serving.engine.backend import (
     TextDelta,
     ToolCallDelta,
 )
-from serving.http.errors import ApiError, broken_body
+from serving.http.errors import ERRORS, ApiError, failed_stream_body
 from serving.http.schemas import ChatRequest
-from serving.models.state import Serving
-from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import RequestMetrics
+from serving.models.state import DirectRoute, Running, Serving, requesting_user
+from serving.observability.metrics import Metrics, RequestMetrics
 
 UNSUPPORTED = ("tools", "tool_choice", "response_format", "temperature", "top_p", "stop")
-"""By a summarizer."""
+"""Parameters that a summarizer refuses."""
+
+router = APIRouter(route_class=DirectRoute, responses=ERRORS)
 
 
 class ClientGone(Exception):
-    """The client closed its connection before it was answered."""
+    """The client closed its connection before the answer was complete."""
 
 
-class Broken(Exception):
-    """The answer failed after its first words were sent; the engine's log says why."""
+class StreamFailed(Exception):
+    """The answer failed after the stream began; the server's log has the traceback."""
 
 
 class ChatHandler:
-    """One request and its answer."""
-
     def __init__(
         self,
         engine: Backend,
@@ -74,20 +75,20 @@ class ChatHandler:
         self._request_metrics = RequestMetrics(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._new_task: GenerationTask | None = None
+        self._task: GenerationTask | None = None
         self._started = 0.0
-        """Unix time; before, nothing is recorded."""
+        """Unix time; 0: not started, and nothing is recorded."""
 
     def submit(self, generation: GenerationRequest) -> None:
-        """Raises: Full, Retired."""
-        self._new_task = self.engine.submit(generation, self._notify)
+        """Raises: QueueFull, BackendRetired."""
+        self._task = self.engine.submit(generation, self._notify)
 
     def cancel(self) -> None:
-        if self._new_task is not None:
-            self._new_task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     async def started(self) -> None:
-        """Wait until a request that streams has a slot, and is on record; any other is recorded with its answer.
+        """Wait until a streamed request has a slot and is recorded; others are recorded with their answer.
 
         Raises: ApiError when the prompt does not fit.
         """
@@ -100,7 +101,7 @@ class ChatHandler:
             raise _failure(event.error)
 
     async def completion(self, request: Request) -> dict[str, Any]:
-        """The whole answer in OpenAI's shape.
+        """The complete answer in OpenAI's format.
 
         Raises: as `finished`.
         """
@@ -112,7 +113,7 @@ class ChatHandler:
         return {**self._head("chat.completion"), "choices": [choice], "usage": self._usage(finished)}
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """OpenAI's stream: the role, the words and steps as they come, the reason of the end, `[DONE]`."""
+        """OpenAI's stream: role, text and steps as they are generated, finish reason, `[DONE]`."""
         with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         head = self._head("chat.completion.chunk") | ({"usage": None} if with_usage else {})
         try:
@@ -121,31 +122,37 @@ class ChatHandler:
                 yield sse(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}]})
                 if finished and with_usage:
                     yield sse(head | {"choices": [], "usage": self._usage(finished)})
-        except Broken as broken:
-            yield sse(broken_body(broken.__cause__))
+        except StreamFailed as failed:
+            yield sse(failed_stream_body(failed.__cause__))
             return
         yield b"data: [DONE]\n\n"
 
     async def finished(self, request: Request) -> Completion:
-        """Wait for the whole answer.
+        """Wait for the complete answer.
 
-        Raises: ClientGone; the slot is then free again. ApiError when the prompt does not fit.
+        Raises: ClientGone, after its slot is freed; ApiError when the prompt does not fit.
         """
-        gone = asyncio.ensure_future(self._notice_leaving(request))
+
+        async def watch_connection() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self._events.put_nowait(Failure(ClientGone()))
+
+        watching = asyncio.ensure_future(watch_connection())
         try:
-            _ = self._asked  # made while the model works, not when its answer waits to be recorded
-            return await self._last()
+            _ = self._recorded_body  # computed while the model generates, not when its answer is to be recorded
+            while True:
+                event = await self._events.get()
+                if isinstance(event, Completion):
+                    return event
+                if isinstance(event, Failure):
+                    raise _failure(event.error)
         finally:
             self.cancel()
-            gone.cancel()
-
-    async def _notice_leaving(self, request: Request) -> None:
-        """Whoever waits for the answer is told, in its place, that nobody else does."""
-        await _disconnected(request)
-        self._events.put_nowait(Failure(ClientGone()))
+            watching.cancel()
 
     async def deltas(self) -> AsyncIterator[tuple[dict[str, Any], Completion | None]]:
-        """OpenAI's deltas in order; the last comes with the finished answer."""
+        """OpenAI's deltas in order; the last comes with the completion."""
         steps = 0
         try:
             yield {"role": "assistant", "content": ""}, None
@@ -154,7 +161,8 @@ class ChatHandler:
                 if isinstance(event, TextDelta):
                     yield {"content": event.text}, None
                 elif isinstance(event, AgentStep):
-                    yield {"steps": [{"index": steps, **event.step}]}, None  # without it OpenAI's client cannot add up
+                    # OpenAI's client merges list items by their index.
+                    yield {"steps": [{"index": steps, **event.step}]}, None
                     steps += 1
                 elif isinstance(event, ToolCallDelta):
                     yield {"tool_calls": [event.delta]}, None
@@ -162,9 +170,9 @@ class ChatHandler:
                     yield {}, event
                     return
                 elif isinstance(event, Failure):
-                    raise Broken from event.error
+                    raise StreamFailed from event.error
         finally:
-            self.cancel()  # the client left, or nothing is left to cancel
+            self.cancel()  # the client disconnected; else a no-op
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
@@ -177,32 +185,23 @@ class ChatHandler:
             "total_tokens": total,
         }
 
-    async def _last(self) -> Completion:
-        while True:
-            event = await self._events.get()
-            if isinstance(event, Completion):
-                return event
-            if isinstance(event, Failure):
-                raise _failure(event.error)
-
     def _notify(self, event: Event) -> None:
-        """Called by the engine's thread: record first, then tell."""
-        self._request_metrics.see(event)
+        """Called by the backend's thread: record an event, then send it to the event loop."""
+        self._request_metrics.observe(event)
         if isinstance(event, Start):
-            if self.body.stream:  # the client is told the id before the end, and may speak of it
-                self._store.add_request(self.id, self.engine.name, self._asked)
+            if self.body.stream:  # the client gets the id before the end, and may send feedback on it
+                self._store.add_request(self.id, self.engine.name, self._recorded_body)
             self._started = time.time()
         elif isinstance(event, Completion) and self._started:
             self._record(event)
         if not self.body.stream and not isinstance(event, Completion | Failure):
-            return  # nobody listens: the finished answer holds it all
-        # The loop is closed when the server ended without waiting for us.
+            return  # the completion holds all other events
+        # The loop is closed when the server stopped without waiting for this request.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     @cached_property
-    def _asked(self) -> dict[str, Any]:
-        """The request as it is recorded."""
+    def _recorded_body(self) -> dict[str, Any]:
         return self.body.model_dump(exclude_unset=True, by_alias=True)
 
     def _record(self, finished: Completion) -> None:
@@ -218,7 +217,7 @@ class ChatHandler:
         if self.body.stream:
             self._store.add_answer(self.id, answer)
         else:
-            self._store.add_exchange(self.id, self.engine.name, self._asked, self._started, answer)
+            self._store.add_exchange(self.id, self.engine.name, self._recorded_body, self._started, answer)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
@@ -227,11 +226,30 @@ class ChatHandler:
             self._request_metrics.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
 
 
-async def begin(body: ChatRequest, serving: Serving, asker: str) -> ChatHandler:
-    """Submit a request; one that streams waits until it has a slot: whatever is wrong with it still has a status."""
+@router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})
+async def chat_completions(body: ChatRequest, serving: Running, request: Request) -> Response:
+    """Answer a conversation; with `stream`, as server-sent events."""
+    if body.characters > (limit := serving.config.max_prompt_characters):
+        message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
+        raise ApiError(400, message, "context_length_exceeded", "messages")
+    handler = await begin(body, serving, requesting_user(request, body.user))
+    if body.stream:
+        return StreamingResponse(
+            handler.chunks(),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    try:
+        return JSONResponse(await handler.completion(request))
+    except ClientGone:
+        return Response(status_code=499)
+
+
+async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
+    """Submit a request; a streamed one waits for its slot, so that an error still has its HTTP status."""
     while True:
         watcher = serving.chat_watcher(body.model)
-        backend = serving.choose(watcher, body.model, asker)
+        backend = serving.choose(watcher, body.model, user)
         agent = backend.agent
         generation = await _chat_request(body, agent) if agent else _source_request(body, backend.name)
         role = watcher.role(backend.name)
@@ -239,7 +257,7 @@ async def begin(body: ChatRequest, serving: Serving, asker: str) -> ChatHandler:
         try:
             handler.submit(generation)
         except BackendRetired:
-            continue  # swapped between the two lines above; the successor is in place
+            continue  # swapped meanwhile; its successor is in place
         except QueueFull as full:
             raise ApiError(429, str(full), "queue_full", headers={"Retry-After": str(full.retry_after)}) from None
         if body.stream:
@@ -252,7 +270,7 @@ async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
         rules = agent.known_rules(tools, body.options)
-        if rules is None:  # compiling grammars would keep the other requests waiting here
+        if rules is None:  # compiling grammars would block the event loop
             rules = await run_in_threadpool(agent.rules, tools, body.options)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
@@ -272,13 +290,14 @@ async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
 
 
 def _source_request(body: ChatRequest, name: str) -> GenerationRequest:
-    """What a chat asks of a model that makes one text of another.
+    """The generation request of a summarizer, whose source is the one message.
 
-    Raises: ApiError for whatever it cannot do.
+    Raises: ApiError for what it does not support.
     """
-    asked = next((field for field in UNSUPPORTED if getattr(body, field, None)), None)
-    if asked is not None:
-        raise ApiError(400, f"{asked}: {name} has no use for it; leave it out", "unsupported_parameter", asked)
+    unsupported = next((field for field in UNSUPPORTED if getattr(body, field, None)), None)
+    if unsupported is not None:
+        message = f"{unsupported}: not supported by {name}; leave it out"
+        raise ApiError(400, message, "unsupported_parameter", unsupported)
     if len(body.messages) != 1 or body.messages[0].role != "user":
         message = f"messages: {len(body.messages)}: {name} reads one text; send it as one message of role user"
         raise ApiError(400, message, "invalid_value", "messages")
@@ -286,7 +305,6 @@ def _source_request(body: ChatRequest, name: str) -> GenerationRequest:
 
 
 def sse(value: Mapping[str, Any]) -> bytes:
-    """One server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
@@ -296,8 +314,3 @@ def _failure(error: Exception) -> Exception:
     if isinstance(error, DeadlineExceeded):
         return ApiError(503, str(error), "timeout", headers={"Retry-After": "1"})
     return error
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -1,4 +1,4 @@
-"""The routes that read texts: labels in our shape, embeddings in OpenAI's."""
+"""The routes of texts: classification in our format, embeddings in OpenAI's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from components.inference.classifier import LabelPrediction, TextEmbedding
-from serving.engine.adaptive_batching import Overloaded
-from serving.engine.classifier_worker import ClassifierWorker
+from serving.engine.classifier_worker import ClassifierWorker, Overloaded
 from serving.http.errors import ERRORS, ApiError
-from serving.http.routes import DirectRoute
 from serving.http.schemas import Wire
-from serving.models.state import Running, Serving, who
+from serving.models.state import DirectRoute, Running, Serving, requesting_user
 
 R = TypeVar("R", LabelPrediction, TextEmbedding)
 
@@ -32,7 +30,7 @@ def _not_blank(text: str) -> str:
 
 
 def _input_tag(value: Any) -> str | None:
-    """Told apart by hand, so that token ids, which OpenAI takes, are refused by name."""
+    """Tags of the union, so that token ids, which OpenAI accepts, are refused by name."""
     if isinstance(value, str):
         return "~string"
     if not isinstance(value, list):
@@ -77,7 +75,7 @@ class EmbeddingsRequest(TextsRequest):
     encoding_format: Literal["float", "base64"] | None = None
     """base64: 32-bit floats, little-endian."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Only the model's own number."""
+    """The model's own dimension only."""
 
 
 class Result(BaseModel):
@@ -87,7 +85,7 @@ class Result(BaseModel):
 
 
 class Classification(BaseModel):
-    """One result for each text, in order; `truncated` where only the beginning of a text was read."""
+    """One result per text, in order; `truncated` where a text was longer than the model's context."""
 
     model: str
     results: list[Result]
@@ -111,56 +109,50 @@ class Embeddings(BaseModel):
     usage: Usage
 
 
-# Answers are given as they are: FastAPI would walk through every number of them again.
+# JSONResponse: with a response model FastAPI would validate every number again.
 @router.post("/v1/classify", response_model=None, responses={200: {"model": Classification}})
 async def classify(body: ClassifyRequest, serving: Running, request: Request) -> JSONResponse:
     """The label of each text, with the probability of every label."""
-    reader = _reader(body, serving, request)
-    found = await _read(serving, "/v1/classify", reader.classify(body.texts))
-    results = [{"label": one.label, "scores": one.scores, "truncated": one.truncated} for one in found]
-    return JSONResponse({"model": reader.name, "results": results})
+    classifier = _classifier(body, serving, request)
+    predictions = await _counted(serving, "/v1/classify", classifier.classify(body.texts))
+    return JSONResponse({"model": classifier.name, "results": [vars(prediction) for prediction in predictions]})
 
 
 @router.post("/v1/embeddings", response_model=None, responses={200: {"model": Embeddings}})
 async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request) -> JSONResponse:
-    """OpenAI's embeddings: a vector for each text, of length 1 unless the model's own pooling does not normalise."""
-    reader = _reader(body, serving, request)
-    width = reader.texts.embed_dim
-    if body.dimensions not in (None, width):
-        message = f"dimensions: {body.dimensions}: {reader.name} has {width}; send that or leave it out"
+    """OpenAI's embeddings: a vector for each text, of length 1 unless the model's pooling does not normalize."""
+    classifier = _classifier(body, serving, request)
+    embed_dim = classifier.texts.embed_dim
+    if body.dimensions not in (None, embed_dim):
+        message = f"dimensions: {body.dimensions}: {classifier.name} has {embed_dim}; send that or leave it out"
         raise ApiError(400, message, "unsupported_parameter", "dimensions")
-    found = await _read(serving, "/v1/embeddings", reader.embed(body.texts))
-    packed = body.encoding_format == "base64"
-    data = [
-        {"object": "embedding", "index": index, "embedding": _packed(one.vector) if packed else one.vector}
-        for index, one in enumerate(found)
-    ]
-    tokens = sum(one.tokens for one in found)
+    found = await _counted(serving, "/v1/embeddings", classifier.embed(body.texts))
+    vectors: list[list[float] | str] = [embedding.vector for embedding in found]
+    if body.encoding_format == "base64":
+        vectors = [base64.b64encode(struct.pack(f"<{embed_dim}f", *each.vector)).decode() for each in found]
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    tokens = sum(embedding.tokens for embedding in found)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JSONResponse({"object": "list", "model": reader.name, "data": data, "usage": usage})
+    return JSONResponse({"object": "list", "model": classifier.name, "data": data, "usage": usage})
 
 
-def _reader(body: TextsRequest, serving: Serving, request: Request) -> ClassifierWorker:
+def _classifier(body: TextsRequest, serving: Serving, request: Request) -> ClassifierWorker:
     limit = serving.config.max_texts
     if len(body.texts) > limit:
         message = f"input: {len(body.texts)} texts; send at most {limit} (serve.max_texts)"
         raise ApiError(413, message, "request_too_large", "input")
-    return serving.choose(serving.classifiers, body.model, who(request, body.user))
+    return serving.choose(serving.classifiers, body.model, requesting_user(request, body.user))
 
 
-async def _read(serving: Serving, route: str, reading: Awaitable[list[R]]) -> list[R]:
-    """The results, counted.
+async def _counted(serving: Serving, route: str, results: Awaitable[list[R]]) -> list[R]:
+    """The results, counted in the metrics.
 
-    Raises: ApiError when too many texts wait.
+    Raises: ApiError when the queue is full.
     """
     try:
-        found = await reading
+        found = await results
     except Overloaded as full:
         raise ApiError(429, str(full), "queue_full", headers={"Retry-After": "1"}) from None
     serving.metrics.texts.labels(route).inc(len(found))
-    serving.metrics.truncated.labels(route).inc(sum(one.truncated for one in found))
+    serving.metrics.truncated.labels(route).inc(sum(result.truncated for result in found))
     return found
-
-
-def _packed(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,4 +1,4 @@
-"""Every error leaves in OpenAI's shape, and bad input is a 400 that names the field and its value."""
+"""Error responses in OpenAI's format; bad input is a 400 that names the field and its value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from components.config.params import InputError
 from components.feedback.store import StoreUnavailable, UnknownCompletion
 
 SHOWN_CHARACTERS = 80
-"""Of a wrong value, this much is quoted back."""
+"""Length to which a wrong value is quoted."""
 
 logger = logging.getLogger("loopwright.errors")
 
 RETRY_SECONDS = "5"
-"""For whoever holds the database to let go of it."""
+"""Retry-After of a locked database."""
 UNRECORDED = "requests and feedback cannot be put on record now: the database is locked or gone; try again soon"
 BUG = "the server failed on this request; its log has the traceback"
 TYPES = {
@@ -39,7 +39,7 @@ TYPES = {
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
 
 
-class ErrorFacts(BaseModel):
+class ErrorDetail(BaseModel):
     message: str
     type: str
     param: str | None
@@ -47,17 +47,17 @@ class ErrorFacts(BaseModel):
 
 
 class Error(BaseModel):
-    """Every error, in OpenAI's shape."""
+    """An error in OpenAI's format."""
 
-    error: ErrorFacts
+    error: ErrorDetail
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": Error}, "5XX": {"model": Error}}
-"""As `/openapi.json` shows them with each route."""
+"""The error responses of every route in `/openapi.json`."""
 
 
 class ApiError(HTTPException):
-    """An answer other than 2xx: what to say, and OpenAI's `param` and `code`."""
+    """An error response: message, and OpenAI's `code` and `param`."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ApiError(HTTPException):
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """OpenAI's error object; what has nothing to say of itself is told by its status, as `Bad Request`."""
+    """OpenAI's error object; an empty message becomes the status phrase, such as `Bad Request`."""
     message = message.strip() or HTTPStatus(status).phrase
     kind = TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or CODES.get(status)}}
@@ -88,14 +88,11 @@ def error_response(
     return JSONResponse(error_body(status, message, code, param), status, dict(headers) if headers else None)
 
 
-def shape_errors(api: FastAPI) -> None:
-    """Make the app answer in OpenAI's shape whatever goes wrong inside it."""
+def handle_errors(api: FastAPI) -> None:
+    """Make the app respond to every exception in OpenAI's format."""
     api.add_exception_handler(HTTPException, _http_error)
-    api.add_exception_handler(RequestValidationError, _validation_error)
-    api.add_exception_handler(UnknownCompletion, _unknown_completion)
-    api.add_exception_handler(InputError, _input_error)
-    api.add_exception_handler(StoreUnavailable, _store_unavailable)
-    api.add_exception_handler(Exception, _bug)
+    for kind in (RequestValidationError, UnknownCompletion, InputError, StoreUnavailable, Exception):
+        api.add_exception_handler(kind, _error)
 
 
 def _http_error(request: Request, error: Exception) -> Response:
@@ -106,57 +103,49 @@ def _http_error(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, message, headers=error.headers)
 
 
-def _validation_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    message, code, param = describe(error.errors())
-    return error_response(400, message, code, param)
-
-
-def _unknown_completion(_request: Request, error: Exception) -> Response:
-    return error_response(404, str(error), "not_found", "completion_id")
-
-
-def _input_error(_request: Request, error: Exception) -> Response:
-    return error_response(400, str(error))
-
-
-def _store_unavailable(_request: Request, error: Exception) -> Response:
-    return store_unavailable(error)
+def _error(_request: Request, error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
+        message, code, param = describe(error.errors())
+        return error_response(400, message, code, param)
+    if isinstance(error, UnknownCompletion):
+        return error_response(404, str(error), "not_found", "completion_id")
+    if isinstance(error, StoreUnavailable):
+        return store_unavailable(error)
+    if isinstance(error, InputError):
+        return error_response(400, str(error))
+    return error_response(500, BUG)  # Starlette raises it again behind this response, for the log
 
 
 def store_unavailable(error: Exception) -> JSONResponse:
-    """What cannot be recorded is not acknowledged."""
+    """503: what cannot be recorded is not acknowledged."""
     logger.error("%s", error)
     return error_response(503, UNRECORDED, "store_unavailable", headers={"Retry-After": RETRY_SECONDS})
 
 
-def _bug(_request: Request, _error: Exception) -> Response:
-    """Starlette sends this and raises the error again, so that its traceback reaches the log."""
-    return error_response(500, BUG)
-
-
-def broken_body(error: BaseException | None) -> dict[str, Any]:
-    """The last event of a stream that broke."""
+def failed_stream_body(error: BaseException | None) -> dict[str, Any]:
+    """The last event of a stream that failed."""
     if isinstance(error, StoreUnavailable):
         return error_body(503, UNRECORDED, "store_unavailable")
     return error_body(500, BUG)
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str, str | None]:
-    """`(message, code, param)` of the first of pydantic's errors: *where: value: what is allowed*."""
+    """`(message, code, param)` of the first of pydantic's errors: *field: value: what is allowed*."""
     first = errors[0]
-    # Branches of a union carry names that begin with "~"; they are no part of what the client sent.
-    place = [part for part in first["loc"][1:] if not str(part).startswith("~")]
-    where = _path(place) or str(first["loc"][0])
-    said = first["msg"].removeprefix("Value error, ")
+    # The tags of a union's branches begin with "~"; they are not in the client's body.
+    path = [part for part in first["loc"][1:] if not str(part).startswith("~")]
+    where = _path(path) or str(first["loc"][0])
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
-        if not place:
+        if not path:
             return "body: missing; send a JSON object", "missing_required_parameter", None
         return f"{where}: missing; it is required", "missing_required_parameter", where
     code = first["type"] if first["type"] in ("unsupported_parameter", "extra_forbidden") else "invalid_value"
-    if not place and isinstance(first["input"], bytes):
+    if not path and isinstance(first["input"], bytes):
         return "body: not JSON; send it with Content-Type: application/json", "invalid_json", None
-    return f"{where}: {_shown(first['input'])}: {said}", code, where if place else None
+    value = json.dumps(first["input"], ensure_ascii=False, default=str)
+    value = value if len(value) <= SHOWN_CHARACTERS else value[: SHOWN_CHARACTERS - 3] + "..."
+    return f"{where}: {value}: {message}", code, where if path else None
 
 
 def _path(parts: Sequence[str | int]) -> str:
@@ -164,8 +153,3 @@ def _path(parts: Sequence[str | int]) -> str:
     for part in parts:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

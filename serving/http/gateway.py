@@ -1,5 +1,5 @@
-"""What every request passes before any route: address, key, pace, body limit, draining; and on the way out error shape
-and counts.
+"""ASGI middleware in front of every route: API keys, rate limit, loopback and CORS checks, body limit, draining, error
+format and request metrics.
 
 An ASGI middleware around the app under uvicorn, and around all of BentoML's service under `bentoml serve`: paths that
 match no route never reach an app that is mounted there (BentoML 1.4), and our own routes need none of its layers.
@@ -8,11 +8,15 @@ match no route never reach an app that is mounted there (BentoML 1.4), and our o
 from __future__ import annotations
 
 import ipaddress
+import logging
+import math
 import os
+import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
+from contextlib import closing
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -20,78 +24,85 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from components.feedback.keys import ApiKey
-from components.feedback.store import StoreUnavailable
-from serving.http.app import ROUTERS
+from components.config.params import InputError
+from components.feedback.keys import ApiKey, key_digest
+from components.feedback.keys import Scope as KeyScope
+from components.feedback.store import Store, StoreUnavailable, has_store
 from serving.http.errors import error_response, store_unavailable
-from serving.http.keys import Keyring, TokenBucket, wanted_scope
 from serving.models.state import Serving
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-DRAINED_BYTES = 64 * 1024 * 1024
-"""Of a body that is refused, this much is still read, so that its sender gets to read the answer."""
-VOICE_DIGITS = 16
-"""Of a key's digest, so many tell whose vote it is; the key itself is never stored."""
+REFRESH_SECONDS = 5.0
+"""Time after which a key that was created or revoked meanwhile takes effect."""
+HASHED = "sha256:"
+"""Prefix of a digest that LOOPWRIGHT_API_KEYS holds instead of a key."""
+DIGEST_CHARACTERS = 64
+DISCARDED_BYTES = 64 * 1024 * 1024
+"""Bytes read of a rejected body, so that its sender gets to read the response."""
+USER_DIGITS = 16
+"""Digits of a key's digest that identify whose feedback an item is; the key itself is never stored."""
 OTHER = "other"
-"""The route of a path that is none of ours."""
-STANDARD = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
+"""Metrics label of a path that matches no route."""
+REASONS = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
+
+logger = logging.getLogger("loopwright.keys")
 
 
-class TooLarge(Exception):
-    """The body passes the limit."""
+class BodyTooLarge(Exception):
+    """The body exceeds the limit."""
 
 
 class GatewayMiddleware:
-    """Wraps `app`, which is `api` or has it mounted; `api.state.serving` holds what it needs to know."""
+    """Wraps `app`, which is `api` or mounts it; `api.state.serving` holds the server's state."""
 
-    def __init__(self, app: App, api: FastAPI) -> None:
+    def __init__(self, app: ASGIApp, api: FastAPI) -> None:
         self.app, self.api = app, api
-        routes = [route for router in ROUTERS for route in router.routes]
-        paths = ["/openapi.json", "/docs", *(route.path for route in routes if isinstance(route, APIRoute))]
+        paths = ["/openapi.json", "/docs", *(route.path for route in api.routes if isinstance(route, APIRoute))]
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
-        self._pace = TokenBucket()
-        self._open_to: dict[tuple[str, ...], CORSMiddleware] = {}
+        self._rate_limit = TokenBucket()
+        self._cors: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         serving: Serving = self.api.state.serving
-        # Closed to the pages of other sites unless they are named: then a browser is told so.
+        # Pages of other sites are refused unless they are allowed: then the browser needs the CORS headers.
         origins = tuple(serving.config.allowed_origins)
-        if origins and origins not in self._open_to:
-            self._open_to[origins] = _open_to(self._answer, origins)
-        await self._open_to.get(origins, self._answer)(scope, receive, send)
+        if origins and origins not in self._cors:
+            self._cors[origins] = CORSMiddleware(
+                self._respond,
+                allow_origins=origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type", "Idempotency-Key"],
+                expose_headers=["Retry-After"],
+            )
+        await self._cors.get(origins, self._respond)(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = self.api.state.serving
-        shaped, route = _Shaped(scope, send), self._route(scope["path"])
+        response, route = _ResponseFormatter(scope, receive, send), self._route(scope["path"])
         started = time.perf_counter()
         try:
-            await self._pass(serving, route, scope, receive, shaped)
+            await self._forward(serving, route, scope, receive, response)
         finally:
-            serving.metrics.requests.labels(route, str(shaped.status)).inc()
+            serving.metrics.requests.labels(route, str(response.status)).inc()
             serving.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
-    async def _pass(self, serving: Serving, route: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, serving: Serving, route: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = await self._refusal(serving, scope)
         receive = body = _Body(receive)
         limit = serving.config.max_body_bytes
         if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             try:
-                receive = await _bounded(scope, body, limit)
-            except TooLarge:
+                receive = await body.buffered(scope, limit)
+            except BodyTooLarge:
                 refusal = error_response(413, f"body: larger than {limit} bytes; send less")
         if refusal is None:
-            # BentoML would hand our own routes to that app too, through layers that take a millisecond.
+            # BentoML would route to the mounted app too, through layers that take a millisecond.
             await (self.app if route == OTHER else self.api)(scope, receive, send)
             return
         await body.discard()
@@ -105,9 +116,12 @@ class GatewayMiddleware:
                 await run_in_threadpool(self._keys.refresh, serving.store)
             except StoreUnavailable as error:
                 return store_unavailable(error)
-        refusal = self._key_refusal(serving, scope) if self._keys else _stranger(scope, serving.config.allowed_origins)
+        refusal = (
+            self._key_refusal(serving, scope) if self._keys else _keyless_refusal(scope, serving.config.allowed_origins)
+        )
         if refusal is None and serving.draining:
-            return error_response(503, "the server is stopping; try another or later", "draining", headers=RETRY)
+            message = "the server is stopping; try another or later"
+            return error_response(503, message, "draining", headers={"Retry-After": "1"})
         return refusal
 
     def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
@@ -115,57 +129,45 @@ class GatewayMiddleware:
         if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        scope["voice"] = f"key:{key.digest[:VOICE_DIGITS]}"
+        scope["api_key_user"] = f"key:{key.digest[:USER_DIGITS]}"
         limit = key.requests_per_minute or serving.config.requests_per_minute
-        if seconds := self._pace.wait(key, limit):
+        if seconds := self._rate_limit.wait(key, limit):
             message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
             return error_response(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-        return _closed(key, scope)
+        method, path = scope["method"], scope["path"]
+        required: KeyScope = "predict"
+        if path.rstrip("/") == "/v1/feedback":
+            required = "feedback" if method == "POST" else "admin"
+        if key.opens(required):
+            return None
+        message = f"this key has the scopes {', '.join(sorted(key.scopes))}; {method} {path} requires {required}"
+        return error_response(403, message, "insufficient_scope")
 
     def _route(self, path: str) -> str:
-        """The label of a path: one of the known routes, so that a scanner cannot grow the metrics."""
+        """The metrics label of a path: a known route or "other", so that a scanner cannot create labels."""
         if path in self._exact:
             return path
         return next((template for start, template in self._templates.items() if path.startswith(start)), OTHER)
 
 
-RETRY = {"Retry-After": "1"}
+def _keyless_refusal(scope: Scope, origins: list[str]) -> JSONResponse | None:
+    """Without keys, only this machine may send requests: no other host, no page of another site.
 
-
-def _closed(key: ApiKey, scope: Scope) -> JSONResponse | None:
-    """A key opens what its scopes say."""
-    wanted = wanted_scope(scope["method"], scope["path"])
-    if key.opens(wanted):
-        return None
-    message = f"this key opens {', '.join(sorted(key.scopes))}; {scope['method']} {scope['path']} wants {wanted}"
-    return error_response(403, message, "insufficient_scope")
-
-
-def _stranger(scope: Scope, origins: list[str]) -> JSONResponse | None:
-    """Without keys whoever sits at this machine may ask, and nobody else: no other host, no page of another site.
-
-    A page can make a browser send requests to a loopback address, and make a name of its own mean one.
+    A page can make a browser send requests to a loopback address, and resolve a host name of its own to it.
     """
-    here = _on_loopback((scope.get("server") or ("", None))[0])
-    if here is False:
+    loopback = _is_loopback((scope.get("server") or ("", None))[0])
+    if loopback is False:
         message = "without LOOPWRIGHT_API_KEYS this endpoint answers on loopback only; set it where the server runs"
         return error_response(401, message, "no_api_keys")
     host, origin = (_header(scope, name).decode("latin-1") for name in (b"host", b"origin"))
-    named = urlsplit(f"//{host}").hostname or ""
-    if here and named != "localhost" and not _on_loopback(named):
-        message = f"Host: {host!r} is no name of this machine; without LOOPWRIGHT_API_KEYS ask http://127.0.0.1"
+    hostname = urlsplit(f"//{host}").hostname or ""
+    if loopback and hostname != "localhost" and not _is_loopback(hostname):
+        message = f"Host: {host!r} is not this machine; without LOOPWRIGHT_API_KEYS send requests to http://127.0.0.1"
         return error_response(403, message, "foreign_host")
     if origin and origin not in origins and urlsplit(origin).netloc != host:
-        message = f"Origin: {origin!r} is another site; name it in serve.allowed_origins, or set LOOPWRIGHT_API_KEYS"
+        message = f"Origin: {origin!r} is another site; add it to serve.allowed_origins, or set LOOPWRIGHT_API_KEYS"
         return error_response(403, message, "foreign_origin")
     return None
-
-
-def _open_to(app: App, origins: tuple[str, ...]) -> CORSMiddleware:
-    headers = ["Authorization", "Content-Type", "Idempotency-Key"]
-    return CORSMiddleware(
-        app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=headers, expose_headers=["Retry-After"]
-    )
 
 
 def _header(scope: Scope, name: bytes) -> bytes:
@@ -173,32 +175,32 @@ def _header(scope: Scope, name: bytes) -> bytes:
     return value
 
 
-class _Shaped:
-    """Sends a response on, in OpenAI's shape where it is an error in another one."""
+class _ResponseFormatter:
+    """Sends a response on; an error in another format is replaced by one in OpenAI's."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
-        self._scope, self._send = scope, send
-        self._replaced: JSONResponse | None = None
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._replacement: JSONResponse | None = None
         self.status = 500
-        """What was answered; 500 when the app broke off before answering."""
+        """The response's status; 500 when the app fails before it responds."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            kind = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
-            if self.status >= 400 and not kind.startswith(b"application/json"):
-                said = STANDARD.get(self.status, "the request failed")
-                text = f"{self._scope['method']} {self._scope['path']}: {said}"
-                self._replaced = error_response(self.status, text)
+            media_type = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
+            if self.status >= 400 and not media_type.startswith(b"application/json"):
+                reason = REASONS.get(self.status, "the request failed")
+                text = f"{self._scope['method']} {self._scope['path']}: {reason}"
+                self._replacement = error_response(self.status, text)
                 return
-        if self._replaced is None:
+        if self._replacement is None:
             await self._send(message)
         elif not message.get("more_body"):
-            await self._replaced(self._scope, _nothing, self._send)
+            await self._replacement(self._scope, self._receive, self._send)
 
 
 class _Body:
-    """The `receive` of a request that knows whether its body has come to its end."""
+    """A `receive` that records whether the body has ended."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -209,46 +211,122 @@ class _Body:
         self.ended = message["type"] == "http.disconnect" or not message.get("more_body", False)
         return message
 
+    async def buffered(self, scope: Scope, limit: int) -> Receive:
+        """Read the body, at most `limit` bytes, and return a `receive` that replays it.
+
+        Raises: BodyTooLarge.
+        """
+        declared = _header(scope, b"content-length") or b"0"
+        if not declared.isdigit() or int(declared) > limit:
+            raise BodyTooLarge
+        content = bytearray()
+        while not self.ended:
+            content += (await self()).get("body", b"")
+            if len(content) > limit:
+                raise BodyTooLarge
+        buffered: list[Message] = [{"type": "http.request", "body": bytes(content), "more_body": False}]
+
+        async def replay() -> Message:
+            return buffered.pop() if buffered else await self()
+
+        return replay
+
     async def discard(self) -> None:
-        """Read what is left of a refused body: closing on a sender that still writes would lose it the answer."""
-        read = 0
-        while not self.ended and read < DRAINED_BYTES:
-            read += len((await self()).get("body", b""))
-
-
-async def _nothing() -> Message:
-    return {"type": "http.disconnect"}
-
-
-async def _bounded(scope: Scope, body: _Body, limit: int) -> Receive:
-    """Read the body, at most `limit` bytes of it, and return a `receive` that gives it again.
-
-    Raises: TooLarge.
-    """
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if not declared.isdigit() or int(declared) > limit:
-        raise TooLarge
-    parts: list[bytes] = []
-    size = 0
-    while not body.ended:
-        parts.append((await body()).get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise TooLarge
-    whole: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
-
-    async def again() -> Message:
-        return whole.pop() if whole else await body()
-
-    return again
+        """Read the rest of a rejected body: a connection closed while its sender writes would lose the response."""
+        size = 0
+        while not self.ended and size < DISCARDED_BYTES:
+            size += len((await self()).get("body", b""))
 
 
 @lru_cache(maxsize=16)
-def _on_loopback(host: str) -> bool | None:
-    """Whether an address is a loopback one; None for what is no address: a name, a socket file, a test."""
+def _is_loopback(host: str) -> bool | None:
+    """Whether an address is a loopback address; None for a host name, a socket file or a test client."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return None
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
+
+
+def environment_keys(variable: str) -> list[ApiKey]:
+    """The keys of LOOPWRIGHT_API_KEYS, comma-separated, each in plain text or as `sha256:DIGEST`; all have scope admin.
+
+    Raises: InputError for an invalid digest.
+    """
+    digests = []
+    for entry in filter(None, (entry.strip() for entry in variable.split(","))):
+        digest = entry.removeprefix(HASHED).lower() if entry.startswith(HASHED) else key_digest(entry)
+        if len(digest) != DIGEST_CHARACTERS or set(digest) - set("0123456789abcdef"):
+            raise InputError(
+                f"LOOPWRIGHT_API_KEYS: {HASHED}... must be followed by {DIGEST_CHARACTERS} hexadecimal digits"
+            )
+        digests.append(digest)
+    return [ApiKey(f"environment-{digest[:12]}", digest, frozenset({"admin"})) for digest in digests]
+
+
+def has_keys(variable: str, home: Path) -> bool:
+    """Whether any key exists; the state folder's store is opened only where LOOPWRIGHT_API_KEYS has none."""
+    if environment_keys(variable):
+        return True
+    if not has_store(home):
+        return False
+    with closing(Store.of(home)) as store:
+        return bool(store.open_keys())
+
+
+class Keyring:
+    """All active keys, looked up by digest: what its timing leaks reveals nothing of a key."""
+
+    def __init__(self, variable: str) -> None:
+        self._environment = environment_keys(variable)
+        self._by_digest = {key.digest: key for key in self._environment}
+        self._refreshed: float | None = None
+        self._refreshing = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._by_digest)
+
+    @property
+    def is_fresh(self) -> bool:
+        return self._refreshed is not None and time.monotonic() - self._refreshed < REFRESH_SECONDS
+
+    def refresh(self, store: Store) -> None:
+        """Read the store's keys, unless another thread just did.
+
+        Raises: StoreUnavailable the first time: the valid keys are unknown then.
+        """
+        with self._refreshing:
+            if self.is_fresh:
+                return
+            try:
+                stored = store.open_keys()
+            except StoreUnavailable as error:
+                if self._refreshed is None:
+                    raise
+                logger.warning("keys not refreshed: %s", error)
+                return
+            self._by_digest = {key.digest: key for key in (*stored, *self._environment)}
+            self._refreshed = time.monotonic()
+
+    def find(self, authorization: bytes) -> ApiKey | None:
+        scheme, _, token = authorization.partition(b" ")
+        return self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
+
+
+class TokenBucket:
+    """Rate limit per key: a bucket that holds a minute's requests and refills continuously."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+        """By key: requests left, and the time of that count."""
+
+    def wait(self, key: ApiKey, per_minute: int) -> int:
+        """0 where the request is allowed, and counts it; else whole seconds until the next is allowed."""
+        now = self._clock()
+        left, then = self._buckets.get(key.id, (float(per_minute), now))
+        left = min(per_minute, left + (now - then) * per_minute / 60)
+        allowed = left >= 1
+        self._buckets[key.id] = (left - 1 if allowed else left, now)
+        return 0 if allowed else max(1, math.ceil((1 - left) * 60 / per_minute))

@@ -1,4 +1,4 @@
-"""The chat page: the files of `page/`, served as they are, under a policy that lets the browser load nothing else."""
+"""The chat page: the static files of `page/`, with a content security policy that allows nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Kept by the browser, asked about each time: after an upgrade no old module meets a new one.
+    # Cached, and revalidated at each load: after an upgrade no old module is used with a new one.
     "Cache-Control": "no-cache",
 }
 
@@ -39,8 +39,6 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class Asset:
-    """One file of the page."""
-
     body: bytes
     media_type: str
     etag: str
@@ -49,12 +47,11 @@ class Asset:
 @cache
 def assets() -> dict[str, Asset]:
     """Every file of the page by its name; read once."""
-    return {path.name: _asset(path) for path in FOLDER.iterdir() if path.suffix in TYPES}
-
-
-def _asset(path: Path) -> Asset:
-    body = path.read_bytes()
-    return Asset(body, TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+    bodies = {path: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
+    return {
+        path.name: Asset(body, TYPES[path.suffix], f'"{hashlib.sha256(body).hexdigest()[:32]}"')
+        for path, body in bodies.items()
+    }
 
 
 @router.get("/", response_class=HTMLResponse)
@@ -65,7 +62,7 @@ def home(request: Request) -> Response:
 
 @router.get("/page/{name}", include_in_schema=False)
 def asset(name: str, request: Request) -> Response:
-    """A script, style or picture of the page."""
+    """A script, style sheet or image of the page."""
     found = assets().get(name)
     if found is None or name == INDEX:
         raise ApiError(404, f"GET /page/{name}: no such file; the page is at /")

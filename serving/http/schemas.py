@@ -1,7 +1,7 @@
-"""What clients send: OpenAI's chat request and ours for feedback, with strict types.
+"""Request schemas: OpenAI's chat request and our feedback request, with strict types.
 
-Fields that are unknown or only advise (`store`, `metadata`, `service_tier`, ...) are ignored, as
-OpenAI-compatible servers do; a field that would change the answer and is not supported is refused.
+Unknown and advisory fields (`store`, `metadata`, `service_tier`, ...) are ignored, as OpenAI-compatible servers do; an
+unsupported field that would change the answer is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Wire(BaseModel):
 
 
 def _refused(value: Any) -> None:
-    """Absent, null, false, zero and empty ask for nothing; everything else would be ignored silently."""
+    """Null, false, zero and empty values have no effect; any other would be ignored silently."""
     if value:
         raise PydanticCustomError("unsupported_parameter", "not supported by this endpoint; leave it out")
 
@@ -51,7 +51,7 @@ class TextPart(Wire):
 
 
 class RefusalPart(Wire):
-    """Why an earlier answer was declined."""
+    """The refusal of an earlier answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -62,7 +62,7 @@ class RefusalPart(Wire):
 
 
 class OtherPart(Wire):
-    """Pictures, sound and files, which this endpoint cannot read."""
+    """Images, audio and files, which are not supported."""
 
     type: str
 
@@ -73,8 +73,12 @@ class OtherPart(Wire):
         raise PydanticCustomError("unknown_part", "unknown part; send parts of type 'text'")
 
 
+def _type_of(value: Any) -> Any:
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
 def _part_tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = _type_of(value)
     return f"~{kind}" if kind in ("text", "refusal") else "~other"
 
 
@@ -102,7 +106,7 @@ Stop = Annotated[
 
 
 def _object_or_cut(arguments: Any) -> Any:
-    """`{}` for no arguments, however a client keeps them; a call that was cut off stays as it is."""
+    """`{}` for no arguments in any spelling; a truncated call stays as it is."""
     if arguments is None or (isinstance(arguments, str) and arguments.strip() in ("", "null")):
         return "{}"
     return arguments
@@ -111,15 +115,15 @@ def _object_or_cut(arguments: Any) -> Any:
 class CalledFunction(Wire):
     name: str
     arguments: Annotated[str, BeforeValidator(_object_or_cut)]
-    """A JSON object, as text; empty and null: without any. What is no JSON was cut off, and stays text."""
+    """A JSON object as text; empty and null mean `{}`. Invalid JSON is of a truncated call, and stays text."""
 
     @model_validator(mode="after")
     def _arguments_are_an_object(self) -> CalledFunction:
         try:
-            wrong = not isinstance(pydantic_core.from_json(self.arguments), dict)
+            invalid = not isinstance(pydantic_core.from_json(self.arguments), dict)
         except ValueError as error:
-            wrong = "recursion limit" in str(error)
-        if wrong:
+            invalid = "recursion limit" in str(error)
+        if invalid:
             raise ValueError("arguments: expected a JSON object as text")
         return self
 
@@ -139,28 +143,28 @@ def _function_call(call: Any) -> Any:
 
 
 class Message(Wire):
-    """One message of any role; which fields a role needs is checked below."""
+    """A message of any role; the fields that its role requires are validated below."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     refusal: str | None = None
-    """Instead of the content of an earlier answer."""
+    """In place of an earlier answer's content."""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _read_deprecated_forms(cls, value: Any) -> Any:
-        """Deprecated `function_call` with its result of role `function`, and custom tools, as calls of functions."""
+    def _convert_deprecated_fields(cls, value: Any) -> Any:
+        """Convert deprecated `function_call`, its result of role `function`, and custom tools to function calls."""
         if not isinstance(value, dict):
             return value
         calls, name = value.get("tool_calls"), value.get("name")
         if value.get("role") == "function" and isinstance(name, str):
             value = {**value, "role": "tool", "tool_call_id": f"call_{name}"}
         if value.get("role") == "assistant" and isinstance(function := value.get("function_call"), dict) and not calls:
-            number = f"call_{function.get('name')}"
-            value = {**value, "tool_calls": [{"id": number, "type": "function", "function": function}]}
+            call_id = f"call_{function.get('name')}"
+            value = {**value, "tool_calls": [{"id": call_id, "type": "function", "function": function}]}
         if value.get("role") == "assistant" and isinstance(calls, list):
             value = {**value, "tool_calls": [_function_call(call) for call in calls]}
         return value
@@ -176,7 +180,7 @@ class Message(Wire):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """The message as the chat template reads it."""
+        """The message for the chat template."""
         content = self.content
         if isinstance(content, list):
             content = "".join(part.text for part in content if not isinstance(part, OtherPart))
@@ -192,12 +196,12 @@ class Function(Wire):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments, an object; without it the function takes none."""
+    """JSON schema of the arguments, an object; without it the function has no parameters."""
     strict: bool | None = None
-    """Refuse a schema that arguments cannot be held to, instead of holding them to it as far as possible."""
+    """Refuse an unsupported schema, instead of enforcing it as far as possible."""
 
     @model_validator(mode="after")
-    def _properties_can_be_shown(self) -> Function:
+    def _properties_are_valid(self) -> Function:
         properties = (self.parameters or {}).get("properties")
         properties = {} if properties is None else properties
         if not isinstance(properties, dict):
@@ -211,7 +215,7 @@ class Function(Wire):
 
 
 class ClientTool(Wire):
-    """A tool that the client runs itself."""
+    """A tool that the client runs."""
 
     type: Literal["function"]
     function: Function
@@ -222,19 +226,13 @@ class StreamOptions(Wire):
     """Send one more chunk with the token counts before `[DONE]`."""
 
 
-class TextFormat(Wire):
-    """Words, the default."""
+class PlainFormat(Wire):
+    """Text, the default, or any JSON object."""
 
-    type: Literal["text"]
-
-
-class ObjectFormat(Wire):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
-class SchemaOfAnswer(Wire):
+class AnswerSchema(Wire):
     model_config = ConfigDict(validate_by_name=True)
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -242,25 +240,23 @@ class SchemaOfAnswer(Wire):
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     """JSON schema of the answer; without it, any JSON object."""
     strict: bool | None = None
-    """Refuse a schema that answers cannot be held to, instead of holding them to it as far as possible."""
+    """Refuse an unsupported schema, instead of enforcing it as far as possible."""
 
 
 class SchemaFormat(Wire):
-    """JSON that fits a schema."""
+    """JSON of a schema."""
 
     type: Literal["json_schema"]
-    json_schema: SchemaOfAnswer
+    json_schema: AnswerSchema
 
 
 def _format_tag(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"~{kind}" if kind in ("text", "json_object", "json_schema") else None
+    kind = _type_of(value)
+    return "~schema" if kind == "json_schema" else "~plain" if kind in ("text", "json_object") else None
 
 
 ResponseFormat = Annotated[
-    Annotated[TextFormat, Tag("~text")]
-    | Annotated[ObjectFormat, Tag("~json_object")]
-    | Annotated[SchemaFormat, Tag("~json_schema")],
+    Annotated[PlainFormat, Tag("~plain")] | Annotated[SchemaFormat, Tag("~schema")],
     Discriminator(_format_tag, "wrong_type", "expected an object of type 'text', 'json_object' or 'json_schema'"),
 ]
 
@@ -270,20 +266,20 @@ class NamedFunction(Wire):
 
 
 class NamedTool(Wire):
-    """The one tool to call."""
+    """The tool to call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-def _word_or_tool(value: Any) -> str | None:
-    return "~word" if isinstance(value, str) else "~tool" if isinstance(value, dict | NamedTool) else None
+def _choice_tag(value: Any) -> str | None:
+    return "~mode" if isinstance(value, str) else "~tool" if isinstance(value, dict | NamedTool) else None
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("~word")] | Annotated[NamedTool, Tag("~tool")],
+    Annotated[Literal["none", "auto", "required"], Tag("~mode")] | Annotated[NamedTool, Tag("~tool")],
     Discriminator(
-        _word_or_tool, "wrong_type", "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name'}}"
+        _choice_tag, "wrong_type", "expected 'none', 'auto', 'required' or {'type': 'function', 'function': {'name'}}"
     ),
 ]
 
@@ -293,26 +289,26 @@ class ChatRequest(Wire):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     model: str | None = None
-    """An id of `GET /v1/models`, or its name without the version; without it, the served model."""
+    """An id of `GET /v1/models`, or its name without the version; by default the served model."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Generated tokens at most, tool calls included; `max_completion_tokens` wins over it."""
+    """Generated tokens at most, tool calls included; `max_completion_tokens` overrides it."""
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    """0, the default, always takes the likeliest token."""
+    """0, the default, is greedy decoding."""
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
     n: Literal[1] | None = None
     tools: Annotated[list[ClientTool], Field(max_length=MAX_TOOLS)] | None = None
-    """Tools that the client runs. Without any, the agent uses its own and answers."""
+    """Tools that the client runs. Without any, the agent calls its own."""
     tool_choice: ToolChoice | None = None
-    """auto, the default: words or calls. none: words. required: calls. Or the one tool to call."""
+    """auto, the default: text or calls. none: text. required: calls. Or the tool to call."""
     parallel_tool_calls: bool | None = None
-    """Several calls in one answer, the default."""
+    """Allow several calls in one answer, the default."""
     response_format: ResponseFormat | None = None
-    """What the words of the answer are held to."""
+    """Format of the answer's text."""
     user: str | None = None
     frequency_penalty: Unsupported = None
     presence_penalty: Unsupported = None
@@ -332,7 +328,7 @@ class ChatRequest(Wire):
 
     @field_validator("tools")
     @classmethod
-    def _tools_have_names_of_their_own(cls, tools: list[ClientTool] | None) -> list[ClientTool] | None:
+    def _tools_have_unique_names(cls, tools: list[ClientTool] | None) -> list[ClientTool] | None:
         names = [tool.function.name for tool in tools or ()]
         if len(set(names)) < len(names):
             raise ValueError("two tools have the same name; give each its own")
@@ -340,7 +336,7 @@ class ChatRequest(Wire):
 
     @field_validator("tool_choice")
     @classmethod
-    def _chooses_among_the_tools(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+    def _choice_is_a_tool(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
         names = [tool.function.name for tool in info.data.get("tools") or ()]
         if choice == "required" and not names:
             raise ValueError("needs tools; send them, or leave it out")
@@ -350,21 +346,21 @@ class ChatRequest(Wire):
 
     @property
     def options(self) -> TurnOptions:
-        """What the answer may be."""
-        one = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        calls = self.tool_choice if isinstance(self.tool_choice, str) else "required" if one else "auto"
+        """Tool choice and response format."""
+        tool = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        calls = self.tool_choice if isinstance(self.tool_choice, str) else "required" if tool else "auto"
         strict = isinstance(self.response_format, SchemaFormat) and self.response_format.json_schema.strict is True
-        return TurnOptions(calls, one, self.parallel_tool_calls is not False and one is None, self._schema(), strict)
+        return TurnOptions(calls, tool, self.parallel_tool_calls is not False and tool is None, self._schema(), strict)
 
     def _schema(self) -> dict[str, Any] | None:
         if isinstance(self.response_format, SchemaFormat):
-            given = self.response_format.json_schema.json_schema
-            return ANY_OBJECT if given is None else given
-        return ANY_OBJECT if isinstance(self.response_format, ObjectFormat) else None
+            schema = self.response_format.json_schema.json_schema
+            return ANY_OBJECT if schema is None else schema
+        return ANY_OBJECT if self.response_format and self.response_format.type == "json_object" else None
 
     @property
     def characters(self) -> int:
-        """About how much text the template makes of this; a message without words counts too."""
+        """Approximate length of the rendered prompt; a message without text counts too."""
         return sum(len(str(message.plain())) for message in self.messages) + sum(map(len, map(str, self.tools or ())))
 
     @property
@@ -384,5 +380,5 @@ class FeedbackRequest(Wire):
     completion_id: str
     rating: Literal["up", "down"]
     correction: Annotated[str, Field(min_length=1)] | None = None
-    """What the answer should have been."""
+    """The answer that it should have been."""
     comment: str | None = None

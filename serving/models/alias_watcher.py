@@ -1,38 +1,43 @@
-"""Which model answers: loads the versions that the aliases point at, and swaps when an alias moves.
+"""Alias watcher: loads the versions that a source's aliases point at, and swaps them when an alias moves.
 
-The new model is loaded, warmed and tried beside the old one, then one reference changes. A request
-keeps the engine it began with; the old engine stays until the new one has also passed its smoke
-test in service, else it takes over again, and then ends when its last request does.
+A new model is loaded, warmed up and smoke-tested beside the old one, then one reference changes. A request keeps the
+model it began with. The old model stays loaded until the new one passes its smoke test in service, else it is restored;
+then it is retired and closes with its last request.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
-from serving.engine.backend import Backend, LoadedModel
+from components.models.devices import threads_for, use_threads
+from serving.engine.backend import Backend, BackendRetired, Completion, Event, Failure, GenerationRequest
 from serving.engine.classifier_worker import ClassifierWorker
-from serving.models.smoke import smoke_fault
 from serving.models.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
-"""A load in progress is not waited for longer; it dies with the process."""
-SURE_SECONDS = 30.0
-"""After so long the source is looked at, although nothing of it seems to have changed."""
+"""Longest wait for a load in progress when the server stops; its thread is a daemon."""
+FULL_CHECK_SECONDS = 30.0
+"""Interval at which the source is resolved again even if its version token has not changed."""
+QUESTION = "Hello"
+"""Smoke question of a version that has none of its own."""
+SMOKE_SECONDS = 60.0
+"""Longest wait for a smoke test's answer and the slot it needs."""
 Role = Literal["champion", "challenger", "former"]
 
 logger = logging.getLogger("loopwright.follow")
 
 
 M = TypeVar("M", bound=ClassifierWorker | Backend)
-"""What answers: an engine that chats, a reader that classifies."""
+"""A loaded model."""
 
 
 class ModelRejected(InputError):
@@ -41,15 +46,15 @@ class ModelRejected(InputError):
 
 @dataclass(frozen=True)
 class ServingModels(Generic[M]):
-    """Who answers now; replaced as a whole, so that each request sees one state."""
+    """The models that answer; replaced as a whole, so that each request sees one consistent pair."""
 
     champion: M | None = None
-    """None while the first one loads."""
+    """None until the first load is complete."""
     challenger: M | None = None
 
 
 class AliasWatcher(Generic[M]):
-    """Keeps the lineup at what `source` names for `spec`, looking again every `seconds` (None: loads once)."""
+    """Keeps `serving_models` at the versions that `source` names for `spec`, polling every `seconds` (None: once)."""
 
     def __init__(
         self,
@@ -65,33 +70,33 @@ class AliasWatcher(Generic[M]):
         self._source, self._load, self._seconds, self._share = source, load, seconds, share
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch_source, name="follow", daemon=True)
-        self._refused: set[str] = set()
-        """Versions that are not tried again."""
-        self._unchallenged = False
-        """Whether the challenger could not be had, for a reason that may pass."""
+        self._rejected: set[str] = set()
+        """Versions that are not loaded again."""
+        self._retry_challenger = False
+        """The challenger failed for a reason that may pass."""
         self._unreported: dict[str, tuple[Version, str]] = {}
-        """Versions that failed, of which the registry could not be told yet, and why they did."""
+        """Failed versions that the registry does not know of yet, with the reason."""
         self._retiring: list[M] = []
-        self._seen: object = None
-        """The source's stamp before the last look; None where that left something to do."""
-        self._due = 0.0
-        """By `time.monotonic()`, when to look again whatever the stamp is."""
+        self._etag: object = None
+        """The source's version token at the last update; None where that has to be repeated."""
+        self._next_check = 0.0
+        """By `time.monotonic()`: time of the next update whatever the version token."""
         self.serving_models: ServingModels[M] = ServingModels()
         self.first = threading.Event()
-        """Set when the first load is over, well or not."""
+        """Set after the first load, successful or not."""
         self.error: Exception | None = None
-        """Why there is no engine, when the first load failed."""
+        """Error of the first load."""
         self.served: set[str] = set()
-        """Every `NAME/VERSION` that answered since this process started."""
+        """Every `NAME/VERSION` that has answered since this process started."""
 
     @property
     def engine(self) -> M | None:
-        """The champion; None while the first one loads."""
+        """The champion; None until the first load is complete."""
         return self.serving_models.champion
 
     @property
     def engines(self) -> list[M]:
-        """All that may still be answering."""
+        """All models that may still be answering."""
         models = self.serving_models
         return [engine for engine in (models.champion, models.challenger, *self._retiring) if engine is not None]
 
@@ -107,30 +112,29 @@ class AliasWatcher(Generic[M]):
             engine.close()
 
     def answers_to(self, model: str | None) -> bool:
-        """Whether a request for `model` is for us: the name, the alias we follow, or a version that we served.
+        """Whether `model` is this watcher's: its name, its spec, or a version that it has served.
 
-        A version stays known after a swap, so that a client which pinned what `/v1/models` listed
-        is answered by its successor (named in the answer) instead of being dropped.
+        A version remains valid after a swap, so that a client which pinned an id of `/v1/models` is answered by its
+        successor (named in the answer) instead of refused.
         """
         challenged = self.serving_models.challenger is not None and model == f"{self.name}@challenger"
         return challenged or model in (None, self.name, self.spec) or model in self.served
 
-    def choose(self, model: str | None, who: str) -> M | None:
-        """The engine that answers `who` on a request for `model`; None where `answers_to` is false, or all load.
+    def choose(self, model: str | None, user: str) -> M | None:
+        """The model that answers a user's request for `model`; None where `answers_to` is false, or none is loaded.
 
-        The challenger gets its share of those who leave the choice to us, and always the same people
-        while it is the same challenger.
+        The challenger gets its share of the users whose requests name no version: the same users for as long as the
+        challenger stays the same.
         """
         models = self.serving_models
         if models.challenger is not None:
             if model in (models.challenger.name, f"{self.name}@challenger"):
                 return models.challenger
-            if model in (None, self.name) and _portion(models.challenger.name, who) < self._share:
+            if model in (None, self.name) and _bucket(models.challenger.name, user) < self._share:
                 return models.challenger
         return models.champion if self.answers_to(model) else None
 
     def role(self, model: str) -> Role:
-        """What `NAME/VERSION` is now."""
         models = self.serving_models
         if models.challenger is not None and model == models.challenger.name:
             return "challenger"
@@ -138,101 +142,99 @@ class AliasWatcher(Generic[M]):
 
     def _watch_source(self) -> None:
         while not self._stop.is_set():
-            stamp = self._source.stamp()
-            if stamp is None or stamp != self._seen or time.monotonic() >= self._due:
-                self._due = time.monotonic() + SURE_SECONDS
-                self._seen = stamp if self._looked() else None
-            self._let_go()
+            etag = self._source.etag()
+            if etag is None or etag != self._etag or time.monotonic() >= self._next_check:
+                self._next_check = time.monotonic() + FULL_CHECK_SECONDS
+                self._etag = etag if self._try_update() else None
+            self._drop_retired()
             self.first.set()
             if self._seconds is None or self._stop.wait(self._seconds):
                 return
 
-    def _looked(self) -> bool:
-        """Look; false where another look at the same source could find more."""
+    def _try_update(self) -> bool:
+        """Update; false where the same state of the source has to be tried again."""
+        done = True
         try:
-            self.look()
-        except InputError as error:
-            self._failed(error)
+            self.update()
         except Exception as error:
-            # The registry may be away for a while; what is loaded goes on answering.
-            logger.exception("looking for a new model failed")
-            self._failed(error)
-            return False
-        return not self._unreported and not self._unchallenged
+            # The registry may be unavailable for a while; loaded models go on answering.
+            done = isinstance(error, InputError)
+            if not done:
+                logger.exception("looking for a new model failed")
+            if self.engine is None:
+                self.error = error
+            elif done:
+                logger.warning("%s stays: %s", self.engine.name, error)
+        return done and not self._unreported and not self._retry_challenger
 
-    def _let_go(self) -> None:
-        """Forget who retired and has answered its last request."""
+    def _drop_retired(self) -> None:
+        """Drop retired models that have completed their last request."""
         self._retiring = [engine for engine in self._retiring if engine.running or engine.waiting]
 
-    def _failed(self, error: Exception) -> None:
-        if self.engine is None:
-            self.error = error
-        elif isinstance(error, InputError):
-            logger.warning("%s stays: %s", self.engine.name, error)
+    def update(self) -> None:
+        """Load and switch to the versions that the source names now, where they differ.
 
-    def look(self) -> None:
-        """Load and switch to the versions that are named now, where they are others.
-
-        Raises: InputError when the champion cannot be had, Unfit when it is no good; what answered goes on.
+        Raises: InputError when the champion cannot be loaded, ModelRejected when it fails its smoke test; the current
+        models then go on answering.
         """
-        self._let_go()
-        champion, challenger = self._source.named(self.spec)
+        self._drop_retired()
+        champion, challenger = self._source.resolve(self.spec)
         challenger = challenger if self._share and challenger != champion else None
         try:
             self._swap_champion(champion, challenger)
         finally:
             if self.engine is not None:
-                self.first.set()  # whoever waits for a champion need not wait for its challenger
+                self.first.set()  # the champion answers while its challenger loads
                 self._report_failures()
                 self._swap_challenger(challenger)
                 self._report_failures()
 
     def _swap_champion(self, name: str, challenger: str | None) -> None:
-        """Make `name` the champion, and go back at once when it fails where people ask it."""
+        """Make `name` the champion, and restore the previous one when it fails in service."""
         before = self.serving_models
-        if name in self._refused or (before.champion is not None and before.champion.name == name):
+        if name in self._rejected or (before.champion is not None and before.champion.name == name):
             return
         version = self._version(name)
-        beside = before.challenger is not None and before.challenger.name == name
-        engine = before.challenger if before.challenger is not None and beside else self._loaded(version)
+        loaded = before.challenger if before.challenger is not None and before.challenger.name == name else None
+        engine = loaded or self._load_version(version)
         fault = smoke_fault(engine, version.tags)
         if before.champion is None:
             if fault:
-                logger.error("%s answers for want of another, though it failed its smoke test: %s", name, fault)
+                logger.error("%s is served as the only model although its smoke test failed: %s", name, fault)
             self._swap(ServingModels(engine))
             return
         if not fault:
-            # The old champion stays loaded where it is the next challenger.
+            # The old champion stays loaded where it becomes the challenger.
             other = before.champion if before.champion.name == challenger else None
-            self._swap(ServingModels(engine, other or (None if beside else before.challenger)), keep=before.champion)
+            self._swap(ServingModels(engine, other or (None if loaded else before.challenger)), keep=before.champion)
             fault = smoke_fault(engine, version.tags)
         if fault:
-            self._swap(replace(before, challenger=None if beside else before.challenger))
-            self._end(engine)
+            self._swap(replace(before, challenger=None if loaded else before.challenger))
+            self._retire(engine)
             raise self._reject(version, fault)
-        self._end(before.champion)
+        self._retire(before.champion)
 
     def _swap_challenger(self, name: str | None) -> None:
-        """Let `name` answer beside the champion; whatever goes wrong with it is no business of the champion's."""
+        """Serve `name` beside the champion; its errors do not affect the champion."""
         models = self.serving_models
         old = models.challenger
-        self._unchallenged = False
+        self._retry_challenger = False
         if old is not None and old.name == name:
             return
         engine = None
         try:
-            if name is not None and name not in self._refused:
+            if name is not None and name not in self._rejected:
                 version = self._version(name)
-                engine = self._loaded(version)
+                engine = self._load_version(version)
                 if fault := smoke_fault(engine, version.tags):
-                    self._end(engine)
+                    self._retire(engine)
                     engine = None
                     raise self._reject(version, fault)
         except InputError as error:
             logger.warning("no challenger: %s", error)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
-            self._unchallenged = True
+            self._retry_challenger = True
         if engine is not old:
             self._swap(replace(models, challenger=engine))
 
@@ -240,59 +242,59 @@ class AliasWatcher(Generic[M]):
         try:
             return self._source.version(name)
         except InputError:
-            self._refused.add(name)
+            self._rejected.add(name)
             raise
 
-    def _loaded(self, version: Version) -> M:
+    def _load_version(self, version: Version) -> M:
         """Raises: InputError."""
         try:
             return self._load(version.folder, str(version))
         except Exception as error:
-            # A folder that cannot be read would be no better at the next look.
-            self._refused.add(str(version))
+            # An unreadable folder stays unreadable.
+            self._rejected.add(str(version))
             if isinstance(error, InputError):
                 raise
             logger.exception("%s cannot be loaded", version)
             raise ModelRejected(f"{version}: cannot be loaded: {error}") from error
 
     def _reject(self, version: Version, fault: str) -> ModelRejected:
-        self._refused.add(str(version))
+        self._rejected.add(str(version))
         self._unreported[str(version)] = (version, fault)
         return ModelRejected(f"{version}: failed its smoke test: {fault}")
 
     def _report_failures(self) -> None:
-        """Tell the registry of what failed; again at the next look when it is away."""
+        """Mark failed versions in the registry; retried at the next update when it is unavailable."""
         for name, (version, fault) in list(self._unreported.items()):
             try:
                 self._source.mark_failed(version, fault)
             except Exception:
-                logger.exception("the registry could not be told that %s failed", name)
+                logger.exception("the registry could not mark %s as failed", name)
             else:
                 del self._unreported[name]
 
     def _swap(self, models: ServingModels[M], keep: M | None = None) -> None:
-        """Change who answers; who no longer does is retired, but for `keep`."""
+        """Replace the serving models, and retire those that no longer answer, except `keep`."""
         before, self.serving_models = self.serving_models, models
-        now = (models.champion, models.challenger)
-        self.served.update(engine.name for engine in now if engine is not None)
+        current = (models.champion, models.challenger)
+        names = [engine.name for engine in current if engine is not None]
+        self.served.update(names)
         self.error = None
-        names = [engine.name for engine in now if engine is not None]
         logger.info("%s: %s", " and ".join(names), "answers" if len(names) == 1 else "answer")
         for engine in (before.champion, before.challenger):
-            if engine is not None and engine is not keep and engine not in now:
-                self._end(engine)
+            if engine is not None and engine is not keep and engine not in current:
+                self._retire(engine)
 
-    def _end(self, engine: M) -> None:
-        """Retire an engine that no longer answers."""
+    def _retire(self, engine: M) -> None:
+        """Retire a model unless it is serving."""
         models = self.serving_models
         if engine not in (models.champion, models.challenger):
             self._retiring.append(engine)
             engine.retire()
 
 
-def _portion(challenger: str, who: str) -> float:
-    """Where in [0, 1) someone falls; another challenger shuffles everyone anew."""
-    digest = hashlib.sha256(f"{challenger}\0{who}".encode()).digest()
+def _bucket(challenger: str, user: str) -> float:
+    """A user's position in [0, 1), shuffled anew for each challenger."""
+    digest = hashlib.sha256(f"{challenger}\0{user}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
@@ -300,22 +302,59 @@ def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
     """The models of `GET /v1/models`."""
     models = watcher.serving_models
     return [
-        _described(engine, role)
+        {
+            "id": engine.name,
+            "object": "model",
+            "created": engine.loaded,
+            "owned_by": "loopwright",
+            "name": engine.name.partition("/")[0],
+            "version": engine.name.partition("/")[2],
+            "role": role,
+            "task": engine.task,
+            "context_length": engine.context_len,
+        }
         for role, engine in (("champion", models.champion), ("challenger", models.challenger))
         if engine is not None
     ]
 
 
-def _described(engine: LoadedModel, role: str) -> dict[str, Any]:
-    name, _, version = engine.name.partition("/")
-    return {
-        "id": engine.name,
-        "object": "model",
-        "created": engine.loaded,
-        "owned_by": "loopwright",
-        "name": name,
-        "version": version,
-        "role": role,
-        "task": engine.task,
-        "context_length": engine.context_len,
-    }
+def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> str:
+    """Why the answer to a version's `smoke_question` is not its `smoke_answer`; "" when it is."""
+    question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
+    try:
+        if isinstance(loaded, ClassifierWorker):
+            use_threads(threads_for(loaded.texts.model.num_parameters))
+            answer: str | None = loaded.texts.classify([question])[0].label
+        else:
+            answer = _chat_answer(loaded, question)
+    except BackendRetired:  # the server is stopping
+        raise
+    except Exception as error:
+        logger.exception("%s failed its smoke test", loaded.name)
+        return f"{question!r}: {type(error).__name__}: {error}"
+    if answer is None:
+        return f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s"
+    if expected is None:
+        return "" if answer.strip() else f"{question!r}: an empty answer"
+    if answer.strip() != expected.strip():
+        return f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}"
+    return ""
+
+
+def _chat_answer(backend: Backend, question: str) -> str | None:
+    """The answer; None when it takes too long."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    deadline = time.monotonic() + SMOKE_SECONDS
+    request = GenerationRequest([{"role": "user", "content": question}])
+    # First in the queue: a long queue is not the model's fault.
+    task = backend.submit(request, events.put, first=True)
+    while True:
+        try:
+            event = events.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            task.cancel()
+            return None
+        if isinstance(event, Failure):
+            raise event.error
+        if isinstance(event, Completion):
+            return event.content

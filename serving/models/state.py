@@ -1,20 +1,33 @@
-"""What the routes share while the server runs: the models that answer, one follower for each task, and the record."""
+"""State shared by the routes: the served models (one alias watcher per task), the store, metrics and configuration.
+
+Also how a route reaches it: the route classes that parse a strict JSON body and pass the state on, and draining on
+signals.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, get_type_hints
 
-from fastapi import Depends, Request
+import pydantic_core
+from fastapi import Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.types import Receive, Scope, Send
 
 from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
-from components.feedback.lineage import FactsOf, registry_facts
+from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store
 from components.runtime.model_tasks import Task, task_of
 from components.tracking.registry import Registry
@@ -30,27 +43,30 @@ from serving.models.alias_watcher import AliasWatcher, M, describe
 from serving.models.versions import TASKS, Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
 
+NOTICE_SECONDS = 1.0
+"""Time between answering "not ready" and stopping, for load balancers to notice."""
+DRAIN_SECONDS = 60.0
+"""Longest wait for running requests."""
+
 
 @dataclass
 class Serving:
-    """What the routes share while the server runs."""
+    """State shared by the routes while the server runs."""
 
     models: AliasWatcher[Backend]
-    """Who answers chats."""
+    """Chat models."""
     classifiers: AliasWatcher[ClassifierWorker]
-    """Who classifies texts and says where they lie."""
     summarizers: AliasWatcher[Backend]
-    """Who summarizes: a chat of one message, for whoever names it."""
+    """Answer a chat of one message, where the request names them."""
     store: Store
     config: ServeConfig
     metrics: Metrics
-    facts_of: FactsOf
+    version_metadata: VersionMetadata
     mcp: McpServers
-    """Whose tools the agent may call."""
     traces: Traces | None = None
-    """None: steps are not traced."""
+    """None: answers are not traced."""
     draining: bool = False
-    """True once the server was asked to stop: what runs is finished, nothing new is taken."""
+    """The server is stopping: running requests are finished, new ones refused."""
 
     @property
     def watchers(self) -> tuple[AliasWatcher[Any], ...]:
@@ -58,35 +74,35 @@ class Serving:
 
     @property
     def ready(self) -> bool:
-        """Whether all that can be loaded is."""
-        return self.served != [] and all(one.first.is_set() for one in self.watchers) and not self.draining
+        """Whether every model that can be loaded is."""
+        return self.served != [] and all(watcher.first.is_set() for watcher in self.watchers) and not self.draining
 
     @property
     def served(self) -> list[str]:
         """`NAME/VERSION` of each champion that answers."""
-        return [one.engine.name for one in self.watchers if one.engine is not None]
+        return [watcher.engine.name for watcher in self.watchers if watcher.engine is not None]
 
     @property
     def busy(self) -> bool:
-        engines = [engine for one in self.watchers for engine in one.engines]
+        engines = [engine for watcher in self.watchers for engine in watcher.engines]
         return any(engine.running or engine.waiting for engine in engines)
 
     def wait(self) -> None:
-        """Until the first models are loaded.
+        """Block until the first models are loaded.
 
-        Raises: InputError, or whatever else went wrong, when none could be.
+        Raises: InputError, or the error of a load, when no model could be loaded.
         """
-        for one in self.watchers:
-            one.first.wait()
+        for watcher in self.watchers:
+            watcher.first.wait()
         if not self.served:
-            raise next(one.error for one in self.watchers if one.error is not None and one.spec)
+            raise next(watcher.error for watcher in self.watchers if watcher.error is not None and watcher.spec)
 
-    def choose(self, watcher: AliasWatcher[M], model: str | None, who: str) -> M:
-        """The model that answers `who` on a request for `model`.
+    def choose(self, watcher: AliasWatcher[M], model: str | None, user: str) -> M:
+        """The model that answers a user's request for `model`.
 
-        Raises: ApiError saying what is missing.
+        Raises: ApiError when there is none.
         """
-        chosen = watcher.choose(model, who)
+        chosen = watcher.choose(model, user)
         if chosen is not None:
             return chosen
         if watcher.engine is not None:
@@ -96,12 +112,12 @@ class Serving:
         raise ApiError(503, "the model is still loading; try again soon", "loading", headers={"Retry-After": "2"})
 
     def chat_watcher(self, model: str | None) -> AliasWatcher[Backend]:
-        """Whose model a chat is for: the summarizer's where it is named, or where nobody else chats."""
+        """The watcher of a chat request: the summarizer's where it is named, or where no chat model is served."""
         named = model is not None and self.summarizers.answers_to(model)
         return self.summarizers if self.summarizers.spec and (named or not self.models.spec) else self.models
 
     def unknown(self, model: str | None) -> ApiError:
-        served = ", ".join(row["id"] for one in self.watchers for row in describe(one)) or "none yet"
+        served = ", ".join(row["id"] for watcher in self.watchers for row in describe(watcher)) or "none yet"
         return ApiError(404, f"model: {model!r} is not served here; served: {served}", "model_not_found", "model")
 
     @classmethod
@@ -110,28 +126,29 @@ class Serving:
     ) -> Serving:
         """Open the store and start loading: the `bundled` model, else what `model` names in the registry.
 
-        `model` is one `NAME@ALIAS` or `NAME/VERSION`, or several between commas, one for each task. `share` of the
-        requests go to the challengers, where there are any.
+        `model` is `NAME@ALIAS` or `NAME/VERSION`, or a comma-separated list, one per task. `share` of the requests go
+        to challengers, where there are any.
 
-        Raises: InputError when the database cannot be opened, two models do the same, or MCP servers are named and
-        the extra is missing.
+        Raises: InputError when the database cannot be opened, two models have the same task, or MCP servers are
+        configured without the extra.
         """
         mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
-        own = ModelTools(Registry(home), config.model_tools, config.follow_seconds)
+        registered = ModelTools(Registry(home), config.model_tools, config.follow_seconds)
+        sources = [registered.tools] if config.model_tools else []
+        sources += [mcp.tools] if config.mcp_servers else []
         source: Source = bundled or Registered(Registry(home))
         specs = _by_task([str(bundled)] if bundled else model.split(","), source)
+        metrics = Metrics()
 
-        def follow(task: Task, load: Callable[[Path, str], Any]) -> AliasWatcher[Any]:
+        def watch(task: Task, load: Callable[[Path, str], Any]) -> AliasWatcher[Any]:
             spec = specs.get(task)
             if spec is None:
                 return AliasWatcher("", NoModel(task, list(specs.values())), load, None)
             seconds = config.follow_seconds if "@" in spec and bundled is None else None
             return AliasWatcher(spec, source, load, seconds, share)
 
-        metrics = Metrics()
-
         def external_tools() -> list[Tool]:
-            return [*own.tools(), *mcp.tools()]
+            return [tool for tools in sources for tool in tools()]
 
         load: Callable[[Path, str], Backend] = (
             partial(RemoteServer.load, config=config, external_tools=external_tools)
@@ -141,23 +158,23 @@ class Serving:
             )
         )
         serving = cls(
-            models=follow("chat", load),
-            classifiers=follow("classify", partial(ClassifierWorker.load, metrics=metrics)),
-            summarizers=follow("summarize", partial(SummarizerWorker.load, config=config)),
+            models=watch("chat", load),
+            classifiers=watch("classify", partial(ClassifierWorker.load, metrics=metrics)),
+            summarizers=watch("summarize", partial(SummarizerWorker.load, config=config)),
             store=Store.of(home),
             config=config,
             metrics=metrics,
-            facts_of={str(bundled): bundled.facts}.get if bundled else registry_facts(home),
+            version_metadata={str(bundled): bundled.metadata}.get if bundled else registry_metadata(home),
             mcp=mcp,
             traces=Traces(home, config.trace_share) if config.traces == "mlflow" else None,
         )
-        for one in serving.watchers:
-            one.start()
+        for watcher in serving.watchers:
+            watcher.start()
         return serving
 
     def close(self) -> None:
-        for one in self.watchers:
-            one.close()
+        for watcher in self.watchers:
+            watcher.close()
         self.mcp.close()
         if self.traces is not None:
             self.traces.close()
@@ -165,22 +182,22 @@ class Serving:
 
 
 def _by_task(specs: list[str], source: Source) -> dict[Task, str]:
-    found: dict[Task, str] = {}
+    by_task: dict[Task, str] = {}
     for spec in specs:
         task = _task(spec, source)
-        if task in found:
-            raise InputError(f"--model: {found[task]} and {spec} both {task}; serve one of them")
-        found[task] = spec
-    return found
+        if task in by_task:
+            raise InputError(f"--model: {by_task[task]} and {spec} both {task}; serve one of them")
+        by_task[task] = spec
+    return by_task
 
 
 def _task(spec: str, source: Source) -> Task:
-    """What the model of a spec does; one that cannot be had is reported by its follower."""
+    """The task of a spec's model; a missing model is reported by its watcher."""
     name = spec.partition("@")[0].partition("/")[0]
     if name in TASKS:
         return TASKS[name]
     try:
-        return task_of(source.version(source.named(spec)[0]).folder)
+        return task_of(source.version(source.resolve(spec)[0]).folder)
     except InputError:
         return "chat"
 
@@ -193,6 +210,92 @@ async def _serving(request: Request) -> Serving:
 Running = Annotated[Serving, Depends(_serving)]
 
 
-def who(request: Request, user: str | None) -> str:
-    """Whom a challenger is kept for: the `user` of the request, else its API key, else the client's address."""
-    return user or str(request.scope.get("voice") or (request.client.host if request.client else ""))
+def requesting_user(request: Request, user: str | None) -> str:
+    """Key of a request's user for challenger shares: its `user`, else its API key, else the client's address."""
+    return user or str(request.scope.get("api_key_user") or (request.client.host if request.client else ""))
+
+
+class StrictRequest(Request):
+    """Parses bodies as strict JSON: UTF-8, bounded depth, no NaN, no lone surrogates."""
+
+    async def json(self) -> Any:
+        try:
+            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"body: not valid JSON: {error}", "invalid_json") from None
+
+
+class StrictRoute(APIRoute):
+    """A route whose handler gets a `StrictRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class DirectRoute(APIRoute):
+    """A route of one JSON body that is passed to its function without FastAPI's dependency resolution.
+
+    That takes longer than the rest of the request's overhead. The function takes `body`, `serving` and `request`;
+    FastAPI still reads its signature for `/openapi.json`.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self._model: type[BaseModel] = get_type_hints(endpoint)["body"]
+        self.app = self._respond
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = StrictRequest(scope, receive, send)
+        body = await self._parse(request)
+        response: Response = await self.endpoint(body=body, serving=scope["app"].state.serving, request=request)
+        await response(scope, receive, send)
+
+    async def _parse(self, request: StrictRequest) -> BaseModel:
+        """Raises: ApiError, RequestValidationError."""
+        content: Any = await request.body()
+        if not content:
+            raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type.startswith("application/") and media_type.endswith(("/json", "+json")):
+            content = await request.json()
+        try:
+            return self._model.model_validate(content, from_attributes=True)
+        except ValidationError as error:
+            errors = error.errors(include_url=False, include_context=False)
+            raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
+
+
+def drain_on_signals(serving: Serving) -> None:
+    """Drain before the server's own handling of SIGTERM and SIGINT; a second signal stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may set signal handlers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        _drain_before(serving, number)
+
+
+def _drain_before(serving: Serving, number: signal.Signals) -> None:
+    stop = signal.getsignal(number)
+    if not callable(stop):
+        return
+
+    def drain(received: int, frame: FrameType | None) -> None:
+        if serving.draining:
+            stop(received, frame)
+            return
+        serving.draining = True
+        notice = NOTICE_SECONDS if received == signal.SIGTERM else 0.0
+        threading.Thread(target=wait_then_stop, args=(notice,), name="drain", daemon=True).start()
+
+    def wait_then_stop(notice: float) -> None:
+        deadline = time.monotonic() + DRAIN_SECONDS
+        time.sleep(notice)
+        while serving.busy and time.monotonic() < deadline:
+            time.sleep(0.02)
+        stop(number, None)
+
+    signal.signal(number, drain)

@@ -1,4 +1,4 @@
-"""Where model versions come from: the registry, whose aliases move, or the Bento, which carries one."""
+"""Sources of model versions: the registry, whose aliases move, or a Bento, which carries one version."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from components.runtime.model_tasks import Task
 from components.tracking.registry import Registry
 
 TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify", "summarizer": "summarize"}
-"""What the models that a run makes do; another name's folder is asked."""
+"""Tasks of the models that the pipeline registers; any other model's task is read from its folder."""
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
-"""Served where nothing is asked for: the champion of each, where there is one."""
+"""Models served by default: the champion of each task, where there is one."""
 
 
 class Version(Protocol):
@@ -28,56 +28,56 @@ class Version(Protocol):
 
 
 class Source(Protocol):
-    """What a follower looks at."""
+    """What an alias watcher polls."""
 
-    def named(self, spec: str) -> tuple[str, str | None]:
-        """`NAME/VERSION` of the model that `spec` names now, and of the challenger beside it; one cheap call."""
+    def resolve(self, spec: str) -> tuple[str, str | None]:
+        """`NAME/VERSION` of the model that `spec` names now, and of its challenger; one cheap call."""
 
-    def stamp(self) -> object:
-        """Another one after each change, at no cost; None where only a look can tell."""
+    def etag(self) -> object:
+        """Version token of the source, without a request: differs after each change; None where the source has none."""
 
     def version(self, name: str) -> Version:
         """The version `NAME/VERSION`."""
 
     def mark_failed(self, version: Version, reason: str) -> None:
-        """Note that a version failed; where it was just promoted, take that back."""
+        """Mark a version as failed, and undo its promotion."""
 
 
 @dataclass(frozen=True)
 class Bundled:
-    """The model version that came with the Bento; a source that never changes."""
+    """The model version inside a Bento; a source that never changes."""
 
     folder: Path
-    facts: Mapping[str, Any]
-    """What the registry knew of it when the Bento was built: name, version, run_id, tags, metrics."""
+    metadata: Mapping[str, Any]
+    """From the registry, when the Bento was built: name, version, run_id, tags, metrics."""
 
     def __str__(self) -> str:
-        return f"{self.facts['name']}/{self.facts['version']}"
+        return f"{self.metadata['name']}/{self.metadata['version']}"
 
     @property
     def tags(self) -> Mapping[str, str]:
-        return self.facts.get("tags") or {}
+        return self.metadata.get("tags") or {}
 
-    def named(self, _spec: str) -> tuple[str, str | None]:
+    def resolve(self, _spec: str) -> tuple[str, str | None]:
         return str(self), None
 
-    def stamp(self) -> object:
+    def etag(self) -> object:
         return str(self)
 
     def version(self, _name: str) -> Version:
         return self
 
     def mark_failed(self, version: Version, reason: str) -> None:
-        """A Bento is what it is."""
+        """A Bento has no other version to return to."""
 
 
 class Registered:
-    """The versions of the registry."""
+    """Versions of the registry."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    def named(self, spec: str) -> tuple[str, str | None]:
+    def resolve(self, spec: str) -> tuple[str, str | None]:
         name, _, alias = spec.partition("@")
         aliases = self._registry.aliases(name) if alias else {}
         if alias not in aliases:
@@ -85,7 +85,7 @@ class Registered:
         challenger = aliases.get("challenger")
         return f"{name}/{aliases[alias]}", f"{name}/{challenger}" if challenger else None
 
-    def stamp(self) -> object:
+    def etag(self) -> object:
         return self._registry.stamp()
 
     def version(self, name: str) -> Version:
@@ -97,20 +97,20 @@ class Registered:
 
 @dataclass(frozen=True)
 class NoModel:
-    """The source of a task that this server leaves to others."""
+    """The source of a task that is not served."""
 
     task: str
-    others: list[str]
-    """The models that are served."""
+    served: list[str]
+    """The models of other tasks."""
 
-    def named(self, _spec: str) -> tuple[str, str | None]:
-        raise InputError(f"no model that can {self.task} is served here; served: {', '.join(self.others)}")
+    def resolve(self, _spec: str) -> tuple[str, str | None]:
+        raise InputError(f"no model that can {self.task} is served here; served: {', '.join(self.served)}")
 
-    def stamp(self) -> object:
+    def etag(self) -> object:
         return self.task
 
     def version(self, name: str) -> Version:
         raise InputError(f"{name}: not served here")
 
     def mark_failed(self, version: Version, reason: str) -> None:
-        """Nothing fails where nothing is."""
+        """Never called: there is no version."""

@@ -1,4 +1,4 @@
-"""The endpoint's log: one JSON object a line, with the completion it is about, and no secret in it."""
+"""The endpoint's log: JSON Lines with the completion id, and secrets masked."""
 
 from __future__ import annotations
 
@@ -12,45 +12,43 @@ from pathlib import Path
 from typing import Any
 
 LOG_BYTES = 20_000_000
-FACTS = "facts"
-"""Name of the `extra` of a record whose entries become fields of the line, such as `completion_id`."""
+FIELDS = "fields"
+"""Key in a log call's `extra` whose entries become fields of the line, such as `completion_id`."""
 _SECRET = re.compile(r"(?i)(?<=bearer )[^\s\"',]+|\blw-[A-Za-z0-9_-]{20,}")
-"""What is sent to prove who one is, and keys of our own making."""
-_HIDDEN = "[hidden]"
-_SHORTEST = 4
-"""Shorter keys would be found in every other word."""
+"""Bearer tokens, and API keys created here."""
+_MASK = "[hidden]"
+_MIN_KEY_CHARACTERS = 4
+"""Shorter keys would mask ordinary words."""
 
 
 class JsonLines(logging.Formatter):
-    """`{"time", "level", "logger", "message", ...facts, "exception"?}`; keys of the environment are hidden."""
+    """`{"time", "level", "logger", "message", ...fields, "exception"?}`; keys of the environment are masked."""
 
     def __init__(self, keys: str = "") -> None:
         super().__init__()
-        known = sorted({key.strip() for key in keys.split(",")}, key=len, reverse=True)
-        self._keys = [key for key in known if len(key) >= _SHORTEST]
+        stripped = sorted({key.strip() for key in keys.split(",")}, key=len, reverse=True)
+        self._keys = [key for key in stripped if len(key) >= _MIN_KEY_CHARACTERS]
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, FACTS, {}),
+            **getattr(record, FIELDS, {}),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return self._hide(json.dumps(line, ensure_ascii=False, default=str))
-
-    def _hide(self, line: str) -> str:
+            fields["exception"] = self.formatException(record.exc_info)
+        line = json.dumps(fields, ensure_ascii=False, default=str)
         for key in self._keys:
-            line = line.replace(key, _HIDDEN)
-        return _SECRET.sub(_HIDDEN, line)
+            line = line.replace(key, _MASK)
+        return _SECRET.sub(_MASK, line)
 
 
 def log_to(folder: Path) -> Path:
-    """Send every log record to `folder/serve.log`, kept short, and the engine's warnings to stderr too.
+    """Write every log record to `folder/serve.log`, a rotating file, and the engine's warnings to stderr too.
 
-    Returns the file.
+    Returns its path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "serve.log"

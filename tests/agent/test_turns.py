@@ -123,7 +123,7 @@ def tool(name: str, parameters: Any) -> dict[str, Any]:
 def written(rule: Rules, seed: int, limit: int = 160, last: bool = False) -> tuple[list[int], bool]:
     """A turn of a model that picks evenly among what it may, and whether it was closed for its limit."""
     chance = np.random.default_rng(seed)
-    follower = rule.constraint(last)
+    follower = (rule.last if last else rule.turn).constraint(rule.structured)
     ids: list[int] = []
     while len(ids) < limit and not follower.finished:
         mask = follower.allowed(limit - len(ids))
@@ -225,7 +225,7 @@ def test_free_words_stay_free(tokenizer: ChatTokenizer, options: TurnOptions) ->
     rule = turn_rules(tokenizer, [tool("first", closed())], options, runs_tools=False)
     said = [{"role": "assistant", "content": 'Well: {"a": <|call|> "日本" \n "unclosed'}]
     ids = tokenizer.encode_chat(said)[0][1:]
-    follower = rule.constraint(last=False)
+    follower = rule.turn.constraint(rule.structured)
     for left, number in zip(range(len(ids), 0, -1), ids, strict=True):
         assert follower.allowed(left)[number]
         follower.advance(number)
@@ -234,7 +234,7 @@ def test_free_words_stay_free(tokenizer: ChatTokenizer, options: TurnOptions) ->
 
 
 def first_tokens(rule: Rules, last: bool = False) -> np.ndarray[Any, Any]:
-    return rule.constraint(last).allowed(100)
+    return (rule.last if last else rule.turn).constraint(rule.structured).allowed(100)
 
 
 def test_the_choice_of_tools_decides_what_a_turn_begins_with(tokenizer: ChatTokenizer) -> None:
@@ -257,7 +257,8 @@ def test_where_words_have_a_form_other_words_are_a_wish_for_it_and_an_end_closes
 ) -> None:
     tools = [tool("first", closed())]
     form = closed(said={"type": "string"}, sure={"type": "boolean"})
-    follower = turn_rules(tokenizer, tools, TurnOptions(schema=form), runs_tools=True).constraint(last=False)
+    rule = turn_rules(tokenizer, tools, TurnOptions(schema=form), runs_tools=True)
+    follower = rule.turn.constraint(rule.structured)
     wished, given = follower.fallback_tokens or ([], [])
     allowed, special = follower.allowed(99), set(tokenizer.special_ids.values())
     assert set(given) == set(np.flatnonzero(allowed)) - special
@@ -282,7 +283,8 @@ def test_where_words_are_free_or_none_a_wish_is_what_it_is(tokenizer: ChatTokeni
     if options.calls != "none":
         said["tool_calls"] = [call]
     tools = [tool("first", closed(s={"type": "string"}))]
-    follower = turn_rules(tokenizer, tools, options, runs_tools=False).constraint(last=False)
+    rule = turn_rules(tokenizer, tools, options, runs_tools=False)
+    follower = rule.turn.constraint(rule.structured)
     for token in tokenizer.encode_chat([said])[0][1:]:
         assert follower.fallback_tokens is None
         follower.advance(token)
@@ -319,7 +321,7 @@ def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer)
         arguments = {"s": text, "a": text, "n": text, "o": {"k": [1, None, 2.5, text]}}
         call = {"function": {"name": "first", "arguments": arguments}}
         ids = tokenizer.encode_chat([{"role": "assistant", "content": "Well.", "tool_calls": [call]}])[0][1:]
-        follower = rule.constraint(last=False)
+        follower = rule.turn.constraint(rule.structured)
         for number in ids:
             assert follower.allowed(99)[number], (text, tokenizer.decode([number]))
             follower.advance(number)
@@ -334,7 +336,7 @@ def test_calls_as_the_template_writes_them_are_allowed(tokenizer: ChatTokenizer)
         (closed(a={"not": {}}), r"parameters.properties.a.not: the keyword 'not' is not supported; leave it out"),
         (closed(a=False), r"parameters.properties.a: no value fits this schema"),
         (closed(a={"$ref": "#/$defs/Lost"}), r"parameters.properties.a.\$ref: '#/\$defs/Lost': no such schema"),
-        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}, "references lead in a circle"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}, "circular references"),
         (closed(a={"enum": []}), r"a.enum: \[\]: expected a list of values"),
         (closed(a={"type": "integer", "minimum": 2, "maximum": 1}), r"Unsatisfiable schema.*\(tool 'second'\)"),
     ],
@@ -458,7 +460,7 @@ def test_calls_and_answers_in_the_formats_of_other_families_fit_too(foreign: Cha
 
 def test_words_of_other_families_stay_free(foreign: ChatTokenizer) -> None:
     rule = turn_rules(foreign, [tool("first", closed())], TurnOptions(), runs_tools=False)
-    follower = rule.constraint(last=False)
+    follower = rule.turn.constraint(rule.structured)
     for number in [*foreign.encode("Well, then: hello?"), foreign.end_id]:
         assert follower.allowed(99)[number]
         follower.advance(number)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.config.params import FAMILIES, InputError, load_params
+from components.config.params import FAMILIES, RENAMED, InputError, load_params
 from components.config.paths import find_root
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +60,30 @@ def test_wrong_values_are_named_with_their_place(overrides: dict[str, object], m
 )
 def test_the_name_that_a_value_had_before_families_is_refused_with_the_one_it_has(old: str, tmp_path: Path) -> None:
     section, key = old.split(".")
-    message = f"{old}: each family has values of its own; write {section}.decoder.{key}"
+    message = f"{old}: each family has its own values; write {section}.decoder.{key}"
     with pytest.raises(InputError, match=message):
         load_params(PARAMS, {old: 3})
     path = tmp_path / "params.yaml"
     path.write_text(f"scale: smoke\n{section}:\n  {key}: 3\n  encoder: {{}}\n")
     with pytest.raises(InputError, match=message):
         load_params(path)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_the_name_that_a_key_had_before_is_refused_with_the_new_one(old: str, tmp_path: Path) -> None:
+    message = f"params.yaml: {old}: renamed; write {RENAMED[old]}"
+    with pytest.raises(InputError) as caught:
+        load_params(PARAMS, {old: 0.3})
+    assert str(caught.value) == message
+    path = tmp_path / "params.yaml"
+    *sections, key = old.split(".")
+    content: dict[str, object] = {key: 0.3}
+    for section in reversed(sections):
+        content = {section: content}
+    path.write_text(yaml.safe_dump({"scale": "smoke", **content}))
+    with pytest.raises(InputError) as caught:
+        load_params(path)
+    assert str(caught.value) == message
 
 
 def test_broken_yaml_is_named(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def test_project_path_follows_project(tmp_path: Path) -> None:
     shutil.move(path, tmp_path / "kept.yaml")
     path.write_text((tmp_path / "kept.yaml").read_text().replace("project: teams.second", "project: teams.first"))
     with pytest.raises(
-        InputError, match=r"^params.yaml: project_path: 'teams/second.py' is not where teams.first lies"
+        InputError, match=r"^params.yaml: project_path: 'teams/second.py' is not the path of teams.first"
     ):
         load_params(path)
     assert moved_project(path, {}) == {"project_path": "teams/first.py"}

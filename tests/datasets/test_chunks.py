@@ -1,4 +1,4 @@
-"""Documents out of running text: cut where an author parts it, none too long, none of the text lost."""
+"""Documents of running text: split at headings and paragraphs, none too long, no text lost."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_short_text_is_cut_finely_enough_to_hold_some_out(tmp_path: Path) -> Non
     assert len(texts(path)) == 20
 
 
-def test_lines_without_a_blank_one_are_parted_at_line_ends(tmp_path: Path) -> None:
+def test_lines_without_a_blank_one_are_split_at_line_ends(tmp_path: Path) -> None:
     lines = [f"Sentence {number} of a file with one sentence per line.\n" for number in range(1000)]
     cut = texts(written(tmp_path / "a.txt", "".join(lines)))
     assert len(cut) > 20
@@ -81,7 +81,7 @@ def test_text_of_white_space_holds_no_document(tmp_path: Path) -> None:
 
 def test_documents_know_the_line_they_start_on(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "\nfirst\n\nsecond\n\n\nthird\n")
-    assert [record.place for record in read_text(path, 1)] == ["a.txt:2", "a.txt:4", "a.txt:7"]
+    assert [record.location for record in read_text(path, 1)] == ["a.txt:2", "a.txt:4", "a.txt:7"]
 
 
 def test_several_small_files_are_taken_together(tmp_path: Path) -> None:

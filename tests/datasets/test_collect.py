@@ -1,4 +1,4 @@
-"""The stage: every dataset enters by one door, the same bytes each time, and no test row in training."""
+"""The stage collect: every dataset is written alike, with the same bytes each time, and no test row in training."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_the_reference_datasets_are_written(collected: Path) -> None:
     assert Knowledge(collected / "data/agent/tools/files/knowledge.sqlite").bases("collections.OrderedDict") == "dict"
 
 
-def test_metrics_say_what_was_kept_dropped_and_held_out(collected: Path) -> None:
+def test_metrics_count_rows_kept_dropped_and_held_out(collected: Path) -> None:
     metrics = json.loads((collected / "data/metrics/collect.json").read_text())
     assert metrics["python"] == sys.version
     assert metrics["datasets"][CONVERSATIONS]["rows"] == read_info(collected / "data/collected" / CONVERSATIONS).rows
@@ -129,7 +129,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
         ),
         (
             {"tune__dataset": ["stdlib-conversations", "notes"]},
-            r"params\.yaml: tune\.dataset: 'notes' holds documents; tune learns from conversations",
+            r"params\.yaml: tune\.dataset: 'notes' holds documents; tune trains on conversations",
         ),
         (
             {"pretrain__decoder__dataset": []},
@@ -174,7 +174,7 @@ def test_summaries_are_of_sources_without_their_docstrings(collected: Path) -> N
     assert all("def " in row["source"] and "\n" not in row["target"] for row in rows)
 
 
-def test_modules_of_one_area_are_told_apart_by_module(tmp_path: Path) -> None:
+def test_modules_of_one_area_are_distinguished_by_module(tmp_path: Path) -> None:
     collect(stage_run(tmp_path, collect__modules=["json"]))
     labels = {row["label"] for row in read_rows(tmp_path / "data/collected" / AREAS, "train")}
     assert len(labels) > 1

@@ -1,4 +1,4 @@
-"""Conversations: three ways to write one, read into one shape; what is wrong is said with its turn."""
+"""Conversations: every format becomes the same messages; errors name the turn."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content"
         ({"instruction": ["x"], "output": "y"}, r"instruction: a part of type 'str'"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(values: dict[str, Any], message: str) -> None:
+def test_errors_are_reported_with_their_location(values: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_conversation("a.jsonl:3", values)
 
@@ -277,7 +277,7 @@ def test_other_tools_shapes_are_the_same_conversation(values: dict[str, Any]) ->
     ("marked", "said"),
     [({"weight": 0}, "weight: 0"), ({"weight": 0.5}, "weight: 0.5"), ({"train": False}, "train: False")],
 )
-def test_a_turn_that_is_not_to_be_learned_is_refused(marked: dict[str, Any], said: str) -> None:
+def test_a_turn_marked_as_untrained_is_refused(marked: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=rf"a\.jsonl:3: turn 2: {said}: the assistant's turns are all trained on"):
         read_conversation("a.jsonl:3", {"messages": [USER, {**ANSWER, **marked}, USER, ANSWER]})
 
@@ -298,7 +298,7 @@ def test_roles_may_be_named() -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), decode_json("9" * 6000), b"\xff"])
-def test_arguments_that_json_cannot_hold_are_said(number: Any) -> None:
+def test_arguments_that_json_cannot_hold_are_reported(number: Any) -> None:
     call = calling({"function": {"name": "f", "arguments": {"x": number}}})
     with pytest.raises(InputError, match=r"a\.jsonl:3: turn 2: arguments of f: cannot be written as JSON: "):
         read_conversation("a.jsonl:3", {"messages": [USER, call]})

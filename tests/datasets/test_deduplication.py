@@ -142,7 +142,7 @@ def test_texts_are_not_kept_in_memory() -> None:
 
 def write_splits(test: Iterable[Row], train: Iterable[Row], writer: DatasetWriter) -> None:
     splits = Splits(writer.info.kind, similarity=0.8)
-    splits.write_test(test, writer)
+    splits.write_held_out("test", test, writer)
     splits.write_train(train, writer)
 
 
@@ -150,8 +150,8 @@ def test_no_dataset_trains_on_the_test_rows_of_another(tmp_path: Path) -> None:
     first, second = [document(text_of(80, seed)) for seed in range(5)], [document(text_of(80, 9))]
     splits = Splits("documents", similarity=0.8)
     with DatasetWriter(tmp_path / "a", "a", "documents") as a, DatasetWriter(tmp_path / "b", "b", "documents") as b:
-        splits.write_test(first[:2], a)
-        splits.write_test(second, b)
+        splits.write_held_out("test", first[:2], a)
+        splits.write_held_out("test", second, b)
         splits.write_train([*first[2:], *second], a)
         splits.write_train([*first[:3], document("other words")], b)
     assert (a.info.rows, a.info.dropped) == ({"test": 2, "train": 3}, {"in_test": 1})
@@ -223,7 +223,7 @@ def test_only_row_is_trained_on(tmp_path: Path) -> None:
     assert writer.info.rows == {"train": 1}
 
 
-def test_nothing_left_to_train_on_is_said(tmp_path: Path) -> None:
+def test_nothing_left_to_train_on_is_reported(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"^d: no row left to train on \(test 1, in_test 1\); add more rows$"),
         DatasetWriter(tmp_path / "d", "d", "documents") as writer,

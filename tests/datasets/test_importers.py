@@ -1,4 +1,4 @@
-"""`add`: a user's files become a dataset, whole or not at all."""
+"""`add`: a user's files become a dataset, all or nothing."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_same_files_give_the_same_bytes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_file_that_does_not_fit_is_said_in_one_line_and_leaves_nothing(
+def test_file_that_does_not_fit_is_reported_in_one_line_and_leaves_nothing(
     tmp_path: Path, kind: str, name: str, content: str | bytes | list[Any], message: str
 ) -> None:
     path = written(tmp_path / name, content)
@@ -260,21 +260,21 @@ def test_second_file_that_does_not_fit_discards_the_first(tmp_path: Path) -> Non
     ("kind", "columns", "message"),
     [
         ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations, preferences"),
-        ("images", Columns(), r"images: this version holds documents, conversations, preferences"),
+        ("images", Columns(), r"'images' is not a kind of dataset; allowed: documents, conversations, preferences"),
         (
             "conversations",
             Columns(text="t"),
-            r"--text-column: 't' means nothing to conversations; .* of this kind: none",
+            r"--text-column: 't' is not supported by conversations; .* of this kind: none",
         ),
         (
             "documents",
             Columns(label="l"),
-            r"--label-column: 'l' means nothing to documents; .* of this kind: --text-column",
+            r"--label-column: 'l' is not supported by documents; .* of this kind: --text-column",
         ),
         ("documents", Columns(text="t"), r"a\.csv:2: no column 't'; found columns: text"),
     ],
 )
-def test_wrong_kind_and_columns_are_said(tmp_path: Path, kind: str, columns: Columns, message: str) -> None:
+def test_wrong_kind_and_columns_are_reported(tmp_path: Path, kind: str, columns: Columns, message: str) -> None:
     path = written(tmp_path / "a.csv", "text\none\n")
     with pytest.raises(InputError, match=message):
         add(kind, [path], "mine", tmp_path / "added", columns)

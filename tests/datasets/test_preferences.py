@@ -1,4 +1,4 @@
-"""Rated answers in the shapes that others write, through `add` and the gate."""
+"""Preference data in the formats of others, through `add` and validation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_pair_is_read_from_every_shape(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("label", "side", "other"), [(True, "chosen", "rejected"), (False, "rejected", "chosen")])
-def test_a_lone_vote_is_the_one_side(label: bool, side: str, other: str) -> None:
+def test_an_unpaired_label_is_one_side(label: bool, side: str, other: str) -> None:
     shapes: list[dict[str, Any]] = [
         {"messages": [USER, GOOD]},
         {"prompt": "Who?", "completion": "Ada."},
@@ -98,7 +98,7 @@ def test_texts_without_a_prompt_begin_with_it(chosen: str, rejected: str, prompt
     ]
 
 
-def test_a_prompt_that_is_only_told_by_the_pair_holds_the_calls_that_both_make() -> None:
+def test_a_prompt_implied_by_the_pair_holds_the_calls_that_both_make() -> None:
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     begun = [USER, called, {"role": "tool", "content": "1"}]
     row = read_preference("a:1", {"system": "Be brief.", "chosen": [*begun, GOOD], "rejected": [*begun, BAD]})
@@ -148,12 +148,12 @@ def test_a_pair_may_answer_a_tool_result_of_its_prompt() -> None:
         ({"messages": [USER, GOOD], "label": 1}, "label: 1 is no boolean; expected true .liked. or false .disliked."),
         ({"messages": [USER, GOOD], "label": None}, "label: None is no boolean"),
         ({"messages": [USER], "label": True}, "chosen: empty; an answer is a turn of the assistant"),
-        ({"messages": [GOOD], "label": True}, "no turn of a user among 1; a vote is on the answer to one"),
-        ({"messages": [USER, GOOD], "label": True, "chosen": "y"}, '"label" stands beside "chosen"'),
+        ({"messages": [GOOD], "label": True}, "no turn of a user among 1; a label is for the answer to one"),
+        ({"messages": [USER, GOOD], "label": True, "chosen": "y"}, '"label" beside "chosen"'),
         ({"messages": [USER, GOOD]}, 'no rated answer; found columns: messages; expected "prompt"'),
     ],
 )
-def test_a_misfit_is_said_with_file_row_and_reason(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_misfit_is_reported_with_file_row_and_reason(values: dict[str, Any], message: str, tmp_path: Path) -> None:
     good = {"prompt": "Who?", "chosen": "Ada.", "rejected": "Eve."}
     path = written(tmp_path / "a.jsonl", [good, values])
     with pytest.raises(InputError, match=rf"^a\.jsonl:2: .*{message}") as caught:

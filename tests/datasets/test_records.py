@@ -1,4 +1,4 @@
-"""Records: every format is read piece by piece, and what cannot be read is said with its place."""
+"""Records: every format is read incrementally, and errors name their location."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_character_across_two_blocks_is_no_fault(tmp_path: Path) -> None:
         (b"", r"a\.txt: empty file; nothing to add"),
     ],
 )
-def test_unreadable_file_is_said_with_line_and_byte(tmp_path: Path, content: bytes, message: str) -> None:
+def test_unreadable_file_is_reported_with_line_and_byte(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         inspect(written(tmp_path / "a.txt", content))
 
 
-def test_missing_file_and_folder_are_told_apart(tmp_path: Path) -> None:
+def test_missing_file_and_folder_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no\.txt: not found; check the name"):
         inspect(tmp_path / "no.txt")
     with pytest.raises(InputError, match="a folder; name the files in it"):
@@ -86,8 +86,8 @@ def test_json_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(records, "_BLOCK", 7)
     read = list(read_json(path))
     assert [record.values for record in read] == rows
-    assert read[0].place == "a.json: row 1 (line 2)"
-    assert read[2].place == "a.json: row 3 (line 10)"
+    assert read[0].location == "a.json: row 1 (line 2)"
+    assert read[2].location == "a.json: row 3 (line 10)"
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_json_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monkey
         ("a.json", '{"text": "x"\n', r"a\.json:2: not valid JSON: Expecting ',' delimiter"),
     ],
 )
-def test_broken_json_is_said_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_broken_json_is_reported_with_its_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(read_json(written(tmp_path / name, content)))
 
@@ -122,7 +122,7 @@ def test_csv_is_read_whatever_separates_it(tmp_path: Path, separator: str) -> No
         {"text": f'a{separator}b "c"\nsecond', "label": "x"},
         {"text": "ü", "label": ""},
     ]
-    assert [record.place for record in read] == ["a.csv:3", "a.csv:4"]
+    assert [record.location for record in read] == ["a.csv:3", "a.csv:4"]
 
 
 def test_csv_of_one_column_and_very_long_fields_is_read(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_csv_of_one_column_and_very_long_fields_is_read(tmp_path: Path) -> None:
         ('a,b\n"x"y,2\n', r"a\.csv:2: not valid CSV: ',' expected after '\"'"),
     ],
 )
-def test_csv_that_does_not_fit_its_header_is_said(tmp_path: Path, content: str, message: str) -> None:
+def test_csv_that_does_not_fit_its_header_is_reported(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         list(read_csv(written(tmp_path / "a.csv", content)))
 
@@ -161,7 +161,7 @@ def test_json_object_over_several_lines_is_read_whatever_the_case_of_its_suffix(
     assert [record.values for record in read_json(written(tmp_path / "A.JSON", '{\n"text": "a"\n}'))] == [{"text": "a"}]
 
 
-def test_deep_first_line_of_json_is_said(tmp_path: Path) -> None:
+def test_deep_first_line_of_json_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nested too deep"):
         list(read_json(written(tmp_path / "a.json", '{"a":' * 100_000)))
 
@@ -177,7 +177,7 @@ def test_deep_first_line_of_json_is_said(tmp_path: Path) -> None:
         ("text\nx; y\nz\n", [{"text": "x; y"}, "z"]),
     ],
 )
-def test_csv_separator_is_told_by_rows_not_by_signs(tmp_path: Path, content: str, expected: list[Any]) -> None:
+def test_csv_separator_is_chosen_by_rows_not_by_characters(tmp_path: Path, content: str, expected: list[Any]) -> None:
     first, second = (record.values for record in read_csv(written(tmp_path / "a.csv", content)))
     assert (first, next(iter(second.values()))) == tuple(expected)
 
@@ -282,7 +282,7 @@ def test_parquet_values_that_json_lacks_are_text(tmp_path: Path) -> None:
     ]
 
 
-def test_parquet_date_that_python_cannot_hold_is_said_with_its_row(tmp_path: Path) -> None:
+def test_parquet_date_that_python_cannot_hold_is_reported_with_its_row(tmp_path: Path) -> None:
     schema = pa.schema([("at", pa.timestamp("s"))])
     with pytest.raises(InputError, match=r"^a\.parquet: row 2: not a readable Parquet file: [^\n]*$"):
         parquet(tmp_path / "a.parquet", [{"at": 0}, {"at": 2**50}], schema)
@@ -324,11 +324,11 @@ def test_parquet_is_read_with_nested_columns(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     read = list(read_parquet(tmp_path / "a.parquet"))
     assert [record.values for record in read] == rows
-    assert read[1].place == "a.parquet: row 2"
+    assert read[1].location == "a.parquet: row 2"
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and then nothing", b"text\nno parquet at all\n"])
-def test_file_that_is_no_parquet_is_said(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_no_parquet_is_reported(tmp_path: Path, content: bytes) -> None:
     path = written(tmp_path / "a.parquet", content)
     with pytest.raises(InputError, match=re.escape("a.parquet: not a readable Parquet file: ")):
         list(read_parquet(path))

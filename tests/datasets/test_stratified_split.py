@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from components.datasets.collect import stratified
 from components.datasets.formats import Row, Split, in_test_split
-from components.datasets.stratified_split import stratified
 
 
 def splits(rows: list[Row], test_share: float = 0.2, validation_share: float = 0.1) -> dict[str, Split]:

@@ -1,4 +1,4 @@
-"""The stage judge: two models answer the same questions, whichever way their answers were come by."""
+"""The stage judge: two models answer the same questions, whether their answers are saved or computed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def paths(made: Paths, tmp_path: Path) -> Paths:
     return Paths(tmp_path)
 
 
-def verdict(paths: Paths) -> dict[str, Any]:
+def decision(paths: Paths) -> dict[str, Any]:
     read: dict[str, Any] = json.loads((paths.metrics / "judge.json").read_text())
     return read
 
@@ -86,14 +86,14 @@ def test_a_model_is_no_better_than_itself(paths: Paths) -> None:
     shutil.rmtree(paths.candidate)
     shutil.copytree(paths.champion, paths.candidate)
     judge(new_run(paths, "judge"))
-    assert verdict(paths)["promote"] is False
+    assert decision(paths)["promote"] is False
     assert all(row["champion"] == row["candidate"] for row in paired(paths))
 
 
-def test_a_verdict_comes_with_its_page_pairs_and_answers(paths: Paths) -> None:
+def test_a_decision_comes_with_its_page_pairs_and_answers(paths: Paths) -> None:
     run = new_run(paths, "judge")
     judge(run)
-    found = verdict(paths)
+    found = decision(paths)
     assert found["mode"] == "gain"
     assert found["reason"][1:] in (paths.judged / "report.md").read_text()
     skills = {"lookup", "conversation", "feedback/lookup", "talks", "feedback/preferences"}
@@ -116,10 +116,10 @@ def test_a_verdict_comes_with_its_page_pairs_and_answers(paths: Paths) -> None:
 
 def test_kept_answers_are_the_measured_ones(paths: Paths) -> None:
     judge(new_run(paths, "judge"))
-    measured = paired(paths), verdict(paths)
+    measured = paired(paths), decision(paths)
     keep_answers(paths)
     judge(new_run(paths, "judge"))
-    assert (paired(paths), verdict(paths)) == measured
+    assert (paired(paths), decision(paths)) == measured
 
 
 def test_kept_answers_are_used_as_far_as_they_are_asked(paths: Paths) -> None:
@@ -128,8 +128,8 @@ def test_kept_answers_are_used_as_far_as_they_are_asked(paths: Paths) -> None:
     judge(new_run(paths, "judge", judge__max_questions=10))
     suites = [row["champion"] for row in paired(paths) if row["skill"] in ("lookup", "conversation")]
     assert suites == [1.0] * 20
-    assert verdict(paths)["promote"] is False
-    assert verdict(paths)["reason"].startswith("falls: ")
+    assert decision(paths)["promote"] is False
+    assert decision(paths)["reason"].startswith("regresses: ")
 
 
 @pytest.mark.parametrize("changed", [{"held_out_digest": "of other questions"}, {"questions": 3}])
@@ -150,14 +150,14 @@ def test_overruled_wording_guards_its_calls_once_the_new_one_is_learned(
 ) -> None:
     assert json.loads((paths.curated / "curated.json").read_text())["skills"]["lookup"]["overruled"] is True
     judge(new_run(paths, "judge", judge__min_corrected=min_corrected))
-    (found,) = (one for one in verdict(paths)["findings"] if one["skill"].startswith("lookup"))
+    (found,) = (one for one in decision(paths)["findings"] if one["skill"].startswith("lookup"))
     assert found["skill"] == guarded
     assert found["target"] is False
 
 
 def test_suites_that_end_on_several_tools_are_parted_by_the_one_that_is_put_into_words() -> None:
     bases, module = {"name": "bases", "arguments": {}}, {"name": "module", "arguments": {}}
-    asked = [
+    questions = [
         ("bases/held_out_symbols", [bases], "bases", "bases"),
         ("multi_hop/held_out_symbols", [bases, module], "multi_hop to module", "module"),
         ("multi_hop/held_out_modules", [bases, bases], "multi_hop to bases", "bases"),
@@ -166,36 +166,39 @@ def test_suites_that_end_on_several_tools_are_parted_by_the_one_that_is_put_into
         ("feedback/module", [bases, module], "feedback/module", "module"),
         ("small_talk/hand_written", [], "small_talk", NO_CALL),
     ]
-    mixed = _mixed([(suite, calls) for suite, calls, _, _ in asked])
-    for suite, calls, skill, tool in asked:
+    mixed = _mixed([(suite, calls) for suite, calls, _, _ in questions])
+    for suite, calls, skill, tool in questions:
         assert _skill(suite, calls, mixed) == (skill, tool)
 
 
-def test_overruled_skills_still_fall_with_their_calls(paths: Paths) -> None:
-    """Many wrong calls refuse a candidate whatever wording people want."""
+def test_superseded_skills_still_regress_with_their_calls(paths: Paths) -> None:
+    """Many wrong calls refuse a candidate whatever wording users want."""
     keep_answers(paths)
     tell_right(paths)
     judge(new_run(paths, "judge", judge__min_corrected=0.0))
-    assert verdict(paths)["promote"] is False
-    assert "lookup (calls)" in verdict(paths)["reason"]
+    assert decision(paths)["promote"] is False
+    assert "lookup (calls)" in decision(paths)["reason"]
 
 
 def test_the_mode_lies_beside_the_champion(paths: Paths) -> None:
     (paths.champion / "gate.json").write_text(json.dumps({"mode": "any_gain"}))
     judge(new_run(paths, "judge"))
-    assert verdict(paths)["mode"] == "any_gain"
-    (overall,) = (one for one in verdict(paths)["findings"] if one["skill"] == "overall")
+    assert decision(paths)["mode"] == "any_gain"
+    (overall,) = (one for one in decision(paths)["findings"] if one["skill"] == "overall")
     assert overall["questions"] == 29
 
 
 def test_a_suite_is_known_by_the_tool_it_calls_and_not_by_its_name() -> None:
     tools = {"arithmetic": "calculate", "feedback/calculate": "calculate"}
     right, wrong = [1.0, 1.0], [0.0, 0.0]
-    ours = Scores({"arithmetic": right, "feedback/calculate": wrong}, {"arithmetic": right}, {}, tools, {})
-    theirs = Scores({"arithmetic": wrong, "feedback/calculate": right}, {"arithmetic": right}, {}, tools, {})
-    judged = [one.skill for one in _slices(ours, theirs, {"calculate"}, 0.6)]
-    assert judged == ["arithmetic (calls)", "feedback/calculate"]
-    assert [one.skill for one in _slices(ours, ours, {"calculate"}, 0.6)] == ["arithmetic", "feedback/calculate"]
+    champion = Scores({"arithmetic": right, "feedback/calculate": wrong}, {"arithmetic": right}, {}, tools, {})
+    candidate = Scores({"arithmetic": wrong, "feedback/calculate": right}, {"arithmetic": right}, {}, tools, {})
+    skills = [each.skill for each in _slices(candidate, champion, {"calculate"}, 0.6)]
+    assert skills == ["arithmetic (calls)", "feedback/calculate"]
+    assert [each.skill for each in _slices(champion, champion, {"calculate"}, 0.6)] == [
+        "arithmetic",
+        "feedback/calculate",
+    ]
 
 
 @pytest.mark.parametrize(("corrected", "guarded"), [(3, "lookup (calls)"), (2, "lookup")])
@@ -205,9 +208,9 @@ def test_a_suite_guards_its_calls_alone_from_the_share_of_corrections_that_must_
     """Three of five are 0.6."""
     tools = {"lookup": "lookup", "feedback/lookup": "lookup"}
     answered = [1.0] * corrected + [0.0] * (5 - corrected)
-    ours = Scores({"lookup": [1.0], "feedback/lookup": [0.0] * 5}, {"lookup": [1.0]}, {}, tools, {})
-    theirs = Scores({"lookup": [0.0], "feedback/lookup": answered}, {"lookup": [1.0]}, {}, tools, {})
-    suite, feedback = _slices(ours, theirs, {"lookup"}, 0.6)
+    champion = Scores({"lookup": [1.0], "feedback/lookup": [0.0] * 5}, {"lookup": [1.0]}, {}, tools, {})
+    candidate = Scores({"lookup": [0.0], "feedback/lookup": answered}, {"lookup": [1.0]}, {}, tools, {})
+    suite, feedback = _slices(candidate, champion, {"lookup"}, 0.6)
     assert suite.skill == guarded
     assert (feedback.target, feedback.floor) == (True, 0.6)
     assert not suite.target

@@ -1,4 +1,4 @@
-"""The gate's statistics against scipy's, its rates by simulation, and what it says."""
+"""The gate's statistics against scipy's, its error rates by simulation, and its reasons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from components.evaluation.gate import Mode, Slice, decide, holm, p_greater, rep
 from tests.conftest import SOURCE
 
 CONFIG = load_params(SOURCE / "params.yaml", {"scale": "smoke"}).judge
-"""The project's own: no gain by chance in more than 1 of 100, no fall of more than 1 % that is no accident at 5 %."""
+"""No gain by chance in more than 1 of 100, no regression of more than 1 % that is significant at 5 %."""
 
 
 def right(*counts: int) -> list[float]:
@@ -20,11 +20,11 @@ def right(*counts: int) -> list[float]:
 
 
 def guard(champion: list[float], candidate: list[float], skill: str = "lookup") -> Slice:
-    return Slice(skill, False, champion, candidate)
+    return Slice(skill, False, candidate, champion)
 
 
 def target(champion: list[float], candidate: list[float], skill: str = "feedback/bases") -> Slice:
-    return Slice(skill, True, champion, candidate)
+    return Slice(skill, True, candidate, champion)
 
 
 def test_right_and_wrong_are_compared_by_the_sign_test() -> None:
@@ -62,28 +62,28 @@ def test_holm_corrects_step_by_step() -> None:
     assert holm([]) == []
 
 
-def test_a_real_gain_without_a_fall_is_promoted() -> None:
-    verdict = decide([target(right(0, 10), right(9, 1)), guard(right(300, 20), right(299, 21))], CONFIG)
-    assert verdict.promote
-    assert verdict.reason.startswith("gains: feedback/bases from 0.000 to 0.900 (9 won, 0 lost)")
+def test_a_significant_gain_without_a_regression_is_promoted() -> None:
+    decision = decide([target(right(0, 10), right(9, 1)), guard(right(300, 20), right(299, 21))], CONFIG)
+    assert decision.promote
+    assert decision.reason.startswith("gains: feedback/bases from 0.000 to 0.900 (9 won, 0 lost)")
 
 
 def test_a_gain_that_costs_another_skill_is_refused() -> None:
-    verdict = decide([target(right(0, 10), right(10)), guard(right(300, 20), right(280, 40))], CONFIG)
-    assert not verdict.promote
-    assert verdict.reason.startswith("falls: lookup from 0.938 to 0.875")
+    decision = decide([target(right(0, 10), right(10)), guard(right(300, 20), right(280, 40))], CONFIG)
+    assert not decision.promote
+    assert decision.reason.startswith("regresses: lookup from 0.938 to 0.875")
 
 
-def test_what_people_did_not_speak_about_is_no_gain() -> None:
-    verdict = decide([target(right(0, 10), right(0, 10)), guard(right(200, 100), right(300))], CONFIG)
-    assert not verdict.promote
-    assert "no gain is real: closest is feedback/bases" in verdict.reason
+def test_a_gain_in_a_skill_without_feedback_does_not_count() -> None:
+    decision = decide([target(right(0, 10), right(0, 10)), guard(right(200, 100), right(300))], CONFIG)
+    assert not decision.promote
+    assert "no significant gain: closest is feedback/bases" in decision.reason
 
 
 def test_too_little_feedback_is_told_with_what_is_needed() -> None:
-    verdict = decide([target(right(0, 3), right(3))], CONFIG)
-    assert not verdict.promote
-    assert verdict.reason == "too little held-out feedback: feedback/bases has 3 prompts, a gain needs 7"
+    decision = decide([target(right(0, 3), right(3))], CONFIG)
+    assert not decision.promote
+    assert decision.reason == "too little held-out feedback: feedback/bases has 3 prompts, a gain needs 7"
     assert wins_needed(0.01) == 7
 
 
@@ -91,7 +91,7 @@ def test_without_held_out_feedback_nothing_is_promoted() -> None:
     assert not decide([guard(right(10), right(10))], CONFIG).promote
 
 
-def test_a_champion_that_must_go_is_replaced_by_what_is_no_worse() -> None:
+def test_a_champion_that_must_go_is_replaced_by_a_candidate_no_worse() -> None:
     slices = [target(right(8, 2), right(8, 2)), guard(right(300, 20), right(300, 20))]
     assert not decide(slices, CONFIG).promote
     assert decide(slices, CONFIG, "replace").promote
@@ -104,14 +104,14 @@ def test_a_new_run_may_gain_in_any_skill() -> None:
     assert not decide(slices[1:], CONFIG, "any_gain").promote
 
 
-def test_nothing_asked_replaces_nobody() -> None:
+def test_no_questions_replace_nobody() -> None:
     assert not decide([], CONFIG, "replace").promote
 
 
 def test_the_commonest_of_contradicting_corrections_is_no_gain() -> None:
-    learned = Slice("feedback/bases", True, right(0, 40), right(14, 26), floor=0.6)
+    learned = Slice("feedback/bases", True, right(14, 26), right(0, 40), floor=0.6)
     assert not decide([learned], CONFIG).promote
-    assert decide([Slice("feedback/bases", True, right(0, 40), right(30, 10), floor=0.6)], CONFIG).promote
+    assert decide([Slice("feedback/bases", True, right(30, 10), right(0, 40), floor=0.6)], CONFIG).promote
 
 
 def test_a_skill_too_small_to_pass_costs_the_others_nothing() -> None:
@@ -119,53 +119,53 @@ def test_a_skill_too_small_to_pass_costs_the_others_nothing() -> None:
     assert decide([gained, target(right(0, 2), right(2), "feedback/search")], CONFIG).promote
 
 
-def test_what_people_spoke_about_may_not_fall_at_all() -> None:
+def test_a_skill_with_feedback_may_not_regress_at_all() -> None:
     slices = [target(right(0, 10), right(10)), target(right(1600), right(1590, 10), "feedback/lookup")]
-    verdict = decide(slices, CONFIG)
-    assert not verdict.promote
-    assert "falls: feedback/lookup" in verdict.reason
+    decision = decide(slices, CONFIG)
+    assert not decision.promote
+    assert "regresses: feedback/lookup" in decision.reason
     assert decide([slices[0], guard(right(1600), right(1590, 10))], CONFIG).promote
 
 
-def moved(won: int, lost: int, questions: int, skill: str, spoken_of: bool) -> Slice:
+def slice_of(won: int, lost: int, questions: int, skill: str, is_target: bool) -> Slice:
     """A skill of which the candidate answers `won` more and `lost` fewer questions right."""
     same = questions - won - lost
-    return Slice(skill, spoken_of, right(0, won, lost + same), right(won, lost, same))
+    return Slice(skill, is_target, right(won, lost, same), right(0, won, lost + same))
 
 
-def spoken_of(won: int, lost: int, questions: int, skill: str = "feedback/bases") -> Slice:
-    return moved(won, lost, questions, skill, True)
+def changed(won: int, lost: int, questions: int, skill: str = "feedback/bases") -> Slice:
+    return slice_of(won, lost, questions, skill, True)
 
 
 def others(won: int, lost: int, questions: int, skill: str = "lookup") -> Slice:
-    return moved(won, lost, questions, skill, False)
+    return slice_of(won, lost, questions, skill, False)
 
 
 @pytest.mark.parametrize(
     ("slices", "mode", "better"),
     [
         # The sign test's p is 1/128 after seven questions won and none lost, 1/64 after six.
-        pytest.param([spoken_of(7, 0, 7)], "gain", [True], id="seven of seven"),
-        pytest.param([spoken_of(6, 0, 7)], "gain", [False], id="six of seven"),
-        pytest.param([spoken_of(10, 1, 40)], "gain", [True], id="ten won, one lost: p = 0.0059"),
-        pytest.param([spoken_of(9, 1, 40)], "gain", [False], id="nine won, one lost: p = 0.0107"),
+        pytest.param([changed(7, 0, 7)], "gain", [True], id="seven of seven"),
+        pytest.param([changed(6, 0, 7)], "gain", [False], id="six of seven"),
+        pytest.param([changed(10, 1, 40)], "gain", [True], id="ten won, one lost: p = 0.0059"),
+        pytest.param([changed(9, 1, 40)], "gain", [False], id="nine won, one lost: p = 0.0107"),
         # Holm: the smallest of two p is doubled, the other one stays.
-        pytest.param([spoken_of(7, 0, 7), spoken_of(0, 0, 7, "feedback/b")], "gain", [False, False], id="one of two"),
-        pytest.param([spoken_of(8, 0, 8), spoken_of(0, 0, 7, "feedback/b")], "gain", [True, False], id="one more won"),
-        pytest.param([spoken_of(8, 0, 8), spoken_of(7, 0, 7, "feedback/b")], "gain", [True, True], id="both of two"),
+        pytest.param([changed(7, 0, 7), changed(0, 0, 7, "feedback/b")], "gain", [False, False], id="one of two"),
+        pytest.param([changed(8, 0, 8), changed(0, 0, 7, "feedback/b")], "gain", [True, False], id="one more won"),
+        pytest.param([changed(8, 0, 8), changed(7, 0, 7, "feedback/b")], "gain", [True, True], id="both of two"),
         # A skill that could not pass alone, or is not to gain, does not count among those that could have gained.
-        pytest.param([spoken_of(7, 0, 7), spoken_of(6, 0, 6, "feedback/b")], "gain", [True, False], id="too small"),
-        pytest.param([spoken_of(7, 0, 7), others(7, 0, 7)], "gain", [True, False], id="guards"),
+        pytest.param([changed(7, 0, 7), changed(6, 0, 6, "feedback/b")], "gain", [True, False], id="too small"),
+        pytest.param([changed(7, 0, 7), others(7, 0, 7)], "gain", [True, False], id="guards"),
         pytest.param([others(7, 0, 7), others(0, 0, 7, "b")], "any_gain", [False, False], id="any of two"),
         pytest.param([others(8, 0, 8), others(0, 0, 7, "b")], "any_gain", [True, False], id="any of two, one more won"),
     ],
 )
-def test_a_gain_is_real_at_the_rate_corrected_for_the_skills_that_could_gain(
+def test_a_gain_is_significant_at_the_rate_corrected_for_the_skills_that_could_gain(
     slices: list[Slice], mode: Mode, better: list[bool]
 ) -> None:
-    verdict = decide(slices, CONFIG, mode)
-    assert [one.outcome == "better" for one in verdict.findings] == better
-    assert verdict.promote is any(better)
+    decision = decide(slices, CONFIG, mode)
+    assert [each.outcome == "better" for each in decision.findings] == better
+    assert decision.promote is any(better)
 
 
 @pytest.mark.parametrize(
@@ -178,26 +178,26 @@ def test_a_gain_is_real_at_the_rate_corrected_for_the_skills_that_could_gain(
         pytest.param([others(1, 6, 400)], False, id="six lost, one won: p = 0.063"),
         pytest.param([others(0, 5, 499)], True, id="just above 1 % of the questions"),
         pytest.param([others(0, 5, 500)], False, id="1 % of the questions"),
-        pytest.param([spoken_of(0, 5, 500)], True, id="what people spoke about, 1 %"),
-        pytest.param([spoken_of(0, 5, 50_000)], True, id="what people spoke about, 0.01 %"),
+        pytest.param([changed(0, 5, 500)], True, id="with user feedback, 1 %"),
+        pytest.param([changed(0, 5, 50_000)], True, id="with user feedback, 0.01 %"),
         pytest.param([others(0, 5, 400), others(0, 0, 400, "b")], False, id="one of two: p = 0.063"),
         pytest.param([others(0, 6, 400), others(0, 0, 400, "b")], True, id="one of two: p = 0.031"),
         pytest.param([others(0, 6, 400), others(0, 0, 0, "b")], True, id="without questions does not count"),
         pytest.param([others(0, 6, 400), others(0, 5, 400, "b")], True, id="two of two"),
     ],
 )
-def test_a_fall_is_real_where_it_is_large_and_no_accident(slices: list[Slice], worse: bool) -> None:
+def test_a_regression_is_significant_where_it_is_large_and_no_chance(slices: list[Slice], worse: bool) -> None:
     assert decide(slices, CONFIG, "replace").promote is not worse
 
 
-def test_both_of_two_falls_are_named() -> None:
-    verdict = decide([others(0, 6, 400), others(0, 5, 400, "search")], CONFIG, "replace")
-    assert [one.outcome for one in verdict.findings] == ["worse", "worse"]
+def test_both_of_two_regressions_are_named() -> None:
+    decision = decide([others(0, 6, 400), others(0, 5, 400, "search")], CONFIG, "replace")
+    assert [each.outcome for each in decision.findings] == ["worse", "worse"]
 
 
 @pytest.mark.parametrize(("corrected", "promote"), [(24, True), (23, False)])
 def test_a_gain_counts_from_the_share_of_corrections_that_must_be_answered(corrected: int, promote: bool) -> None:
-    learned = Slice("feedback/bases", True, right(0, 40), right(corrected, 40 - corrected), CONFIG.min_corrected)
+    learned = Slice("feedback/bases", True, right(corrected, 40 - corrected), right(0, 40), CONFIG.min_corrected)
     assert decide([learned], CONFIG).promote is promote
 
 
@@ -206,7 +206,7 @@ def test_the_report_names_each_skill_and_the_rate() -> None:
         decide([target(right(0, 10), right(9, 1)), guard(right(10), right(10))], CONFIG), "agent/2", "agent/1"
     )
     assert "# agent/2 against agent/1: promoted" in page
-    assert "| lookup | must not fall | 10 |" in page
+    assert "| lookup | must not regress | 10 |" in page
     assert "at most 0.01" in page
 
 

@@ -16,7 +16,7 @@ from components.tokenization.response_format import format_message
 from examples.stdlib_agent import agent_tools
 from examples.stdlib_agent.chains import CHAINS, Chains, composed
 from examples.stdlib_agent.conversations import MAX_CHARACTERS, training_conversations
-from examples.stdlib_agent.dialogue import ERROR, Hop, answer, arguments, asked, exchange
+from examples.stdlib_agent.dialogue import ERROR, Hop, answer, arguments, exchange, user_text
 from examples.stdlib_agent.facts import build
 from examples.stdlib_agent.forms import KEYS
 from examples.stdlib_agent.held_out import HeldOut, hold_out
@@ -60,7 +60,7 @@ def tests(asker: Asker) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def training(asker: Asker, tests: list[Row]) -> list[Row]:
-    return list(training_conversations(asker, 3000, 0, {asked(row["messages"]) for row in tests}))
+    return list(training_conversations(asker, 3000, 0, {user_text(row["messages"]) for row in tests}))
 
 
 def last_question(row: Row) -> Row:
@@ -81,7 +81,7 @@ def trained_on(rows: list[Row]) -> set[str]:
 
 def test_there_are_as_many_as_asked_for_and_no_two_alike(training: list[Row]) -> None:
     assert len(training) == 3000
-    assert len({asked(row["messages"]) for row in training}) == len({row["id"] for row in training}) == 3000
+    assert len({user_text(row["messages"]) for row in training}) == len({row["id"] for row in training}) == 3000
 
 
 def test_every_skill_has_its_suite(tests: list[Row]) -> None:
@@ -101,7 +101,7 @@ def test_every_skill_has_its_suite(tests: list[Row]) -> None:
 def test_no_test_question_symbol_or_package_is_trained_on(
     tests: list[Row], training: list[Row], held_out: HeldOut
 ) -> None:
-    assert not {asked(row["messages"]) for row in tests} & {asked(row["messages"]) for row in training}
+    assert not {user_text(row["messages"]) for row in tests} & {user_text(row["messages"]) for row in training}
     unseen = {symbol.name for symbol in (*held_out.symbols, *held_out.modules)}
     assert trained_on(training) & unseen == set()
     said = "\n".join(message["content"] for row in training for message in row["messages"])
@@ -151,7 +151,7 @@ def test_each_call_of_a_chain_is_about_what_the_one_before_found(tests: list[Row
         results = [message["content"] for message in row["messages"] if message["role"] == "tool"]
         done = calls(row)
         for (name, _), result, (_, given) in zip(done[:-1], results[:-1], done[1:], strict=True):
-            assert given == {"symbol": Hop(name, "", result).found}
+            assert given == {"symbol": Hop(name, "", result).next_argument}
         chains[tuple(name for name, _ in done)] += 1
     assert set(chains) == set(CHAINS)
     assert chains.total() > 0.08 * len(training)
@@ -185,7 +185,7 @@ def test_a_chain_ends_where_a_call_finds_no_single_thing(asker: Asker) -> None:
     assert exchange("?", missing)[-1]["content"] == "I could not find json.nothing."
 
 
-def test_wordings_of_chains_have_one_slot_and_are_told_apart() -> None:
+def test_wordings_of_chains_have_one_slot_and_are_distinguished() -> None:
     seen: dict[str, tuple[str, ...]] = {}
     for tool in ("lookup", "bases", "module"):
         for template in templates(tool):
@@ -236,7 +236,7 @@ def test_small_talk_calls_nothing(training: list[Row], tests: list[Row]) -> None
     assert not [row for row in tests if row["suite"].startswith(("small_talk", "off_topic")) and calls(row)]
 
 
-def test_what_is_not_found_or_fails_is_said(training: list[Row]) -> None:
+def test_what_is_not_found_or_fails_is_reported(training: list[Row]) -> None:
     answers = [message["content"] for row in training for message in row["messages"] if message["role"] == "assistant"]
     assert sum(said.startswith("I could not find ") for said in answers) > 30
     assert sum(said.startswith("I could not do that: ") for said in answers) > 20
@@ -271,7 +271,7 @@ def test_phrasings_of_the_suite_are_held_out(asker: Asker, tests: list[Row], tra
 
 
 def test_the_seed_decides(asker: Asker, training: list[Row], tests: list[Row]) -> None:
-    avoid = {asked(row["messages"]) for row in tests}
+    avoid = {user_text(row["messages"]) for row in tests}
     assert list(suites(asker, COUNT, 0)) == tests
     assert list(training_conversations(asker, 300, 0, avoid)) == training[:300]
     assert list(training_conversations(asker, 300, 1, avoid)) != training[:300]

@@ -1,4 +1,4 @@
-"""Held-out wordings stay out of training, and typing changes everything but what fills a wording."""
+"""Held-out wordings stay out of training, and typing errors change all but the slots of a wording."""
 
 import random
 import re

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "pretrain.decoder.dataset": "none",
     "tune.dataset": "talks",
     "prepare.decoder.seq_len": 96,
-    "prepare.decoder.noise_share": 0.0,
+    "prepare.decoder.token_noise_rate": 0.0,
     "model.decoder.embed_dim": 16,
     "model.decoder.num_layers": 2,
     "model.decoder.num_heads": 2,

@@ -218,11 +218,11 @@ def test_a_demonstration_is_told_as_it_is_first_and_with_noise_then(paths: Paths
 
 
 def test_nothing_to_learn_is_an_input_error(paths: Paths) -> None:
-    with pytest.raises(InputError, match="nothing to learn from"):
+    with pytest.raises(InputError, match="no training examples"):
         curate(new_run(paths, "curate"))
     write_partition(paths, [correction(0)])
     (paths.feedback / "withdrawn.json").write_text(json.dumps({"fb-0": "revoked"}))
-    with pytest.raises(InputError, match=r"feedback: nothing to learn from; collect feedback and run"):
+    with pytest.raises(InputError, match=r"feedback: no training examples; collect feedback and run"):
         curate(new_run(paths, "curate"))
 
 

@@ -61,7 +61,7 @@ def test_a_database_made_before_alembic_is_upgraded_with_its_rows(tmp_path: Path
     assert [(vote["id"], vote["sequence"], vote["voice"]) for vote in found["feedback"]] == [("fb-1", 7, "")]
     assert store.add_feedback("c1", "down", idempotency_key="k") == "fb-1"
     assert store.fresh() == 1
-    store.add_feedback("c1", "down", voice="user:a")
+    store.add_feedback("c1", "down", user="user:a")
     assert store.behind_watermark(9)[-1]["sequence"] == 8
     store.close()
 
@@ -121,7 +121,7 @@ def test_a_database_that_was_taken_away_takes_no_votes(store: Store, tmp_path: P
     store.add_feedback("c1", "up")
     store._engine.dispose()  # closes the write-ahead log into the file
     (tmp_path / "feedback.db").rename(tmp_path / "aside.db")
-    with pytest.raises(StoreUnavailable, match="gone: No such file or directory; put the file back"):
+    with pytest.raises(StoreUnavailable, match="missing: No such file or directory; restore the file"):
         store.add_feedback("c1", "down")
     with pytest.raises(StoreUnavailable):
         store.completion("c1")
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_database_says_so(tmp_path: Path) -> None:
 
 
 def test_text_with_a_nul_character_is_refused(store: Store) -> None:
-    with pytest.raises(InputError, match="correction: holds a NUL character; send text without it"):
+    with pytest.raises(InputError, match="correction: contains a NUL character; send text without it"):
         store.add_feedback("c1", "down", "a\0b")
     store.add_answer("c1", AnswerRecord("a\0b", "stop", 1, 1, 0.1))
     assert store.completion("c1")["answer"]["content"] == "a\N{REPLACEMENT CHARACTER}b"

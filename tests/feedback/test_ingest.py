@@ -18,11 +18,11 @@ from components.datasets.formats import Row
 from components.feedback.ingest import IngestResult, ingest, revocations_are_written, write_revocations
 from components.feedback.items import read_items
 from components.feedback.store import AnswerRecord, Store
-from components.feedback.votes import content_digest, item_of, traits
+from components.feedback.votes import content_digest, item_features, item_of
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]
-CONFIG = FeedbackConfig(max_items=100, max_per_voice=50, improve_after=5, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5, keep_days=None)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}}
 RESULT = {"type": "result", "name": "lookup", "content": "Serialize obj. Mail jane.doe@acme.io"}
 
@@ -48,7 +48,7 @@ def said(
     number: int,
     rating: str = "down",
     correction: str | None = None,
-    voice: str = "user:a",
+    user: str = "user:a",
     question: str | None = None,
     answer: str | None = "It is this.",
     comment: str | None = None,
@@ -61,7 +61,7 @@ def said(
     if answer is not None:
         store.add_answer(completion, AnswerRecord(answer, "stop", 5, 5, 0.1, [CALL, RESULT]))
     assert rating in ("up", "down")
-    return store.add_feedback(completion, "up" if rating == "up" else "down", correction, comment, None, voice)
+    return store.add_feedback(completion, "up" if rating == "up" else "down", correction, comment, None, user)
 
 
 def states(store: Store) -> dict[str, tuple[str, str | None]]:
@@ -137,20 +137,20 @@ def test_secrets_and_personal_data_never_reach_a_partition(store: Store, tmp_pat
 def test_the_same_voice_saying_the_same_again_is_a_duplicate(store: Store, tmp_path: Path) -> None:
     said(store, 1, correction="Better.", question="What does f do?")
     again = said(store, 2, correction="Better.", question="what does f do")
-    other = said(store, 3, correction="Better.", question="What does f do?", voice="user:b")
+    other = said(store, 3, correction="Better.", question="What does f do?", user="user:b")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     later = said(store, 4, correction="Better.", question="What does f do?")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     found = states(store)
     for vote in (again, later):
-        assert found[vote] == ("quarantined", "The same voice has said the same before")
+        assert found[vote] == ("quarantined", "Duplicate of an earlier vote of the same user")
     assert found[other] == ("accepted", None)
 
 
 def test_the_same_vote_sent_twice_leaves_the_later_one_standing(store: Store, tmp_path: Path) -> None:
     first = said(store, 1, "up")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
-    second = store.add_feedback("chatcmpl-1", "up", voice="user:a")
+    second = store.add_feedback("chatcmpl-1", "up", user="user:a")
     assert ingest(store, tmp_path / "feedback", CONFIG, passes).accepted == 1
     assert store.withdrawn() == {first: "replaced"}
     assert states(store)[second] == ("accepted", None)
@@ -158,14 +158,14 @@ def test_the_same_vote_sent_twice_leaves_the_later_one_standing(store: Store, tm
 
 
 def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"max_per_voice": 3})
+    config = CONFIG.model_copy(update={"max_items_per_user": 3})
     loud = [said(store, number) for number in range(4)]
     ingest(store, tmp_path / "feedback", config, passes)
-    louder, quiet = said(store, 10), said(store, 11, voice="user:b")
+    louder, quiet = said(store, 10), said(store, 11, user="user:b")
     ingest(store, tmp_path / "feedback", config, passes)
     found = states(store)
     assert [found[vote][0] for vote in loud] == ["accepted"] * 3 + ["quarantined"]
-    assert found[louder] == ("quarantined", "The voice has had its 3 votes of 24 hours")
+    assert found[louder] == ("quarantined", "The user has reached the limit of 3 votes in 24 hours")
     assert found[quiet] == ("accepted", None)
 
 
@@ -174,7 +174,7 @@ def test_one_voice_cannot_flood(store: Store, tmp_path: Path) -> None:
 def test_votes_of_the_last_day_count_against_a_voice(
     store: Store, tmp_path: Path, hours: float, status: str, at_once: bool
 ) -> None:
-    config = CONFIG.model_copy(update={"max_per_voice": 2})
+    config = CONFIG.model_copy(update={"max_items_per_user": 2})
     for number in range(2):
         said(store, number)
     with store._write() as connection:
@@ -189,13 +189,13 @@ def test_votes_of_the_last_day_count_against_a_voice(
 def test_what_was_never_answered_replaced_or_revoked_is_quarantined(store: Store, tmp_path: Path) -> None:
     unanswered = said(store, 1, answer=None)
     replaced = said(store, 2)
-    standing = store.add_feedback("chatcmpl-2", "up", voice="user:a")
+    standing = store.add_feedback("chatcmpl-2", "up", user="user:a")
     revoked = said(store, 3)
     store.revoke(revoked, "poison")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     found = states(store)
     assert found[unanswered] == ("quarantined", "The request was never answered")
-    assert found[replaced] == ("quarantined", "Replaced by a later vote before it was taken in")
+    assert found[replaced] == ("quarantined", "Replaced by a later vote before ingestion")
     assert found[revoked][0] == "revoked"
     assert found[standing] == ("accepted", None)
     assert [item.feedback_id for item in read_items(tmp_path / "feedback")] == [standing]
@@ -219,7 +219,7 @@ def test_withdrawals_are_written_also_when_there_are_none(store: Store, tmp_path
     assert json.loads((folder / "withdrawn.json").read_text()) == {}
     assert store.revoke(first, "poison")
     assert not store.revoke(first)
-    changed = store.add_feedback("chatcmpl-2", "up", voice="user:a")
+    changed = store.add_feedback("chatcmpl-2", "up", user="user:a")
     assert not revocations_are_written(store, folder)
     write_revocations(store, folder)
     assert json.loads((folder / "withdrawn.json").read_text()) == {first: "revoked", second: "replaced"}
@@ -248,7 +248,7 @@ def test_the_suite_quarantines_rows_and_says_why(store: Store, tmp_path: Path, v
 
 def test_rows_of_another_shape_are_refused(store: Store, validator: Validator) -> None:
     said(store, 1)
-    row = traits(item_of(store.behind_watermark(1)[0]))
+    row = item_features(item_of(store.behind_watermark(1)[0]))
     assert validator.failing([row], "feedback") == {}
     with pytest.raises(Refused, match="feedback: data validation failed: The columns are those of a vote"):
         validator.failing([{**row, "mood": "good"}], "feedback")
@@ -333,7 +333,7 @@ from components.feedback.store import AnswerRecord, Store
 
 home, rounds = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(7)
-config = FeedbackConfig(max_items=7, max_per_voice=10_000, improve_after=5, keep_days=None)
+config = FeedbackConfig(max_items=7, max_items_per_user=10_000, improve_after=5, keep_days=None)
 
 def once(number):
     store = Store.of(home)
@@ -357,7 +357,7 @@ def speak(count):
         name = f"c{number}"
         store.add_request(name, "agent/1", {"messages": [{"role": "user", "content": f"what is {number}?"}]})
         store.add_answer(name, AnswerRecord("x", "stop", 1, 1, 0.1))
-        print(store.add_feedback(name, "down", f"it is {number}", voice="v"), flush=True)
+        print(store.add_feedback(name, "down", f"it is {number}", user="v"), flush=True)
         number += 1
     store.close()
 

@@ -38,7 +38,7 @@ def test_a_revoked_key_stays_listed_and_opens_nothing(store: Store) -> None:
     assert [(key["id"], key["revoked"] is None) for key in listed] == [(first, False), (second, True)]
     assert listed[0]["scopes"] == ["predict", "feedback"]
     assert "digest" not in listed[0]
-    with pytest.raises(InputError, match=f"{first}: no key with this id opens"):
+    with pytest.raises(InputError, match=f"{first}: no active key has this id"):
         store.revoke_key(first)
 
 

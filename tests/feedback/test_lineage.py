@@ -1,4 +1,4 @@
-"""Which versions a version was trained from, and whom an item taught, on a real registry."""
+"""Which versions a version was trained from, and which were trained on an item, on a real registry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from components.feedback.lineage import ancestry, registry_facts, taught
+from components.feedback.lineage import ancestry, registry_metadata, trained_versions
 from components.tracking.registry import ModelVersion, Registry
 
 Register = Callable[..., ModelVersion]
@@ -37,12 +37,12 @@ def test_an_item_taught_the_versions_that_learned_it_and_those_trained_from_them
     learned(None, "d", name="other")
     assert [str(one) for one in ancestry(registry, newest)] == ["agent/5", "agent/3", "agent/2", "agent/1"]
     assert [str(one) for one in ancestry(registry, sibling)] == ["agent/4", "agent/1"]
-    assert sorted(taught(registry, "a")) == ["agent/2", "agent/3", "agent/4", "agent/5"]
-    assert sorted(taught(registry, "b")) == ["agent/2", "agent/3", "agent/5"]
-    assert sorted(taught(registry, "c")) == ["agent/3", "agent/5"]
-    assert taught(registry, "d") == ["other/1"]
-    assert taught(registry, "e") == []
-    facts = registry_facts(registry.home)
+    assert sorted(trained_versions(registry, "a")) == ["agent/2", "agent/3", "agent/4", "agent/5"]
+    assert sorted(trained_versions(registry, "b")) == ["agent/2", "agent/3", "agent/5"]
+    assert sorted(trained_versions(registry, "c")) == ["agent/3", "agent/5"]
+    assert trained_versions(registry, "d") == ["other/1"]
+    assert trained_versions(registry, "e") == []
+    facts = registry_metadata(registry.home)
     found = facts("agent/5")
     assert found is not None
     assert [(one["version"], one["feedback"]) for one in found["taught_by"]] == [
@@ -64,4 +64,4 @@ def test_a_line_ends_where_a_parent_is_gone_or_comes_again(
     learned("agent/2", "b")
     assert [str(one) for one in ancestry(registry, orphan)] == ["agent/1"]
     assert [str(one) for one in ancestry(registry, circle)] == ["agent/2", "agent/3"]
-    assert sorted(taught(registry, "b")) == ["agent/2", "agent/3"]
+    assert sorted(trained_versions(registry, "b")) == ["agent/2", "agent/3"]

@@ -65,8 +65,8 @@ def ask(store: Store, completion_id: str) -> str:
 
 
 def test_completion_returns_what_was_recorded(store: Store) -> None:
-    first = store.add_feedback(ask(store, "chatcmpl-1"), "down", correction="444!", idempotency_key="k", voice="user:a")
-    assert store.add_feedback("chatcmpl-1", "down", correction="444!", idempotency_key="k", voice="user:a") == first
+    first = store.add_feedback(ask(store, "chatcmpl-1"), "down", correction="444!", idempotency_key="k", user="user:a")
+    assert store.add_feedback("chatcmpl-1", "down", correction="444!", idempotency_key="k", user="user:a") == first
     second = store.add_feedback("chatcmpl-1", "up")
     found = store.completion("chatcmpl-1")
     assert found["request"] == BODY
@@ -84,9 +84,9 @@ def test_what_postgresql_cannot_hold_is_no_fault_of_the_database(store: Store) -
         store.add_feedback("chat\0", "up")
     with pytest.raises(UnknownCompletion):
         store.completion("chat\0")
-    with pytest.raises(InputError, match="correction: holds a NUL character"):
+    with pytest.raises(InputError, match="correction: contains a NUL character"):
         store.add_feedback("chatcmpl-1", "up", "a\0b")
-    store.add_feedback("chatcmpl-1", "up", voice="user:" + "n" * 300)
+    store.add_feedback("chatcmpl-1", "up", user="user:" + "n" * 300)
     assert store.completion("chatcmpl-1")["feedback"][0]["voice"].startswith("user:")
 
 
@@ -99,14 +99,14 @@ def test_votes_are_taken_in_once_and_withdrawn(store: Store) -> None:
         for vote in votes
     ]
     store.commit_partition("items-1", "digest", outcomes)
-    with pytest.raises(InputError, match="another ingestion has taken these votes"):
+    with pytest.raises(InputError, match="another ingestion has committed these votes"):
         store.commit_partition("items-2", "digest", outcomes)
     assert (store.waiting(), store.fresh()) == (2, 1)
     assert store.revoke(ids[0], "poisoned")
     assert store.withdrawn() == {ids[0]: "revoked"}
     store.add_improvement(store.last_accepted_sequence(), "agent/2", "promoted", "better")
     assert store.waiting() == 0
-    assert store.said_before([ids[1][:32]]) == {ids[1][:32]: ids[1]}
+    assert store.accepted_digests([ids[1][:32]]) == {ids[1][:32]: ids[1]}
     assert [row["model"] for row in store.feedback_counts()] == ["agent/1"]
     assert store.forget(1) == 0
 
@@ -152,7 +152,7 @@ def test_a_locked_table_is_told_after_the_wait_and_nothing_is_kept(store: Store,
     hasty = Store(address, busy_seconds=0.2)
     with other.begin() as connection:
         connection.exec_driver_sql("LOCK TABLE feedback IN ACCESS EXCLUSIVE MODE")
-        with pytest.raises(StoreUnavailable, match="send it again; nothing of it was kept"):
+        with pytest.raises(StoreUnavailable, match="send it again; nothing was stored"):
             hasty.add_feedback("chatcmpl-1", "up")
     assert hasty.completion("chatcmpl-1")["feedback"] == []
     hasty.close()

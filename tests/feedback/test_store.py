@@ -214,7 +214,7 @@ def test_unusable_database_is_refused(url: str, message: str) -> None:
 
 def test_long_voices_are_told_apart_in_few_characters(store: Store) -> None:
     for number, voice in enumerate(("user:" + "n" * 300, "user:" + "n" * 299 + "m", "user:\0", "local")):
-        store.add_feedback(ask(store, f"chatcmpl-{number}"), "up", voice=voice)
+        store.add_feedback(ask(store, f"chatcmpl-{number}"), "up", user=voice)
     voices = [store.completion(f"chatcmpl-{number}")["feedback"][0]["voice"] for number in range(4)]
     assert len(set(voices)) == 4
     assert all(len(voice) <= 80 and voice.startswith("user:") for voice in voices[:3])

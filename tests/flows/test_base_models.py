@@ -49,7 +49,7 @@ def test_a_named_model_is_fetched_once_and_goes_when_it_is_named_no_more(paths: 
     assert [line.partition(" (")[0] for line in said] == [
         "tune.base: stranger@champion",
         "tune.base: theirs",
-        "tune.base: none; tune starts from the pretrained one again",
+        "tune.base: none; tune starts from the pretrained model again",
     ]
 
 
@@ -58,7 +58,7 @@ def test_a_named_model_is_fetched_once_and_goes_when_it_is_named_no_more(paths: 
     [
         ("nowhere/at/all", r"tune\.base: nowhere/at/all: no model folder \(no config\.json there\), and no NAME@ALIAS"),
         ("nobody@champion", "nobody@champion: not in the registry|nobody: no such model in the registry"),
-        ("bert", r"params\.yaml: tune\.base: bert: BertForMaskedLM is no decoder; name one that is"),
+        ("bert", r"params\.yaml: tune\.base: bert: BertForMaskedLM is no decoder; name a model that is"),
     ],
 )
 def test_a_base_that_cannot_be_one_is_one_line(base: str, message: str, paths: Paths) -> None:

@@ -23,7 +23,7 @@ import yaml
 
 from components.config.params import InputError, Refused
 from components.feedback.store import AnswerRecord, Store
-from components.runtime.supervisor import Supervisor, family
+from components.runtime.supervisor import Supervisor, process_tree
 from flows.orchestration import flow_run
 from flows.orchestration.flow_run import effect
 from flows.orchestration.prefect_server import free_port, heartbeat, home_tag, send_logs
@@ -95,11 +95,11 @@ class Platform:
         return state
 
     def pid(self, service: str) -> int:
-        process = next(kept.process for kept in self.supervisor.kept if kept.service.name == service)
+        process = next(entry.process for entry in self.supervisor.supervised if entry.service.name == service)
         return process.pid if process else 0
 
     def healthy(self) -> bool:
-        return all(kept.state == "healthy" for kept in self.supervisor.kept)
+        return all(entry.state == "healthy" for entry in self.supervisor.supervised)
 
     def stages(self) -> list[psutil.Process]:
         """Processes of DVC and its stages in this project."""
@@ -135,7 +135,7 @@ def at(released: Released, database: Path, tmp_path_factory: pytest.TempPathFact
         port = free_port()
         started = services(project.home, {"prefect": port, "mlflow": free_port(), "endpoint": free_port()}, True)
         wanted = [service for service in started if service.name in ("prefect", "worker")]
-        supervisor = Supervisor(wanted, project.home / "logs", root, lambda kept: None)
+        supervisor = Supervisor(wanted, project.home / "logs", root, lambda entry: None)
         platform = Platform(project, f"http://127.0.0.1:{port}/api", supervisor)
         try:
             platform.until(platform.healthy)
@@ -170,7 +170,7 @@ def test_a_schedule_fires_and_the_event_of_its_run_fires_an_improvement(at: Plat
     for number in range(ENOUGH_ITEMS):
         store.add_request(f"c-{number}", "agent/1", {"messages": [{"role": "user", "content": f"What is {number}?"}]})
         store.add_answer(f"c-{number}", AnswerRecord("I do not know.", "stop", 5, 5, 0.1))
-        store.add_feedback(f"c-{number}", "down", f"It is {number}.", voice="user:a")
+        store.add_feedback(f"c-{number}", "down", f"It is {number}.", user="user:a")
     often = {"schedule": {"interval": 10, "anchor_date": datetime.now(UTC).isoformat()}, "active": True}
     ingest = at.deployment("ingest")["id"]
     made = at.send("POST", f"deployments/{ingest}/schedules", [often])[0]
@@ -200,7 +200,7 @@ def test_runs_of_a_killed_worker_are_marked_and_those_that_live_stay(at: Platfor
     other = at.ask("flow_runs/", flow_id=facts["flow_id"], state={"type": "RUNNING"})["id"]
     worker = at.pid("worker")
     with heartbeat(at.project.home, lives):
-        for member in family(worker):
+        for member in process_tree(worker):
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         state = at.ended(killed)

@@ -43,7 +43,7 @@ class Place:
             asked = {"messages": [{"role": "user", "content": f"What does f{number} do?"}]}
             store.add_request(f"chatcmpl-{number}", "agent/1", asked)
             store.add_answer(f"chatcmpl-{number}", AnswerRecord("I do not know.", "stop", 5, 5, 0.1))
-            ids.append(store.add_feedback(f"chatcmpl-{number}", "down", f"It is {number}.", voice="user:a"))
+            ids.append(store.add_feedback(f"chatcmpl-{number}", "down", f"It is {number}.", user="user:a"))
         store.close()
         return ids
 

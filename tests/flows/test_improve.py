@@ -19,7 +19,7 @@ from components.config.paths import Paths
 from components.evaluation.compare_agents import judge
 from components.feedback.curate import curate
 from components.feedback.ingest import ingest
-from components.feedback.lineage import lessons, taught
+from components.feedback.lineage import feedback_ids, trained_versions
 from components.feedback.store import AnswerRecord, Store
 from components.runtime.stage import digest
 from components.tracking.registry import ModelVersion, Registry
@@ -31,7 +31,7 @@ from flows.release import Release
 from tests.feedback.project import new_run, write_project
 
 Register = Callable[..., ModelVersion]
-CONFIG = FeedbackConfig(max_items=100, max_per_voice=100, improve_after=20, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=100, improve_after=20, keep_days=None)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "name"}}
 FEW_STEPS = {
     "align__max_steps": 2,
@@ -82,7 +82,7 @@ def improved(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imp
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda *_, **__: None)
     monkeypatch.setattr(flow, "run_flow", lambda name, home, echo, body, **_: body(FlowRun("flow run", lambda _: None)))
     monkeypatch.setattr(flow, "effect", lambda function, *values, **_: function(*values))
-    monkeypatch.setattr(flow, "look", lambda *_, **__: [])
+    monkeypatch.setattr(flow, "stage_states", lambda *_, **__: [])
     monkeypatch.setattr(flow, "bring_up_to_date", stages)
     monkeypatch.setattr(flow, "publish", publish)
     return lambda **options: improve(paths.root, echo=lambda _: None, **options)
@@ -96,14 +96,14 @@ def correct(store: Store, paths: Paths, first: int, count: int) -> list[str]:
         store.add_request(f"c{number}", "agent/1", body)
         result = {"type": "result", "name": "lookup", "content": f"module_{number}"}
         store.add_answer(f"c{number}", AnswerRecord("no idea", "stop", 5, 5, 0.1, [CALL, result]))
-        ids.append(store.add_feedback(f"c{number}", "down", f"in module_{number}", voice="user:a"))
+        ids.append(store.add_feedback(f"c{number}", "down", f"in module_{number}", user="user:a"))
     assert ingest(store, paths.feedback, CONFIG, lambda rows: {}).accepted == count
     return ids
 
 
 def overrule(registry: Registry, refused: Callable[..., Improvement]) -> ModelVersion:
     """An improvement that the gate refuses, promoted by a person."""
-    with pytest.raises(Refused, match=r"no gain is real|too little held-out feedback"):
+    with pytest.raises(Refused, match=r"no significant gain|too little held-out feedback"):
         refused()
     version = registry.resolve("agent@challenger")
     registry.promote(version)
@@ -123,28 +123,28 @@ def test_a_champion_that_learned_what_was_revoked_is_replaced_from_its_nearest_c
     late = correct(store, paths, 8, 8)
     third = overrule(registry, improved)
     assert [one.tags["parent"] for one in (second, third)] == ["agent/1", "agent/2"]
-    assert set(lessons(second)) < set(early)
-    assert set(lessons(third)) & set(late)
+    assert set(feedback_ids(second)) < set(early)
+    assert set(feedback_ids(third)) & set(late)
     assert mode(paths) == "gain"
     assert improved().outcome == "nothing new"
 
     # One generation back: what the champion alone learned.
-    (gone, *_) = sorted(set(lessons(third)) - set(lessons(second)))
+    (gone, *_) = sorted(set(feedback_ids(third)) - set(feedback_ids(second)))
     store.revoke(gone, "poison")
     fourth = registry.resolve(improved().champion)
     assert (str(fourth), fourth.tags["parent"], mode(paths)) == ("agent/4", "agent/2", "replace")
-    assert fourth.tags["gate_reason"].endswith("nothing falls without it")
-    assert set(lessons(fourth)) == set(lessons(third)) - {gone}
-    assert taught(registry, gone) == ["agent/3"]
+    assert fourth.tags["gate_reason"].endswith("nothing regresses without it")
+    assert set(feedback_ids(fourth)) == set(feedback_ids(third)) - {gone}
+    assert trained_versions(registry, gone) == ["agent/3"]
     assert improved().outcome == "nothing new"
 
     # Two generations back: what the champion's parent learned is in the champion too.
-    (oldest, *_) = sorted(set(lessons(second)))
+    (oldest, *_) = sorted(set(feedback_ids(second)))
     store.revoke(oldest, "poison")
     fifth = registry.resolve(improved().champion)
     assert (str(fifth), fifth.tags["parent"], mode(paths)) == ("agent/5", "agent/1", "replace")
-    assert set(lessons(fifth)) == set(lessons(third)) - {gone, oldest}
-    assert "agent/5" not in taught(registry, oldest)
+    assert set(feedback_ids(fifth)) == set(feedback_ids(third)) - {gone, oldest}
+    assert "agent/5" not in trained_versions(registry, oldest)
     outcomes = [(row["candidate"], row["outcome"]) for row in store.improvements()]
     assert outcomes == [(f"agent/{n}", "refused" if n < 4 else "promoted") for n in range(2, 6)]
     assert improved().outcome == "nothing new"
@@ -177,7 +177,7 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
     def look(*_: Any, **__: Any) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(flow, "look", look)
+    monkeypatch.setattr(flow, "stage_states", look)
     assert improved().outcome == "nothing new"
     for number, start in revoked.items():
         store.revoke(line[number])
@@ -189,6 +189,9 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
         wanted = "gain" if start == 4 else "replace"
         assert json.loads((paths.champion / "gate.json").read_text()) == {"mode": wanted}
         assert line[number] in json.loads((paths.feedback / "withdrawn.json").read_text())
+        learned = [[], line[:1], line[1:2], line[2:3]][start - 1]
+        assert json.loads((paths.start / "lessons.json").read_text()) == {"feedback": learned}
+        assert json.loads((paths.champion / "lessons.json").read_text()) == {"feedback": line[2:3]}
 
 
 def test_an_improvement_killed_after_its_verdict_is_recorded_once(
@@ -196,12 +199,12 @@ def test_an_improvement_killed_after_its_verdict_is_recorded_once(
 ) -> None:
     correct(store, paths, 0, 3)
     registry.promote(registered(0.5))
-    registered(0.6, feedback_sequence="3", gate="refused", gate_reason="no gain is real")
+    registered(0.6, feedback_sequence="3", gate="refused", gate_reason="no significant gain")
     registered(0.7, feedback_sequence="3", gate="passed", gate_reason="gains")  # killed before it was promoted
     for _ in range(2):
         assert improved().outcome == "nothing new"
     assert [(row["candidate"], row["outcome"], row["reason"]) for row in store.improvements()] == [
-        ("agent/2", "refused", "no gain is real")
+        ("agent/2", "refused", "no significant gain")
     ]
     registry.promote(registry.resolve("agent/3"))
     improved()

@@ -1,7 +1,8 @@
-"""What the daily look compares: prompts of a day with what was trained on, its votes with the month before."""
+"""What the daily drift check compares: prompts of a day with what was trained on, its votes with the month before."""
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_without_a_store_nothing_is_compared(paths: Paths) -> None:
     assert monitor(paths.root, print) == []
     assert not has_store(paths.home)
     (report,) = (paths.home / "reports").iterdir()
-    assert "Nothing was asked in the last day" in report.read_text()
+    assert "No requests in the last day" in report.read_text()
 
 
 def test_a_day_is_compared_with_training_and_with_the_month_before_it(paths: Paths, store: Store) -> None:
@@ -98,6 +99,26 @@ def test_prompts_alone_and_votes_alone_are_compared(paths: Paths, store: Store) 
     assert set(seen(paths)) == {"prompt length", "first word"}, "no votes to compare with"
     ask(store, 3, 5, "up")
     assert set(seen(paths)) == {"prompt length", "first word", "rating (p value)"}
+
+
+def test_the_first_prompt_of_a_conversation_is_compared_whatever_parts_it_has(paths: Paths, store: Store) -> None:
+    parts = [{"type": "text", "text": "where is"}, {"type": "image_url"}, {"type": "text", "text": "name 7?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "here"}]
+    turns.append({"role": "user", "content": "now tell me at length about each of the names that you know"})
+    for number in range(30):
+        store.add_exchange(
+            str(number), "agent/1", {"messages": turns}, time.time(), AnswerRecord("", "stop", 1, 1, 0.1)
+        )
+    measures = seen(paths)
+    assert {name: one.samples for name, one in measures.items()} == {"prompt length": 30, "first word": 30}
+    assert not any(one.drifted for one in measures.values())
+
+
+def test_without_conversations_to_train_on_votes_alone_are_compared(paths: Paths, store: Store) -> None:
+    shutil.rmtree(paths.collected / "talks")
+    ask(store, 0.5, 5, "up")
+    ask(store, 3, 5, "up")
+    assert set(seen(paths)) == {"rating (p value)"}
 
 
 def test_what_drifted_is_said_reported_and_raised(paths: Paths, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +19,9 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from flows.orchestration.dvc_repo import StageState, configure, stage_states, version_data
 from flows.orchestration.run_stage import StageFailed, reproduce
-from flows.pipeline import configure, look, version_data
+from loopwright.doctor import CHECKS
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
@@ -60,7 +63,9 @@ def run_all(project: Path) -> list[str]:
 
 
 def reasons(project: Path, **wanted: object) -> dict[str, tuple[str, ...]]:
-    return {state.name: state.reasons for state in look(project, **wanted)}  # type: ignore[arg-type]
+    """What is wrong with each stage; or `after` and the stages it depends on that are out of date."""
+    states = stage_states(project, **wanted)  # type: ignore[arg-type]
+    return {state.name: state.reasons or (("after", *state.after) if state.after else ()) for state in states}
 
 
 def test_outcomes_are_told_apart(project: Path) -> None:
@@ -79,13 +84,13 @@ def test_reasons_name_what_changed_and_follow_the_graph(project: Path) -> None:
     run_all(project)
     assert reasons(project) == {"first": (), "side": (), "last": ()}
     (project / "params.yaml").write_text("a: 2\n")
-    assert reasons(project) == {"first": ("params.yaml: a modified",), "side": (), "last": ("after first",)}
+    assert reasons(project) == {"first": ("params.yaml: a modified",), "side": (), "last": ("after", "first")}
     (project / "params.yaml").write_text("a: 1\n")
     (project / "source.txt").write_text("another")
     assert reasons(project) == {
         "first": ("source.txt modified",),
         "side": ("source.txt modified",),
-        "last": ("after first",),
+        "last": ("after", "first"),
     }
     (project / "source.txt").write_text("source")
     (project / "side.txt").unlink()
@@ -120,31 +125,48 @@ def test_until_takes_all_of_a_stage_with_a_matrix(project: Path) -> None:
 def test_until_takes_a_stage_and_what_it_needs(project: Path) -> None:
     assert set(reasons(project, until="last")) == {"first", "last"}
     with pytest.raises(InputError, match=r"--until: 'middle' is no stage of dvc.yaml; one of first, side, last"):
-        look(project, until="middle")
+        stage_states(project, until="middle")
 
 
 def test_force_gives_every_stage_a_reason(project: Path) -> None:
     run_all(project)
-    states = look(project, force=True)
-    assert all(state.force and "--force" in state.reasons for state in states)
+    states = stage_states(project, force=True)
+    assert all(state.reasons == ("--force",) for state in states)
 
 
-def test_another_python_makes_collect_stale(project: Path) -> None:
-    stages = {
-        "collect": STAGES["side"],
-        "last": {**STAGES["last"], "cmd": "cp side.txt last.txt", "deps": ["side.txt"]},
-    }
-    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
-    for name in stages:
-        run(name, project)
+def test_a_state_fits_a_line_and_says_how_much_it_leaves_out() -> None:
+    reasons = tuple(f"components/module_{number}.py modified" for number in range(30))
+    stale = StageState("first", (), reasons)
+    waiting = StageState("last", ("first",), (), ("collect", "prepare@encoder", "pretrain@encoder"))
+    assert stale.describe(90) == f"{reasons[0]}, {reasons[1]}, and 28 more"
+    assert waiting.describe(90) == "up to date until after collect, prepare@encoder, pretrain@encoder"
+    assert waiting.describe(50) == "up to date until after collect, and 2 more"
+    assert StageState("side", (), ()).describe(10) == "up to date"
+    for width in range(20, 2000, 7):
+        for state in (stale, waiting):
+            line = state.describe(width)
+            assert len(line) <= width
+            assert line[-1] == "…" or line.count(",") + 1 == len(state.reasons or state.after) or " more" in line
+
+
+def test_doctor_says_that_data_was_collected_under_another_python(project: Path) -> None:
     metrics = Paths(project).metrics / "collect.json"
     metrics.parent.mkdir(parents=True)
-    metrics.write_text(json.dumps({"python": sys.version}))
-    assert reasons(project) == {"collect": (), "last": ()}
-    metrics.write_text(json.dumps({"python": "3.99.1 (main)"}))
-    now = sys.version.split()[0]
-    assert reasons(project) == {"collect": (f"python {now}, collected with 3.99.1",), "last": ("after collect",)}
-    assert look(project)[0].force, "DVC sees no change, so it must be told"
+    for version, shown in ((sys.version, False), ("3.99.1 (main)", True)):
+        metrics.write_text(json.dumps({"python": version}))
+        found, remedy = CHECKS["python"](Paths(project))
+        assert not remedy
+        assert ('data collected under 3.99.1: "loopwright run --until collect --force" renews it' in found) == shown
+
+
+def test_doctor_compares_what_is_installed_with_the_lock(project: Path) -> None:
+    lock = project / "requirements.lock"
+    shutil.copy(Path(__file__).parents[2] / "requirements.lock", lock)
+    assert CHECKS["versions"](Paths(project))[1] == ""
+    lock.write_text(re.sub("(?m)^dvc==.*", "dvc==3.1.0", lock.read_text()))
+    found, remedy = CHECKS["versions"](Paths(project))
+    assert re.fullmatch(r"dvc \S+, locked 3\.1\.0", found)
+    assert remedy.startswith("run make setup")
 
 
 def test_each_line_of_a_stage_is_heard_without_what_dvc_says(project: Path) -> None:
@@ -257,10 +279,29 @@ def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None
         run("first", project)
 
 
-def test_a_broken_dvc_yaml_is_wrong_input(project: Path) -> None:
-    (project / "dvc.yaml").write_text("stages:\n  first:\n    cmd: 3\n    dips: []\n")
-    with pytest.raises(InputError, match=r"dvc\.yaml: "):
-        look(project)
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("dvc.yaml", "stages:\n  first:\n    cmd: [\n", "dvc.yaml: line 4, column 1: expected .*; correct dvc.yaml"),
+        ("dvc.yaml", "stages: {a: {dips: []}}", "dvc.yaml: stages.a.dips: extra keys not allowed.*; correct dvc.yaml"),
+        ("dvc.yaml", "stages: {a: {cmd: b, deps: [c], outs: [c]}}", "dvc.yaml: DVC: .*in stage: a; correct dvc.yaml"),
+        ("dvc.lock", "a: 1", 'dvc.lock: .*a: extra keys.*; remove dvc.lock, and "loopwright run" writes it anew'),
+        ("params.yaml", "a: [", "params.yaml: line 1, column 5: .*; correct params.yaml"),
+        ("data/mine.dvc", "outs: [", "data/mine.dvc: line 1, column 8: .*; restore data/mine.dvc from git, or add .*"),
+        (".dvc/config", "[core", ".dvc/config: DVC: .*line 1; correct it there or in .dvc/config.local"),
+    ],
+)
+def test_what_dvc_cannot_read_is_named_with_place_and_remedy(
+    file: str, content: str, message: str, project: Path
+) -> None:
+    (project / file).parent.mkdir(exist_ok=True)
+    (project / file).write_text(content)
+    with pytest.raises(InputError) as caught:
+        stage_states(project)
+    assert re.fullmatch(message, str(caught.value)), str(caught.value)
+    with chdir(project):
+        found, remedy = CHECKS["dvc"](Paths(project))
+    assert f"{found}; {remedy}" == str(caught.value)
 
 
 def test_without_git_dvc_versions_alone(project: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 from components.config.params import Refused
 from components.config.paths import Paths
 from components.tracking.registry import ModelVersion, Registry
-from flows.release import GateReport, conclude, current_release, gate, look_at_releases, register
+from flows.release import GateReport, apply_gate, current_release, gate, register, release_states
 
 Register = Callable[..., ModelVersion]
 
@@ -31,7 +31,7 @@ def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
 
 def refuse(registry: Registry, version: ModelVersion) -> str:
     with pytest.raises(Refused) as caught:
-        conclude(registry, version, GateReport(False, "against agent/1: falls: lookup from 0.938 to 0.875"))
+        apply_gate(registry, version, GateReport(False, "against agent/1: regresses: lookup from 0.938 to 0.875"))
     return str(caught.value)
 
 
@@ -41,13 +41,13 @@ def test_the_first_model_passes(registry: Registry, registered: Register, paths:
 
 def test_a_model_that_passes_is_told_why(registry: Registry, registered: Register) -> None:
     registry.promote(registered(0.5))
-    assert conclude(registry, registered(0.6), GateReport(True, "against agent/1: gains")) == "against agent/1: gains"
+    assert apply_gate(registry, registered(0.6), GateReport(True, "against agent/1: gains")) == "against agent/1: gains"
 
 
 def test_a_model_that_is_refused_becomes_the_challenger(registry: Registry, registered: Register, paths: Paths) -> None:
     registry.promote(registered(0.5))
     reason = refuse(registry, registered(0.4, model_digest="made.dir"))
-    assert reason.startswith("agent/2: refused against agent/1: falls: lookup from 0.938 to 0.875; overrule with")
+    assert reason.startswith("agent/2: refused against agent/1: regresses: lookup from 0.938 to 0.875; overrule with")
     assert 'overrule with "loopwright registry promote agent 2"' in reason
     assert registry.resolve("agent@challenger").version == 2
     assert registry.resolve("agent@champion").version == 1
@@ -69,7 +69,7 @@ def test_a_model_that_the_champion_was_trained_from_is_not_released_again(
     registry.promote(registered(0.6, parent="agent/1"))
     found = current_release(paths)
     assert found is not None
-    assert (found.version, found.outcome) == ("agent/2", "agent/2 learned from people since agent/1")
+    assert (found.version, found.outcome) == ("agent/2", "agent/2 was trained on feedback since agent/1")
 
 
 def test_nothing_registered_needs_a_release(paths: Paths, registered: Register) -> None:
@@ -161,14 +161,14 @@ def make_classifier(paths: Paths) -> None:
 
 def test_each_model_is_released_by_itself(registry: Registry, registered: Register, paths: Paths) -> None:
     make_classifier(paths)
-    assert look_at_releases(paths).pending == ["agent", "classifier"]
+    assert release_states(paths).pending == ["agent", "classifier"]
     registry.promote(registered(0.9, "classifier", model_digest="other.dir"))
     refuse(registry, registered(0.8, "classifier", model_digest="read.dir"))
-    found = look_at_releases(paths)
+    found = release_states(paths)
     assert found.pending == ["agent"], "a refusal of one does not stop the others"
     assert found.champions == []
     (refusal,) = found.refusals
-    assert refusal.startswith("classifier/2: refused against agent/1: falls")
+    assert refusal.startswith("classifier/2: refused against agent/1: regresses")
     assert 'overrule with "loopwright registry promote classifier 2"' in refusal
 
 

@@ -1,27 +1,38 @@
-"""DVC, `status` and `run` name the same stages: the declarations of this project, over stages that take no time."""
+"""DVC, `status` and `run` name the same stages, and looking changes no file.
+
+The declarations are those of this project, the stages stubs that take no time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import chdir
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from components.config.params import SCALES_FILE, load_params
-from components.runtime.stage import IMPROVEMENT, PIPELINE, outs, read_stages
-from flows.pipeline import StageState, configure, look
+from components.config.params import FAMILIES, SCALES_FILE, load_params
+from components.config.versions import VERSIONS_FILE
+from components.feedback.store import Store
+from components.runtime.stage import IMPROVEMENT, PIPELINE, declared_libraries, digest, outs, read_stages
+from components.tracking.registry import Registry
+from flows.orchestration.dvc_repo import StageState, configure, stage_states
+from loopwright.doctor import doctor
+from loopwright.status import status
 
 # DVC steps on this itself.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 
 SOURCE = Path(__file__).parents[2]
 SCALES = SCALES_FILE.relative_to(SOURCE).as_posix()
+VERSIONS = VERSIONS_FILE.relative_to(SOURCE).as_posix()
 
 STUB = """
 import hashlib, json, pathlib, sys, yaml
@@ -55,6 +66,7 @@ def datasets(section):
     return [named] if isinstance(named, str) else named
 
 values = [look_up(params, one) for one in stage["params"]] + [look_up(scales, one) for one in stage["scaled"]]
+values += [load("VERSIONS")[library] for library in stage["libraries"]]
 said = digest(values, [content(dep) for dep in stage["deps"]])
 if name == "collect":
     said = digest(params["collect"])  # the agent's facts are of no dataset
@@ -73,10 +85,10 @@ with open("ran", "a") as ran:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with the declarations of this one, built once by DVC alone."""
+def cloned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with the declarations of this one, in which nothing has run."""
     root = tmp_path_factory.mktemp("project")
-    for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, ".dvc/config", ".dvcignore", ".gitignore"):
+    for name in ("params.yaml", PIPELINE, IMPROVEMENT, SCALES, VERSIONS, ".dvc/config", ".dvcignore", ".gitignore"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SOURCE / name, root / name)
     for section, names in load_params(root / "params.yaml").datasets.items():  # the stub knows no project
@@ -92,13 +104,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "components/runtime").mkdir()
     for package in ("components", "components/runtime"):
         (root / package / "__init__.py").touch()
-    (root / "components/runtime/stage.py").write_text(STUB.replace("SCALES", SCALES))
+    (root / "components/runtime/stage.py").write_text(STUB.replace("SCALES", SCALES).replace("VERSIONS", VERSIONS))
     told = {name: described(stage, deps, root) for name, stage in stages.items()}
     (root / "stages.json").write_text(json.dumps(told))
     (root / "data/added/tickets").mkdir(parents=True)
     (root / "data/added/tickets/train").write_text("tickets")
     subprocess.run(["git", "init", "--quiet", str(root)], check=True)
-    configure(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def built(cloned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That project, built once by DVC alone."""
+    root = copied(cloned, tmp_path_factory.mktemp("built"))
     assert reproduce(root) == list(read_stages(root, PIPELINE)), "in a fresh clone DVC builds all up to the last stage"
     return root
 
@@ -109,7 +127,7 @@ def inside(path: str, folders: Iterable[str]) -> bool:
 
 def described(stage: Mapping[str, Any], deps: Iterable[str], root: Path) -> dict[str, Any]:
     """What the stub is to read and to write of a stage."""
-    scaled = [dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry[SCALES]]
+    scaled = [dotted for entry in stage["params"] if isinstance(entry, dict) for dotted in entry.get(SCALES, ())]
     writes = []
     for out in set(outs(stage)) - {"data/collected"}:
         parts = {dep for dep in deps if dep != out and inside(dep, [out])}
@@ -118,6 +136,7 @@ def described(stage: Mapping[str, Any], deps: Iterable[str], root: Path) -> dict
         "deps": stage["deps"],
         "params": [entry for entry in stage["params"] if isinstance(entry, str)],
         "scaled": scaled,
+        "libraries": sorted(declared_libraries(stage)),
         "sections": list(load_params(root / "params.yaml").datasets),
         "writes": writes,
     }
@@ -174,6 +193,8 @@ def all_of(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
     return edit
 
 
+FINE_TUNED = {f"{stage}@{model}" for stage in ("finetune", "assess") for model in ("classifier", "summarizer")}
+TRAINED = {"tune"} | {f"{stage}@{family}" for stage in ("prepare", "pretrain") for family in FAMILIES}
 EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "what no stage reads": (
         all_of(
@@ -205,6 +226,9 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
             "assess@classifier",
         },
     ),
+    "a library of some stages": (setting("scikit-learn", "99", VERSIONS), FINE_TUNED),
+    "a library of most stages": (setting("torch", "99", VERSIONS), {*TRAINED, *FINE_TUNED, "evaluate"}),
+    "a library of no stage": (appended("requirements.lock"), set()),
     "a base": (
         appended("data/imported/encoder_decoder/config.json"),
         {"prepare@encoder_decoder", "finetune@summarizer"},
@@ -213,8 +237,8 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
 """An edit, and the stages of which it changes an input."""
 
 
-def direct(states: Iterable[StageState]) -> set[str]:
-    return {state.name for state in states if any(not why.startswith("after ") for why in state.reasons)}
+def out_of_date(states: Iterable[StageState]) -> set[str]:
+    return {state.name for state in states if state.reasons}
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -222,31 +246,103 @@ def test_an_edit_makes_the_stages_stale_that_read_it(name: str, built: Path, tmp
     edit, expected = EDITS[name]
     project = copied(built, tmp_path)
     edit(project)
-    assert direct(look(project)) == expected
+    assert out_of_date(stage_states(project)) == dvc_status(project) == expected
 
 
-def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(built: Path, tmp_path: Path) -> None:
-    edit = all_of(
-        setting("summarizer.dataset", ["stdlib-summaries", "tickets"]),
-        setting("classifier.max_steps", 7),
-        appended("data/added/new/train"),
-    )
-    expected = ["collect", "validate", "finetune@classifier", "assess@classifier"]
-    expected += [f"{name}@encoder_decoder" for name in ("train_tokenizer", "prepare", "pretrain")]
-    expected += ["finetune@summarizer", "assess@summarizer"]
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (
+            all_of(
+                setting("summarizer.dataset", ["stdlib-summaries", "tickets"]),
+                setting("classifier.max_steps", 7),
+                appended("data/added/new/train"),
+            ),
+            {
+                "collect",
+                "validate",
+                "finetune@classifier",
+                "assess@classifier",
+                *(f"{name}@encoder_decoder" for name in ("train_tokenizer", "prepare", "pretrain")),
+                "finetune@summarizer",
+                "assess@summarizer",
+            },
+        ),
+        (setting("torch", "99", VERSIONS), {*TRAINED, *FINE_TUNED, "evaluate"}),
+    ],
+    ids=["datasets and parameters", "an upgrade of torch"],
+)
+def test_dvc_alone_and_a_run_execute_the_same_stages_of_those_that_status_names(
+    edit: Callable[[Path], None], expected: set[str], built: Path, tmp_path: Path
+) -> None:
     alone, run = copied(built, tmp_path / "alone"), copied(built, tmp_path / "run")
     for project in (alone, run):
         edit(project)
     before = (run / "dvc.lock").read_text()
-    states = look(run)
+    states = stage_states(run)
     assert (run / "dvc.lock").read_text() == before, "DVC writes it when a stage has run, and nobody else"
-    assert direct(states) == dvc_status(run)
-    assert direct(states) <= set(expected) <= {state.name for state in states if state.reasons}
+    assert out_of_date(states) == dvc_status(run)
+    assert out_of_date(states) <= expected <= {state.name for state in states if state.is_due}
     # As the flow does it, without a process for each.
-    assert sorted(reproduce(run, *(state.name for state in states if state.reasons))) == sorted(expected)
+    assert sorted(reproduce(run, *(state.name for state in states if state.is_due))) == sorted(expected)
     assert sorted(reproduce(alone)) == sorted(expected)
     assert not dvc_status(run)
-    assert not direct(look(alone))
+    assert not out_of_date(stage_states(alone))
+
+
+def digests(root: Path) -> dict[str, str]:
+    """SHA-256 of every file and the target of every link, those of git, DVC and the state folder included."""
+    return {
+        path.relative_to(root).as_posix(): str(path.readlink())
+        if path.is_symlink()
+        else digest(path)
+        if path.is_file()
+        else "folder"
+        for path in root.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.parametrize("progress", ["nothing ran", "a part ran", "all ran"])
+def test_status_and_doctor_change_no_file(
+    progress: str,
+    cloned: Path,
+    built: Path,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path / "project"
+    shutil.copytree(cloned if progress == "nothing ran" else built, root, symlinks=True)
+    if progress != "nothing ran":
+        configure(root)
+        dvc_status(root)
+        setting("pretrain.decoder.max_steps", 7)(root)
+    if progress == "a part ran":
+        shutil.rmtree(root / "data/tokens")
+        reproduce(root, "prepare@encoder")
+    if progress == "all ran":  # with a state folder in use
+        shutil.copytree(registry.home, root / "var", dirs_exist_ok=True)
+        Registry(root / "var").names()
+        store = Store.of(root / "var")
+        store.add_request("1", "agent/1", {"messages": []})
+        store.close()
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR", raising=False)
+    monkeypatch.chdir(root)
+    before = digests(root)
+    status(as_json=True)
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert digests(root) == before
+    with suppress(typer.Exit):  # with problems of this machine, or none
+        doctor(as_json=True)
+    (dvc,) = [row for row in json.loads(capsys.readouterr().out)["checks"] if row["check"] == "dvc"]
+    stale = [stage["name"] for stage in stages if not stage["up_to_date"]]
+    assert dvc == {"check": "dvc", "ok": True, "found": f"pipeline readable, {len(stale)} stages to run", "remedy": ""}
+    assert digests(root) == before
+    assert "DVC_SITE_CACHE_DIR" not in os.environ
+    assert {state.name for state in stage_states(root) if state.reasons} == set(stale)
 
 
 def copied(project: Path, folder: Path) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from components.inference.batching import Row, generate
-from components.inference.constraints import Allowed, Constraint, mask_logits
+from components.inference.sampling import Allowed, Constraint, mask_logits
 from components.models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(

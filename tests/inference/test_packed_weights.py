@@ -48,5 +48,5 @@ def test_packed_model_is_the_model() -> None:
 def test_rounding_is_refused_where_it_changes_the_answers() -> None:
     sequences = [list(range(1, 40)), list(range(20, 60))]
     assert round_checked(model(0.3), sequences, 0.8) > 0.8
-    with pytest.raises(InputError, match=r"serve\.int8: rounded, the model takes the same token in \d"):
+    with pytest.raises(InputError, match=r"serve\.int8: quantized, the model chooses the same token in \d"):
         round_checked(model(0.3), sequences, 1.01)

@@ -45,7 +45,10 @@ def test_what_is_written_is_what_transformers_writes(
     ("settings", "said"),
     [
         ("[]", "generation_config.json: not a readable generation configuration"),
-        ('{"no_repeat_ngram_size": -1}', "generation_config.json: no_repeat_ngram_size: -1; a count of tokens"),
+        (
+            '{"no_repeat_ngram_size": -1}',
+            "generation_config.json: no_repeat_ngram_size: -1; expected a number of tokens",
+        ),
     ],
 )
 def test_broken_generation_settings_are_an_input_error(
@@ -56,5 +59,5 @@ def test_broken_generation_settings_are_an_input_error(
 
 
 def test_another_family_writes_nothing(classifier_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"a classifier writes no target; give an encoder-decoder's$"):
+    with pytest.raises(InputError, match=r"a classifier is no encoder-decoder; give an encoder-decoder's folder$"):
         Summarizer.load(classifier_folder)

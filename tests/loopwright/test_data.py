@@ -88,7 +88,7 @@ def test_added_dataset_is_listed_shown_validated_and_versioned(
         "notes: 2 train rows of kind documents (1 exact_duplicate dropped); valid",
         "train on it: loopwright run --set pretrain.decoder.dataset=notes",
     ]
-    assert "version noted in data/added/notes.dvc; git add data/added/notes.dvc data/added/.gitignore" in err
+    assert "version recorded in data/added/notes.dvc; git add data/added/notes.dvc data/added/.gitignore" in err
     assert "path: notes" in (project / "data/added/notes.dvc").read_text()
     assert (project / "data/added/.gitignore").read_text() == "/notes\n"
 
@@ -287,7 +287,7 @@ def test_without_git_the_dataset_is_versioned_and_its_person_told(
     shutil.rmtree(project / ".git")
     code, _, err = loopwright("add", "documents", documents, "--name", "notes")
     assert code == 0
-    assert "version noted in data/added/notes.dvc; no git here, so keep data/added/notes.dvc yourself" in err
+    assert "version recorded in data/added/notes.dvc; no git here, so back data/added/notes.dvc up yourself" in err
     assert (project / "data/added/notes.dvc").is_file()
 
 
@@ -307,7 +307,10 @@ def test_changed_dataset_is_found_out(loopwright: Loopwright, project: Path, doc
 
 def test_datasets_that_are_not_here_are_told_apart(loopwright: Loopwright, project: Path) -> None:
     (project / "data/added/pulled.dvc").write_text("outs:\n- path: pulled\n")
-    assert loopwright("show", "pulled")[2] == 'pulled: its data is not here; run "dvc pull data/added/pulled.dvc"\n'
+    assert (
+        loopwright("show", "pulled")[2]
+        == 'pulled: its data is not in this checkout; run "dvc pull data/added/pulled.dvc"\n'
+    )
     assert loopwright("show", "stdlib-documents")[2] == (
         'stdlib-documents: not collected yet; run "loopwright run --until collect"\n'
     )

@@ -11,7 +11,7 @@ import yaml
 from ruamel.yaml import YAML
 
 from components.config.params import InputError, load_params
-from loopwright.run import Terminal, _overrides, _write_params
+from loopwright.run import Terminal, read_overrides, write_params
 
 PARAMS = """\
 # The dial.
@@ -37,10 +37,10 @@ def params(tmp_path: Path) -> Path:
 
 def test_values_are_written_beside_their_comments(params: Path) -> None:
     told: list[str] = []
-    wanted = _overrides(
+    wanted = read_overrides(
         "smoke", ["pretrain.decoder.dataset=[a, b]", "model.decoder.num_layers=3", "tune.learning_rate=1e-3"]
     )
-    _write_params(params, wanted, told.append)
+    write_params(params, wanted, told.append)
     text = params.read_text()
     assert "# The dial.\nscale: smoke   # or smoke\n" in text
     assert "    dataset: [a, b]            # or a list\n" in text
@@ -56,13 +56,13 @@ def test_values_are_written_beside_their_comments(params: Path) -> None:
 def test_a_dataset_may_be_called_what_yaml_reads_as_something_else(params: Path, name: str) -> None:
     wanted = name.strip("[]").split(", ")
     for assignment in (f"tune.dataset={name}", f"pretrain.encoder.dataset={name}"):
-        _write_params(params, _overrides(None, [assignment]), lambda line: None)
+        write_params(params, read_overrides(None, [assignment]), lambda line: None)
     written = load_params(params)
     assert written.tune.datasets == written.pretrain.encoder.datasets == wanted
     for read in (yaml.safe_load(params.read_text()), YAML(typ="safe").load(params.read_text())):
         assert read["tune"]["dataset"] == (wanted if name.startswith("[") else name), "whoever reads the file"
     told: list[str] = []
-    _write_params(params, _overrides(None, [f"tune.dataset={name}"]), told.append)
+    write_params(params, read_overrides(None, [f"tune.dataset={name}"]), told.append)
     assert told == [], "it stands there already"
     params.write_text(PARAMS.replace("stdlib-conversations", name), encoding="utf-8")
     assert load_params(params).tune.datasets == wanted, "as a person writes it"
@@ -76,7 +76,7 @@ def test_only_text_is_taken_as_written(params: Path) -> None:
         "tune.compile=on",
         "pretrain.decoder.max_steps=1_000",
     ]
-    _write_params(params, _overrides(None, wanted), lambda line: None)
+    write_params(params, read_overrides(None, wanted), lambda line: None)
     read = load_params(params)
     assert (read.serve.int8, read.seed, read.serve.backend_url) == (False, 31, None)
     assert (read.tune.compile, read.pretrain.decoder.max_steps) == ("on", 1000)
@@ -89,14 +89,14 @@ def test_a_full_disk_leaves_the_file_as_it_was(
         small_files(20),
         pytest.raises(InputError, match=r"params.yaml.*: cannot be written: File too large"),
     ):
-        _write_params(params, _overrides("smoke", []), lambda line: None)
+        write_params(params, read_overrides("smoke", []), lambda line: None)
     assert [path.name for path in params.parent.iterdir()] == ["params.yaml"]
     assert params.read_text() == PARAMS
 
 
 def test_nothing_is_written_when_nothing_changes(params: Path) -> None:
     told: list[str] = []
-    _write_params(params, _overrides("laptop", ["seed=0"]), told.append)
+    write_params(params, read_overrides("laptop", ["seed=0"]), told.append)
     assert (params.read_text(), told) == (PARAMS, [])
 
 
@@ -117,7 +117,7 @@ def test_nothing_is_written_when_nothing_changes(params: Path) -> None:
 )
 def test_wrong_values_change_nothing(params: Path, scale: str | None, assignment: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        _write_params(params, _overrides(scale, [assignment]), print)
+        write_params(params, read_overrides(scale, [assignment]), print)
     assert params.read_text() == PARAMS
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -199,6 +200,15 @@ def test_a_folder_goes_out_as_it_came(both: tuple[Any, Decoder], tmp_path: Path)
     with torch.no_grad():
         assert torch.equal(again(ids()).logits, theirs(ids()).logits)
     assert read_config(tmp_path / "ours") == ours.config
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_folder_keeps_its_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    reference("qwen2", tmp_path / "fp32").to(dtype).save_pretrained(tmp_path / "theirs")
+    save_decoder(load_decoder(tmp_path / "theirs"), tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert {name: weight.dtype for name, weight in ours.items()} == dict.fromkeys(theirs, dtype)
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
 
 
 @pytest.mark.parametrize(

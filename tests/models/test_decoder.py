@@ -1,4 +1,4 @@
-"""What a decoder owes its callers: no look ahead, packed as alone, padded as unpadded, cached as uncached."""
+"""The decoder: causal, packed as alone, padded as unpadded, cached as uncached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder against BERT of `transformers`, both ways; and what its heads and its training owe their callers."""
+"""The encoder against BERT of `transformers`, both ways; its heads and its training."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from components.config.params import InputError
 from components.models.checkpoint import load_model, read_architecture, save_model
@@ -209,6 +209,16 @@ def test_a_folder_goes_out_as_it_came(both: Both, tmp_path: Path) -> None:
     changed = {"architectures", "dtype", "torch_dtype", "position_embedding_type"}
     kept = before.keys() - changed - {name for name, value in before.items() if value is None}
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_folder_goes_out_in_its_dtype(name: str, tmp_path: Path) -> None:
+    theirs = reference(name, "Model", tmp_path / "theirs")
+    theirs.bfloat16().save_pretrained(tmp_path / "theirs")
+    save_model(load_model(tmp_path / "theirs"), tmp_path / "ours")
+    again = AutoModel.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert all(torch.equal(weight, theirs.state_dict()[key]) for key, weight in again.state_dict().items())
 
 
 @pytest.mark.parametrize("ending", ["Model", "ForMaskedLM"])

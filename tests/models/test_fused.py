@@ -1,4 +1,4 @@
-"""What is fused by hand for training on a CPU is the plain function, forward and backward."""
+"""The fused operations for training on a CPU equal the plain functions, forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA on every family: nothing at first, only its own weights learn, and merged it is a plain model again."""
+"""LoRA on every family: no change at first, only its pairs are trained, and merged it is a plain model again."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
@@ -62,6 +63,17 @@ def test_key_follows_dependencies_and_declared_params_alone(project: Paths) -> N
     assert key != key_of("pretrain@decoder", project, seed=1)
     (project.tokens("decoder") / "pretrain" / "file").write_text("other content")
     assert key != key_of("pretrain@decoder", project)
+
+
+def test_key_follows_the_versions_of_declared_libraries_alone(
+    project: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = yaml.safe_load(stage.VERSIONS_FILE.read_text())
+    key, upgraded = key_of("pretrain@decoder", project), tmp_path / "versions.yaml"
+    monkeypatch.setattr(stage, "VERSIONS_FILE", upgraded)
+    for library, is_declared in (("torch", True), ("optuna", False)):
+        upgraded.write_text(yaml.safe_dump(versions | {library: "99"}))
+        assert (key != key_of("pretrain@decoder", project)) == is_declared
 
 
 def test_key_holds_resolved_values_not_spelling(project: Paths) -> None:
@@ -126,7 +138,7 @@ def test_a_stage_reads_the_datasets_that_passed_validation_and_no_others(project
     assert key_of("prepare@decoder", project) == inputs.key
     (project.collected / "a/train").write_text("other")
     with pytest.raises(
-        InputError, match=r'data/collected/a: not what passed validation; run "loopwright run --until v'
+        InputError, match=r'data/collected/a: changed since its validation; run "loopwright run --until v'
     ):
         key_of("prepare@decoder", project)
 
@@ -234,7 +246,7 @@ def test_progress_line_is_what_the_orchestrator_reads(
         "stage": "pretrain@decoder",
         "done": "3",
         "total": "10",
-        "facts": "loss 2.346  phase warm up",
+        "figures": "loss 2.346  phase warm up",
     }
 
 
@@ -252,7 +264,7 @@ def test_a_lock_has_one_holder_and_names_it(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_while_the_first_runs(
     project: Paths, act: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "_SECONDS_FOR_DYING_WRITER", 0.0)
+    monkeypatch.setattr(stage, "_SECONDS_FOR_ENDING_STAGE", 0.0)
     codes: list[int] = []
     act(lambda run: codes.append(run_stage("tune", project.root)) if run.name == "tune" and not codes else None)
     assert run_stage("tune", project.root) == 0

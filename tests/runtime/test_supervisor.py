@@ -10,22 +10,25 @@ import psutil
 import pytest
 
 from components.runtime import supervisor as supervise
-from components.runtime.service_registry import answers, lives
-from components.runtime.supervisor import Service, SupervisedService, Supervisor, family
+from components.runtime.process import start, stop
+from components.runtime.service_registry import answers, lives, wait_for
+from components.runtime.supervisor import Service, SupervisedService, Supervisor, process_tree
 from flows.orchestration.prefect_server import free_port
 
 
 def until(supervisor: Supervisor, state: str) -> SupervisedService:
     deadline = time.monotonic() + 30
-    while supervisor.kept[0].state != state:
-        assert time.monotonic() < deadline, supervisor.kept[0].state
+    while supervisor.supervised[0].state != state:
+        assert time.monotonic() < deadline, supervisor.supervised[0].state
         supervisor.tick()
         time.sleep(0.01)
-    return supervisor.kept[0]
+    return supervisor.supervised[0]
 
 
 def keep(code: str, folder: Path) -> Supervisor:
-    return Supervisor([Service("x", [sys.executable, "-c", code], "", lambda: True)], folder, folder, lambda kept: None)
+    return Supervisor(
+        [Service("x", [sys.executable, "-c", code], "", lambda: True)], folder, folder, lambda entry: None
+    )
 
 
 def test_a_killed_service_comes_back_and_stop_leaves_nobody(tmp_path: Path) -> None:
@@ -36,46 +39,58 @@ def test_a_killed_service_comes_back_and_stop_leaves_nobody(tmp_path: Path) -> N
     first = until(supervisor, "healthy").process
     assert first is not None
     first.kill()
-    until(supervisor, "pausing")
+    until(supervisor, "backing off")
     second = until(supervisor, "healthy").process
     assert second is not None
     assert second.pid != first.pid
-    members = family(second.pid)
+    members = process_tree(second.pid)
     supervisor.stop(1)
     assert not [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_service_that_dies_at_once_again_and_again_is_given_up(tmp_path: Path) -> None:
+def test_a_service_that_dies_at_once_again_and_again_is_a_crash_loop(tmp_path: Path) -> None:
     supervisor = keep("raise SystemExit(1)", tmp_path)
-    for _ in range(supervise.QUICK_DEATHS):
-        supervisor.kept[0].next_start = 0.0
-        if (
-            until(
-                supervisor, "given up" if supervisor.kept[0].deaths == supervise.QUICK_DEATHS - 1 else "pausing"
-            ).state
-            == "given up"
-        ):
-            break
-        supervisor.kept[0].state = "waiting"
-    assert supervisor.kept[0].deaths == supervise.QUICK_DEATHS
+    for crashes in range(1, supervise.MAX_CRASHES + 1):
+        supervisor.supervised[0].next_start = 0.0
+        until(supervisor, "crash loop" if crashes == supervise.MAX_CRASHES else "backing off")
+        supervisor.supervised[0].state = "waiting"
+    assert supervisor.supervised[0].crashes == supervise.MAX_CRASHES
 
 
 def test_a_service_that_no_longer_answers_is_killed_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervise, "SECONDS_BETWEEN_ASKS", 0.0)
+    monkeypatch.setattr(supervise, "SECONDS_BETWEEN_CHECKS", 0.0)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(port)]
     service = Service("x", command, address, partial(answers, address), lives=partial(lives, f"{address}/missing"))
-    supervisor = Supervisor([service], tmp_path, tmp_path, lambda kept: None)
+    supervisor = Supervisor([service], tmp_path, tmp_path, lambda entry: None)
     first = until(supervisor, "healthy").process
     assert first is not None
-    for _ in range(supervise.UNANSWERED_ASKS + 1):
+    for _ in range(supervise.MAX_FAILED_CHECKS + 1):
         supervisor.tick()
-    assert supervisor.kept[0].state == "healthy", "a refusal is an answer"
-    monkeypatch.setattr(supervise, "UNANSWERED_ASKS", 2)
+    assert supervisor.supervised[0].state == "healthy", "a refusal is an answer"
+    monkeypatch.setattr(supervise, "MAX_FAILED_CHECKS", 2)
     first.send_signal(signal.SIGSTOP)
-    until(supervisor, "pausing")
+    until(supervisor, "backing off")
     until(supervisor, "healthy")
     supervisor.stop(5)
+
+
+def test_waiting_for_an_address_ends_with_the_answer_the_process_or_the_time(tmp_path: Path) -> None:
+    port = free_port()
+    address, server = f"http://127.0.0.1:{port}", [sys.executable, "-m", "http.server", "--bind", "127.0.0.1"]
+    assert not wait_for(address, 0.2)
+    with (tmp_path / "log").open("wb") as log:
+        failing = start([sys.executable, "-c", "raise SystemExit(1)"], log)
+        started = time.monotonic()
+        assert not wait_for(address, 60, failing)
+        assert time.monotonic() - started < 50
+        assert failing.poll() == 1
+        process = start([*server, str(port)], log, cwd=tmp_path)
+        try:
+            assert wait_for(address, 60, process)
+        finally:
+            stop(process)
+    assert process.returncode == -signal.SIGTERM

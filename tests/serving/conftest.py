@@ -52,7 +52,7 @@ def called(name: str, **arguments: str) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
-LESSONS: list[tuple[list[dict[str, Any]], Any]] = [
+EXAMPLES: list[tuple[list[dict[str, Any]], Any]] = [
     ([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": GREETING}], None),
     ([{"role": "user", "content": "A story"}, {"role": "assistant", "content": STORY}], None),
     ([{"role": "user", "content": "Letters"}, {"role": "assistant", "content": LETTERS}], None),
@@ -70,10 +70,10 @@ LESSONS: list[tuple[list[dict[str, Any]], Any]] = [
 
 
 def build_agent(folder: Path, greeting: str = GREETING) -> Path:
-    """A model folder whose agent answers the lessons, made by the real code in a few seconds."""
-    lessons = [*LESSONS]
-    lessons[0] = ([lessons[0][0][0], {"role": "assistant", "content": greeting}], None)
-    texts = [message["content"] for messages, _ in lessons for message in messages]
+    """A model folder whose agent answers the examples, made by the real code in a few seconds."""
+    examples = [*EXAMPLES]
+    examples[0] = ([examples[0][0][0], {"role": "assistant", "content": greeting}], None)
+    texts = [message["content"] for messages, _ in examples for message in messages]
     bpe.save(bpe.train(texts * 4, 360), folder.parent / "tokenizer")
     tokenizer = load_chat_tokenizer(folder.parent / "tokenizer")
     torch.manual_seed(0)
@@ -90,7 +90,7 @@ def build_agent(folder: Path, greeting: str = GREETING) -> Path:
     )
     model = Decoder(config)
     torch.nn.init.normal_(model.embed.weight, std=0.1)
-    learn(model, [tokenizer.encode_chat(*lesson) for lesson in lessons])
+    learn(model, [tokenizer.encode_chat(*example) for example in examples])
     knowledge = folder.parent / "knowledge.sqlite"
     facts.build(knowledge, [])
     settings = json.dumps({"tools": ["calculate"], "max_steps": 4})
@@ -98,12 +98,12 @@ def build_agent(folder: Path, greeting: str = GREETING) -> Path:
     return folder
 
 
-def learn(model: Decoder, lessons: list[tuple[list[int], list[int]]]) -> None:
+def learn(model: Decoder, examples: list[tuple[list[int], list[int]]]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    longest = max(len(ids) for ids, _ in lessons)
-    inputs = torch.zeros(len(lessons), longest, dtype=torch.long)
-    labels = torch.full((len(lessons), longest), -100)
-    for row, (ids, mask) in enumerate(lessons):
+    longest = max(len(ids) for ids, _ in examples)
+    inputs = torch.zeros(len(examples), longest, dtype=torch.long)
+    labels = torch.full((len(examples), longest), -100)
+    for row, (ids, mask) in enumerate(examples):
         inputs[row, : len(ids)] = torch.tensor(ids)
         targets = [number if learned else -100 for number, learned in zip(ids[1:], mask[1:], strict=True)]
         labels[row, : len(targets)] = torch.tensor(targets)

@@ -37,14 +37,14 @@ class Aliases:
         self.stamped: object = None
         self.looks = 0
 
-    def named(self, spec: str) -> tuple[str, str | None]:
+    def resolve(self, spec: str) -> tuple[str, str | None]:
         assert spec == "agent@champion"
         self.looks += 1
         if self.number == 0:
             raise OSError("the registry is away")
         return f"agent/{self.number}", f"agent/{self.challenger}" if self.challenger else None
 
-    def stamp(self) -> object:
+    def etag(self) -> object:
         return self.stamped
 
     def version(self, name: str) -> Bundled:
@@ -76,13 +76,13 @@ def watcher(alias: Aliases) -> Iterator[AliasWatcher]:
 
 def test_moved_alias_swaps_and_retires(watcher: AliasWatcher, alias: Aliases) -> None:
     assert describe(watcher) == []
-    watcher.look()
+    watcher.update()
     first = watcher.engine
     assert first is not None
-    watcher.look()
+    watcher.update()
     assert watcher.engine is first
     alias.number = 2
-    watcher.look()
+    watcher.update()
     assert watcher.engine is not None
     assert watcher.engine.name == "agent/2"
     assert [model["id"] for model in describe(watcher)] == ["agent/2"]
@@ -91,9 +91,9 @@ def test_moved_alias_swaps_and_retires(watcher: AliasWatcher, alias: Aliases) ->
 
 
 def test_names_that_are_answered_to(watcher: AliasWatcher, alias: Aliases) -> None:
-    watcher.look()
+    watcher.update()
     alias.number = 2
-    watcher.look()
+    watcher.update()
     for name in (None, "agent", "agent@champion", "agent/2", "agent/1"):
         assert watcher.answers_to(name)
     for name in ("agent/3", "agent@challenger", "other", ""):
@@ -101,22 +101,22 @@ def test_names_that_are_answered_to(watcher: AliasWatcher, alias: Aliases) -> No
 
 
 def test_version_that_does_not_load_leaves_the_old_one(watcher: AliasWatcher, alias: Aliases, tmp_path: Path) -> None:
-    watcher.look()
+    watcher.update()
     good, alias.folder, alias.number = alias.folder, tmp_path, 2
     with pytest.raises(InputError):
-        watcher.look()
-    watcher.look()  # not tried again
+        watcher.update()
+    watcher.update()  # not tried again
     assert watcher.engine is not None
     assert watcher.engine.name == "agent/1"
     alias.folder, alias.number = good, 3
-    watcher.look()
+    watcher.update()
     assert watcher.engine.name == "agent/3"
 
 
 def test_registry_that_is_away_leaves_the_old_one(
     watcher: AliasWatcher, alias: Aliases, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watcher.look()
+    watcher.update()
     alias.number = 0
     watcher.start()
     assert watcher.first.wait(60)
@@ -145,14 +145,14 @@ def names(watcher: AliasWatcher) -> tuple[str | None, str | None]:
 
 
 def test_model_that_fails_before_the_swap_never_answers(watcher: AliasWatcher, alias: Aliases) -> None:
-    watcher.look()
+    watcher.update()
     alias.number, alias.tags[2] = 2, {"smoke_question": "Hello", "smoke_answer": "Something else"}
     with pytest.raises(ModelRejected, match="agent/2: failed its smoke test: 'Hello': answered 'Gr"):
-        watcher.look()
+        watcher.update()
     assert names(watcher) == ("agent/1", None)
     assert watcher.served == {"agent/1"}
     assert [name for name, _ in alias.demoted] == ["agent/2"]
-    watcher.look()
+    watcher.update()
     assert alias.loads == ["agent/1", "agent/2"], "not tried again"
     assert len(alias.demoted) == 1
 
@@ -170,12 +170,12 @@ class Fading(LocalEngine):
 
 
 def test_model_that_fails_after_the_swap_gives_the_place_back(watcher: AliasWatcher, alias: Aliases) -> None:
-    watcher.look()
+    watcher.update()
     first = watcher.engine
     alias.number, alias.tags[2] = 2, {"smoke_question": "Hello", "smoke_answer": GREETING}
     watcher._load = lambda folder, name: Fading.load(folder, name, CONFIG)
     with pytest.raises(ModelRejected, match="agent/2: failed its smoke test"):
-        watcher.look()
+        watcher.update()
     assert "agent/2" in watcher.served, "it did answer for a moment"
     assert watcher.engine is first
     assert first is not None
@@ -188,41 +188,41 @@ def test_model_that_fails_after_the_swap_gives_the_place_back(watcher: AliasWatc
 
 
 def test_registry_that_is_away_hears_of_a_failure_later(watcher: AliasWatcher, alias: Aliases) -> None:
-    watcher.look()
+    watcher.update()
     alias.number, alias.tags[2] = 2, {"smoke_answer": "Something else"}
     mark_failed, alias.mark_failed = alias.mark_failed, None  # type: ignore[method-assign, assignment]
     with pytest.raises(ModelRejected):
-        watcher.look()
+        watcher.update()
     alias.mark_failed = mark_failed  # type: ignore[method-assign]
-    watcher.look()
+    watcher.update()
     assert [name for name, _ in alias.demoted] == ["agent/2"]
     assert names(watcher) == ("agent/1", None)
 
 
 def test_challenger_comes_changes_fails_and_goes(watcher: AliasWatcher, alias: Aliases, tmp_path: Path) -> None:
-    watcher.look()
+    watcher.update()
     champion = watcher.engine
     alias.challenger = 2
-    watcher.look()
+    watcher.update()
     assert names(watcher) == ("agent/1", "agent/2")
     assert [(row["id"], row["role"]) for row in describe(watcher)] == [
         ("agent/1", "champion"),
         ("agent/2", "challenger"),
     ]
     alias.challenger = 3
-    watcher.look()
+    watcher.update()
     assert names(watcher) == ("agent/1", "agent/3")
     alias.challenger, alias.folders[4] = 4, tmp_path
-    watcher.look()
+    watcher.update()
     assert names(watcher) == ("agent/1", None)
     alias.challenger, alias.tags[5] = 5, {"smoke_answer": "Something else"}
-    watcher.look()
-    watcher.look()
+    watcher.update()
+    watcher.update()
     assert [name for name, _ in alias.demoted] == ["agent/5"]
     alias.challenger = 6
-    watcher.look()
+    watcher.update()
     alias.challenger = None
-    watcher.look()
+    watcher.update()
     assert names(watcher) == ("agent/1", None)
     assert watcher.engine is champion
     assert alias.loads == [f"agent/{number}" for number in range(1, 7)]
@@ -230,10 +230,10 @@ def test_challenger_comes_changes_fails_and_goes(watcher: AliasWatcher, alias: A
 
 def test_challenger_that_wins_is_not_loaded_twice(watcher: AliasWatcher, alias: Aliases) -> None:
     alias.challenger = 2
-    watcher.look()
+    watcher.update()
     second = watcher.serving_models.challenger
     alias.number, alias.challenger = 2, 1
-    watcher.look()
+    watcher.update()
     assert names(watcher) == ("agent/2", "agent/1"), "and the beaten one may challenge"
     assert watcher.engine is second
     assert alias.loads == ["agent/1", "agent/2"]
@@ -248,11 +248,11 @@ def test_share_is_sticky_about_right_and_shuffled_by_the_next_challenger(watcher
         return {who for who, engine in engines.items() if engine is watcher.serving_models.challenger}
 
     alias.challenger = 2
-    watcher.look()
+    watcher.update()
     first = chosen()
     assert 0.2 < len(first) / len(people) < 0.3
     alias.challenger = 3
-    watcher.look()
+    watcher.update()
     second = chosen()
     assert 0.2 < len(second) / len(people) < 0.3
     assert len(first & second) / len(people) < 0.1, "independent draws: a sixteenth are in both"
@@ -260,7 +260,7 @@ def test_share_is_sticky_about_right_and_shuffled_by_the_next_challenger(watcher
 
 def test_pinned_models_are_answered_by_themselves(watcher: AliasWatcher, alias: Aliases) -> None:
     alias.challenger = 2
-    watcher.look()
+    watcher.update()
     champion, challenger = watcher.serving_models.champion, watcher.serving_models.challenger
     assert all(
         watcher.choose(model, str(who)) is champion for model in ("agent/1", "agent@champion") for who in "abcdefgh"
@@ -271,7 +271,7 @@ def test_pinned_models_are_answered_by_themselves(watcher: AliasWatcher, alias: 
     assert watcher.choose("agent/9", "a") is None
     assert [watcher.role(model) for model in ("agent/1", "agent/2", "agent/9")] == ["champion", "challenger", "former"]
     alias.challenger = None
-    watcher.look()
+    watcher.update()
     assert watcher.choose("agent/2", "a") is champion, "whoever pinned it is not dropped"
     assert watcher.choose("agent@challenger", "a") is None
 

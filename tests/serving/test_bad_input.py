@@ -132,7 +132,7 @@ BAD_BODIES: list[tuple[Any, str | None, str]] = [
         "expected one or a list of null, boolean",
     ),
     (answer_as({"minimum": 3, "maximum": 1, "type": "integer"}), "response_format.json_schema.schema", "Unsatisfiable"),
-    (answer_as({"$ref": "#"}), "response_format.json_schema.schema", "too large to follow, or nothing fits it"),
+    (answer_as({"$ref": "#"}), "response_format.json_schema.schema", "too large, or unsatisfiable"),
     (with_user(logprobs=True), "logprobs", "logprobs: true: not supported by this endpoint; leave it out"),
     (with_user(frequency_penalty=0.5), "frequency_penalty", "not supported"),
     (with_user(stream_options={"include_usage": True}), None, "stream_options: only allowed with stream true"),

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from components.config.params import InputError
-from loopwright import chat as chatting
-from loopwright import endpoint
-from loopwright.classify import classify
-from loopwright.export import export
+from loopwright import client
+from loopwright.client import classify
+from loopwright.models import export
 
 pytestmark = pytest.mark.platform
 
@@ -25,8 +24,7 @@ def in_project(project: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(project.root)
     monkeypatch.setenv("LOOPWRIGHT_HOME", "var")
     # The default port of this machine may belong to someone.
-    for module in (chatting, endpoint):
-        monkeypatch.setattr(module, "ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setattr(client, "ADDRESS", "http://127.0.0.1:9")
     return project
 
 
@@ -45,7 +43,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 def test_chat_answers_in_this_process_where_no_endpoint_runs(
     in_project: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chatting.chat("What is 6*7?", url=chatting.ADDRESS, model="agent@champion")
+    client.chat("What is 6*7?", url=client.ADDRESS, model="agent@champion")
     out, err = capsys.readouterr()
     assert out == "That is 42.\n"
     assert err.splitlines() == [
@@ -58,7 +56,7 @@ def test_chat_answers_in_this_process_where_no_endpoint_runs(
 def test_texts_are_classified_in_this_process_where_no_endpoint_runs(
     in_project: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    classify(["iron", "cow " * 40], url=endpoint.ADDRESS, model="classifier@champion", as_json=False)
+    classify(["iron", "cow " * 40], url=client.ADDRESS, model="classifier@champion", as_json=False)
     out, err = capsys.readouterr()
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["text", "label", "score"]
@@ -67,17 +65,17 @@ def test_texts_are_classified_in_this_process_where_no_endpoint_runs(
     assert rows[4][-2] == "animal"
     assert err.splitlines() == [
         "no endpoint on http://127.0.0.1:9: loading classifier@champion into this process",
-        "1 of 2 texts are longer than classifier/1 reads: only their beginning counted",
+        "1 of 2 texts exceed the context of classifier/1: their ends were truncated",
     ]
     with pytest.raises(InputError, match=r'input\[1\]: " ": an empty text; send words'):
-        classify(["iron", " "], url=endpoint.ADDRESS, model="classifier@champion", as_json=False)
+        classify(["iron", " "], url=client.ADDRESS, model="classifier@champion", as_json=False)
 
 
 def test_conversation_outgrows_the_context_by_forgetting(
     in_project: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed(monkeypatch, "x" * 200, "", "Hello " + "y" * 150, "z" * 400, "Hello")
-    chatting.chat(None, url=chatting.ADDRESS, model="agent@champion")
+    client.chat(None, url=client.ADDRESS, model="agent@champion")
     out, err = capsys.readouterr()
     assert len(out.splitlines()) >= 3
     assert "tokens do not fit the model's context of 256" in err
@@ -87,7 +85,7 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
     in_project: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed(monkeypatch, "Hello", "Hello")
-    deltas = chatting._deltas
+    deltas = client._deltas
     asked: list[int] = []
 
     def interrupted(address: str, messages: Any) -> Iterator[dict[str, Any]]:
@@ -97,8 +95,8 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
             if len(asked) == 1 and delta.get("content"):
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(chatting, "_deltas", interrupted)
-    chatting.chat(None, url=chatting.ADDRESS, model="agent@champion")
+    monkeypatch.setattr(client, "_deltas", interrupted)
+    client.chat(None, url=client.ADDRESS, model="agent@champion")
     assert asked == [1, 3]
     out, err = capsys.readouterr()
     assert out.startswith("Gr")
@@ -107,11 +105,11 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
 
 def test_json_needs_a_prompt() -> None:
     with pytest.raises(InputError, match="--json: needs a PROMPT"):
-        chatting.chat(None, url=chatting.ADDRESS, model="agent@champion", as_json=True)
+        client.chat(None, url=client.ADDRESS, model="agent@champion", as_json=True)
 
 
 def test_json_is_the_completion(in_project: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    chatting.chat("Hello", url=chatting.ADDRESS, model="agent/1", as_json=True)
+    client.chat("Hello", url=client.ADDRESS, model="agent/1", as_json=True)
     completion = json.loads(capsys.readouterr().out)
     assert completion["model"] == "agent/1"
     assert completion["choices"][0]["message"]["content"] == GREETING
@@ -119,7 +117,7 @@ def test_json_is_the_completion(in_project: Any, capsys: pytest.CaptureFixture[s
 
 def test_chat_with_an_unknown_model_is_refused(in_project: Any) -> None:
     with pytest.raises(InputError, match="nobody: no such model in the registry"):
-        chatting.chat("Hello", url=chatting.ADDRESS, model="nobody@champion")
+        client.chat("Hello", url=client.ADDRESS, model="nobody@champion")
 
 
 def test_export_copies_a_folder_that_loads(

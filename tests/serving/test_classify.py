@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from serving.engine.adaptive_batching import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, Overloaded
-from serving.engine.classifier_worker import ClassifierWorker
+from serving.engine.classifier_worker import MAX_BATCH_SIZE, MAX_WAIT_SECONDS, Batcher, ClassifierWorker, Overloaded
 from serving.models.alias_watcher import AliasWatcher, ModelRejected
 from serving.models.versions import Bundled, Version
 from serving.observability.metrics import Metrics
@@ -129,10 +128,10 @@ class Alias:
         self.answers: dict[int, str] = {}
         self.withdrawn: list[str] = []
 
-    def named(self, _spec: str) -> tuple[str, str | None]:
+    def resolve(self, _spec: str) -> tuple[str, str | None]:
         return f"classifier/{self.number}", None
 
-    def stamp(self) -> object:
+    def etag(self) -> object:
         return None
 
     def version(self, name: str) -> Bundled:
@@ -151,12 +150,12 @@ def test_a_classifier_is_swapped_after_its_smoke_test_alone(
     alias = Alias({1: classifier_folder, 2: turned, 3: turned})
     alias.answers = {3: "animal"}
     watcher = AliasWatcher("classifier@champion", alias, partial(ClassifierWorker.load, metrics=Metrics()), None)
-    watcher.look()
+    watcher.update()
     alias.number = 2
     with pytest.raises(
         ModelRejected, match="classifier/2: failed its smoke test: 'iron': answered 'animal' instead of 'metal'"
     ):
-        watcher.look()
+        watcher.update()
     assert watcher.engine is not None
     assert watcher.engine.name == "classifier/1"
     assert alias.withdrawn == ["classifier/2: 'iron': answered 'animal' instead of 'metal'"]
@@ -166,13 +165,13 @@ def test_a_classifier_is_swapped_after_its_smoke_test_alone(
         asking = asyncio.ensure_future(old.classify(["iron"]))
         await asyncio.sleep(0)
         alias.number = 3
-        watcher.look()
+        watcher.update()
         found = [(one.name, one.running) for one in watcher.engines]
         assert [one.label for one in await asking] == ["metal"]
         return found
 
     assert asyncio.run(ask_across_the_swap()) == [("classifier/3", 0), ("classifier/1", 1)]
-    watcher.look()
+    watcher.update()
     assert [one.name for one in watcher.engines] == ["classifier/3"], "whoever held the old one is done"
     watcher.close()
 

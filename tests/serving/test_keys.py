@@ -11,9 +11,8 @@ from fastapi.testclient import TestClient
 
 from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
-from serving.http import keys
-from serving.http.gateway import GatewayMiddleware
-from serving.http.keys import TokenBucket, environment_keys
+from serving.http import gateway
+from serving.http.gateway import GatewayMiddleware, TokenBucket, environment_keys
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -25,7 +24,7 @@ def bearer(key: str) -> dict[str, str]:
 @pytest.fixture
 def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An app of its own whose keys are read at every request."""
-    monkeypatch.setattr(keys, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
     monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
     with local_app(agent_folder, tmp_path) as app:
         yield app
@@ -53,7 +52,7 @@ def test_scopes_of_keys_on_record(app: Any) -> None:
     }
     refused = app.client.get("/v1/feedback", headers=bearer(opened["predict"])).json()["error"]
     assert refused["code"] == "insufficient_scope"
-    assert refused["message"] == "this key opens predict; GET /v1/feedback wants admin"
+    assert refused["message"] == "this key has the scopes predict; GET /v1/feedback requires admin"
     listed = app.client.get("/v1/feedback", headers=bearer(opened["admin"])).json()["data"]
     assert [row["completion_id"] for row in listed] == [vote["completion_id"]] * 2
 

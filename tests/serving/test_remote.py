@@ -156,8 +156,8 @@ def answering(events: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
-        (b"data: <html>\n\n", "an event is no JSON"),
-        (b"data: 3\n\n", "an event is no JSON object: 3"),
+        (b"data: <html>\n\n", "an event is not JSON"),
+        (b"data: 3\n\n", "an event is not a JSON object: 3"),
         (b'data:{"error": {"message": "out of memory"}}\n\n', "out of memory"),
         (b'data: {"error": "gone"}\n\n', "gone"),
     ],

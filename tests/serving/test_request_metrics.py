@@ -14,9 +14,8 @@ import pytest
 from components.tracking.mlflow_client import EXPERIMENT, connect
 from components.tracking.traces import Span, Traces
 from serving.engine.backend import AgentStep, Completion, Start, TextDelta
-from serving.observability.logs import FACTS, JsonLines
-from serving.observability.metrics import Metrics
-from serving.observability.request_metrics import RequestMetrics
+from serving.observability.logs import FIELDS, JsonLines
+from serving.observability.metrics import Metrics, RequestMetrics
 
 
 def finished(**given: Any) -> Completion:
@@ -35,8 +34,8 @@ def test_an_answer_is_one_line_and_counted(caplog: pytest.LogCaptureFixture) -> 
     ]
     with caplog.at_level(logging.INFO, "loopwright.answers"):
         for event in (Start(), *map(AgentStep, steps), TextDelta("It"), TextDelta(" does."), finished(steps=steps)):
-            watch.see(event)
-    (line,) = [getattr(record, FACTS) for record in caplog.records]
+            watch.observe(event)
+    (line,) = [getattr(record, FIELDS) for record in caplog.records]
     assert (line["completion_id"], line["model"], line["tool_calls"]) == ("chatcmpl-1", "agent/7", 2)
     assert 0 <= line["queue_seconds"] <= line["first_text_seconds"] <= line["seconds"]
     text = metrics.text().decode()
@@ -57,7 +56,7 @@ def test_no_secret_reaches_the_log() -> None:
         raise ValueError("open-sesame in a traceback")
     except ValueError:
         record = logging.LogRecord("x", logging.ERROR, "f", 1, "%s asked", (said,), sys.exc_info())
-    record.__dict__[FACTS] = {"completion_id": "chatcmpl-1"}
+    record.__dict__[FIELDS] = {"completion_id": "chatcmpl-1"}
     line = json.loads(lines.format(record))
     assert line["message"] == "Bearer [hidden] with [hidden] and [hidden] asked"
     assert "open-sesame" not in json.dumps(line)

@@ -257,7 +257,7 @@ def test_openapi_tells_the_forms_exactly(local: Any) -> None:
     properties = schemas["ChatRequest"]["properties"]
     choice = json.dumps(properties["tool_choice"])
     assert all(word in choice for word in ("none", "auto", "required", "NamedTool"))
-    assert "schema" in schemas["SchemaOfAnswer"]["properties"]
+    assert "schema" in schemas["AnswerSchema"]["properties"]
     assert schemas["SchemaFormat"]["properties"]["type"]["const"] == "json_schema"
     form = json.dumps(properties["response_format"])
-    assert all(name in form for name in ("TextFormat", "ObjectFormat", "SchemaFormat"))
+    assert all(name in form for name in ("PlainFormat", "SchemaFormat"))

@@ -56,7 +56,7 @@ def test_what_it_cannot_do_is_refused(writer: Any) -> None:
     assert "messages: 2: summarizer/1 reads one text" in two.json()["error"]["message"]
     long = writer.ask("add " * 40)
     assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
-    assert "summarizer/1 reads 32: send less" in long.json()["error"]["message"]
+    assert "summarizer/1 takes 32 at most; send less" in long.json()["error"]["message"]
 
 
 def test_a_text_that_waited_too_long_is_told_so(writer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

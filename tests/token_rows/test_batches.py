@@ -50,7 +50,7 @@ def test_large_vocabularies_lie_in_four_bytes(folder: Path) -> None:
 
 
 def test_marked_tokens_are_counted_without_padding(folder: Path) -> None:
-    assert TokenRows(folder, "train").learned_share() == (3 + 5, 6 + 8)
+    assert TokenRows(folder, "train").masked_tokens() == (3 + 5, 6 + 8)
 
 
 def test_rows_stay_on_disk(folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_rows_stay_on_disk(folder: Path) -> None:
 
 def test_a_split_without_rows_is_empty(folder: Path) -> None:
     assert len(TokenRows(folder, "test")) == 0
-    assert TokenRows(folder, "test").learned_share() == (0, 0)
+    assert TokenRows(folder, "test").masked_tokens() == (0, 0)
 
 
 def test_a_folder_without_rows_is_an_input_error(tmp_path: Path) -> None:

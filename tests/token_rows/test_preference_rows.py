@@ -1,4 +1,4 @@
-"""Preferences on disk: which row is what, what of it is learned, and what is drawn together."""
+"""Preference rows on disk: their roles, their masks and their units."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pairs_come_first_and_each_vote_brings_a_mismatched_row(written: Prefere
     assert written.units() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-def test_an_answer_is_learned_and_its_prompt_never(written: PreferenceRows, tokenizer: ChatTokenizer) -> None:
+def test_an_answer_is_in_the_mask_and_its_prompt_never(written: PreferenceRows, tokenizer: ChatTokenizer) -> None:
     batch = written.batch(np.arange(8))
     assert learned(batch, tokenizer) == [
         " left",
@@ -86,7 +86,7 @@ def test_an_answer_is_learned_and_its_prompt_never(written: PreferenceRows, toke
         assert PROMPT in tokenizer.decode(ids[segments != 0].tolist())
 
 
-def test_one_lone_vote_alone_has_no_mismatched_row(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+def test_a_single_unpaired_label_has_no_mismatched_row(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     rows = [row(None, "right"), row("left", "right")]
     assert write_preferences(tmp_path, "train", tokenizer, rows, SEQ_LEN)["votes"] == 1
     assert PreferenceRows(tmp_path, "train").roles.tolist() == [Role.CHOSEN, Role.REJECTED, Role.DISLIKED]

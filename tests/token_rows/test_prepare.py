@@ -70,7 +70,7 @@ def test_documents_come_back_whole_and_in_order(run: StageRun) -> None:
     assert ids.count(tokenizer.document_id) == ids.count(tokenizer.end_id) == len(TEXTS[::8])
 
 
-def test_conversations_are_whole_and_learned_where_the_template_says(run: StageRun) -> None:
+def test_conversations_are_whole_and_masked_by_the_template(run: StageRun) -> None:
     prepare(run)
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     rows = read(run.paths.tokens("decoder") / "tune", "train")
@@ -101,7 +101,7 @@ def test_a_dataset_of_the_wrong_kind_is_named(run: StageRun) -> None:
     )
     with pytest.raises(
         InputError,
-        match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain.decoder learns from documents",
+        match=r"pretrain.decoder.dataset: 'chats' holds conversations; pretrain.decoder trains on documents",
     ):
         prepare(StageRun("prepare@decoder", params, run.paths, run.state, run.tracker))
 
@@ -134,7 +134,7 @@ def test_packing_wastes_little(tmp_path: Path) -> None:
     assert writer.tokens / (writer.rows * 256) > 0.97
 
 
-def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
+def test_copy_augmentation_masks_repetitions_alone(run: StageRun) -> None:
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     for row in copy_augmented_rows(["json.dumps", "OrderedDict"], tokenizer, count=8, seq_len=64, seed=0):
         for ids, mask in row:
@@ -143,7 +143,7 @@ def test_copying_practice_learns_what_stood_before_alone(run: StageRun) -> None:
                 assert any(ids[start : start + 2] == pair for start in range(1, place - 1))
 
 
-def test_noise_changes_copied_spans_alike_in_every_place(run: StageRun) -> None:
+def test_token_noise_changes_every_copy_of_a_span_alike(run: StageRun) -> None:
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     call = {"function": {"name": "lookup", "arguments": {"symbol": "value.name_3"}}}
     messages = [

@@ -1,4 +1,4 @@
-"""Rows of encoder and encoder-decoder: everything is there once, in order, and what is cut is counted."""
+"""Rows of encoder and encoder-decoder: every token is there once, in order, and cut texts are counted."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_preparing_twice_gives_the_same_bytes(prepared: NewRun) -> None:
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == first
 
 
-def test_missing_and_torn_rows_are_said(prepared: NewRun, tmp_path: Path) -> None:
+def test_missing_and_torn_rows_are_reported(prepared: NewRun, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r'no token rows; run "loopwright run --until prepare"'):
         VariableLengthRows(tmp_path, "train")
     folder = prepared("encoder").paths.tokens("encoder") / "classifier"

@@ -1,4 +1,4 @@
-"""Small tokenizers in the manner of other model families, with templates of their make."""
+"""Small tokenizers of other model families, with templates of their formats."""
 
 from __future__ import annotations
 

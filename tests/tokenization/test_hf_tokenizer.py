@@ -66,7 +66,7 @@ def test_a_foreign_chat_has_the_ids_of_transformers(folder: Path) -> None:
     assert tokenizer.encode_chat(harmless[:3], add_generation_prompt=True)[0] == prompt
 
 
-def test_what_is_learned_is_what_the_model_writes_behind_the_prompt(folder: Path) -> None:
+def test_the_mask_is_what_the_model_writes_after_the_prompt(folder: Path) -> None:
     tokenizer = load_chat_tokenizer(folder)
     assert learned(tokenizer, CHAT) == ["It serializes obj.", "Hello there, 42 times."]
     for turn in (1, 3):
@@ -154,7 +154,7 @@ def test_a_token_across_the_prompts_end_is_cut_there(tmp_path: Path) -> None:
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "no special token ends the model's turn; a model could"),
         (
             "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}{{ messages | length }}",
-            "where the model writes message 1 cannot be told: its prompt does not begin the whole chat; mark it by",
+            "where the model writes message 1 is unknown: its prompt does not begin the whole chat; mark it by",
         ),
         ("{% for m in messages %}{{ m.content }", "chat_template: unexpected '}'"),
     ],

@@ -189,7 +189,7 @@ def test_text_never_turns_into_a_special_token(folder: Path) -> None:
     assert not written - set(ours.regular)
 
 
-def test_a_missing_or_broken_tokenizer_is_said(tmp_path: Path) -> None:
+def test_a_missing_or_broken_tokenizer_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer.json: not found; run \"loopwright run --until train_tokenizer\""):
         TextTokenizer.load(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):

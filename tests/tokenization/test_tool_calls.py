@@ -1,4 +1,4 @@
-"""OpenAI's deltas of calls: put together they are the calls, whatever was written."""
+"""OpenAI's deltas of calls: joined they are the calls, whatever the model wrote."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_pieces_of_any_calls_make_the_calls(tokenizer: ChatTokenizer) -> Non
     tools = [{"type": "function", "function": {"name": "f", "parameters": {**schema, "required": ["a", "b"]}}}]
     rule = turn_rules(tokenizer, tools, TurnOptions("required"), runs_tools=False)
     for seed in range(40):
-        chance, follower, ids = np.random.default_rng(seed), rule.constraint(last=False), list[int]()
+        chance, follower, ids = np.random.default_rng(seed), rule.turn.constraint(), list[int]()
         while not follower.finished and len(ids) < 200:
             ids.append(int(chance.choice(np.flatnonzero(follower.allowed(99)))))
             follower.advance(ids[-1])

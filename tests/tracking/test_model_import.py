@@ -26,11 +26,11 @@ from transformers import (
 from components.config.params import InputError
 from components.inference.cache_plan import serving_note
 from components.models.checkpoint import load_model, save_model
+from components.runtime.files import copy_folder
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.tracking.model_import import import_model, inspect_model, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
-from loopwright.export import copy_whole
 from tests.tokenization.hf_tokenizers import TEXTS, chatml, llama
 
 SOURCE = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_an_imported_model_is_registered_and_comes_out_as_it_was(registry: Regis
     version = import_model(folder, inspect_model(folder), "stranger", registry)
     assert (str(version), version.aliases) == ("stranger/1", ("champion",))
     assert version.tags["architecture"] == "LlamaForCausalLM"
-    copy_whole(version.folder, tmp_path / "out")
+    copy_folder(version.folder, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"} < names
     assert not names & {"modeling_own.py", "optimizer.pt"}
@@ -220,4 +220,4 @@ def test_the_command_checks_the_name_first(tmp_path: Path) -> None:
     assert "import" in COMMANDS
     ended = CliRunner().invoke(app, ["import", str(tmp_path), "--name", "a/b"])
     assert isinstance(ended.exception, InputError)
-    assert str(ended.exception).startswith("--name: 'a/b': is no name for a model; allowed are 1 to 63 letters")
+    assert str(ended.exception).startswith("--name: 'a/b': not a valid model name; allowed are 1 to 63 letters")

@@ -16,7 +16,7 @@ from components.config.paths import Paths
 from components.tracking.mlflow_client import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
-from loopwright.import_ import import_
+from loopwright.models import import_
 
 Register = Callable[..., ModelVersion]
 CALLS = 8
@@ -194,7 +194,7 @@ def test_models_whose_bentos_would_have_one_tag_are_not_mixed_up(
     for name in ("agent", "Agent"):
         registered(0.5, name=name)
     for name, twin in (("agent", "Agent"), ("Agent", "agent")):
-        with pytest.raises(InputError, match=rf"{name}/1: BentoML tells no capitals apart, and there is {twin} too"):
+        with pytest.raises(InputError, match=rf"{name}/1: BentoML ignores case, and {twin} is registered too"):
             package(Paths(registry.home.parent), f"{name}/1")
 
 

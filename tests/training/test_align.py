@@ -1,4 +1,4 @@
-"""The stage align: a candidate that learned what people said, and says from whom."""
+"""The stage align: a candidate trained on user feedback, with its lineage."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from components.models.decoder import Decoder, DecoderConfig
 from components.runtime.stage import digest
 from components.token_rows.batches import TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role
-from components.training.align import align, freeze
+from components.training.align import align, align_objective, freeze, reference_log_probs, row_log_probs
 from components.training.loop import train
-from components.training.preferences import align_objective, reference_log_probs, row_log_probs
 from tests.feedback.project import SETTINGS, chat, correction, item, new_run, write_partition, write_project
 from tests.training.test_stages import Processes
 

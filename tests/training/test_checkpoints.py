@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from components.config.params import InputError
-from components.training.checkpoints import Checkpoints, Saved
+from components.training.checkpoints import Checkpoints, CheckpointState
 
 
-def saved(step: int, size: int = 10) -> Saved:
-    return Saved(
+def saved(step: int, size: int = 10) -> CheckpointState:
+    return CheckpointState(
         step, {"weights.a": torch.full((size,), float(step)), "step": torch.tensor(step)}, {"losses": [[1, 2.5]]}
     )
 
@@ -24,7 +24,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     checkpoints.save(saved(7))
     loaded = checkpoints.load()
     assert loaded is not None
-    assert (loaded.step, loaded.facts) == (7, {"losses": [[1, 2.5]]})
+    assert (loaded.step, loaded.values) == (7, {"losses": [[1, 2.5]]})
     assert torch.equal(loaded.tensors["weights.a"], torch.full((10,), 7.0))
     assert loaded.tensors["step"].shape == ()
 
@@ -58,7 +58,7 @@ def test_with_all_torn_the_run_starts_over_and_says_so(tmp_path: Path, capsys: p
     for path in tmp_path.iterdir():
         path.write_bytes(b"torn")
     assert checkpoints.load() is None
-    assert "no whole checkpoint is left; starting over" in capsys.readouterr().out
+    assert "no valid checkpoint is left; starting over" in capsys.readouterr().out
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path: Path) -> None:

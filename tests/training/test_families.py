@@ -18,7 +18,6 @@ from components.models.encoder import Classifier, EncoderConfig, EncoderForPretr
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch
-from components.training.corruption import corrupt_spans, mask_tokens
 from components.training.loop import Training
 from components.training.objectives import (
     classification,
@@ -26,6 +25,7 @@ from components.training.objectives import (
     masked_lm_next_sentence,
     sequence_to_sequence,
 )
+from components.training.rows import corrupt_spans, mask_tokens
 
 NewRun = Callable[..., StageRun]
 VOCAB, LABELS = 60, ("a", "b", "c")

@@ -1,4 +1,4 @@
-"""The stages of the encoder and the encoder-decoder on a tiny project, from datasets to what is delivered."""
+"""The stages of the encoder and the encoder-decoder on a tiny project, from datasets to model folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from components.tokenization.text_tokenizer import TextTokenizer
 from components.tokenization.train_tokenizer import train_tokenizer
 from components.training.finetune import finetune
 from components.training.pretrain import pretrain
-from components.training.rows import AdaptedRows, MaskedRows, SpanRows, TokenDropoutRows
+from components.training.rows import MaskedRows, SpanRows, TokenDropoutRows
 
 SOURCE = Path(__file__).parents[2]
 WORDS = {
@@ -175,7 +175,7 @@ def test_trials_are_runs_within_the_run_and_the_best_one_is_taken(project: Path)
     trials = told.tables["trials.json"]
     best = max(range(3), key=lambda number: (trials["score"][number], -number))
     read = metrics(project, "finetune@classifier")
-    for name in ("learning_rate", "muon_learning_rate", "label_smoothing", "hidden_share", "dropout"):
+    for name in ("learning_rate", "muon_learning_rate", "label_smoothing", "token_dropout", "dropout"):
         assert read[f"chosen_{name}"] == trials[name][best] == told.children[f"trial-{best}"].settings[name]
         assert trials[name][0] == pytest.approx(getattr(run.params.classifier, name))
     assert "validation_macro_f1" in told.children["trial-0"].values
@@ -265,7 +265,7 @@ def test_a_base_of_another_kind_or_vocabulary_is_refused(project: Path) -> None:
     encoder, other = paths.base("encoder"), paths.base("encoder_decoder")
     away = encoder.rename(project / "away")
     shutil.copytree(other, encoder)
-    with pytest.raises(InputError, match="a encoderdecoder reads no labels; give an encoder's folder"):
+    with pytest.raises(InputError, match="a encoderdecoder cannot classify; give an encoder's folder"):
         finetune(new_run(project, "finetune@classifier"))
     shutil.rmtree(encoder)
     model = load_model(away)
@@ -275,7 +275,7 @@ def test_a_base_of_another_kind_or_vocabulary_is_refused(project: Path) -> None:
         finetune(new_run(project, "finetune@classifier"))
     shutil.rmtree(other)
     shutil.copytree(away, other)
-    with pytest.raises(InputError, match="writes no target; give an encoder-decoder's folder"):
+    with pytest.raises(InputError, match="cannot summarize; give an encoder-decoder's folder"):
         finetune(new_run(project, "finetune@summarizer"))
 
 
@@ -300,7 +300,7 @@ def test_one_label_alone_is_refused(project: Path) -> None:
         finetune(new_run(project, "finetune@classifier"))
 
 
-def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> None:
+def test_corruption_is_a_function_of_seed_step_and_row(pretrained: Path) -> None:
     paths = Paths(pretrained)
     encoder, other = (TextTokenizer.load(paths.tokenizer(family)) for family in ("encoder", "encoder_decoder"))  # type: ignore[arg-type]
     params = load_params(SOURCE / "params.yaml", TINY)
@@ -309,8 +309,8 @@ def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> 
     chunks = Chunks(paths.tokens("encoder_decoder") / "pretrain", "train")
     made: list[Callable[[int], Any]] = [
         lambda seed: TokenDropoutRows(texts, encoder, 0.3, seed),
-        lambda seed: AdaptedRows(texts, encoder, 0.15, seed),
-        lambda seed: MaskedRows(pairs, encoder, params.pretrain.encoder, seed),
+        lambda seed: MaskedRows(texts, encoder, 0.15, seed),
+        lambda seed: MaskedRows(pairs, encoder, 0.15, seed),
         lambda seed: SpanRows(chunks, other, params.pretrain.encoder_decoder, seed),
     ]
     rows = np.arange(6)
@@ -323,13 +323,13 @@ def test_what_is_hidden_is_a_function_of_seed_step_and_row(pretrained: Path) -> 
         assert torch.equal(backwards.flip(0), once), "whatever else is in the batch"
 
 
-def test_masks_spare_padding_and_what_stands_around_a_text(pretrained: Path) -> None:
+def test_padding_and_special_tokens_are_never_masked(pretrained: Path) -> None:
     paths = Paths(pretrained)
     tokenizer = TextTokenizer.load(paths.tokenizer("encoder"))
     config = load_params(SOURCE / "params.yaml", TINY).pretrain.encoder
     pairs = SentencePairs(paths.tokens("encoder") / "pretrain", "train")
     for whole_words in (True, False):
-        rows = MaskedRows(pairs, tokenizer, config.model_copy(update={"whole_words": whole_words}), 0)
+        rows = MaskedRows(pairs, tokenizer, config.masked_share, 0, whole_words)
         plain, batch = pairs.batch(np.arange(20)), rows.batch(np.arange(20))
         chosen = batch["labels"] != IGNORED
         assert torch.equal(batch["labels"][chosen], plain["input_ids"][chosen])

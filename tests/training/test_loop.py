@@ -1,4 +1,4 @@
-"""The loop learns, accumulates, resumes bit for bit and refuses what would teach nothing."""
+"""The loop learns, accumulates, resumes bit for bit and refuses empty masks."""
 
 from __future__ import annotations
 
@@ -183,14 +183,14 @@ def test_compiled_blocks_are_those_of_the_model(new_run: NewRun) -> None:
 @pytest.mark.parametrize("tuning", [True, False])
 def test_an_empty_mask_is_refused(tuning: bool, tmp_path: Path, write_rows: Callable[..., Path]) -> None:
     folder = write_rows(tmp_path / "tokens", mask=0)
-    with pytest.raises(InputError, match="tokens: mask: 0 of 600 tokens are to be learned; nothing would be"):
+    with pytest.raises(InputError, match="tokens: mask: 0 of 600 tokens are trained on"):
         refuse_bad_masks(TokenRows(folder, "train"), tuning)
 
 
 def test_a_full_mask_is_refused_in_tuning_alone(tmp_path: Path, write_rows: Callable[..., Path]) -> None:
     full = TokenRows(write_rows(tmp_path / "tokens", mask=1), "train")
     refuse_bad_masks(full, tuning=False)
-    with pytest.raises(InputError, match="mask: 600 of 600 tokens are to be learned; tuning learns the model's own"):
+    with pytest.raises(InputError, match="mask: 600 of 600 tokens are trained on; tuning trains on the model's own"):
         refuse_bad_masks(full, tuning=True)
 
 

@@ -1,4 +1,4 @@
-"""DPO and KTO against the papers' formulas on numbers worked out by hand, and against what they are for."""
+"""DPO and KTO against the papers' formulas on numbers worked out by hand, and on the preferences that they train."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from components.config.params import load_params
 from components.models.decoder import Decoder, DecoderConfig
 from components.token_rows.batches import IGNORED, Batch
 from components.token_rows.preference_rows import Role
+from components.training.align import align_objective, dpo_losses, kto_losses, preference_loss, row_log_probs
 from components.training.objectives import causal_lm
-from components.training.preferences import align_objective, dpo_losses, kto_losses, preference_loss, row_log_probs
 from tests.training.conftest import SOURCE
 
 CONFIG = DecoderConfig(

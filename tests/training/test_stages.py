@@ -97,7 +97,7 @@ def test_a_stage_refuses_a_mask_that_teaches_nothing(
     stage: str, mask: int, project: Paths, new_run: NewRun, write_rows: Callable[..., Path]
 ) -> None:
     write_rows(project.tokens("decoder") / stage, mask=mask)
-    with pytest.raises(InputError, match=f"tokens/decoder/{stage}: mask: {600 * mask} of 600 tokens are to be learned"):
+    with pytest.raises(InputError, match=f"tokens/decoder/{stage}: mask: {600 * mask} of 600 tokens are trained on"):
         {"pretrain": pretrain, "tune": tune}[stage](new_run(stage))
 
 

@@ -1,4 +1,4 @@
-"""The gate on data: valid sets pass, every fault is refused with its rows, and the outs depend on the data alone."""
+"""Data validation: valid sets pass, every fault is refused with its rows, and the outs depend on the data alone."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_shard_written_by_pandas_is_judged_by_its_rows(validator: Validator, tmp
         ),
     ],
 )
-def test_suite_that_cannot_be_run_is_said(
+def test_suite_that_cannot_be_run_is_reported(
     tmp_path: Path, suite: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if suite:

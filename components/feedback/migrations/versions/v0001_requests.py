@@ -42,8 +42,3 @@ def upgrade() -> None:
     )
     op.create_index("ix_requests_created", "requests", ["created"])
     op.create_index("ix_feedback_completion_id", "feedback", ["completion_id"])
-
-
-def downgrade() -> None:
-    for table in ("feedback", "answers", "requests"):
-        op.drop_table(table)

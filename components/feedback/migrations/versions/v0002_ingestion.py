@@ -51,10 +51,3 @@ def upgrade() -> None:
     )
     op.create_index("ix_outcomes_sequence", "outcomes", ["sequence"])
     op.create_index("ix_outcomes_content_digest", "outcomes", ["content_digest"])
-
-
-def downgrade() -> None:
-    for table in ("improvements", "revocations", "outcomes", "partitions"):
-        op.drop_table(table)
-    op.drop_index("ix_feedback_replaced_by", "feedback")
-    op.drop_column("feedback", "voice")

@@ -18,7 +18,3 @@ def upgrade() -> None:
         sa.Column("created", sa.Float, nullable=False),
         sa.Column("revoked", sa.Float),
     )
-
-
-def downgrade() -> None:
-    op.drop_table("api_keys")

@@ -1,0 +1,204 @@
+"""`loopwright chat` and `classify`, and the endpoint they call: running already, or started in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from components.config.params import InputError
+from components.config.paths import Paths, find_root
+from loopwright.output import Json, print_json, print_table, say
+
+Messages = list[dict[str, Any]]
+ADDRESS = "http://127.0.0.1:3000"
+SHOWN = 5
+"""Labels of each text in the table; `--json` has all."""
+WIDTH = 60
+
+
+def chat(
+    prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation begins.")] = None,
+    url: Annotated[str, typer.Option(help="Address of a running endpoint.")] = ADDRESS,
+    model: Annotated[
+        str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help="Which model, where no endpoint runs.")
+    ] = "agent@champion",
+    as_json: Json = False,
+) -> None:
+    """Talk to the endpoint, or to the registered agent in this process where none runs; Ctrl-C stops a reply."""
+    if as_json and prompt is None:
+        raise InputError("--json: needs a PROMPT; give one, or leave --json out")
+    with endpoint(url, model) as address:
+        if prompt is None:
+            _converse(address)
+        elif as_json:
+            body = {"messages": [{"role": "user", "content": prompt}]}
+            print_json(post(f"{address}/v1/chat/completions", body))
+        else:
+            _print_streamed(address, [{"role": "user", "content": prompt}])
+
+
+def _converse(address: str) -> None:
+    """Read prompts and print answers until the user ends the conversation."""
+    say("Ctrl-C stops a reply, Ctrl-D ends the conversation")
+    messages: Messages = []
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return
+        if question:
+            messages.append({"role": "user", "content": question})
+            try:
+                messages.append({"role": "assistant", "content": _answer_within_context(address, messages)})
+            except InputError as error:
+                messages.pop()
+                say(str(error))
+
+
+def _answer_within_context(address: str, messages: Messages) -> str:
+    """Answer; while the conversation is longer than the model's context, drop its oldest exchange."""
+    while True:
+        try:
+            return _print_streamed(address, messages)
+        except ContextTooLong:
+            if len(messages) == 1:
+                raise
+            del messages[:2]
+
+
+def _print_streamed(address: str, messages: Messages) -> str:
+    """Print the answer as it comes, tool calls in dim lines; returns its text."""
+    answer = ""
+    try:
+        for delta in _deltas(address, messages):
+            for step in delta.get("steps", []):
+                _print_dim(_step(step))
+            if text := delta.get("content"):
+                answer += text
+                print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        _print_dim(" (stopped)")
+        return answer
+    print()
+    return answer
+
+
+def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
+    import httpx
+
+    body = {"messages": messages, "stream": True}
+    path = f"{address}/v1/chat/completions"
+    with httpx.stream("POST", path, json=body, headers=headers(), timeout=None) as response:
+        check(response)
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise InputError(f"{address}: {event['error']['message']}")
+            yield event["choices"][0]["delta"]
+
+
+def _step(step: dict[str, Any]) -> str:
+    """A tool call or its result in a line."""
+    if step["type"] == "call":
+        arguments = ", ".join(f"{key}={value!r}" for key, value in step["arguments"].items())
+        return f"→ {step['name']}({arguments})"
+    return f"← {step['content']}"
+
+
+def _print_dim(line: str) -> None:
+    """Print a line that is no part of the answer."""
+    say(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line)
+
+
+def classify(
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
+    url: Annotated[str, typer.Option(help="Address of a running endpoint.")] = ADDRESS,
+    model: Annotated[
+        str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help="Which model, where no endpoint runs.")
+    ] = "classifier@champion",
+    as_json: Json = False,
+) -> None:
+    """Print the labels of texts with scores, from the endpoint or, where none runs, the registered classifier here."""
+    with endpoint(url, model) as address:
+        answer = post(f"{address}/v1/classify", {"input": texts})
+    if as_json:
+        print_json(answer)
+        return
+    rows: list[tuple[str | None, str, float]] = []
+    for text, result in zip(texts, answer["results"], strict=True):
+        shown = text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+        best = list(result["scores"].items())[:SHOWN]
+        rows += [(shown if index == 0 else None, label, score) for index, (label, score) in enumerate(best)]
+    print_table(("text", "label", "score"), rows)
+    if cut := sum(result["truncated"] for result in answer["results"]):
+        say(f"{cut} of {len(texts)} texts exceed the context of {answer['model']}: their ends were truncated")
+
+
+class ContextTooLong(InputError):
+    """The conversation is longer than the model's context."""
+
+
+@contextmanager
+def endpoint(url: str, model: str) -> Iterator[str]:
+    """The running endpoint's address, or that of an endpoint started in this process that serves `model`."""
+    if _answers(url):
+        yield url
+        return
+    if url != ADDRESS:
+        raise InputError(f'--url: nothing answers on {url}; start it with "loopwright serve", or leave --url out')
+    paths = Paths(find_root())
+    say(f"no endpoint on {url}: loading {model} into this process")
+    from serving.server import local_endpoint
+
+    with local_endpoint(paths, model) as address:
+        yield address
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        models = httpx.get(f"{url}/v1/models", headers=headers(), timeout=5)
+        return models.status_code == 401 or models.json()["data"][0]["owned_by"] == "loopwright"
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
+        return False
+
+
+def headers() -> dict[str, str]:
+    """Headers of every request: the API key, where the environment has one."""
+    key = os.environ.get("LOOPWRIGHT_API_KEYS", "").partition(",")[0].strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """POST a request and return the JSON body of the response.
+
+    Raises: InputError with the endpoint's own message.
+    """
+    import httpx
+
+    response = httpx.post(url, json=body, headers=headers(), timeout=None)
+    check(response)
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def check(response: Any) -> None:
+    """Raises: InputError when the endpoint refused, ContextTooLong when it did for the length of the conversation."""
+    if response.status_code == 200:
+        return
+    response.read()
+    try:
+        error = response.json()["error"]
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{response.url}: answered {response.status_code}; is it a Loopwright endpoint?") from None
+    raise (ContextTooLong if error.get("code") == "context_length_exceeded" else InputError)(error["message"])
