@@ -19,6 +19,7 @@ from components.config.params import InputError
 from components.models.checkpoint import load_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder
+from components.models.sentence_pooling import SentencePooling, read_pooling
 from components.tokenization.text_tokenizer import read_tokenizer
 
 TOKENS_A_PASS = 16_384
@@ -40,7 +41,7 @@ class LabelPrediction:
 @dataclass(frozen=True)
 class TextEmbedding:
     vector: list[float]
-    """A unit vector."""
+    """A unit vector, unless the pooling of a sentence-transformers folder does not normalize."""
     tokens: int
     truncated: bool
 
@@ -51,13 +52,17 @@ class TextEncoder:
     kind: type[Encoder] = Encoder
     mismatch = "is no encoder; give an encoder's folder"
 
-    def __init__(self, model: Encoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Encoder, tokenizer: Tokenizer, pooling: SentencePooling | None = None) -> None:
+        """`pooling`: by default the mean over a text's tokens, normalized to length 1."""
         self.model, self._tokenizer = model.eval(), tokenizer
         self.max_seq_len, self.embed_dim = model.config.max_seq_len, model.config.embed_dim
+        self.pooling = pooling or SentencePooling()
         self._device = model.embed.weight.device
-        tokenizer.encode_special_tokens = True  # special tokens in a text are plain text
-        tokenizer.enable_truncation(self.max_seq_len)
-        tokenizer.no_padding()
+        _prepare(tokenizer, self.max_seq_len)
+        self._embedding_tokenizer = tokenizer
+        if (limit := self.pooling.max_seq_len or self.max_seq_len) < self.max_seq_len:
+            self._embedding_tokenizer = Tokenizer.from_str(tokenizer.to_str())
+            _prepare(self._embedding_tokenizer, limit)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -65,15 +70,15 @@ class TextEncoder:
         model = load_model(folder, device=best_device())
         if not isinstance(model, cls.kind):
             raise InputError(f"{folder}: a {type(model).__name__.lower()} {cls.mismatch}")
-        return cls(model, load_tokenizer(folder))
+        return cls(model, load_tokenizer(folder), read_pooling(folder))
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> list[TextEmbedding]:
-        """The embedding of each text: the mean of its tokens' last hidden states, normalized to length 1."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts))
+        """The embedding of each text: its tokens' last hidden states, pooled as `pooling` says."""
+        encoded = self._embedding_tokenizer.encode_batch_fast([self.pooling.text(text) for text in texts])
         embeddings: dict[int, TextEmbedding] = {}
         for rows, input_ids, segments, mask in self._passes(encoded):
-            vectors = mean_pooled(self.model.hidden(input_ids, segments, mask), mask)
+            vectors = self.pooling.pool(self.model.hidden(input_ids, segments, mask), mask)
             for row, vector in zip(rows, vectors.tolist(), strict=True):
                 embeddings[row] = TextEmbedding(vector, len(encoded[row].ids), bool(encoded[row].overflowing))
         return [embeddings[row] for row in range(len(encoded))]
@@ -86,7 +91,7 @@ class TextEncoder:
             longest = len(encoded[rows[0]].ids)
             while order and (len(rows) + 1) * longest <= TOKENS_A_PASS:
                 rows.append(order.pop())
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
+            ids = torch.full((len(rows), longest), self.model.config.pad_id or 0)
             segments, mask = torch.zeros_like(ids), torch.zeros_like(ids)
             for index, row in enumerate(rows):
                 length = len(encoded[row].ids)
@@ -103,8 +108,8 @@ class TextClassifier(TextEncoder):
     mismatch = "has no labels; give a classifier's folder"
     model: Classifier
 
-    def __init__(self, model: Classifier, tokenizer: Tokenizer) -> None:
-        super().__init__(model, tokenizer)
+    def __init__(self, model: Classifier, tokenizer: Tokenizer, pooling: SentencePooling | None = None) -> None:
+        super().__init__(model, tokenizer, pooling)
         self.labels = model.config.labels
 
     @torch.inference_mode()
@@ -121,10 +126,10 @@ class TextClassifier(TextEncoder):
         return [predictions[row] for row in range(len(encoded))]
 
 
-def mean_pooled(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Unit vectors (B, E): means of hidden (B, T, E) where mask (B, T) is not 0."""
-    weight = mask.unsqueeze(-1).to(hidden.dtype)
-    return torch.nn.functional.normalize((hidden.float() * weight).sum(1) / weight.sum(1).clamp(min=1), dim=-1)
+def _prepare(tokenizer: Tokenizer, max_seq_len: int) -> None:
+    tokenizer.encode_special_tokens = True  # special tokens in a text are plain text
+    tokenizer.enable_truncation(max_seq_len)
+    tokenizer.no_padding()
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

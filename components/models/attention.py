@@ -101,11 +101,13 @@ class Attention(nn.Module):
         out_bias: bool | None = None,
         joint_norm: bool = False,
         norm_offset: bool = False,
+        causal: bool = True,
     ) -> None:
         """`scale` of the scores: 1 / sqrt(D) unless given. `dropout`: share of the weights left out in training.
 
         `bias` of queries, keys and values, and of the output unless `out_bias` says otherwise. `qk_norm`: of each
-        head's queries and keys, with `joint_norm` of all heads' as one vector (OLMo 2).
+        head's queries and keys, with `joint_norm` of all heads' as one vector (OLMo 2). `causal`: masks given with
+        rotary positions let each query see its own key and none behind it, as the fused training on a CPU asks for.
         """
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(q_width, norm_eps, norm_offset) if qk_norm else None
         self.k_norm = RMSNorm(k_width, norm_eps, norm_offset) if qk_norm else None
         self.joint_norm = joint_norm
-        self._fusable = not joint_norm and self.scale == head_dim**-0.5
+        self._fusable = causal and not joint_norm and self.scale == head_dim**-0.5
 
     def forward(
         self,

@@ -154,6 +154,39 @@ class PostNormBlock(nn.Module):
         return out
 
 
+class PreNormBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)), the norms LayerNorm: as in ModernBERT (arXiv 2412.13663).
+
+    Without `first_norm` attention reads x itself: that of the first block, whose input is normed already.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        mlp: nn.Module,
+        embed_dim: int,
+        norm_eps: float,
+        norm_bias: bool,
+        first_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(embed_dim, norm_eps, bias=norm_bias) if first_norm else None
+        self.mlp = mlp
+        self.mlp_norm = nn.LayerNorm(embed_dim, norm_eps, bias=norm_bias)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, rotary: Rotary | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """x (B, T, E) -> (B, T, E); with `rows`, only these of the B * T positions after attention: (N, E)."""
+        attended = self.attention(normed(x, self.attention_norm), mask=mask, rotary=rotary)
+        if rows is not None:
+            x, attended = select_rows(x, rows), select_rows(attended, rows)
+        x = x + dropout(attended, self.attention.dropout, self.training)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
 def normed(x: Tensor, norm: nn.Module | None) -> Tensor:
     """x behind a norm, where there is one."""
     return norm(x) if norm is not None else x

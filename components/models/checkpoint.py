@@ -25,6 +25,7 @@ from components.config.params import InputError
 from components.models.attention import FusedLinear
 from components.models.config_fields import Fields, Format
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.encoder import Encoder
 from components.models.formats import FORMATS, architecture_of
 
 SHARD_BYTES = 5 * 10**9
@@ -54,7 +55,8 @@ def save_model(
 
     Weights are in the dtype of the folder that the model was read from, fp32 where it was none.
 
-    `files` are added: paths are copied, texts are written. `generation` goes into generation_config.json.
+    `files` are added, by their path in the folder: paths are copied, texts are written. `generation` goes into
+    generation_config.json.
 
     Raises: InputError when the disk is full or the folder cannot be written.
     """
@@ -73,6 +75,7 @@ def save_model(
                         shutil.copyfile(tokenizer_folder / filename, temporary / filename)
             _write_configs(model, temporary, generation or {})
             for filename, source in (files or {}).items():
+                (temporary / filename).parent.mkdir(exist_ok=True)
                 if isinstance(source, Path) and source.is_dir():
                     shutil.copytree(source, temporary / filename)
                 elif isinstance(source, Path):
@@ -120,6 +123,9 @@ def _opened(
     config = form.read(fields)
     files = weight_files(folder)
     locations = {_current_name(name): TensorLocation(file, name) for file in files for name in _names_in(file)}
+    if form.base and not any(name.startswith(form.prefix) for name in locations):
+        form = FORMATS[form.base]
+        config = form.read(fields)
     config = form.settle(config, locations)
     with torch.device(device or "cpu"), _SkipInitialization():
         model = form.model(config).to(dtype)
@@ -164,6 +170,15 @@ def read_config(folder: Path) -> DecoderConfig:
     config = form.read(fields)
     assert isinstance(config, DecoderConfig)
     return config
+
+
+def read_architecture(folder: Path) -> tuple[str, Any]:
+    """The architecture of a model folder and our configuration of it, without its weights.
+
+    Raises: InputError as `load_model` does for config.json.
+    """
+    architecture, fields = _read_fields(folder)
+    return architecture, FORMATS[architecture].read(fields)
 
 
 def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -235,7 +250,7 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
     dtype = str(_stored_dtype(model)).removeprefix("torch.")
     config = written | {"architectures": [architecture], "torch_dtype": dtype}
     _write_json(folder / "config.json", config | special)
-    if not architecture.startswith("Bert"):
+    if not isinstance(model, Encoder):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
         _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
 

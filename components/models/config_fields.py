@@ -64,3 +64,7 @@ class Format:
     """Beginnings of the names of tensors that a folder may lack; they are initialized."""
     settle: Callable[[Any, Collection[str]], Any] = lambda config, names: config
     """The configuration, given the names of the folder's tensors."""
+    base: str = ""
+    """The architecture of a folder whose config.json names this one, but none of whose tensor names begin with
+    `prefix`: the model without its head, as sentence-transformers writes it."""
+    prefix: str = ""

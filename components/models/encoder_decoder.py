@@ -5,7 +5,9 @@ Shapes: B batch, S source tokens, T target tokens, E embed_dim, V vocab_size, N 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,10 @@ class EncoderDecoderConfig:
     norm_eps: float = 1e-6
     start_id: int = 0
     """First token of the decoder's input: the padding token."""
+    architecture: str = field(default="T5ForConditionalGeneration", compare=False)
+    """Hugging Face's name for it."""
+    source: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """The config.json it was read from: fields that are not ours to change are written as they were."""
 
     @classmethod
     def from_params(cls, model: EncoderDecoderModelConfig, vocab_size: int, start_id: int = 0) -> EncoderDecoderConfig:

@@ -6,8 +6,9 @@ parts. `checkpoint.py` reads and writes by them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,109 +18,19 @@ from components.models.blocks import ACTIVATIONS
 from components.models.config_fields import Fields, Format, Names
 from components.models.decoder import Decoder
 from components.models.decoder_formats import DECODERS
-from components.models.encoder import Classifier, Encoder, EncoderConfig, EncoderForPretraining
+from components.models.encoder import Encoder
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from components.models.encoder_formats import ENCODERS, encoder_architecture
+
+_T5, _MT5 = "T5ForConditionalGeneration", "MT5ForConditionalGeneration"
 
 
-def _read_encoder(fields: Fields) -> EncoderConfig:
-    fields.choice("position_embedding_type", "absolute", ["absolute"])
-    for name, allowed in (("is_decoder", False), ("add_cross_attention", False), ("tie_word_embeddings", True)):
-        fields.choice(name, allowed, [allowed])
-    has_head_dropout = fields.values.get("classifier_dropout") is not None
-    embed_dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-    if not heads or embed_dim % heads:
-        raise InputError(f"{fields.path}: num_attention_heads: {heads} does not divide hidden_size {embed_dim}")
-    return EncoderConfig(
-        vocab_size=fields.whole("vocab_size"),
-        embed_dim=embed_dim,
-        num_layers=fields.whole("num_hidden_layers"),
-        num_heads=heads,
-        hidden_dim=fields.whole("intermediate_size"),
-        max_seq_len=fields.whole("max_position_embeddings"),
-        num_segments=fields.whole("type_vocab_size", 2),
-        dropout=fields.number("hidden_dropout_prob", 0.1),
-        attention_dropout=fields.number("attention_probs_dropout_prob", 0.1),
-        head_dropout=fields.number("classifier_dropout", 0) if has_head_dropout else None,
-        activation=fields.choice("hidden_act", "gelu", list(ACTIVATIONS)),
-        norm_eps=fields.number("layer_norm_eps", 1e-12),
-    )
-
-
-def _read_classifier(fields: Fields) -> EncoderConfig:
-    fields.choice("problem_type", "single_label_classification", ["single_label_classification"])
-    names = fields.values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
-    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or len(names) < 2:
-        raise InputError(f"{fields.path}: id2label: {names!r} does not number two or more labels from 0")
-    labels = tuple(str(names[str(number)]) for number in range(len(names)))
-    return replace(_read_encoder(fields), labels=labels)
-
-
-def _write_encoder(config: EncoderConfig) -> dict[str, Any]:
-    numbers = {label: number for number, label in enumerate(config.labels)}
-    names = {str(number): label for label, number in numbers.items()}
-    labels: dict[str, Any] = {"id2label": names, "label2id": numbers} if numbers else {}
-    return labels | {
-        "model_type": "bert",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.hidden_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "type_vocab_size": config.num_segments,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "classifier_dropout": config.head_dropout,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.norm_eps,
-        "position_embedding_type": "absolute",
-        "tie_word_embeddings": True,
-    }
-
-
-_ENCODER: Names = {
-    "embed": "embeddings.word_embeddings",
-    "position_embed": "embeddings.position_embeddings",
-    "segment_embed": "embeddings.token_type_embeddings",
-    "embed_norm": "embeddings.LayerNorm",
-    "blocks.{n}.attention.qkv": tuple(
-        f"encoder.layer.{{n}}.attention.self.{part}" for part in ("query", "key", "value")
-    ),
-    "blocks.{n}.attention.out": "encoder.layer.{n}.attention.output.dense",
-    "blocks.{n}.attention_norm": "encoder.layer.{n}.attention.output.LayerNorm",
-    "blocks.{n}.mlp.up": "encoder.layer.{n}.intermediate.dense",
-    "blocks.{n}.mlp.down": "encoder.layer.{n}.output.dense",
-    "blocks.{n}.mlp_norm": "encoder.layer.{n}.output.LayerNorm",
-    "pooler": "pooler.dense",
-}
-_WITH_HEADS: Names = {
-    name: tuple(f"bert.{each}" for each in hub_name) if isinstance(hub_name, tuple) else f"bert.{hub_name}"
-    for name, hub_name in _ENCODER.items()
-}
-_PRETRAINING: Names = {
-    **_WITH_HEADS,
-    "transform": "cls.predictions.transform.dense",
-    "transform_norm": "cls.predictions.transform.LayerNorm",
-    "head.bias": "cls.predictions.bias",
-    "next_sentence": "cls.seq_relationship",
-}
-
-
-def _encoder(model: type[Encoder], names: Names, read: Callable[[Fields], EncoderConfig] = _read_encoder) -> Format:
-    return Format(
-        model,
-        read,
-        _write_encoder,
-        lambda config: names,
-        ignored=("position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
-        optional=("bert.pooler.", "pooler.", "cls.seq_relationship."),
-    )
-
-
-def _read_encoder_decoder(fields: Fields) -> EncoderDecoderConfig:
+def _read_encoder_decoder(fields: Fields, architecture: str) -> EncoderDecoderConfig:
+    """mT5 is T5 1.1, whose outputs are never scaled and whose feed-forward is gated where nothing is said."""
+    later = architecture == _MT5
     fields.choice("is_decoder", False, [False])
     allowed = [prefix + name for prefix in ("", "gated-") for name in ACTIVATIONS]
-    *gate, activation = fields.choice("feed_forward_proj", "relu", allowed).split("-")
+    *gate, activation = fields.choice("feed_forward_proj", "gated-gelu" if later else "relu", allowed).split("-")
     layers, buckets = fields.whole("num_layers"), fields.whole("relative_attention_num_buckets", 32)
     if buckets < 4:
         raise InputError(f"{fields.path}: relative_attention_num_buckets: {buckets} is too few; at least 4")
@@ -139,18 +50,21 @@ def _read_encoder_decoder(fields: Fields) -> EncoderDecoderConfig:
         # `gated-gelu` has meant GELU by tanh since T5 1.1.
         activation="gelu_new" if gate and activation == "gelu" else activation,
         gated=bool(gate),
-        scale_outputs=fields.choice("scale_decoder_outputs", tied, [True, False]),
+        scale_outputs=not later and fields.choice("scale_decoder_outputs", tied, [True, False]),
         num_buckets=buckets,
         max_distance=fields.whole("relative_attention_max_distance", 128),
         norm_eps=fields.number("layer_norm_epsilon", 1e-6),
         start_id=fields.whole("decoder_start_token_id", fields.whole("pad_token_id", 0)),
+        architecture=architecture,
+        source={name: value for name, value in fields.values.items() if value is not None},
     )
 
 
 def _write_encoder_decoder(config: EncoderDecoderConfig) -> dict[str, Any]:
     activation = config.activation.removesuffix("_new") if config.gated else config.activation
     return {
-        "model_type": "t5",
+        **(config.source or {}),
+        "model_type": "mt5" if config.architecture == _MT5 else "t5",
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,
         "d_model": config.embed_dim,
@@ -199,15 +113,10 @@ def _tied_where_no_head(config: EncoderDecoderConfig, names: Collection[str]) ->
     return replace(config, tie_embeddings=config.tie_embeddings and "lm_head.weight" not in names)
 
 
-FORMATS: dict[str, Format] = {
-    **DECODERS,
-    "BertModel": _encoder(Encoder, _ENCODER),
-    "BertForPreTraining": _encoder(EncoderForPretraining, _PRETRAINING),
-    "BertForMaskedLM": _encoder(EncoderForPretraining, _PRETRAINING),
-    "BertForSequenceClassification": _encoder(Classifier, {**_WITH_HEADS, "head": "classifier"}, _read_classifier),
-    "T5ForConditionalGeneration": Format(
+def _encoder_decoder(architecture: str) -> Format:
+    return Format(
         EncoderDecoder,
-        _read_encoder_decoder,
+        partial(_read_encoder_decoder, architecture=architecture),
         _write_encoder_decoder,
         _encoder_decoder_names,
         ignored=(
@@ -215,7 +124,13 @@ FORMATS: dict[str, Format] = {
             "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
         ),
         settle=_tied_where_no_head,
-    ),
+    )
+
+
+FORMATS: dict[str, Format] = {
+    **DECODERS,
+    **ENCODERS,
+    **{name: _encoder_decoder(name) for name in (_T5, _MT5)},
 }
 """By the name of the architecture in config.json."""
 
@@ -224,9 +139,7 @@ def architecture_of(model: nn.Module) -> str:
     """The architecture that a model of ours is written as."""
     if isinstance(model, Decoder):
         return model.config.architecture or ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
-    return {
-        Encoder: "BertModel",
-        EncoderForPretraining: "BertForPreTraining",
-        Classifier: "BertForSequenceClassification",
-        EncoderDecoder: "T5ForConditionalGeneration",
-    }[type(model)]
+    if isinstance(model, Encoder):
+        return encoder_architecture(model)
+    assert isinstance(model, EncoderDecoder)
+    return model.config.architecture

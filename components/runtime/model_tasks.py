@@ -10,7 +10,8 @@ from components.config.params import InputError
 from components.config.paths import CONFIG
 
 Task = Literal["chat", "classify", "summarize"]
-_TASKS: dict[str, Task] = {"BertForSequenceClassification": "classify", "T5ForConditionalGeneration": "summarize"}
+_TASKS: dict[str, Task] = {"ForSequenceClassification": "classify", "T5ForConditionalGeneration": "summarize"}
+"""By the end of the architecture's name."""
 
 
 def task_of(folder: Path) -> Task:
@@ -23,4 +24,4 @@ def task_of(folder: Path) -> Task:
         (architecture, *_) = json.loads(path.read_text(encoding="utf-8")).get("architectures") or [""]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not a readable model configuration: {error}") from None
-    return _TASKS.get(architecture, "chat")
+    return next((task for ending, task in _TASKS.items() if str(architecture).endswith(ending)), "chat")

@@ -7,11 +7,12 @@ keeps every character, and splits names and digits as the decoder's does: `text 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Encoding, Regex, Tokenizer, normalizers
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from components.config.params import InputError
@@ -71,8 +72,14 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         model = read_json(folder / "config.json")
         special_tokens = read_json(folder / "special_tokens_map.json")
         family = (config.get("tokenizer_class") or model.get("model_type") or "").removesuffix("Fast")
-        if family in ("bert", "BertTokenizer"):
+        if family in _LIKE_BERT:
             _normalize_as_bert(tokenizer, config)
+        elif family in _LIKE_ROBERTA and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel):
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+        elif family in _LIKE_SENTENCEPIECE and isinstance(tokenizer.model, models.Unigram):
+            _split_as_sentencepiece(tokenizer, family, config)
+        if isinstance(tokenizer.model, models.Unigram):
+            _break_special_tokens(tokenizer)
         # special_tokens_map.json counts before the configuration, unless that lists the tokens itself.
         sources = [config] if "added_tokens_decoder" in config else [special_tokens, config]
         return tokenizer, _special_tokens(tokenizer, [*sources, _DEFAULTS.get(family, {})], model)
@@ -80,7 +87,24 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
 
 _BERT: Mapping[str, str] = {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
 _T5: Mapping[str, str] = {"pad_token": "<pad>", "eos_token": "</s>"}
-_DEFAULTS = {"bert": _BERT, "BertTokenizer": _BERT, "t5": _T5, "T5Tokenizer": _T5}
+_ROBERTA: Mapping[str, str] = {
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "mask_token": "<mask>",
+    "eos_token": "</s>",
+}
+_LIKE_BERT = ("bert", "BertTokenizer", "distilbert", "DistilBertTokenizer")
+_LIKE_ROBERTA = ("roberta", "RobertaTokenizer")
+_LIKE_XLM_ROBERTA = ("xlm-roberta", "XLMRobertaTokenizer", "camembert", "CamembertTokenizer")
+_LIKE_T5 = ("t5", "T5Tokenizer", "mt5", "MT5Tokenizer")
+_LIKE_SENTENCEPIECE = (*_LIKE_XLM_ROBERTA, *_LIKE_T5)
+"""By model_type, and by the name of the tokenizer's class."""
+_DEFAULTS = {
+    **dict.fromkeys(_LIKE_BERT, _BERT),
+    **dict.fromkeys((*_LIKE_ROBERTA, *_LIKE_XLM_ROBERTA), _ROBERTA),
+    **dict.fromkeys(_LIKE_T5, _T5),
+}
 """Default special tokens of the tokenizer classes of transformers."""
 _ROLES = {CLS: "cls_token", SEP: "sep_token", MASK: "mask_token", "</s>": "eos_token"}
 
@@ -120,6 +144,30 @@ def _normalize_as_bert(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
             strip_accents=config.get("strip_accents"),
             lowercase=config.get("do_lower_case", True),
         )
+
+
+def _split_as_sentencepiece(tokenizer: Tokenizer, family: str, config: Mapping[str, Any]) -> None:
+    """Normalize and split as the class does, of whose tokenizer.json the characters' map alone counts."""
+    current = tokenizer.normalizer
+    parts = list(cast(Any, current)) if isinstance(current, normalizers.Sequence) else [current]
+    tokenizer.normalizer = next((part for part in parts if isinstance(part, normalizers.Precompiled)), None)
+    prefix = family in _LIKE_T5 or config.get("add_prefix_space", True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never")]
+    )
+
+
+def _break_special_tokens(tokenizer: Tokenizer) -> None:
+    """Split what spells a special token behind its first character: to Unigram it is a piece like any other.
+
+    SentencePiece itself never reads such a piece from text; the `tokenizers` library, and `transformers` with it, does.
+    """
+    added = (token for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+    spelled = [re.escape(token.content[0]) + f"(?={re.escape(token.content[1:])})" for token in added]
+    if spelled:
+        breaks = pre_tokenizers.Split(Regex("|".join(spelled)), "isolated")
+        before = [tokenizer.pre_tokenizer] if tokenizer.pre_tokenizer is not None else []
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, breaks])
 
 
 class TextTokenizer:
@@ -165,9 +213,11 @@ class TextTokenizer:
 
     @property
     def regular(self) -> range:
-        """Ids of tokens that are not special; the special tokens come first."""
-        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
-        return range(max(special, default=-1) + 1, self.vocab_size)
+        """The longest run of ids without a special token: these come first, or as RoBERTa's mask last."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = sorted(number for number, token in added.items() if token.special)
+        ends = zip([-1, *special], [*special, self.vocab_size], strict=True)
+        return max((range(before + 1, end) for before, end in ends), key=len)
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of texts, on all cores; with `special`, with the special tokens around a text."""

@@ -19,11 +19,12 @@ from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
 from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
-from components.models.checkpoint import INDEX, check_model, weight_files
+from components.models.checkpoint import INDEX, check_model, read_architecture, weight_files
 from components.models.decoder import Decoder
-from components.models.encoder import Encoder
+from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.gguf import open_gguf, unpack_gguf
+from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
@@ -68,7 +69,11 @@ def inspect_model(folder: Path) -> ModelInfo:
         raise InputError(f"{folder / TOKENIZER}: not found; save the model's fast tokenizer with it")
     if family == "decoder" and "source" not in read_agent(folder):
         load_tools(folder)  # the folder has their names alone
-    tokens = load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family)
+    if family == "encoder":
+        read_pooling(folder)
+    tokens = (
+        load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family, model.config)
+    )
     if tokens > model.config.vocab_size:
         raise InputError(
             f"{folder / TOKENIZER}: {tokens} tokens are more than the vocab_size {model.config.vocab_size} of"
@@ -78,10 +83,15 @@ def inspect_model(folder: Path) -> ModelInfo:
     return ModelInfo(family, architecture, model.num_parameters, model.config.vocab_size)
 
 
-def _count_tokens(folder: Path, family: Family) -> int:
+def _count_tokens(folder: Path, family: Family, config: Any) -> int:
     tokenizer = TextTokenizer.load(folder)
     for token in REQUIRED_TOKENS[family]:
         tokenizer.id_of(token)
+    if family == "encoder" and config.pad_id not in (None, tokenizer.pad_id):
+        raise InputError(
+            f"{folder / CONFIG}: pad_token_id: {config.pad_id} is not the tokenizer's {tokenizer.pad_id}, by"
+            " which positions are counted; give the tokenizer that the model was trained with"
+        )
     return tokenizer.vocab_size
 
 
@@ -147,13 +157,17 @@ def copy_model(folder: Path, place: Path) -> None:
     """
     with writing(place):
         place.mkdir(parents=True)
-        for file in _files(folder):
-            shutil.copyfile(file, place / file.name)
+        for name, file in _files(folder):
+            (place / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place / name)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from weight_files(folder)
-    yield from (folder / name for name in (*FILES, INDEX) if (folder / name).is_file())
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Each file with its path in the folder."""
+    yield from ((file.name, file) for file in weight_files(folder))
+    yield from ((name, folder / name) for name in (*FILES, INDEX) if (folder / name).is_file())
+    if (folder / MODULES).is_file() and isinstance(read_architecture(folder)[1], EncoderConfig):
+        yield from pooling_files(folder).items()
 
 
 def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
@@ -177,4 +191,7 @@ def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
 def clear(place: Path) -> None:
     """Remove an imported model, config.json first."""
     for file in sorted(place.glob("[!.]*"), key=lambda file: file.name != CONFIG):
-        file.unlink()
+        if file.is_dir():
+            shutil.rmtree(file)
+        else:
+            file.unlink()

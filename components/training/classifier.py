@@ -25,6 +25,7 @@ from components.models.checkpoint import load_model, save_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from
 from components.models.lora import add_lora, merge_lora
+from components.models.sentence_pooling import pooling_files
 from components.runtime.stage import StageRun, Tracker
 from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
@@ -164,7 +165,7 @@ def finetune_classifier(run: StageRun) -> None:
     logits = validation_logits(model, training.validation)
     temperature = fit_temperature(logits, torch.from_numpy(training.validation.numbers("label")))
     apply_temperature(model, temperature)
-    save_model(model, run.paths.classifier, training.base)
+    save_model(model, run.paths.classifier, training.base, pooling_files(training.base))
     metrics: dict[str, float | int | str | None] = {
         "validation_macro_f1": stopping.best_score,
         "best_step": stopping.best_step,

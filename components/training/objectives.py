@@ -50,7 +50,8 @@ def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
     tokens, which `labels` names, plus -log p(whether B follows A), the mean over the pairs.
 
     The sum counts masked tokens, so each pair weighs as much as its share of them. A pair whose
-    `next_sentence_labels` (B,) is IGNORED, for it has no second segment, is left out of the second mean.
+    `next_sentence_labels` (B,) is IGNORED, for it has no second segment, is left out of the second mean; so are all
+    where the architecture has no such head (RoBERTa, arXiv 1907.11692).
     """
     labels, follows = batch["labels"].flatten(), batch["next_sentence_labels"]
     count, length = batch["input_ids"].shape
@@ -60,6 +61,8 @@ def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
     stream = model.hidden(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], rows=rows)
     transformed = model.transformed(stream[: len(masked)])
     tokens = linear_cross_entropy(transformed, model.head.weight, labels[masked], model.head.bias)
+    if model.next_sentence is None:
+        return Loss(tokens, len(masked))
     logits = model.next_sentence(model.pooled(stream[len(masked) :])).float()
     pairs = F.cross_entropy(logits, follows, ignore_index=IGNORED, reduction="sum")
     weight = len(masked) / (follows != IGNORED).sum().clamp(min=1)

@@ -120,7 +120,7 @@ async def classify(body: ClassifyRequest, serving: Running, request: Request) ->
 
 @router.post("/v1/embeddings", response_model=None, responses={200: {"model": Embeddings}})
 async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request) -> JSONResponse:
-    """OpenAI's embeddings: a unit vector for each text."""
+    """OpenAI's embeddings: a vector for each text, of length 1 unless the model's pooling does not normalize."""
     classifier = _classifier(body, serving, request)
     embed_dim = classifier.texts.embed_dim
     if body.dimensions not in (None, embed_dim):

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from components.config.model_settings import EncoderDecoderModelConfig
 from components.config.params import InputError
@@ -106,6 +112,53 @@ def test_a_folder_of_transformers_gives_the_same_logits_here(
     assert model.config.tie_embeddings is not untied
     expected = theirs(input_ids=SOURCE, attention_mask=MASK, decoder_input_ids=TARGET).logits
     assert_close(model.eval()(SOURCE, TARGET, attention_mask=MASK), expected)
+
+
+LATER = {
+    "T5 1.1": (T5Config, T5ForConditionalGeneration, {"tie_word_embeddings": False}, True),
+    "Flan-T5": (T5Config, T5ForConditionalGeneration, {"tie_word_embeddings": False, "dropout_rate": 0.0}, True),
+    "mT5": (MT5Config, MT5ForConditionalGeneration, {"relative_attention_max_distance": 20}, True),
+    "mT5 tied": (MT5Config, MT5ForConditionalGeneration, {}, False),
+}
+
+
+def later(name: str, folder: Path) -> Any:
+    """A model of T5's later versions, as `transformers` writes it: gated, the head not scaled, mostly of its own."""
+    config, kind, values, untied = LATER[name]
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"vocab_size": 83, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = kind(config(**shape, feed_forward_proj="gated-gelu", decoder_start_token_id=0, **values)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    if untied:
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", list(LATER))
+def test_later_versions_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Logits, gradients, bfloat16 as near to exact, and the folder out again."""
+    theirs, given = later(name, tmp_path / "theirs"), {"attention_mask": MASK, "decoder_input_ids": TARGET}
+    model = load_model(tmp_path / "theirs").eval()
+    assert isinstance(model, EncoderDecoder)
+    assert (model.config.scale_outputs, model.config.tie_embeddings) == (False, not LATER[name][3])
+    expected, got = theirs(input_ids=SOURCE, **given).logits, model(SOURCE, TARGET, attention_mask=MASK)
+    assert_close(got, expected)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(5))
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    gradient = theirs.shared.weight.grad
+    assert model.embed.weight.grad is not None
+    assert_close(model.embed.weight.grad / gradient.abs().max(), gradient / gradient.abs().max())
+    save_model(model, tmp_path / "ours")
+    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
+    assert type(again) is type(theirs)
+    with torch.no_grad():
+        assert_close(again(input_ids=SOURCE, **given).logits, expected)
+        error = (theirs.bfloat16()(input_ids=SOURCE, **given).logits - expected).abs().mean()
+        assert (model.bfloat16()(SOURCE, TARGET, attention_mask=MASK) - expected).abs().mean() < 1.3 * error
 
 
 def test_a_head_that_transformers_4_untied_is_read_unscaled(tmp_path: Path) -> None:

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 TEXTS = [
     "system user assistant question answer: what does json.dumps do? It serializes obj to a str.",
@@ -97,4 +108,127 @@ def _save(tokenizer: Tokenizer, folder: Path, template: str | None, **named: str
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
     config |= {} if template is None else {"chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+HARD = [
+    "東京特許許可局、123円です。한국어와 中文混排",
+    "👩\u200d👩\u200d👧\u200d👦 🇩🇪 🤷🏽\u200d♀️ café e\u0301\u0323",
+    "שלום עולם! مرحبا بالعالم \u202eRTL\u202c",
+    "def f(x):\n\treturn {'a': [x**2 for _ in range(10)]}  # 0xFF != 1e-5\n\n\n    done",
+    "\x00\x01\x07 bell\x1b[31m \x7f\u0085\u200b\ufeff\u2028 end",
+    "<s> </s> <pad> <mask> <unk> [CLS] [SEP] [MASK] [PAD] [UNK] <extra_id_0>",
+    "no<mask>gap [MASK]x <s>x</s>",
+    "  two  spaces, trailing \t \n",
+    "ﬁ ½ Ⅻ ﷺ ＡＢＣ ß İ ẞ Σς naïve",
+    "",
+    " ",
+    "a" * 150,
+]
+"""Texts that tokenizers get wrong."""
+
+
+def roberta(folder: Path, **config: object) -> Path:
+    """As RoBERTa: byte-level, the first tokens special and the last."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = _bytes(special, TEXTS + HARD[:4])
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True, normalized=False)])
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return _described(tokenizer, folder, "roberta", config)
+
+
+def xlm_roberta(folder: Path, model_type: str = "xlm-roberta", **config: object) -> Path:
+    """As XLM-R: Unigram, words behind a low line."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = _unigram(special)
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True, normalized=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return _described(tokenizer, folder, model_type, config)
+
+
+def mt5(folder: Path, **config: object) -> Path:
+    """As mT5 and T5: Unigram, sentinels at the end."""
+    tokenizer = _unigram(["<pad>", "</s>", "<unk>"])
+    tokenizer.add_special_tokens([f"<extra_id_{number}>" for number in range(99, -1, -1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return _described(tokenizer, folder, "mt5", config)
+
+
+def distilbert(folder: Path, **config: object) -> Path:
+    """As DistilBERT: WordPiece without regard to case."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS + HARD[:5], trainer)
+    tokenizer.post_processor = _between("[CLS]", "[SEP]", tokenizer)
+    return _described(tokenizer, folder, "distilbert", config)
+
+
+def modernbert(folder: Path, **config: object) -> Path:
+    """As ModernBERT: byte-level, runs of spaces added, what is special in the middle of what is not."""
+    tokenizer = _bytes([], TEXTS + HARD[:4])
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in ("|||IP_ADDRESS|||", "    ", "  ")])
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]"])
+    tokenizer.add_special_tokens([AddedToken("[MASK]", lstrip=True, special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("[unused0]", special=False)])
+    tokenizer.post_processor = _between("[CLS]", "[SEP]", tokenizer)
+    roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]"}
+    return _described(
+        tokenizer, folder, "modernbert", {"tokenizer_class": "PreTrainedTokenizerFast", **roles, **config}
+    )
+
+
+ENCODERS = {
+    "roberta": roberta,
+    "xlm-roberta": xlm_roberta,
+    "distilbert": distilbert,
+    "modernbert": modernbert,
+}
+
+
+def _bytes(special: list[str], texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(special: list[str]) -> Tokenizer:
+    """Split and normalized as what converted it has it, which the class of `transformers` does not heed."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    tokenizer.train_from_iterator(TEXTS + HARD[:4], trainer)
+    return tokenizer
+
+
+def _between(first: str, last: str, tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    ids = [(token, tokenizer.token_to_id(token)) for token in (first, last)]
+    return processors.TemplateProcessing(
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1", special_tokens=ids
+    )
+
+
+def _described(tokenizer: Tokenizer, folder: Path, model_type: str, config: Mapping[str, object]) -> Path:
+    """With a tokenizer_config.json where anything is to be said in one, and a config.json where none is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if not (folder / "config.json").is_file():
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from components.config.params import InputError
 from components.inference.classifier import load_tokenizer
 from components.tokenization import text_tokenizer
 from components.tokenization.text_tokenizer import SENTINELS, TextTokenizer
+from tests.tokenization.hf_tokenizers import HARD, distilbert, modernbert, mt5, roberta, xlm_roberta
 
 TEXTS = [
     f"Return json.dumps of the OrderedDict, item {number}.\n\n    def foo(x):\n        return x" for number in range(9)
@@ -104,6 +106,47 @@ def test_short_configurations_are_read_as_transformers_reads_them(
     else:
         roles = {"</s>": theirs.eos_token_id}
     assert {token: ours.id_of(token) for token in roles} == roles
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (roberta, {}),
+        (roberta, {"add_prefix_space": True, "tokenizer_class": "RobertaTokenizer"}),
+        (xlm_roberta, {}),
+        (xlm_roberta, {"tokenizer_class": "XLMRobertaTokenizerFast"}),
+        (xlm_roberta, {"add_prefix_space": False}),
+        (mt5, {}),
+        (mt5, {"tokenizer_class": "T5Tokenizer"}),
+        (distilbert, {}),
+        (distilbert, {"do_lower_case": False, "tokenizer_class": "DistilBertTokenizer"}),
+        (modernbert, {}),
+    ],
+    ids=str,
+)
+def test_hard_texts_are_read_as_transformers_reads_them(
+    make: Callable[..., Path], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """What a user types never becomes a special token: `split_special_tokens` there, which Unigram does not heed."""
+    folder = make(tmp_path / "published", **config)
+    ours, theirs = TextTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    special = {number for number, token in theirs.added_tokens_decoder.items() if token.special}
+    heeded = make not in (xlm_roberta, mt5)
+    asked = [text for text in HARD if heeded or not any(token in text for token in theirs.all_special_tokens)]
+    expected = theirs(asked, split_special_tokens=True)["input_ids"]
+    assert ours.encode_batch(asked, special=True) == expected
+    served = load_tokenizer(folder)
+    served.encode_special_tokens = True
+    assert [encoding.ids for encoding in served.encode_batch(asked)] == expected
+    assert ours.pad_id == theirs.pad_token_id
+    if make is not mt5:
+        roles = {"[CLS]": theirs.cls_token_id, "[SEP]": theirs.sep_token_id, "[MASK]": theirs.mask_token_id}
+        assert {token: ours.id_of(token) for token in roles} == roles
+    assert not special & set(ours.regular)
+    assert len(ours.regular) > 100
+    assert max(ours.regular) < ours.vocab_size
+    outside = [number for ids in ours.encode_batch(HARD) for number in ids if number in special]
+    assert set(outside) <= {theirs.unk_token_id}
 
 
 def test_special_tokens_that_only_the_processor_names_are_found(tmp_path: Path) -> None:
