@@ -97,7 +97,7 @@ def test_another_path_to_the_same_folder_changes_nothing(
 def test_missing_files_of_a_version_are_one_line(copy: Registry) -> None:
     version = copy.resolve("agent@champion")
     shutil.rmtree(copy.home / "mlflow/artifacts")
-    with pytest.raises(InputError, match=r"agent/1: .*: its files are missing; restore the whole state folder"):
+    with pytest.raises(InputError, match=r"agent/1: .*: its files are missing; restore the state folder as a whole"):
         _ = version.folder
 
 

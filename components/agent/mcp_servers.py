@@ -131,15 +131,18 @@ class McpServers:
 
     def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
         """Raises: InputError with the server's error, or that it does not answer."""
+        from mcp.types import REQUEST_TIMEOUT
+
         if self._loop is None or not self._thread.is_alive():
             raise InputError(f"{server.name} is no longer connected")
         future = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
         try:
             result = future.result(self._call_seconds)
-        except TimeoutError:
-            future.cancel()
-            raise InputError(f"{server.name} did not answer within {self._call_seconds:g} s") from None
         except Exception as error:
+            future.cancel()
+            # The client has the same time limit, and may notice first.
+            if isinstance(error, TimeoutError) or getattr(error, "code", None) == REQUEST_TIMEOUT:
+                raise InputError(f"{server.name} did not answer within {self._call_seconds:g} s") from None
             self._loop.call_soon_threadsafe(self._broken[server.name].set)
             raise InputError(f"{server.name} failed: {_first(error)}") from error
         # Of other content than text, the model gets the type.

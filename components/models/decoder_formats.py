@@ -270,8 +270,11 @@ def _longrope(rope: Fields, length: int, original: int, rotary_dim: int) -> Rope
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    ours = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
+    ours: dict[str, Any] = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
     if config.source is not None:
+        scaling = config.rope_scaling
+        if scaling is None or scaling.rope_type != "longrope":  # whose longer context is the source's own
+            ours["max_position_embeddings"] = config.max_seq_len
         return {**config.source, **ours}
     return {
         **ours,
