@@ -194,6 +194,19 @@ def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
         assert json.loads((paths.champion / "lessons.json").read_text()) == {"feedback": line[2:3]}
 
 
+def test_without_an_ancestor_that_learned_nothing_revoked_it_refuses(
+    paths: Paths, registry: Registry, registered: Register, store: Store, improved: Callable[..., Improvement]
+) -> None:
+    """As when the versions before were removed: what was revoked is in the weights of all that are left."""
+    (item, *_) = correct(store, paths, 0, 3)
+    (registry.home / "agent").mkdir()
+    (registry.home / "agent" / "lessons.json").write_text(json.dumps({"feedback": [item]}))
+    registry.promote(registered(0.5))
+    store.revoke(item)
+    with pytest.raises(InputError, match=r"agent/1: each of its ancestors was trained on revoked feedback; train a"):
+        improved()
+
+
 def test_an_improvement_killed_after_its_verdict_is_recorded_once(
     paths: Paths, registry: Registry, registered: Register, store: Store, improved: Callable[..., Improvement]
 ) -> None:
