@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.models.attention import Attention
 from components.models.blocks import Block
 from components.models.decoder import Decoder
 from components.models.positions import Rotary, rotate, rotate_into
@@ -78,7 +77,7 @@ class Step:
         masks = tuple(mask[:, None, None] for mask in masks)  # (B, 1, 1, S)
         for number, (layer, (rotary, windowed)) in enumerate(zip(self._layers, model.layers(at), strict=True)):
             attended = self._attend(number, layer, _norm(x, layer.gain, eps), rotary, where, masks[windowed])
-            x += _norm(layer.attention.out(attended), layer.post_gain, eps)
+            x += _norm(layer.out(attended), layer.post_gain, eps)
             x += _norm(layer.mlp(_norm(x, layer.mlp_gain, eps)), layer.mlp_post_gain, eps)
         return _norm(x, self._norm_gain, eps)
 
@@ -88,7 +87,7 @@ class Step:
         """Self-attention of x (B, E) to the cache, after writing its keys and values."""
         c = self._model.config
         turned = c.num_heads + c.num_kv_heads
-        heads = layer.attention.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
+        heads = layer.qkv(x).view(-1, turned + c.num_kv_heads, c.head_dim)
         both = layer.scaled(heads[:, :turned], c.num_heads, c.norm_eps)
         if rotary is None:
             heads = torch.cat([both, heads[:, turned:]], dim=1)
@@ -109,8 +108,11 @@ class Step:
 class _Layer:
     """A block as a step reads it; a gain is None where the block has no such norm."""
 
-    attention: Attention
+    qkv: nn.Module
+    out: nn.Module
     mlp: nn.Module
+    joint_norm: bool | None
+    """Whether queries and keys are normed over all heads at once; None: they are not normed."""
     gain: Tensor | None
     post_gain: Tensor | None
     mlp_gain: Tensor | None
@@ -130,13 +132,15 @@ class _Layer:
             heads_gain[:heads] = attention.q_norm.gain.detach().view(-1, attention.head_dim)
             heads_gain[heads:] = attention.k_norm.gain.detach().view(-1, attention.head_dim)
         heads_gain[:heads] *= attention.scale
-        return cls(attention, block.mlp, before, behind, mlp_before, mlp_behind, heads_gain)
+        joint = attention.joint_norm if attention.q_norm is not None else None
+        gains = before, behind, mlp_before, mlp_behind, heads_gain
+        return cls(attention.qkv, attention.out, block.mlp, joint, *gains)
 
     def scaled(self, heads: Tensor, queries: int, eps: float) -> Tensor:
         """Queries and keys (B, H + K, D) normed and scaled."""
-        if self.attention.q_norm is None:
+        if self.joint_norm is None:
             return heads * self.heads_gain
-        if not self.attention.joint_norm:
+        if not self.joint_norm:
             return F.rms_norm(heads, heads.shape[-1:], None, eps) * self.heads_gain
         parts = (heads[:, :queries], heads[:, queries:])
         normed = [F.rms_norm(part.flatten(1), (part[0].numel(),), None, eps).view(part.shape) for part in parts]

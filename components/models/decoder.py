@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -177,11 +178,13 @@ class Decoder(nn.Module):
         """Of each layer: its rotary table at these positions, None where it has none, and whether it has a window."""
         c = self.config
         rotary = self.positions(position_ids)
+        if not (c.windowed_layers or c.unrotated_layers):
+            return repeat((rotary, False), c.num_layers)
         local = self.local_positions(position_ids) if self.local_positions is not None else rotary
-        for index in range(c.num_layers):
-            windowed = bool(c.windowed_layers) and c.windowed_layers[index]
-            unrotated = bool(c.unrotated_layers) and c.unrotated_layers[index]
-            yield None if unrotated else local if windowed else rotary, windowed
+        windowed = c.windowed_layers or (False,) * c.num_layers
+        unrotated = c.unrotated_layers or (False,) * c.num_layers
+        tables = (None if none else local if near else rotary for none, near in zip(unrotated, windowed, strict=True))
+        return zip(tables, windowed, strict=True)
 
     def windowed(self, mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """A mask (B, 1, T, S) that also hides keys at positions (.., S) beyond the window of queries (B, 1, T)."""
