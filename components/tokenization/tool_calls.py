@@ -70,6 +70,57 @@ def parse_json_calls(text: str) -> Turn:
     return Turn("".join(pieces[::2]).strip() if marked else text.removeprefix(" "), tuple(calls))
 
 
+class CallTextFilter:
+    """Withholds from a turn's streamed text what is, or may become, a call that `parse_json_calls` reads.
+
+    The pieces that it passes, joined, are the content of that turn.
+    """
+
+    def __init__(self) -> None:
+        self._held, self._space = "", ""
+        self._opened, self._called, self._passed = False, False, False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to be words after this piece."""
+        self._held += text
+        if not self._opened and self._held.lstrip()[:1] in ("", "{"):
+            return ""  # the whole turn may be one call
+        self._opened = True
+        mark, words = CALL_MARKS[0], ""
+        while (place := self._held.find(mark)) >= 0:
+            words += self._words(self._held[:place])
+            stop = self._held.find(CALL_MARKS[1], place)
+            self._called = self._called or stop >= 0
+            self._held = self._held[place:] if stop < 0 else self._held[stop + len(CALL_MARKS[1]) :]
+            if stop < 0:
+                return words
+        # The last characters may begin a mark.
+        begun = next(size for size in range(len(mark) - 1, -1, -1) if self._held.endswith(mark[:size]))
+        place = len(self._held) - begun
+        words += self._words(self._held[:place])
+        self._held = self._held[place:]
+        return words
+
+    def flush(self) -> str:
+        """The rest at the end of the turn."""
+        held, self._held = self._held, ""
+        if not self._opened:
+            return parse_json_calls(held).content
+        cut_off = held.startswith(CALL_MARKS[0])  # such a call is no text either
+        words = "" if cut_off else self._words(held)
+        return words if self._called or cut_off else words + self._space
+
+    def _words(self, text: str) -> str:
+        """Words, behind the whitespace that waited for them; beside calls none begins or ends the content."""
+        text = self._space + text
+        words = text.rstrip()
+        self._space = text[len(words) :]
+        if self._called and not self._passed:
+            words = words.lstrip()
+        self._passed = self._passed or bool(words)
+        return words
+
+
 def _read_call(text: str) -> Call | None:
     """A call written as JSON: `{"name": ..., "arguments": {...}}`, or with `parameters` as Llama has it."""
     try:

@@ -23,7 +23,7 @@ from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, threads_for, use_threads
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
+from components.tokenization.tool_calls import CallTextFilter, ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
     AgentStep,
     Backend,
@@ -171,11 +171,17 @@ class LocalTask(GenerationTask):
         self.steps = _Steps(lambda step: notify(AgentStep(step)))
         self.conversation = self.agent.answer(self.request.messages, self.request.tools, self.steps, self.request.rules)
         self.speech = StopSequenceFilter(agent.tokenizer, self.request.stops)
+        self.words = self._call_filter()
         self.turn = -1
         self.row: Row | None = None
         """The row of this turn; None where no token is left."""
         self.stopped = False
         self.prompt_tokens = 0
+
+    def _call_filter(self) -> CallTextFilter | None:
+        """For a turn that may call in a format whose marks are no special tokens."""
+        may_call = not self.agent.tokenizer.native and (self.request.tools or self.agent.tools)
+        return CallTextFilter() if may_call else None
 
     def begin(self) -> None:
         """Render the first prompt and submit its turn."""
@@ -207,6 +213,7 @@ class LocalTask(GenerationTask):
         left = self.engine.max_new_tokens if self.request.max_tokens is None else self.request.max_tokens - self.written
         left = min(left, self.agent.context_len - len(prompt.ids))
         self.speech = StopSequenceFilter(self.agent.tokenizer, self.request.stops)
+        self.words = self._call_filter()
         if left <= 0:
             self.row = None
             self._ended(None)
@@ -227,7 +234,8 @@ class LocalTask(GenerationTask):
     def _push(self, number: int) -> bool:
         """Send the text and calls that a token completes; false when a stop string ends the turn."""
         self.written += 1
-        self.send_text(self.speech.push(number))
+        text = self.speech.push(number)
+        self.send_text(self.words.push(text) if self.words is not None else text)
         for delta in self.calls.push(number) if self.request.tools else ():
             self.notify(ToolCallDelta(delta))
         return not self.speech.stopped
@@ -255,7 +263,8 @@ class LocalTask(GenerationTask):
 
     def _answer(self) -> Prompt | None:
         """The prompt of the next turn; None when that was the last."""
-        self.send_text(self.speech.flush())
+        text = self.speech.flush()
+        self.send_text(self.words.push(text) + self.words.flush() if self.words is not None else text)
         self.stopped = self.speech.stopped
         if self.expired:
             self._end(self._finish(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from components.agent.turn_grammar import TurnOptions, turn_rules
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
+from components.tokenization.tool_calls import CallTextFilter, ToolCallDeltaParser, openai_call, parse_json_calls
 
 VALUES = [
     *("Paris", "", " led", "12", "12 apples", "1e", "-", "-Infinity", "-In", "true", "truest", "n", "nul", "NaN", "07"),
@@ -93,3 +94,44 @@ def test_a_call_that_was_cut_is_not_closed(tokenizer: ChatTokenizer) -> None:
     [call] = assembled(streamed(tokenizer, ids)[0])
     with pytest.raises(ValueError, match=r"Unterminated|delimiter"):
         json.loads(call["function"]["arguments"])
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "</b> <tool"}}\n</tool_call>'
+BARE = ' {"name": "f", "parameters": {"city": "Paris"}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain words",
+        "a < b and <tool> is no mark <tool_cal",
+        CALL,
+        f"Let me look.\n{CALL}",
+        f"{CALL}\n{CALL}",
+        f"{CALL}\nDone, a < b.",
+        f"One {CALL} two {CALL} three",
+        BARE,
+        '{"answer": 42}',
+        "  {not json",
+        "",
+    ],
+)
+def test_streamed_words_of_another_familys_turn_hold_no_call(text: str) -> None:
+    """However the text is cut into pieces, joined they are the content of the whole turn."""
+    expected = parse_json_calls(text).content
+    random = Random(0)
+    for longest in (1, 2, 5, 100):
+        for _ in range(20):
+            words, place, pieces = CallTextFilter(), 0, []
+            while place < len(text):
+                stop = place + random.randint(1, longest)
+                pieces.append(words.push(text[place:stop]))
+                place = stop
+            pieces.append(words.flush())
+            assert "".join(pieces) == expected
+            assert "<tool_call>" not in "".join(pieces)
+
+
+def test_a_call_that_was_cut_off_is_no_text() -> None:
+    words = CallTextFilter()
+    assert words.push('I look. <tool_call>\n{"name": "f", "argum') + words.flush() == "I look."
