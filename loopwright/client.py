@@ -21,13 +21,14 @@ SHOWN = 5
 """Labels of each text in the table; `--json` has all."""
 WIDTH = 60
 
+Url = Annotated[str, typer.Option(help="Address of a running endpoint.")]
+ModelName = Annotated[str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help="Which model, where no endpoint runs.")]
+
 
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation begins.")] = None,
-    url: Annotated[str, typer.Option(help="Address of a running endpoint.")] = ADDRESS,
-    model: Annotated[
-        str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help="Which model, where no endpoint runs.")
-    ] = "agent@champion",
+    url: Url = ADDRESS,
+    model: ModelName = "agent@champion",
     as_json: Json = False,
 ) -> None:
     """Talk to the endpoint, or to the registered agent in this process where none runs; Ctrl-C stops a reply."""
@@ -121,10 +122,8 @@ def _print_dim(line: str) -> None:
 
 def classify(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="What to classify.")],
-    url: Annotated[str, typer.Option(help="Address of a running endpoint.")] = ADDRESS,
-    model: Annotated[
-        str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help="Which model, where no endpoint runs.")
-    ] = "classifier@champion",
+    url: Url = ADDRESS,
+    model: ModelName = "classifier@champion",
     as_json: Json = False,
 ) -> None:
     """Print the labels of texts with scores, from the endpoint or, where none runs, the registered classifier here."""

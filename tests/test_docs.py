@@ -133,9 +133,9 @@ def test_every_dependency_has_a_reason() -> None:
     extras = [one for names in project["project"]["optional-dependencies"].values() for one in names]
     listed = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"], *extras]
     rows = re.findall(r"^\| (.+?) \|", (ROOT / "docs/dependencies.md").read_text(encoding="utf-8"), re.MULTILINE)
-    given = {name.partition("[")[0] for row in rows for name in re.sub(r"\*.*?\*", "", row).strip().split(", ")}
+    explained = {name.partition("[")[0] for row in rows for name in re.sub(r"\*.*?\*", "", row).strip().split(", ")}
     named = {re.split(r"[\[<>=]", one)[0] for one in listed}
-    assert given - {"package", "---"} == named
+    assert explained - {"package", "---"} == named
 
 
 def paths() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The endpoint's durable store: requests, answers and votes.
 
 A write is on disk when its call returns: what is acknowledged after it survives a crash. A later vote replaces an
-earlier one, and both are kept. The status of the votes is in the same database (ledger.py).
+earlier one, and both stay on record. The status of the votes is in the same database (ledger.py).
 """
 
 from __future__ import annotations

@@ -77,11 +77,11 @@ def checked(schema: Any, where: str, usable: Callable[[str], bool] | None = None
     if len(written := json.dumps(schema, ensure_ascii=False)) > MAX_CHARACTERS:
         raise SchemaError(f"{where}: a schema of more than {MAX_CHARACTERS} characters; send a smaller one")
     reducer = _Reducer(json.loads(written) if '"discriminator"' in written else schema, usable)
-    kept = reducer.reduce(where)
-    if kept is False:
+    reduced = reducer.reduce(where)
+    if reduced is False:
         raise SchemaError(f"{where}: no value fits this schema")
-    _check_multiples(kept, where)
-    return {} if kept is True else dict(kept)
+    _check_multiples(reduced, where)
+    return {} if reduced is True else dict(reduced)
 
 
 def parts(schema: Any) -> Iterator[Schema]:

@@ -133,8 +133,8 @@ DIFFERENCES = {
 
 
 def _read(fields: Fields, architecture: str, difference: Difference) -> DecoderConfig:
-    given = {name: value for name, value in fields.values.items() if value is not None}
-    fields = Fields(fields.path, {**difference.defaults, **given})
+    values = {name: value for name, value in fields.values.items() if value is not None}
+    fields = Fields(fields.path, {**difference.defaults, **values})
     for name in difference.refused:
         fields.choice(name, False, [False])
     heads, layers = fields.whole("num_attention_heads"), fields.whole("num_hidden_layers")
@@ -167,7 +167,7 @@ def _read(fields: Fields, architecture: str, difference: Difference) -> DecoderC
         tie_embeddings=fields.choice("tie_word_embeddings", False, [True, False]),
         activation=fields.choice(difference.activation, "silu", ["silu", "gelu", "gelu_pytorch_tanh"]),
         architecture=architecture,
-        source=dict(given),
+        source=values,
         **shape,
     )
 
@@ -175,8 +175,8 @@ def _read(fields: Fields, architecture: str, difference: Difference) -> DecoderC
 def _windows(fields: Fields, rule: Windows, layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """How many tokens windowed layers see, and which layers are; no window and none where no layer has one."""
     if rule == "none" or rule == "where use_sliding_window":
-        asked = fields.choice("use_sliding_window", False, [False] if rule == "none" else [True, False])
-        if not asked:
+        enabled = fields.choice("use_sliding_window", False, [False] if rule == "none" else [True, False])
+        if not enabled:
             return None, ()
     if fields.values.get("sliding_window") is None:
         return None, ()
@@ -198,10 +198,10 @@ def _windows(fields: Fields, rule: Windows, layers: int) -> tuple[int | None, tu
 
 def _rope(fields: Fields, head_dim: int) -> dict[str, Any]:
     """Rotary base, dimensions and scaling, and how long a context they are meant for."""
-    given = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
-    if isinstance(given, dict):
-        given = given.get(FULL) if isinstance(given.get(FULL), dict) else given
-    rope = Fields(fields.path, given if isinstance(given, dict) else {"rope_type": given})
+    declared = fields.values.get("rope_parameters") or fields.values.get("rope_scaling") or {}
+    if isinstance(declared, dict):
+        declared = declared.get(FULL) if isinstance(declared.get(FULL), dict) else declared
+    rope = Fields(fields.path, declared if isinstance(declared, dict) else {"rope_type": declared})
     length = fields.whole("max_position_embeddings")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
     share = rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
@@ -270,14 +270,14 @@ def _longrope(rope: Fields, length: int, original: int, rotary_dim: int) -> Rope
 
 
 def _write(config: DecoderConfig) -> dict[str, Any]:
-    ours: dict[str, Any] = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
+    own: dict[str, Any] = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings}
     if config.source is not None:
         scaling = config.rope_scaling
         if scaling is None or scaling.rope_type != "longrope":  # whose longer context is the source's own
-            ours["max_position_embeddings"] = config.max_seq_len
-        return {**config.source, **ours}
+            own["max_position_embeddings"] = config.max_seq_len
+        return {**config.source, **own}
     return {
-        **ours,
+        **own,
         "model_type": "qwen3" if config.qk_norm else "llama",
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.num_layers,

@@ -50,13 +50,16 @@ _MODERNBERT: Names = {
     "blocks.{n}.mlp_norm": "layers.{n}.mlp_norm",
     "final_norm": "final_norm",
 }
-_FIELDS: Mapping[str, str] = {
+_SHAPE: Mapping[str, str] = {
     "vocab_size": "vocab_size",
     "embed_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "hidden_dim": "intermediate_size",
     "max_seq_len": "max_position_embeddings",
+}
+_FIELDS: Mapping[str, str] = {
+    **_SHAPE,
     "num_segments": "type_vocab_size",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
@@ -199,12 +202,7 @@ DIFFERENCES = {
         ("decoder.weight",),
         {"pooler": "classifier", "pre_norm": True, "num_segments": 0},
         {
-            "vocab_size": "vocab_size",
-            "embed_dim": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "hidden_dim": "intermediate_size",
-            "max_seq_len": "max_position_embeddings",
+            **_SHAPE,
             "dropout": "mlp_dropout",
             "attention_dropout": "attention_dropout",
             "embed_dropout": "embedding_dropout",

@@ -266,13 +266,13 @@ def _llama3(file: GgufFile, theta: float, rotated: int) -> dict[str, Any]:
     factors = torch.from_numpy(file.weights("rope_freqs.weight").copy())
     frequency = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, _LLAMA3_CONTEXT
-    kept, stretched = factors < 1.001, factors > factor * 0.999
-    if (between := ~(kept | stretched)).any():
+    unchanged, stretched = factors < 1.001, factors > factor * 0.999
+    if (between := ~(unchanged | stretched)).any():
         share = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)  # that is not stretched
         turns = low + share * (high - low)
         original = round(float((turns * 2 * math.pi / frequency[between]).mean()))
-    elif kept.any() and stretched.any():  # any context between these gives the same factors
-        least, most = high * 2 * math.pi / frequency[kept].min(), low * 2 * math.pi / frequency[stretched].max()
+    elif unchanged.any() and stretched.any():  # any context between these gives the same factors
+        least, most = high * 2 * math.pi / frequency[unchanged].min(), low * 2 * math.pi / frequency[stretched].max()
         original = max(math.ceil(least), min(original, math.floor(most)))
     values: dict[str, Any] = {
         "factor": factor,

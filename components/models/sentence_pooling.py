@@ -110,7 +110,7 @@ def _kind(path: Path, module: Any) -> str:
 def _pooling_config(folder: Path, module: dict[str, Any]) -> Fields:
     name = module.get("path")
     if not isinstance(name, str) or not name or Path(name).name != name:
-        raise InputError(f"{folder / MODULES}: path: {name!r} of the Pooling is not a folder beside it")
+        raise InputError(f"{folder / MODULES}: path: {name!r} of the Pooling is not a folder next to it")
     path = folder / name / "config.json"
     return Fields(path, _read(path, dict))
 

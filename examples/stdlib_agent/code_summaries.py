@@ -41,8 +41,8 @@ def without_docstring(source: str, name: str) -> str:
     docstring = found.body[0]
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
     assert docstring.end_lineno is not None
-    kept = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : found.end_lineno]]
-    return textwrap.dedent("\n".join(kept)).strip()
+    code = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : found.end_lineno]]
+    return textwrap.dedent("\n".join(code)).strip()
 
 
 @lru_cache(maxsize=8)  # the methods of a class come one after another

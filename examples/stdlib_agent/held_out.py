@@ -65,11 +65,11 @@ def draw_definitions(symbols: Sequence[Symbol], share: float, seed: str) -> froz
         sizes[area(symbol)][symbol.family] += 1
     chosen: set[str] = set()
     for families in sizes.values():
-        target, taken = share * families.total(), 0
+        target, drawn = share * families.total(), 0
         for family in sorted(families, key=lambda name: hashlib.blake2b(f"{seed}:{name}".encode()).digest()):
-            if taken < target and taken + families[family] <= min(max(1, 2 * target), families.total() - 1):
+            if drawn < target and drawn + families[family] <= min(max(1, 2 * target), families.total() - 1):
                 chosen.add(family)
-                taken += families[family]
+                drawn += families[family]
     return frozenset(chosen)
 
 

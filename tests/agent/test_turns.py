@@ -133,11 +133,12 @@ def written(rule: Rules, seed: int, limit: int = 160, last: bool = False) -> tup
     return ids, follower.cut
 
 
-def fits(value: Any, schema: Any) -> None:
+def fits(value: Any, schema: Any) -> bool:
+    """Raises: ValidationError where it does not."""
     cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     cls.check_schema(schema)
     cls(schema, format_checker=cls.FORMAT_CHECKER).validate(value)
-    json.dumps(value).encode()  # no half of a surrogate pair
+    return bool(json.dumps(value).encode())  # no half of a surrogate pair
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -155,7 +156,7 @@ def test_calls_name_a_declared_tool_and_fit_its_schema(tokenizer: ChatTokenizer,
         assert turn.calls
         assert not turn.content
         for call in turn.calls:
-            fits(call.arguments, schema if call.name == "first" else {"maxProperties": 0})
+            assert fits(call.arguments, schema if call.name == "first" else {"maxProperties": 0})
             json.dumps(call.arguments, allow_nan=False)
             assert call.name in ("first", "other.one-2")
             whole += call.name == "first"
@@ -173,7 +174,7 @@ def test_structured_answers_fit_their_schema_however_short_they_must_be(
     for seed in SEEDS[:4]:
         ids, _ = written(rule, seed, limit)
         if ids[-1] == tokenizer.end_id:
-            fits(json.loads(tokenizer.parse_turn(ids).content), schema)
+            assert fits(json.loads(tokenizer.parse_turn(ids).content), schema)
             ended += 1
     assert ended == 4 or limit < 160
 
@@ -202,7 +203,7 @@ def test_answers_of_every_format_are_closed(
             ids, _ = written(rule, seed, limit)
             assert ids[-1] == reader.end_id, reader.decode(ids)
             answer = json.loads(reader.parse_turn(ids).content if reader.native else reader.decode(ids))
-            fits(answer, schema)
+            assert fits(answer, schema)
             if name in READ:
                 for text in (answer["a"], *answer.get("b", ())):
                     READ[name].validate_python(text)
@@ -385,7 +386,7 @@ def test_without_strict_a_schema_is_held_to_as_far_as_possible(tokenizer: ChatTo
         for call in tokenizer.parse_turn(ids).calls if ids[-1] == tokenizer.end_id else ():
             names.add(call.name)
             if call.name == "first":
-                fits(call.arguments, closed(n={"type": "integer"}))
+                assert fits(call.arguments, closed(n={"type": "integer"}))
     assert names == {"first", "odd"}
     form = lenient_rules(tokenizer, [], TurnOptions(schema=ODD[name]), runs_tools=False) if name != "lost" else None
     ids = written(form, 0)[0] if form else []
@@ -401,8 +402,8 @@ def test_what_can_be_held_to_beside_the_rest_is(tokenizer: ChatTokenizer) -> Non
     for seed in SEEDS:
         ids, _ = written(rule, seed)
         for call in tokenizer.parse_turn(ids).calls if ids[-1] == tokenizer.end_id else ():
-            fits(call.arguments, known)
-        fits(json.loads(tokenizer.parse_turn(written(form, seed)[0]).content), known)
+            assert fits(call.arguments, known)
+        assert fits(json.loads(tokenizer.parse_turn(written(form, seed)[0]).content), known)
 
 
 @pytest.mark.parametrize("name", ["uniqueItems", "not", "if", "root anyOf", "look-behind", "overlapping oneOf"])
@@ -448,11 +449,11 @@ def test_calls_and_answers_in_the_formats_of_other_families_fit_too(foreign: Cha
             calls = foreign.parse_turn(ids).calls
             assert calls
             for call in calls:
-                fits(call.arguments, OBJECTS[name] if call.name == "first" else {"maxProperties": 0})
+                assert fits(call.arguments, OBJECTS[name] if call.name == "first" else {"maxProperties": 0})
                 called += call.name == "first"
         ids, _ = written(answer, seed, limit=300)
         if ids[-1] == foreign.end_id:
-            fits(json.loads(foreign.decode(ids)), OBJECTS[name])
+            assert fits(json.loads(foreign.decode(ids)), OBJECTS[name])
             ended += 1
     assert called
     assert ended

@@ -141,13 +141,19 @@ def test_figures_are_those_of_scikit_learn() -> None:
     assert sum(label["texts"] for label in figures["labels"].values()) == 200
 
 
-def test_the_stage_measures_each_suite_beside_the_baseline(
-    collected: Path, classifier_folder: Path, params: Params, tmp_path: Path
-) -> None:
-    paths = Paths(tmp_path)
+def assessed_paths(root: Path, classifier_folder: Path) -> Paths:
+    """A project whose fine-tuned classifier is that folder."""
+    paths = Paths(root)
     paths.classifier.parent.mkdir(parents=True)
     paths.classifier.symlink_to(classifier_folder)
     paths.metrics.mkdir(parents=True)
+    return paths
+
+
+def test_the_stage_measures_each_suite_beside_the_baseline(
+    collected: Path, classifier_folder: Path, params: Params, tmp_path: Path
+) -> None:
+    paths = assessed_paths(tmp_path, classifier_folder)
     tracker = RecordingTracker()
     assess(StageRun("assess@classifier", params, paths, tmp_path / "state", tracker))
     figures = json.loads((paths.metrics / "assess@classifier.json").read_text())
@@ -213,10 +219,7 @@ def test_a_better_classifier_is_promoted_and_a_worse_one_refused(
 def test_saved_predictions_are_not_computed_again(
     collected: Path, classifier_folder: Path, params: Params, tmp_path: Path
 ) -> None:
-    paths = Paths(tmp_path)
-    paths.classifier.parent.mkdir(parents=True)
-    paths.classifier.symlink_to(classifier_folder)
-    paths.metrics.mkdir(parents=True)
+    paths = assessed_paths(tmp_path, classifier_folder)
     assess(StageRun("assess@classifier", params, paths, tmp_path / "state", RecordingTracker()))
     saved, nowhere = paths.assessment("classifier"), tmp_path / "nowhere"
     decision = judge_classifier(nowhere, nowhere, collected, params, saved, saved)

@@ -184,7 +184,7 @@ def test_a_tiny_top_p_is_greedy(grouped: Decoder) -> None:
 
 
 def test_no_rows_are_continued_at_once() -> None:
-    generate(random_decoder(CONFIGS["grouped"]), [])
+    assert continued(random_decoder(CONFIGS["grouped"]), [], 8) == []
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

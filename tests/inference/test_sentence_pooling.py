@@ -192,7 +192,7 @@ def outside(folder: Path) -> None:
         ),
         (change("1_Pooling/config.json", pooling_mode_cls_token=False), "no pooling mode is not supported; one of"),
         (dense, r"modules\.json: type: Transformer, Pooling, Dense, Normalize is not supported; allowed: Transformer"),
-        (outside, r"modules\.json: path: '\.\./1_Pooling' of the Pooling is not a folder beside it"),
+        (outside, r"modules\.json: path: '\.\./1_Pooling' of the Pooling is not a folder next to it"),
         (
             lambda folder: os.remove(folder / "1_Pooling/config.json"),
             r"1_Pooling/config\.json: not found; the sentence",
