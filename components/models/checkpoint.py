@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,9 @@ def save_model(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
             temporary = Path(name) / folder.name
             temporary.mkdir()
-            _write_weights(model, temporary, shard_bytes)
+            dtype = _stored_dtype(model)
+            weights = ((name, weight.detach().to(dtype).contiguous().cpu()) for name, weight in hub_tensors(model))
+            write_weights(weights, temporary, shard_bytes)
             if tokenizer_folder is not None:
                 shutil.copyfile(tokenizer_folder / "tokenizer.json", temporary / "tokenizer.json")
                 for filename in TOKENIZER_FILES:
@@ -279,25 +281,35 @@ def _special_ids(folder: Path) -> dict[str, int]:
     return special
 
 
-def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> None:
-    tensors, dtype = dict(hub_tensors(model)), _stored_dtype(model)
-    shards: list[list[str]] = [[]]
-    sizes = [0]
-    for name, tensor in tensors.items():
-        size = tensor.numel() * dtype.itemsize
-        if shards[-1] and sizes[-1] + size > shard_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(name)
-        sizes[-1] += size
+def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors under their Hugging Face names, one file's worth in memory at a time.
+
+    Raises: OSError when the disk refuses.
+    """
+    shards: list[list[str]] = []
+    part: dict[str, Tensor] = {}
+    size = total = 0
+
+    def write() -> None:
+        nonlocal size
+        (folder / f"shard-{len(shards)}").write_bytes(safetensors_bytes(part, {"format": "pt"}))
+        shards.append(list(part))
+        part.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if part and size + tensor.nbytes > shard_bytes:
+            write()
+        part[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    write()
     count = len(shards)
     files = [WEIGHTS] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    for file, names in zip(files, shards, strict=True):
-        part = {name: tensors[name].detach().to(dtype).contiguous().cpu() for name in names}
-        (folder / file).write_bytes(safetensors_bytes(part, {"format": "pt"}))
-    if len(files) > 1:
+    for number, file in enumerate(files):
+        (folder / f"shard-{number}").rename(folder / file)
+    if count > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from components.config.params import InputError
-from components.models.checkpoint import INDEX, SHARD_BYTES, WEIGHTS
+from components.models.checkpoint import write_weights
 from components.models.decoder_formats import DECODERS, DIFFERENCES
 from components.models.positions import RopeScaling
 
@@ -125,24 +124,7 @@ def unpack_gguf(file: GgufFile, folder: Path) -> None:
     """
     config = hub_config(file)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    for name, tensor in _hub_tensors(file, config):
-        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            _write_shard(shard, folder, weight_map)
-            shard = {}
-        shard[name] = tensor
-    if not weight_map:
-        save_file(shard, folder / WEIGHTS, {"format": "pt"})
-        return
-    _write_shard(shard, folder, weight_map)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
-
-
-def _write_shard(shard: dict[str, torch.Tensor], folder: Path, weight_map: dict[str, str]) -> None:
-    name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-    save_file(shard, folder / name, {"format": "pt"})
-    weight_map |= dict.fromkeys(shard, name)
+    write_weights(_hub_tensors(file, config), folder)
 
 
 def _hub_tensors(file: GgufFile, config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
