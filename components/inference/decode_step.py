@@ -64,7 +64,7 @@ class Step:
         masks = [mask if self.fixed else mask[:real]]  # (real, S)
         if self._model.config.windowed_layers:
             keys = torch.arange(seen, device=self._device)
-            masks.append(self._model.windowed(masks[0][:, None, None], at[: len(masks[0]), None], keys)[:, 0, 0])
+            masks.append(self._model.windowed(masks[0][:, None, None], at[: len(masks[0]), None, None], keys)[:, 0, 0])
         return self.run(torch.from_numpy(tokens).to(self._device), at, where, *masks)
 
     def walk(self, tokens: Tensor, at: Tensor, where: Tensor, *masks: Tensor) -> Tensor:

@@ -190,13 +190,17 @@ def test_in_bf16(both: tuple[Any, Decoder]) -> None:
 
 
 def test_the_engine_writes_what_transformers_writes(both: tuple[Any, Decoder]) -> None:
+    """Rows of one batch are at positions of their own, as their windows are."""
     theirs, ours = both
-    rows = [Row(prompt, 24) for prompt in ids().tolist()]
+    prompts = [prompt[13 * number :] for number, prompt in enumerate(ids(3).tolist())]
+    rows = [Row(prompt, 24) for prompt in prompts]
     generate(ours, rows)
-    expected = theirs.generate(
-        ids(), attention_mask=torch.ones_like(ids()), max_new_tokens=24, do_sample=False, eos_token_id=None
-    )
-    assert [row.ids for row in rows] == expected.tolist()
+    for row, prompt in zip(rows, prompts, strict=True):
+        alone = torch.tensor([prompt])
+        expected = theirs.generate(
+            alone, attention_mask=torch.ones_like(alone), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        assert row.ids == expected[0].tolist()
 
 
 def test_a_folder_goes_out_as_it_came(both: tuple[Any, Decoder], tmp_path: Path) -> None:
