@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 from components.config.paths import Paths
 from components.datasets.formats import read_info, shards
 from components.feedback.drift import Measure, compare, first_words, lengths, rating_change
+from components.feedback.ledger import DAY_SECONDS
 from components.feedback.store import Store, has_store
+from components.runtime.model_tasks import is_chat
 from components.tracking.event_log import warn_on_failure
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 EVENT = "loopwright.drift"
-DAY_SECONDS = 86_400
 _MAX_REQUESTS = 10_000
 
 
@@ -44,11 +45,12 @@ def _measures(paths: Paths) -> list[Measure]:
     store = Store.of(paths.home)
     now = time.time()
     try:
-        month = store.recent(now - 31 * DAY_SECONDS, _MAX_REQUESTS)
+        # Each with a limit of its own: a busy day leaves the days before in.
+        periods = (now - DAY_SECONDS, now), (now - 31 * DAY_SECONDS, now - DAY_SECONDS)
+        recent = [store.recent(since, until, _MAX_REQUESTS) for since, until in periods]
     finally:
         store.close()
-    today = [row for row in month if row["created"] > now - DAY_SECONDS]
-    past = [row for row in month if row["created"] <= now - DAY_SECONDS]
+    today, past = ([row for row in rows if is_chat(row["model"])] for rows in recent)
     prompts = [_first_prompt(row["body"].get("messages", [])) for row in today]
     trained = _training_prompts(paths)
     measures = []

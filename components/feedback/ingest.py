@@ -28,6 +28,7 @@ from components.feedback.ledger import DAY_SECONDS, Outcome
 from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
 from components.feedback.votes import content_digest, item_features, item_of
+from components.runtime.model_tasks import is_chat
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
 """Validates flat rows by the suite `feedback`; returns the failure of each row that fails, by its number."""
@@ -53,7 +54,7 @@ def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> In
     if not votes:
         return IngestResult()
     if store.watermark() and not folder.is_dir():
-        raise InputError(f'{folder}: not found, but partitions were written there; run "dvc checkout {folder.name}"')
+        raise InputError(f'{folder}: not found, but partitions were written there; run "dvc checkout {folder}"')
     folder.mkdir(parents=True, exist_ok=True)
     first, last = votes[0]["sequence"], votes[-1]["sequence"]
     name = f"items-{first:09d}-{last:09d}"
@@ -99,6 +100,8 @@ def _invalid(vote: Mapping[str, Any]) -> str | None:
         return "Revoked before ingestion"
     if vote["replaced_by"] is not None:
         return "Replaced by a later vote before ingestion"
+    if not is_chat(vote["model"]):
+        return f"An answer of {vote['model']}: the agent is not trained on it"
     return "The request was never answered" if vote["content"] is None else None
 
 

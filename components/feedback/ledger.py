@@ -234,14 +234,14 @@ class Ledger(Database):
         )
         return self._rows(statement)
 
-    def recent(self, since: float, limit: int) -> list[dict[str, Any]]:
-        """The newest requests since a time: id, created, model and body, `steps` of the answer, and the `rating`."""
+    def recent(self, since: float, until: float, limit: int) -> list[dict[str, Any]]:
+        """The newest requests between two times: id, created, model, body, `steps` of the answer, `rating`."""
         vote = and_(FEEDBACK.c.completion_id == REQUESTS.c.id, FEEDBACK.c.replaced_by.is_(None))
         return self._rows(
             select(REQUESTS, ANSWERS.c.steps, FEEDBACK.c.rating)
             .outerjoin(ANSWERS, ANSWERS.c.request_id == REQUESTS.c.id)
             .outerjoin(FEEDBACK, vote)
-            .where(REQUESTS.c.created > since)
+            .where(REQUESTS.c.created > since, REQUESTS.c.created <= until)
             .order_by(REQUESTS.c.created.desc())
             .limit(limit)
         )

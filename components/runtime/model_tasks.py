@@ -10,8 +10,15 @@ from components.config.params import InputError
 from components.config.paths import CONFIG
 
 Task = Literal["chat", "classify", "summarize"]
+TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify", "summarizer": "summarize"}
+"""Tasks of the models that the pipeline registers; any other model's task is read from its folder."""
 _TASKS: dict[str, Task] = {"ForSequenceClassification": "classify", "T5ForConditionalGeneration": "summarize"}
 """By the end of the architecture's name."""
+
+
+def is_chat(version: str) -> bool:
+    """Whether a `NAME/VERSION` answers as the agent does; a summarizer's answers are no lessons for it."""
+    return TASKS.get(version.partition("/")[0], "chat") == "chat"
 
 
 def task_of(folder: Path) -> Task:

@@ -25,12 +25,13 @@ from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.gguf import open_gguf, unpack_gguf
 from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
+from components.runtime.model_tasks import TASKS
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import ModelVersion, Registry
 
-GATED = ("agent", "classifier", "summarizer")
+GATED = tuple(TASKS)
 """Models whose champion the promotion gate chooses."""
 FILES = (
     CONFIG,

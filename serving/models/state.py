@@ -29,7 +29,7 @@ from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store
-from components.runtime.model_tasks import Task, task_of
+from components.runtime.model_tasks import TASKS, Task, task_of
 from components.tracking.registry import Registry
 from components.tracking.traces import Traces
 from serving.engine.backend import Backend
@@ -40,7 +40,7 @@ from serving.engine.remote import RemoteServer
 from serving.engine.summarizer_worker import SummarizerWorker
 from serving.http.errors import ApiError
 from serving.models.alias_watcher import AliasWatcher, M, describe
-from serving.models.versions import TASKS, Bundled, NoModel, Registered, Source
+from serving.models.versions import Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
 
 NOTICE_SECONDS = 1.0

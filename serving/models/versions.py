@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.config.params import InputError
-from components.runtime.model_tasks import Task
+from components.runtime.model_tasks import TASKS
 from components.tracking.registry import Registry
 
-TASKS: dict[str, Task] = {"agent": "chat", "classifier": "classify", "summarizer": "summarize"}
-"""Tasks of the models that the pipeline registers; any other model's task is read from its folder."""
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
 """Models served by default: the champion of each task, where there is one."""
 

@@ -80,6 +80,13 @@ def test_a_vote_becomes_one_row_with_the_answer_it_is_about(store: Store, tmp_pa
     assert "<EMAIL_ADDRESS>" in item.steps
 
 
+def test_votes_on_other_models_answers_are_no_lessons_for_the_agent(store: Store, tmp_path: Path) -> None:
+    kept, summary = said(store, 1), said(store, 2, correction="Add two numbers.", model="summarizer/3")
+    result = ingest(store, tmp_path / "feedback", CONFIG, passes)
+    assert (result.accepted, [item.feedback_id for item in read_items(tmp_path / "feedback")]) == (1, [kept])
+    assert states(store)[summary] == ("quarantined", "An answer of summarizer/3: the agent is not trained on it")
+
+
 def test_each_run_takes_what_came_since_and_no_more_than_it_may(store: Store, tmp_path: Path) -> None:
     votes = [said(store, number) for number in range(5)]
     few = CONFIG.model_copy(update={"max_items": 2})
@@ -285,7 +292,7 @@ def test_a_missing_folder_is_not_started_over(store: Store, tmp_path: Path) -> N
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     (tmp_path / "feedback").rename(tmp_path / "moved")
     said(store, 2)
-    with pytest.raises(InputError, match='run "dvc checkout feedback"'):
+    with pytest.raises(InputError, match=r'run "dvc checkout .+/feedback"'):
         ingest(store, tmp_path / "feedback", CONFIG, passes)
 
 

@@ -83,6 +83,13 @@ def test_a_day_is_compared_with_training_and_with_the_month_before_it(paths: Pat
     assert not any(one.drifted for one in measures.values())
 
 
+def test_a_busy_day_leaves_the_days_before_in(paths: Paths, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.monitor._MAX_REQUESTS", 30)
+    ask(store, 2, 30, "down")
+    ask(store, 0.5, 40, "up")
+    assert seen(paths)["rating (p value)"].drifted
+
+
 def test_a_vote_that_was_changed_counts_as_it_stands(paths: Paths, store: Store) -> None:
     ask(store, 2, 30, "up")
     ask(store, 0.5, 30, "down")
