@@ -5,7 +5,6 @@ The functions with `@flow` below are what a worker calls; each joins the work it
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from components.config.params import InputError, Refused
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
 from flows.feedback import ENOUGH, RESOURCE
+from flows.feedback import ingest as run_ingestion
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
@@ -50,7 +50,7 @@ def pipeline() -> Any:
 def ingest() -> Any:
     """Ingest user feedback."""
     end_with_parent()
-    importlib.import_module("flows.feedback").ingest(find_root(), get_run_logger().info)
+    run_ingestion(find_root(), get_run_logger().info)
 
 
 @flow(name="improve", validate_parameters=False)
@@ -58,15 +58,18 @@ def improve() -> Any:
     """Train on user feedback once; skipped, not failed, while there is no champion."""
     if not has_champion(Paths(find_root()).home):
         return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
-    module = importlib.import_module("flows.improve")
-    return _run_exclusively(lambda root, echo: module.improve(root, echo=echo))
+    from flows.improve import improve as run_improvement
+
+    return _run_exclusively(lambda root, echo: run_improvement(root, echo=echo))
 
 
 @flow(name="monitor", validate_parameters=False)
 def monitor() -> Any:
     """Check prompts and votes for drift."""
     end_with_parent()
-    importlib.import_module("flows.monitor").monitor(find_root(), get_run_logger().info)
+    from flows.monitor import monitor as run_monitor
+
+    run_monitor(find_root(), get_run_logger().info)
 
 
 SCHEDULES = (

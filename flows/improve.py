@@ -14,6 +14,7 @@ from components.config.params import InputError, Refused, load_params
 from components.config.paths import ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
+from components.feedback.items import partitions
 from components.feedback.lineage import ancestry, feedback_ids
 from components.feedback.store import Store
 from components.runtime.files import copy_folder
@@ -101,8 +102,8 @@ class _Job:
         states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
         bring_up_to_date(options, states, RunReport(), run)
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
-        partitions = sorted(path.name for path in self.paths.feedback.glob("items-*.parquet"))
-        feedback = json.dumps({"partitions": len(partitions), "last": partitions[-1] if partitions else None})
+        names = [path.name for path in partitions(self.paths.feedback)]
+        feedback = json.dumps({"partitions": len(names), "last": names[-1] if names else None})
         about = {SEQUENCE: str(sequence), "parent": str(start), "feedback": feedback}
         metrics = {"score": judged["score"]} | {
             f"{suite['skill']}/score": suite["candidate"] for suite in judged["findings"]

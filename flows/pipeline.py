@@ -18,7 +18,8 @@ from uuid import UUID
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.runtime.process import file_lock, git
-from components.runtime.stage import PROGRESS, warn_on_failure
+from components.runtime.stage import PROGRESS
+from components.tracking.event_log import warn_on_failure
 from flows.orchestration.base_models import fetch_base_models
 from flows.orchestration.dvc_repo import StageState, stage_states
 from flows.orchestration.flow_run import FlowRun, run_flow

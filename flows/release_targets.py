@@ -54,7 +54,7 @@ class ReleaseTarget:
     name: str
     """In the registry, and of the property of `Paths` with its folder."""
     stage: str
-    """The stage that evaluates it; its module in components/evaluation has the function `flat_metrics`."""
+    """The stage that evaluates it; `data/metrics/STAGE.json` has the figures."""
     compare: Callable[[ModelUnderRelease, ModelUnderRelease, Paths], GateDecision]
     """Candidate and champion on the same held-out rows."""
     answers: Callable[[Paths], Path]

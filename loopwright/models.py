@@ -88,6 +88,7 @@ def export(
     """Copy a registered model to a folder that transformers, vLLM and others load, or write it as a GGUF file."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; choose another, or empty it first")
+    folder = folder.resolve()  # behind a link the folder is replaced, not the link
     from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)

@@ -26,7 +26,6 @@ Step = dict[str, Any]
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 GAVE_UP = "I could not finish this within {steps} steps."
-MAX_RESULT_CHARACTERS = 2_000
 MAX_STEPS = 6
 """Turns per answer of a model whose folder sets none."""
 DEFAULT_OPTIONS = TurnOptions()
@@ -175,7 +174,7 @@ class Agent:
         results = []
         for each in turn.calls:
             steps.append({"type": "call", "name": each.name, "arguments": each.arguments})
-            content = call(self.tools, each.name, each.arguments)[:MAX_RESULT_CHARACTERS]
+            content = call(self.tools, each.name, each.arguments)
             steps.append({"type": "result", "name": each.name, "content": content})
             call_id = f"call_{len(steps) // 2}"
             calls.append(openai_call(each, call_id))

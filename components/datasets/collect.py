@@ -44,9 +44,10 @@ def collect(run: StageRun) -> None:
     """
     project = load_project(run.params.project, run.paths.root)
     kinds = _kinds(run, project)
-    save_agent(project, Collecting(run.params.collect, run.params.seed, run.paths.agent_files / TOOL_FILES), run.paths)
+    collecting = Collecting(run.params.collect, run.params.seed, run.paths.agent_files / TOOL_FILES)
+    save_agent(project, collecting, run.paths)
     run.progress(1, len(kinds) + 1, project=project.name)
-    infos, metrics = _write(run, kinds, project)
+    infos, metrics = _write(run, kinds, project, collecting)
     for info in infos:
         counts = {**info.rows, **info.dropped}
         run.tracker.metrics({f"{info.name}/{name}": float(count) for name, count in counts.items()})
@@ -56,10 +57,11 @@ def collect(run: StageRun) -> None:
     write_json(run.paths.metrics / "collect.json", {"python": sys.version, "datasets": datasets, **metrics})
 
 
-def _write(run: StageRun, kinds: Mapping[str, Kind], project: Project) -> tuple[list[DatasetInfo], dict[str, Any]]:
+def _write(
+    run: StageRun, kinds: Mapping[str, Kind], project: Project, collecting: Collecting
+) -> tuple[list[DatasetInfo], dict[str, Any]]:
     """Write the held-out rows of every dataset, then the training rows: none may equal another's test row."""
     similarity, seed = run.params.collect.near_duplicate_similarity, run.params.seed
-    collecting = Collecting(run.params.collect, seed, run.paths.agent_files / TOOL_FILES)
     splits = {kind: Splits(kind, similarity, seed) for kind in kinds.values()}
     writers: list[tuple[DatasetWriter, Rows]] = []
     with ExitStack() as stack:

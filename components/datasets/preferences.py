@@ -44,7 +44,7 @@ def read_preference(location: str, values: Mapping[str, Any], roles: Mapping[str
     own = set(values) == set(SCHEMAS["preferences"].names)
     if isinstance(values.get("input"), Mapping):  # OpenAI: the messages and the tools of the prompt
         values = {**values["input"], **values}
-    for name in _OTHER_NAMES.keys() & values.keys():
+    for name in [name for name in _OTHER_NAMES if name in values]:
         values = {_OTHER_NAMES[name]: values[name], **values}
     sides = {side: values[side] for side in _SIDES if values.get(side) is not None}
     if "label" in values:

@@ -6,7 +6,6 @@ model's own template and go as the very ids that it was tuned on, not through th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from components.inference.cache_plan import context_len
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
+from components.tokenization.chat_tokenizer import read_json, read_template
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 NEW_TOKENS = 256
@@ -132,8 +132,7 @@ def harness_model(folder: Path, batch_size: int = 32) -> Any:
             return answerer.render(chat_history, add_generation_prompt)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            return str(config["chat_template"])
+            return read_template(folder, read_json(folder / "tokenizer_config.json"))
 
         @property
         def tokenizer_name(self) -> str:

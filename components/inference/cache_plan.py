@@ -11,7 +11,7 @@ import torch
 from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.devices import best_device, compute_dtype
+from components.models.devices import best_device, serving_dtype
 
 EVEN_ROWS = 4
 """Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
@@ -76,11 +76,11 @@ def plan_cache(
 def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:
     """What this machine's memory does not hold of the decoder in a folder; None where it holds all."""
     config, device = read_config(folder), best_device()
-    dtype = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
     try:
-        return plan_cache(config, dtype, device, max_rows, max_context).note(config.max_seq_len, max_rows)
+        plan = plan_cache(config, serving_dtype(device), device, max_rows, max_context)
     except InputError as error:
         return str(error)
+    return plan.note(config.max_seq_len, max_rows)
 
 
 def context_len(model: Decoder) -> int:

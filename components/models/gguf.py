@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from components.config.params import InputError
 from components.models.checkpoint import write_weights
 from components.models.decoder_formats import DECODERS, DIFFERENCES
-from components.models.positions import RopeScaling
+from components.models.positions import RopeScaling, frequencies
 
 MISSING = 'gguf: is not installed; run pip install "loopwright[gguf]"'
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -38,14 +38,14 @@ class GgufArchitecture:
     """Rows of queries and keys are in pairs (i, i + 1) instead of halves (i, i + D/2)."""
     offset: bool = False
     """Gains are 1 + weight."""
-    fields: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda metadata, prefix: {}
+    fields: Callable[[GgufFile], dict[str, Any]] = lambda file: {}
     """Further fields of config.json."""
 
 
-def _gemma3(metadata: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    scalar = metadata[f"{prefix}.attention.key_length"]
-    if metadata[f"{prefix}.block_count"] == 62:  # the 27B model
-        scalar = metadata[f"{prefix}.embedding_length"] // metadata[f"{prefix}.attention.head_count"]
+def _gemma3(file: GgufFile) -> dict[str, Any]:
+    scalar = file.head_dim
+    if file.number("block_count") == 62:  # the 27B model
+        scalar = int(file.number("embedding_length")) // int(file.number("attention.head_count"))
     return {"query_pre_attn_scalar": scalar, "sliding_window_pattern": 6, "rope_local_base_freq": 10_000.0}
 
 
@@ -79,6 +79,11 @@ class GgufFile:
         if not isinstance(value, (int, float)):
             raise InputError(f"{self.path}: {self.prefix}.{name}: {value!r} is not a number")
         return value
+
+    @property
+    def head_dim(self) -> int:
+        usual = self.number("embedding_length") // self.number("attention.head_count")
+        return int(self.number("attention.key_length", usual))
 
     def weights(self, name: str) -> NDArray[np.float32]:
         """A tensor in fp32.
@@ -187,7 +192,7 @@ def hub_config(file: GgufFile) -> dict[str, Any]:
         "num_hidden_layers": int(file.number("block_count")),
         "num_attention_heads": heads,
         "num_key_value_heads": int(file.number("attention.head_count_kv", heads)),
-        "head_dim": int(file.number("attention.key_length", file.number("embedding_length") // heads)),
+        "head_dim": file.head_dim,
         "max_position_embeddings": int(file.number("context_length")),
         "rms_norm_eps": float(f"{file.number('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_parameters": _rope(file),
@@ -195,7 +200,7 @@ def hub_config(file: GgufFile) -> dict[str, Any]:
         "attention_bias": difference.biases and "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": difference.biases and "blk.0.ffn_gate.bias" in file.tensors,
         "torch_dtype": _dtype(file),
-        **rule.fields(metadata, prefix),
+        **rule.fields(file),
     }
     if (window := metadata.get(f"{prefix}.attention.sliding_window")) is not None:
         config["sliding_window"] = int(window)
@@ -213,9 +218,7 @@ def _dtype(file: GgufFile) -> str:
 
 def _rope(file: GgufFile) -> dict[str, Any]:
     theta, prefix = float(file.number("rope.freq_base", 10_000.0)), f"{file.prefix}.rope.scaling"
-    head_dim = file.number(
-        "attention.key_length", file.number("embedding_length") // file.number("attention.head_count")
-    )
+    head_dim = file.head_dim
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     rotated = int(file.number("rope.dimension_count", head_dim))
     if rotated != head_dim:
@@ -224,7 +227,7 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         return rope | _llama3(file, theta, rotated)
     if "rope_factors_short.weight" in file.tensors:
         short, long = (file.weights(f"rope_factors_{name}.weight").tolist() for name in ("short", "long"))
-        original = int(file.metadata[f"{prefix}.original_context_length"])
+        original = int(file.number("rope.scaling.original_context_length"))
         factors = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": original}
         if (scale := file.metadata.get(f"{prefix}.attn_factor")) is not None:
             rope["attention_factor"] = float(scale)
@@ -234,7 +237,7 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         return rope
     if kind not in ("linear", "yarn"):
         raise InputError(f"{file.path}: {prefix}.type: {kind!r} is not supported; allowed: 'none', 'linear', 'yarn'")
-    rope |= {"rope_type": kind, "factor": float(file.metadata[f"{prefix}.factor"])}
+    rope |= {"rope_type": kind, "factor": float(file.number("rope.scaling.factor"))}
     if (context := file.metadata.get(f"{prefix}.original_context_length")) is not None:
         rope["original_max_position_embeddings"] = int(context)
     return rope
@@ -246,7 +249,7 @@ def _llama3(file: GgufFile, theta: float, rotated: int) -> dict[str, Any]:
     Raises: InputError when they are those of no such scaling.
     """
     factors = torch.from_numpy(file.weights("rope_freqs.weight").copy())
-    frequency = theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+    frequency = frequencies(rotated, theta)
     factor, low, high, original = float(factors.max()), 1.0, 4.0, _LLAMA3_CONTEXT
     unchanged, stretched = factors < 1.001, factors > factor * 0.999
     if (between := ~(unchanged | stretched)).any():

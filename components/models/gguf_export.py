@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from safetensors import safe_open
 
 from components.config.params import InputError
 from components.models.checkpoint import read_config, weight_files
 from components.models.decoder import DecoderConfig
 from components.models.gguf import ARCHITECTURES, MISSING, module_names, permuted
+from components.models.positions import frequencies
 
 Quantization = Literal["f16", "q8_0"]
 """Of matrices; vectors stay fp32."""
@@ -56,8 +56,8 @@ def _add_shape(writer: Any, config: DecoderConfig, fields: Mapping[str, Any]) ->
     writer.add_vocab_size(config.vocab_size)
     whole = int(fields["max_position_embeddings"])
     # llama.cpp has no window for its "llama": up to the window there is no difference.
-    windowed = config.window is not None and writer.arch == "llama"
-    writer.add_context_length(min(whole, config.window) if windowed and config.window is not None else whole)
+    window = config.window if writer.arch == "llama" else None
+    writer.add_context_length(min(whole, window or whole))
     writer.add_embedding_length(config.embed_dim)
     writer.add_block_count(config.num_layers)
     writer.add_feed_forward_length(config.hidden_dim)
@@ -79,8 +79,7 @@ def _add_shape(writer: Any, config: DecoderConfig, fields: Mapping[str, Any]) ->
         if scaling.rope_type == "yarn":
             writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
     elif scaling is not None and scaling.rope_type == "llama3":
-        width = config.rotary_dim or config.head_dim
-        frequency = config.rope_theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+        frequency = frequencies(config.rotary_dim or config.head_dim, config.rope_theta)
         factors = frequency / scaling.scaled(frequency, config.rope_theta)
         writer.add_tensor("rope_freqs.weight", factors.numpy())
     elif scaling is not None:

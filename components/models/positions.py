@@ -68,6 +68,11 @@ class RopeScaling:
         return frequency / self.factor * stretched + frequency * (1 - stretched)
 
 
+def frequencies(rotary_dim: int, theta: float) -> Tensor:
+    """Radians per position (R/2) of each pair of R rotated dimensions."""
+    return theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
 class RotaryPositions(nn.Module):
     """Table of angles, looked up by position; `rotary_dim` says how many of a head's first dimensions are rotated."""
 
@@ -76,7 +81,7 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, rotary_dim: int, max_seq_len: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        frequency = theta ** -(torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+        frequency = frequencies(rotary_dim, theta)
         if scaling is not None:
             frequency = scaling.scaled(frequency, theta)
         angle = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequency)  # (T, R/2)

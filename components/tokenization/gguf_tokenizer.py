@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from components.config.params import InputError
-from components.tokenization.chat_tokenizer import read_template
+from components.tokenization.chat_tokenizer import read_template, write_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of token in `tokenizer.ggml.token_type`."""
@@ -66,7 +66,7 @@ def unpack_tokenizer(metadata: Mapping[str, Any], path: Path, folder: Path) -> N
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, path, tokens)
     elif kind == "llama":
-        tokenizer = _sentencepiece(metadata, tokens, types)
+        tokenizer = _sentencepiece(metadata, path, tokens, types)
     else:
         raise InputError(f"{path}: tokenizer.ggml.model: {kind!r} is not supported; allowed: 'gpt2', 'llama'")
     added = [
@@ -75,15 +75,14 @@ def unpack_tokenizer(metadata: Mapping[str, Any], path: Path, folder: Path) -> N
         if number in (_CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)  # those of the vocabulary keep their ids
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if number is not None and int(number) < len(tokens):
             config[f"{ours}_token"] = tokens[int(number)]
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_tokenizer(tokenizer, folder, config)
 
 
 def pack_tokenizer(folder: Path, writer: Any) -> None:
@@ -169,9 +168,11 @@ def _byte_level(metadata: Mapping[str, Any], path: Path, tokens: Sequence[str]) 
     return tokenizer
 
 
-def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+def _sentencepiece(metadata: Mapping[str, Any], path: Path, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
     """SentencePiece's BPE: two pieces merge if their union is a piece, the best score first."""
-    scores = metadata["tokenizer.ggml.scores"]
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not scores:
+        raise InputError(f"{path}: tokenizer.ggml.scores is missing; SentencePiece's pieces merge by them")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind in (_NORMAL, _UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []

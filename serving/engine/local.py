@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
@@ -21,7 +19,7 @@ from components.inference.batching import ContinuousBatch, Row, generate
 from components.inference.packed_weights import pack, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device, compute_dtype, threads_for, use_threads
+from components.models.devices import best_device, serving_dtype, threads_for, use_threads
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import CallTextFilter, ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
@@ -91,7 +89,7 @@ class LocalEngine(Backend):
         agent = load_agent(folder, config, external_tools)
         device = best_device()
         # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
-        model = load_decoder(folder, compute_dtype("auto", device) if device.type == "cuda" else torch.float32, device)
+        model = load_decoder(folder, serving_dtype(device), device)
         model.eval()
         use_threads(threads_for(model.num_parameters))
         if config.int8 and not model.embed.weight.is_cuda:
@@ -124,7 +122,7 @@ class LocalEngine(Backend):
     def _on_step(self, rows: int) -> None:
         """Start expired requests, which ends them: while all slots are in use, only steps run."""
         self._observe_step(rows)
-        if self._waiting and self._waiting[0].expired:
+        if self._waiting:  # whether one is expired is decided under the lock: another thread may empty the queue
             self.start_waiting()
 
     def _stop(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from components.agent.agent import GAVE_UP, MAX_RESULT_CHARACTERS, Agent, ContextTooLong
+from components.agent.agent import GAVE_UP, Agent, ContextTooLong
 from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
@@ -252,7 +252,7 @@ class RemoteTask(GenerationTask):
         with suppress(ValueError):
             arguments = json.loads(arguments)
         self._step({"type": "call", "name": name, "arguments": arguments})
-        content = (await self._in_thread(call, self.engine.agent.tools, name, arguments))[:MAX_RESULT_CHARACTERS]
+        content = await self._in_thread(call, self.engine.agent.tools, name, arguments)
         self._step({"type": "result", "name": name, "content": content})
         self.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "name": name, "content": content})
 

@@ -223,7 +223,7 @@ class ChatHandler:
         self._metrics.answers.labels(finished.finish_reason).inc()
         self._metrics.role_answers.labels(self._role).inc()
         if self._traces is not None:
-            self._request_metrics.trace(self._traces, self.body.model_dump(exclude_unset=True), finished.content)
+            self._request_metrics.trace(self._traces, self._recorded_body, finished.content)
 
 
 @router.post("/v1/chat/completions", response_model=None, responses={200: {"content": {"text/event-stream": {}}}})

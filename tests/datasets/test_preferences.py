@@ -201,3 +201,11 @@ def test_the_gate_finds_each_fault(tmp_path: Path) -> None:
         assert name in [example.id for example in failed[name].examples]
     leaked = failed["held_out_rows_are_not_trained_on"]
     assert leaked.failed == len(faulty) - 1, "all but the one that asks something else"
+
+
+def test_of_two_formats_columns_the_first_known_counts() -> None:
+    """In whatever order the record, or a set of its names, has them."""
+    record = {"prompt": "p", "chosen_response": "b", "rejected_response": "c"}
+    both = {**record, "preferred_output": "d", "non_preferred_output": "e"}
+    row = read_preference("row 1", both)
+    assert row["chosen"] == read_preference("row 1", {"prompt": "p", "chosen": "d", "rejected": "e"})["chosen"]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from components.config.params import InputError
 from components.models.checkpoint import load_decoder
-from components.models.gguf import ARCHITECTURES, open_gguf, unpack_gguf
+from components.models.gguf import ARCHITECTURES, GgufFile, hub_config, open_gguf, unpack_gguf
 from components.models.gguf_export import Quantization, pack_gguf
 from components.tokenization.gguf_tokenizer import PRE_TOKENIZERS, pack_tokenizer, unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
@@ -37,6 +37,10 @@ HARD = [
     "👩‍💻 emoji\u200d and ﷽ العربية",
     "def f(x):\n\treturn x  # two  spaces\r\n\r\n",
     "a\x00b\x07c <|im_end|> typed",
+]
+NUMBERS = [
+    f"llama.{name}"
+    for name in ("feed_forward_length", "block_count", "context_length", "attention.layer_norm_rms_epsilon")
 ]
 PACKED = ["llama", "llama 3.1", "llama linear", "llama yarn", "llama biases", "qwen2", "qwen3", "mistral", "phi 3"]
 PACKED += ["phi 4 mini", "smollm3", "olmo 2", "gemma 3"]
@@ -157,6 +161,11 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path) -> None:
         open_gguf(write(tmp_path / "mamba", "mamba"))
     with pytest.raises(InputError, match=r"llama\.attention\.head_count: None is not a number"):
         unpack_gguf(open_gguf(write(tmp_path / "bare")), tmp_path)
+    scaled = write(tmp_path / "scaled", llama__rope__scaling__type="yarn")
+    file = open_gguf(scaled)
+    file.metadata |= {f"llama.{name}": 8 for name in ("embedding_length", "attention.head_count")}
+    with pytest.raises(InputError, match=r"llama\.rope\.scaling\.factor: None is not a number"):
+        hub_config(GgufFile(scaled, file.metadata | dict.fromkeys(NUMBERS, 2), file.tensors))
     with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens is missing"):
         unpack_tokenizer({}, tmp_path / "bare", tmp_path)
     vocabulary = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": [1], "tokenizer.ggml.model": "gpt2"}
@@ -196,6 +205,17 @@ def test_a_refused_file_leaves_nothing(name: str, command: Callable[..., Any], t
     refused = command("import", tmp_path / name)
     assert isinstance(refused.exception, InputError)
     assert not [path for path in (tmp_path / "home").rglob("*") if path.name.startswith(".importing")]
+
+
+def test_an_export_goes_behind_a_link(command: Callable[..., Any], tmp_path: Path) -> None:
+    reference("qwen2", tmp_path / "model")
+    byte_level(tmp_path / "model")
+    assert command("import", tmp_path / "model", "--name", "m").exit_code == 0
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    assert command("export", "m/1", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk/config.json").is_file()
 
 
 def test_an_export_that_fails_leaves_no_file(command: Callable[..., Any], tmp_path: Path) -> None:
