@@ -16,9 +16,9 @@ from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
 from serving.http import chat_handler, classify, page_files
 from serving.http.errors import ERRORS, ApiError, handle_errors
+from serving.http.routes import Running, StrictRoute
 from serving.http.schemas import FeedbackRequest
 from serving.models.alias_watcher import describe
-from serving.models.state import Running, StrictRoute
 from serving.observability.metrics import CONTENT_TYPE
 
 MAX_KEY_CHARACTERS = 255

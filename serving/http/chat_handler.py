@@ -40,8 +40,9 @@ from serving.engine.backend import (
     ToolCallDelta,
 )
 from serving.http.errors import ERRORS, ApiError, failed_stream_body
+from serving.http.routes import DirectRoute, Running, requesting_user
 from serving.http.schemas import ChatRequest
-from serving.models.state import DirectRoute, Running, Serving, requesting_user
+from serving.models.state import Serving
 from serving.observability.metrics import Metrics, RequestMetrics
 
 UNSUPPORTED = ("tools", "tool_choice", "response_format", "temperature", "top_p", "stop")

@@ -1,7 +1,6 @@
 """State shared by the routes: the served models (one alias watcher per task), the store, metrics and configuration.
 
-Also how a route reaches it: the route classes that parse a strict JSON body and pass the state on, and draining on
-signals.
+Also its draining when a signal stops the server.
 """
 
 from __future__ import annotations
@@ -9,19 +8,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
-
-import pydantic_core
-from fastapi import Depends, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
-from starlette.types import Receive, Scope, Send
+from typing import Any
 
 from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool
@@ -200,74 +192,6 @@ def _task(spec: str, source: Source) -> Task:
         return task_of(source.version(source.resolve(spec)[0]).folder)
     except InputError:
         return "chat"
-
-
-async def _serving(request: Request) -> Serving:
-    serving: Serving = request.app.state.serving
-    return serving
-
-
-Running = Annotated[Serving, Depends(_serving)]
-
-
-def requesting_user(request: Request, user: str | None) -> str:
-    """Key of a request's user for challenger shares: its `user`, else its API key, else the client's address."""
-    return user or str(request.scope.get("api_key_user") or (request.client.host if request.client else ""))
-
-
-class StrictRequest(Request):
-    """Parses bodies as strict JSON: UTF-8, bounded depth, no NaN, no lone surrogates."""
-
-    async def json(self) -> Any:
-        try:
-            return pydantic_core.from_json(await self.body(), allow_inf_nan=False)
-        except ValueError as error:
-            raise ApiError(400, f"body: not valid JSON: {error}", "invalid_json") from None
-
-
-class StrictRoute(APIRoute):
-    """A route whose handler gets a `StrictRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return strict
-
-
-class DirectRoute(APIRoute):
-    """A route of one JSON body that is passed to its function without FastAPI's dependency resolution.
-
-    That takes longer than the rest of the request's overhead. The function takes `body`, `serving` and `request`;
-    FastAPI still reads its signature for `/openapi.json`.
-    """
-
-    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
-        super().__init__(path, endpoint, **options)
-        self._model: type[BaseModel] = get_type_hints(endpoint)["body"]
-        self.app = self._respond
-
-    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = StrictRequest(scope, receive, send)
-        body = await self._parse(request)
-        response: Response = await self.endpoint(body=body, serving=scope["app"].state.serving, request=request)
-        await response(scope, receive, send)
-
-    async def _parse(self, request: StrictRequest) -> BaseModel:
-        """Raises: ApiError, RequestValidationError."""
-        content: Any = await request.body()
-        if not content:
-            raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type.startswith("application/") and media_type.endswith(("/json", "+json")):
-            content = await request.json()
-        try:
-            return self._model.model_validate(content, from_attributes=True)
-        except ValidationError as error:
-            errors = error.errors(include_url=False, include_context=False)
-            raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in errors]) from None
 
 
 def drain_on_signals(serving: Serving) -> None:
