@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from components.config.params import InputError, Params, load_params
-from components.config.paths import Paths
+from components.config.paths import REVOKED, Paths
 from components.datasets.formats import Row
-from components.feedback.ingest import WITHDRAWN, IngestResult, revocations_are_written, write_revocations
+from components.feedback.ingest import IngestResult, revocations_are_written, write_revocations
 from components.feedback.ingest import ingest as ingest_partition
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
@@ -141,7 +141,7 @@ class _Job:
 
 def commit_revocations(paths: Paths, store: Store) -> None:
     """Write revocations to `withdrawn.json`; the next ingestion versions the file if this run does not."""
-    if not (paths.feedback / WITHDRAWN).is_file() or not revocations_are_written(store, paths.feedback):
+    if not (paths.feedback / REVOKED).is_file() or not revocations_are_written(store, paths.feedback):
         mark = _mark(paths)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()

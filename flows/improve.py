@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components.config.params import InputError, Refused, load_params
-from components.config.paths import ORIGIN, Paths
+from components.config.paths import GATE_MODE, ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.items import partitions
@@ -130,7 +130,7 @@ class _Job:
             clear_orphans(self.store, self.paths.feedback)
             commit_revocations(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
-        copy_folder(self.champion.folder, self.paths.champion, {"gate.json": {"mode": mode}})
+        copy_folder(self.champion.folder, self.paths.champion, {GATE_MODE: {"mode": mode}})
         fetch_answers(self.registry, self.champion, self.paths.champion)
         copy_folder(start.folder, self.paths.start, {ORIGIN: {"version": str(start)}})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.params import load_params
-from components.config.paths import Paths
+from components.config.paths import CURATED, Paths
 from components.config.project import load_project
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def release_target(name: str) -> ReleaseTarget:
 def _compare_agents(candidate: ModelUnderRelease, champion: ModelUnderRelease, paths: Paths) -> GateDecision:
     from components.evaluation.compare_agents import AgentFolder, judge_folders
 
-    curated = paths.curated if (paths.curated / "curated.json").is_file() else None
+    curated = paths.curated if (paths.curated / CURATED).is_file() else None
     return judge_folders(
         AgentFolder(candidate.folder, candidate.answers),
         AgentFolder(champion.folder, champion.answers),

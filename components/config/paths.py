@@ -19,6 +19,14 @@ AGENT, TOOLS = "agent.json", "tools"
 """In a model folder: the agent's configuration, and the folder of its tools (components/agent/saved_tools.py)."""
 ORIGIN = "origin.json"
 """In a model folder that a flow fetched: the version or the folder it was copied from."""
+TRAINED_ON_FILE = "lessons.json"
+"""In a model folder that `align` wrote: its parent, and the feedback items it was trained on."""
+GATE_MODE = "gate.json"
+"""Beside the champion that `judge` compares with: the mode of the promotion gate."""
+CURATED = "curated.json"
+"""In data/curated: the report of the curated feedback."""
+REVOKED = "withdrawn.json"
+"""In data/feedback: the ids of revoked items."""
 
 
 @dataclass(frozen=True)

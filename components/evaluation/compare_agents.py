@@ -20,6 +20,7 @@ import torch
 
 from components.agent.agent import Agent
 from components.config.params import Params
+from components.config.paths import CURATED, GATE_MODE
 from components.datasets.formats import Row, first_per_suite, read_rows, write_json
 from components.evaluation.evaluate import (
     ANSWERS,
@@ -39,8 +40,6 @@ from components.models.devices import best_device
 from components.runtime.stage import StageRun, warn_on_failure
 from components.token_rows.preference_rows import Answer, Role, encode_preferences
 
-MODE = "gate.json"
-"""Beside a champion: `{"mode": ...}` where the gate has another mode than "gain"."""
 FEEDBACK = "feedback/"
 """Prefix of the skills with user feedback; their tool's name follows."""
 
@@ -84,7 +83,7 @@ class Comparison:
 def judge(run: StageRun) -> None:
     """Write data/judged and data/metrics/judge.json."""
     paths = run.paths
-    mode_file = paths.champion / MODE
+    mode_file = paths.champion / GATE_MODE
     mode: Mode = json.loads(mode_file.read_text(encoding="utf-8"))["mode"] if mode_file.is_file() else "gain"
     candidate, champion = AgentFolder(paths.candidate), AgentFolder(paths.champion, paths.champion)
     comparison = judge_folders(candidate, champion, paths.collected, paths.curated, run.params, mode, run.progress)
@@ -154,7 +153,7 @@ def _superseded(curated: Path | None) -> set[str]:
     """Skills with so many corrected answers that the wording of their suites no longer counts."""
     if curated is None:
         return set()
-    skills: Mapping[str, Row] = json.loads((curated / "curated.json").read_text(encoding="utf-8"))["skills"]
+    skills: Mapping[str, Row] = json.loads((curated / CURATED).read_text(encoding="utf-8"))["skills"]
     return {skill for skill, counts in skills.items() if counts["overruled"]}
 
 

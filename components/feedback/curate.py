@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from components.config.params import InputError
+from components.config.paths import CURATED, REVOKED
 from components.datasets.formats import DatasetWriter, Row, Split, read_info, read_rows, write_json
 from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
 from components.runtime.stage import StageRun
@@ -56,7 +57,7 @@ def curate(run: StageRun) -> None:
     Raises: InputError when there are no examples.
     """
     collected = [example for name in run.params.align.datasets for example in _examples(run, name)]
-    path = run.paths.feedback / "withdrawn.json"
+    path = run.paths.feedback / REVOKED
     withdrawn = set(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else set()
     examples = [example for example in collected if example.id not in withdrawn]
     if not examples:
@@ -73,7 +74,7 @@ def curate(run: StageRun) -> None:
     tokenizer = load_chat_tokenizer(run.paths.start)
     counts = _write_rows(run, tokenizer, train, {name for name, counts in skills.items() if counts["overruled"]})
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
-    write_json(run.paths.curated / "curated.json", report)
+    write_json(run.paths.curated / CURATED, report)
     write_json(run.paths.metrics / "curate.json", {"train": len(train), "held_out": len(test), **counts})
     run.tracker.metrics({"train": float(len(train)), "held_out": float(len(test))})
     run.progress(1, 1, train=str(len(train)), held_out=str(len(test)))

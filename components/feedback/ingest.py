@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError
+from components.config.paths import REVOKED
 from components.datasets.formats import Row
 from components.feedback.items import SCHEMA
 from components.feedback.ledger import DAY_SECONDS, Outcome
@@ -32,8 +33,6 @@ from components.runtime.model_tasks import is_chat
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
 """Validates flat rows by the suite `feedback`; returns the failure of each row that fails, by its number."""
-
-WITHDRAWN = "withdrawn.json"
 
 
 @dataclass(frozen=True)
@@ -177,11 +176,11 @@ def revocations_text(store: Store) -> bytes:
 
 def revocations_are_written(store: Store, folder: Path) -> bool:
     """Whether `withdrawn.json` is up to date; before the first ingestion there is none."""
-    path = folder / WITHDRAWN
+    path = folder / REVOKED
     return path.read_bytes() == revocations_text(store) if path.is_file() else not store.watermark()
 
 
 def write_revocations(store: Store, folder: Path) -> None:
     """List in `withdrawn.json` the items of the partitions that are no longer valid."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / WITHDRAWN, revocations_text(store))
+    write_durably(folder / REVOKED, revocations_text(store))

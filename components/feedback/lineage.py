@@ -11,11 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from components.config.paths import TRAINED_ON_FILE
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
-
-TRAINED_ON_FILE = "lessons.json"
-"""In a model folder: the version it was trained from, and the ids of the feedback items it was trained on."""
 
 VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 """Metadata of a `NAME/VERSION` (run, tags, metrics, ...); None for an unknown version."""

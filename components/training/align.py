@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
-from components.config.paths import AGENT, ORIGIN, TOOLS
+from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -49,7 +49,7 @@ def align(run: StageRun) -> None:
     measured = train(run, config, model, rows, align_objective(config, reference))
     # knowledge.sqlite: of a model that was saved before tools were saved with models.
     files = {name: start / name for name in (AGENT, TOOLS, "knowledge.sqlite") if (start / name).exists()}
-    save_decoder(model, run.paths.candidate, start, {**files, "lessons.json": _origin(run)})
+    save_decoder(model, run.paths.candidate, start, {**files, TRAINED_ON_FILE: _origin(run)})
     report(run, config, model, measured, run.paths.candidate, {})
 
 
@@ -65,7 +65,7 @@ def freeze(model: Decoder, trained_share: float) -> None:
 
 def _origin(run: StageRun) -> str:
     """The candidate's parent version and the feedback it is trained on, as JSON."""
-    curated = json.loads((run.paths.curated / "curated.json").read_text(encoding="utf-8"))
+    curated = json.loads((run.paths.curated / CURATED).read_text(encoding="utf-8"))
     origin = json.loads((run.paths.start / ORIGIN).read_text(encoding="utf-8"))
     lineage = {"parent": origin["version"], "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
     return json.dumps(lineage, indent=2) + "\n"
