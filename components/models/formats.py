@@ -6,14 +6,17 @@ parts. `checkpoint.py` reads and writes by them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from components.config.params import InputError
+from components.models.attention import FusedLinear
 from components.models.blocks import ACTIVATIONS
 from components.models.config_fields import Fields, Format, Names
 from components.models.decoder import Decoder
@@ -143,3 +146,30 @@ def architecture_of(model: nn.Module) -> str:
         return encoder_architecture(model)
     assert isinstance(model, EncoderDecoder)
     return model.config.architecture
+
+
+def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
+    names = (form or FORMATS[architecture_of(model)]).names(model.config)
+    for name, weight in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        number = "".join(re.findall(r"\.(\d+)\.", module))
+        pattern = re.sub(r"\.\d+\.", ".{n}.", module)
+        hub_names = names.get(f"{pattern}.{leaf}")
+        if isinstance(hub_names, str):
+            yield hub_names, weight.data
+            continue
+        hub_names = names[pattern]
+        if isinstance(hub_names, str):
+            yield f"{hub_names.format(n=number)}.{leaf}", weight.data
+            continue
+        fused = model.get_submodule(module)
+        assert isinstance(fused, FusedLinear)
+        for part, rows in zip(hub_names, torch.split(weight.data, list(fused.parts)), strict=True):
+            yield f"{part.format(n=number)}.{leaf}", rows
+
+
+def tied_names(model: nn.Module) -> tuple[str, ...]:
+    """Tensors of a folder that may repeat the embedding."""
+    head = getattr(model, "head", None)
+    return ("lm_head.weight",) if head is not None and head.weight is model.get_parameter("embed.weight") else ()

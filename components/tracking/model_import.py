@@ -19,12 +19,13 @@ from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
 from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
-from components.models.checkpoint import INDEX, check_model, read_architecture, weight_files
+from components.models.checkpoint import check_model, read_architecture
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.gguf import open_gguf, unpack_gguf
 from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
+from components.models.weight_files import INDEX, weight_files
 from components.runtime.model_tasks import TASKS
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
