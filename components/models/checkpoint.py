@@ -5,14 +5,17 @@ Weights are safetensors, one file or shards with an index; pickles are refused, 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import safe_open
@@ -20,14 +23,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from components.config.params import InputError
+from components.models.adapters import attach_adapter, base_folder, is_adapter, read_base, write_adapter
 from components.models.config_fields import Fields
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.encoder import Encoder
+from components.models.encoder import Encoder, classifier_from
 from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
+from components.models.lora import lora_of
 from components.models.weight_files import SHARD_BYTES, WEIGHTS, names_in, weight_files, write_json, write_weights
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that a folder may have beside its tokenizer.json."""
+_BASES: WeakValueDictionary[tuple[str, torch.dtype, str], nn.Module] = WeakValueDictionary()
+"""Bases of the adapters that are loaded, by digest, dtype and device."""
 
 
 class TensorLocation(NamedTuple):
@@ -45,7 +52,7 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder that `transformers` loads, all of it or nothing.
+    """Write a model folder that `transformers` loads, all of it or nothing; of a model with LoRA its adapter (PEFT).
 
     Weights are in the dtype of the folder that the model was read from, fp32 where it was none.
 
@@ -62,8 +69,12 @@ def save_model(
             temporary = Path(name) / folder.name
             temporary.mkdir()
             dtype = _stored_dtype(model)
-            weights = ((name, weight.detach().to(dtype).contiguous().cpu()) for name, weight in hub_tensors(model))
-            write_weights(weights, temporary, shard_bytes)
+            if lora_of(model) is not None:
+                write_adapter(model, temporary)
+            else:
+                tensors = hub_tensors(model)
+                weights = ((name, weight.detach().to(dtype).contiguous().cpu()) for name, weight in tensors)
+                write_weights(weights, temporary, shard_bytes)
             if tokenizer_folder is not None:
                 shutil.copyfile(tokenizer_folder / "tokenizer.json", temporary / "tokenizer.json")
                 for filename in TOKENIZER_FILES:
@@ -87,10 +98,16 @@ def save_model(
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> nn.Module:
-    """Read a folder of any architecture in `FORMATS`, sharded or not.
+    """Read a folder of any architecture in `FORMATS`, sharded or not, or an adapter's folder.
+
+    Models with adapters of one base share its weights, which are read once for all that are loaded at the same time.
 
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
+    if is_adapter(folder):
+        model = _with_shared_base(folder, dtype, device)
+        attach_adapter(model, folder)
+        return model
     model, pairs, absent = _opened(folder, dtype, device)
     for file, targets in pairs.items():
         with safe_open(str(file), framework="pt") as tensors:
@@ -107,7 +124,26 @@ def check_model(folder: Path) -> nn.Module:
 
     Raises: InputError as `load_model`.
     """
+    if is_adapter(folder):
+        model = check_model(base_folder(folder))
+        attach_adapter(model, folder)
+        return model
     return _opened(folder, torch.float32, None)[0]
+
+
+def _with_shared_base(folder: Path, dtype: torch.dtype, device: torch.device | str | None) -> nn.Module:
+    """A model with the weights of an adapter's base: the same tensors as in others of that base."""
+    key = (read_base(folder).weights_sha256, dtype, str(device or "cpu"))
+    base = _BASES.get(key)
+    if base is None:
+        base = load_model(base_folder(folder), dtype, device)
+        base.requires_grad_(False)
+        _BASES[key] = base
+    if isinstance(base, Encoder) and (labels := read_architecture(folder)[1].labels):
+        return classifier_from(base, labels)
+    model = copy.deepcopy(base, {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())})
+    model.__dict__["base"] = base  # alive for as long as one of its models is
+    return model
 
 
 def _opened(

@@ -149,24 +149,35 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
+    """Every weight under its Hugging Face name, low-rank pairs left out; a part of a fused product is a view of it."""
     names = (form or FORMATS[architecture_of(model)]).names(model.config)
     for name, weight in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", module))
-        pattern = re.sub(r"\.\d+\.", ".{n}.", module)
-        hub_names = names.get(f"{pattern}.{leaf}")
-        if isinstance(hub_names, str):
-            yield hub_names, weight.data
+        path, _, leaf = name.rpartition(".")
+        if leaf.startswith("lora_"):
             continue
-        hub_names = names[pattern]
-        if isinstance(hub_names, str):
-            yield f"{hub_names.format(n=number)}.{leaf}", weight.data
+        own_name = names.get(f"{_pattern(path)}.{leaf}")
+        if isinstance(own_name, str):
+            yield own_name, weight.data
             continue
-        fused = model.get_submodule(module)
+        modules = hub_modules(names, path)
+        if len(modules) == 1:
+            yield f"{modules[0]}.{leaf}", weight.data
+            continue
+        fused = model.get_submodule(path)
         assert isinstance(fused, FusedLinear)
-        for part, rows in zip(hub_names, torch.split(weight.data, list(fused.parts)), strict=True):
-            yield f"{part.format(n=number)}.{leaf}", rows
+        for module, rows in zip(modules, torch.split(weight.data, list(fused.parts)), strict=True):
+            yield f"{module}.{leaf}", rows
+
+
+def hub_modules(names: Names, path: str) -> tuple[str, ...]:
+    """The Hugging Face names of the module at a path of ours, of each part where it is a fused product."""
+    hub_names, number = names[_pattern(path)], "".join(re.findall(r"\.(\d+)\.", path))
+    parts = (hub_names,) if isinstance(hub_names, str) else hub_names
+    return tuple(part.format(n=number) for part in parts)
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".{n}.", path)
 
 
 def tied_names(model: nn.Module) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
+from components.models.adapters import is_adapter
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -37,13 +38,17 @@ def align(run: StageRun) -> None:
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    reference = load_decoder(start, compute_dtype(config.precision, device), device).eval()
+    dtype = compute_dtype(config.precision, device)
+    reference = load_decoder(start, dtype, device).eval()
     reference.requires_grad_(False)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
     reference_log_probs(reference, preferences, config.micro_batch_size)
     rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
-    model = load_decoder(start)
-    freeze(model, config.trained_share)
+    if is_adapter(start):  # its base is the reference's, in memory once
+        model = load_decoder(start, dtype, device)
+    else:
+        model = load_decoder(start)
+        freeze(model, config.trained_share)
     torch.manual_seed(run.params.seed)
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
