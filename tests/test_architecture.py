@@ -225,7 +225,7 @@ def test_the_shape_stays_within_its_bounds() -> None:
     figures = shape.figures()
     assert figures["modules outside a package in components"] == 0
     assert figures["function length, longest"] <= 80
-    assert figures["files"] <= 175
+    assert figures["files"] <= 190
     assert figures["source lines"] <= 30_000
 
 

@@ -23,13 +23,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from components.config.params import InputError
-from components.models.adapters import attach_adapter, base_folder, is_adapter, read_base, write_adapter
+from components.models.adapters import attach_adapter, write_adapter
+from components.models.base_store import BASE, BUNDLED, base_folder, is_adapter, read_base
 from components.models.config_fields import Fields
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Encoder, classifier_from
 from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
-from components.models.lora import lora_of
-from components.models.weight_files import SHARD_BYTES, WEIGHTS, names_in, weight_files, write_json, write_weights
+from components.models.lora import lora_of, merge_lora
+from components.models.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SHARD_BYTES,
+    WEIGHTS,
+    names_in,
+    weight_files,
+    write_json,
+    write_weights,
+)
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that a folder may have beside its tokenizer.json."""
@@ -172,6 +182,19 @@ def _opened(
     for file, file_targets in pairs.items():
         _compare_shapes(file, file_targets)
     return model, pairs, absent
+
+
+def merge_folder(folder: Path, scratch: Path) -> Path:
+    """An adapter's folder as a plain model folder within `scratch`: merged, in the base's dtype, other files copied.
+
+    Raises: InputError as `load_model` and `save_model`.
+    """
+    model = load_model(folder)
+    merge_lora(model)
+    target, own = scratch / "merged", {ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, BUNDLED, "config.json"}
+    files: dict[str, Path | str] = {file.name: file for file in folder.iterdir() if file.name not in own}
+    save_model(model, target, folder, files)
+    return target
 
 
 def save_decoder(

@@ -14,16 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.models.attention import FusedLinear
+from components.models.base_store import Base
 from components.models.formats import FORMATS, architecture_of, hub_modules
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model whose weights an adapter leaves as they are."""
-
-    weights_sha256: str
-    source: str
-    """The registered version, or the folder."""
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,21 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
-from torch import Tensor
 
 from components.config.params import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 5 * 10**9
 """Weights above this are written as several files."""
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""PEFT's configuration and weights of an adapter."""
 
 
 def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
@@ -28,6 +31,8 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
 
     Raises: OSError when the disk refuses.
     """
+    from safetensors.torch import save as safetensors_bytes  # imports torch, which readers of names need not
+
     shards: list[list[str]] = []
     part: dict[str, Tensor] = {}
     size = total = 0
@@ -55,12 +60,12 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model folder's weights, in order of name.
+    """The files that hold a model folder's own weights, in order of name; of an adapter, its pairs.
 
     Raises: InputError when one is missing, or weights are pickles.
     """
     index = folder / INDEX
-    files = [folder / WEIGHTS]
+    files = [folder / (ADAPTER_WEIGHTS if (folder / ADAPTER_CONFIG).is_file() else WEIGHTS)]
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
-from components.models.adapters import is_adapter
+from components.models.base_store import is_adapter
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from components.config.model_settings import ClassifierConfig
 from components.config.params import InputError
-from components.models.adapters import store_base
+from components.models.base_store import store_base
 from components.models.checkpoint import load_model, save_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from

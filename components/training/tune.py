@@ -10,7 +10,7 @@ import torch
 
 from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
-from components.models.adapters import is_adapter, store_base
+from components.models.base_store import is_adapter, store_base
 from components.models.checkpoint import load_decoder, save_decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.models.lora import add_lora, lora_of

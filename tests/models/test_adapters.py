@@ -17,21 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from components.config.params import InputError
-from components.models.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    BASE,
-    copy_base,
-    read_base,
-    store_base,
-    stored_base,
-)
+from components.models.base_store import BASE, copy_base, read_base, store_base, stored_base
 from components.models.checkpoint import load_decoder, load_model, save_model
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Classifier, EncoderConfig, EncoderForPretraining, classifier_from
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.models.formats import FORMATS
 from components.models.lora import LowRankLinear, add_lora, lora_of, merge_lora
+from components.models.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 # PEFT reads an attribute that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
