@@ -17,12 +17,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from components.config.params import InputError
+from components.tokenization.chat_templates import compile_template, read_template
 from components.tokenization.chat_tokenizer import (
     SPECIAL_TOKENS,
     ChatTokenizer,
     byte_of_character,
-    compile_template,
-    read_template,
     reading_tokenizer,
 )
 from components.tokenization.tool_calls import CALL_MARKS, Call, Turn, parse_json_calls
