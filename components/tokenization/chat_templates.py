@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,47 @@ from components.config.params import InputError
 
 # Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+PRELUDE_FILE = Path(__file__).with_name("tool_prelude.jinja")
+_CALLING = "\n\nAnswer in words where no tool is needed. To call a tool, write its call and nothing else:\n"
+TOOL_SYNTAXES: Sequence[tuple[Sequence[str], Mapping[str, Any]]] = (
+    (
+        ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>"),  # as Phi's
+        {
+            "opening": "<|tool|>[",
+            "between": ", ",
+            "closing": "]<|/tool|>",
+            "call": ("<|tool_call|>[", ", ", "]<|/tool_call|>"),
+            "key": "arguments",
+            "role": "tool_response",
+            "result": ("", ""),
+        },
+    ),
+    (
+        ("<start_of_turn>",),  # as Gemma's
+        {
+            "opening": "You can call these tools:\n",
+            "between": "\n",
+            "closing": f'{_CALLING}```tool_code\n{{"name": NAME, "parameters": {{KEY: VALUE}}}}\n```',
+            "call": ("```tool_code\n", "\n```\n```tool_code\n", "\n```"),
+            "key": "parameters",
+            "role": "user",
+            "result": ("```tool_output\n", "\n```"),
+        },
+    ),
+    (
+        (),  # as Hermes' and Qwen's
+        {
+            "opening": "You can call these tools:\n<tools>\n",
+            "between": "\n",
+            "closing": f'\n</tools>{_CALLING}<tool_call>\n{{"name": NAME, "arguments": {{KEY: VALUE}}}}\n</tool_call>',
+            "call": ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+            "key": "arguments",
+            "role": "user",
+            "result": ("<tool_response>\n", "\n</tool_response>"),
+        },
+    ),
+)
+"""Tokens that a vocabulary must have, and how tools are declared, called and answered in messages of text."""
 
 
 class _Generation(Extension):
@@ -38,11 +79,30 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> str:
     """The chat template, which newer folders keep in a file of its own."""
     own = folder / "chat_template.jinja"
     template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {each["name"]: each["template"] for each in template}.get("default")
+    if isinstance(template, list):
+        template = _merged({each["name"]: each["template"] for each in template})
     if not isinstance(template, str):
         raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is missing; add the one of the model")
     return template
+
+
+def _merged(named: Mapping[str, str]) -> str | None:
+    """Named templates as one: `tool_use` for chats with tools or calls, `default` for others."""
+    default, tool_use = named.get("default"), named.get("tool_use")
+    if default is None or tool_use is None:
+        return default
+    calls = "messages | selectattr('tool_calls', 'defined') | list"
+    return f"{{%- if tools or {calls} %}}{tool_use}{{%- else %}}{default}{{%- endif %}}"
+
+
+def tool_templates(template: str, tokens: Collection[str]) -> Iterator[str]:
+    """A template that knows no tools, extended by each syntax for them that suits a vocabulary, the best first."""
+    prelude = PRELUDE_FILE.read_text(encoding="utf-8").rstrip()
+    for needed, syntax in TOOL_SYNTAXES:
+        if all(token in tokens for token in needed):
+            for system in (True, False):
+                facts = json.dumps({**syntax, "system": system}, ensure_ascii=False)
+                yield f"{{%- set syntax = {facts} %}}\n{prelude}{template}"
 
 
 def compile_template(template: str) -> jinja2.Template:
@@ -67,17 +127,30 @@ def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def plain_message(message: Mapping[str, Any], special: re.Pattern[str]) -> dict[str, Any]:
-    """A message as a template wants it: text content, parsed arguments, no special token in anyone's text."""
+def plain_messages(messages: Sequence[Mapping[str, Any]], special: re.Pattern[str]) -> list[dict[str, Any]]:
+    """Messages as a template wants them: text content, parsed arguments, no special token in anyone's text.
+
+    Calls are numbered by ids of nine letters and digits, which is what Mistral's templates demand.
+    """
+    ids = dict[str, str]()
+    return [_plain_message(message, special, ids) for message in messages]
+
+
+def _plain_message(message: Mapping[str, Any], special: re.Pattern[str], ids: dict[str, str]) -> dict[str, Any]:
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "".join(part.get("text", "") for part in content)
     calls = []
     for call in message.get("tool_calls") or []:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        calls.append({"type": "function", "function": {"name": name, "arguments": _read_arguments(arguments)}})
-    said = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
-    return {key: defused(value, special) for key, value in said.items() if value or key == "content"}
+        number = f"call{len(ids):05d}"
+        ids[call.get("id") or number] = number
+        function = {"name": name, "arguments": _read_arguments(arguments)}
+        calls.append({"type": "function", "function": function, "id": number})
+    plain = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
+    if message["role"] == "tool":
+        plain["tool_call_id"] = ids.get(message.get("tool_call_id") or "", f"call{max(0, len(ids) - 1):05d}")
+    return {key: defused(value, special) for key, value in plain.items() if value or key == "content"}
 
 
 def _read_arguments(arguments: Any) -> Any:

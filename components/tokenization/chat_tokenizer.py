@@ -20,7 +20,8 @@ import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from components.config.params import InputError
-from components.tokenization.chat_templates import compile_template, defused, marked_pieces, plain_message
+from components.tokenization.call_formats import BARE, CallFormat
+from components.tokenization.chat_templates import compile_template, defused, marked_pieces, plain_messages
 from components.tokenization.tool_calls import Turn, parse_fields
 
 SPECIAL_TOKENS = (
@@ -148,6 +149,20 @@ class ChatTokenizer:
         self.tool_id: int = self._ids["<|tool|>"]
 
     @property
+    def knows_tools(self) -> bool:
+        """Whether the template declares tools, and writes calls and results so that they can be read back."""
+        return True
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How a tokenizer of another family writes calls."""
+        return BARE
+
+    def with_tools(self) -> ChatTokenizer:
+        """This tokenizer, with a template that knows tools."""
+        return self
+
+    @property
     def special_ids(self) -> Mapping[str, int]:
         """The special tokens of chats and their ids."""
         return self._ids
@@ -239,7 +254,7 @@ class ChatTokenizer:
             tools = json.loads(tools)
         try:
             rendered = self._template.render(
-                messages=[plain_message(message, self._special) for message in messages],
+                messages=plain_messages(messages, self._special),
                 tools=defused(tools, self._special) or None,
                 add_generation_prompt=prompt,
                 **self._variables,
