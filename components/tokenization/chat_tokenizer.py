@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from components.config.params import InputError
@@ -252,15 +251,12 @@ class ChatTokenizer:
         """`(text, whether the model writes it)` in order."""
         if isinstance(tools, str):
             tools = json.loads(tools)
-        try:
-            rendered = self._template.render(
-                messages=plain_messages(messages, self._special),
-                tools=defused(tools, self._special) or None,
-                add_generation_prompt=prompt,
-                **self._variables,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"tokenizer_config.json: chat_template: {error}") from error
+        rendered = self._template(
+            messages=plain_messages(messages, self._special),
+            tools=defused(tools, self._special) or None,
+            add_generation_prompt=prompt,
+            **self._variables,
+        )
         return list(marked_pieces(rendered))
 
     def _parts(
