@@ -226,13 +226,15 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
+def load_chat_tokenizer(folder: Path, template: str | None = None) -> ChatTokenizer:
     """Read a tokenizer or model folder: our own chat tokenizer, or any other with a chat template.
+
+    `template` replaces the folder's.
 
     Raises: InputError when a file is missing or unreadable.
     """
     with reading_tokenizer(folder, ("tokenizer.json", "tokenizer_config.json")) as (tokenizer, config):
-        template = read_template(folder, config)
+        template = read_template(folder, config) if template is None else template
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return ChatTokenizer(tokenizer, template)
     return HFChatTokenizer(tokenizer, template, config, folder)
