@@ -18,7 +18,7 @@ from typing import Any
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
+from components.config.paths import AGENT, CONFIG, ORIGIN, TEMPLATE, TOKENIZER, Paths, writing
 from components.models.base_store import (
     BASE,
     Base,
@@ -51,7 +51,7 @@ FILES = (
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE,
     AGENT,
     "knowledge.sqlite",
 )
@@ -236,8 +236,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from pooling_files(folder).items()
 
 
-def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
+def place_model(folder: Path, place: Path, origin: dict[str, str], template: str | None = None) -> None:
     """Copy a model, with `origin.json`, into the folder `place`, whose hidden files stay.
+
+    `template` replaces its chat template.
 
     Older files are removed first and config.json is written last: without it an interrupted copy is no model.
     """
@@ -248,6 +250,8 @@ def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         copied = Path(scratch) / "model"
         copy_model(folder, copied)
+        if template is not None:
+            (copied / TEMPLATE).write_text(template, encoding="utf-8")
         (copied / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
         for file in sorted(copied.iterdir(), key=lambda file: file.name == CONFIG):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -70,21 +71,163 @@ def llama(folder: Path) -> Path:
     return folder
 
 
-def sentencepiece(folder: Path) -> Path:
+def sentencepiece(folder: Path, **config: object) -> Path:
     """As Llama 2: words behind a low line, bytes as `<0x0A>`, no prompt for the model's turn."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    splits = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return _pieces(model, None, splits, folder, **config)
+
+
+def llama_2(folder: Path) -> Path:
+    """As Llama 2's own file, which prefixes every piece; the class that it names prefixes the first."""
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    prefix = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return _pieces(model, prefix, None, folder, tokenizer_class="LlamaTokenizer", legacy=False)
+
+
+def gemma(folder: Path) -> Path:
+    """As Gemma: no prefix."""
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    splits = pre_tokenizers.Split(" ", "merged_with_previous")
+    return _pieces(model, normalizers.Replace(" ", "\u2581"), splits, folder, tokenizer_class="GemmaTokenizer")
+
+
+def unigram(folder: Path) -> Path:
+    """As the decoders of llm-jp: Unigram with bytes."""
+    return _pieces(models.Unigram(), None, pre_tokenizers.Metaspace(prepend_scheme="first"), folder)
+
+
+def _pieces(model: Any, normalizer: Any, splits: Any, folder: Path, **config: object) -> Path:
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if splits is not None:
+        tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "<s>", "</s>")]
+    special = [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "<s>", "</s>", "<pad>", "<mask>")]
     words = [AddedToken(f"<0x{byte:02X}>", special=False, normalized=False) for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *words], show_progress=False)
+    if isinstance(model, models.BPE):
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *words], show_progress=False)
+    else:
+        trainer = trainers.UnigramTrainer(
+            vocab_size=380, special_tokens=[*special, *words], unk_token="<unk>", show_progress=False
+        )
     tokenizer.train_from_iterator(TEXTS, trainer)
     described = json.loads(tokenizer.to_str())
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["special"]][:3]
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["special"]][:5]
+    described["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(described))
-    return _save(tokenizer, folder, INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _save(tokenizer, folder, INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **config)
+
+
+LLAMA_TOOLS = """\
+{{- bos_token }}
+{%- if tools is defined and tools is not none %}
+  {{- '<|start_header_id|>system<|end_header_id|>\\n\\nFunctions: ' }}
+  {%- for tool in tools %}{{ tool | tojson(indent=4) }}{{ '\\n\\n' }}{% endfor %}
+  {{- '<|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'tool' or message.role == 'ipython' %}
+    {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
+    {{- message.content | tojson if message.content is mapping else message.content }}{{ '<|eot_id|>' }}
+  {%- elif 'tool_calls' in message %}
+    {%- if message.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls at once') }}{% endif %}
+    {%- set call = message.tool_calls[0].function %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
+    {{- call.arguments | tojson }}{{ '}<|eot_id|>' }}
+  {%- else %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.content | trim) + '<|eot_id|>' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
+MISTRAL = """\
+{{- bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {%- if tools is not none and message == users[-1] %}
+      {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+    {%- endif %}
+    {{- '[INST]' + message.content + '[/INST]' }}
+  {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+    {{- '[TOOL_CALLS][' }}
+    {%- for call in message.tool_calls %}
+      {%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}
+      {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' + eos_token if loop.last else ', ') }}
+    {%- endfor %}
+  {%- elif message.role == 'assistant' %}{{ message.content + eos_token }}
+  {%- elif message.role == 'tool' %}
+    {%- if message.tool_call_id is not defined or message.tool_call_id | length != 9 %}
+      {{- raise_exception('ids have nine characters') }}
+    {%- endif %}
+    {{- '[TOOL_RESULTS]{"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}' }}
+    {{- '[/TOOL_RESULTS]' }}
+  {%- else %}{{ raise_exception('only user and assistant') }}{% endif %}
+{%- endfor %}
+"""
+GEMMA = """\
+{{- bos_token }}
+{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
+{%- for message in (messages[1:] if first else messages) %}
+  {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+  {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+  {{- (first if loop.first else '') + (message.content | trim) + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
+"""
+PHI = """\
+{%- for message in messages %}
+  {{- '<|' + message.role + '|>' + message.content }}
+  {%- if message.role == 'system' and message.tools %}{{ '<|tool|>' + message.tools + '<|/tool|>' }}{% endif %}
+  {{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+PLAIN_CHATML = """\
+{%- for message in messages %}
+  {%- if loop.first and message.role != 'system' %}{{ '<|im_start|>system\\nBe helpful<|im_end|>\\n' }}{% endif %}
+  {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def family(name: str, folder: Path) -> Path:
+    """A tokenizer with the template and the special tokens of a family in `CALLING`."""
+    template, special, named = CALLING[name]
+    return _save(_byte_level(special), folder, template, **named)
+
+
+CALLING: Mapping[str, tuple[str, list[str], dict[str, str]]] = {
+    "llama": (
+        LLAMA_TOOLS,
+        ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|eom_id|>"],
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
+    "mistral": (
+        MISTRAL,
+        ["<s>", "</s>", "[TOOL_CALLS]"]
+        + [f"[{end}{mark}]" for mark in ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS") for end in ("", "/")],
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    ),
+    "gemma": (
+        GEMMA,
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+    ),
+    "phi": (
+        PHI,
+        [f"<|{end}{mark}|>" for mark in ("tool", "tool_call") for end in ("", "/")]
+        + [f"<|{mark}|>" for mark in ("system", "user", "assistant", "tool_response", "end", "endoftext")],
+        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    ),
+    "plain chatml": (PLAIN_CHATML, ["<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"}),
+}
+"""Templates of families that call tools, or, the last three, know no tools."""
 
 
 def _byte_level(special: list[str]) -> Tokenizer:
@@ -102,7 +245,7 @@ def _byte_level(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _save(tokenizer: Tokenizer, folder: Path, template: str | None, **named: str) -> Path:
+def _save(tokenizer: Tokenizer, folder: Path, template: str | None, **named: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
