@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -43,6 +43,7 @@ from components.models.weight_files import (
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that a folder may have beside its tokenizer.json."""
+M = TypeVar("M", bound=nn.Module)
 _BASES: WeakValueDictionary[tuple[str, torch.dtype, str], nn.Module] = WeakValueDictionary()
 """Bases of the adapters that are loaded, by digest, dtype and device."""
 
@@ -151,9 +152,14 @@ def _with_shared_base(folder: Path, dtype: torch.dtype, device: torch.device | s
         _BASES[key] = base
     if isinstance(base, Encoder) and (labels := read_architecture(folder)[1].labels):
         return classifier_from(base, labels)
-    model = copy.deepcopy(base, {id(tensor): tensor for tensor in chain(base.parameters(), base.buffers())})
+    model = sharing(base)
     model.__dict__["base"] = base  # alive for as long as one of its models is
     return model
+
+
+def sharing(model: M) -> M:
+    """Another model with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _opened(
