@@ -21,6 +21,7 @@ from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Rules, TurnOptions
 from components.config.loop_settings import ServeConfig
+from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.runtime.model_tasks import Task
 
@@ -112,6 +113,18 @@ class DeadlineExceeded(Exception):
 
     def __init__(self, message: str = "no slot became free within serve.request_seconds; try again later") -> None:
         super().__init__(message)
+
+
+class BackendUnavailable(DeadlineExceeded):
+    """The server of a remote backend cannot answer now; `temporary` where that says nothing of the model."""
+
+    def __init__(self, message: str, temporary: bool = True) -> None:
+        super().__init__(message)
+        self.temporary = temporary
+
+
+class BackendNotReady(InputError):
+    """The server of a remote backend does not have a version's weights, and refuses to load them."""
 
 
 class GenerationTask:

@@ -143,7 +143,7 @@ class Serving:
             return [tool for tools in sources for tool in tools()]
 
         load: Callable[[Path, str], Backend] = (
-            partial(RemoteServer.load, config=config, external_tools=external_tools)
+            partial(RemoteServer.load, config=config, external_tools=external_tools, home=home)
             if config.backend == "openai"
             else partial(
                 LocalEngine.load, config=config, external_tools=external_tools, on_step=metrics.chat_batch.observe
