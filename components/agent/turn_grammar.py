@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ from components.agent.tools import Tool
 from components.config.params import InputError
 from components.inference.grammar import Grammar, GrammarError, Vocabulary, json_rule, vocabulary_of
 from components.inference.schemas import Schema, SchemaError, checked
+from components.tokenization.call_formats import PYTHON_TAG
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.response_format import schema_keys
-from components.tokenization.tool_calls import CALL_MARKS, stands_bare
+from components.tokenization.tool_calls import stands_bare
 
 MAX_RESOLVED = 20
 """Length of a chain of references at most."""
@@ -34,10 +36,12 @@ NO_ARGUMENTS: Schema = {"type": "object", "properties": {}, "additionalPropertie
 _TERMINALS = r"""
 WORDS: /(?s:.+)/
 NO_OBJECT: /(?s:[^\s\{].*)/
+SPACES: /[ \n]{1,2}/
 NAME: /[A-Za-z_][A-Za-z0-9_.-]{0,63}/
 JSON_LIKE: /(true|false|null|NaN|-?Infinity|-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?)[ \t\n\r]*/
 BARE: /(?s:[^ \t\n\r"\[\{].*)/ & ~JSON_LIKE
 """
+_CALL_ID = {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}
 _ANNOTATIONS = {"$schema", "$defs", "definitions"}
 PLAIN_ROOT = _ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
 """Keywords of a function's parameters that our own format supports, beside those of each argument."""
@@ -207,8 +211,6 @@ class _Turn:
 
     space = '" "'
     """Before the text."""
-    separator = ""
-    """Between two calls."""
     text = "WORDS"
     """Terminal of free text."""
 
@@ -222,21 +224,24 @@ class _Turn:
             if options.tool in (None, function["name"])
         )
         text = f"{self.space} {self.text if schema is None else self._rule(json_rule(schema))}"
-        call = self._marked(calls)
-        several = f"{call} ({self.separator} {call})*" if options.parallel else call
+        several = self._several(f"({calls})", options.parallel)
         if not functions:
             start = text if schema is not None else f"({text})?"
         elif options.calls == "required":
             start = several
         elif schema is None:
-            start = f"({text})? ({several})?"
+            start = self._mixed(text, several)
         else:
             start = f"{text} | {several}"
         return "\n".join([f"start: {start}", *self._rules, _TERMINALS])
 
-    def _marked(self, calls: str) -> str:
-        """One of these calls, between marks where the format has them."""
-        return f"({calls})"
+    def _several(self, call: str, parallel: bool) -> str:
+        """One call or, if `parallel`, several."""
+        return f"{call}+" if parallel else call
+
+    def _mixed(self, text: str, several: str) -> str:
+        """Text, calls, or calls behind text."""
+        return f"({text})? ({several})?"
 
     def _rule(self, body: str) -> str:
         """Add a rule; returns its name."""
@@ -319,31 +324,47 @@ class _Turn:
 
 
 class _HFTurn(_Turn):
-    """A turn of another model family: a call is a JSON object, between marks where the tokenizer has them."""
+    """A turn of another model family, whose calls are JSON objects (`CallFormat`)."""
 
     space = '" "?'
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         super().__init__()
-        ids = [tokenizer.special_ids.get(mark) for mark in CALL_MARKS]
-        self._marks = None if None in ids else ids
-        self.separator = '"\\n"' if self._marks else ""
-        self.text = "WORDS" if self._marks else "NO_OBJECT"
-        self._arguments = "arguments" if self._marks else "parameters"  # Hermes and Qwen, or Llama
+        self._format, self._ids = tokenizer.call_format, tokenizer.special_ids
+        mark = self._format.open
+        self.text = self._terminal(f"WORDS & ~/(?s:.*){re.escape(mark)}(?s:.*)/") if mark else "NO_OBJECT"
 
     def grammar(self, options: TurnOptions, functions: Sequence[Mapping[str, Any]], schema: Schema | None) -> str:
-        # Without marks, a call can be distinguished from text only if it is the whole turn.
-        return super().grammar(options if self._marks else replace(options, parallel=False), functions, schema)
+        parallel = options.parallel and self._format.between is not None
+        return super().grammar(replace(options, parallel=parallel), functions, schema)
 
-    def _marked(self, calls: str) -> str:
-        return f'<[{self._marks[0]}]> "\\n" ({calls}) "\\n" <[{self._marks[1]}]>' if self._marks else f"({calls})"
+    def _several(self, call: str, parallel: bool) -> str:
+        form = self._format
+        more = f"({self._spelled(form.between or '')} {call})*" if parallel else ""
+        tag = f"<[{self._ids[PYTHON_TAG]}]>?" if not form.open and PYTHON_TAG in self._ids else ""
+        before = f"SPACES? {self._spelled(form.open)} {tag} {self._spelled(form.before[len(form.open) :])}"
+        return f"{before} {call} {more} {self._spelled(form.after)}"
+
+    def _mixed(self, text: str, several: str) -> str:
+        mark = self._format.open
+        if not mark or mark in self._ids:
+            return super()._mixed(text, several)
+        # The mark is text itself: its last character ends the words, and a call follows.
+        self._rules.append(f"lead[lazy]: /(?s:.*)/ {_literal(mark)}")
+        return f"({text})? | lead {several.removeprefix(f'SPACES? {_literal(mark)}')}"
+
+    def _spelled(self, text: str) -> str:
+        """Text with special tokens as a sequence of the grammar."""
+        parts = re.split("(" + ("|".join(map(re.escape, self._ids)) or "(?!)") + ")", text)
+        return " ".join(f"<[{self._ids[part]}]>" if part in self._ids else _literal(part) for part in parts if part)
 
     def _call(self, function: Mapping[str, Any], where: str) -> str:
         parameters = checked(NO_ARGUMENTS if function.get("parameters") is None else function["parameters"], where)
         if parameters.setdefault("type", "object") != "object":
             raise SchemaError(f"{where}: type {parameters['type']!r} is not supported here; expected an object")
         definitions = {key: parameters.pop(key) for key in _ANNOTATIONS & set(parameters)}
-        properties = {"name": {"const": function["name"]}, self._arguments: parameters}
+        values = {"name": {"const": function["name"]}, "id": _CALL_ID}
+        properties = {key: values.get(key, parameters) for key in self._format.keys}
         whole = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
         return self._rule(json_rule({**definitions, **whole}))
 

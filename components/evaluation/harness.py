@@ -18,7 +18,8 @@ from components.inference.cache_plan import context_len
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
-from components.tokenization.chat_tokenizer import read_json, read_template
+from components.tokenization.chat_templates import read_template
+from components.tokenization.chat_tokenizer import read_json
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 NEW_TOKENS = 256

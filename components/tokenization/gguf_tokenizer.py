@@ -15,7 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from components.config.params import InputError
-from components.tokenization.chat_tokenizer import read_template, write_tokenizer
+from components.tokenization.chat_templates import read_template
+from components.tokenization.chat_tokenizer import write_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 """Kinds of token in `tokenizer.ggml.token_type`."""

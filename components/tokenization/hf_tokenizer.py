@@ -17,19 +17,27 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from components.config.params import InputError
+from components.tokenization.call_formats import BARE, CALL_MARKS, PROBE, CallFormat, detect_format, parse_json_calls
+from components.tokenization.chat_templates import compile_template, read_template, tool_templates
 from components.tokenization.chat_tokenizer import (
     SPECIAL_TOKENS,
     ChatTokenizer,
     byte_of_character,
-    compile_template,
-    read_template,
     reading_tokenizer,
 )
-from components.tokenization.tool_calls import CALL_MARKS, Call, Turn, parse_json_calls
+from components.tokenization.tool_calls import Turn, openai_call
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-PROBE = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+CHAT = ({"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"})
+"""A chat by which a template shows what ends the model's turn."""
+_RESULT = {"role": "tool", "name": PROBE.name, "tool_call_id": "0", "content": "looked-up result"}
+_DECLARATION = {
+    "name": PROBE.name,
+    "description": "looks things up",
+    "parameters": {"type": "object", "properties": {}},
+}
+_TOOLS = [{"type": "function", "function": _DECLARATION}]
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -45,14 +53,16 @@ class HFChatTokenizer(ChatTokenizer):
         added = {token["content"]: int(token["id"]) for token in self._config["added_tokens"]}
         special = {token["content"] for token in self._config["added_tokens"] if token["special"]}
         self._added = {number: text for text, number in added.items()}
-        self._ids = {text: number for text, number in added.items() if text in special or text in CALL_MARKS}
+        marks = {mark for pair in CALL_MARKS.values() for mark in pair}
+        self._ids = {text: number for text, number in added.items() if text in special or text in marks}
         self._names = {number: text for text, number in self._ids.items()}
-        spelled = sorted(special, key=len, reverse=True)
+        spelled = sorted(self._ids, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, spelled)) or r"(?!)")
         self._special = re.compile(
             "|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in spelled) or r"(?!)"
         )
         self._variables = {name: text for name in NAMED if (text := _content(config.get(name))) is not None}
+        self._named, self.template = config, template
         self._has_generation_block = bool(_GENERATION.search(template))
         self._template = compile_template(template)
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -65,10 +75,12 @@ class HFChatTokenizer(ChatTokenizer):
     def encode_chats(
         self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
-        if not self._reads_calls and any(message.get("tool_calls") for messages, _ in chats for message in messages):
+        calling = any(message.get("tool_calls") for messages, _ in chats for message in messages)
+        if calling and self._format is None:
             raise InputError(
                 f"{self._folder}: chat_template: the tool calls that it writes cannot be read back; known are JSON"
-                " alone and between <tool_call> and </tool_call>; use conversations without calls, or another template"
+                f" alone and behind {', '.join(mark for mark, _ in CALL_MARKS.values())}; use conversations without"
+                " calls, or a template that knows tools (tune.template)"
             )
         return [self._encode(self._render(messages, tools, add_generation_prompt)) for messages, tools in chats]
 
@@ -79,21 +91,62 @@ class HFChatTokenizer(ChatTokenizer):
             if number == self.end_id:
                 break
             pieces.append(self._names[number].encode() if number in self._names else self._bytes[number])
-        return parse_json_calls(b"".join(pieces).decode("utf-8", errors="replace"))
+        return parse_json_calls(b"".join(pieces).decode("utf-8", errors="replace"), self.call_format)
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How the template writes calls; as Llama's where it writes none."""
+        return self._format or BARE
+
+    @property
+    def knows_tools(self) -> bool:
+        return self._format is not None and self._declares_tools
+
+    def with_tools(self) -> HFChatTokenizer:
+        """This tokenizer, its template extended by a syntax for tools where it knows none.
+
+        Raises: InputError when no syntax fits.
+        """
+        if self.knows_tools:
+            return self
+        for template in tool_templates(self.template, self._tokenizer.get_vocab(with_added_tokens=True)):
+            extended = HFChatTokenizer(self._tokenizer, template, self._named, self._folder)
+            if extended.knows_tools:
+                return extended
+        raise InputError(
+            f"{self._folder}: chat_template: knows no tools, and none of the known ways to declare and call them"
+            " can be put before it; name a template that knows them (tune.template: PATH)"
+        )
 
     @cached_property
-    def _reads_calls(self) -> bool:
-        """Whether `parse_turn` reads a call that the template writes."""
-        call = Call("probe", {"key": "value"})
-        function = {"name": call.name, "arguments": call.arguments}
-        message = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    def _format(self) -> CallFormat | None:
+        """The format of calls that the template writes, tools being declared or not."""
+        formats = []
+        for tools in (None, _TOOLS):
+            one, two = (self._probe(number, tools) for number in (1, 2))
+            formats.append(detect_format(one, two) if one is not None else None)
+        return formats[0] if formats[0] == formats[1] else None
+
+    def _probe(self, calls: int, tools: Any) -> str | None:
+        """What the model writes in a turn of that many calls; None where the template refuses it."""
+        message = {"role": "assistant", "content": "", "tool_calls": [openai_call(PROBE, str(n)) for n in range(calls)]}
         try:
-            ids, mask = self._encode(self._render([PROBE[0], message], None, False))
+            pieces = self._render([CHAT[0], message], tools, False)
+        except InputError:
+            return None
+        return "".join(text for text, generated in pieces if generated).partition(self._end)[0]
+
+    @cached_property
+    def _declares_tools(self) -> bool:
+        """Whether tools and results are in a prompt, which begins the prompt of the next turn."""
+        call = {"role": "assistant", "content": "", "tool_calls": [openai_call(PROBE, "0")]}
+        chat: list[Mapping[str, Any]] = [CHAT[0], call, _RESULT]
+        try:
+            prompt, first = (self._text(messages, _TOOLS, prompt=True) for messages in (chat, chat[:1]))
         except InputError:
             return False
-        return self.parse_turn(number for number, generated in zip(ids, mask, strict=True) if generated).calls == (
-            call,
-        )
+        declared = str(_DECLARATION["description"]) in first and PROBE.name in first
+        return declared and prompt.startswith(first) and str(_RESULT["content"]) in prompt[len(first) :]
 
     @cached_property
     def _plain(self) -> Tokenizer:
@@ -158,7 +211,7 @@ class HFChatTokenizer(ChatTokenizer):
 
     def _find_end(self) -> str:
         """The special token after the model's text."""
-        whole = self._text(PROBE, None, prompt=False)
+        whole = self._text(CHAT, None, prompt=False)
         match = self._spelled.search(whole, whole.rfind("answer"))
         if match is None:
             raise InputError(

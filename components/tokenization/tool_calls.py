@@ -1,8 +1,8 @@
 """Tool calls in the formats of models: parsing a turn, the rule for arguments, and OpenAI's streaming deltas.
 
 Our own chat template writes `<|call|> name<|argument|> key<|value|> value`, each argument as raw text, spelled as in
-the user's message, unless that text could be read as JSON: then it is written as JSON. Hermes, Qwen and Llama write
-the whole call as JSON. `components/agent/turn_grammar.py` constrains a model to either.
+the user's message, unless that text could be read as JSON: then it is written as JSON. Other families write the whole
+call as JSON (`call_formats.py`). `components/agent/turn_grammar.py` constrains a model to either.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-CALL_MARKS = ("<tool_call>", "</tool_call>")
-"""Tokens around a call in the format of Hermes and Qwen."""
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 # Prefixes of JSON numbers: more text decides.
 _UNDECIDED = re.compile(r"-?\d*(\.\d*)?([eE][+-]?\d*)?[ \t\n\r]*")
 _JSON_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -60,79 +57,6 @@ def parse_fields(fields: Iterable[tuple[str, str]]) -> Turn:
     return Turn(content, tuple(calls))
 
 
-def parse_json_calls(text: str) -> Turn:
-    """A turn of another family: text with calls between marks, or one call and nothing else."""
-    pieces = _CALL.split(text)
-    marked = pieces[1::2]
-    calls = [call for piece in marked if (call := _read_call(piece)) is not None]
-    if not marked and (call := _read_call(text)) is not None:
-        return Turn("", (call,))
-    return Turn("".join(pieces[::2]).strip() if marked else text.removeprefix(" "), tuple(calls))
-
-
-class CallTextFilter:
-    """Withholds from a turn's streamed text what is, or may become, a call that `parse_json_calls` reads.
-
-    The pieces that it passes, joined, are the content of that turn.
-    """
-
-    def __init__(self) -> None:
-        self._held, self._space = "", ""
-        self._opened, self._called, self._passed = False, False, False
-
-    def push(self, text: str) -> str:
-        """The text that is certain to be words after this piece."""
-        self._held += text
-        if not self._opened and self._held.lstrip()[:1] in ("", "{"):
-            return ""  # the whole turn may be one call
-        self._opened = True
-        mark, words = CALL_MARKS[0], ""
-        while (place := self._held.find(mark)) >= 0:
-            words += self._words(self._held[:place])
-            stop = self._held.find(CALL_MARKS[1], place)
-            self._called = self._called or stop >= 0
-            self._held = self._held[place:] if stop < 0 else self._held[stop + len(CALL_MARKS[1]) :]
-            if stop < 0:
-                return words
-        # The last characters may begin a mark.
-        begun = next(size for size in range(len(mark) - 1, -1, -1) if self._held.endswith(mark[:size]))
-        place = len(self._held) - begun
-        words += self._words(self._held[:place])
-        self._held = self._held[place:]
-        return words
-
-    def flush(self) -> str:
-        """The rest at the end of the turn."""
-        held, self._held = self._held, ""
-        if not self._opened:
-            return parse_json_calls(held).content
-        cut_off = held.startswith(CALL_MARKS[0])  # such a call is no text either
-        words = "" if cut_off else self._words(held)
-        return words if self._called or cut_off else words + self._space
-
-    def _words(self, text: str) -> str:
-        """Words, behind the whitespace that waited for them; beside calls none begins or ends the content."""
-        text = self._space + text
-        words = text.rstrip()
-        self._space = text[len(words) :]
-        if self._called and not self._passed:
-            words = words.lstrip()
-        self._passed = self._passed or bool(words)
-        return words
-
-
-def _read_call(text: str) -> Call | None:
-    """A call written as JSON: `{"name": ..., "arguments": {...}}`, or with `parameters` as Llama has it."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", value.get("parameters"))
-    return Call(value["name"], arguments) if isinstance(arguments, dict) else None
-
-
 def stands_bare(text: str) -> bool:
     """Whether the template writes this string unquoted: it cannot be read as JSON."""
     return text[:1] not in ("", *'"[{ \n\t\r') and text not in ("true", "false", "null") and not _is_number(text)
@@ -142,20 +66,20 @@ def read_value(text: str) -> Any:
     """The inverse of the template's rule for argument values."""
     if text[:1] in ('"', "[", "{") or text in ("true", "false", "null") or _is_number(text):
         try:
-            return json.loads(text, parse_float=_finite, parse_int=_integer)
+            return json.loads(text, parse_float=finite, parse_int=integer)
         except ValueError:
             return text
     return text
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
     """A number, at most the largest float: infinity is no JSON."""
     return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
 
 
-def _integer(text: str) -> int:
+def integer(text: str) -> int:
     """An integer of any length; as a float where it has more digits than Python reads."""
-    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(_finite(text))
+    return int(text) if len(text) <= sys.int_info.default_max_str_digits else int(finite(text))
 
 
 def _is_number(text: str) -> bool:
@@ -174,10 +98,20 @@ class Stream(Protocol):
     def flush(self) -> str: ...
 
 
+class JsonCalls(Protocol):
+    """The part of `CallFormat` that the deltas need."""
+
+    @property
+    def head(self) -> re.Pattern[str]: ...
+
+
 class Tokenizer(Protocol):
     """The part of `ChatTokenizer` that the deltas need."""
 
     native: bool
+
+    @property
+    def call_format(self) -> JsonCalls: ...
 
     @property
     def special_ids(self) -> Mapping[str, int]: ...
@@ -199,13 +133,17 @@ class ToolCallDeltaParser:
         """Characters of this value that were emitted as a string; None: it is not certain to be one."""
         self._arguments = 0
         self._read: list[int] = []
+        self._place = 0
+        """Characters of another family's turn that are read."""
+        self._object: _ObjectEnd | None = None
+        """Of the arguments that are being written."""
         self.ids: list[str] = []
         """Of the calls so far."""
 
     def push(self, number: int) -> list[dict[str, Any]]:
         """The deltas that this id completes."""
         if not self._tokenizer.native:
-            return self._whole(number)
+            return self._json(number)
         if number not in self._names:
             self._text += self._stream.push(number)
             return self._part() if self._kind == "<|value|>" else []
@@ -217,17 +155,33 @@ class ToolCallDeltaParser:
             self._arguments = -1  # this call is complete
         return deltas
 
-    def _whole(self, number: int) -> list[dict[str, Any]]:
-        """Calls of another family's format, each when it is complete."""
+    def _json(self, number: int) -> list[dict[str, Any]]:
+        """Deltas of calls in JSON: a call's name, then the text of its arguments as it comes."""
         self._read.append(number)
         if number not in self._names:
-            return []
-        calls = self._tokenizer.parse_turn(self._read).calls[len(self.ids) :]
-        return [
-            delta
-            for call in calls
-            for delta in (self._head(call.name), self._piece(json.dumps(call.arguments, ensure_ascii=False)))
-        ]
+            self._text += self._stream.push(number)
+        else:
+            self._text += self._stream.flush() + self._names[number]
+            self._stream = self._tokenizer.stream()
+        deltas: list[dict[str, Any]] = []
+        while True:
+            if self._object is None:
+                head = self._tokenizer.call_format.head.search(self._text, self._place)
+                if head is None:
+                    break
+                deltas.append(self._head(json.loads(head[1])))
+                self._object, self._place = _ObjectEnd(), head.end()
+            stop, closed = self._object.find(self._text, self._place)
+            if stop > self._place:
+                deltas.append(self._piece(self._text[self._place : stop]))
+            self._place = stop
+            if not closed:
+                break
+            self._object = None
+        if number in self._names and self._object is None:
+            for call in self._tokenizer.parse_turn(self._read).calls[len(self.ids) :]:  # written in another way
+                deltas += [self._head(call.name), self._piece(json.dumps(call.arguments, ensure_ascii=False))]
+        return deltas
 
     def _head(self, name: str) -> dict[str, Any]:
         """The first delta of a new call."""
@@ -275,3 +229,26 @@ def _begins_word(text: str) -> bool:
 def _inside(text: str) -> str:
     """A text as JSON, without its quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+class _ObjectEnd:
+    """Finds the end of a JSON object that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._depth, self._quoted, self._escaped = 0, False, False
+
+    def find(self, text: str, start: int) -> tuple[int, bool]:
+        """Where the object, or the text, ends behind `start`, and whether it is the object."""
+        for place in range(start, len(text)):
+            character = text[place]
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped, self._quoted = character == "\\", character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "{}[]":
+                self._depth += 1 if character in "{[" else -1
+                if not self._depth:
+                    return place + 1, True
+        return len(text), False

@@ -20,8 +20,9 @@ from components.inference.packed_weights import pack, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, serving_dtype, threads_for, use_threads
+from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import CallTextFilter, ToolCallDeltaParser, openai_call
+from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 from serving.engine.backend import (
     AgentStep,
     Backend,
@@ -179,7 +180,7 @@ class LocalTask(GenerationTask):
     def _call_filter(self) -> CallTextFilter | None:
         """For a turn that may call in a format whose marks are no special tokens."""
         may_call = not self.agent.tokenizer.native and (self.request.tools or self.agent.tools)
-        return CallTextFilter() if may_call else None
+        return CallTextFilter(self.agent.tokenizer.call_format) if may_call else None
 
     def begin(self) -> None:
         """Render the first prompt and submit its turn."""

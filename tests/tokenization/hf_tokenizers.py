@@ -87,6 +87,114 @@ def sentencepiece(folder: Path) -> Path:
     return _save(tokenizer, folder, INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+LLAMA_TOOLS = """\
+{{- bos_token }}
+{%- if tools is defined and tools is not none %}
+  {{- '<|start_header_id|>system<|end_header_id|>\\n\\nFunctions: ' }}
+  {%- for tool in tools %}{{ tool | tojson(indent=4) }}{{ '\\n\\n' }}{% endfor %}
+  {{- '<|eot_id|>' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'tool' or message.role == 'ipython' %}
+    {{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
+    {{- message.content | tojson if message.content is mapping else message.content }}{{ '<|eot_id|>' }}
+  {%- elif 'tool_calls' in message %}
+    {%- if message.tool_calls | length != 1 %}{{ raise_exception('only single tool-calls at once') }}{% endif %}
+    {%- set call = message.tool_calls[0].function %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + call.name + '", "parameters": ' }}
+    {{- call.arguments | tojson }}{{ '}<|eot_id|>' }}
+  {%- else %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + (message.content | trim) + '<|eot_id|>' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
+MISTRAL = """\
+{{- bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {%- if tools is not none and message == users[-1] %}
+      {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}
+    {%- endif %}
+    {{- '[INST]' + message.content + '[/INST]' }}
+  {%- elif message.tool_calls is defined and message.tool_calls is not none %}
+    {{- '[TOOL_CALLS][' }}
+    {%- for call in message.tool_calls %}
+      {%- if call.id is not defined or call.id | length != 9 %}{{ raise_exception('nine characters') }}{% endif %}
+      {{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' + (']' + eos_token if loop.last else ', ') }}
+    {%- endfor %}
+  {%- elif message.role == 'assistant' %}{{ message.content + eos_token }}
+  {%- elif message.role == 'tool' %}
+    {%- if message.tool_call_id is not defined or message.tool_call_id | length != 9 %}
+      {{- raise_exception('ids have nine characters') }}
+    {%- endif %}
+    {{- '[TOOL_RESULTS]{"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}' }}
+    {{- '[/TOOL_RESULTS]' }}
+  {%- else %}{{ raise_exception('only user and assistant') }}{% endif %}
+{%- endfor %}
+"""
+GEMMA = """\
+{{- bos_token }}
+{%- set first = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' %}
+{%- for message in (messages[1:] if first else messages) %}
+  {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+  {{- '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}
+  {{- (first if loop.first else '') + (message.content | trim) + '<end_of_turn>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
+"""
+PHI = """\
+{%- for message in messages %}
+  {{- '<|' + message.role + '|>' + message.content }}
+  {%- if message.role == 'system' and message.tools %}{{ '<|tool|>' + message.tools + '<|/tool|>' }}{% endif %}
+  {{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+PLAIN_CHATML = """\
+{%- for message in messages %}
+  {%- if loop.first and message.role != 'system' %}{{ '<|im_start|>system\\nBe helpful<|im_end|>\\n' }}{% endif %}
+  {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+def family(name: str, folder: Path) -> Path:
+    """A tokenizer with the template and the special tokens of a family in `CALLING`."""
+    template, special, named = CALLING[name]
+    return _save(_byte_level(special), folder, template, **named)
+
+
+CALLING: Mapping[str, tuple[str, list[str], dict[str, str]]] = {
+    "llama": (
+        LLAMA_TOOLS,
+        ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|eom_id|>"],
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
+    "mistral": (
+        MISTRAL,
+        ["<s>", "</s>", "[TOOL_CALLS]"]
+        + [f"[{end}{mark}]" for mark in ("INST", "AVAILABLE_TOOLS", "TOOL_RESULTS") for end in ("", "/")],
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    ),
+    "gemma": (
+        GEMMA,
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        {"bos_token": "<bos>", "eos_token": "<eos>"},
+    ),
+    "phi": (
+        PHI,
+        [f"<|{end}{mark}|>" for mark in ("tool", "tool_call") for end in ("", "/")]
+        + [f"<|{mark}|>" for mark in ("system", "user", "assistant", "tool_response", "end", "endoftext")],
+        {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
+    ),
+    "plain chatml": (PLAIN_CHATML, ["<|im_start|>", "<|im_end|>"], {"eos_token": "<|im_end|>"}),
+}
+"""Templates of families that call tools, or, the last three, know no tools."""
+
+
 def _byte_level(special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -11,8 +11,9 @@ import pytest
 
 from components.agent.turn_grammar import TurnOptions, turn_rules
 from components.tokenization import chat_tokenizer as bpe
+from components.tokenization.call_formats import CallFormat, CallTextFilter, parse_json_calls
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import CallTextFilter, ToolCallDeltaParser, openai_call, parse_json_calls
+from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
 
 VALUES = [
     *("Paris", "", " led", "12", "12 apples", "1e", "-", "-Infinity", "-In", "true", "truest", "n", "nul", "NaN", "07"),
@@ -96,6 +97,7 @@ def test_a_call_that_was_cut_is_not_closed(tokenizer: ChatTokenizer) -> None:
         json.loads(call["function"]["arguments"])
 
 
+FORM = CallFormat("<tool_call>", "</tool_call>")
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "</b> <tool"}}\n</tool_call>'
 BARE = ' {"name": "f", "parameters": {"city": "Paris"}}'
 
@@ -118,11 +120,11 @@ BARE = ' {"name": "f", "parameters": {"city": "Paris"}}'
 )
 def test_streamed_words_of_another_familys_turn_hold_no_call(text: str) -> None:
     """However the text is cut into pieces, joined they are the content of the whole turn."""
-    expected = parse_json_calls(text).content
+    expected = parse_json_calls(text, FORM).content
     random = Random(0)
     for longest in (1, 2, 5, 100):
         for _ in range(20):
-            words, place, pieces = CallTextFilter(), 0, []
+            words, place, pieces = CallTextFilter(FORM), 0, []
             while place < len(text):
                 stop = place + random.randint(1, longest)
                 pieces.append(words.push(text[place:stop]))
@@ -133,5 +135,5 @@ def test_streamed_words_of_another_familys_turn_hold_no_call(text: str) -> None:
 
 
 def test_a_call_that_was_cut_off_is_no_text() -> None:
-    words = CallTextFilter()
+    words = CallTextFilter(FORM)
     assert words.push('I look. <tool_call>\n{"name": "f", "argum') + words.flush() == "I look."
