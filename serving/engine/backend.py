@@ -7,6 +7,7 @@ no backend knows of HTTP. The queue is bounded: a full endpoint refuses requests
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -24,6 +25,8 @@ from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.runtime.model_tasks import Task
+
+logger = logging.getLogger("loopwright.backend")
 
 
 @dataclass(frozen=True)
@@ -292,8 +295,15 @@ class Backend(ABC):
 def load_agent(folder: Path, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
     """The agent of a model folder with serving's step limit; it may call `external_tools` too.
 
+    A chat template that knows no tools is extended by declarations and calls; where none fit, it has no tools.
+
     Raises: InputError when the folder holds no usable agent.
     """
     agent = Agent.load(folder, read_config(folder).max_seq_len, external_tools)
     agent.max_steps = min(agent.max_steps, config.max_steps)
+    try:
+        agent.tokenizer = agent.tokenizer.with_tools()
+    except InputError as error:
+        agent.external_tools = tuple
+        logger.warning("served without tools: %s", error)
     return agent
