@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
+from components.models.base_store import copy_base, is_adapter
 from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
 from components.tracking.registry import Registry
@@ -51,6 +52,8 @@ def package(paths: Paths, model: str) -> str:
     metadata = {"name": version.name, "version": version.version, "run_id": version.run_id}
     with bentoml.models.create(tag, metadata={**metadata, "tags": version.tags, "metrics": version.metrics}) as weights:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
+        if is_adapter(version.folder):
+            copy_base(version.folder, Path(weights.path))
     # BentoML takes paths relative to the current folder only.
     with chdir(paths.root):
         bento = bentoml.build(

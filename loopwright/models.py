@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,10 +14,12 @@ import typer
 
 from components.config.params import FAMILY_OF_SECTION, InputError, load_params
 from components.config.paths import Paths, find_root, writing
-from components.runtime.files import copy_folder
+from components.models.base_store import base_folder, is_adapter
+from components.models.weight_files import ADAPTER_CONFIG
+from components.runtime.files import copy_folder, write_text
 from loopwright.output import Json, print_json, print_table, say
 
-ExportFormat = Literal["hf", "gguf"]
+ExportFormat = Literal["hf", "gguf", "peft"]
 Quantization = Literal["f16", "q8_0"]
 
 
@@ -41,9 +45,12 @@ def import_(
     name: Annotated[str | None, typer.Option(help="Name in the registry; that of the folder or file if left out.")] = (
         None
     ),
+    base: Annotated[
+        str, typer.Option(metavar="NAME@ALIAS", help="Base of an adapter that does not name it itself.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Check a Hugging Face model folder or GGUF file and register it; a `base` in params.yaml may then name it."""
+    """Check a model folder, a PEFT adapter or a GGUF file and register it; a `base` in params.yaml may then name it."""
     if name is None:
         name = re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.removesuffix(".gguf").lower()).strip("._-")[:63]
     # What MLflow and BentoML both accept.
@@ -56,7 +63,7 @@ def import_(
 
     paths = Paths(find_root())
     serve = load_params(paths.params).serve
-    with unpacked(path, paths.home) as folder:
+    with unpacked(path, paths.home, base) as folder:
         model = inspect_model(folder)
         version = import_model(folder, model, name, Registry(paths.home), paths, path)
     if left_out := version.tags.get("tools_left_out"):
@@ -80,37 +87,58 @@ def export(
     model: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="Which model; NAME/VERSION works too.")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Target folder; must be empty or not exist.")],
     form: Annotated[
-        ExportFormat, typer.Option("--format", help="A folder for transformers and vLLM, or a file for llama.cpp.")
+        ExportFormat,
+        typer.Option("--format", help="hf: for transformers and vLLM; gguf: for llama.cpp; peft: the adapter alone."),
     ] = "hf",
     quantization: Annotated[Quantization, typer.Option(help="Of the matrices in a GGUF file.")] = "f16",
     as_json: Json = False,
 ) -> None:
-    """Copy a registered model to a folder that transformers, vLLM and others load, or write it as a GGUF file."""
+    """Copy a registered model to a folder that transformers, vLLM and others load, or write it as a GGUF file.
+
+    An adapter is merged into its base, unless the format is peft.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; choose another, or empty it first")
     folder = folder.resolve()  # behind a link the folder is replaced, not the link
     from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
-    if form == "gguf":
-        from components.models.gguf_export import pack_gguf
-        from components.tokenization.gguf_tokenizer import pack_tokenizer
+    if form == "peft" and not is_adapter(version.folder):
+        raise InputError(f"{version}: has weights of its own and is no adapter; export it with --format hf")
+    if form == "peft" or (form == "hf" and not is_adapter(version.folder)):
+        adapter = {"base_model_name_or_path": str(base_folder(version.folder))} if form == "peft" else {}
+        copy_folder(version.folder, folder)
+        if adapter:
+            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            write_text(folder / ADAPTER_CONFIG, json.dumps(config | adapter, indent=2) + "\n")
+    else:
+        from components.models.checkpoint import merge_folder
 
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            target = folder / f"{version.name}-{quantization}.gguf"
-            try:
-                pack_gguf(version.folder, target, quantization, partial(pack_tokenizer, version.folder))
-            except BaseException:
-                target.unlink(missing_ok=True)
-                raise
-    else:
-        copy_folder(version.folder, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".exporting-") as scratch:
+            whole = merge_folder(version.folder, Path(scratch)) if is_adapter(version.folder) else version.folder
+            if form == "hf":
+                copy_folder(whole, folder)
+            else:
+                _write_gguf(whole, folder, f"{version.name}-{quantization}.gguf", quantization)
     files = sorted(file.name for file in folder.iterdir())
     if as_json:
         print_json({"model": str(version), "folder": str(folder), "files": files})
     else:
         print(f"{version} is in {folder}: {', '.join(files)}")
+
+
+def _write_gguf(source: Path, folder: Path, name: str, quantization: Quantization) -> None:
+    from components.models.gguf_export import pack_gguf
+    from components.tokenization.gguf_tokenizer import pack_tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        pack_gguf(source, folder / name, quantization, partial(pack_tokenizer, source))
+    except BaseException:
+        (folder / name).unlink(missing_ok=True)
+        raise
 
 
 def harness(

@@ -40,6 +40,10 @@ class CurateConfig(Section):
 class AlignConfig(TrainConfig):
     """Training on feedback: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO."""
 
+    lora_rank: int = Field(ge=0)
+    """Rank of the new adapter of a champion that is none, whose own weights are trained at 0; an adapter goes on."""
+    lora_alpha: float = Field(gt=0)
+    """The adapter's output is scaled by lora_alpha / lora_rank."""
     trained_share: float = Field(gt=0, le=1)
     """Share of the blocks that are trained, the last ones; below 1 the embeddings are frozen too. Fewer forget less."""
     beta: float = Field(gt=0)

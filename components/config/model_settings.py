@@ -322,6 +322,10 @@ class AssessConfig(Section):
 class TuneConfig(FineTuneConfig):
     """Instruction tuning of the pretrained base into the agent."""
 
+    template: str = Field(min_length=1)
+    """Chat template of an imported base: `own`; `auto`: its own, with a syntax for tools where it knows none; or the
+    path of a Jinja template."""
+
 
 class EvaluateConfig(Section):
     """Evaluation of the agent."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from components.config.model_settings import Family
 from components.config.params import InputError
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-"""In a model folder: the model's and the tokenizer's configuration, as Hugging Face names them."""
+CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
+"""In a model folder: configuration, tokenizer and chat template, as Hugging Face names them."""
 AGENT, TOOLS = "agent.json", "tools"
 """In a model folder: the agent's configuration, and the folder of its tools (components/agent/saved_tools.py)."""
 ORIGIN = "origin.json"

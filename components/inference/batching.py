@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from components.config.params import InputError
+from components.inference.adapter_bank import AdapterBank
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.decode_step import Step
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
@@ -47,17 +48,19 @@ class Row:
     seed: int | None = None
     stop_ids: tuple[int, ...] = ()
     constraint: Constraint | None = None
+    adapter: int = 0
+    """Its number in the batch's bank of adapters; 0 is the base alone."""
     ids: list[int] = field(init=False)
     """The prompt and the generated ids."""
     key: Ids = field(init=False)
-    """The prompt, as key of the prefix cache."""
+    """The adapter and the prompt, as key of the prefix cache."""
     cached: int = 0
     """Positions whose keys and values are in the cache."""
     slot: int = -1
     finished: bool = False
 
     def __post_init__(self) -> None:
-        self.ids, self.key = list(self.prompt), tuple(self.prompt)
+        self.ids, self.key = list(self.prompt), (self.adapter, *self.prompt)
         self._numbers = random_stream(self.seed) if self.temperature > 0 else None
 
     @property
@@ -182,19 +185,23 @@ def common(one: Ids, other: Ids) -> int:
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
-    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
+    def __init__(
+        self, model: Decoder, max_rows: int, max_context: int | None = None, bank: AdapterBank | None = None
+    ) -> None:
         """At most `max_rows` rows of `max_context` tokens, fewer where memory is short (`plan_cache`).
+
+        `bank`: the adapters of `model` among which rows choose.
 
         Raises: InputError when memory holds no row of `max_context` tokens.
         """
         self.model, self.device, self._dtype = model, model.embed.weight.device, model.embed.weight.dtype
         plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context)
-        self.plan, self.context = plan, plan.context_len
+        self.plan, self.context, self._bank = plan, plan.context_len, bank
         self.count = count = plan.rows
         # Where the rows of a product do depend on how many there are, every step has all of them.
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count), self.context)
-        self._step = Step(model, self._cache.whole)
+        self._step = Step(model, self._cache.whole, bank is None)
         self._prefix_cache = PrefixCache(count * self.context)
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
@@ -248,6 +255,8 @@ class ContinuousBatch:
         for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
             tokens[place, :count] = row.ids[row.cached : row.cached + count]
         newest = [place * width + count - 1 for place, count in enumerate(counts)]
+        if self._bank is not None:
+            self._bank.select([row.adapter for row in rows])
         hidden = self._pass(rows[0].slot, tokens, [row.cached for row in rows], counts, seen, newest)
         for row, count in zip(rows, counts, strict=True):
             row.cached += count
@@ -268,6 +277,8 @@ class ContinuousBatch:
         tokens = np.array([row.ids[-1] for row in rows] + padding)
         positions = np.array([row.cached for row in rows] + padding)
         places = np.array([row.cached for row in rows] + [self.context for _ in padding])
+        if self._bank is not None:
+            self._bank.select([row.adapter for row in rows], self._multiple)
         hidden = self._step(tokens, positions, places, _up(int(positions.max()) + 1, SEEN), len(rows))
         for row in rows:
             row.cached += 1
@@ -288,7 +299,7 @@ class ContinuousBatch:
         (self.decoding if row in self.decoding else self.prefilling).remove(row)
         known = min(row.cached, len(row.prompt))
         if known >= MIN_SHARED:
-            self._prefix_cache.keep(row.key[:known], self._cache.whole[:, :, row.slot, :, :known])
+            self._prefix_cache.keep(row.key[: known + 1], self._cache.whole[:, :, row.slot, :, :known])
 
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
@@ -337,7 +348,7 @@ class ContinuousBatch:
         for other in self.decoding:
             if (shared := common(other.key, row.key)) > length:
                 length, part = shared, self._cache.whole[:, :, other.slot]
-        length = min(length, len(row.ids) - 1)
+        length = min(length - 1, len(row.ids) - 1)  # the key begins with the adapter
         if part is not None and length >= MIN_SHARED:
             self._cache.whole[:, :, row.slot, :, :length] = part[:, :, :, :length]
             row.cached = length

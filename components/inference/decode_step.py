@@ -31,7 +31,8 @@ CAPTURED = 64
 class Step:
     """Decode steps of a model with a cache of keys and values (layers, 2, slots, K, span, D), row b in slot b."""
 
-    def __init__(self, model: Decoder, whole: Tensor) -> None:
+    def __init__(self, model: Decoder, whole: Tensor, captured: bool = True) -> None:
+        """`captured`: run CUDA graphs where the model is on a GPU; products must then be the same at every step."""
         c = model.config
         self._model, self._whole = model, whole
         self._flat = [layer.view(-1, c.head_dim) for layer in whole]
@@ -46,7 +47,7 @@ class Step:
         self._lowest = torch.finfo(whole.dtype).min
         self.fixed = whole.is_cuda
         """Static shapes, as CUDA graphs need: one per number of rows, and attention to padding."""
-        self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda else self.walk
+        self.run: Callable[..., Tensor] = Captured(self.walk) if whole.is_cuda and captured else self.walk
 
     @torch.inference_mode()
     def __call__(self, tokens: Ints, positions: Ints, places: Ints, seen: int, real: int) -> Tensor:

@@ -5,35 +5,47 @@ Weights are safetensors, one file or shards with an index; pickles are refused, 
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from components.config.params import InputError
-from components.models.attention import FusedLinear
-from components.models.config_fields import Fields, Format
+from components.models.adapters import attach_adapter, write_adapter
+from components.models.base_store import BASE, BUNDLED, base_folder, is_adapter, read_base
+from components.models.config_fields import Fields
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.encoder import Encoder
-from components.models.formats import FORMATS, architecture_of
+from components.models.encoder import Encoder, classifier_from
+from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
+from components.models.lora import lora_of, merge_lora
+from components.models.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SHARD_BYTES,
+    WEIGHTS,
+    names_in,
+    weight_files,
+    write_json,
+    write_weights,
+)
 
-SHARD_BYTES = 5 * 10**9
-"""Weights above this are written as several files."""
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that a folder may have beside its tokenizer.json."""
+M = TypeVar("M", bound=nn.Module)
+_BASES: WeakValueDictionary[tuple[str, torch.dtype, str], nn.Module] = WeakValueDictionary()
+"""Bases of the adapters that are loaded, by digest, dtype and device."""
 
 
 class TensorLocation(NamedTuple):
@@ -51,7 +63,7 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder that `transformers` loads, all of it or nothing.
+    """Write a model folder that `transformers` loads, all of it or nothing; of a model with LoRA its adapter (PEFT).
 
     Weights are in the dtype of the folder that the model was read from, fp32 where it was none.
 
@@ -68,8 +80,12 @@ def save_model(
             temporary = Path(name) / folder.name
             temporary.mkdir()
             dtype = _stored_dtype(model)
-            weights = ((name, weight.detach().to(dtype).contiguous().cpu()) for name, weight in hub_tensors(model))
-            write_weights(weights, temporary, shard_bytes)
+            if lora_of(model) is not None:
+                write_adapter(model, temporary)
+            else:
+                tensors = hub_tensors(model)
+                weights = ((name, weight.detach().to(dtype).contiguous().cpu()) for name, weight in tensors)
+                write_weights(weights, temporary, shard_bytes)
             if tokenizer_folder is not None:
                 shutil.copyfile(tokenizer_folder / "tokenizer.json", temporary / "tokenizer.json")
                 for filename in TOKENIZER_FILES:
@@ -93,10 +109,16 @@ def save_model(
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> nn.Module:
-    """Read a folder of any architecture in `FORMATS`, sharded or not.
+    """Read a folder of any architecture in `FORMATS`, sharded or not, or an adapter's folder.
+
+    Models with adapters of one base share its weights, which are read once for all that are loaded at the same time.
 
     Raises: InputError when the folder is not such a model, or tensors are missing, unknown, misshapen or corrupt.
     """
+    if is_adapter(folder):
+        model = _with_shared_base(folder, dtype, device)
+        attach_adapter(model, folder)
+        return model
     model, pairs, absent = _opened(folder, dtype, device)
     for file, targets in pairs.items():
         with safe_open(str(file), framework="pt") as tensors:
@@ -113,7 +135,31 @@ def check_model(folder: Path) -> nn.Module:
 
     Raises: InputError as `load_model`.
     """
+    if is_adapter(folder):
+        model = check_model(base_folder(folder))
+        attach_adapter(model, folder)
+        return model
     return _opened(folder, torch.float32, None)[0]
+
+
+def _with_shared_base(folder: Path, dtype: torch.dtype, device: torch.device | str | None) -> nn.Module:
+    """A model with the weights of an adapter's base: the same tensors as in others of that base."""
+    key = (read_base(folder).weights_sha256, dtype, str(device or "cpu"))
+    base = _BASES.get(key)
+    if base is None:
+        base = load_model(base_folder(folder), dtype, device)
+        base.requires_grad_(False)
+        _BASES[key] = base
+    if isinstance(base, Encoder) and (labels := read_architecture(folder)[1].labels):
+        return classifier_from(base, labels)
+    model = sharing(base)
+    model.__dict__["base"] = base  # alive for as long as one of its models is
+    return model
+
+
+def sharing(model: M) -> M:
+    """Another model with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def _opened(
@@ -124,7 +170,7 @@ def _opened(
     form = FORMATS[architecture]
     config = form.read(fields)
     files = weight_files(folder)
-    locations = {_current_name(name): TensorLocation(file, name) for file in files for name in _names_in(file)}
+    locations = {_current_name(name): TensorLocation(file, name) for file in files for name in names_in(file)}
     if form.base and not any(name.startswith(form.prefix) for name in locations):
         form = FORMATS[form.base]
         config = form.read(fields)
@@ -133,7 +179,7 @@ def _opened(
         model = form.model(config).to(dtype)
     targets = dict(hub_tensors(model, form))
     absent = {name: targets[name] for name in targets.keys() - locations.keys() if name.startswith(form.optional)}
-    extra = {name for name in locations.keys() - targets.keys() if name.endswith((*form.ignored, *_tied(model)))}
+    extra = {name for name in locations.keys() - targets.keys() if name.endswith((*form.ignored, *tied_names(model)))}
     _compare(folder, targets.keys() - absent.keys(), locations.keys() - extra)
     pairs: dict[Path, dict[str, Tensor]] = {file: {} for file in files}
     for name, target in targets.items():
@@ -142,6 +188,19 @@ def _opened(
     for file, file_targets in pairs.items():
         _compare_shapes(file, file_targets)
     return model, pairs, absent
+
+
+def merge_folder(folder: Path, scratch: Path) -> Path:
+    """An adapter's folder as a plain model folder within `scratch`: merged, in the base's dtype, other files copied.
+
+    Raises: InputError as `load_model` and `save_model`.
+    """
+    model = load_model(folder)
+    merge_lora(model)
+    target, own = scratch / "merged", {ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, BUNDLED, "config.json"}
+    files: dict[str, Path | str] = {file.name: file for file in folder.iterdir() if file.name not in own}
+    save_model(model, target, folder, files)
+    return target
 
 
 def save_decoder(
@@ -181,33 +240,6 @@ def read_architecture(folder: Path) -> tuple[str, Any]:
     """
     architecture, fields = _read_fields(folder)
     return architecture, FORMATS[architecture].read(fields)
-
-
-def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its Hugging Face name; a part of a fused product is a view of it."""
-    names = (form or FORMATS[architecture_of(model)]).names(model.config)
-    for name, weight in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        number = "".join(re.findall(r"\.(\d+)\.", module))
-        pattern = re.sub(r"\.\d+\.", ".{n}.", module)
-        hub_names = names.get(f"{pattern}.{leaf}")
-        if isinstance(hub_names, str):
-            yield hub_names, weight.data
-            continue
-        hub_names = names[pattern]
-        if isinstance(hub_names, str):
-            yield f"{hub_names.format(n=number)}.{leaf}", weight.data
-            continue
-        fused = model.get_submodule(module)
-        assert isinstance(fused, FusedLinear)
-        for part, rows in zip(hub_names, torch.split(weight.data, list(fused.parts)), strict=True):
-            yield f"{part.format(n=number)}.{leaf}", rows
-
-
-def _tied(model: nn.Module) -> tuple[str, ...]:
-    """Tensors of a folder that may repeat the embedding."""
-    head = getattr(model, "head", None)
-    return ("lm_head.weight",) if head is not None and head.weight is model.get_parameter("embed.weight") else ()
 
 
 def _initialize(weights: Sequence[Tensor]) -> None:
@@ -251,10 +283,10 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
     written.pop("dtype", None)  # newer writers' word for torch_dtype
     dtype = str(_stored_dtype(model)).removeprefix("torch.")
     config = written | {"architectures": [architecture], "torch_dtype": dtype}
-    _write_json(folder / "config.json", config | special)
+    write_json(folder / "config.json", config | special)
     if not isinstance(model, Encoder):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
-        _write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
+        write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
 
 
 def _stored_dtype(model: nn.Module) -> torch.dtype:
@@ -281,75 +313,6 @@ def _special_ids(folder: Path) -> dict[str, int]:
     return special
 
 
-def write_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors under their Hugging Face names, one file's worth in memory at a time.
-
-    Raises: OSError when the disk refuses.
-    """
-    shards: list[list[str]] = []
-    part: dict[str, Tensor] = {}
-    size = total = 0
-
-    def write() -> None:
-        nonlocal size
-        (folder / f"shard-{len(shards)}").write_bytes(safetensors_bytes(part, {"format": "pt"}))
-        shards.append(list(part))
-        part.clear()
-        size = 0
-
-    for name, tensor in tensors:
-        if part and size + tensor.nbytes > shard_bytes:
-            write()
-        part[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    write()
-    count = len(shards)
-    files = [WEIGHTS] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    for number, file in enumerate(files):
-        (folder / f"shard-{number}").rename(folder / file)
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model folder's weights, in order of name.
-
-    Raises: InputError when one is missing, or weights are pickles.
-    """
-    index = folder / INDEX
-    files = [folder / WEIGHTS]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            files = sorted(folder / Path(name).name for name in names)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"{index}: not a readable shard index: {error}") from None
-    for file in files:
-        if not file.is_file():
-            pickled = any(folder.glob("pytorch_model*.bin"))
-            hint = "pickled weights are refused; convert them to safetensors" if pickled else "the folder is incomplete"
-            raise InputError(f"{file}: not found; {hint}")
-    return files
-
-
-def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model folder's weights: of the one file, or of the shards' digests one after another."""
-    digests = []
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _names_in(file: Path) -> list[str]:
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            return list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: corrupt: {error}; fetch or train it again") from None
-
-
 def _current_name(name: str) -> str:
     """The present name of a tensor: the first BERTs have TensorFlow's names of a norm's two vectors."""
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
@@ -370,10 +333,6 @@ def _compare(folder: Path, expected: Any, actual: Any) -> None:
         if names:
             some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise InputError(f"{folder}: {len(names)} tensors {problem}: {some}; the weights do not fit config.json")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

@@ -6,14 +6,17 @@ parts. `checkpoint.py` reads and writes by them.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from components.config.params import InputError
+from components.models.attention import FusedLinear
 from components.models.blocks import ACTIVATIONS
 from components.models.config_fields import Fields, Format, Names
 from components.models.decoder import Decoder
@@ -143,3 +146,41 @@ def architecture_of(model: nn.Module) -> str:
         return encoder_architecture(model)
     assert isinstance(model, EncoderDecoder)
     return model.config.architecture
+
+
+def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its Hugging Face name, low-rank pairs left out; a part of a fused product is a view of it."""
+    names = (form or FORMATS[architecture_of(model)]).names(model.config)
+    for name, weight in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if leaf.startswith("lora_"):
+            continue
+        own_name = names.get(f"{_pattern(path)}.{leaf}")
+        if isinstance(own_name, str):
+            yield own_name, weight.data
+            continue
+        modules = hub_modules(names, path)
+        if len(modules) == 1:
+            yield f"{modules[0]}.{leaf}", weight.data
+            continue
+        fused = model.get_submodule(path)
+        assert isinstance(fused, FusedLinear)
+        for module, rows in zip(modules, torch.split(weight.data, list(fused.parts)), strict=True):
+            yield f"{module}.{leaf}", rows
+
+
+def hub_modules(names: Names, path: str) -> tuple[str, ...]:
+    """The Hugging Face names of the module at a path of ours, of each part where it is a fused product."""
+    hub_names, number = names[_pattern(path)], "".join(re.findall(r"\.(\d+)\.", path))
+    parts = (hub_names,) if isinstance(hub_names, str) else hub_names
+    return tuple(part.format(n=number) for part in parts)
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".{n}.", path)
+
+
+def tied_names(model: nn.Module) -> tuple[str, ...]:
+    """Tensors of a folder that may repeat the embedding."""
+    head = getattr(model, "head", None)
+    return ("lm_head.weight",) if head is not None and head.weight is model.get_parameter("embed.weight") else ()

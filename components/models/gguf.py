@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from components.config.params import InputError
-from components.models.checkpoint import write_weights
 from components.models.decoder_formats import DECODERS, DIFFERENCES
 from components.models.positions import RopeScaling, frequencies
+from components.models.weight_files import write_weights
 
 MISSING = 'gguf: is not installed; run pip install "loopwright[gguf]"'
 TENSOR_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -11,10 +11,11 @@ import numpy as np
 from safetensors import safe_open
 
 from components.config.params import InputError
-from components.models.checkpoint import read_config, weight_files
+from components.models.checkpoint import read_config
 from components.models.decoder import DecoderConfig
 from components.models.gguf import ARCHITECTURES, MISSING, module_names, permuted
 from components.models.positions import frequencies
+from components.models.weight_files import weight_files
 
 Quantization = Literal["f16", "q8_0"]
 """Of matrices; vectors stay fp32."""

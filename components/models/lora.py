@@ -1,86 +1,129 @@
 """Low-rank adaptation (LoRA, arXiv 2106.09685): frozen weights and a trained low-rank pair per product of a block.
 
 h = W x + (alpha / rank) B A x (section 4.1), with B zero at first, so that training starts from the unchanged model.
+A product that Hugging Face stores as several (query, key, value) has a pair for each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.models.attention import FusedLinear
+from components.models.base_store import Base
+from components.models.formats import FORMATS, architecture_of, hub_modules
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What `add_lora` made of a model."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...]
+    """Modules that are trained fully."""
+    base: Base | None
 
 
 class LowRankLinear(FusedLinear):
-    """A frozen product with a low-rank pair for each of its parts."""
+    """A frozen product with low-rank pairs; the outputs of each are those of a part, or all."""
 
-    def __init__(self, product: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, product: nn.Linear, rank: int, alpha: float, joint: bool = False) -> None:
+        """`joint`: one pair for all parts of a fused product."""
         nn.Module.__init__(self)
         self.in_features, self.out_features = product.in_features, product.out_features
         self.fused = isinstance(product, FusedLinear)
         self.parts = product.parts if isinstance(product, FusedLinear) else (product.out_features,)
+        self.widths = (product.out_features,) if joint else self.parts
         self.weight, self.bias = product.weight, product.bias
         self.rank, self.scale = rank, alpha / rank
         like = product.weight
-        self.lora_a = nn.Parameter(like.new_empty(len(self.parts) * rank, self.in_features))
+        self.lora_a = nn.Parameter(like.new_empty(len(self.widths) * rank, self.in_features))
         self.lora_b = nn.Parameter(like.new_zeros(self.out_features, rank))
         nn.init.normal_(self.lora_a, std=self.in_features**-0.5)
 
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """A (rank, in) and B (width, rank) of each pair, as views."""
+        return zip(torch.split(self.lora_a, self.rank), torch.split(self.lora_b, list(self.widths)), strict=True)
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self._added(x, 0, len(self.parts))
+        return super().forward(x) + self._added(x, 0, self.out_features)
 
     def some(self, x: Tensor, first: int, stop: int) -> Tensor:
-        return super().some(x, first, stop) + self._added(x, first, stop)
+        return super().some(x, first, stop) + self._added(x, sum(self.parts[:first]), sum(self.parts[:stop]))
 
-    def _added(self, x: Tensor, first: int, stop: int) -> Tensor:
-        inner = F.linear(x, self.lora_a[first * self.rank : stop * self.rank]) * self.scale
-        outs = torch.split(self.lora_b, list(self.parts))[first:stop]
-        pieces = torch.split(inner, self.rank, dim=-1)
-        return torch.cat([F.linear(piece, out) for piece, out in zip(pieces, outs, strict=True)], dim=-1)
+    def _added(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """What the pairs add to the outputs from `start` to before `stop`; pairs may be of higher precision than x."""
+        added, offset = [], 0
+        for a, b in self.pairs():
+            rows = slice(max(start - offset, 0), max(stop - offset, 0))
+            if len(part := b[rows]):
+                added.append(F.linear(F.linear(x, a.to(x.dtype)) * self.scale, part.to(x.dtype)))
+            offset += len(b)
+        return torch.cat(added, dim=-1)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain product that computes the same."""
-        pairs = zip(torch.split(self.lora_b, list(self.parts)), torch.split(self.lora_a, self.rank), strict=True)
-        weight = self.weight + torch.cat([b @ a for b, a in pairs]) * self.scale
+        """The plain product that computes the same, in the dtype of the weight."""
+        weight = self.weight + (torch.cat([b.float() @ a.float() for a, b in self.pairs()]) * self.scale)
         has_bias = self.bias is not None
         plain = (
             FusedLinear(self.in_features, self.parts, has_bias)
             if self.fused
             else nn.Linear(self.in_features, self.out_features, has_bias)
         )
-        plain.weight, plain.bias = nn.Parameter(weight), self.bias
+        plain.weight, plain.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
         return plain
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, also: tuple[str, ...] = ()) -> None:
+def add_lora(
+    model: nn.Module, rank: int, alpha: float, modules: tuple[str, ...] = (), base: Base | None = None
+) -> None:
     """Freeze `model` and put a pair of rank `rank` beside every product of its blocks, attention's and feed-forward's.
 
-    `also` names modules that are trained fully, such as a new head.
+    `modules` are trained fully, such as a new head. `base`: whose weights the model has.
     """
     model.requires_grad_(False)
-    for owner, name, product in list(_products(model)):
-        setattr(owner, name, LowRankLinear(product, rank, alpha))
-    for name in also:
+    for path, product, names in list(_products(model)):
+        owner, _, name = path.rpartition(".")
+        joint = len(names) == 1 and isinstance(product, FusedLinear)
+        setattr(model.get_submodule(owner), name, LowRankLinear(product, rank, alpha, joint))
+    for name in modules:
         model.get_submodule(name).requires_grad_(True)
+    model.__dict__["lora"] = LoraSettings(rank, alpha, tuple(sorted(modules)), base)
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Merge the pairs into plain products, and unfreeze every weight."""
-    for owner, name, product in list(_products(model)):
+    """Merge the pairs into plain products, and unfreeze every weight; train a copy, if others share the base."""
+    for path, product, _ in list(_products(model)):
         if isinstance(product, LowRankLinear):
-            setattr(owner, name, product.merged())
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, product.merged())
     model.requires_grad_(True)
+    for name in ("lora", "base"):
+        model.__dict__.pop(name, None)
 
 
-def _products(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Each product of the blocks, with its owner and its name there."""
-    for block in cast(Iterable[nn.Module], model.blocks):
-        for owner in block.modules():
-            for name, child in owner.named_children():
-                if isinstance(child, nn.Linear):
-                    yield owner, name, child
+def lora_of(model: nn.Module) -> LoraSettings | None:
+    """What `add_lora` made of a model; None of a plain one."""
+    settings: LoraSettings | None = model.__dict__.get("lora")
+    return settings
+
+
+def low_rank_products(model: nn.Module) -> Iterator[tuple[LowRankLinear, tuple[str, ...]]]:
+    """Each product with pairs, and the Hugging Face name of each pair's module."""
+    for _, product, names in _products(model):
+        if isinstance(product, LowRankLinear):
+            yield product, names
+
+
+def _products(model: nn.Module) -> Iterator[tuple[str, nn.Linear, tuple[str, ...]]]:
+    """Path of each product of the blocks, and the Hugging Face names of its modules."""
+    names = FORMATS[architecture_of(model)].names(model.config)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "blocks." in path:
+            yield path, module, hub_modules(names, path)

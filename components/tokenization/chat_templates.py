@@ -17,6 +17,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from components.config.params import InputError
+from components.config.paths import TEMPLATE
 
 # Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
@@ -94,7 +95,7 @@ class _Generation(Extension):
 
 def read_template(folder: Path, config: Mapping[str, Any]) -> str:
     """The chat template, which newer folders keep in a file of its own."""
-    own = folder / "chat_template.jinja"
+    own = folder / TEMPLATE
     template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
     if isinstance(template, list):
         template = _merged({each["name"]: each["template"] for each in template})

@@ -137,6 +137,7 @@ class ChatTokenizer:
         self._tokenizer = tokenizer
         # Text never turns into a special token: rendered chats name theirs explicitly (see _parts).
         self._tokenizer.encode_special_tokens = True
+        self.template = template
         self._template = compile_template(template)
         self._ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in SPECIAL_TOKENS}
         self._names = {number: token for token, number in self._ids.items()}

@@ -14,17 +14,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from components.config.params import InputError
+from components.config.paths import CONFIG
 from components.tokenization.call_formats import BARE, CALL_MARKS, PROBE, CallFormat, detect_format, parse_json_calls
 from components.tokenization.chat_templates import compile_template, read_template, tool_templates
 from components.tokenization.chat_tokenizer import (
     SPECIAL_TOKENS,
     ChatTokenizer,
     byte_of_character,
+    read_json,
     reading_tokenizer,
 )
+from components.tokenization.text_tokenizer import break_special_tokens
 from components.tokenization.tool_calls import Turn, openai_call
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -38,6 +41,10 @@ _DECLARATION = {
     "parameters": {"type": "object", "properties": {}},
 }
 _TOOLS = [{"type": "function", "function": _DECLARATION}]
+DECODERS = ("ByteLevel", "ByteFallback", "Metaspace")
+"""Of a tokenizer whose tokens are bytes, or words behind a low line."""
+AS_IN_THE_FILE = ("mistral", "ministral", "phi3")
+"""Architectures whose tokenizer.json counts, whatever class their tokenizer_config.json names."""
 NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -152,21 +159,24 @@ class HFChatTokenizer(ChatTokenizer):
     def _plain(self) -> Tokenizer:
         plain = Tokenizer.from_str(self._tokenizer.to_str())
         plain.encode_special_tokens = True
+        if isinstance(plain.model, models.Unigram):
+            break_special_tokens(plain)
         return plain
 
     @cached_property
     def _bytes(self) -> list[bytes]:
         kinds = json.dumps(self._config["decoder"])
-        if '"ByteLevel"' not in kinds and '"ByteFallback"' not in kinds:
+        if not any(f'"{kind}"' in kinds for kind in DECODERS):
             name = (self._config["decoder"] or {}).get("type")
-            raise InputError(f"{self._folder}: decoder: {name!r} is not supported; allowed: ByteLevel, ByteFallback")
+            raise InputError(f"{self._folder}: decoder: {name!r} is not supported; allowed: {', '.join(DECODERS)}")
         alphabet = byte_of_character() if '"ByteLevel"' in kinds else None
         table = [b""] * self.vocab_size
         for text, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if number in self._added:
                 table[number] = b"" if number in self._names else text.encode()
             elif alphabet is not None:
-                table[number] = bytes(alphabet[character] for character in text)
+                known = all(character in alphabet for character in text)
+                table[number] = bytes(alphabet[character] for character in text) if known else text.encode()
             elif byte := _BYTE.fullmatch(text):
                 table[number] = bytes([int(byte[1], 16)])
             else:
@@ -226,13 +236,29 @@ def _content(token: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def load_chat_tokenizer(folder: Path) -> ChatTokenizer:
+def load_chat_tokenizer(folder: Path, template: str | None = None) -> ChatTokenizer:
     """Read a tokenizer or model folder: our own chat tokenizer, or any other with a chat template.
+
+    `template` replaces the folder's.
 
     Raises: InputError when a file is missing or unreadable.
     """
     with reading_tokenizer(folder, ("tokenizer.json", "tokenizer_config.json")) as (tokenizer, config):
-        template = read_template(folder, config)
+        template = read_template(folder, config) if template is None else template
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         return ChatTokenizer(tokenizer, template)
+    _split_as_llama(tokenizer, config, read_json(folder / CONFIG).get("model_type"))
     return HFChatTokenizer(tokenizer, template, config, folder)
+
+
+def _split_as_llama(tokenizer: Tokenizer, config: Mapping[str, Any], model_type: str | None) -> None:
+    """Split as transformers' LlamaTokenizer, which heeds nothing of tokenizer.json but its pieces.
+
+    The models of `AS_IN_THE_FILE` name this class and are read with their tokenizer.json.
+    """
+    name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if name != "LlamaTokenizer" or model_type in AS_IN_THE_FILE or "ByteFallback" not in str(tokenizer.decoder):
+        return
+    prefix = "never" if config.get("add_prefix_space") is False else "always" if config.get("legacy") else "first"
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)

@@ -79,7 +79,7 @@ def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict[str, str]]:
         elif family in _LIKE_SENTENCEPIECE and isinstance(tokenizer.model, models.Unigram):
             _split_as_sentencepiece(tokenizer, family, config)
         if isinstance(tokenizer.model, models.Unigram):
-            _break_special_tokens(tokenizer)
+            break_special_tokens(tokenizer)
         # special_tokens_map.json counts before the configuration, unless that lists the tokens itself.
         sources = [config] if "added_tokens_decoder" in config else [special_tokens, config]
         return tokenizer, _special_tokens(tokenizer, [*sources, _DEFAULTS.get(family, {})], model)
@@ -157,7 +157,7 @@ def _split_as_sentencepiece(tokenizer: Tokenizer, family: str, config: Mapping[s
     )
 
 
-def _break_special_tokens(tokenizer: Tokenizer) -> None:
+def break_special_tokens(tokenizer: Tokenizer) -> None:
     """Split what spells a special token behind its first character: to Unigram it is a piece like any other.
 
     SentencePiece itself never reads such a piece from text; the `tokenizers` library, and `transformers` with it, does.

@@ -11,35 +11,47 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from components.agent.saved_tools import adopt_tools, load_tools, read_agent
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.config.paths import AGENT, CONFIG, ORIGIN, TOKENIZER, Paths, writing
-from components.models.checkpoint import INDEX, check_model, read_architecture, weight_files
+from components.config.paths import AGENT, CONFIG, ORIGIN, TEMPLATE, TOKENIZER, Paths, writing
+from components.models.base_store import (
+    BASE,
+    Base,
+    base_folder,
+    is_adapter,
+    read_base,
+    store_base,
+    stored_base,
+)
+from components.models.checkpoint import check_model, read_architecture
 from components.models.decoder import Decoder
 from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.gguf import open_gguf, unpack_gguf
 from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
+from components.models.weight_files import ADAPTER_CONFIG, INDEX, weight_files, write_json
 from components.runtime.model_tasks import TASKS
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
-from components.tracking.registry import ModelVersion, Registry
+from components.tracking.registry import WEIGHTS_SHA256, ModelVersion, Registry, is_empty
 
 GATED = tuple(TASKS)
 """Models whose champion the promotion gate chooses."""
 FILES = (
     CONFIG,
+    ADAPTER_CONFIG,
+    BASE,
     "generation_config.json",
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    TEMPLATE,
     AGENT,
     "knowledge.sqlite",
 )
@@ -97,23 +109,73 @@ def _count_tokens(folder: Path, family: Family, config: Any) -> int:
 
 
 @contextmanager
-def unpacked(path: Path, home: Path) -> Iterator[Path]:
-    """A model folder, or what a GGUF file is unpacked to in the state folder `home` while the block runs.
+def unpacked(path: Path, home: Path, base: str = "") -> Iterator[Path]:
+    """A model folder, or what a GGUF file or an adapter becomes in the state folder `home` while the block runs.
 
-    Raises: InputError when the file is damaged or not supported, or the disk is full.
+    `base`: of an adapter that does not name its base itself, NAME@ALIAS or NAME/VERSION.
+
+    Raises: InputError when the file is damaged or not supported, the base is missing, or the disk is full.
     """
-    if path.suffix != ".gguf":
+    if base and not is_adapter(path):
+        raise InputError(f"--base: {base}: {path} is no adapter (no {ADAPTER_CONFIG} there); leave --base out")
+    if path.suffix != ".gguf" and not is_adapter(path):
         yield path
         return
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: not found; give a GGUF file or a model folder")
     with writing(home):
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home, prefix=".importing-") as scratch:
-            file = open_gguf(path)
-            unpack_gguf(file, Path(scratch))
-            unpack_tokenizer(file.metadata, path, Path(scratch))
+            if is_adapter(path):
+                _complete_adapter(path, base, Registry(home), Path(scratch))
+            else:
+                file = open_gguf(path)
+                unpack_gguf(file, Path(scratch))
+                unpack_tokenizer(file.metadata, path, Path(scratch))
             yield Path(scratch)
+
+
+def _complete_adapter(path: Path, base: str, registry: Registry, folder: Path) -> None:
+    """Write an adapter's own files, and those of its base that it lacks, except for the weights."""
+    if base:
+        version = registry.resolve(base)
+        record, source = store_base(version.folder, registry.home, str(version)), version.folder
+        if (path / BASE).is_file() and (own := read_base(path)).weights_sha256 != record.weights_sha256:
+            raise InputError(f"{path}: is an adapter of {own.source}, whose weights are not those of --base {base}")
+    else:
+        record = _named_base(path, registry)
+        registered = registry.with_weights(record.weights_sha256)
+        source = registered.folder if registered else stored_base(record.weights_sha256, registry.home)
+    if is_adapter(source):
+        raise InputError(f"--base: {base}: is an adapter itself; name the model that this one was trained on")
+    for part in (source, path):
+        for name in FILES:
+            if (part / name).is_file():
+                shutil.copyfile(part / name, folder / name)
+    for file in weight_files(path):
+        shutil.copyfile(file, folder / file.name)
+    write_json(folder / BASE, asdict(record))
+
+
+def _named_base(path: Path, registry: Registry) -> Base:
+    """The base that an adapter's folder names: by digest, or in PEFT's configuration as a folder or a version."""
+    if (path / BASE).is_file():
+        registry.fetch_base(read_base(path).weights_sha256)
+        base_folder(path)
+        return read_base(path)
+    try:
+        name = str(json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / ADAPTER_CONFIG}: not a readable adapter configuration: {error!r}") from None
+    if (Path(name) / CONFIG).is_file():
+        return store_base(Path(name), registry.home, name)
+    version = None if is_empty(registry.home) or name.count("/") > 1 else registry.find(name)
+    if version is None:
+        raise InputError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path: {name!r}: no folder here and no registered model;"
+            " import the base first and give it with --base NAME@ALIAS"
+        )
+    return store_base(version.folder, registry.home, str(version))
 
 
 def import_model(
@@ -146,6 +208,9 @@ def import_model(
                 tags["tools_left_out"] = ", ".join(left_out)
             metrics = {"parameters": float(info.parameters)}
             version = registry.register(clean, name, metrics, tags, None)
+    if digest := version.tags.get(WEIGHTS_SHA256):
+        with writing(registry.home):  # for adapters of it
+            store_base(version.folder, registry.home, str(version), digest)
     if name not in GATED:
         registry.promote(version)
     return registry.resolve(str(version))
@@ -171,8 +236,10 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
         yield from pooling_files(folder).items()
 
 
-def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
+def place_model(folder: Path, place: Path, origin: dict[str, str], template: str | None = None) -> None:
     """Copy a model, with `origin.json`, into the folder `place`, whose hidden files stay.
+
+    `template` replaces its chat template.
 
     Older files are removed first and config.json is written last: without it an interrupted copy is no model.
     """
@@ -183,6 +250,8 @@ def place_model(folder: Path, place: Path, origin: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}-") as scratch:
         copied = Path(scratch) / "model"
         copy_model(folder, copied)
+        if template is not None:
+            (copied / TEMPLATE).write_text(template, encoding="utf-8")
         (copied / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         place.mkdir(parents=True, exist_ok=True)
         for file in sorted(copied.iterdir(), key=lambda file: file.name == CONFIG):

@@ -22,6 +22,9 @@ from urllib.parse import unquote, urlparse
 
 from components.agent.saved_tools import check_source, tool_tags
 from components.config.params import InputError
+from components.config.paths import writing
+from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
+from components.models.weight_files import weights_digest
 from components.runtime.process import file_lock
 from components.tracking.mlflow_client import (
     DATABASE,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 ALIASES = ("champion", "challenger", "previous")
 PREVIOUS = "previous"
 """Tag of a version: the number of the champion before it, or empty; alias of the version that the tag names."""
+WEIGHTS_SHA256, BASE_SHA256, BASE_VERSION = "weights_sha256", "base_sha256", "base_version"
+"""Tags: the digest of a version's weights; that of an adapter's base, and the version that has it."""
 _LOCK_SECONDS = 60.0
 """Longest wait for another process that changes aliases."""
 
@@ -65,13 +70,15 @@ class ModelVersion:
 
     @cached_property
     def folder(self) -> Path:
-        """The model folder (Hugging Face format) on this machine; downloaded once from a server.
+        """The model folder (Hugging Face format) on this machine, and an adapter's base; downloaded once from a server.
 
         Raises: InputError when the source of its tools differs from the registered digest.
         """
         folder = next((self.registry.files(self) / "data").iterdir())
         if sha256 := self.tags.get("tools_sha256"):
             check_source(folder, sha256)
+        if base := self.tags.get(BASE_SHA256):
+            self.registry.fetch_base(base)
         return folder
 
 
@@ -179,8 +186,11 @@ class Registry:
     def register(
         self, folder: Path, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], parent: str | None
     ) -> ModelVersion:
-        """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts."""
-        tags = {**tool_tags(folder), **tags}
+        """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts.
+
+        Of an adapter whose base is not registered, the base becomes a version of `NAME-base`.
+        """
+        tags = {**tool_tags(folder), **self._weights_tags(folder, name, parent), **tags}
         run_id = create_run(self.client, f"register {name}", {}, parent, _now())
         try:
             self.log_metrics(run_id, metrics)
@@ -200,6 +210,30 @@ class Registry:
             name, f"runs:/{run_id}/{name}", run_id, tags={mlflow_name(key): tag for key, tag in tags.items()}
         )
         return self.resolve(f"{name}/{row.version}")
+
+    def _weights_tags(self, folder: Path, name: str, parent: str | None) -> dict[str, str]:
+        """Tags by which weights are found again: a model's own, or those of an adapter's base."""
+        if not is_adapter(folder):
+            return {WEIGHTS_SHA256: weights_digest(folder)}
+        base = read_base(folder)
+        version = self.with_weights(base.weights_sha256)
+        if version is None:
+            version = self.register(base_folder(folder), f"{name}-base", {}, {"family": "base"}, parent)
+        return {BASE_VERSION: str(version), BASE_SHA256: base.weights_sha256}
+
+    def with_weights(self, weights_sha256: str) -> ModelVersion | None:
+        """The newest version that has these weights itself."""
+        rows = self.client.search_model_versions(f"tag.{WEIGHTS_SHA256} = '{weights_sha256}'")
+        newest = max(rows, key=lambda row: row.creation_timestamp, default=None)
+        return self.resolve(f"{newest.name}/{newest.version}") if newest is not None else None
+
+    def fetch_base(self, weights_sha256: str) -> None:
+        """Put the base with these weights into the state folder, if it is registered and not there yet."""
+        if stored_base(weights_sha256, self.home).is_dir():
+            return
+        if version := self.with_weights(weights_sha256):
+            with writing(self.home):
+                store_base(version.folder, self.home, str(version), weights_sha256)
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Add metrics to a version's run."""

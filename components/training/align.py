@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
-from components.models.checkpoint import load_decoder, save_decoder
+from components.models.base_store import is_adapter, store_base
+from components.models.checkpoint import load_decoder, save_decoder, sharing
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
+from components.models.lora import add_lora
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
@@ -37,13 +39,13 @@ def align(run: StageRun) -> None:
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    reference = load_decoder(start, compute_dtype(config.precision, device), device).eval()
+    dtype = compute_dtype(config.precision, device)
+    reference = load_decoder(start, dtype, device).eval()
     reference.requires_grad_(False)
+    model = _trained_model(run, reference)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
     reference_log_probs(reference, preferences, config.micro_batch_size)
     rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
-    model = load_decoder(start)
-    freeze(model, config.trained_share)
     torch.manual_seed(run.params.seed)
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
@@ -51,6 +53,22 @@ def align(run: StageRun) -> None:
     files = {name: start / name for name in (AGENT, TOOLS, "knowledge.sqlite") if (start / name).exists()}
     save_decoder(model, run.paths.candidate, start, {**files, TRAINED_ON_FILE: _origin(run)})
     report(run, config, model, measured, run.paths.candidate, {})
+
+
+def _trained_model(run: StageRun, reference: Decoder) -> Decoder:
+    """The model that is trained; with low-rank pairs its frozen weights are those of the reference, in memory once."""
+    config, start = run.params.align, run.paths.start
+    torch.manual_seed(run.params.seed)
+    if is_adapter(start):
+        return load_decoder(start, reference.embed.weight.dtype, reference.embed.weight.device)
+    if config.lora_rank:
+        model = sharing(reference)
+        base = store_base(start, run.paths.home)
+        add_lora(model, config.lora_rank, config.lora_alpha, base=base)
+        return model
+    model = load_decoder(start)
+    freeze(model, config.trained_share)
+    return model
 
 
 def freeze(model: Decoder, trained_share: float) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from components.config.model_settings import ClassifierConfig
 from components.config.params import InputError
+from components.models.base_store import store_base
 from components.models.checkpoint import load_model, save_model
 from components.models.devices import best_device
 from components.models.encoder import Classifier, Encoder, EncoderForPretraining, classifier_from
@@ -138,7 +139,9 @@ class ClassifierTraining:
         torch.manual_seed(self.run.params.seed)
         model = classifier_from(self.encoder, self.rows.labels, settings.dropout)
         if settings.lora_rank:
-            add_lora(model, settings.lora_rank, settings.lora_alpha, also=("pooler", "head"))
+            # Adapted to the texts, the base is no longer the one that is stored.
+            base = None if settings.adapt_steps else store_base(self.base, self.run.paths.home)
+            add_lora(model, settings.lora_rank, settings.lora_alpha, ("pooler", "head"), base)
         return model
 
     def _train(self, phase: Phase, settings: ClassifierConfig, model: Classifier, stopping: EarlyStopping) -> Measured:
@@ -161,7 +164,8 @@ def finetune_classifier(run: StageRun) -> None:
     best = best_of(trials, 1 / len(training.rows.labels)) if trials else None
     chosen = best.values if best else {}
     model, stopping, measured = training.final(chosen)
-    merge_lora(model)
+    if training.config.adapt_steps:
+        merge_lora(model)
     logits = validation_logits(model, training.validation)
     temperature = fit_temperature(logits, torch.from_numpy(training.validation.numbers("label")))
     apply_temperature(model, temperature)

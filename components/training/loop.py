@@ -247,10 +247,11 @@ def train(
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     best = early_stopping.best_weights if early_stopping is not None else {}
-    with torch.no_grad():  # trained and frozen weights alike without their bf16 rounding
-        weights = dict(model.float().named_parameters())
-        for name, weight in (frozen | training.masters.trained() | best).items():
-            weights[name].copy_(weight)
+    weights = frozen | training.masters.trained() | best  # without the rounding of the training's dtype
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].detach()
+    if all(weight.dtype == torch.float32 for weight in weights.values()):
+        model.float()  # what is no weight
     model.eval()
     return training.measured
 

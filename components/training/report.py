@@ -11,7 +11,7 @@ from torch import nn
 from components.config.model_settings import Family, TrainConfig
 from components.config.params import InputError
 from components.datasets.formats import write_json
-from components.models.checkpoint import weights_digest
+from components.models.weight_files import weights_digest
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
 from components.training.checkpoints import Checkpoints

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
+from components.models.base_store import is_adapter, store_base
 from components.models.checkpoint import load_decoder, save_decoder
-from components.models.devices import configure_cpu
-from components.models.lora import add_lora, merge_lora
+from components.models.devices import best_device, compute_dtype, configure_cpu
+from components.models.lora import add_lora, lora_of
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
 from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
@@ -31,9 +33,12 @@ def tune(run: StageRun) -> None:
     rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
     config, base = run.params.tune, run.paths.start_of("decoder")
-    model = load_decoder(base)
+    # A frozen base is read in the dtype of the training, not kept in fp32 beside it.
+    low_rank = config.lora_rank or is_adapter(base)
+    dtype = compute_dtype(config.precision, best_device()) if low_rank else torch.float32
+    model = load_decoder(base, dtype)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
-    measured = train_from_base(run, config, model, model.config.max_seq_len, rows, causal_lm)
+    measured = train_from_base(run, config, model, base, rows, causal_lm)
     # Its stop tokens may be more than the tokenizer's.
     generation = base / "generation_config.json"
     files = _agent_files(run) | ({generation.name: generation} if generation.is_file() else {})
@@ -43,16 +48,16 @@ def tune(run: StageRun) -> None:
 
 
 def train_from_base(
-    run: StageRun, config: FineTuneConfig, model: M, max_seq_len: int, rows: Rows, objective: Objective[M]
+    run: StageRun, config: FineTuneConfig, model: M, folder: Path, rows: Rows, objective: Objective[M]
 ) -> Measured:
-    """Train all weights of a base, or LoRA's low-rank pairs, which are merged at the end."""
+    """Train all weights of the model of a folder, or LoRA's low-rank pairs: new ones, or those that it has."""
     torch.manual_seed(run.params.seed)
-    if config.lora_rank:
-        add_lora(model, config.lora_rank, config.lora_alpha)
-    describe(run, model, max_seq_len, rows)
-    measured = train(run, config, model, rows, objective)
-    merge_lora(model)
-    return measured
+    if config.lora_rank and lora_of(model) is None:
+        base = store_base(folder, run.paths.home)
+        add_lora(model, config.lora_rank, config.lora_alpha, base=base)
+    shape: Any = model.config
+    describe(run, model, shape.max_seq_len, rows)
+    return train(run, config, model, rows, objective)
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:

@@ -17,6 +17,7 @@ from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.inference.batching import ContinuousBatch, Row, generate
 from components.inference.packed_weights import pack, round_checked, should_pack
+from components.models.base_store import base_folder, is_adapter
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, serving_dtype, threads_for, use_threads
@@ -37,6 +38,7 @@ from serving.engine.backend import (
     load_agent,
 )
 from serving.engine.scheduler import Scheduler, Turn
+from serving.engine.shared_base import SharedBase
 
 INT8_AGREEMENT = 0.98
 """Share of greedy tokens that have to agree on SAMPLES between the full and the int8 model."""
@@ -60,9 +62,18 @@ class LocalEngine(Backend):
         config: ServeConfig,
         slots: int = 0,
         on_step: Callable[[int], None] = lambda rows: None,
+        shared: tuple[SharedBase, int] | None = None,
     ) -> None:
-        """`on_step` is called with the number of requests in each decode step."""
-        batch = ContinuousBatch(model, slots or config.max_running, config.max_context_tokens)
+        """`on_step` is called with the number of requests in each decode step.
+
+        `shared`: the base with which others share the model, and the number of this engine's adapter.
+        """
+        self._shared = shared[0] if shared else None
+        self.adapter = shared[1] if shared else 0
+        if self._shared is not None:
+            batch = self._shared.batch
+        else:
+            batch = ContinuousBatch(model, slots or config.max_running, config.max_context_tokens)
         super().__init__(agent, name, config, batch.count)
         agent.context_len = batch.context
         if note := batch.plan.note(model.config.max_seq_len, slots or config.max_running):
@@ -72,7 +83,12 @@ class LocalEngine(Backend):
         self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
-        self.scheduler = Scheduler(batch, name, self._on_step)
+        self._stopped = threading.Event()
+        if self._shared is not None:
+            self.scheduler = self._shared.scheduler
+            self._shared.listen(self.adapter, self._on_step)
+        else:
+            self.scheduler = Scheduler(batch, name, self._on_step)
 
     @classmethod
     def load(
@@ -88,16 +104,12 @@ class LocalEngine(Backend):
         Raises: InputError when the folder holds no usable model.
         """
         agent = load_agent(folder, config, external_tools)
-        device = best_device()
-        # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
-        model = load_decoder(folder, serving_dtype(device), device)
-        model.eval()
-        use_threads(threads_for(model.num_parameters))
-        if config.int8 and not model.embed.weight.is_cuda:
-            round_checked(model, _sample(model, agent), INT8_AGREEMENT)
-        if should_pack(model):
-            pack(model)
-        engine = cls(model, agent, name, config, on_step=on_step)
+        if is_adapter(folder):
+            shared = SharedBase.open(folder, config, lambda: _load(base_folder(folder), agent, config))
+            use_threads(threads_for(shared[0].model.num_parameters))
+            engine = cls(shared[0].model, agent, name, config, on_step=on_step, shared=shared)
+        else:
+            engine = cls(_load(folder, agent, config), agent, name, config, on_step=on_step)
         engine.warm()
         return engine
 
@@ -127,12 +139,32 @@ class LocalEngine(Backend):
             self.start_waiting()
 
     def _stop(self) -> None:
-        self.scheduler.end()
+        if self._shared is not None:
+            self._shared.leave(self.adapter)
+        else:
+            self.scheduler.end()
         self.pool.shutdown(wait=False)
+        self._stopped.set()
 
     def _join(self) -> None:
-        self.scheduler.join()
+        self._stopped.wait()
+        if self._shared is None:
+            self.scheduler.join()
         self.pool.shutdown()
+
+
+def _load(folder: Path, agent: Agent, config: ServeConfig) -> Decoder:
+    """A decoder as it is served: its dtype, and its weights prepared for few rows."""
+    device = best_device()
+    # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
+    model = load_decoder(folder, serving_dtype(device), device)
+    model.eval()
+    use_threads(threads_for(model.num_parameters))
+    if config.int8 and not model.embed.weight.is_cuda:
+        round_checked(model, _sample(model, agent), INT8_AGREEMENT)
+    if should_pack(model):
+        pack(model)
+    return model
 
 
 def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
@@ -226,6 +258,7 @@ class LocalTask(GenerationTask):
             seed=None if self.request.seed is None else self.request.seed + self.turn,
             stop_ids=(self.agent.tokenizer.end_id,),
             constraint=prompt.constraint,
+            adapter=self.engine.adapter,
         )
         turn = Turn(self.row, self._push, self._ended, self.deadline, self.cancelled)
         self.engine.scheduler.submit(turn, first=self.turn > 0)

@@ -28,7 +28,7 @@ from components.agent.agent import GAVE_UP, Agent, ContextTooLong
 from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
-from components.models.adapters import is_adapter
+from components.models.base_store import is_adapter
 from serving.engine.backend import (
     AgentStep,
     Backend,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
-from components.models.adapters import is_adapter
-from components.models.checkpoint import weight_files, weights_digest
+from components.models.base_store import is_adapter, read_base
+from components.models.weight_files import weight_files, weights_digest
 from components.runtime.model_tasks import TASKS
 from components.tracking.registry import Registry
 from serving.engine.backend import BackendNotReady
 
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
 """Models served by default: the champion of each task, where there is one."""
-BASE = "base.json"
-"""In the folder of an adapter: `weights_sha256` and `source` of its base model."""
 
 logger = logging.getLogger("loopwright.versions")
 
@@ -139,15 +136,14 @@ def check_weights(folder: Path, name: str, where: str, served: str | None) -> No
 
     Raises: BackendNotReady when they differ.
     """
-    adapter = is_adapter(folder)
+    base = read_base(folder) if is_adapter(folder) else None
     actual = _digest(Path(served)) if served else None
     if actual is None:
-        if not adapter:
+        if base is None:
             logger.warning("%s: %s answers with the weights that it was started with, which may be others", name, where)
         return
-    base = json.loads((folder / BASE).read_text(encoding="utf-8")) if adapter else {}
-    if actual != (base["weights_sha256"] if adapter else _digest(folder)):
-        model, source = (f"{base['source']}, the base of {name}", base["source"]) if adapter else (name, folder)
+    if actual != (base.weights_sha256 if base else _digest(folder)):
+        model, source = (f"{base.source}, the base of {name}", base.source) if base else (name, folder)
         raise BackendNotReady(
             f"{where}: {served} does not have the weights of {model}, and a server cannot change its own while it runs;"
             f" start it with {source}"

@@ -11,9 +11,11 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.model_import import import_model, inspect_model
 from components.tracking.registry import Registry
 from flows.orchestration.base_models import fetch_base_models
+from tests.tokenization.hf_tokenizers import CHATML, LLAMA, llama
 from tests.tracking.test_model_import import SOURCE, decoder, encoder
 
 
@@ -24,9 +26,9 @@ def paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     return Paths(tmp_path)
 
 
-def name(paths: Paths, base: str) -> None:
+def name(paths: Paths, base: str, **settings: str) -> None:
     params = yaml.safe_load(paths.params.read_text())
-    params["tune"]["base"] = base
+    params["tune"] = {"base": base, **settings}
     paths.params.write_text(yaml.safe_dump(params))
 
 
@@ -64,6 +66,56 @@ def test_a_named_model_is_fetched_once_and_goes_when_it_is_named_no_more(paths: 
 def test_a_base_that_cannot_be_one_is_one_line(base: str, message: str, paths: Paths) -> None:
     encoder(paths.root / "bert")
     name(paths, base)
+    with pytest.raises(InputError, match=message):
+        fetch_base_models(paths, print)
+    assert not (paths.imported("decoder") / "config.json").exists()
+
+
+def test_a_base_without_tools_gets_a_template_that_knows_them(paths: Paths) -> None:
+    """As SmolLM2, whose conversations with calls were refused after half a minute of other work."""
+    folder, said = llama(decoder(paths.root / "theirs")), list[str]()
+    name(paths, "theirs")
+    fetch_base_models(paths, said.append)
+    place = paths.imported("decoder")
+    own, tuned = load_chat_tokenizer(folder), load_chat_tokenizer(place)
+    assert (own.knows_tools, tuned.knows_tools) == (False, True)
+    assert said[0].startswith("tune.template: auto: the chat template of theirs knows no tools; declarations, calls")
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    assert tuned.encode_chat(chat) == own.encode_chat(chat)
+    assert (folder / "chat_template.jinja").read_text() == LLAMA
+
+
+def test_the_template_of_a_base_may_be_a_file(paths: Paths) -> None:
+    folder = decoder(paths.root / "theirs")
+    (paths.root / "own.jinja").write_text(CHATML + "{# own #}")
+    name(paths, "theirs", template="own.jinja")
+    fetch_base_models(paths, print)
+    place = paths.imported("decoder") / "chat_template.jinja"
+    assert place.read_text() == CHATML + "{# own #}"
+    (paths.root / "own.jinja").write_text(CHATML + "{# edited #}")
+    fetch_base_models(paths, print)
+    assert place.read_text() == CHATML + "{# edited #}"
+    name(paths, "theirs", template="own")
+    fetch_base_models(paths, print)
+    assert not place.exists()
+    assert (place.parent / "tokenizer_config.json").read_bytes() == (folder / "tokenizer_config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("nowhere.jinja", r"tune\.template: nowhere\.jinja: no such file; write auto, own, or a template's path"),
+        (
+            "own",
+            r"tune\.template: own: the chat template knows no tools .* of stdlib-conversations call some",
+        ),
+        ("bad.jinja", "chat_template: where the model writes message 1 is unknown"),
+    ],
+)
+def test_a_template_that_does_not_suit_is_refused_before_any_work(template: str, message: str, paths: Paths) -> None:
+    llama(decoder(paths.root / "theirs"))
+    (paths.root / "bad.jinja").write_text("{{ messages | length }}" + LLAMA)
+    name(paths, "theirs", template=template)
     with pytest.raises(InputError, match=message):
         fetch_base_models(paths, print)
     assert not (paths.imported("decoder") / "config.json").exists()

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from components.config.params import InputError
 from components.models.attention import FusedLinear
-from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model, weights_digest
+from components.models.checkpoint import load_decoder, read_config, save_decoder, save_model
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.weight_files import weights_digest
 
 TINY = DecoderConfig(
     vocab_size=97, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, max_seq_len=64

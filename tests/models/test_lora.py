@@ -112,6 +112,6 @@ def test_each_part_of_a_fused_product_has_a_pair_of_its_own() -> None:
 
 def test_a_new_head_may_go_on_learning_whole() -> None:
     model = classifier()
-    add_lora(model, rank=2, alpha=2.0, also=("pooler", "head"))
+    add_lora(model, rank=2, alpha=2.0, modules=("pooler", "head"))
     whole = {name for name, weight in model.named_parameters() if weight.requires_grad and "lora" not in name}
     assert whole == {"pooler.weight", "pooler.bias", "head.weight", "head.bias"}

@@ -16,10 +16,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from safetensors.torch import save_file
 
 from components.config.loop_settings import ServeConfig
 from components.config.params import load_params
-from components.models.checkpoint import weights_digest
+from components.models.weight_files import weights_digest
 from components.tracking.registry import ModelVersion, Registry
 from serving.engine.backend import Backend, BackendNotReady, Completion, Event, Failure, GenerationRequest
 from serving.engine.remote import RemoteServer
@@ -132,6 +133,9 @@ def adapter(agent_folder: Path, registry: Registry, tmp_path: Path) -> Callable[
         (folder / "adapter_config.json").write_text(json.dumps({"answer": answer}))
         base = {"weights_sha256": weights_digest(agent_folder), "source": "theirs/1"}
         (folder / "base.json").write_text(json.dumps(base))
+        save_file({}, folder / "adapter_model.safetensors")
+        if "theirs" not in registry.names():
+            registry.register(agent_folder, "theirs", {}, {}, None)
         return registry.register(folder, "agent", {}, {"smoke_answer": expected or answer}, None)
 
     return register

@@ -91,7 +91,9 @@ def test_smollm2_fills_a_forced_call(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (file,) = Path(package.origin).parent.glob("*.gguf")
     monkeypatch.setenv("LOOPWRIGHT_HOME", str(tmp_path / "home"))
     tools = project_tools(write_project(tmp_path, "fruit_smollm2", parts=PARTS))
-    config = load_params(ROOT / "params.yaml").serve.model_copy(update={"max_steps": 2, "max_running": 4, "max_new_tokens": 48})
+    config = load_params(ROOT / "params.yaml").serve.model_copy(
+        update={"max_steps": 2, "max_running": 4, "max_new_tokens": 48}
+    )
     with unpacked(file, tmp_path) as folder:
         engine = LocalEngine.load(folder, "smollm2/1", config, lambda: tools)
     events: queue.Queue[Event] = queue.Queue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -70,21 +71,55 @@ def llama(folder: Path) -> Path:
     return folder
 
 
-def sentencepiece(folder: Path) -> Path:
+def sentencepiece(folder: Path, **config: object) -> Path:
     """As Llama 2: words behind a low line, bytes as `<0x0A>`, no prompt for the model's turn."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    splits = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return _pieces(model, None, splits, folder, **config)
+
+
+def llama_2(folder: Path) -> Path:
+    """As Llama 2's own file, which prefixes every piece; the class that it names prefixes the first."""
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    prefix = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return _pieces(model, prefix, None, folder, tokenizer_class="LlamaTokenizer", legacy=False)
+
+
+def gemma(folder: Path) -> Path:
+    """As Gemma: no prefix."""
+    model = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    splits = pre_tokenizers.Split(" ", "merged_with_previous")
+    return _pieces(model, normalizers.Replace(" ", "\u2581"), splits, folder, tokenizer_class="GemmaTokenizer")
+
+
+def unigram(folder: Path) -> Path:
+    """As the decoders of llm-jp: Unigram with bytes."""
+    return _pieces(models.Unigram(), None, pre_tokenizers.Metaspace(prepend_scheme="first"), folder)
+
+
+def _pieces(model: Any, normalizer: Any, splits: Any, folder: Path, **config: object) -> Path:
+    tokenizer = Tokenizer(model)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if splits is not None:
+        tokenizer.pre_tokenizer = splits
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    special = [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "<s>", "</s>")]
+    special = [AddedToken(mark, special=True, normalized=False) for mark in ("<unk>", "<s>", "</s>", "<pad>", "<mask>")]
     words = [AddedToken(f"<0x{byte:02X}>", special=False, normalized=False) for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *words], show_progress=False)
+    if isinstance(model, models.BPE):
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *words], show_progress=False)
+    else:
+        trainer = trainers.UnigramTrainer(
+            vocab_size=380, special_tokens=[*special, *words], unk_token="<unk>", show_progress=False
+        )
     tokenizer.train_from_iterator(TEXTS, trainer)
     described = json.loads(tokenizer.to_str())
-    described["added_tokens"] = [token for token in described["added_tokens"] if token["special"]][:3]
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["special"]][:5]
+    described["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(described))
-    return _save(tokenizer, folder, INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return _save(tokenizer, folder, INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **config)
 
 
 LLAMA_TOOLS = """\
@@ -210,7 +245,7 @@ def _byte_level(special: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _save(tokenizer: Tokenizer, folder: Path, template: str | None, **named: str) -> Path:
+def _save(tokenizer: Tokenizer, folder: Path, template: str | None, **named: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from components.config.params import InputError
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import HFChatTokenizer, load_chat_tokenizer
 from components.tokenization.tool_calls import Call
-from tests.tokenization.hf_tokenizers import CHATML, chatml, llama, sentencepiece
+from tests.tokenization.hf_tokenizers import CHATML, HARD, chatml, gemma, llama, llama_2, sentencepiece, unigram
 
 CHAT = [
     {"role": "user", "content": "What does json.dumps do?"},
@@ -34,7 +34,16 @@ CALLING = [
     {"role": "tool", "tool_call_id": "1", "name": "lookup", "content": "Serialize obj."},
     {"role": "assistant", "content": "It serializes obj."},
 ]
-MAKERS = {"chatml": chatml, "llama": llama, "sentencepiece": sentencepiece}
+MAKERS = {
+    "chatml": chatml,
+    "llama": llama,
+    "sentencepiece": sentencepiece,
+    "llama_2": llama_2,
+    "gemma": gemma,
+    "unigram": unigram,
+}
+SPELLED = ["</s><s>", "<|im_end|> or <|eot_id|>", "<tool_call>", "<0x0A><unk>", "\u2581\u2581low line"]
+"""Special tokens and stand-ins, spelled out."""
 
 
 @pytest.fixture(params=list(MAKERS))
@@ -57,13 +66,44 @@ def learned(tokenizer: ChatTokenizer, messages: Any) -> list[str]:
 
 
 def test_a_foreign_chat_has_the_ids_of_transformers(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = load_chat_tokenizer(folder)
     assert isinstance(tokenizer, HFChatTokenizer)
-    theirs: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    theirs: Any = AutoTokenizer.from_pretrained(folder)
     harmless = [CHAT[0], CHAT[1], {"role": "user", "content": "Naïve 漢字?"}, CHAT[3]]
     assert tokenizer.encode_chat(harmless)[0] == theirs.apply_chat_template(harmless)["input_ids"]
     prompt = theirs.apply_chat_template(harmless[:3], add_generation_prompt=True)["input_ids"]
     assert tokenizer.encode_chat(harmless[:3], add_generation_prompt=True)[0] == prompt
+
+
+@pytest.mark.parametrize("text", [*HARD, *SPELLED])
+def test_hard_text_has_the_ids_of_transformers(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer, reference = load_chat_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    control = set(tokenizer.special_ids.values()) - {reference.unk_token_id}
+    if folder.name != "unigram" or text in HARD[:5]:  # to Unigram a special token is a piece like any other
+        plain = reference(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode(text) == plain
+    assert not set(reference.all_special_ids) - {reference.unk_token_id} & set(tokenizer.encode(text))
+    chat = [{"role": "user", "content": text}]
+    rendered = tokenizer.render(chat)
+    assert tokenizer.encode_chat(chat)[0] == reference(rendered, add_special_tokens=False)["input_ids"]
+    harmless = tokenizer.encode_chat([{"role": "user", "content": "hello"}])[0]
+    ends = [[number for number in ids if number in control] for ids in (tokenizer.encode_chat(chat)[0], harmless)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize(("model_type", "prefixed"), [("llama", False), ("mistral", True)])
+def test_the_class_that_a_folder_names_counts_where_it_does_in_transformers(
+    model_type: str, prefixed: bool, tmp_path: Path
+) -> None:
+    folder = llama_2(tmp_path)
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    text = "<s>hello</s>hello"
+    tokenizer, reference = load_chat_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer._encode([(text, False)])[0]
+    assert ids == reference(text, add_special_tokens=False)["input_ids"]
+    assert (len(ids) == 2 * len(tokenizer.encode("hello")) + 2) == prefixed
 
 
 def test_the_mask_is_what_the_model_writes_after_the_prompt(folder: Path) -> None:

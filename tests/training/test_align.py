@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from components.config.params import InputError
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter
 from components.feedback.curate import curate
+from components.models.base_store import read_base
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.weight_files import weights_digest
 from components.runtime.stage import digest
 from components.token_rows.batches import TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role
@@ -92,6 +96,43 @@ def test_align_moves_towards_what_people_want(paths: Paths) -> None:
     assert moved[Role.CHOSEN] > 1
     assert moved[Role.CHOSEN] > moved[Role.REJECTED] + 1
     assert moved[Role.LIKED] > moved[Role.DISLIKED]
+
+
+def test_an_adapter_is_trained_beside_the_champion_from_one_copy_of_its_weights(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First a new adapter of a champion that has none, then, from that one, the adapter goes on."""
+    monkeypatch.chdir(paths.root)
+    (paths.root / "dvc.yaml").touch()
+    monkeypatch.setenv("LOOPWRIGHT_HOME", "var")
+    seen: list[set[int]] = []
+
+    def watched(config: Any, reference: Decoder) -> Any:
+        seen.append({weight.data_ptr() for weight in reference.parameters()})
+        objective = align_objective(config, reference)
+
+        def watch(model: Decoder, batch: Any) -> Any:
+            own = {weight.data_ptr() for weight in model.parameters() if weight.requires_grad}
+            assert {weight.data_ptr() for weight in model.parameters()} - own <= seen[-1]
+            assert not own & seen[-1]
+            return objective(model, batch)
+
+        return watch
+
+    monkeypatch.setattr("components.training.align.align_objective", watched)
+    align(new_run(paths, "align", align__lora_rank=4, **LONG))
+    gained = gains(paths)
+    assert gained[Role.CHOSEN] > 0 > gained[Role.REJECTED]
+    first = read_base(paths.candidate)
+    assert first.weights_sha256 == weights_digest(paths.start)
+    shutil.rmtree(paths.start)
+    paths.candidate.rename(paths.start)
+    (paths.start / "origin.json").write_text('{"version": "agent/2"}')
+    align(new_run(paths, "align", **LONG))
+    assert read_base(paths.candidate) == first
+    again = gains(paths)
+    assert again[Role.CHOSEN] > 0
+    assert len(seen) == 2
 
 
 def test_a_set_of_lone_preferences_trains_too(paths: Paths) -> None:

@@ -16,6 +16,7 @@ from components.datasets.formats import DatasetWriter
 from components.inference.classifier import TextClassifier
 from components.models.checkpoint import load_model
 from components.models.encoder import Classifier, Encoder
+from components.models.lora import merge_lora
 from components.models.sentence_pooling import read_pooling
 from components.runtime.model_tasks import task_of
 from components.runtime.stage import StageRun
@@ -139,6 +140,7 @@ def test_a_stranger_without_a_head_is_tuned_by_lora(name: str, paths: Paths, hom
     assert read_pooling(classifier).mode == "max"
     before, after = load_model(folder), load_model(classifier)
     assert torch.equal(before.get_parameter("embed.weight"), after.get_parameter("embed.weight"))
+    merge_lora(after)
     weight = "blocks.0.attention.qkv.weight"
     assert not torch.equal(before.get_parameter(weight), after.get_parameter(weight))
     assert [one.label for one in TextClassifier.load(classifier).classify(list(LABELS.values()))] == list(LABELS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from components.agent.agent import Agent
@@ -15,6 +16,7 @@ from components.config.params import load_params
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter
 from components.models.checkpoint import load_decoder
+from components.models.lora import lora_of, merge_lora
 from components.runtime.stage import StageRun
 from components.token_rows.prepare import prepare
 from components.tokenization import chat_tokenizer as bpe
@@ -72,6 +74,8 @@ def paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, recorder:
 def test_a_stranger_is_tuned_and_answers_in_its_own_words(paths: Paths) -> None:
     before, after = load_decoder(paths.imported("decoder")), load_decoder(paths.agent)
     assert torch.equal(before.embed.weight, after.embed.weight)
+    assert lora_of(after) is not None
+    merge_lora(after)
     assert not torch.equal(before.blocks[0].attention.qkv.weight, after.blocks[0].attention.qkv.weight)
     agent = Agent.load(paths.agent, after.config.max_seq_len)
     assert not agent.tokenizer.native
@@ -79,8 +83,10 @@ def test_a_stranger_is_tuned_and_answers_in_its_own_words(paths: Paths) -> None:
     assert Predictor(paths.agent).predict(chats) == [answer for _, answer in QUESTIONS]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_transformers_says_what_the_tuned_stranger_says(paths: Paths) -> None:
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(paths.agent), AutoTokenizer.from_pretrained(paths.agent)
+    base, tokenizer = paths.imported("decoder"), AutoTokenizer.from_pretrained(paths.agent)
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), paths.agent)
     chat = [{"role": "user", "content": QUESTIONS[0][0]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     assert prompt["input_ids"][0].tolist() == load_chat_tokenizer(paths.agent).encode_chat(chat, None, True)[0]
