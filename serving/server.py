@@ -18,10 +18,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
+from components.agent.saved_tools import project_tools
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from serving.http.app import new_api
@@ -74,7 +76,7 @@ def serve_model(model: str, share: float, listener: socket.socket, ready: Ready)
     Raises: InputError when the first model cannot be loaded.
     """
     paths = Paths(Path.cwd())
-    serve(Serving.open(paths.home, load_params(paths.params).serve, model, share=share), listener, ready)
+    serve(_open(paths, model, share), listener, ready)
 
 
 def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
@@ -137,13 +139,18 @@ def local_endpoint(paths: Paths, model: str) -> Iterator[str]:
 
     Raises: InputError when the model cannot be loaded.
     """
-    serving = Serving.open(paths.home, load_params(paths.params).serve, model)
+    serving = _open(paths, model)
     try:
         serving.wait()
         with serve_in_thread(serving) as address:
             yield address
     finally:
         serving.close()
+
+
+def _open(paths: Paths, model: str, share: float = 0.0) -> Serving:
+    config = load_params(paths.params).serve
+    return Serving.open(paths.home, config, model, share=share, project_tools=partial(project_tools, paths))
 
 
 def _config(serving: Serving) -> uvicorn.Config:

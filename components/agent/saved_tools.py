@@ -18,6 +18,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.abc import InspectLoader, MetaPathFinder
@@ -38,11 +39,13 @@ _importing = threading.Lock()
 
 
 def save_agent(project: Project, collecting: Collecting, paths: Paths) -> None:
-    """Write data/agent: the files that tuning saves beside the weights of the project's agent.
+    """Write the files that tuning saves beside the weights of the project's agent: its tools, and agent.json last.
+
+    They go into data/agent, or wherever else the files of the tools, `collecting.files`, are in TOOL_FILES.
 
     Raises: InputError when a function cannot be a tool, or its source cannot be saved.
     """
-    folder = paths.agent_files
+    folder = collecting.files.parents[1]
     shutil.rmtree(folder, ignore_errors=True)
     collecting.files.mkdir(parents=True)
     if project.tool_files:
@@ -62,6 +65,21 @@ def save_agent(project: Project, collecting: Collecting, paths: Paths) -> None:
         raise InputError(
             f"{project.name}: its saved tools cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+def project_tools(paths: Paths) -> list[Tool]:
+    """The tools of the project in params.yaml, as `collect` saved them, or saved now in the state folder.
+
+    Raises: InputError when there is no such project, a function cannot be a tool, or its source cannot be saved.
+    """
+    params, own = load_params(paths.params), paths.home / "agent"
+    project = load_project(params.project, paths.root)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = save_source(project, Path(scratch), paths.root)
+    folder = next((each for each in (paths.agent_files, own) if read_agent(each).get("source") == source), None)
+    if folder is None:
+        save_agent(project, Collecting(params.collect, params.seed, own / TOOL_FILES), paths)
+    return load_tools(folder or own)
 
 
 def as_tools(functions: Iterable[Tool | Callable[..., Any]]) -> list[Tool]:

@@ -107,7 +107,9 @@ class ServeConfig(Section):
     backend_url: str | None
     """Address of that server, including `/v1`; its API key, if any, is in `LOOPWRIGHT_BACKEND_KEY`."""
     backend_model: str | None
-    """Name of the model on that server."""
+    """Name of the model on that server; of the base where a version is an adapter, which is loaded there."""
+    adapter_root: str | None
+    """Path at which that server sees the state folder, to load adapters from it; null: the path that it has here."""
     max_body_bytes: int = Field(ge=1024)
     """Larger request bodies are answered with 413."""
     max_new_tokens: int = Field(ge=1)

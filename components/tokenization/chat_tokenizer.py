@@ -192,11 +192,11 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; special tokens have none, invalid UTF-8 becomes U+FFFD."""
-        return b"".join(self._bytes[number] for number in ids).decode("utf-8", errors="replace")
+        return b"".join(self.token_bytes(number) for number in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, number: int) -> bytes:
-        """The bytes of an id; none for a special token."""
-        return self._bytes[number]
+        """The bytes of an id; none for a special token, and for those by which a model's vocabulary is larger."""
+        return self._bytes[number] if number < len(self._bytes) else b""
 
     def stream(self) -> TextStream:
         """Turn ids into text one at a time."""

@@ -97,7 +97,7 @@ class HFChatTokenizer(ChatTokenizer):
         for number in ids:
             if number == self.end_id:
                 break
-            pieces.append(self._names[number].encode() if number in self._names else self._bytes[number])
+            pieces.append(self._names[number].encode() if number in self._names else self.token_bytes(number))
         return parse_json_calls(b"".join(pieces).decode("utf-8", errors="replace"), self.call_format)
 
     @property

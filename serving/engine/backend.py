@@ -7,6 +7,7 @@ no backend knows of HTTP. The queue is bounded: a full endpoint refuses requests
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -21,8 +22,11 @@ from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Rules, TurnOptions
 from components.config.loop_settings import ServeConfig
+from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.runtime.model_tasks import Task
+
+logger = logging.getLogger("loopwright.backend")
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,18 @@ class DeadlineExceeded(Exception):
 
     def __init__(self, message: str = "no slot became free within serve.request_seconds; try again later") -> None:
         super().__init__(message)
+
+
+class BackendUnavailable(DeadlineExceeded):
+    """The server of a remote backend cannot answer now; `temporary` where that says nothing of the model."""
+
+    def __init__(self, message: str, temporary: bool = True) -> None:
+        super().__init__(message)
+        self.temporary = temporary
+
+
+class BackendNotReady(InputError):
+    """The server of a remote backend does not have a version's weights, and refuses to load them."""
 
 
 class GenerationTask:
@@ -279,8 +295,15 @@ class Backend(ABC):
 def load_agent(folder: Path, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple) -> Agent:
     """The agent of a model folder with serving's step limit; it may call `external_tools` too.
 
+    A chat template that knows no tools is extended by declarations and calls; where none fit, it has no tools.
+
     Raises: InputError when the folder holds no usable agent.
     """
     agent = Agent.load(folder, read_config(folder).max_seq_len, external_tools)
     agent.max_steps = min(agent.max_steps, config.max_steps)
+    try:
+        agent.tokenizer = agent.tokenizer.with_tools()
+    except InputError as error:
+        agent.external_tools = tuple
+        logger.warning("served without tools: %s", error)
     return agent

@@ -2,6 +2,9 @@
 
 The agent's loop runs here: its tools are declared to the server, the calls that it returns are run, and their results
 sent back. Records, feedback and lineage are kept here under the name of the registered version that the server runs.
+
+A version that is an adapter is loaded into the server (vLLM's `/v1/load_lora_adapter`), again when that was restarted,
+and unloaded with the last request. Other weights are what the server was started with.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import logging
 import os
 import threading
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import httpx
 
@@ -24,9 +28,12 @@ from components.agent.agent import GAVE_UP, Agent, ContextTooLong
 from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
+from components.models.base_store import is_adapter
 from serving.engine.backend import (
     AgentStep,
     Backend,
+    BackendNotReady,
+    BackendUnavailable,
     Completion,
     DeadlineExceeded,
     Failure,
@@ -37,21 +44,24 @@ from serving.engine.backend import (
     ToolCallDelta,
     load_agent,
 )
+from serving.models.versions import check_weights, path_on_server
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
 POLL_SECONDS = 0.05
 """Interval of the checks for cancellation and deadline."""
 KEEPALIVE_SECONDS = 2.0
 """Lifetime of an idle connection; below the 5 s after which servers close theirs."""
+LOAD_SECONDS = 120.0
+"""Longest wait for the server's answer to anything but a chat, such as loading an adapter."""
+BUSY = (429, 502, 503, 504)
+"""Statuses of a server that may answer later."""
+VLLM_NEEDS = "adapters need vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
 TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
 """Parts of servers' error codes, types or messages for a prompt that exceeds the context."""
 T = TypeVar("T")
+_counting = threading.Lock()
 
 logger = logging.getLogger("loopwright.remote")
-
-
-class BackendUnavailable(DeadlineExceeded):
-    """The remote server cannot answer now."""
 
 
 class RemoteServer(Backend):
@@ -62,16 +72,24 @@ class RemoteServer(Backend):
     """
 
     agent: Agent
+    _uses: ClassVar[Counter[tuple[str, str]]] = Counter()
+    """Backends of this process by the server's address and the adapter there that they use."""
 
-    def __init__(self, agent: Agent, name: str, config: ServeConfig) -> None:
-        """Raises: InputError when the server's address is missing."""
+    def __init__(self, agent: Agent, name: str, config: ServeConfig, adapter: str | None = None) -> None:
+        """`adapter`: path of the version's adapter, as the server sees it; None where it is no adapter.
+
+        Raises: InputError when the server's address is missing.
+        """
         if not config.backend_url or not config.backend_model:
             raise InputError("params.yaml: serve.backend: openai needs serve.backend_url and serve.backend_model")
         super().__init__(agent, name, config)
         self.max_new_tokens = config.max_new_tokens
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
-        self.model_name = config.backend_model
-        self.url = f"{config.backend_url.rstrip('/')}/chat/completions"
+        self.url = config.backend_url.rstrip("/")
+        self.adapter, self._loaded = adapter, False
+        self.model_name = name.replace("/", "-") if adapter else config.backend_model
+        with _counting:
+            self._uses[self.url, self.model_name] += 1
         key = os.environ.get(KEY_VARIABLE)
         limits = httpx.Limits(max_keepalive_connections=self.slots, keepalive_expiry=KEEPALIVE_SECONDS)
         self.client = httpx.AsyncClient(
@@ -83,13 +101,89 @@ class RemoteServer(Backend):
 
     @classmethod
     def load(
-        cls, folder: Path, name: str, config: ServeConfig, external_tools: Callable[[], Sequence[Tool]] = tuple
+        cls,
+        folder: Path,
+        name: str,
+        config: ServeConfig,
+        external_tools: Callable[[], Sequence[Tool]] = tuple,
+        home: Path | None = None,
     ) -> RemoteServer:
-        """The agent of a model folder, whose model the server runs.
+        """The agent of a model folder, whose model the server runs; an adapter is loaded there.
 
-        Raises: InputError when the folder holds no usable agent, or the server's address is missing.
+        `home` is the state folder, whose path on the server's machine `serve.adapter_root` gives.
+
+        Raises: InputError when the folder holds no usable agent, or the server's address is missing; BackendNotReady
+        when the server has other weights, or does not load the adapter.
         """
-        return cls(load_agent(folder, config, external_tools), name, config)
+        adapter = path_on_server(folder, config.adapter_root, home) if is_adapter(folder) else None
+        engine = cls(load_agent(folder, config, external_tools), name, config, adapter)
+        ready = asyncio.run_coroutine_threadsafe(engine._prepare(folder, str(config.backend_model)), engine._loop)
+        try:
+            ready.result()
+        except BackendUnavailable as error:  # it is loaded with the first request
+            logger.warning("%s: %s", name, error)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    async def _prepare(self, folder: Path, base: str) -> None:
+        """Check that the server runs this version's weights, or its base's, and load the adapter."""
+        served = (await self._served_models()).get(base)
+        await asyncio.to_thread(check_weights, folder, self.name, f"{self.url}: {base}", served)
+        if self.adapter:
+            await self.load_adapter()
+
+    async def _served_models(self) -> dict[str, str | None]:
+        """Path of each model that the server lists, which vLLM calls its root."""
+        status, body = await self._ask("GET", "models")
+        try:
+            return {model["id"]: model.get("root") for model in json.loads(body)["data"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BackendUnavailable(f"{self.url}/models: answered {status}: {body[:80]}") from None
+
+    async def load_adapter(self) -> None:
+        """Load this version's adapter into the server, unless it is there.
+
+        Raises: BackendNotReady where the server refuses it, BackendUnavailable where it cannot answer.
+        """
+        body = {"lora_name": self.model_name, "lora_path": self.adapter}
+        status, text = await self._ask("POST", "load_lora_adapter", body)
+        message = _message(text)[0]
+        if status == 400 and "already been loaded" in message:
+            path = (await self._served_models()).get(self.model_name)
+            if path != self.adapter:
+                raise BackendNotReady(f"{self.url}: {self.model_name} is another adapter there, {path}; unload that")
+        elif status == 404 and "adapter" not in message:
+            raise BackendNotReady(f"{self.url}/load_lora_adapter: not found; {VLLM_NEEDS}")
+        elif status != 200:
+            raise BackendNotReady(f"{self.url}: the adapter {self.adapter} is not loaded: {message}")
+        self._loaded = True
+
+    async def _unload_adapter(self) -> None:
+        """Unload the adapter where this is the last backend of this process that uses it."""
+        with _counting:
+            self._uses[self.url, self.model_name] -= 1
+            last = not self._uses[self.url, self.model_name]
+        if self._loaded and last:
+            try:
+                await self._ask("POST", "unload_lora_adapter", {"lora_name": self.model_name})
+            except BackendUnavailable as error:
+                logger.warning("%s: its adapter is not unloaded: %s", self.name, error)
+
+    async def _ask(self, method: str, route: str, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
+        """Status and text of the server's answer.
+
+        Raises: BackendUnavailable where it cannot answer now.
+        """
+        url = f"{self.url}/{route}"
+        try:
+            response = await self.client.request(method, url, json=body, timeout=LOAD_SECONDS)
+        except httpx.HTTPError as error:
+            raise _away(url, error) from error
+        if response.status_code in BUSY:
+            raise _refusal(response.status_code, response.text)
+        return response.status_code, response.text
 
     @property
     def context_len(self) -> int:
@@ -97,6 +191,7 @@ class RemoteServer(Backend):
 
     def _run_loop(self) -> None:
         self._loop.run_forever()
+        self._loop.run_until_complete(self._unload_adapter())
         self._loop.run_until_complete(self.client.aclose())
         self._loop.close()
 
@@ -220,16 +315,21 @@ class RemoteTask(GenerationTask):
 
         Raises: InputError where it refuses the request, BackendUnavailable where it cannot answer.
         """
-        url = self.engine.url
+        engine, url = self.engine, f"{self.engine.url}/chat/completions"
         try:
-            async with self.engine.client.stream("POST", url, json=body) as response:
+            async with AsyncExitStack() as stack:
+                response = await stack.enter_async_context(engine.client.stream("POST", url, json=body))
+                if response.status_code == 404 and engine.adapter:  # the server was restarted
+                    await response.aread()
+                    await engine.load_adapter()
+                    response = await stack.enter_async_context(engine.client.stream("POST", url, json=body))
                 if response.status_code != 200:
                     raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"))
                 async for line in response.aiter_lines():
                     if (chunk := self._chunk(line)) is not None:
                         yield chunk
         except httpx.HTTPError as error:
-            raise BackendUnavailable(f"{url}: {error or type(error).__name__}; is the backend up?") from error
+            raise _away(url, error) from error
 
     def _chunk(self, line: str) -> dict[str, Any] | None:
         """The JSON of a line of server-sent events; None where it has none."""
@@ -239,12 +339,12 @@ class RemoteTask(GenerationTask):
         try:
             chunk = json.loads(data)
         except ValueError as error:
-            raise BackendUnavailable(f"{self.engine.url}: an event is not JSON: {error}") from error
+            raise BackendUnavailable(f"{self.engine.url}: an event is not JSON: {error}", False) from error
         if not isinstance(chunk, dict):
-            raise BackendUnavailable(f"{self.engine.url}: an event is not a JSON object: {data[:80]}")
+            raise BackendUnavailable(f"{self.engine.url}: an event is not a JSON object: {data[:80]}", False)
         if reported := chunk.get("error"):
             message = reported.get("message") if isinstance(reported, dict) else reported
-            raise BackendUnavailable(f"{self.engine.url}: {message}")
+            raise BackendUnavailable(f"{self.engine.url}: {message}", False)
         return chunk
 
     async def _run_tool(self, tool_call: dict[str, Any]) -> None:
@@ -275,13 +375,21 @@ def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
         call["function"][key] += function.get(key) or ""
 
 
-def _refusal(status: int, body: str) -> Exception:
-    message, description = body[:500], body
+def _away(url: str, error: Exception) -> BackendUnavailable:
+    return BackendUnavailable(f"{url}: {error or type(error).__name__}; is the backend up?")
+
+
+def _message(body: str) -> tuple[str, str]:
+    """The message of an error response, and its code, type and message."""
     with suppress(ValueError, KeyError, TypeError):
         error = json.loads(body)["error"]
-        message = error["message"]
-        description = f"{error.get('code')} {error.get('type')} {message}"
+        return str(error["message"]), f"{error.get('code')} {error.get('type')} {error['message']}"
+    return body[:500], body
+
+
+def _refusal(status: int, body: str) -> Exception:
+    message, description = _message(body)
     if status in (400, 413, 422):
         kind = ContextTooLong if any(part in description.lower() for part in TOO_LONG) else InputError
         return kind(f"the backend refused the request: {message}")
-    return BackendUnavailable(f"the backend answered {status}: {message}")
+    return BackendUnavailable(f"the backend answered {status}: {message}", status in BUSY)

@@ -19,7 +19,16 @@ from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
 from components.models.devices import threads_for, use_threads
-from serving.engine.backend import Backend, BackendRetired, Completion, Event, Failure, GenerationRequest
+from serving.engine.backend import (
+    Backend,
+    BackendNotReady,
+    BackendRetired,
+    BackendUnavailable,
+    Completion,
+    Event,
+    Failure,
+    GenerationRequest,
+)
 from serving.engine.classifier_worker import ClassifierWorker
 from serving.models.versions import Source, Version
 
@@ -42,6 +51,15 @@ M = TypeVar("M", bound=ClassifierWorker | Backend)
 
 class ModelRejected(InputError):
     """A version that cannot be loaded, or fails its smoke test."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a version fails its smoke test."""
+
+    reason: str
+    temporary: bool = False
+    """The server that runs it cannot answer now, which says nothing of the version."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class AliasWatcher(Generic[M]):
         self._retiring: list[M] = []
         self._etag: object = None
         """The source's version token at the last update; None where that has to be repeated."""
+        self._warned = ""
+        """The last warning, which is not repeated at each attempt."""
         self._next_check = 0.0
         """By `time.monotonic()`: time of the next update whatever the version token."""
         self.serving_models: ServingModels[M] = ServingModels()
@@ -158,12 +178,13 @@ class AliasWatcher(Generic[M]):
             self.update()
         except Exception as error:
             # The registry may be unavailable for a while; loaded models go on answering.
-            done = isinstance(error, InputError)
-            if not done:
+            done = isinstance(error, InputError) and not isinstance(error, BackendNotReady)
+            if not isinstance(error, InputError):
                 logger.exception("looking for a new model failed")
             if self.engine is None:
                 self.error = error
-            elif done:
+            elif isinstance(error, InputError) and str(error) != self._warned:
+                self._warned = str(error)
                 logger.warning("%s stays: %s", self.engine.name, error)
         return done and not self._unreported and not self._retry_challenger
 
@@ -174,8 +195,8 @@ class AliasWatcher(Generic[M]):
     def update(self) -> None:
         """Load and switch to the versions that the source names now, where they differ.
 
-        Raises: InputError when the champion cannot be loaded, ModelRejected when it fails its smoke test; the current
-        models then go on answering.
+        Raises: InputError when the champion cannot be loaded, ModelRejected when it fails its smoke test,
+        BackendNotReady when another server has to change first; the current models then go on answering.
         """
         self._drop_retired()
         champion, challenger = self._source.resolve(self.spec)
@@ -200,7 +221,7 @@ class AliasWatcher(Generic[M]):
         fault = smoke_fault(engine, version.tags)
         if before.champion is None:
             if fault:
-                logger.error("%s is served as the only model although its smoke test failed: %s", name, fault)
+                logger.error("%s is served as the only model although its smoke test failed: %s", name, fault.reason)
             self._swap(ServingModels(engine))
             return
         if not fault:
@@ -232,6 +253,7 @@ class AliasWatcher(Generic[M]):
                     raise self._reject(version, fault)
         except InputError as error:
             logger.warning("no challenger: %s", error)
+            self._retry_challenger = isinstance(error, BackendNotReady)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
             self._retry_challenger = True
@@ -249,6 +271,8 @@ class AliasWatcher(Generic[M]):
         """Raises: InputError."""
         try:
             return self._load(version.folder, str(version))
+        except BackendNotReady:
+            raise
         except Exception as error:
             # An unreadable folder stays unreadable.
             self._rejected.add(str(version))
@@ -257,10 +281,12 @@ class AliasWatcher(Generic[M]):
             logger.exception("%s cannot be loaded", version)
             raise ModelRejected(f"{version}: cannot be loaded: {error}") from error
 
-    def _reject(self, version: Version, fault: str) -> ModelRejected:
+    def _reject(self, version: Version, fault: Fault) -> InputError:
+        if fault.temporary:
+            return BackendNotReady(f"{version}: {fault.reason}")
         self._rejected.add(str(version))
-        self._unreported[str(version)] = (version, fault)
-        return ModelRejected(f"{version}: failed its smoke test: {fault}")
+        self._unreported[str(version)] = (version, fault.reason)
+        return ModelRejected(f"{version}: failed its smoke test: {fault.reason}")
 
     def _report_failures(self) -> None:
         """Mark failed versions in the registry; retried at the next update when it is unavailable."""
@@ -318,8 +344,8 @@ def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
     ]
 
 
-def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> str:
-    """Why the answer to a version's `smoke_question` is not its `smoke_answer`; "" when it is."""
+def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> Fault | None:
+    """Why the answer to a version's `smoke_question` is not its `smoke_answer`; None when it is."""
     question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
     try:
         if isinstance(loaded, ClassifierWorker):
@@ -330,15 +356,17 @@ def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> 
     except BackendRetired:  # the server is stopping
         raise
     except Exception as error:
-        logger.exception("%s failed its smoke test", loaded.name)
-        return f"{question!r}: {type(error).__name__}: {error}"
+        temporary = isinstance(error, BackendNotReady) or (isinstance(error, BackendUnavailable) and error.temporary)
+        if not temporary:
+            logger.exception("%s failed its smoke test", loaded.name)
+        return Fault(f"{question!r}: {type(error).__name__}: {error}", temporary)
     if answer is None:
-        return f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s"
+        return Fault(f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s")
     if expected is None:
-        return "" if answer.strip() else f"{question!r}: an empty answer"
+        return None if answer.strip() else Fault(f"{question!r}: an empty answer")
     if answer.strip() != expected.strip():
-        return f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}"
-    return ""
+        return Fault(f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}")
+    return None
 
 
 def _chat_answer(backend: Backend, question: str) -> str | None:

@@ -19,6 +19,7 @@ from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
+from components.config.paths import AGENT
 from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store
 from components.runtime.model_tasks import TASKS, Task, task_of
@@ -114,12 +115,18 @@ class Serving:
 
     @classmethod
     def open(
-        cls, home: Path, config: ServeConfig, model: str, bundled: Bundled | None = None, share: float = 0.0
+        cls,
+        home: Path,
+        config: ServeConfig,
+        model: str,
+        bundled: Bundled | None = None,
+        share: float = 0.0,
+        project_tools: Callable[[], list[Tool]] = list,
     ) -> Serving:
         """Open the store and start loading: the `bundled` model, else what `model` names in the registry.
 
         `model` is `NAME@ALIAS` or `NAME/VERSION`, or a comma-separated list, one per task. `share` of the requests go
-        to challengers, where there are any.
+        to challengers, where there are any. A base, which no agent was made of, may call the `project_tools`.
 
         Raises: InputError when the database cannot be opened, two models have the same task, or MCP servers are
         configured without the extra.
@@ -142,13 +149,16 @@ class Serving:
         def external_tools() -> list[Tool]:
             return [tool for tools in sources for tool in tools()]
 
-        load: Callable[[Path, str], Backend] = (
-            partial(RemoteServer.load, config=config, external_tools=external_tools)
-            if config.backend == "openai"
-            else partial(
-                LocalEngine.load, config=config, external_tools=external_tools, on_step=metrics.chat_batch.observe
-            )
-        )
+        def load(folder: Path, name: str) -> Backend:
+            own = [] if (folder / AGENT).is_file() else project_tools()
+
+            def tools() -> list[Tool]:
+                return [*own, *external_tools()]
+
+            if config.backend == "openai":
+                return RemoteServer.load(folder, name, config, tools, home)
+            return LocalEngine.load(folder, name, config, tools, metrics.chat_batch.observe)
+
         serving = cls(
             models=watch("chat", load),
             classifiers=watch("classify", partial(ClassifierWorker.load, metrics=metrics)),

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
+from components.models.base_store import is_adapter, read_base
+from components.models.weight_files import weight_files, weights_digest
 from components.runtime.model_tasks import TASKS
 from components.tracking.registry import Registry
+from serving.engine.backend import BackendNotReady
 
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
 """Models served by default: the champion of each task, where there is one."""
+
+logger = logging.getLogger("loopwright.versions")
 
 
 class Version(Protocol):
@@ -112,3 +119,46 @@ class NoModel:
 
     def mark_failed(self, version: Version, reason: str) -> None:
         """Never called: there is no version."""
+
+
+def path_on_server(folder: Path, root: str | None, home: Path | None) -> str:
+    """The path of a folder on the server's machine."""
+    folder = folder.resolve()
+    if root is None:
+        return str(folder)
+    if home is None or not folder.is_relative_to(home.resolve()):
+        raise InputError(f"{folder}: is not in the state folder, which serve.adapter_root stands for; leave it out")
+    return str(PurePosixPath(root) / folder.relative_to(home.resolve()).as_posix())
+
+
+def check_weights(folder: Path, name: str, where: str, served: str | None) -> None:
+    """Compare the served model, where its folder is on this machine, with the version's weights, or with its base's.
+
+    Raises: BackendNotReady when they differ.
+    """
+    base = read_base(folder) if is_adapter(folder) else None
+    actual = _digest(Path(served)) if served else None
+    if actual is None:
+        if base is None:
+            logger.warning("%s: %s answers with the weights that it was started with, which may be others", name, where)
+        return
+    if actual != (base.weights_sha256 if base else _digest(folder)):
+        model, source = (f"{base.source}, the base of {name}", base.source) if base else (name, folder)
+        raise BackendNotReady(
+            f"{where}: {served} does not have the weights of {model}, and a server cannot change its own while it runs;"
+            f" start it with {source}"
+        )
+
+
+def _digest(folder: Path) -> str | None:
+    """`weights_digest`; None where there are no weights."""
+    try:
+        states = [file.stat() for file in weight_files(folder)]
+    except InputError:
+        return None
+    return _digest_once(folder, tuple((state.st_size, state.st_mtime_ns) for state in states))
+
+
+@lru_cache(maxsize=8)
+def _digest_once(folder: Path, _state: tuple[tuple[int, int], ...]) -> str:
+    return weights_digest(folder)

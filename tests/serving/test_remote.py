@@ -137,15 +137,16 @@ def test_what_the_backend_refuses_is_told_in_its_words(
 
 @contextmanager
 def answering(events: bytes) -> Iterator[str]:
-    """A server that answers one request with these events and goes."""
+    """A server that answers the question for its models and one chat with these events, and goes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(65_536)
-                head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n"
-                connection.sendall(head % len(events) + events)
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65_536)
+                    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n"
+                    connection.sendall(head % len(events) + events)
 
         thread = threading.Thread(target=answer)
         thread.start()
