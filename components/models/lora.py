@@ -5,7 +5,7 @@ h = W x + (alpha / rank) B A x (section 4.1), with B zero at first, so that trai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.models.attention import FusedLinear
+from components.models.fused import low_rank_linear, should_fuse
 
 
 class LowRankLinear(FusedLinear):
@@ -31,7 +32,10 @@ class LowRankLinear(FusedLinear):
         nn.init.normal_(self.lora_a, std=self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self._added(x, 0, len(self.parts))
+        if not should_fuse(x):
+            return super().forward(x) + self._added(x, 0, len(self.parts))
+        joined = cast(Callable[..., Tensor], torch.block_diag)(*torch.split(self.lora_b, list(self.parts)))
+        return low_rank_linear(x, self.weight, self.bias, self.lora_a, joined, self.scale)
 
     def some(self, x: Tensor, first: int, stop: int) -> Tensor:
         return super().some(x, first, stop) + self._added(x, first, stop)
