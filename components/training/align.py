@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
-from components.models.checkpoint import load_decoder, save_decoder
+from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.runtime.stage import StageRun, digest
@@ -37,7 +37,8 @@ def align(run: StageRun) -> None:
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    reference = load_decoder(start, compute_dtype(config.precision, device), device).eval()
+    dtype = compute_dtype(config.precision, device, check_model(start))
+    reference = load_decoder(start, dtype, device).eval()
     reference.requires_grad_(False)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
     reference_log_probs(reference, preferences, config.micro_batch_size)
