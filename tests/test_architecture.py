@@ -225,8 +225,8 @@ def test_the_shape_stays_within_its_bounds() -> None:
     figures = shape.figures()
     assert figures["modules outside a package in components"] == 0
     assert figures["function length, longest"] <= 80
-    assert figures["files"] <= 175
-    assert figures["source lines"] <= 30_000
+    assert figures["files"] <= 190
+    assert figures["source lines"] <= 33_000
 
 
 def test_no_package_is_reached_into_behind_its_public_names() -> None:

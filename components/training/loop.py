@@ -26,6 +26,7 @@ from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.training.budget import announce
 from components.training.checkpoints import Checkpoints, CheckpointState
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
@@ -241,6 +242,8 @@ def train(
         resumed = training.restore(saved)
         verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
         print(f"{run.name}  {verb} step {saved.step}", flush=True)
+    copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
+    announce(run, config, model, rows, objective, copies, training.step)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     best = early_stopping.best_weights if early_stopping is not None else {}

@@ -9,11 +9,12 @@ import torch
 
 from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
-from components.models.checkpoint import load_decoder, save_decoder
+from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.devices import configure_cpu
 from components.models.lora import add_lora, merge_lora
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
+from components.training.defaults import fit_to_base
 from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
@@ -30,7 +31,8 @@ def tune(run: StageRun) -> None:
     configure_cpu()
     rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
-    config, base = run.params.tune, run.paths.start_of("decoder")
+    base = run.paths.start_of("decoder")
+    config = fit_to_base(run, run.params.tune, check_model(base), rows)
     model = load_decoder(base)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
     measured = train_from_base(run, config, model, model.config.max_seq_len, rows, causal_lm)
