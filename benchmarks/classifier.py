@@ -1,8 +1,9 @@
 """What the classifier is worth beside TF-IDF with logistic regression: `python -m benchmarks.classifier`.
 
 The stages of the pipeline, from the datasets to the assessment, in a folder of their own: on the reference project's
-areas of the library, and with `--banking77 DIR` on BANKING77 (its train and test CSV), whose test set is its own.
-Reported are both splits, the baseline on the same texts, and the seconds of each training.
+areas of the library, and with `--banking77 DIR` on BANKING77 (its train and test CSV), whose test set is its own;
+`--base DIR` starts from the encoder in that folder instead of a pretrained one. Reported are both splits, the baseline
+on the same texts, and the seconds of each training.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,33 +41,41 @@ class Silent:
         yield self
 
 
-def run(dataset: str, root: Path, overrides: dict[str, Any], banking: Path | None) -> dict[str, Any]:
-    """Every stage on one dataset; the figures of the assessment, and the seconds of each stage."""
+def run(
+    dataset: str, root: Path, overrides: dict[str, Any], banking: Path | None, base: Path | None, each: int | None
+) -> dict[str, Any]:
+    """Every stage on one dataset, with `each` training texts of a label at most; the figures of the assessment, and the
+    seconds of each stage."""
     from components.config.params import load_params
     from components.config.paths import Paths
     from components.runtime.stage import StageRun, stage_function
+    from components.tracking.model_import import place_model
 
     paths = Paths(root)
     # Other datasets of the reference project cost time and change nothing here.
     given = {"classifier.dataset": dataset, "collect.conversations": 100, "collect.questions": 10, **overrides}
+    if banking is not None:
+        given |= {"pretrain.encoder.dataset": "stdlib-documents"}
     params = load_params(paths.params, given)
+    if base is not None:
+        place_model(base, paths.imported("encoder"), {"folder": str(base)})
     seconds = {}
-    for name in ("collect", *STAGES):
+    for name in ("collect", *(stage for stage in STAGES if base is None or not stage.startswith("pretrain"))):
         stage = StageRun(name, params, paths, root / "state" / name, Silent())
         stage.state.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
         if name != "collect" or banking is None:
             stage_function(name)(stage)
         else:
-            _add_banking(banking, paths.collected / BANKING, params.seed)
+            _add_banking(banking, paths.collected / BANKING, params.seed, each)
         seconds[name] = round(time.perf_counter() - started, 1)
     figures: dict[str, Any] = json.loads((paths.metrics / "assess@classifier.json").read_text(encoding="utf-8"))
     trained = json.loads((paths.metrics / "finetune@classifier.json").read_text(encoding="utf-8"))
     return {"suites": figures["suites"], "seconds": seconds, "trained": trained}
 
 
-def _add_banking(folder: Path, target: Path, seed: int) -> None:
-    """BANKING77 with the test set that everyone reports on."""
+def _add_banking(folder: Path, target: Path, seed: int, each: int | None) -> None:
+    """BANKING77 with the test set that everyone reports on, and `each` training texts of a label at most."""
     from components.datasets.collect import stratified
     from components.datasets.formats import DatasetWriter, Row
 
@@ -76,7 +86,12 @@ def _add_banking(folder: Path, target: Path, seed: int) -> None:
                 for number, row in enumerate(csv.DictReader(file))
             ]
 
-    learned = rows("train")
+    seen: Counter[str] = Counter()
+    learned = []
+    for row in rows("train"):
+        seen[row["label"]] += 1
+        if each is None or seen[row["label"]] <= each:
+            learned.append(row)
     # `stratified` splits in three; what it would test by is learned from too, for the test set is a file of its own.
     place = stratified(lambda: learned, 0.0, VALIDATION_SHARE, seed)
     with DatasetWriter(target, BANKING, "labelled_texts") as writer:
@@ -108,6 +123,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--banking77", type=Path, help="folder with banking77_train.csv and banking77_test.csv")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="folder of an encoder to start from")
+    parser.add_argument("--each", type=int, metavar="N", help="training texts of each label of BANKING77 at most")
     parser.add_argument("--only", choices=["stdlib-areas", BANKING])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--folder", type=Path, help="keep the work here; otherwise it is removed")
@@ -116,6 +133,8 @@ def main() -> None:
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
     overrides = {key: json.loads(value) for key, _, value in (one.partition("=") for one in options.set)}
+    if options.base:
+        overrides = {"classifier.base": str(options.base), "classifier.fresh": False} | overrides
     wanted: dict[str, Path | None] = {"stdlib-areas": None}
     if options.banking77:
         wanted[BANKING] = options.banking77
@@ -131,7 +150,7 @@ def main() -> None:
                 if banking is not None and not (root / "data/collected/stdlib-documents").exists():
                     documents = (options.folder or Path(temporary)) / "stdlib-areas/data/collected/stdlib-documents"
                     shutil.copytree(documents, root / "data/collected/stdlib-documents")
-                results[dataset] = run(dataset, root, overrides, banking)
+                results[dataset] = run(dataset, root, overrides, banking, options.base, options.each)
     print(json.dumps(results, indent=2) if options.json else table(results))
 
 

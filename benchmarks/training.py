@@ -57,7 +57,6 @@ def ours(optimizer: str) -> Peer:
     shape = DecoderConfig(
         VOCAB, WIDTH, LAYERS, HEADS, HEADS, WIDTH // HEADS, HIDDEN, LENGTH, qk_norm=True, tie_embeddings=True
     )
-    dtype = compute_dtype("auto", torch.device("cpu"))
     settings = {
         "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": ROWS,
         "micro_batch_size": ROWS, "learning_rate": 1e-3, "muon_learning_rate": 0.01, "warmup_steps": 100,
@@ -65,6 +64,7 @@ def ours(optimizer: str) -> Peer:
         "checkpoint_seconds": 3600, "log_steps": 10,
     }  # fmt: skip
     model = Decoder(shape)
+    dtype = compute_dtype("auto", torch.device("cpu"), model)
     training = Training(model.to(dtype), causal_lm, TrainConfig.model_validate(settings), seed=0)
     whole = {
         "segment_ids": torch.ones(ROWS, LENGTH, dtype=torch.long),

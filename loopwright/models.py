@@ -80,7 +80,7 @@ def import_(
         print(f"Served on this machine: {note}")
     section = next(name for name, family in FAMILY_OF_SECTION.items() if family == model.family)
     print(f"{version}: {model.architecture}, {model.parameters:,} parameters, {model.vocab_size:,} tokens")
-    print(f'Next: "loopwright run --set {section}.base={version} --set {section}.lora_rank=8"')
+    print(f'Next: "loopwright run --set {section}.base={version}"')
 
 
 def export(

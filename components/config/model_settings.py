@@ -252,6 +252,17 @@ class EncoderDecoderPretrainConfig(TrainConfig):
     """Mean tokens of a masked span."""
 
 
+Follower = Literal[
+    "optimizer",
+    "lora_rank",
+    "learning_rate",
+    "max_steps",
+    "global_batch_size",
+    "micro_batch_size",
+    "warmup_steps",
+]
+
+
 class FineTuneConfig(TrainConfig):
     """Settings of the stages that fine-tune a model: the base, and which weights are trained."""
 
@@ -261,6 +272,12 @@ class FineTuneConfig(TrainConfig):
     """Rank of the LoRA adapters of every linear layer of the blocks, all else frozen; 0: all weights are trained."""
     lora_alpha: float = Field(gt=0)
     """The adapters' output is scaled by lora_alpha / lora_rank."""
+    follow_base: list[Follower]
+    """With a `base`: settings that follow from its size and the rows, unless params.yaml sets them."""
+    base_epochs: float = Field(gt=0)
+    """Passes over the rows where `max_steps` follows."""
+    base_steps: int = Field(ge=1)
+    """Most steps where `max_steps` follows."""
 
 
 class PretrainConfig(Section):
@@ -280,7 +297,7 @@ class ClassifierConfig(FineTuneConfig):
     fresh: bool
     """Initialize the encoder's weights randomly instead of from pretraining; not with `base` or LoRA."""
     min_epochs: float = Field(ge=0)
-    """Least passes over the texts, whatever `max_steps` says."""
+    """Least passes over the texts, beyond the `max_steps` of the scale; one in params.yaml is the maximum."""
     validation_steps: int = Field(ge=1)
     """Steps between two evaluations on the validation texts."""
     patience: int = Field(ge=1)

@@ -133,6 +133,8 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     for section in ("all", scale):
         values = _merge(values, dict(project.scales.get(section, {})), where=f"{project.name}.scales")
     values = _merge(values, raw, where=path.name)
+    for section in FAMILY_OF_SECTION:
+        values[section] = _following(values[section], raw.get(section) or {})
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -226,6 +228,23 @@ def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml
         elif value is not None:
             merged[key] = value
     return merged
+
+
+def _following(values: dict[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    """A section that fine-tunes, where what params.yaml has `written` is a decision, and the scale's values are none.
+
+    What follows from a base has no value that another would have to fit until the stage knows the base.
+    """
+    follow = values.get("follow_base") or []
+    follow = [name for name in follow if values.get("base") and written.get(name) is None]
+    values = values | {"follow_base": follow}
+    if "micro_batch_size" in follow:
+        values["micro_batch_size"] = 1
+    elif "global_batch_size" in follow:
+        values["global_batch_size"] = values["micro_batch_size"]
+    if "min_epochs" in values and ("max_steps" in follow or written.get("max_steps") is not None):
+        values["min_epochs"] = 0.0
+    return values
 
 
 def _decoder_keys(section: str) -> Collection[str]:

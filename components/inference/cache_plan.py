@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.devices import best_device, serving_dtype
+from components.models.devices import best_device, device_memory, serving_dtype
 
 EVEN_ROWS = 4
 """Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
@@ -21,7 +20,6 @@ CACHE_SHARE = 0.25
 ROOM_FOR = 8
 """Requests that the context leaves room for, where no setting says how long it is."""
 MIN_CONTEXT = 256
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -86,12 +84,3 @@ def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | 
 def context_len(model: Decoder) -> int:
     """Tokens that a prompt and its answer may have together on this machine, where no setting says so."""
     return plan_cache(model.config, model.embed.weight.dtype, model.embed.weight.device, 1).context_len
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of a GPU, or of the machine as far as this process's control group may take them."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    limits = [Path(name).read_text().strip() for name in CGROUP_LIMITS if Path(name).is_file()]
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])

@@ -5,11 +5,25 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 SMALL_MODEL = 50_000_000
 """Parameters up to which one torch thread beats several: waking threads costs more than the products."""
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CLEAR_GAIN = 1.25
+"""Times as fast as fp32 from which bf16 is chosen: beyond what a measurement varies by."""
+MEASURED_WIDTH = 1024
+"""Outputs of a product that are measured at most."""
+MEASURED_OPERATIONS = 1.5e9
+"""Of one pass over the shapes of a model's products: some hundredth of a second in fp32."""
 
 
 def best_device() -> torch.device:
@@ -17,15 +31,64 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of `precision`; for "auto", bf16 where this machine multiplies it faster than fp32.
+def compute_dtype(precision: str, device: torch.device, model: nn.Module | None = None) -> torch.dtype:
+    """The dtype of `precision`; for "auto", bf16 on a GPU, and on a CPU where it is clearly faster for this model.
 
-    On a CPU that takes AMX's tiles: AVX512's own bf16 product was measured at half the rate of fp32.
+    The rates of a CPU depend on its instruction sets and on shapes, so that the model's own products are measured;
+    without a model it is fp32.
     """
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
-    fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    fast = device.type == "cuda" or (model is not None and bf16_gain(product_shapes(model)) >= CLEAR_GAIN)
     return torch.bfloat16 if fast else torch.float32
+
+
+def product_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """(out, in) of each product of a model's blocks."""
+    products = (each for name, each in model.named_modules() if "blocks." in name and isinstance(each, nn.Linear))
+    return [(each.out_features, each.in_features) for each in products]
+
+
+def bf16_gain(shapes: Iterable[tuple[int, int]], rows: int | None = None) -> float:
+    """How many times as fast this CPU multiplies `rows` rows by weights of these shapes (out, in) in bf16 as in fp32.
+
+    Measured once for each different shape, in the processor time of one thread, which other processes hardly change.
+    Without `rows` there are as many as take some 0.1 s in all.
+    """
+    counts = Counter((min(wide, MEASURED_WIDTH), narrow) for wide, narrow in shapes)
+    size = sum(wide * narrow for wide, narrow in counts)
+    rows = rows or min(256, max(32, int(MEASURED_OPERATIONS / max(1, 2 * size)) // 32 * 32))
+    threads = torch.get_num_threads()
+    use_threads(1)
+    try:
+        fp32, bf16 = (
+            sum(count * _seconds(shape, rows, dtype) for shape, count in counts.items())
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+    finally:
+        use_threads(threads)
+    return fp32 / bf16 if bf16 else 1.0
+
+
+@torch.inference_mode()
+def _seconds(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> float:
+    """Of the fastest of a few products."""
+    weight, x = torch.ones(shape, dtype=dtype), torch.ones(rows, shape[1], dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        started = time.thread_time()
+        F.linear(x, weight)
+        seconds.append(time.thread_time() - started)
+    return min(seconds)
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of the machine as far as this process's control group may take them."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [Path(name).read_text().strip() for name in CGROUP_LIMITS if Path(name).is_file()]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:

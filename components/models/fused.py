@@ -72,6 +72,35 @@ def _norm_backward(grad: Tensor, normed: Tensor, along: Tensor) -> Tensor:
     return grad.addcmul_(normed, along, value=-1 / normed.shape[-1])
 
 
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """x (..., I) W^T + scale (x A^T) B^T + bias: a frozen product W (O, I) and its low-rank pair A (R, I), B (O, R)."""
+    apply = cast(Callable[..., Tensor], _LowRankLinear.apply)
+    return apply(x, weight, bias, a, b, scale)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """The pair's products are added to those of W in place: no pass over (..., O) or (..., I) of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = (x @ a.mT).mul_(scale)
+        out = F.linear(x, weight, bias)
+        out.flatten(0, -2).addmm_(inner.flatten(0, -2), b.mT)
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        out_grad = grads[0].flatten(0, -2)
+        inner_grad = (out_grad @ b).mul_(ctx.scale)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (out_grad @ weight).addmm_(inner_grad, a).view(x.shape)
+        return x_grad, None, None, inner_grad.mT @ x.flatten(0, -2), out_grad.mT @ inner.flatten(0, -2), None
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of (..., 2 * hidden_dim)."""
     if not should_fuse(gate_up):

@@ -6,8 +6,9 @@ A product that Hugging Face stores as several (query, key, value) has a pair for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from components.models.attention import FusedLinear
 from components.models.base_store import Base
 from components.models.formats import FORMATS, architecture_of, hub_modules
+from components.models.fused import low_rank_linear, should_fuse
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class LowRankLinear(FusedLinear):
         return zip(torch.split(self.lora_a, self.rank), torch.split(self.lora_b, list(self.widths)), strict=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self._added(x, 0, self.out_features)
+        if not should_fuse(x):
+            return super().forward(x) + self._added(x, 0, self.out_features)
+        joined = cast(Callable[..., Tensor], torch.block_diag)(*torch.split(self.lora_b, list(self.widths)))
+        return low_rank_linear(x, self.weight, self.bias, self.lora_a, joined, self.scale)
 
     def some(self, x: Tensor, first: int, stop: int) -> Tensor:
         return super().some(x, first, stop) + self._added(x, sum(self.parts[:first]), sum(self.parts[:stop]))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
 from components.models.base_store import is_adapter, store_base
-from components.models.checkpoint import load_decoder, save_decoder, sharing
+from components.models.checkpoint import check_model, load_decoder, save_decoder, sharing
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.models.lora import add_lora
@@ -39,7 +39,7 @@ def align(run: StageRun) -> None:
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    dtype = compute_dtype(config.precision, device)
+    dtype = compute_dtype(config.precision, device, check_model(start))
     reference = load_decoder(start, dtype, device).eval()
     reference.requires_grad_(False)
     model = _trained_model(run, reference)

@@ -31,6 +31,7 @@ from components.runtime.stage import StageRun, Tracker
 from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.checkpoints import Checkpoints
+from components.training.defaults import fit_to_base
 from components.training.loop import EarlyStopping, Measured, train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, refuse_other_vocabulary, report
@@ -67,7 +68,7 @@ class ClassifierTraining:
         self.rows, self.validation = (LabelledRows(folder, split) for split in ("train", "validation"))
         self.tokenizer = TextTokenizer.load(self.base)
         self.encoder = _load_encoder(self.base, self.rows)
-        config = run.params.classifier
+        config = fit_to_base(run, run.params.classifier, self.encoder, self.rows)
         epoch_steps = math.ceil(config.min_epochs * len(self.rows) / config.global_batch_size)
         self.config = config = config.model_copy(update={"max_steps": max(config.max_steps, epoch_steps)})
         if config.fresh and not config.base and not config.lora_rank:

@@ -9,6 +9,7 @@ from components.models.encoder_decoder import EncoderDecoder
 from components.runtime.stage import StageRun
 from components.token_rows.variable_length import TextPairRows
 from components.training.classifier import finetune_classifier
+from components.training.defaults import fit_to_base
 from components.training.loop import measure_loss
 from components.training.objectives import sequence_to_sequence
 from components.training.report import TEST_ROWS, refuse_other_vocabulary, report
@@ -33,6 +34,7 @@ def finetune_summarizer(run: StageRun) -> None:
     if not isinstance(model, EncoderDecoder):
         raise InputError(f"{base}: a {type(model).__name__.lower()} cannot summarize; give an encoder-decoder's folder")
     refuse_other_vocabulary(run, "encoder_decoder", model.config.vocab_size, rows)
+    config = fit_to_base(run, config, model, rows)
     measured = train_from_base(run, config, model, base, rows, sequence_to_sequence)
     generation = {"no_repeat_ngram_size": config.no_repeat_ngram_size}
     save_model(model, run.paths.summarizer, base, generation=generation)

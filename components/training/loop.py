@@ -26,6 +26,7 @@ from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.training.budget import announce
 from components.training.checkpoints import Checkpoints, CheckpointState
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
@@ -178,7 +179,8 @@ class Training(Generic[M]):
         tensors["random.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state()
-        values = {"measured": vars(self.measured), "inputs": self.inputs()}
+        dtype = str(self.dtype).removeprefix("torch.")
+        values = {"measured": vars(self.measured), "inputs": self.inputs(), "dtype": dtype}
         if self.early_stopping is not None:
             values["watch"] = self.early_stopping.state()
             tensors |= {f"best.{name}": weight.cpu() for name, weight in self.early_stopping.best_weights.items()}
@@ -230,20 +232,18 @@ def train(
 
     With `early_stopping` it may end earlier, and the model gets the weights with the best score.
     """
-    device = best_device()
-    dtype = compute_dtype(config.precision, device)
-    frozen = {name: weight.data for name, weight in model.named_parameters() if not weight.requires_grad}
-    model.to(device=device, dtype=dtype).train()
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        for block in cast(Iterable[nn.Module], model.blocks):
-            block.compile()
-    training = Training(model, objective, config, run.params.seed, early_stopping)
-    checkpoints = Checkpoints(run.state)
+    device, checkpoints = best_device(), Checkpoints(run.state)
     saved = checkpoints.load()
+    dtype = _compute_dtype(config, device, model, saved)
+    frozen = {name: weight.data for name, weight in model.named_parameters() if not weight.requires_grad}
+    compute_in(model, config, device, dtype)
+    training = Training(model.train(), objective, config, run.params.seed, early_stopping)
     if saved:
         resumed = training.restore(saved)
         verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
         print(f"{run.name}  {verb} step {saved.step}", flush=True)
+    copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
+    announce(run, config, model, rows, objective, copies, training.step)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
     best = early_stopping.best_weights if early_stopping is not None else {}
@@ -254,6 +254,22 @@ def train(
         model.float()  # what is no weight
     model.eval()
     return training.measured
+
+
+def compute_in(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model to where and to what it is trained in; compile its blocks where told to."""
+    model.to(device=device, dtype=dtype)
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        for block in cast(Iterable[nn.Module], model.blocks):
+            block.compile()
+
+
+def _compute_dtype(
+    config: TrainConfig, device: torch.device, model: nn.Module, saved: CheckpointState | None
+) -> torch.dtype:
+    """That of a checkpoint, where the choice is ours: a training goes on in the precision that it began in."""
+    begun = saved.values.get("dtype") if saved and config.precision == "auto" else None
+    return getattr(torch, begun) if begun else compute_dtype(config.precision, device, model)
 
 
 def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Checkpoints, stopped: list[int]) -> None:

@@ -15,6 +15,7 @@ from components.models.weight_files import weights_digest
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
 from components.training.checkpoints import Checkpoints
+from components.training.defaults import count_parameters
 from components.training.loop import Measured
 
 TEST_ROWS = 128
@@ -69,7 +70,3 @@ def report(
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
     run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
     Checkpoints(run.state).clear()
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(weight.numel() for weight in model.parameters())

@@ -11,11 +11,12 @@ import torch
 from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
 from components.models.base_store import is_adapter, store_base
-from components.models.checkpoint import load_decoder, save_decoder
+from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.models.lora import add_lora, lora_of
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
+from components.training.defaults import fit_to_base
 from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm
 from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
@@ -32,10 +33,12 @@ def tune(run: StageRun) -> None:
     configure_cpu()
     rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(rows, tuning=True)
-    config, base = run.params.tune, run.paths.start_of("decoder")
+    base = run.paths.start_of("decoder")
+    shape = check_model(base)
+    config = fit_to_base(run, run.params.tune, shape, rows)
     # A frozen base is read in the dtype of the training, not kept in fp32 beside it.
     low_rank = config.lora_rank or is_adapter(base)
-    dtype = compute_dtype(config.precision, best_device()) if low_rank else torch.float32
+    dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32
     model = load_decoder(base, dtype)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
     measured = train_from_base(run, config, model, base, rows, causal_lm)

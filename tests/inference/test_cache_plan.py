@@ -16,10 +16,11 @@ from components.inference.cache_plan import (
     ROOM_FOR,
     CachePlan,
     context_len,
-    device_memory,
     plan_cache,
 )
+from components.models import devices
 from components.models.decoder import Decoder, DecoderConfig
+from components.models.devices import device_memory
 
 GiB = 1 << 30
 CPU = torch.device("cpu")
@@ -71,7 +72,7 @@ def test_what_cannot_fit_is_refused_by_the_setting() -> None:
 def test_the_limit_of_a_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = device_memory(CPU)
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(cache_plan, "CGROUP_LIMITS", (str(limit), str(tmp_path / "absent")))
+    monkeypatch.setattr(devices, "CGROUP_LIMITS", (str(limit), str(tmp_path / "absent")))
     for text, expected in (("max\n", None), (f"{GiB}\n", GiB)):
         limit.write_text(text)
         assert device_memory(CPU) == expected or (expected is None and device_memory(CPU) >= machine)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from components.models import attention, fused
 from components.models.attention import Attention, additive, causal_mask
-from components.models.fused import RMSNorm, swiglu
+from components.models.fused import RMSNorm, low_rank_linear, swiglu
 from components.models.positions import RotaryPositions
 
 Made = tuple[Tensor, list[Tensor]]
@@ -43,6 +43,18 @@ def test_swiglu() -> None:
     x = torch.randn(3, 5, 24, requires_grad=True)
     plain = with_grads(lambda: F.silu(x[..., :12]) * x[..., 12:], [x])
     assert_equal(with_grads(lambda: swiglu(x), [x]), plain)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("learned", [True, False])
+def test_low_rank_linear(biased: bool, learned: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 12, requires_grad=learned), torch.randn(8, 12)
+    bias = torch.randn(8) if biased else None
+    a, b = torch.randn(4, 12, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    inputs = [x, a, b] if learned else [a, b]
+    plain = with_grads(lambda: F.linear(x, weight, bias) + 0.3 * (x @ a.T @ b.T), inputs)
+    assert_equal(with_grads(lambda: low_rank_linear(x, weight, bias, a, b, 0.3), inputs), plain)
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])

@@ -108,6 +108,8 @@ def test_each_part_of_a_fused_product_has_a_pair_of_its_own() -> None:
     plain = x @ product.weight[:32].T
     assert_close(product.some(x, 0, 1), plain + 2.0 * x @ product.lora_a[:3].T @ product.lora_b[:32].T)
     assert_close(product.some(x, 1, 3), product(x)[:, 32:])
+    with torch.no_grad():  # as it is served, where training has a function of its own
+        assert_close(product(x), torch.cat([product.some(x, part, part + 1) for part in range(3)], -1))
 
 
 def test_a_new_head_may_go_on_learning_whole() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from components.config.params import InputError
+from components.models import devices
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import compute_dtype
 from components.runtime.stage import StageRun
@@ -216,6 +218,39 @@ def test_precision_is_what_is_asked_for(new_run: NewRun) -> None:
     assert compute_dtype("fp32", cpu) == torch.float32
     assert compute_dtype("bf16", cpu) == torch.bfloat16
     assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype("auto", cpu) == torch.float32
     model, _ = trained(new_run(precision="bf16"))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not torch.equal(model.embed.weight, model.embed.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(("cost", "picked"), [(0.7, torch.bfloat16), (0.9, torch.float32), (2.0, torch.float32)])
+def test_auto_is_bf16_where_a_models_own_products_are_clearly_faster_in_it(
+    cost: float, picked: torch.dtype, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that counts the products: one in bf16 takes `cost`, one in fp32 takes 1."""
+    clock, shapes = [0.0], set[tuple[int, ...]]()
+    model = new_model(new_run())
+
+    def linear(x: Tensor, weight: Tensor) -> None:
+        clock[0] += cost if weight.dtype == torch.bfloat16 else 1.0
+        shapes.add(tuple(weight.shape))
+
+    monkeypatch.setattr(devices.F, "linear", linear)
+    monkeypatch.setattr(devices.time, "thread_time", lambda: clock[0])
+    random = torch.get_rng_state()
+    assert compute_dtype("auto", torch.device("cpu"), model) == picked
+    assert shapes == set(devices.product_shapes(model)) == {(32, 16), (16, 16), (48, 16), (16, 24)}
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_training_goes_on_in_the_precision_that_it_began_in(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second measurement may come out otherwise."""
+    run, gains = new_run(precision="auto", max_steps=4), iter([2.0, 0.5])
+    monkeypatch.setattr(devices, "bf16_gain", lambda shapes: next(gains))
+    monkeypatch.setattr(Checkpoints, "clear", lambda checkpoints: None)
+    for _ in range(2):
+        trained(run)
+        saved = Checkpoints(run.state).load()
+        assert saved is not None
+        assert (saved.step, saved.values["dtype"]) == (4, "bfloat16")

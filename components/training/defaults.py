@@ -1,0 +1,82 @@
+"""Settings of a fine-tuning that follow from its base and its rows, where params.yaml has none of its own.
+
+Which settings follow is in scales.yaml (`follow_base`), and so are the bounds of a training (`base_epochs`,
+`base_steps`); the rules are here. They depend on what DVC watches alone: the base, the rows and these settings.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import nn
+
+from components.config.model_settings import FineTuneConfig
+from components.models.devices import SMALL_MODEL, best_device
+from components.runtime.stage import StageRun
+from components.token_rows.batches import Rows
+
+C = TypeVar("C", bound=FineTuneConfig)
+
+LORA_RANK = 16
+LORA_RATE = 1e-3
+"""Of AdamW on pairs beside REFERENCE_SIZE parameters; with size it falls as SIZE_EXPONENT says: with the width to the
+power of 0.8, as Thinking Machines measured on Llama (thinkingmachines.ai/blog/lora, 2025), where full fine-tuning
+wants a tenth of it."""
+REFERENCE_SIZE, SIZE_EXPONENT = 135e6, 0.3
+FULL_SHARE = 0.1
+STEP_TOKENS = 2048
+"""Of an optimizer step on up to FEW_ROWS rows; twice as many on four times the rows."""
+FEW_ROWS = 20_000
+MIN_ROWS, MAX_ROWS = 8, 64
+"""Of an optimizer step."""
+FORWARD_TOKENS = {"cpu": 512, "cuda": 16_384}
+"""Of a forward pass: more is no faster on a CPU, takes memory, and mixes rows of more different lengths."""
+WARMUP_SHARE = 0.05
+
+
+def fit_to_base(run: StageRun, config: C, model: nn.Module, rows: Rows) -> C:
+    """`config` with the values that follow from the base; they are printed and logged."""
+    if not config.follow_base:
+        return config
+    lengths = rows.lengths(np.arange(len(rows)))
+    tokens = float(lengths.mean())
+    values = following(config, count_parameters(model), len(rows), tokens)
+    run.tracker.params({f"from_base.{name}": value for name, value in values.items()})
+    said = ", ".join(f"{name} {value}" for name, value in values.items())
+    print(f"{run.name}  {config.base}, {len(rows):,} rows: {said}; params.yaml overrides each", flush=True)
+    return config.model_copy(update=values)
+
+
+def following(config: FineTuneConfig, parameters: int, rows: int, row_tokens: float) -> dict[str, Any]:
+    """The value of each setting in `config.follow_base`, for a base of so many parameters and rows of so many tokens.
+
+    The others' values are taken into account: a rank that a person set decides the learning rate.
+    """
+    follows = set(config.follow_base)
+    values: dict[str, Any] = {"optimizer": "adamw"}
+    values["lora_rank"] = LORA_RANK if parameters > SMALL_MODEL else 0
+    rank = values["lora_rank"] if "lora_rank" in follows else config.lora_rank
+    rate = LORA_RATE * (REFERENCE_SIZE / parameters) ** SIZE_EXPONENT * (1.0 if rank else FULL_SHARE)
+    values["learning_rate"] = float(f"{rate:.1e}")
+    wanted = STEP_TOKENS * 2 ** max(0, math.floor(math.log(max(1, rows) / FEW_ROWS, 4) + 1)) / row_tokens
+    values["global_batch_size"] = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(wanted)))
+    if "global_batch_size" in follows and "micro_batch_size" not in follows:
+        values["global_batch_size"] = math.ceil(values["global_batch_size"] / config.micro_batch_size)
+        values["global_batch_size"] *= config.micro_batch_size
+    batch = values["global_batch_size"] if "global_batch_size" in follows else config.global_batch_size
+    values["micro_batch_size"] = math.gcd(batch, _power_of_two(FORWARD_TOKENS[best_device().type] / row_tokens))
+    values["max_steps"] = min(config.base_steps, max(1, math.ceil(config.base_epochs * rows / batch)))
+    steps = values["max_steps"] if "max_steps" in follows else config.max_steps
+    values["warmup_steps"] = math.ceil(WARMUP_SHARE * steps)
+    return {name: value for name, value in values.items() if name in follows}
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _power_of_two(value: float) -> int:
+    """The greatest that is no more than `value`; at least 1."""
+    return 1 << max(0, math.floor(math.log2(max(1.0, value))))
