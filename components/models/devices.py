@@ -5,11 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import time
+from collections.abc import Iterable
 
 import torch
+from torch.nn import functional
 
 SMALL_MODEL = 50_000_000
 """Parameters up to which one torch thread beats several: waking threads costs more than the products."""
+
+
+MIN_GAIN, TRIALS = 1.1, 5
+"""How much faster than fp32 bf16 has to be to be picked, and repetitions of the measurement."""
 
 
 def best_device() -> torch.device:
@@ -26,6 +33,35 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if precision == "bf16" else torch.float32
     fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def fastest_dtype(shapes: Iterable[tuple[int, int]], rows: int, device: torch.device) -> torch.dtype:
+    """bf16 where it multiplies `rows` rows by weights of these shapes (out, in) faster than fp32; else fp32.
+
+    On a CPU it is measured, in turn with fp32, on the calling thread's torch threads; each different shape once. A
+    CUDA device's answer is bf16.
+    """
+    fast = device.type == "cuda" or bf16_gain(shapes, rows) > MIN_GAIN
+    return torch.bfloat16 if fast else torch.float32
+
+
+@torch.inference_mode()
+def bf16_gain(shapes: Iterable[tuple[int, int]], rows: int) -> float:
+    """Seconds of products in fp32 over those in bf16 on this CPU, the fewest of several rounds for each."""
+    seconds = {torch.float32: 0.0, torch.bfloat16: 0.0}
+    for wide, narrow in sorted(set(shapes)):
+        operands = {
+            dtype: (torch.ones(rows, narrow, dtype=dtype), torch.ones(wide, narrow, dtype=dtype)) for dtype in seconds
+        }
+        rounds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in seconds}
+        for _ in range(TRIALS):
+            for dtype, (x, weight) in operands.items():
+                started = time.perf_counter()
+                functional.linear(x, weight)
+                rounds[dtype].append(time.perf_counter() - started)
+        for dtype in seconds:
+            seconds[dtype] += min(rounds[dtype])
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:

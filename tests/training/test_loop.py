@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from components.config.params import InputError
+from components.models import devices
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.devices import compute_dtype
+from components.models.devices import compute_dtype, fastest_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Batch, TokenRows
 from components.training.checkpoints import Checkpoints
@@ -219,3 +221,16 @@ def test_precision_is_what_is_asked_for(new_run: NewRun) -> None:
     model, _ = trained(new_run(precision="bf16"))
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert not torch.equal(model.embed.weight, model.embed.weight.bfloat16().float())
+
+
+@pytest.mark.parametrize(("cost", "picked"), [(0.5, torch.bfloat16), (1.0, torch.float32), (2.0, torch.float32)])
+def test_the_faster_precision_is_picked(cost: float, picked: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that counts the products: one in bf16 takes `cost`, one in fp32 takes 1."""
+    clock = [0.0]
+
+    def linear(x: Tensor, weight: Tensor) -> None:
+        clock[0] += cost if weight.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(devices.functional, "linear", linear)
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+    assert fastest_dtype([(8, 4), (8, 4), (4, 8)], 4, torch.device("cpu")) == picked
