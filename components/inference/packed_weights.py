@@ -1,4 +1,4 @@
-"""Decoder weights prepared for products of few rows: packed in fp32, or quantized to int8.
+"""Decoder weights prepared for serving on a CPU: packed in fp32 or bf16, or quantized to int8.
 
 A plain product may repack its weight at each call, which for few rows of a large weight costs more than the product;
 whether packing is faster depends on processor and size, so it is measured. Both kinds are bit-identical for a row
@@ -9,38 +9,93 @@ because integer sums are exact and each row has its own scale.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from components.config.params import InputError
+from components.inference.cache_plan import EVEN_ROWS
 from components.models.decoder import Decoder
 
 TRIED_ROWS, TRIALS = (4, 32), 8
 """Batch sizes and repetitions of the measurement in `should_pack`."""
 INT8_MAX = 127
+DECODE_SIZES = (EVEN_ROWS, 2 * EVEN_ROWS, 3 * EVEN_ROWS, 16, 24, 32, 48, 64)
+PROMPT_SIZES = tuple(range(64, 513, 64))
+"""Rows of the products whose bits are compared."""
+_LIMITS: dict[tuple[tuple[int, ...], torch.dtype, tuple[int, ...], int], int] = {}
+"""Rows of the largest parts, by the weight's shape, dtype, sizes and number of threads."""
+
+
+class Agreement(NamedTuple):
+    """The share of cases in which two models choose the same token, and how many cases there are."""
+
+    share: float
+    cases: int
 
 
 class PackedLinear(nn.Module):
-    """x (..., in) to (..., out) in fp32, with the weight in oneDNN's layout."""
+    """x (..., in) to (..., out) in the weight's dtype, with the weight in oneDNN's layout.
 
-    def __init__(self, weight: Tensor) -> None:
+    In bf16 the number of rows selects a kernel, and the kernels differ in the last bits. So the products of decode
+    steps, x (rows, in), are computed in parts of up to as many rows as were measured to give equal bits; those of
+    prompts, x (B, T, in), too, padded to a multiple of `PROMPT_SIZES[0]` rows.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = weight.shape[1]
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        self._bias = bias.detach() if bias is not None else None
+        self._shape = tuple(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        if x.dtype != torch.bfloat16:
+            return self._product(x)
+        if x.dim() == 2:
+            return self._in_parts(x, DECODE_SIZES)
+        rows = x.reshape(-1, self.in_features)
+        padding = -len(rows) % PROMPT_SIZES[0]
+        whole = self._in_parts(F.pad(rows, (0, 0, 0, padding)) if padding else rows, PROMPT_SIZES)
+        return whole[: len(rows)].view(*x.shape[:-1], -1)
+
+    def _in_parts(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        if len(x) <= sizes[0]:
+            return self._product(x)
+        kind = self._shape, x.dtype, sizes, torch.get_num_threads()
+        if (limit := _LIMITS.get(kind)) is None:
+            limit = _LIMITS[kind] = self._limit(sizes, x.dtype)
+        if len(x) <= limit:
+            return self._product(x)
+        return torch.cat([self._product(part) for part in torch.split(x, limit)])
+
+    def _product(self, x: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return product
+
+    @torch.inference_mode()
+    def _limit(self, sizes: Sequence[int], dtype: torch.dtype) -> int:
+        """The largest of these sizes up to which each gives the rows of a product the bits that the first does."""
+        x = torch.linspace(-1, 1, sizes[-1] * self.in_features).sin().view(-1, self.in_features).to(dtype)
+        reference, limit = torch.cat([self._product(part) for part in torch.split(x, sizes[0])]), 0
+        for size in sizes:
+            parts = [part for part in torch.split(x, size) if len(part) == size]
+            if not torch.equal(torch.cat([self._product(part) for part in parts]), reference[: len(parts) * size]):
+                break
+            limit = size
+        return limit or sizes[0]
 
 
 class RoundedLinear(nn.Module):
     """x (..., in) to (..., out) in int8: a scale for each output of the weight and for each row of x."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.in_features = weight.shape[1]
+        self._bias = bias.detach() if bias is not None else None
         self._scale = weight.detach().abs().amax(1).clamp_(min=torch.finfo(weight.dtype).tiny) / INT8_MAX
         self._rounded = (weight.detach() / self._scale.unsqueeze(1)).round_().to(torch.int8)
 
@@ -48,7 +103,8 @@ class RoundedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         scale = rows.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny).div_(INT8_MAX)
         sums = torch._int_mm((rows / scale).round_().to(torch.int8), self._rounded.t())
-        return sums.to(x.dtype).mul_(scale).mul_(self._scale).view(*x.shape[:-1], -1)
+        product = sums.to(x.dtype).mul_(scale).mul_(self._scale).view(*x.shape[:-1], -1)
+        return product if self._bias is None else product.add_(self._bias)
 
 
 def pack(model: Decoder) -> None:
@@ -58,18 +114,20 @@ def pack(model: Decoder) -> None:
 
 
 def _packable(model: Decoder) -> bool:
-    weight = model.embed.weight
-    return not weight.is_cuda and weight.dtype == torch.float32 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return not model.embed.weight.is_cuda and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @torch.inference_mode()
 def should_pack(model: Decoder) -> bool:
-    """Whether packed weights make the model's products faster, for few rows and many.
+    """Whether packed weights make the model's products faster, for few rows and many; or are needed, as in bf16.
 
-    All products are run in turn, so that weights are not in the processor's caches.
+    All products are run in turn, so that weights are not in the processor's caches. In bf16 only the packed ones give
+    a row equal bits beside few others and many.
     """
     if not _packable(model):
         return False
+    if model.embed.weight.dtype == torch.bfloat16:
+        return True
     plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = [PackedLinear(module.weight) for module in plain]
     return sum(_seconds(packed, rows) / _seconds(plain, rows) for rows in TRIED_ROWS) < len(TRIED_ROWS)
@@ -92,7 +150,21 @@ def round_weights(model: Decoder) -> None:
     _replace(model.blocks, RoundedLinear)
 
 
+def to_bf16(model: Decoder) -> None:
+    """Convert a model's weights to bf16."""
+    model.to(torch.bfloat16)
+
+
 @torch.inference_mode()
+def agreement(model: Decoder, sequences: Sequence[Sequence[int]], change: Callable[[Decoder], None]) -> Agreement:
+    """Change a model, and compare the greedy tokens behind all prefixes of the sequences with those before."""
+    batches = [torch.tensor([list(sequence)]) for sequence in sequences]
+    before = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
+    change(model)
+    after = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
+    return Agreement((before == after).double().mean().item(), len(before))
+
+
 def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreement: float) -> float:
     """`round_weights`, if the greedy token stays the same after nearly all prefixes of the sequences.
 
@@ -100,21 +172,17 @@ def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreem
 
     Raises: InputError when it is below `min_agreement`; the model is quantized even then.
     """
-    batches = [torch.tensor([list(sequence)]) for sequence in sequences]
-    before = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
-    round_weights(model)
-    after = torch.cat([model(batch).argmax(-1).flatten() for batch in batches])
-    agreement = (before == after).double().mean().item()
-    if agreement < min_agreement:
+    share, cases = agreement(model, sequences, round_weights)
+    if share < min_agreement:
         raise InputError(
-            f"params.yaml: serve.int8: quantized, the model chooses the same token in {agreement:.1%} of {len(before)} "
-            f"cases; at least {min_agreement:.0%} are needed; set serve.int8: false"
+            f"params.yaml: serve.int8: quantized, the model chooses the same token in {share:.1%} of {cases} cases; at "
+            f"least {min_agreement:.0%} are needed; set serve.int8: false"
         )
-    return agreement
+    return share
 
 
 def _replace(root: nn.Module, kind: type[PackedLinear] | type[RoundedLinear]) -> None:
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child.bias is None:
-                setattr(parent, name, kind(child.weight))
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, kind(child.weight, child.bias))

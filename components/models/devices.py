@@ -91,11 +91,6 @@ def device_memory(device: torch.device) -> int:
     return min([machine, *(int(limit) for limit in limits if limit.isdigit())])
 
 
-def serving_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which a decoder is served: on a GPU as `compute_dtype` picks it, on a CPU fp32."""
-    return compute_dtype("auto", device) if device.type == "cuda" else torch.float32
-
-
 def threads_for(parameters: int) -> int:
     """The torch threads for a model of this many parameters."""
     return 1 if parameters <= SMALL_MODEL else os.cpu_count() or 1

@@ -12,15 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
-from components.inference.batching import ContinuousBatch, Row, generate
-from components.inference.packed_weights import pack, round_checked, should_pack
+from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
+from components.inference.cache_plan import serving_dtype
+from components.inference.packed_weights import agreement, pack, round_checked, should_pack, to_bf16
 from components.models.base_store import base_folder, is_adapter
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device, serving_dtype, threads_for, use_threads
+from components.models.devices import best_device, compute_dtype, threads_for, use_threads
 from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
@@ -40,8 +43,8 @@ from serving.engine.backend import (
 from serving.engine.scheduler import Scheduler, Turn
 from serving.engine.shared_base import SharedBase
 
-INT8_AGREEMENT = 0.98
-"""Share of greedy tokens that have to agree on SAMPLES between the full and the int8 model."""
+MIN_AGREEMENT = 0.98
+"""Share of greedy tokens that have to agree on SAMPLES between the model in fp32 and in int8 or bf16."""
 SAMPLES = ("Hello", "Thank you!", "What can you do?", "How much is 37 times 12?", "Tell me a story.")
 COLD = 1e-4
 """Temperatures below this are greedy; dividing by them would overflow."""
@@ -105,11 +108,11 @@ class LocalEngine(Backend):
         """
         agent = load_agent(folder, config, external_tools)
         if is_adapter(folder):
-            shared = SharedBase.open(folder, config, lambda: _load(base_folder(folder), agent, config))
+            shared = SharedBase.open(folder, config, lambda: _load(base_folder(folder), name, agent, config.int8))
             use_threads(threads_for(shared[0].model.num_parameters))
             engine = cls(shared[0].model, agent, name, config, on_step=on_step, shared=shared)
         else:
-            engine = cls(_load(folder, agent, config), agent, name, config, on_step=on_step)
+            engine = cls(_load(folder, name, agent, config.int8), agent, name, config, on_step=on_step)
         engine.warm()
         return engine
 
@@ -153,16 +156,23 @@ class LocalEngine(Backend):
         self.pool.shutdown()
 
 
-def _load(folder: Path, agent: Agent, config: ServeConfig) -> Decoder:
-    """A decoder as it is served: its dtype, and its weights prepared for few rows."""
+def _load(folder: Path, name: str, agent: Agent, int8: bool) -> Decoder:
+    """The model as it is served: on a CPU quantized or in bf16, where its answers pass, and with packed weights."""
     device = best_device()
     # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
-    model = load_decoder(folder, serving_dtype(device), device)
-    model.eval()
+    full = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
+    model = load_decoder(folder, full, device).eval()
     use_threads(threads_for(model.num_parameters))
-    if config.int8 and not model.embed.weight.is_cuda:
-        round_checked(model, _sample(model, agent), INT8_AGREEMENT)
-    if should_pack(model):
+    if device.type == "cuda":
+        return model
+    if int8:
+        round_checked(model, _sample(model, agent), MIN_AGREEMENT)
+    elif serving_dtype(model.config, device) == torch.bfloat16:
+        share, cases = agreement(model, _sample(model, agent), to_bf16)
+        if share < MIN_AGREEMENT:
+            logger.warning("%s: served in fp32: in bf16 it agrees in %.1f%% of %d cases", name, 100 * share, cases)
+            model = load_decoder(folder, full, device).eval()
+    if should_pack(model) or not rows_are_independent(model):
         pack(model)
     return model
 

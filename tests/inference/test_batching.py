@@ -43,13 +43,17 @@ def grouped() -> Decoder:
     return random_decoder(CONFIGS["grouped"])
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded"])
+@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded", "bf16"])
 def model(request: pytest.FixtureRequest) -> Decoder:
     made = random_decoder(CONFIGS.get(request.param, CONFIGS["grouped"]))
     if request.param == "packed":
         pack(made)
+    elif request.param == "bf16":
+        pack(made.bfloat16())
     elif request.param == "rounded":
         round_weights(made)
+    elif not rows_are_independent(made):
+        pack(made)  # as the engine does on such a processor
     return made
 
 
@@ -118,7 +122,8 @@ def continued(model: Decoder, prompts: Sequence[Sequence[int]], limit: int, **op
 
 
 def test_rows_follow_the_whole_forward_pass(model: Decoder) -> None:
-    if isinstance(model.blocks[0].attention.out, RoundedLinear):
+    rounded = isinstance(model.blocks[0].attention.out, RoundedLinear)
+    if rounded or model.embed.weight.dtype == torch.bfloat16:
         pytest.skip("rounding turns the last bit of what is rounded into more")
     rows = [Row(**asked(model, number)) for number in range(12)]
     run(ContinuousBatch(model, 5), rows)

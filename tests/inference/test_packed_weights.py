@@ -33,6 +33,26 @@ def test_products_are_those_of_the_plain_weight() -> None:
 
 
 @torch.inference_mode()
+def test_biases_are_added() -> None:
+    weight, bias, x = torch.randn(48, 32), torch.randn(48), torch.randn(8, 32)
+    plain = F.linear(x, weight, bias)
+    torch.testing.assert_close(PackedLinear(weight, bias)(x), plain)
+    assert (RoundedLinear(weight, bias)(x) - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.parametrize("shape", [(4, 576), (36, 576), (100, 576), (1, 20, 576), (5, 60, 576), (1, 600, 576)])
+@torch.inference_mode()
+def test_packed_in_bf16_a_row_has_its_bits_alone_and_beside_others(shape: tuple[int, ...]) -> None:
+    weight, x = torch.randn(576, 576).bfloat16(), torch.randn(shape).bfloat16()
+    packed = PackedLinear(weight)
+    product = packed(x)
+    torch.testing.assert_close(product, F.linear(x, weight))
+    alone = [packed(part) for part in torch.split(x.view(-1, 576), 4)] if len(shape) == 2 else None
+    alone = alone or [packed(part.unsqueeze(0)) for part in torch.split(x.view(-1, 576), 20)]
+    assert torch.equal(torch.cat([part.view(-1, 576) for part in alone]), product.view(-1, 576))
+
+
+@torch.inference_mode()
 def test_zeros_round_to_zeros() -> None:
     assert torch.equal(RoundedLinear(torch.zeros(8, 8))(torch.zeros(4, 8)), torch.zeros(4, 8))
 

@@ -18,6 +18,7 @@ from components.config.params import load_params
 from components.inference.cache_plan import plan_cache
 from components.models.checkpoint import read_config
 from components.tokenization.chat_tokenizer import ChatTokenizer
+from serving.engine import local
 from serving.engine.backend import (
     AgentStep,
     BackendRetired,
@@ -214,6 +215,19 @@ class Held:
         if isinstance(event, Start):
             self.reached.set()
             self.go.wait(60)
+
+
+@pytest.mark.parametrize(("needed", "served"), [(0.5, torch.bfloat16), (1.01, torch.float32)])
+def test_bf16_is_served_if_its_answers_pass(
+    needed: float, served: torch.dtype, agent_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "serving_dtype", lambda config, device: torch.bfloat16)
+    monkeypatch.setattr(local, "MIN_AGREEMENT", needed)
+    engine = LocalEngine.load(agent_folder, "agent/1", CONFIG)
+    assert engine.model.embed.weight.dtype == served
+    if needed < 1:
+        assert finished(engine, "Hello").content == GREETING
+    engine.close()
 
 
 @pytest.fixture
