@@ -247,8 +247,8 @@ class _ObjectEnd:
                 self._escaped, self._quoted = character == "\\", character != '"'
             elif character == '"':
                 self._quoted = True
-            elif character in "{}[]":
-                self._depth += 1 if character in "{[" else -1
+            elif character in "{}":
+                self._depth += 1 if character == "{" else -1
                 if not self._depth:
                     return place + 1, True
         return len(text), False

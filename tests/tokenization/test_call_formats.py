@@ -26,7 +26,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Of a city.", "parameters": PARAMETERS}}]
-CALLS = [Call("weather", {"city": 'Köln "am" Rhein {1}\n<tool_call>', "days": 3}), Call("weather", {"city": "Paris"})]
+CALLS = [Call("weather", {"city": 'Köln "am Rhein {1\n<tool_call>\\', "days": 3}), Call("weather", {"city": "Paris"})]
 FORMATS = {  # the marks, the text between two calls, the keys
     "chatml": ("<tool_call>", "</tool_call>", "\n</tool_call>\n<tool_call>\n", ("name", "arguments")),
     "llama": ("", "", None, ("name", "parameters")),
