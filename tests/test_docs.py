@@ -189,6 +189,7 @@ def test_the_path_of_a_chat_request_is_what_it_executes(executed: set[str]) -> N
     # What no path lists, as the page says.
     beside = ("components/config/", "components/runtime/", "components/models/", "components/tracking/")
     arithmetic = {"components/inference/decode_step.py", "components/inference/sampling.py"}
+    arithmetic.add("components/inference/packed_weights.py")  # where this processor is faster with them
     told = {file for file in executed if not file.startswith((*beside, "serving/observability/"))} - arithmetic
     assert told == listed | leaves
 
