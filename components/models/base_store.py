@@ -58,8 +58,9 @@ def base_folder(folder: Path) -> Path:
     """
     base = read_base(folder)
     places = [folder / BUNDLED]
-    with suppress(InputError):  # no project here: a Bento, or a folder on its own
-        places.append(stored_base(base.weights_sha256, Paths(find_root()).home))
+    for start in (folder, Path.cwd()):
+        with suppress(InputError):  # no project there: a Bento, or a folder on its own
+            places.append(stored_base(base.weights_sha256, Paths(find_root(start)).home))
     for place in places:
         if (place / CONFIG).is_file():
             return place
