@@ -101,10 +101,13 @@ def pack_tokenizer(folder: Path, writer: Any) -> None:
     tokens = {number: token for token, number in vocabulary.items()}
     texts = [tokens.get(number, f"[PAD{number}]") for number in range(size)]
     types = [_kind(tokens.get(number), added) for number in range(size)]
+    if described["model"]["type"] != "BPE":
+        raise InputError(f"{file}: model: {described['model']['type']!r} is not supported in GGUF; allowed: BPE")
     if described["model"].get("byte_fallback"):
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([-float(number) for number in range(size)])
-        writer.add_add_space_prefix("Prepend" in json.dumps(described["normalizer"]))
+        prefixed = '"always"' in (splits := json.dumps(described["pre_tokenizer"])) or '"first"' in splits
+        writer.add_add_space_prefix(prefixed or "Prepend" in json.dumps(described["normalizer"]))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_known_pre_tokenizer(described, file))

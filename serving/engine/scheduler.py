@@ -45,7 +45,8 @@ class Scheduler:
 
     def __init__(self, slots: ContinuousBatch, name: str, on_step: Callable[[int], None] = lambda rows: None) -> None:
         """`on_step` is called with the number of rows of each decode step."""
-        self._slots, self._observe_step = slots, on_step
+        self.slots = slots
+        self._observe_step = on_step
         self._turns: dict[Row, Turn] = {}
         """Turns that have a slot."""
         self._waiting: deque[Turn] = deque()
@@ -92,10 +93,10 @@ class Scheduler:
             self._end(turn)
         for _ in range(PREFILLS):
             self._admit()
-            self._push(self._slots.prefill())
-            if self._slots.prefilling or not self._slots.free or len(self._waiting) <= len(self._slots.decoding):
+            self._push(self.slots.prefill())
+            if self.slots.prefilling or not self.slots.free or len(self._waiting) <= len(self.slots.decoding):
                 break
-        if rows := self._slots.decode():
+        if rows := self.slots.decode():
             self._observe_step(len(rows))
             self._push(rows)
 
@@ -105,13 +106,13 @@ class Scheduler:
             over = [turn for turn in self._waiting if turn.over]
             for turn in over:
                 self._waiting.remove(turn)
-            count = 0 if self._slots.prefilling else self._slots.group([turn.row for turn in self._waiting])
+            count = 0 if self.slots.prefilling else self.slots.group([turn.row for turn in self._waiting])
             turns = [self._waiting.popleft() for _ in range(count)]
         for turn in over:
             turn.ended(None)
         self._turns |= {turn.row: turn for turn in turns}
         if turns:
-            self._slots.admit([turn.row for turn in turns])
+            self.slots.admit([turn.row for turn in turns])
 
     def _push(self, rows: list[Row]) -> None:
         for row in list(rows):
@@ -126,11 +127,11 @@ class Scheduler:
 
     def _end(self, turn: Turn, error: Exception | None = None) -> None:
         del self._turns[turn.row]
-        self._slots.drop(turn.row)
+        self.slots.drop(turn.row)
         turn.ended(error)
 
     def _fail_all(self, error: Exception) -> None:
-        self._slots.clear()
+        self.slots.clear()
         turns, self._turns = list(self._turns.values()), {}
         for turn in turns:
             turn.ended(error)

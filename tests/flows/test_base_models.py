@@ -11,6 +11,7 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from components.datasets.formats import DatasetWriter
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.model_import import import_model, inspect_model
 from components.tracking.registry import Registry
@@ -119,3 +120,21 @@ def test_a_template_that_does_not_suit_is_refused_before_any_work(template: str,
     with pytest.raises(InputError, match=message):
         fetch_base_models(paths, print)
     assert not (paths.imported("decoder") / "config.json").exists()
+
+
+@pytest.mark.parametrize("calling", [False, True])
+def test_a_template_without_tools_suits_conversations_without_calls(calling: bool, paths: Paths) -> None:
+    llama(decoder(paths.root / "theirs"))
+    function = {"name": "lookup", "arguments": "{}"}
+    answer = {"role": "assistant", "content": "answer"} | (
+        {"tool_calls": [{"id": "1", "type": "function", "function": function}]} if calling else {}
+    )
+    with DatasetWriter(paths.collected / "chats", "chats", "conversations") as writer:
+        writer.write("train", {"id": "1", "messages": [{"role": "user", "content": "question"}, answer]})
+    name(paths, "theirs", template="own", dataset="chats")
+    if calling:
+        with pytest.raises(InputError, match="the conversations of chats call some; write"):
+            fetch_base_models(paths, print)
+    else:
+        fetch_base_models(paths, print)
+    assert (paths.imported("decoder") / "config.json").exists() != calling

@@ -85,7 +85,8 @@ def test_a_removed_adapter_leaves_the_others_and_its_number_is_not_given_again(
     models, base, bank = served
     number = bank.add(models[1])
     bank.remove(number)
-    assert bank.add(models[1]) == number + 1
+    assert bank.add(models[3]) == number + 1
+    bank.remove(number + 1)
     row = Row(**asked(models[0], 1), adapter=2)
     run(ContinuousBatch(base, 2, bank=bank), [row])
     assert row.generated == uncached(models[2], row)

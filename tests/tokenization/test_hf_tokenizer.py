@@ -149,6 +149,16 @@ def test_calls_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert (words.content, words.calls) == ("Let me see.", turn.calls)
 
 
+def test_a_token_outside_the_byte_alphabet_is_its_text(tmp_path: Path) -> None:
+    described = json.loads((chatml(tmp_path) / "tokenizer.json").read_text())
+    number = described["model"]["vocab"]["\u00fe"] = max(described["model"]["vocab"].values()) + 3
+    described["model"]["vocab"] |= {"two words": number + 1}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    tokenizer = load_chat_tokenizer(tmp_path)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.decode([number + 1]) == reference.decode([number + 1]) == "two words"
+
+
 @pytest.mark.parametrize("key", ["arguments", "parameters"])
 def test_a_call_may_stand_alone_as_llama_writes_it(key: str, tmp_path: Path) -> None:
     tokenizer = load_chat_tokenizer(llama(tmp_path))
