@@ -11,6 +11,7 @@ from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import CLEAR_GAIN, SMALL_MODEL, best_device, bf16_gain, compute_dtype, device_memory
+from components.models.weight_files import weight_files
 
 EVEN_ROWS = 4
 """Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
@@ -100,6 +101,17 @@ def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | 
     except InputError as error:
         return str(error)
     return plan.note(config.max_seq_len, max_rows)
+
+
+def check_memory(folder: Path) -> None:
+    """Raises: InputError when the weights in a folder are larger than this machine's memory."""
+    files = weight_files(folder)
+    size, memory = sum(file.stat().st_size for file in files), device_memory(torch.device("cpu"))
+    if size > memory:
+        raise InputError(
+            f"{files[0]}: the weights take {size / 2**30:.1f} GiB, more than the {memory / 2**30:.1f} GiB of memory;"
+            " use a smaller model, or serve it elsewhere (serve.backend: openai)"
+        )
 
 
 def context_len(model: Decoder) -> int:

@@ -47,6 +47,9 @@ M = TypeVar("M", bound=nn.Module)
 _BASES: WeakValueDictionary[tuple[str, torch.dtype, str], nn.Module] = WeakValueDictionary()
 """Bases of the adapters that are loaded, by digest, dtype and device."""
 
+DTYPES = ("F32", "F16", "BF16", "F64")
+"""Types of weights, as safetensors names them."""
+
 
 class TensorLocation(NamedTuple):
     """The file of a tensor, and its name there."""
@@ -175,8 +178,15 @@ def _opened(
         form = FORMATS[form.base]
         config = form.read(fields)
     config = form.settle(config, locations)
-    with torch.device(device or "cpu"), _SkipInitialization():
-        model = form.model(config).to(dtype)
+    layers = max(getattr(config, name, 0) for name in ("num_layers", "num_decoder_layers"))
+    if layers > len(locations):
+        raise InputError(f"{fields.path}: {layers:,} layers: the weights have {len(locations)} tensors")
+    try:
+        with torch.device(device or "cpu"), _SkipInitialization():
+            model = form.model(config).to(dtype)
+    except (ArithmeticError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{fields.path}: a model of this shape cannot be made: {reason}") from None
     targets = dict(hub_tensors(model, form))
     absent = {name: targets[name] for name in targets.keys() - locations.keys() if name.startswith(form.optional)}
     extra = {name for name in locations.keys() - targets.keys() if name.endswith((*form.ignored, *tied_names(model)))}
@@ -187,7 +197,25 @@ def _opened(
             pairs[locations[name].file][locations[name].name] = target
     for file, file_targets in pairs.items():
         _compare_shapes(file, file_targets)
+    _check_tied(fields.path, model, targets, locations)
     return model, pairs, absent
+
+
+def _check_tied(
+    path: Path, model: nn.Module, targets: Mapping[str, Tensor], locations: Mapping[str, TensorLocation]
+) -> None:
+    """Raises: InputError when a head that config.json ties to the embedding has weights of its own."""
+    for head in locations.keys() & set(tied_names(model)):
+        embedding = model.get_parameter("embed.weight").data_ptr()
+        name = next(name for name, target in targets.items() if target.data_ptr() == embedding)
+        if not torch.equal(*(_tensor(locations[each]) for each in (head, name))):
+            raise InputError(f"{path}: tie_word_embeddings is true, but {head} is not {name}; set it to false")
+
+
+def _tensor(location: TensorLocation) -> Tensor:
+    with safe_open(str(location.file), framework="pt") as tensors:
+        tensor: Tensor = tensors.get_tensor(location.name)
+        return tensor
 
 
 def merge_folder(folder: Path, scratch: Path) -> Path:
@@ -321,7 +349,10 @@ def _current_name(name: str) -> str:
 def _compare_shapes(file: Path, targets: Mapping[str, Tensor]) -> None:
     with safe_open(str(file), framework="pt") as tensors:
         for name, target in targets.items():
-            shape = tuple(tensors.get_slice(name).get_shape())
+            stored = tensors.get_slice(name)
+            if (dtype := stored.get_dtype()) not in DTYPES:
+                raise InputError(f"{file}: {name}: type {dtype} is not supported; one of {', '.join(DTYPES)}")
+            shape = tuple(stored.get_shape())
             if shape != tuple(target.shape):
                 raise InputError(
                     f"{file}: {name}: shape {shape} does not fit config.json, which asks for {tuple(target.shape)}"

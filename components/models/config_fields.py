@@ -11,6 +11,8 @@ from torch import nn
 
 from components.config.params import InputError
 
+LARGEST = 2**24
+"""Above any number of tokens, positions or layers that a model has."""
 Names = Mapping[str, str | tuple[str, ...]]
 """Our module or weight, `{n}` for the number of its block, to Hugging Face's; several for a fused product."""
 
@@ -23,10 +25,10 @@ class Fields:
     values: dict[str, Any]
 
     def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number, at least 0."""
+        """A whole number from 0 to LARGEST."""
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise InputError(f"{self.path}: {name}: {value!r} is not a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
+            raise InputError(f"{self.path}: {name}: {value!r} is not a whole number from 0 to {LARGEST:,}")
         return value
 
     def number(self, name: str, default: float | None) -> float:

@@ -99,7 +99,10 @@ def inspect_model(folder: Path) -> ModelInfo:
 def _count_tokens(folder: Path, family: Family, config: Any) -> int:
     tokenizer = TextTokenizer.load(folder)
     for token in REQUIRED_TOKENS[family]:
-        tokenizer.id_of(token)
+        try:
+            tokenizer.id_of(token)
+        except InputError as error:
+            raise InputError(f"{folder}/{error}") from None
     if family == "encoder" and config.pad_id not in (None, tokenizer.pad_id):
         raise InputError(
             f"{folder / CONFIG}: pad_token_id: {config.pad_id} is not the tokenizer's {tokenizer.pad_id}, by"

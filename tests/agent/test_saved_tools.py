@@ -209,6 +209,7 @@ def test_the_registry_says_whose_tools_a_version_has_and_refuses_changed_code(
 ) -> None:
     folder = save(tmp_path, "fruit_registered")
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     version = registry.register(folder, "agent", {"score": 0.5}, {}, None)
     assert (version.tags["tools"], version.tags["tools_source"]) == ("price, listed", "fruit_registered.parts:tools")
     assert call(load_tools(version.folder), "price", ORDER) == "10 2 euros"

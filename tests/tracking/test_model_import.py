@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +29,7 @@ from components.tokenization.text_tokenizer import TextTokenizer
 from components.tracking.model_import import import_model, inspect_model, place_model
 from components.tracking.registry import Registry
 from loopwright.cli import COMMANDS, app
-from tests.tokenization.hf_tokenizers import TEXTS, chatml, llama
+from tests.tokenization.hf_tokenizers import TEXTS, chatml
 
 SOURCE = Path(__file__).parents[2]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -131,68 +129,6 @@ def test_a_context_beyond_memory_is_told_at_import(tmp_path: Path, monkeypatch: 
 def test_an_import_moves_no_champion_that_a_gate_chooses(registry: Registry, tmp_path: Path) -> None:
     folder = encoder(tmp_path / "model")
     assert import_model(folder, inspect_model(folder), "classifier", registry).aliases == ()
-
-
-def drop(folder: Path, name: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights[name]
-    save_file(weights, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("make", "spoil", "message"),
-    [
-        (decoder, lambda folder: (folder / "tokenizer.json").unlink(), r"tokenizer\.json: not found; save the model's"),
-        (
-            decoder,
-            lambda folder: llama_of_more_tokens(folder),
-            r"\d{3} tokens are more than the vocab_size 416 of conf",
-        ),
-        (
-            decoder,
-            lambda folder: (folder / "tokenizer_config.json").write_text("{}"),
-            r"tokenizer_config\.json: chat_template is missing; add the one of the model",
-        ),
-        (encoder, lambda folder: words(folder, ["[PAD]"]), r"tokenizer\.json: special token '\[CLS\]' is missing"),
-        (encoder, lambda folder: (folder / "tokenizer.json").write_text("{"), "not a readable tokenizer: "),
-        (
-            encoder_decoder,
-            lambda folder: drop(folder, "encoder.block.1.layer.0.SelfAttention.q.weight"),
-            r"1 tensors missing: encoder\.block\.1\.layer\.0\.SelfAttention\.q\.weight; the weights do not fit",
-        ),
-        (
-            encoder,
-            lambda folder: shutil.move(folder / "model.safetensors", folder / "pytorch_model.bin"),
-            "pickled weights are refused; convert them to safetensors",
-        ),
-        (
-            encoder,
-            lambda folder: change(folder, architectures=["DebertaForMaskedLM"]),
-            r"config\.json: architectures: DebertaForMaskedLM is not supported; one of LlamaForCausalLM",
-        ),
-        (encoder_decoder, lambda folder: change(folder, d_ff=64), r"shape \(48, 32\) does not fit config\.json"),
-    ],
-)
-def test_a_folder_that_is_no_model_is_one_line(
-    make: Callable[[Path], Path], spoil: Callable[[Path], Any], message: str, tmp_path: Path
-) -> None:
-    folder = make(tmp_path / "model")
-    spoil(folder)
-    with pytest.raises(InputError, match=message) as error:
-        inspect_model(folder)
-    assert "\n" not in str(error.value)
-
-
-def change(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
-
-
-def llama_of_more_tokens(folder: Path) -> None:
-    llama(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens([f"more{number}" for number in range(200)])
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def test_placing_replaces_what_was_placed_and_no_hidden_file(tmp_path: Path) -> None:
