@@ -2,8 +2,8 @@
 
 The forward pass avoids module calls, which cost more than its kernels.
 
-A row's result depends neither on the other rows nor on the number of positions attended beyond its own: on one thread
-torch's fused attention processes a row's keys in order.
+A row's result depends neither on the other rows nor on the number of positions attended beyond its own: torch's fused
+attention processes a row's keys in order, unless there are more threads than heads to divide among them.
 Shapes: B rows, S positions attended, E embed_dim, H query heads, K key/value heads, D head_dim.
 """
 
@@ -43,7 +43,8 @@ class Step:
         """(slots, 2K): offset of each head's keys, then values, of a slot within a layer."""
         blocks = (block for block in model.blocks if isinstance(block, Block))
         self._layers = [_Layer.of(block, whole.dtype, whole.device) for block in blocks]
-        self._norm_gain = model.norm.gain.detach()
+        self._norm_gain = _norm_gain(model.norm.gain)
+        self._floor = torch.tensor((c.norm_eps * c.embed_dim) ** 0.5, device=whole.device)
         self._lowest = torch.finfo(whole.dtype).min
         self.fixed = whole.is_cuda
         """Static shapes, as CUDA graphs need: one per number of rows, and attention to padding."""
@@ -73,14 +74,14 @@ class Step:
 
         The second mask is that of layers with a window.
         """
-        model, eps = self._model, self._model.config.norm_eps
+        model, floor = self._model, self._floor
         x = model.scaled(F.embedding(tokens, model.embed.weight))
         masks = tuple(mask[:, None, None] for mask in masks)  # (B, 1, 1, S)
         for number, (layer, (rotary, windowed)) in enumerate(zip(self._layers, model.layers(at), strict=True)):
-            attended = self._attend(number, layer, _norm(x, layer.gain, eps), rotary, where, masks[windowed])
-            x += _norm(layer.out(attended), layer.post_gain, eps)
-            x += _norm(layer.mlp(_norm(x, layer.mlp_gain, eps)), layer.mlp_post_gain, eps)
-        return _norm(x, self._norm_gain, eps)
+            attended = self._attend(number, layer, _norm(x, layer.gain, floor), rotary, where, masks[windowed])
+            x += _norm(layer.out(attended), layer.post_gain, floor)
+            x += _norm(layer.mlp(_norm(x, layer.mlp_gain, floor)), layer.mlp_post_gain, floor)
+        return _norm(x, self._norm_gain, floor)
 
     def _attend(
         self, number: int, layer: _Layer, x: Tensor, rotary: Rotary | None, where: Tensor, mask: Tensor
@@ -99,8 +100,8 @@ class Step:
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
         real = mask.shape[0]
         keys, values = self._whole[number, :, :real, :, : mask.shape[-1]]  # (real, K, S, D) each
-        # Several threads split a row's keys where there are few rows, which changes the order of summation.
-        mix = _mixed if self.fixed or torch.get_num_threads() == 1 else _mixed_alone
+        # More threads than heads split a row's keys where there are few rows, which changes the order of summation.
+        mix = _mixed if self.fixed or torch.get_num_threads() <= c.num_heads else _mixed_alone
         mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
 
@@ -125,7 +126,7 @@ class _Layer:
     def of(cls, block: Block, dtype: torch.dtype, device: torch.device) -> _Layer:
         attention = block.attention
         norms = (block.attention_norm, block.attention_post_norm, block.mlp_norm, block.mlp_post_norm)
-        before, behind, mlp_before, mlp_behind = (norm.gain.detach() if norm is not None else None for norm in norms)
+        before, behind, mlp_before, mlp_behind = (_norm_gain(norm.gain) if norm is not None else None for norm in norms)
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
         heads_gain = torch.ones(heads + kv_heads, attention.head_dim, dtype=dtype, device=device)
         if attention.q_norm is not None and attention.k_norm is not None:
@@ -217,5 +218,14 @@ def graph_span(seen: int) -> int:
     return max(CAPTURED, 1 << (seen - 1).bit_length())
 
 
-def _norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    return F.rms_norm(x, gain.shape[-1:], None, eps) * gain if gain is not None else x
+def _norm_gain(gain: Tensor) -> Tensor:
+    """A gain (E) in fp32 for vectors of length one instead of root mean square one."""
+    return gain.detach().float().mul(gain.shape[-1] ** 0.5)
+
+
+def _norm(x: Tensor, gain: Tensor | None, floor: Tensor) -> Tensor:
+    """RMSNorm in four kernels: x / hypot(|x|, floor) * gain, with a `_norm_gain` and floor sqrt(eps * E)."""
+    if gain is None:
+        return x
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / length.hypot_(floor)).mul_(gain).to(x.dtype)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,11 +192,18 @@ def test_no_rows_are_continued_at_once() -> None:
     assert continued(random_decoder(CONFIGS["grouped"]), [], 8) == []
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_no_bit_of_a_row_depends_on_the_load(model: Decoder, seed: int) -> None:
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_no_bit_of_a_row_depends_on_the_load(model: Decoder, threads: int) -> None:
     busy = Watched(model, 7)
     rows = [Row(**asked(model, number)) for number in range(40)]
-    run(busy, rows, random.Random(seed))
+    run(busy, rows, random.Random(threads))
     shared = 0
     for number, row in enumerate(rows):
         alone = Watched(model, 1)
