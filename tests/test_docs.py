@@ -188,8 +188,7 @@ def test_the_path_of_a_chat_request_is_what_it_executes(executed: set[str]) -> N
     leaves = {name.replace(".", "/") + ".py" for name in _MODULE.findall(section)}
     # What no path lists, as the page says.
     beside = ("components/config/", "components/runtime/", "components/models/", "components/tracking/")
-    arithmetic = {"components/inference/decode_step.py", "components/inference/sampling.py"}
-    arithmetic.add("components/inference/packed_weights.py")  # where this processor is faster with them
+    arithmetic = {f"components/inference/{name}.py" for name in ("decode_step", "packed_weights", "sampling")}
     told = {file for file in executed if not file.startswith((*beside, "serving/observability/"))} - arithmetic
     assert told == listed | leaves
 
