@@ -10,7 +10,7 @@ import torch
 from components.config.params import InputError
 from components.models.checkpoint import read_config
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.devices import CLEAR_GAIN, SMALL_MODEL, best_device, bf16_gain, compute_dtype, device_memory
+from components.models.devices import best_device, compute_dtype, device_memory
 from components.models.weight_files import weight_files
 
 EVEN_ROWS = 4
@@ -21,8 +21,6 @@ CACHE_SHARE = 0.25
 ROOM_FOR = 8
 """Requests that the context leaves room for, where no setting says how long it is."""
 MIN_CONTEXT = 256
-MEASURED_ROWS = 256
-"""Tokens of a prompt, in products that show in which dtype a CPU is faster."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +60,7 @@ def plan_cache(
     memory = device_memory(device) if memory is None else memory
     token_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     tokens = int(memory * CACHE_SHARE) // token_bytes
-    # On a CPU as in fp32, in which evaluation runs there, whatever it is served in.
-    wider = 1 if device.type == "cuda" else torch.float32.itemsize // dtype.itemsize
-    context = min(config.max_seq_len, max_context or max(tokens // wider // ROOM_FOR, MIN_CONTEXT))
+    context = min(config.max_seq_len, max_context or max(tokens // ROOM_FOR, MIN_CONTEXT))
     rows = tokens // context // EVEN_ROWS * EVEN_ROWS
     if not rows:
         fix = "give more memory" if max_context is None else f"set it to at most {tokens // EVEN_ROWS:,}"
@@ -76,28 +72,11 @@ def plan_cache(
     return CachePlan(min(max_rows, rows), context, token_bytes)
 
 
-def serving_dtype(config: DecoderConfig, device: torch.device) -> torch.dtype:
-    """On a GPU what `compute_dtype` picks; on a CPU bf16 where that multiplies a model that is not small faster."""
-    if device.type == "cuda":
-        return compute_dtype("auto", device)
-    c = config
-    heads = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, c.num_heads * c.head_dim
-    shapes = (
-        (heads[0], c.embed_dim),
-        (c.embed_dim, heads[1]),
-        (2 * c.hidden_dim, c.embed_dim),
-        (c.embed_dim, c.hidden_dim),
-    )
-    size = c.vocab_size * c.embed_dim + c.num_layers * sum(wide * narrow for wide, narrow in shapes)
-    faster = size > SMALL_MODEL and bf16_gain(shapes, MEASURED_ROWS) >= CLEAR_GAIN
-    return torch.bfloat16 if faster else torch.float32
-
-
 def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:
     """What this machine's memory does not hold of the decoder in a folder; None where it holds all."""
     config, device = read_config(folder), best_device()
     try:
-        plan = plan_cache(config, serving_dtype(config, device), device, max_rows, max_context)
+        plan = plan_cache(config, compute_dtype("auto", device), device, max_rows, max_context)
     except InputError as error:
         return str(error)
     return plan.note(config.max_seq_len, max_rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,29 +39,30 @@ class Agreement(NamedTuple):
 
 
 class PackedLinear(nn.Module):
-    """x (..., in) to (..., out) in the weight's dtype, with the weight in oneDNN's layout.
+    """x (..., in) to (..., out), with the weight in oneDNN's layout and the product in `dtype`; the rest stays in x's.
 
     In bf16 the number of rows selects a kernel, and the kernels differ in the last bits. So the products of decode
     steps, x (rows, in), are computed in parts of up to as many rows as were measured to give equal bits; those of
     prompts, x (B, T, in), too, padded to a multiple of `PROMPT_SIZES[0]` rows.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.in_features = weight.shape[1]
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
-        self._bias = bias.detach() if bias is not None else None
+        self.dtype = dtype or weight.dtype
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous(), None)
+        self._bias = bias.detach().to(self.dtype) if bias is not None else None
         self._shape = tuple(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16:
+        if self.dtype != torch.bfloat16:
             return self._product(x)
+        rows = x.to(self.dtype).reshape(-1, self.in_features)
         if x.dim() == 2:
-            return self._in_parts(x, DECODE_SIZES)
-        rows = x.reshape(-1, self.in_features)
+            return self._in_parts(rows, DECODE_SIZES).to(x.dtype)
         padding = -len(rows) % PROMPT_SIZES[0]
         whole = self._in_parts(F.pad(rows, (0, 0, 0, padding)) if padding else rows, PROMPT_SIZES)
-        return whole[: len(rows)].view(*x.shape[:-1], -1)
+        return whole[: len(rows)].view(*x.shape[:-1], -1).to(x.dtype)
 
     def _in_parts(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if len(x) <= sizes[0]:
@@ -107,10 +109,13 @@ class RoundedLinear(nn.Module):
         return product if self._bias is None else product.add_(self._bias)
 
 
-def pack(model: Decoder) -> None:
-    """Pack a model's weights where oneDNN is available; the model can no longer be trained or saved."""
+def pack(model: Decoder, dtype: torch.dtype | None = None) -> None:
+    """Pack a model's weights where oneDNN is available; the model can no longer be trained or saved.
+
+    `dtype` of the products; the stream, the norms, attention and the cache keep the model's own.
+    """
     if _packable(model):
-        _replace(model, PackedLinear)
+        _replace(model, partial(PackedLinear, dtype=dtype))
 
 
 def _packable(model: Decoder) -> bool:
@@ -119,15 +124,12 @@ def _packable(model: Decoder) -> bool:
 
 @torch.inference_mode()
 def should_pack(model: Decoder) -> bool:
-    """Whether packed weights make the model's products faster, for few rows and many; or are needed, as in bf16.
+    """Whether packed weights make the model's products faster, for few rows and many.
 
-    All products are run in turn, so that weights are not in the processor's caches. In bf16 only the packed ones give
-    a row equal bits beside few others and many.
+    All products are run in turn, so that weights are not in the processor's caches.
     """
     if not _packable(model):
         return False
-    if model.embed.weight.dtype == torch.bfloat16:
-        return True
     plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
     packed = [PackedLinear(module.weight) for module in plain]
     return sum(_seconds(packed, rows) / _seconds(plain, rows) for rows in TRIED_ROWS) < len(TRIED_ROWS)
@@ -148,11 +150,6 @@ def _seconds(products: Sequence[nn.Linear] | Sequence[PackedLinear], rows: int) 
 def round_weights(model: Decoder) -> None:
     """Quantize the weights of every product but the head to int8; the model can no longer be trained or saved."""
     _replace(model.blocks, RoundedLinear)
-
-
-def to_bf16(model: Decoder) -> None:
-    """Convert a model's weights to bf16."""
-    model.to(torch.bfloat16)
 
 
 @torch.inference_mode()
@@ -181,7 +178,7 @@ def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreem
     return share
 
 
-def _replace(root: nn.Module, kind: type[PackedLinear] | type[RoundedLinear]) -> None:
+def _replace(root: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
     for parent in list(root.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):

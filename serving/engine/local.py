@@ -9,6 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
-from components.inference.cache_plan import serving_dtype
-from components.inference.packed_weights import agreement, pack, round_checked, should_pack, to_bf16
+from components.inference.packed_weights import agreement, pack, round_checked, should_pack
 from components.models.base_store import base_folder, is_adapter
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device, compute_dtype, threads_for, use_threads
+from components.models.devices import SMALL_MODEL, best_device, compute_dtype, threads_for, use_threads
 from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
@@ -167,11 +167,12 @@ def _load(folder: Path, name: str, agent: Agent, int8: bool) -> Decoder:
         return model
     if int8:
         round_checked(model, _sample(model, agent), MIN_AGREEMENT)
-    elif serving_dtype(model.config, device) == torch.bfloat16:
-        share, cases = agreement(model, _sample(model, agent), to_bf16)
-        if share < MIN_AGREEMENT:
-            logger.warning("%s: served in fp32: in bf16 it agrees in %.1f%% of %d cases", name, 100 * share, cases)
-            model = load_decoder(folder, full, device).eval()
+    elif model.num_parameters > SMALL_MODEL and compute_dtype("auto", device, model) == torch.bfloat16:
+        share, cases = agreement(model, _sample(model, agent), partial(pack, dtype=torch.bfloat16))
+        if share >= MIN_AGREEMENT:
+            return model
+        logger.warning("%s: served in fp32: in bf16 it agrees in %.1f%% of %d cases", name, 100 * share, cases)
+        model = load_decoder(folder, full, device).eval()
     if should_pack(model) or not rows_are_independent(model):
         pack(model)
     return model

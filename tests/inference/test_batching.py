@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest) -> Decoder:
     if request.param == "packed":
         pack(made)
     elif request.param == "bf16":
-        pack(made.bfloat16())
+        pack(made, torch.bfloat16)
     elif request.param == "rounded":
         round_weights(made)
     elif not rows_are_independent(made):
@@ -123,7 +123,7 @@ def continued(model: Decoder, prompts: Sequence[Sequence[int]], limit: int, **op
 
 def test_rows_follow_the_whole_forward_pass(model: Decoder) -> None:
     rounded = isinstance(model.blocks[0].attention.out, RoundedLinear)
-    if rounded or model.embed.weight.dtype == torch.bfloat16:
+    if rounded or getattr(model.blocks[0].attention.out, "dtype", None) == torch.bfloat16:
         pytest.skip("rounding turns the last bit of what is rounded into more")
     rows = [Row(**asked(model, number)) for number in range(12)]
     run(ContinuousBatch(model, 5), rows)

@@ -16,6 +16,7 @@ from components.agent.agent import Agent, ContextTooLong
 from components.agent.tools import Tool
 from components.config.params import load_params
 from components.inference.cache_plan import plan_cache
+from components.inference.packed_weights import PackedLinear
 from components.models.checkpoint import read_config
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from serving.engine import local
@@ -217,14 +218,17 @@ class Held:
             self.go.wait(60)
 
 
-@pytest.mark.parametrize(("needed", "served"), [(0.5, torch.bfloat16), (1.01, torch.float32)])
-def test_bf16_is_served_if_its_answers_pass(
-    needed: float, served: torch.dtype, agent_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("needed", "served"), [(0.5, True), (1.01, False)])
+def test_products_are_in_bf16_if_the_answers_pass(
+    needed: float, served: bool, agent_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "serving_dtype", lambda config, device: torch.bfloat16)
+    monkeypatch.setattr(local, "SMALL_MODEL", 0)
+    monkeypatch.setattr(local, "compute_dtype", lambda *options: torch.bfloat16)
     monkeypatch.setattr(local, "MIN_AGREEMENT", needed)
     engine = LocalEngine.load(agent_folder, "agent/1", CONFIG)
-    assert engine.model.embed.weight.dtype == served
+    product = engine.model.blocks[0].attention.qkv
+    assert (isinstance(product, PackedLinear) and product.dtype == torch.bfloat16) == served
+    assert engine.model.embed.weight.dtype == torch.float32
     if needed < 1:
         assert finished(engine, "Hello").content == GREETING
     engine.close()
