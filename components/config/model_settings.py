@@ -260,6 +260,8 @@ Follower = Literal[
     "global_batch_size",
     "micro_batch_size",
     "warmup_steps",
+    "token_dropout",
+    "trials",
 ]
 
 
