@@ -136,6 +136,7 @@ def test_a_version_names_what_it_was_made_from_and_nothing_else(
     folder = paths.root / "data/models" / out
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").touch()
     tags = register(registry, paths, name, folder, {"score": 0.5}, {}, "run").tags
     behind += [f"data/collected/{DATASETS[Path(path).stem]}" for path in behind if path.startswith(VALIDATED)]
     assert {key for key in tags if key.startswith("dvc.")} == {f"dvc.{one}" for one in [*behind, f"data/models/{out}"]}
