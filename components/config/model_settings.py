@@ -252,6 +252,7 @@ class EncoderDecoderPretrainConfig(TrainConfig):
     """Mean tokens of a masked span."""
 
 
+QuantizeBase = Literal["none", "int8", "nf4"]
 Follower = Literal[
     "optimizer",
     "lora_rank",
@@ -274,6 +275,8 @@ class FineTuneConfig(TrainConfig):
     """Rank of the LoRA adapters of every linear layer of the blocks, all else frozen; 0: all weights are trained."""
     lora_alpha: float = Field(gt=0)
     """The adapters' output is scaled by lora_alpha / lora_rank."""
+    quantize_base: QuantizeBase
+    """The frozen base of an adapter in 8 or 4 bits, on a CUDA device."""
     follow_base: list[Follower]
     """With a `base`: settings that follow from its size and the rows, unless params.yaml sets them."""
     base_epochs: float = Field(gt=0)

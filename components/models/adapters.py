@@ -53,7 +53,7 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
             targets.add(re.sub(r"^.*\.\d+\.", "", name))
     modules = [model.get_submodule(name) for name in settings.modules]
     trained = {weight.data_ptr() for module in modules for weight in module.parameters()}
-    saved = {name: weight for name, weight in hub_tensors(model) if weight.data_ptr() in trained}
+    saved = {name: weight for name, weight in hub_tensors(model) if weight.data_ptr() in trained} if trained else {}
     tensors |= saved
     kept = {f"{_PREFIX}{name}": weight.detach().float().contiguous().cpu() for name, weight in tensors.items()}
     save_file(kept, folder / ADAPTER_WEIGHTS, {"format": "pt"})

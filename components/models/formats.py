@@ -153,7 +153,7 @@ def hub_tensors(model: nn.Module, form: Format | None = None) -> Iterator[tuple[
     names = (form or FORMATS[architecture_of(model)]).names(model.config)
     for name, weight in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        if leaf.startswith("lora_"):
+        if leaf.startswith("lora_") or path.endswith(".quantized"):
             continue
         own_name = names.get(f"{_pattern(path)}.{leaf}")
         if isinstance(own_name, str):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.config.params import InputError
 from components.models.attention import FusedLinear
 from components.models.base_store import Base
 from components.models.formats import FORMATS, architecture_of, hub_modules
@@ -42,6 +43,8 @@ class LowRankLinear(FusedLinear):
         self.parts = product.parts if isinstance(product, FusedLinear) else (product.out_features,)
         self.widths = (product.out_features,) if joint else self.parts
         self.weight, self.bias = product.weight, product.bias
+        self.quantized: nn.Module | None = None
+        """What computes the frozen product in place of `weight`."""
         self.rank, self.scale = rank, alpha / rank
         like = product.weight
         self.lora_a = nn.Parameter(like.new_empty(len(self.widths) * rank, self.in_features))
@@ -53,6 +56,9 @@ class LowRankLinear(FusedLinear):
         return zip(torch.split(self.lora_a, self.rank), torch.split(self.lora_b, list(self.widths)), strict=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.quantized is not None:
+            product: Tensor = self.quantized(x)
+            return product + self._added(x, 0, self.out_features)
         if not should_fuse(x):
             return super().forward(x) + self._added(x, 0, self.out_features)
         joined = cast(Callable[..., Tensor], torch.block_diag)(*torch.split(self.lora_b, list(self.widths)))
@@ -102,6 +108,32 @@ def add_lora(
     model.__dict__["lora"] = LoraSettings(rank, alpha, tuple(sorted(modules)), base)
 
 
+def quantize_base(model: nn.Module, kind: Literal["int8", "nf4"]) -> None:
+    """Keep the frozen products of a model with low-rank pairs in 8 or 4 bits; it can be trained, and its pairs saved.
+
+    NF4 is QLoRA's (arXiv 2305.14314), int8 that of LLM.int8() (arXiv 2208.07339); both by bitsandbytes.
+
+    Raises: InputError when bitsandbytes is missing.
+    """
+    try:
+        import bitsandbytes.nn as bnb
+    except ImportError:
+        raise InputError('quantize_base: bitsandbytes is missing; pip install "loopwright[quantized]"') from None
+    for product, _ in low_rank_products(model):
+        shape = product.in_features, product.out_features, product.bias is not None
+        weight, device = product.weight.detach(), product.weight.device
+        module: nn.Module
+        if kind == "nf4":
+            module = bnb.Linear4bit(*shape, compute_dtype=weight.dtype, quant_type="nf4")
+            module.weight = bnb.Params4bit(weight, requires_grad=False, quant_type="nf4")
+        else:
+            module = bnb.Linear8bitLt(*shape, has_fp16_weights=False)
+            module.weight = bnb.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        module.bias = product.bias
+        product.quantized = module.requires_grad_(False).to(device)
+        product.register_parameter("weight", None)
+
+
 def merge_lora(model: nn.Module) -> None:
     """Merge the pairs into plain products, and unfreeze every weight; train a copy, if others share the base."""
     for path, product, _ in list(_products(model)):
@@ -130,5 +162,5 @@ def _products(model: nn.Module) -> Iterator[tuple[str, nn.Linear, tuple[str, ...
     """Path of each product of the blocks, and the Hugging Face names of its modules."""
     names = FORMATS[architecture_of(model)].names(model.config)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "blocks." in path:
+        if isinstance(module, nn.Linear) and "blocks." in path and not path.endswith(".quantized"):
             yield path, module, hub_modules(names, path)

@@ -11,22 +11,22 @@ import json
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
-from components.models.base_store import is_adapter, store_base
+from components.models.base_store import store_base
 from components.models.checkpoint import check_model, load_decoder, save_decoder, sharing
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
-from components.models.lora import add_lora
+from components.models.lora import add_lora, lora_of, low_rank_products
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
 from components.training.loop import refuse_bad_masks, train
 from components.training.objectives import Loss, Objective, linear_cross_entropy
-from components.training.report import describe, report
+from components.training.report import describe, quantize_frozen, report
 
 
 def align(run: StageRun) -> None:
@@ -41,6 +41,10 @@ def align(run: StageRun) -> None:
     device = best_device()
     dtype = compute_dtype(config.precision, device, check_model(start))
     reference = load_decoder(start, dtype, device).eval()
+    torch.manual_seed(run.params.seed)
+    if config.lora_rank and lora_of(reference) is None:  # pairs that add nothing at first
+        add_lora(reference, config.lora_rank, config.lora_alpha, base=store_base(start, run.paths.home))
+    quantize_frozen(run, config.quantize_base, reference)
     reference.requires_grad_(False)
     model = _trained_model(run, reference)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
@@ -58,16 +62,14 @@ def align(run: StageRun) -> None:
 def _trained_model(run: StageRun, reference: Decoder) -> Decoder:
     """The model that is trained; with low-rank pairs its frozen weights are those of the reference, in memory once."""
     config, start = run.params.align, run.paths.start
-    torch.manual_seed(run.params.seed)
-    if is_adapter(start):
-        return load_decoder(start, reference.embed.weight.dtype, reference.embed.weight.device)
-    if config.lora_rank:
-        model = sharing(reference)
-        base = store_base(start, run.paths.home)
-        add_lora(model, config.lora_rank, config.lora_alpha, base=base)
+    if lora_of(reference) is None:
+        model = load_decoder(start)
+        freeze(model, config.trained_share)
         return model
-    model = load_decoder(start)
-    freeze(model, config.trained_share)
+    model = sharing(reference)
+    for product, _ in low_rank_products(model):
+        product.lora_a = nn.Parameter(product.lora_a.detach().clone())
+        product.lora_b = nn.Parameter(product.lora_b.detach().clone())
     return model
 
 

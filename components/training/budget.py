@@ -90,7 +90,8 @@ def announce(
     targets = min(CUDA_CHUNK if weight.is_cuda else CHUNK, config.micro_batch_size * longest)
     size = weight.element_size()
     logits = targets * width * (LOGIT_BYTES + size)
-    budget = Budget(parameters * size + copies, trained, size, saved // tried, config.micro_batch_size, logits)
+    weights = sum(each.nbytes for each in model.parameters())
+    budget = Budget(weights + copies, trained, size, saved // tried, config.micro_batch_size, logits)
     memory = device_memory(weight.device)
     if budget.total > memory:
         raise InputError(

@@ -34,7 +34,7 @@ from components.training.checkpoints import Checkpoints
 from components.training.defaults import fit_to_base
 from components.training.loop import EarlyStopping, Measured, train
 from components.training.objectives import classification, masked_lm_next_sentence
-from components.training.report import describe, refuse_other_vocabulary, report
+from components.training.report import describe, quantize_frozen, refuse_other_vocabulary, report
 from components.training.rows import MaskedRows, TokenDropoutRows
 from components.training.search import Range, Trial, TrialMonitor, Values, best_of, search
 
@@ -143,6 +143,7 @@ class ClassifierTraining:
             # Adapted to the texts, the base is no longer the one that is stored.
             base = None if settings.adapt_steps else store_base(self.base, self.run.paths.home)
             add_lora(model, settings.lora_rank, settings.lora_alpha, ("pooler", "head"), base)
+        quantize_frozen(self.run, settings.quantize_base, model)
         return model
 
     def _train(self, phase: Phase, settings: ClassifierConfig, model: Classifier, stopping: EarlyStopping) -> Measured:

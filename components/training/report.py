@@ -8,9 +8,11 @@ from pathlib import Path
 
 from torch import nn
 
-from components.config.model_settings import Family, TrainConfig
+from components.config.model_settings import Family, QuantizeBase, TrainConfig
 from components.config.params import InputError
 from components.datasets.formats import write_json
+from components.models.devices import best_device
+from components.models.lora import lora_of, quantize_base
 from components.models.weight_files import weights_digest
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
@@ -43,6 +45,21 @@ def refuse_other_vocabulary(run: StageRun, family: Family, vocab_size: int, rows
             f"{base}: vocab_size {vocab_size} differs from the {rows.vocab_size} of {rows.folder};"
             f' run "loopwright run --until pretrain"'
         )
+
+
+def quantize_frozen(run: StageRun, kind: QuantizeBase, model: nn.Module) -> None:
+    """Quantize the weights that an adapter leaves as they are, if params.yaml says so.
+
+    Raises: InputError without a CUDA device or an adapter.
+    """
+    if kind == "none":
+        return
+    where = f"params.yaml: {run.section}.quantize_base: {kind}"
+    if best_device().type != "cuda":
+        raise InputError(f"{where}: needs a CUDA device, and this machine has none; set it to none")
+    if lora_of(model) is None:
+        raise InputError(f"{where}: is for the frozen base of an adapter; set {run.section}.lora_rank above 0")
+    quantize_base(model, kind)
 
 
 def report(

@@ -19,7 +19,7 @@ from components.token_rows.batches import Rows, TokenRows
 from components.training.defaults import fit_to_base
 from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm
-from components.training.report import TEST_ROWS, describe, refuse_other_vocabulary, report
+from components.training.report import TEST_ROWS, describe, quantize_frozen, refuse_other_vocabulary, report
 
 AGENT_STEPS = 6
 """Most turns of an agent for one answer."""
@@ -39,7 +39,7 @@ def tune(run: StageRun) -> None:
     # A frozen base is read in the dtype of the training, not kept in fp32 beside it.
     low_rank = config.lora_rank or is_adapter(base)
     dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32
-    model = load_decoder(base, dtype)
+    model = load_decoder(base, dtype, best_device() if low_rank else None)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
     measured = train_from_base(run, config, model, base, rows, causal_lm)
     # Its stop tokens may be more than the tokenizer's.
@@ -58,6 +58,7 @@ def train_from_base(
     if config.lora_rank and lora_of(model) is None:
         base = store_base(folder, run.paths.home)
         add_lora(model, config.lora_rank, config.lora_alpha, base=base)
+    quantize_frozen(run, config.quantize_base, model)
     shape: Any = model.config
     describe(run, model, shape.max_seq_len, rows)
     return train(run, config, model, rows, objective)

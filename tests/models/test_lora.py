@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from components.models.checkpoint import load_model, save_model
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Classifier, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from components.models.lora import LowRankLinear, add_lora, merge_lora
+from components.models.lora import LowRankLinear, add_lora, merge_lora, quantize_base
 
 IDS = torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(1))
 MASK = torch.arange(12) < torch.tensor([[12], [9], [5]])
@@ -117,3 +118,24 @@ def test_a_new_head_may_go_on_learning_whole() -> None:
     add_lora(model, rank=2, alpha=2.0, modules=("pooler", "head"))
     whole = {name for name, weight in model.named_parameters() if weight.requires_grad and "lora" not in name}
     assert whole == {"pooler.weight", "pooler.bias", "head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(("kind", "error"), [("nf4", 0.15), ("int8", 0.02)])
+def test_a_quantized_base_computes_nearly_the_same_and_only_its_pairs_learn(kind: Any, error: float) -> None:
+    """On a CPU, where bitsandbytes computes too, only slowly."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    shape = {"embed_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    model = Decoder(DecoderConfig(vocab_size=61, hidden_dim=128, max_seq_len=64, **shape)).bfloat16()
+    add_lora(model, rank=4, alpha=8.0)
+    stir(model)
+    size = sum(weight.nbytes for weight in model.blocks.parameters() if not weight.requires_grad)
+    before = logits(model).float()
+    quantize_base(model, kind)
+    assert sum(weight.nbytes for weight in model.blocks.parameters() if not weight.requires_grad) < 0.6 * size
+    after = model(IDS)
+    assert (after.float() - before).norm() < error * before.norm()
+    after.float().square().mean().backward()
+    assert {name for name, weight in model.named_parameters() if weight.grad is not None} == {
+        name for name, _ in model.named_parameters() if "lora" in name
+    }

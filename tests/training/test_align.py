@@ -135,6 +135,13 @@ def test_an_adapter_is_trained_beside_the_champion_from_one_copy_of_its_weights(
     assert len(seen) == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device quantizes")
+def test_a_quantized_base_is_refused_on_a_cpu(paths: Paths) -> None:
+    with pytest.raises(InputError, match=r"params\.yaml: align\.quantize_base: nf4: needs a CUDA device"):
+        align(new_run(paths, "align", align__quantize_base="nf4", align__lora_rank=4))
+    assert not paths.candidate.exists()
+
+
 def test_a_set_of_lone_preferences_trains_too(paths: Paths) -> None:
     """No feedback, and so no demonstration: pairs alone, between earlier conversations."""
     with DatasetWriter(paths.added / "mine", "mine", "preferences") as writer:
