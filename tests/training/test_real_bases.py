@@ -5,12 +5,14 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from components.config.params import load_params
 from components.config.paths import Paths
@@ -18,11 +20,13 @@ from components.datasets.formats import DatasetWriter
 from components.inference.batching import Row, generate
 from components.inference.classifier import TextClassifier
 from components.models.checkpoint import load_decoder
+from components.models.gguf_export import pack_gguf
 from components.models.lora import add_lora
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED
 from components.token_rows.prepare import prepare
 from components.tokenization import text_tokenizer
+from components.tokenization.gguf_tokenizer import pack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.model_import import inspect_model, place_model, unpacked
 from components.training.defaults import following
@@ -110,3 +114,18 @@ def test_minilm_learns_labels_from_a_few_texts(tmp_path: Path, recorder: Any) ->
     prepare(replace(run, name="prepare@encoder"))
     finetune(run)
     assert [one.label for one in TextClassifier.load(paths.classifier).classify(list(UNSEEN.values()))] == list(UNSEEN)
+
+
+def test_llama_cpp_reads_the_same_ids_and_writes_the_same_text(smollm2: Path, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    pack_gguf(smollm2, tmp_path / "model.gguf", "f16", partial(pack_tokenizer, smollm2))
+    tokenizer, plain = load_chat_tokenizer(smollm2), Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    prompt, _ = tokenizer.encode_chat([QUESTION], None, True)
+    row = Row(prompt, 24, stop_ids=(tokenizer.end_id,))
+    generate(load_decoder(smollm2), [row])
+    theirs = llama_cpp.Llama(str(tmp_path / "model.gguf"), n_ctx=256, verbose=False)
+    for text in ("Hello world!", "def f(x):\n\treturn x**2  # ünïcode 日本語 \N{GRINNING FACE}", "  two  spaces 12345"):
+        ids = plain.encode(text, add_special_tokens=False).ids
+        assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
+    said = theirs.generate(list(prompt), temp=0.0, top_k=1)
+    assert [next(said) for _ in row.generated] == row.generated
