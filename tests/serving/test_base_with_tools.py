@@ -110,11 +110,11 @@ def test_tools_are_saved_again_when_their_source_changes(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOOPWRIGHT_HOME", str(home))
-    paths = write_project(tmp_path, "fruit_changed", parts=PARTS)
+    paths = write_project(tmp_path, "fruit_of_a_base", parts=PARTS)
     agent = home / "agent/agent.json"
     digests = []
     for parts in (PARTS, PARTS, PARTS.replace("is 3", "is 4")):
-        (tmp_path / "fruit_changed/parts.py").write_text(dedent(parts))
+        (tmp_path / "fruit_of_a_base/parts.py").write_text(dedent(parts))
         assert [tool.name for tool in project_tools(paths)] == ["price"]
         digests.append((agent.stat().st_mtime_ns, json.loads(agent.read_text())["source"]["sha256"]))
     assert digests[0] == digests[1] != digests[2]
