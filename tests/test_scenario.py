@@ -36,7 +36,7 @@ def prefect(released: Released) -> Iterator[str]:
     text = YAML()
     params = text.load((project.root / "params.yaml").read_text())
     # Half of the blocks: what the other half knows keeps so small a model from calling tools in small talk.
-    params["align"] = {"dataset": "feedback", "max_steps": 300, "learning_rate": 0.01, "trained_share": 0.5}
+    params["align"] = {"dataset": "feedback", "max_steps": 700, "learning_rate": 0.01, "trained_share": 0.5}
     with (project.root / "params.yaml").open("w") as file:
         text.dump(params, file)
     with pytest.MonkeyPatch.context() as patch:
