@@ -63,13 +63,13 @@ def measure(folders: list[Path], rounds: int) -> dict[str, float]:
         for name, chosen in (("one adapter", numbers[:1]), ("eight adapters", numbers)):
             speeds[name].append(_decode(engines[0], chosen))
     size = sum(file.stat().st_size for folder in folders for file in folder.glob("adapter_model.safetensors"))
-    one, eight = (statistics.median(values) for values in speeds.values())
+    single, mixed = (statistics.median(values) for values in speeds.values())
     ratio = statistics.median(b / a for a, b in zip(*speeds.values(), strict=True))
     for engine in engines:
         engine.close()
     return {
-        "one adapter, tokens/s": one,
-        "eight adapters, tokens/s": eight,
+        "one adapter, tokens/s": single,
+        "eight adapters, tokens/s": mixed,
         "eight to one": ratio,
         "process with one adapter, MB": resident[0] / 1e6,
         "process with eight, MB": resident[-1] / 1e6,

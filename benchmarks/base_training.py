@@ -134,16 +134,16 @@ def smollm2() -> Path:
 
 def run(folder: Path, rounds: int, micro_batch: int) -> dict[str, dict[str, float]]:
     """The medians of each peer, and its lowest and highest speed."""
-    taken: dict[str, list[dict[str, float]]] = {peer: [] for peer in PEERS}
+    measurements: dict[str, list[dict[str, float]]] = {peer: [] for peer in PEERS}
     for _ in range(rounds):
         for peer in PEERS:
-            command = [sys.executable, "-m", "benchmarks.base_training", str(folder), "--one", peer]
+            command = [sys.executable, "-m", "benchmarks.base_training", str(folder), "--peer", peer]
             done = subprocess.run(
                 [*command, "--micro-batch", str(micro_batch)], check=True, stdout=subprocess.PIPE, text=True
             )
-            taken[peer].append(json.loads(done.stdout.splitlines()[-1]))
+            measurements[peer].append(json.loads(done.stdout.splitlines()[-1]))
     figures = {}
-    for peer, each in taken.items():
+    for peer, each in measurements.items():
         speeds = [one["tokens_per_second"] for one in each]
         figures[peer] = {
             "tokens_per_second": statistics.median(speeds),
@@ -156,8 +156,8 @@ def run(folder: Path, rounds: int, micro_batch: int) -> dict[str, dict[str, floa
 
 def table(figures: dict[str, dict[str, float]], rounds: int, micro_batch: int) -> str:
     """The figures for a person."""
-    theirs = [peer for peer in figures if peer.startswith(PEFT)]
-    best = max(theirs, key=lambda peer: figures[peer]["tokens_per_second"]) if theirs else None
+    peft_figures = [peer for peer in figures if peer.startswith(PEFT)]
+    best = max(peft_figures, key=lambda peer: figures[peer]["tokens_per_second"]) if peft_figures else None
     lines = [
         f"LoRA of rank {RANK} on every product, {ROWS} x {LENGTH} tokens a step in micro-batches of {micro_batch} rows,"
         f" medians of {rounds} rounds",
@@ -182,13 +182,13 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", help="folder of a decoder, or a GGUF file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--micro-batch", type=int, default=ROWS, help="rows of a forward pass, on every side")
-    parser.add_argument("--one", choices=PEERS, help="measure this peer alone, in this process")
+    parser.add_argument("--peer", choices=PEERS, help="measure this peer alone, in this process")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     options = parser.parse_args()
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
-    if options.one:
-        print(json.dumps(measure_one(options.one, options.model, options.micro_batch)))
+    if options.peer:
+        print(json.dumps(measure_one(options.peer, options.model, options.micro_batch)))
         return
     from components.tracking.model_import import unpacked
 

@@ -52,9 +52,11 @@ def test_values_in_yaml_blocks_are_parameters() -> None:
 
 
 def test_python_and_json_blocks_are_valid() -> None:
-    for block in fences("python"):
+    blocks = {language: list(fences(language)) for language in ("python", "json")}
+    assert all(blocks.values()), "the fences are found"
+    for block in blocks["python"]:
         ast.parse(block.text, filename=block.place)
-    for block in fences("json"):
+    for block in blocks["json"]:
         for line in block.text.splitlines() if block.page.name == "formats.md" and "\n[" not in block.text else ():
             if line[0] == "{":
                 json.loads(line)

@@ -92,6 +92,7 @@ class AdapterBank:
     """The adapters of a base, whose blocks' products it replaces; number 0 is the base alone."""
 
     def __init__(self, model: Decoder) -> None:
+        model.__dict__["bank"] = self
         self._numbers = count(1)
         self._weight = model.embed.weight.detach()
         self._products: dict[str, AdaptedLinear] = {}
@@ -146,3 +147,9 @@ class AdapterBank:
         members = [row for group_rows in rows.values() for row in group_rows]
         indices = gathered, torch.tensor(members), torch.tensor(positions)
         self.selection = Selection(first, stop, *(index.to(self._weight.device) for index in indices))
+
+
+def bank_of(model: Decoder) -> AdapterBank | None:
+    """The adapters among which the rows of a model choose; None of a model without."""
+    bank: AdapterBank | None = model.__dict__.get("bank")
+    return bank

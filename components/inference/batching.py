@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from components.config.params import InputError
-from components.inference.adapter_bank import AdapterBank
+from components.inference.adapter_bank import bank_of
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.decode_step import Step
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
@@ -185,23 +185,19 @@ def common(one: Ids, other: Ids) -> int:
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
-    def __init__(
-        self, model: Decoder, max_rows: int, max_context: int | None = None, bank: AdapterBank | None = None
-    ) -> None:
+    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
         """At most `max_rows` rows of `max_context` tokens, fewer where memory is short (`plan_cache`).
-
-        `bank`: the adapters of `model` among which rows choose.
 
         Raises: InputError when memory holds no row of `max_context` tokens.
         """
         self.model, self.device, self._dtype = model, model.embed.weight.device, model.embed.weight.dtype
         plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context)
-        self.plan, self.context, self._bank = plan, plan.context_len, bank
+        self.plan, self.context, self._bank = plan, plan.context_len, bank_of(model)
         self.count = count = plan.rows
         # Where the rows of a product do depend on how many there are, every step has all of them.
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count), self.context)
-        self._step = Step(model, self._cache.whole, bank is None)
+        self._step = Step(model, self._cache.whole, self._bank is None)
         self._prefix_cache = PrefixCache(count * self.context)
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
@@ -247,8 +243,7 @@ class ContinuousBatch:
         """
         if not (rows := self.prefilling):
             return []
-        left = max(len(row.ids) - row.cached for row in rows)
-        width = _up(min(left, self._widest))
+        width = _up(min(max(len(row.ids) - row.cached for row in rows), self._widest))
         seen = min(max(row.cached for row in rows) + width, self.context)
         tokens = np.zeros((len(rows), width), dtype=np.int64)
         counts = [min(width, len(row.ids) - row.cached) for row in rows]

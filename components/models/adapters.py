@@ -55,8 +55,8 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     trained = {weight.data_ptr() for module in modules for weight in module.parameters()}
     saved = {name: weight for name, weight in hub_tensors(model) if weight.data_ptr() in trained} if trained else {}
     tensors |= saved
-    kept = {f"{_PREFIX}{name}": weight.detach().float().contiguous().cpu() for name, weight in tensors.items()}
-    save_file(kept, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    prefixed = {f"{_PREFIX}{name}": weight.detach().float().contiguous().cpu() for name, weight in tensors.items()}
+    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     task = {EncoderDecoder: "SEQ_2_SEQ_LM", Classifier: "SEQ_CLS"}.get(type(model), "CAUSAL_LM")
     config = {
         "peft_type": "LORA",
@@ -81,7 +81,7 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
 def attach_adapter(model: nn.Module, folder: Path) -> None:
     """Put the pairs of an adapter's folder beside the products of its base.
 
-    Pairs of several ranks become pairs of the largest one, with zeros; each keeps its own scale.
+    Pairs of several ranks become pairs of the largest one, padded with zeros and scaled as each pair was.
 
     Raises: InputError when the adapter is of another kind or base.
     """

@@ -65,24 +65,26 @@ class CallFormat:
 BARE = CallFormat()
 
 
-def detect_format(one: str, two: str | None) -> CallFormat | None:
+def detect_format(single: str, double: str | None) -> CallFormat | None:
     """The format of a turn with the call `PROBE` and of one with that call twice; None where there is no such call.
 
-    `two` is None where the template refuses several calls.
+    `double` is None where the template refuses several calls.
     """
-    calls, pair = list(_probes(one)), list(_probes(two or ""))
+    calls, pair = list(_probes(single)), list(_probes(double or ""))
     if len(calls) != 1:
         return None
     start, stop, keys = calls[0]
-    opened, close = next((marks for marks in CALL_MARKS.values() if marks[0] in one[:start]), ("", ""))
-    if set(keys) - {"name", "arguments", "parameters", "id"} or not (opened or one[:start].strip() in ("", PYTHON_TAG)):
+    opened, close = next((marks for marks in CALL_MARKS.values() if marks[0] in single[:start]), ("", ""))
+    if set(keys) - {"name", "arguments", "parameters", "id"} or not (
+        opened or single[:start].strip() in ("", PYTHON_TAG)
+    ):
         return None
-    tail = one[stop:]
+    tail = single[stop:]
     return CallFormat(
         opened,
         close if close in tail else "",
-        one[one.rfind(opened, 0, start) : start] if opened else "",
-        (two or "")[pair[0][1] : pair[1][0]] if opened and len(pair) == 2 else None,
+        single[single.rfind(opened, 0, start) : start] if opened else "",
+        (double or "")[pair[0][1] : pair[1][0]] if opened and len(pair) == 2 else None,
         tail[: tail.find(close) + len(close)] if close and close in tail else tail.rstrip(),
         keys,
     )

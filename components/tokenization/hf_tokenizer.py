@@ -130,8 +130,8 @@ class HFChatTokenizer(ChatTokenizer):
         """The format of calls that the template writes, tools being declared or not."""
         formats = []
         for tools in (None, _TOOLS):
-            one, two = (self._probe(number, tools) for number in (1, 2))
-            formats.append(detect_format(one, two) if one is not None else None)
+            single, double = (self._probe(number, tools) for number in (1, 2))
+            formats.append(detect_format(single, double) if single is not None else None)
         return formats[0] if formats[0] == formats[1] else None
 
     def _probe(self, calls: int, tools: Any) -> str | None:

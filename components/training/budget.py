@@ -72,7 +72,7 @@ def announce(
     """Print the memory and the time that a training takes from step `done`, where it starts from a base or is large.
 
     The model is as it will be trained: device, dtype and frozen weights; random states stay as they are.
-    `copies`: bytes of frozen weights that are kept beside it.
+    `copies`: bytes of further copies of frozen weights, in the dtype of their file.
 
     Raises: InputError when the device's memory does not hold it, with settings that would fit.
     """

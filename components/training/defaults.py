@@ -63,8 +63,8 @@ def following(config: FineTuneConfig, parameters: int, rows: int, row_tokens: fl
     peak, size, exponent = (LORA_RATE, LORA_SIZE, LORA_EXPONENT) if rank else (FULL_RATE, FULL_SIZE, FULL_EXPONENT)
     rate = min(10 * peak, peak * (size / parameters) ** exponent)
     values["learning_rate"] = float(f"{rate:.1e}")
-    wanted = STEP_TOKENS * 2 ** max(0, math.floor(math.log(max(1, rows) / FEW_ROWS, 4) + 1)) / row_tokens
-    values["global_batch_size"] = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(wanted)))
+    step_rows = STEP_TOKENS * 2 ** max(0, math.floor(math.log(max(1, rows) / FEW_ROWS, 4) + 1)) / row_tokens
+    values["global_batch_size"] = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(step_rows)))
     if "global_batch_size" in follows and "micro_batch_size" not in follows:
         values["global_batch_size"] = math.ceil(values["global_batch_size"] / config.micro_batch_size)
         values["global_batch_size"] *= config.micro_batch_size

@@ -36,7 +36,7 @@ def tune(run: StageRun) -> None:
     base = run.paths.start_of("decoder")
     shape = check_model(base)
     config = fit_to_base(run, run.params.tune, shape, rows)
-    # A frozen base is read in the dtype of the training, not kept in fp32 beside it.
+    # A frozen base is read in the dtype of the training, so that there is no second copy in fp32.
     low_rank = config.lora_rank or is_adapter(base)
     dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32
     model = load_decoder(base, dtype, best_device() if low_rank else None)

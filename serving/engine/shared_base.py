@@ -26,7 +26,7 @@ class SharedBase:
     def __init__(self, model: Decoder, name: str, config: ServeConfig) -> None:
         self.bank = AdapterBank(model)
         self.model = model
-        self.batch = ContinuousBatch(model, config.max_running, config.max_context_tokens, self.bank)
+        self.batch = ContinuousBatch(model, config.max_running, config.max_context_tokens)
         self.scheduler = Scheduler(self.batch, name, self._on_step)
         self._listeners: dict[int, Callable[[int], None]] = {}
         """What each adapter's engine does after a decode step."""

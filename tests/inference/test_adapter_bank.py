@@ -45,9 +45,9 @@ def rows_of(models: list[Decoder], count: int) -> list[Row]:
 
 
 def test_each_row_follows_its_own_model(served: tuple[list[Decoder], Decoder, AdapterBank]) -> None:
-    models, base, bank = served
+    models, base, _ = served
     rows = rows_of(models, 16)
-    run(ContinuousBatch(base, 5, bank=bank), rows, random.Random(0))
+    run(ContinuousBatch(base, 5), rows, random.Random(0))
     complete = [row for row in rows if row.finished]
     assert {row.adapter for row in complete} == {0, 1, 2, 3}
     for row in complete:
@@ -57,19 +57,19 @@ def test_each_row_follows_its_own_model(served: tuple[list[Decoder], Decoder, Ad
 def test_a_row_is_bit_identical_alone_and_beside_other_adapters(
     served: tuple[list[Decoder], Decoder, AdapterBank],
 ) -> None:
-    models, base, bank = served
+    models, base, _ = served
     together, alone = rows_of(models, 12), rows_of(models, 12)
-    run(ContinuousBatch(base, 6, bank=bank), together)
+    run(ContinuousBatch(base, 6), together)
     for row in alone:
-        run(ContinuousBatch(base, 1, bank=bank), [row])
+        run(ContinuousBatch(base, 1), [row])
     assert [row.ids for row in together] == [row.ids for row in alone]
 
 
 def test_a_prefix_is_reused_by_rows_of_the_same_adapter_alone(
     served: tuple[list[Decoder], Decoder, AdapterBank],
 ) -> None:
-    models, base, bank = served
-    slots = ContinuousBatch(base, 2, bank=bank)
+    models, base, _ = served
+    slots = ContinuousBatch(base, 2)
     prompt = [(5 * place) % models[0].config.vocab_size for place in range(40)]
     for adapter, reused in ((1, 0), (2, 0), (1, 39), (0, 0), (2, 39)):
         row = Row(prompt, 3, adapter=adapter)
@@ -88,5 +88,5 @@ def test_a_removed_adapter_leaves_the_others_and_its_number_is_not_given_again(
     assert bank.add(models[3]) == number + 1
     bank.remove(number + 1)
     row = Row(**asked(models[0], 1), adapter=2)
-    run(ContinuousBatch(base, 2, bank=bank), [row])
+    run(ContinuousBatch(base, 2), [row])
     assert row.generated == uncached(models[2], row)
