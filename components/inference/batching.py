@@ -257,8 +257,7 @@ class ContinuousBatch:
             row.cached += count
         if any(row.cached < len(row.ids) for row in rows):
             return []
-        self.prefilling = []
-        self.decoding += rows
+        self.prefilling, self.decoding = [], self.decoding + rows
         self._pick(rows, hidden)
         return rows
 
