@@ -347,6 +347,9 @@ class TuneConfig(FineTuneConfig):
     template: str = Field(min_length=1)
     """Chat template of an imported base: `own`; `auto`: its own, with a syntax for tools where it knows none; or the
     path of a Jinja template."""
+    replay_share: float = Field(ge=0, lt=1)
+    """Share of the rows that are an imported base's own answers to data/replay_requests.txt, against forgetting; 0:
+    none."""
 
 
 class EvaluateConfig(Section):

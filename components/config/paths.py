@@ -49,6 +49,11 @@ class Paths:
         return self.root / "params.yaml"
 
     @property
+    def replay_requests(self) -> Path:
+        """Ordinary requests, one a line, whose answers by the base are replayed in tuning."""
+        return self.root / "data/replay_requests.txt"
+
+    @property
     def expectations(self) -> Path:
         return self.root / "data/expectations"
 

@@ -359,12 +359,12 @@ class ContinuousBatch:
         self.decoding.sort(key=lambda row: row.slot)
 
 
-def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32) -> None:
+def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32, max_context: int | None = None) -> None:
     """Continue rows to their ends, at most `max_rows` at a time; what each gets depends on nothing but itself.
 
     Raises: InputError when a prompt is empty or leaves no room.
     """
-    slots, waiting = ContinuousBatch(model, min(max_rows, max(1, len(rows)))), deque(rows)
+    slots, waiting = ContinuousBatch(model, min(max_rows, max(1, len(rows))), max_context), deque(rows)
     while waiting or slots.free < slots.count:
         if not slots.prefilling:
             slots.admit([waiting.popleft() for _ in range(slots.group(list(waiting)[:max_rows]))])

@@ -24,9 +24,10 @@ from components.models.lora import add_lora, lora_of, low_rank_products
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
+from components.training.from_base import quantize_frozen
 from components.training.loop import refuse_bad_masks, train
 from components.training.objectives import Loss, Objective, linear_cross_entropy
-from components.training.report import describe, quantize_frozen, report
+from components.training.report import describe, report
 
 
 def align(run: StageRun) -> None:

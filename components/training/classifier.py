@@ -32,9 +32,10 @@ from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.checkpoints import Checkpoints
 from components.training.defaults import fit_to_base
+from components.training.from_base import quantize_frozen, refuse_other_vocabulary
 from components.training.loop import EarlyStopping, Measured, train
 from components.training.objectives import classification, masked_lm_next_sentence
-from components.training.report import describe, quantize_frozen, refuse_other_vocabulary, report
+from components.training.report import describe, report
 from components.training.rows import MaskedRows, TokenDropoutRows
 from components.training.search import Range, Trial, TrialMonitor, Values, best_of, search
 

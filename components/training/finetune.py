@@ -10,10 +10,10 @@ from components.runtime.stage import StageRun
 from components.token_rows.variable_length import TextPairRows
 from components.training.classifier import finetune_classifier
 from components.training.defaults import fit_to_base
+from components.training.from_base import refuse_other_vocabulary, train_from_base
 from components.training.loop import measure_loss
 from components.training.objectives import sequence_to_sequence
-from components.training.report import TEST_ROWS, refuse_other_vocabulary, report
-from components.training.tune import train_from_base
+from components.training.report import TEST_ROWS, report
 
 
 def finetune(run: StageRun) -> None:

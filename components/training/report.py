@@ -8,11 +8,9 @@ from pathlib import Path
 
 from torch import nn
 
-from components.config.model_settings import Family, QuantizeBase, TrainConfig
+from components.config.model_settings import TrainConfig
 from components.config.params import InputError
 from components.datasets.formats import write_json
-from components.models.devices import best_device
-from components.models.lora import lora_of, quantize_base
 from components.models.weight_files import weights_digest
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
@@ -31,35 +29,6 @@ def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> N
             f"params.yaml: prepare.{run.family}.seq_len: {rows.seq_len} exceeds the {max_seq_len} tokens of the model"
         )
     run.tracker.params({"parameters": count_parameters(model), "rows": len(rows), "seq_len": rows.seq_len})
-
-
-def refuse_other_vocabulary(run: StageRun, family: Family, vocab_size: int, rows: Rows) -> None:
-    """Refuse rows of another vocabulary than the base's; an imported base may have more tokens, as padding.
-
-    Raises: InputError.
-    """
-    base = run.paths.start_of(family)
-    padded = base != run.paths.base(family) and vocab_size > rows.vocab_size
-    if vocab_size != rows.vocab_size and not padded:
-        raise InputError(
-            f"{base}: vocab_size {vocab_size} differs from the {rows.vocab_size} of {rows.folder};"
-            f' run "loopwright run --until pretrain"'
-        )
-
-
-def quantize_frozen(run: StageRun, kind: QuantizeBase, model: nn.Module) -> None:
-    """Quantize the weights that an adapter leaves as they are, if params.yaml says so.
-
-    Raises: InputError without a CUDA device or an adapter.
-    """
-    if kind == "none":
-        return
-    where = f"params.yaml: {run.section}.quantize_base: {kind}"
-    if best_device().type != "cuda":
-        raise InputError(f"{where}: needs a CUDA device, and this machine has none; set it to none")
-    if lora_of(model) is None:
-        raise InputError(f"{where}: is for the frozen base of an adapter; set {run.section}.lora_rank above 0")
-    quantize_base(model, kind)
 
 
 def report(

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
-from components.config.model_settings import FineTuneConfig
 from components.config.paths import AGENT, TOOLS
-from components.models.base_store import is_adapter, store_base
+from components.models.base_store import is_adapter
 from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
-from components.models.lora import add_lora, lora_of
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
 from components.training.defaults import fit_to_base
-from components.training.loop import Measured, measure_loss, refuse_bad_masks, train
-from components.training.objectives import M, Objective, causal_lm
-from components.training.report import TEST_ROWS, describe, quantize_frozen, refuse_other_vocabulary, report
+from components.training.from_base import refuse_other_vocabulary, train_from_base
+from components.training.loop import measure_loss, refuse_bad_masks
+from components.training.objectives import causal_lm
+from components.training.replay import with_replay
+from components.training.report import TEST_ROWS, report
 
 AGENT_STEPS = 6
 """Most turns of an agent for one answer."""
@@ -31,9 +31,11 @@ def tune(run: StageRun) -> None:
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
     configure_cpu()
-    rows = TokenRows(run.paths.tokens("decoder") / "tune", "train")
-    refuse_bad_masks(rows, tuning=True)
-    base = run.paths.start_of("decoder")
+    conversations = TokenRows(run.paths.tokens("decoder") / "tune", "train")
+    refuse_bad_masks(conversations, tuning=True)
+    base, rows = run.paths.start_of("decoder"), cast(Rows, conversations)
+    if run.params.tune.base and run.params.tune.replay_share:
+        rows = with_replay(run, conversations, base, run.params.tune.replay_share)
     shape = check_model(base)
     config = fit_to_base(run, run.params.tune, shape, rows)
     # A frozen base is read in the dtype of the training, so that there is no second copy in fp32.
@@ -46,22 +48,8 @@ def tune(run: StageRun) -> None:
     generation = base / "generation_config.json"
     files = _agent_files(run) | ({generation.name: generation} if generation.is_file() else {})
     save_decoder(model, run.paths.agent, base, files)
-    test = measure_loss(model, TokenRows(rows.folder, "test"), causal_lm, config.micro_batch_size, TEST_ROWS)
+    test = measure_loss(model, TokenRows(conversations.folder, "test"), causal_lm, config.micro_batch_size, TEST_ROWS)
     report(run, config, model, measured, run.paths.agent, {"test_loss": test})
-
-
-def train_from_base(
-    run: StageRun, config: FineTuneConfig, model: M, folder: Path, rows: Rows, objective: Objective[M]
-) -> Measured:
-    """Train all weights of the model of a folder, or LoRA's low-rank pairs: new ones, or those that it has."""
-    torch.manual_seed(run.params.seed)
-    if config.lora_rank and lora_of(model) is None:
-        base = store_base(folder, run.paths.home)
-        add_lora(model, config.lora_rank, config.lora_alpha, base=base)
-    quantize_frozen(run, config.quantize_base, model)
-    shape: Any = model.config
-    describe(run, model, shape.max_seq_len, rows)
-    return train(run, config, model, rows, objective)
 
 
 def _agent_files(run: StageRun) -> dict[str, Path | str]:

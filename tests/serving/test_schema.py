@@ -32,6 +32,8 @@ DRAWN = settings(
 )
 
 
+# Another thread of the process, such as that of a Prefect server of an earlier test, may draw from `random` meanwhile.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["allowed", "forbidden"])
 def test_every_route_keeps_to_its_schema(local: Any, mode: GenerationMode) -> None:
     torch.set_flush_denormal(False)  # as a stage that ran in this process leaves it; Hypothesis draws such numbers
