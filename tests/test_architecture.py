@@ -28,14 +28,15 @@ PIPELINE = read_stages(ROOT)
 _IN = "components/"
 EXAMPLES = "examples"
 # What a package may import; what is not listed is forbidden. From top to bottom: each builds on those above it.
-CONFIG, RUNTIME, TRACKING = _IN + "config", _IN + "runtime", _IN + "tracking"
+CONFIG, RUNTIME, TRACKING, MEDIA = _IN + "config", _IN + "runtime", _IN + "tracking", _IN + "media"
 MODELS, DATASETS, VALIDATION = _IN + "models", _IN + "datasets", _IN + "validation"
 TOKENIZATION, TOKEN_ROWS, INFERENCE = _IN + "tokenization", _IN + "token_rows", _IN + "inference"
 AGENT, TRAINING, EVALUATION, FEEDBACK = _IN + "agent", _IN + "training", _IN + "evaluation", _IN + "feedback"
-TOP = {CONFIG, RUNTIME}
+TOP = {CONFIG, RUNTIME, MEDIA}
 ALLOWED = {
     CONFIG: {CONFIG},
-    RUNTIME: TOP,
+    RUNTIME: {CONFIG, RUNTIME},
+    MEDIA: {CONFIG, MEDIA},
     # The one stage runner opens the tracker that its stages report to.
     "components/runtime/stage.py": {*TOP, TRACKING},
     MODELS: {*TOP, MODELS},
@@ -225,8 +226,8 @@ def test_the_shape_stays_within_its_bounds() -> None:
     figures = shape.figures()
     assert figures["modules outside a package in components"] == 0
     assert figures["function length, longest"] <= 80
-    assert figures["files"] <= 190
-    assert figures["source lines"] <= 33_000
+    assert figures["files"] <= 230
+    assert figures["source lines"] <= 39_000
 
 
 def test_no_package_is_reached_into_behind_its_public_names() -> None:

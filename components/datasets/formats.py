@@ -35,7 +35,7 @@ TRAINING_KINDS: Mapping[str, tuple[Kind, ...]] = {
     "pretrain.decoder": ("documents",),
     "pretrain.encoder": ("documents", "labelled_texts"),
     "pretrain.encoder_decoder": ("documents",),
-    "tune": ("conversations",),
+    "tune": ("conversations", "images"),
     "classifier": ("labelled_texts",),
     "summarizer": ("text_pairs",),
 }
@@ -81,6 +81,16 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("chosen", MESSAGES),
             ("rejected", MESSAGES),
             ("tools", pa.string()),
+        ]
+    ),
+    # The content of messages has <image> where a picture is (components/media/pictures.py); `images` are files.
+    "images": pa.schema(
+        [
+            ("id", pa.string()),
+            ("images", pa.list_(pa.binary())),
+            ("messages", MESSAGES),
+            ("tools", pa.string()),
+            ("suite", pa.string()),
         ]
     ),
     # `suite` of what a project holds out, as in conversations; elsewhere null.
