@@ -51,6 +51,13 @@ def decode_picture(content: bytes, where: str) -> Picture:
         raise InputError(f"{where}: not a readable picture: {error}") from None
 
 
+def resized(picture: Picture, size: int) -> Pixels:
+    """The pixels (size, size, 3) of a picture, its proportions given up, as SigLIP reads pictures."""
+    if picture.pixels.shape[:2] == (size, size):
+        return picture.pixels
+    return np.asarray(Image.fromarray(picture.pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
 def with_pictures(messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> list[dict[str, Any]]:
     """Messages as read from a row of kind `images`, each with its pictures, which its marks count, in `images`.
 

@@ -30,6 +30,7 @@ from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Encoder, classifier_from
 from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
 from components.models.lora import lora_of, merge_lora
+from components.models.vision import VisionLanguageModel
 from components.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -47,6 +48,7 @@ M = TypeVar("M", bound=nn.Module)
 _BASES: WeakValueDictionary[tuple[str, torch.dtype, str], nn.Module] = WeakValueDictionary()
 """Bases of the adapters that are loaded, by digest, dtype and device."""
 
+DECODER_MODELS = (Decoder, VisionLanguageModel)
 DTYPES = ("F32", "F16", "BF16", "F64")
 """Types of weights, as safetensors names them."""
 
@@ -253,8 +255,8 @@ def read_config(folder: Path) -> DecoderConfig:
     """
     architecture, fields = _read_fields(folder)
     form = FORMATS[architecture]
-    if form.model is not Decoder:
-        decoders = [name for name, each in FORMATS.items() if each.model is Decoder]
+    if form.model not in DECODER_MODELS:
+        decoders = [name for name, each in FORMATS.items() if each.model in DECODER_MODELS]
         raise InputError(f"{fields.path}: architecture {architecture} is no decoder; one of {', '.join(decoders)}")
     config = form.read(fields)
     assert isinstance(config, DecoderConfig)
@@ -342,7 +344,13 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _current_name(name: str) -> str:
-    """The present name of a tensor: the first BERTs have TensorFlow's names of a norm's two vectors."""
+    """The present name of a tensor.
+
+    The first BERTs have TensorFlow's names of a norm's two vectors; LLaVA's parts have been named in three ways.
+    """
+    name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.)", "", name)
+    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+    name = re.sub(r"^(vision_tower\.)?vision_model\.", r"\1", name)
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 

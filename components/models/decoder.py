@@ -135,6 +135,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
         rows: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """The normed stream (B, T, E) that the head reads.
 
@@ -144,11 +145,12 @@ class Decoder(nn.Module):
         boolean or added to the scores; the latter two replace the causal rule.
         `rows` (N): the B * T positions to compute; the result is (N, E), and the last block's
         feed-forward is skipped for the others.
+        `inputs_embeds` (B, T, E): read in place of the embeddings of input_ids.
         """
         past = cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-        x = self.scaled(self.embed(input_ids))
+        x = self.scaled(self.embed(input_ids)) if inputs_embeds is None else inputs_embeds
         visible = self._mask(input_ids, past, segment_ids, attention_mask)
         masks = [additive(visible, x.dtype).unsqueeze(1)]  # (B, 1, T, S)
         if self.config.windowed_layers:

@@ -24,6 +24,8 @@ from components.models.decoder_formats import DECODERS
 from components.models.encoder import Encoder
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.models.encoder_formats import ENCODERS, encoder_architecture
+from components.models.vision import VisionLanguageModel, VisionTower
+from components.models.vision_formats import LLAVA, SIGHT, SIGLIP
 
 _T5, _MT5 = "T5ForConditionalGeneration", "MT5ForConditionalGeneration"
 
@@ -134,12 +136,15 @@ FORMATS: dict[str, Format] = {
     **DECODERS,
     **ENCODERS,
     **{name: _encoder_decoder(name) for name in (_T5, _MT5)},
+    **SIGHT,
 }
 """By the name of the architecture in config.json."""
 
 
 def architecture_of(model: nn.Module) -> str:
     """The architecture that a model of ours is written as."""
+    if isinstance(model, VisionLanguageModel | VisionTower):
+        return LLAVA if isinstance(model, VisionLanguageModel) else SIGLIP
     if isinstance(model, Decoder):
         return model.config.architecture or ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
     if isinstance(model, Encoder):

@@ -159,8 +159,9 @@ def low_rank_products(model: nn.Module) -> Iterator[tuple[LowRankLinear, tuple[s
 
 
 def _products(model: nn.Module) -> Iterator[tuple[str, nn.Linear, tuple[str, ...]]]:
-    """Path of each product of the blocks, and the Hugging Face names of its modules."""
+    """Path of each product of the blocks, a vision tower's left out, and the Hugging Face names of its modules."""
     names = FORMATS[architecture_of(model)].names(model.config)
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "blocks." in path and not path.endswith(".quantized"):
+        in_block = "blocks." in path and not path.startswith("vision.")
+        if isinstance(module, nn.Linear) and in_block and not path.endswith(".quantized"):
             yield path, module, hub_modules(names, path)
