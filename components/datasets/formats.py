@@ -83,7 +83,7 @@ SCHEMAS: dict[Kind, pa.Schema] = {
             ("tools", pa.string()),
         ]
     ),
-    # The content of messages has <image> where a picture is (components/media/pictures.py); `images` are files.
+    # The content of messages has <image> where a picture is (components/media/messages.py); `images` are files.
     "images": pa.schema(
         [
             ("id", pa.string()),

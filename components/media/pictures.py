@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +13,6 @@ from PIL import Image
 
 from components.config.errors import InputError
 
-IMAGE = "<image>"
-"""Stands in a message's content where a picture is; the pictures are in the message's `images`, in order."""
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -56,24 +52,3 @@ def resized(picture: Picture, size: int) -> Pixels:
     if picture.pixels.shape[:2] == (size, size):
         return picture.pixels
     return np.asarray(Image.fromarray(picture.pixels).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def with_pictures(messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """Messages as read from a row of kind `images`, each with its pictures, which its marks count, in `images`.
-
-    Raises: InputError when there are more or fewer marks than pictures.
-    """
-    left, complete = list(pictures), []
-    for message in messages:
-        count = str(message.get("content") or "").count(IMAGE)
-        complete.append({**message, "images": left[:count]} if count else dict(message))
-        del left[:count]
-    marks = sum(str(message.get("content") or "").count(IMAGE) for message in messages)
-    if marks != len(pictures):
-        raise InputError(f"messages: {marks} marks {IMAGE} for {len(pictures)} pictures; give one for each")
-    return complete
-
-
-def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Picture]:
-    """The pictures of messages, in order."""
-    return [picture for message in messages for picture in message.get("images") or ()]

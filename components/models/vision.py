@@ -7,15 +7,13 @@ Shapes: P pictures, N patches of a picture, E embed_dim of the tower, D embed_di
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.media.pictures import Picture, resized
 from components.models.attention import Attention, KVCache
 from components.models.blocks import ACTIVATIONS, FeedForward, PreNormBlock
 from components.models.decoder import Decoder, DecoderConfig
@@ -221,12 +219,6 @@ def vision_language_from(
     missing = model.load_state_dict(weights, strict=False).missing_keys
     assert all(name.startswith("projector.") for name in missing)
     return model
-
-
-def pixel_values(pictures: Sequence[Picture], image_size: int) -> Tensor:
-    """Pictures as a tower reads them: (P, 3, image_size, image_size), resized, from -1 to 1."""
-    pixels = np.stack([resized(picture, image_size) for picture in pictures])
-    return normalized(torch.from_numpy(pixels))
 
 
 def normalized(pixels: Tensor) -> Tensor:

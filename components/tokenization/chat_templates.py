@@ -18,9 +18,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from components.config.params import InputError
 from components.config.paths import TEMPLATE
+from components.media.messages import IMAGE
 
-# Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block, and pictures.
+_OPEN, _CLOSE, PICTURE = "\ufdd0", "\ufdd1", "\ufdd2"
+_RESERVED = str.maketrans("", "", _OPEN + _CLOSE + PICTURE)
 MAX_WORK = 500_000
 """Steps of a rendering: passes of a loop, calls, operators, pieces of output."""
 CHARACTERS_PER_STEP = 1_000
@@ -236,6 +238,8 @@ def _raise(message: str) -> None:
 def plain_messages(messages: Sequence[Mapping[str, Any]], special: re.Pattern[str]) -> list[dict[str, Any]]:
     """Messages as a template wants them: text content, parsed arguments, no special token in anyone's text.
 
+    Where a message with `images` has a mark of one (`components/media/messages.py`), the content has PICTURE.
+
     Calls are numbered by ids of nine letters and digits, which is what Mistral's templates demand.
     """
     ids = dict[str, str]()
@@ -256,7 +260,10 @@ def _plain_message(message: Mapping[str, Any], special: re.Pattern[str], ids: di
     plain = {"role": message["role"], "content": content, "name": message.get("name"), "tool_calls": calls}
     if message["role"] == "tool":
         plain["tool_call_id"] = ids.get(message.get("tool_call_id") or "", f"call{max(0, len(ids) - 1):05d}")
-    return {key: defused(value, special) for key, value in plain.items() if value or key == "content"}
+    plain = {key: defused(value, special) for key, value in plain.items() if value or key == "content"}
+    if message.get("images"):
+        plain["content"] = PICTURE.join(defused(text, special) for text in str(content).split(IMAGE))
+    return plain
 
 
 def _read_arguments(arguments: Any) -> Any:
@@ -273,7 +280,7 @@ def _read_arguments(arguments: Any) -> Any:
 def defused(value: Any, special: re.Pattern[str]) -> Any:
     """The value with a space put into every spelled-out special token, so that no text can open a turn."""
     if isinstance(value, str):
-        return special.sub(r"\g<0> ", value).replace(_OPEN, "").replace(_CLOSE, "")
+        return special.sub(r"\g<0> ", value).translate(_RESERVED)
     if isinstance(value, Mapping):
         return {defused(key, special): defused(item, special) for key, item in value.items()}
     if isinstance(value, list):

@@ -19,8 +19,15 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from components.config.params import InputError
+from components.media.messages import IMAGE, pictures_of
 from components.tokenization.call_formats import BARE, CallFormat
-from components.tokenization.chat_templates import compile_template, defused, marked_pieces, plain_messages
+from components.tokenization.chat_templates import (
+    PICTURE,
+    compile_template,
+    defused,
+    marked_pieces,
+    plain_messages,
+)
 from components.tokenization.tool_calls import Turn, parse_fields
 
 SPECIAL_TOKENS = (
@@ -128,8 +135,13 @@ class ChatTokenizer:
 
     native = True
     """Of this project's own training: calls are tokens and text that a grammar can constrain."""
-    _special = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
+    _special: re.Pattern[str]
     """The beginning of a special token spelled out."""
+    image_token = ""
+    """The token of a picture's embeddings; empty of a model that reads text only."""
+    image_id = -1
+    image_tokens = 0
+    """Tokens of a picture."""
     _variables: Mapping[str, str] = {}
     """Variables of the template beside the chat."""
 
@@ -139,6 +151,7 @@ class ChatTokenizer:
         self._tokenizer.encode_special_tokens = True
         self.template = template
         self._template = compile_template(template)
+        self._special = re.compile("<\\|(?=(?:" + "|".join(token[2:-2] for token in SPECIAL_TOKENS) + ")\\|>)")
         self._ids: dict[str, int] = {token: tokenizer.token_to_id(token) or 0 for token in SPECIAL_TOKENS}
         self._names = {number: token for token, number in self._ids.items()}
         self.vocab_size: int = tokenizer.get_vocab_size()
@@ -161,6 +174,25 @@ class ChatTokenizer:
     def with_tools(self) -> ChatTokenizer:
         """This tokenizer, with a template that knows tools."""
         return self
+
+    def with_images(self, image_tokens: int, image_token: str = IMAGE) -> ChatTokenizer:
+        """This tokenizer, which gives a picture so many tokens; a vocabulary without `image_token` gets it."""
+        extended = Tokenizer.from_str(self._tokenizer.to_str())
+        extended.add_special_tokens([AddedToken(image_token, special=True, normalized=False)])
+        tokenizer = self._extended(extended)
+        tokenizer.image_token, tokenizer.image_tokens = image_token, image_tokens
+        tokenizer.image_id = number = extended.get_vocab(with_added_tokens=True)[image_token]
+        tokenizer._ids[image_token], tokenizer._names[number] = number, image_token
+        first, rest = re.escape(image_token[0]), re.escape(image_token[1:])
+        tokenizer._special = re.compile(f"{tokenizer._special.pattern}|{first}(?={rest})")
+        return tokenizer
+
+    def _extended(self, tokenizer: Tokenizer) -> ChatTokenizer:
+        return ChatTokenizer(tokenizer, self.template)
+
+    def write(self, folder: Path) -> None:
+        """Write tokenizer.json into a folder that has the other files of this tokenizer."""
+        self._tokenizer.save(str(folder / "tokenizer.json"))
 
     @property
     def special_ids(self) -> Mapping[str, int]:
@@ -217,7 +249,35 @@ class ChatTokenizer:
     def encode_chats(
         self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
     ) -> list[tuple[list[int], list[int]]]:
-        """`encode_chat` of many `(messages, tools)`, with one call to the tokenizer for all their text."""
+        """`encode_chat` of many `(messages, tools)`, with one call to the tokenizer for all their text.
+
+        Raises: InputError when there are pictures that the model does not read.
+        """
+        chats_ids = self._encode_texts(chats, add_generation_prompt)
+        for number, (messages, _) in enumerate(chats):
+            if pictures := pictures_of(messages):
+                chats_ids[number] = self._with_pictures(*chats_ids[number], len(pictures))
+        return chats_ids
+
+    def _with_pictures(self, ids: list[int], mask: list[int], pictures: int) -> tuple[list[int], list[int]]:
+        """Ids and mask with each image token repeated for the patches of its picture."""
+        if not self.image_tokens:
+            raise InputError("messages: this model reads text only; leave pictures and clips out")
+        if ids.count(self.image_id) != pictures:
+            raise InputError(
+                f"messages: the chat template shows {ids.count(self.image_id)} of {pictures} pictures; put pictures"
+                " into messages of the user"
+            )
+        counts = [self.image_tokens if number == self.image_id else 1 for number in ids]
+        repeated = (
+            [value for value, count in zip(values, counts, strict=True) for _ in range(count)] for values in (ids, mask)
+        )
+        return next(repeated), next(repeated)
+
+    def _encode_texts(
+        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool
+    ) -> list[tuple[list[int], list[int]]]:
+        """`encode_chats` with one token for a picture."""
         rendered = [self._parts(messages, tools, add_generation_prompt) for messages, tools in chats]
         encoded = iter(self.encode_batch([text for parts in rendered for text, number, _ in parts if number is None]))
         chats_ids = []
@@ -258,7 +318,7 @@ class ChatTokenizer:
             add_generation_prompt=prompt,
             **self._variables,
         )
-        return list(marked_pieces(rendered))
+        return [(text.replace(PICTURE, self.image_token), generated) for text, generated in marked_pieces(rendered)]
 
     def _parts(
         self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool
@@ -267,12 +327,9 @@ class ChatTokenizer:
         return [
             (part, self._ids.get(part), generated)
             for text, generated in self._render(messages, tools, prompt)
-            for part in _RENDERED.split(text)
+            for part in re.split(f"({'|'.join(map(re.escape, self._ids))})", text)
             if part
         ]
-
-
-_RENDERED = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
 
 class TextStream:

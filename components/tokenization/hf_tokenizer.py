@@ -79,8 +79,11 @@ class HFChatTokenizer(ChatTokenizer):
         self.document_id = added.get(self._variables.get("bos_token", ""), self.end_id)
         self.value_id = self.tool_id = -1  # no token of its own opens an argument's value, or a tool's result
 
-    def encode_chats(
-        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool = False
+    def _extended(self, tokenizer: Tokenizer) -> ChatTokenizer:
+        return HFChatTokenizer(tokenizer, self.template, self._named, self._folder)
+
+    def _encode_texts(
+        self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], Any]], add_generation_prompt: bool
     ) -> list[tuple[list[int], list[int]]]:
         calling = any(message.get("tool_calls") for messages, _ in chats for message in messages)
         if calling and self._format is None:
@@ -245,10 +248,17 @@ def load_chat_tokenizer(folder: Path, template: str | None = None) -> ChatTokeni
     """
     with reading_tokenizer(folder, ("tokenizer.json", "tokenizer_config.json")) as (tokenizer, config):
         template = read_template(folder, config) if template is None else template
+    model = read_json(folder / CONFIG)
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
-        return ChatTokenizer(tokenizer, template)
-    _split_as_llama(tokenizer, config, read_json(folder / CONFIG).get("model_type"))
-    return HFChatTokenizer(tokenizer, template, config, folder)
+        chat_tokenizer = ChatTokenizer(tokenizer, template)
+    else:
+        _split_as_llama(tokenizer, config, model.get("model_type"))
+        chat_tokenizer = HFChatTokenizer(tokenizer, template, config, folder)
+    image_token = tokenizer.id_to_token(model["image_token_index"]) if "image_token_index" in model else None
+    if image_token is None:
+        return chat_tokenizer
+    vision = model["vision_config"]
+    return chat_tokenizer.with_images((vision["image_size"] // vision["patch_size"]) ** 2, image_token)
 
 
 def _split_as_llama(tokenizer: Tokenizer, config: Mapping[str, Any], model_type: str | None) -> None:
