@@ -16,6 +16,8 @@ from components.agent.tools import Tool, call
 from components.agent.turn_grammar import Rules, TurnOptions, followable, lenient_rules
 from components.config.params import InputError
 from components.inference.sampling import Constraint
+from components.media.messages import pictures_of
+from components.media.pictures import Picture
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.response_format import format_message
@@ -55,6 +57,8 @@ class Prompt:
 
     ids: list[int]
     constraint: Constraint | None = None
+    pictures: Sequence[Picture] = ()
+    """Those of the image tokens, in order."""
 
 
 Conversation = Generator[Prompt, Sequence[int], Answer]
@@ -147,7 +151,7 @@ class Agent:
             prompt = self._prompt(conversation, declared)
             last = unfinished or not turns_left
             constraint = (rules.last if last else rules.turn).constraint(rules.structured) if rules else None
-            generated = yield Prompt(prompt, constraint)
+            generated = yield Prompt(prompt, constraint, pictures_of(conversation))
             written += len(generated)
             turn = self.tokenizer.parse_turn(generated)
             ended = self.tokenizer.end_id in generated and not (constraint is not None and constraint.cut)

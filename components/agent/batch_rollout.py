@@ -84,7 +84,16 @@ class _Rollout:
                 self._progress(self._done)
             return
         s = self._sampling
-        row = Row(prompt.ids, s.max_new_tokens, s.temperature, s.top_p, s.seed, s.stop_ids, prompt.constraint)
+        row = Row(
+            prompt.ids,
+            s.max_new_tokens,
+            s.temperature,
+            s.top_p,
+            s.seed,
+            s.stop_ids,
+            prompt.constraint,
+            pictures=prompt.pictures,
+        )
         self.talks[row] = index, conversation
         self._waiting.append(row)
 

@@ -8,8 +8,7 @@ through other products (`decode_step.py`) and is prefilled again.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,18 +20,19 @@ from components.config.params import InputError
 from components.inference.adapter_bank import bank_of
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.decode_step import Step
+from components.inference.picture_cache import PictureCache
+from components.inference.prefix_cache import MIN_SHARED, Ids, PrefixCache, common
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
+from components.media.pictures import Picture
 from components.models.attention import SHORT, KVCache, LayerCache
 from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
+from components.models.vision import VisionLanguageModel
 
 PREFILL_TOKENS = 512
 """Prompt tokens prefilled between two decode steps, padding included."""
 SEEN = 16
 """Positions attended in a pass are a multiple of this: the softmax sums by vectors."""
-MIN_SHARED = 16
-"""Tokens of the shortest common prefix that is copied instead of prefilled again."""
-Ids = tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -50,6 +50,8 @@ class Row:
     constraint: Constraint | None = None
     adapter: int = 0
     """Its number in the batch's bank of adapters; 0 is the base alone."""
+    pictures: Sequence[Picture] = ()
+    """Those of the prompt's image tokens, in order."""
     ids: list[int] = field(init=False)
     """The prompt and the generated ids."""
     key: Ids = field(init=False)
@@ -131,57 +133,6 @@ class SlotCache(KVCache):
         """Rows count their own positions."""
 
 
-class PrefixCache:
-    """Keys and values of prompts of rows that left; the least recently used go first."""
-
-    def __init__(self, max_tokens: int) -> None:
-        self._max_tokens = max_tokens
-        self._entries: OrderedDict[Ids, Tensor] = OrderedDict()
-        self._sorted: list[Ids] = []
-        """The same, in an order in which those that begin alike are neighbours."""
-        self.tokens = 0
-
-    def keep(self, ids: Ids, part: Tensor) -> None:
-        """Keep keys and values (layers, 2, K, T, D) of T ids; the entry before it that these extend is dropped."""
-        place = bisect_left(self._sorted, ids)
-        if place and self._sorted[place - 1] == ids[: len(self._sorted[place - 1])]:
-            self._drop(self._sorted[place - 1])
-        if ids in self._entries:
-            self._drop(ids)
-        self._entries[ids] = part.clone()
-        insort(self._sorted, ids)
-        self.tokens += len(ids)
-        while self.tokens > self._max_tokens:
-            self._drop(next(iter(self._entries)))
-
-    def best(self, ids: Ids) -> tuple[int, Tensor | None]:
-        """The longest common beginning with what is kept, and whose it is."""
-        place = bisect_left(self._sorted, ids)
-        neighbours = self._sorted[max(0, place - 1) : place + 1]
-        found = max(neighbours, key=lambda key: common(key, ids), default=None)
-        if found is None or not (longest := common(found, ids)):
-            return 0, None
-        self._entries.move_to_end(found)
-        return longest, self._entries[found]
-
-    def _drop(self, ids: Ids) -> None:
-        del self._entries[ids]
-        del self._sorted[bisect_left(self._sorted, ids)]
-        self.tokens -= len(ids)
-
-
-def common(one: Ids, other: Ids) -> int:
-    """Length of the common beginning, 0 where it is too short to be worth a copy."""
-    length, most = 0, min(len(one), len(other))
-    while length < most:  # by halves: slices compare at the speed of memory
-        middle = (length + most + 1) // 2
-        if one[length:middle] == other[length:middle]:
-            length = middle
-        else:
-            most = middle - 1
-    return length if length >= MIN_SHARED else 0
-
-
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
@@ -199,6 +150,7 @@ class ContinuousBatch:
         self._cache = SlotCache(model, _up(count), self.context)
         self._step = Step(model, self._cache.whole, self._bank is None)
         self._prefix_cache = PrefixCache(count * self.context)
+        self.pictures = PictureCache(model) if isinstance(model, VisionLanguageModel) else None
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
         self.prefilling: list[Row] = []
@@ -232,6 +184,8 @@ class ContinuousBatch:
                 raise InputError(f"prompt: {len(row.ids)} tokens; the model takes 1 to {self.context}")
             row.limit = min(row.limit, 1 + self.context - len(row.ids))
             row.slot = len(self.decoding) + len(self.prefilling)
+            if self.pictures is not None:
+                row.key = (row.adapter, *self.pictures.key(row.prompt, row.pictures))
             self._reuse_prefix(row)
             self.prefilling.append(row)
 
@@ -252,7 +206,7 @@ class ContinuousBatch:
         newest = [place * width + count - 1 for place, count in enumerate(counts)]
         if self._bank is not None:
             self._bank.select([row.adapter for row in rows])
-        hidden = self._pass(rows[0].slot, tokens, [row.cached for row in rows], counts, seen, newest)
+        hidden = self._pass(rows, tokens, counts, seen, newest)
         for row, count in zip(rows, counts, strict=True):
             row.cached += count
         if any(row.cached < len(row.ids) for row in rows):
@@ -300,15 +254,14 @@ class ContinuousBatch:
         self.prefilling, self.decoding = [], []
         self._prefix_cache = PrefixCache(self.count * self.context)
 
-    def _pass(
-        self, first: int, tokens: np.ndarray, starts: list[int], counts: list[int], seen: int, newest: list[int]
-    ) -> Tensor:
-        """Read tokens (B, T), `counts` of them real, from position `starts` on; the stream at `newest` and padding."""
+    def _pass(self, rows: Sequence[Row], tokens: np.ndarray, counts: list[int], seen: int, newest: list[int]) -> Tensor:
+        """Read the next tokens (B, T) of rows, `counts` of them real; the stream at `newest` and padding."""
+        starts = [row.cached for row in rows]
         steps = torch.arange(tokens.shape[1], device=self.device)
         positions = torch.tensor(starts, device=self.device).unsqueeze(1) + steps
         real = steps < torch.tensor(counts, device=self.device).unsqueeze(1)
         seen = _up(seen, SEEN)
-        self._cache.at(first, positions.where(real, self.context), seen)
+        self._cache.at(rows[0].slot, positions.where(real, self.context), seen)
         hidden = torch.arange(seen, device=self.device) > positions.unsqueeze(2)
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self.device)
         mask.masked_fill_(hidden, torch.finfo(self._dtype).min)
@@ -319,6 +272,7 @@ class ContinuousBatch:
             cache=self._cache,
             attention_mask=mask,
             rows=torch.tensor(newest, device=self.device),
+            inputs_embeds=self.pictures.inputs(tokens, rows) if self.pictures is not None else None,
         )
 
     def _pick(self, rows: Sequence[Row], hidden: Tensor) -> None:

@@ -130,7 +130,7 @@ def should_pack(model: Decoder) -> bool:
     """
     if not _packable(model):
         return False
-    plain = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    plain = [*(module for module in model.blocks.modules() if isinstance(module, nn.Linear)), model.head]
     packed = [PackedLinear(module.weight) for module in plain]
     return sum(_seconds(packed, rows) / _seconds(plain, rows) for rows in TRIED_ROWS) < len(TRIED_ROWS)
 
@@ -179,7 +179,9 @@ def round_checked(model: Decoder, sequences: Sequence[Sequence[int]], min_agreem
 
 
 def _replace(root: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
-    for parent in list(root.modules()):
+    for path, parent in list(root.named_modules()):
+        if path.partition(".")[0] in ("vision", "projector"):  # read a whole picture at a time
+            continue
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, kind(child.weight, child.bias))

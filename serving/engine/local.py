@@ -270,6 +270,7 @@ class LocalTask(GenerationTask):
             stop_ids=(self.agent.tokenizer.end_id,),
             constraint=prompt.constraint,
             adapter=self.engine.adapter,
+            pictures=prompt.pictures,
         )
         turn = Turn(self.row, self._push, self._ended, self.deadline, self.cancelled)
         self.engine.scheduler.submit(turn, first=self.turn > 0)
