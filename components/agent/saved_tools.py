@@ -186,10 +186,12 @@ def adopt_tools(folder: Path, foreign: Path, paths: Paths | None) -> list[str]:
 def _modules(project: Project, root: Path) -> tuple[str, dict[str, Path]]:
     """The function that returns the tools, as MODULE:FUNCTION, and the files of the modules it imports, by name.
 
-    A project that has the tools of another project here saves those of the other, so that both have the same source.
+    A project with the tools of another, which is in this folder or beside it in one package, saves those of the other,
+    so that both have the same source. What is installed elsewhere is not saved.
     """
     own, package = project.tools.__module__, project.name
-    if not _is_within(own, PLATFORM) and not _is_within(own, package) and module_path(own, root):
+    is_beside = own.partition(".")[0] == package.partition(".")[0]
+    if not _is_within(own, package) and (is_beside or module_path(own, root)) and not _is_within(own, PLATFORM):
         package = own.rpartition(".")[0] or own
     module = own if _is_within(own, package) else package
     function = f"{module}:{project.tools.__qualname__ if module == own else 'tools'}"

@@ -226,7 +226,7 @@ def _frames_compared(example: Example) -> int:
 
 
 def _features(images: Sequence[bytes], frames: int) -> Features:
-    """A histogram of colors of each of `frames` pictures, then their thumbnails and the differences between these.
+    """A histogram of colors of each of `frames` pictures, then their thumbnails.
 
     Of more pictures, `frames` evenly spaced ones count; of fewer, the rest is zero.
     """
@@ -237,7 +237,7 @@ def _features(images: Sequence[bytes], frames: int) -> Features:
     thumbnails = np.zeros((frames, THUMBNAIL * THUMBNAIL * 3), dtype=np.float32)
     for number, (histogram, thumbnail) in enumerate(pairs):
         histograms[number], thumbnails[number] = histogram, thumbnail
-    return np.concatenate([histograms.ravel(), thumbnails.ravel(), np.diff(thumbnails, axis=0).ravel()])
+    return np.concatenate([histograms.ravel(), thumbnails.ravel()])
 
 
 @lru_cache(maxsize=20_000)

@@ -68,7 +68,7 @@ def test_pixels_answer_what_the_question_alone_cannot() -> None:
     assert figures["test/yes_no"]["pixels"] > figures["test/yes_no"]["question_only"] + 0.1
 
 
-def test_differences_of_frames_show_a_direction() -> None:
+def test_frames_side_by_side_show_a_direction() -> None:
     figures = picture_baselines(clip_rows(200, 0), clip_rows(80, 1, "clips"), seed=0)
     assert figures["clips"]["pixels"] > 0.9
     assert figures["clips"]["question_only"] < 0.7

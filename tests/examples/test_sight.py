@@ -27,8 +27,8 @@ from examples.sight import rows as rows_of
 from examples.sight.clip_rows import CHANGES, OBJECTS, STEPS, VALUES, held_out_pairs
 from examples.sight.digit_rows import larger, parity
 from examples.sight.drawing import COLORS, SIDE, cut_out
-from examples.sight.picture_files import ANIMALS, digits, easy_vqa, silhouettes
-from examples.sight.shapes import bounding_box, place, shape_captions, vqa_suite
+from examples.sight.picture_files import ANIMALS, Stamps, digits, easy_vqa, silhouettes
+from examples.sight.shapes import SHAPES, bounding_box, place, shape_captions, vqa_suite
 from examples.sight.video import write_clip
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,27 @@ def test_no_held_out_picture_is_trained_on(datasets: dict[str, Rows]) -> None:
         for split in (lambda rows: rows.train, lambda rows: rows.test)
     )
     assert not trained & tested
+
+
+def test_held_out_rows_draw_held_out_objects_and_training_rows_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By objects that tell it: bars are held out, squares are not."""
+    bar, square = (np.full((height, 8), 255, dtype=np.uint8) for height in (2, 8))
+    stamps = Stamps({name: [square] for name in OBJECTS}, {name: [bar] for name in OBJECTS}, {})
+    monkeypatch.setattr("examples.sight.digit_rows.digits", lambda share, seed: stamps)
+    monkeypatch.setattr("examples.sight.clip_rows.digits", lambda share, seed: stamps)
+    monkeypatch.setattr("examples.sight.clip_rows.silhouettes", lambda share, seed: stamps)
+    monkeypatch.setattr("examples.sight.caption_rows.silhouettes", lambda share, seed: stamps)
+    several = {*SHAPES, "1", "2", "3", "4"}  # shapes of easy-VQA, and boxes around several objects
+    for name in ("sight-digits", "sight-captions", "sight-clips"):
+        rows = rows_of(name, collecting(tmp_path))
+        for split, shape in ((rows.train, 1), (rows.test, 4)):
+            for row in split:
+                if not several & {word for _, answer in exchanges(row) for word in answer.split()}:
+                    assert all(
+                        width / height == pytest.approx(shape, rel=0.35) for _, _, width, height in ink_boxes(row)
+                    )
 
 
 @pytest.mark.parametrize("stamps", [digits, silhouettes])
@@ -324,11 +345,12 @@ def test_it_is_the_agent_of_the_standard_library_with_sight(tmp_path: Path) -> N
     assert stdlib.scales["all"]["tune"] == {"dataset": "stdlib-conversations"}
 
 
-def test_its_tools_are_saved_as_those_of_the_standard_librarys_agent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_its_tools_are_saved_as_those_of_the_standard_librarys_agent(tmp_path: Path, is_installed: bool) -> None:
     sources = []
     for name in (NAME, "examples.stdlib_agent"):
         settings = collecting(tmp_path / name / "tools/files")
-        save_agent(load_project(name), settings, Paths(ROOT))
+        save_agent(load_project(name), settings, Paths(tmp_path if is_installed else ROOT))
         sources.append(json.loads((tmp_path / name / "agent.json").read_text())["source"])
         assert load_tools(tmp_path / name)
     assert sources[0] == sources[1]
