@@ -71,7 +71,13 @@ DOORS = {
     "bentoml": ("serving/service.py", "serving/server.py", "flows/bento.py"),
     "mlflow": ("components/tracking/",),
     "great_expectations": ("components/validation/validate.py",),
-    "sklearn": ("components/evaluation/", "components/datasets/", "components/training/classifier.py"),
+    # examples/sight reads the digits that scikit-learn ships.
+    "sklearn": (
+        "components/evaluation/",
+        "components/datasets/",
+        "components/training/classifier.py",
+        "examples/sight/picture_files.py",
+    ),
     "dvc": ("flows/",),
     "optuna": ("components/training/search.py", "components/training/classifier.py"),
     # tracking.py catches what MLflow lets through from its database.
@@ -311,7 +317,7 @@ def test_lint_sees_every_source() -> None:
     assert {str(path) for package in packages for path in (ROOT / package).rglob("*.py")} == seen
 
 
-PROJECTS = [load_project(name) for name in ("examples.stdlib_agent", "examples.helpdesk")]
+PROJECTS = [load_project(name) for name in ("examples.stdlib_agent", "examples.helpdesk", "examples.sight")]
 PLATFORM = [
     path
     for package in ("components", "flows", "loopwright", "serving")

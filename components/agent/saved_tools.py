@@ -184,9 +184,16 @@ def adopt_tools(folder: Path, foreign: Path, paths: Paths | None) -> list[str]:
 
 
 def _modules(project: Project, root: Path) -> tuple[str, dict[str, Path]]:
-    """The function that returns the tools, as MODULE:FUNCTION, and the files of the modules it imports, by name."""
-    own = project.tools.__module__
-    module = own if _is_within(own, project.name) else project.name
+    """The function that returns the tools, as MODULE:FUNCTION, and the files of the modules it imports, by name.
+
+    A project with the tools of another, which is in this folder or beside it in one package, saves those of the other,
+    so that both have the same source. What is installed elsewhere is not saved.
+    """
+    own, package = project.tools.__module__, project.name
+    is_beside = own.partition(".")[0] == package.partition(".")[0]
+    if not _is_within(own, package) and (is_beside or module_path(own, root)) and not _is_within(own, PLATFORM):
+        package = own.rpartition(".")[0] or own
+    module = own if _is_within(own, package) else package
     function = f"{module}:{project.tools.__qualname__ if module == own else 'tools'}"
     files: dict[str, Path] = {}
     todo = [module]
@@ -197,12 +204,12 @@ def _modules(project: Project, root: Path) -> tuple[str, dict[str, Path]]:
             continue
         files[name] = file = Path(str(spec.origin))
         for imported in _imports(file, name if spec.submodule_search_locations else name.rpartition(".")[0]):
-            if _is_within(imported, project.name):
+            if _is_within(imported, package):
                 todo.append(imported if _spec(imported) else imported.rpartition(".")[0])
             elif not _is_within(imported, PLATFORM) and module_path(imported.partition(".")[0], root):
                 raise InputError(
-                    f"{file}: imports {imported}, which is outside the project {project.name} and is not saved"
-                    f" with its tools; move it into the package {project.name}, or install it"
+                    f"{file}: imports {imported}, which is outside the project {package} and is not saved"
+                    f" with its tools; move it into the package {package}, or install it"
                 )
     return function, dict(sorted(files.items()))
 

@@ -171,6 +171,21 @@ def test_a_tool_that_imports_from_beside_its_project_is_refused(tmp_path: Path) 
         save(tmp_path, "fruit_beside", numbers="from beside import VALUE as double\n")
 
 
+def test_a_project_with_the_tools_of_another_saves_those_of_the_other(tmp_path: Path) -> None:
+    first = save(tmp_path, "fruit_first")
+    (tmp_path / "fruit_first_agent").mkdir()
+    first.rename(tmp_path / "fruit_first_agent/agent")
+    extending = PROJECT.replace("from {name}.parts import tools", "from fruit_first import tools")
+    second = save(tmp_path, "fruit_extended", __init__=extending)
+    sources = [
+        json.loads((folder / "agent.json").read_text())["source"]
+        for folder in (tmp_path / "fruit_first_agent/agent", second)
+    ]
+    assert sources[0] == sources[1]
+    assert {path.name for path in (second / TOOL_SOURCE).iterdir()} == {"fruit_first"}
+    assert call(load_tools(second), "price", ORDER) == "10 2 euros"
+
+
 def test_a_model_saved_before_tools_were_saved_calls_those_of_the_default_project(tmp_path: Path) -> None:
     facts.build(tmp_path / "knowledge.sqlite", [])
     (tmp_path / "agent.json").write_text('{"tools": ["calculate"], "max_steps": 4}')
