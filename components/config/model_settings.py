@@ -179,19 +179,43 @@ class DecoderModelConfig(Section):
         return self
 
 
+class VisionModelConfig(Section):
+    """Shape of the vision tower."""
+
+    image_size: int = Field(ge=8)
+    """Height and width in pixels that pictures are resized to."""
+    patch_size: int = Field(ge=2)
+    """Height and width of a patch, which is one token."""
+    embed_dim: int = Field(ge=8)
+    """Width of the residual stream."""
+    num_layers: int = Field(ge=2)
+    """Blocks; the decoder reads what the last but one gives."""
+    num_heads: int = Field(ge=1)
+    """Attention heads; they share embed_dim."""
+    hidden_dim: int = Field(ge=8)
+    """Inner width of the feed-forward."""
+
+    @model_validator(mode="after")
+    def _parts_divide(self) -> VisionModelConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        return self
+
+
 class ModelConfig(Section):
     """Shapes of the models, by family."""
 
     decoder: DecoderModelConfig
     encoder: EncoderModelConfig
     encoder_decoder: EncoderDecoderModelConfig
+    vision: VisionModelConfig
 
 
-class TrainConfig(Section):
-    """Settings that all training stages share."""
+class LoopConfig(Section):
+    """Settings of the training loop."""
 
-    dataset: str | list[str]
-    """Name of the dataset, or list of names, to learn from (`loopwright data list`)."""
     optimizer: Literal["adamw", "muon"]
     """muon: Muon on the block matrices, AdamW on embeddings and norms."""
     max_steps: int = Field(ge=1)
@@ -222,12 +246,19 @@ class TrainConfig(Section):
     """Steps between progress lines and logged metrics."""
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> TrainConfig:
+    def _batches_divide(self) -> LoopConfig:
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size: {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"
             )
         return self
+
+
+class TrainConfig(LoopConfig):
+    """Settings of the training stages that name datasets."""
+
+    dataset: str | list[str]
+    """Name of the dataset, or list of names, to learn from (`loopwright data list`)."""
 
     @property
     def datasets(self) -> list[str]:
@@ -296,6 +327,19 @@ class PretrainConfig(Section):
     """Span corruption."""
 
 
+class PretrainVisionConfig(LoopConfig):
+    """Image-text pretraining of the vision tower on the pictures of `tune.dataset` and what is said of them."""
+
+    text_dim: int = Field(ge=8)
+    """Width of the text encoder that is trained beside the tower."""
+    text_layers: int = Field(ge=0)
+    """Blocks of the text encoder."""
+
+
+class ConnectConfig(LoopConfig):
+    """Training of the projector between a frozen vision tower and a frozen decoder."""
+
+
 class ClassifierConfig(FineTuneConfig):
     """Fine-tuning of the pretrained encoder into a classifier."""
 
@@ -350,6 +394,8 @@ class TuneConfig(FineTuneConfig):
     replay_share: float = Field(ge=0, lt=1)
     """Share of the rows that are an imported base's own answers to data/replay_requests.txt, against forgetting; 0:
     none."""
+    train_vision: bool
+    """Whether the vision tower and the projector learn too, where `dataset` has pictures."""
 
 
 class EvaluateConfig(Section):

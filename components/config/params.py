@@ -22,12 +22,14 @@ from components.config.model_settings import (
     AssessConfig,
     ClassifierConfig,
     CollectConfig,
+    ConnectConfig,
     EvaluateConfig,
     Family,
     FineTuneConfig,
     ModelConfig,
     PrepareConfig,
     PretrainConfig,
+    PretrainVisionConfig,
     Section,
     SummarizerConfig,
     TrainConfig,
@@ -78,6 +80,8 @@ class Params(Section):
     prepare: PrepareConfig
     model: ModelConfig
     pretrain: PretrainConfig
+    pretrain_vision: PretrainVisionConfig
+    connect: ConnectConfig
     tune: TuneConfig
     classifier: ClassifierConfig
     summarizer: SummarizerConfig

@@ -94,6 +94,16 @@ class Paths:
         """The pretrained model of a family."""
         return self.root / "data/models/base" / family
 
+    @property
+    def vision_tower(self) -> Path:
+        """The pretrained vision tower; an empty folder where nothing is learned from pictures."""
+        return self.root / "data/models/base/vision"
+
+    @property
+    def sight(self) -> Path:
+        """The decoder that tuning starts from, joined to the vision tower; empty where there are no pictures."""
+        return self.root / "data/models/base/sight"
+
     def imported(self, family: Family) -> Path:
         """The base model that a section's `base` names; the folder exists without a base too."""
         return self.root / "data/imported" / family

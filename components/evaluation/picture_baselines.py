@@ -20,7 +20,8 @@ from PIL import Image
 
 from components.datasets.formats import Row
 from components.evaluation.captions import caption_scores
-from components.media.pictures import IMAGE, Picture, decode_picture
+from components.media.messages import IMAGE
+from components.media.pictures import Picture, decode_picture
 
 CAPTION_WORDS = 4
 """Words of a suite's answers, on average, from which on they are captions."""

@@ -89,9 +89,13 @@ class VisionTower(nn.Module):
     def features(self, pixel_values: Tensor, layer: int = -1) -> Tensor:
         """The hidden state (P, N, E) behind a layer, unnormed; pixel_values (P, 3, image_size, image_size)."""
         x: Tensor = self.patch_embed(pixel_values).flatten(2).transpose(1, 2) + self.position_embed.weight
-        for block in self.blocks[: layer + len(self.blocks) + 1 if layer < 0 else layer]:
+        for block in self.blocks[: self.depth(layer)]:
             x = block(x)
         return x
+
+    def depth(self, layer: int) -> int:
+        """Blocks before a hidden state."""
+        return layer + len(self.blocks) + 1 if layer < 0 else layer
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """The normed vectors (P, N, E) of a picture's patches."""
@@ -151,6 +155,14 @@ class VisionLanguageModel(Decoder):
         self.vision = VisionTower(config.vision)
         c = config
         self.projector = Projector(c.vision.embed_dim, c.embed_dim, c.projector_activation, c.projector_bias)
+
+    def train_vision(self, trained: bool) -> None:
+        """Let the parts of the tower that are read, and the projector, learn or not."""
+        self.vision.requires_grad_(False)
+        self.vision.patch_embed.requires_grad_(trained)
+        self.vision.position_embed.requires_grad_(trained)
+        self.vision.blocks[: self.vision.depth(self.config.feature_layer)].requires_grad_(trained)
+        self.projector.requires_grad_(trained)
 
     def encode_pictures(self, pixel_values: Tensor) -> Tensor:
         """The embeddings (P, N, D) of pictures (P, 3, image_size, image_size), as the first block reads them."""

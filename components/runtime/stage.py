@@ -39,6 +39,8 @@ STAGE_MODULES: Mapping[str, str] = {
     "train_tokenizer": "components.tokenization.train_tokenizer",
     "prepare": "components.token_rows.prepare",
     "pretrain": "components.training.pretrain",
+    "pretrain_vision": "components.training.vision",
+    "connect": "components.training.vision",
     "tune": "components.training.tune",
     "finetune": "components.training.finetune",
     "assess": "components.evaluation.assess",

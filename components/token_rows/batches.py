@@ -6,6 +6,7 @@ The rows of step s are a pure function of (seed, s), so the state of the sampler
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor
 
 from components.config.params import InputError
+from components.media.pictures import Pixels
+from components.token_rows.picture_rows import ImageTokens, PictureReader
 
 IGNORED = -100
 """Label of a position without a target."""
+IMAGE_FIELDS = tuple(field.name for field in fields(ImageTokens))
 Batch = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
 
@@ -67,6 +71,11 @@ class TokenRows:
         self._ids = self._map("ids", np.dtype(info["dtype"]).newbyteorder("<"))
         self._segments = self._map("segments", np.dtype("<u2"))
         self._mask = self._map("mask", np.dtype("u1"))
+        self.images = ImageTokens(**{name: int(info[name]) for name in IMAGE_FIELDS}) if "image_id" in info else None
+        """How pictures stand in these rows; None of rows of text alone."""
+        if self.images is not None:
+            self.pictures = self._map("pictures", np.dtype("<i4"))
+            self._reader = PictureReader(folder)
 
     def _map(self, name: str, dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
         path = self.folder / f"{self.split}.{name}.bin"
@@ -90,6 +99,7 @@ class TokenRows:
         """input_ids, labels, segment_ids and position_ids, each (B, T) int64.
 
         labels[t] is the token after t where both are of one document and the mask has that token, else IGNORED.
+        Where there are pictures, pixel_values (P, H, W, 3) uint8 has those of all rows, in order.
         """
         order = np.asarray(indices)
         ids = self._ids[order].astype(np.int64)
@@ -99,7 +109,30 @@ class TokenRows:
         targets = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0) & masked[:, 1:]
         labels[:, :-1][targets] = ids[:, 1:][targets]
         arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        if self.images is not None and len(numbers := self.pictures_of(order)):
+            batch["pixel_values"] = torch.from_numpy(np.stack([self.pixels(number) for number in numbers]))
+        return batch
+
+    def pictures_of(self, indices: Indices) -> Indices:
+        """The numbers of the pictures in these rows, in order."""
+        assert self.images is not None
+        numbers = self.pictures[np.asarray(indices)].astype(np.int64).ravel()
+        return numbers[numbers > 0][:: self.images.image_tokens] - 1
+
+    def pixels(self, number: int) -> Pixels:
+        """A picture (H, W, 3)."""
+        return self._reader.pixels(number)
+
+    def segments_in(self, row: int) -> int:
+        """Documents of a row; they are numbered from 1."""
+        return int(self._segments[row].max())
+
+    def segment(self, row: int, number: int) -> tuple[Indices, Indices, Indices]:
+        """Ids, mask and numbers of pictures of a document of a row."""
+        chosen = self._segments[row] == number
+        ids, mask, pictures = (array[row][chosen].astype(np.int64) for array in (self._ids, self._mask, self.pictures))
+        return ids, mask, pictures
 
     def masked_tokens(self) -> tuple[int, int]:
         """The numbers of tokens in the mask, and of all tokens without padding."""

@@ -5,6 +5,7 @@ cross them. `mask` is 1 on the tokens that are trained on: all of a document, th
 the repetition (not the first occurrence) of a span of copy augmentation.
 
     train.ids.bin  train.segments.bin  train.mask.bin    raw little-endian arrays of shape (rows, seq_len)
+    train.pictures.bin                                   the same for the pictures of image tokens (picture_rows.py)
     rows.json                                            seq_len, dtype, vocab_size, rows per split
 """
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from components.datasets.formats import write_json
 from components.token_rows.augmentation import Piece
+from components.token_rows.picture_rows import PictureWriter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 
 OPEN_ROWS = 64
@@ -25,8 +27,11 @@ OPEN_ROWS = 64
 class RowWriter:
     """Append packed rows of one split to its three files."""
 
-    def __init__(self, folder: Path, split: str, seq_len: int, dtype: str) -> None:
-        names = {"ids": dtype, "segments": "uint16", "mask": "uint8"}
+    def __init__(
+        self, folder: Path, split: str, seq_len: int, dtype: str, pictures: PictureWriter | None = None
+    ) -> None:
+        names = {"ids": dtype, "segments": "uint16", "mask": "uint8"} | ({"pictures": "int32"} if pictures else {})
+        self._pictures = pictures
         self._types = {name: np.dtype(kind).newbyteorder("<") for name, kind in names.items()}
         self._files = {name: (folder / f"{split}.{name}.bin").open("wb") for name in names}
         self.seq_len = seq_len
@@ -40,7 +45,10 @@ class RowWriter:
         start = 0
         for number, (ids, mask) in enumerate(pieces, start=1):
             stop = min(start + len(ids), self.seq_len)
-            row["ids"][start:stop] = ids[: stop - start]
+            numbers = np.array(ids[: stop - start], np.int64)
+            if self._pictures is not None:
+                numbers, row["pictures"][start:stop] = self._pictures.split(numbers)
+            row["ids"][start:stop] = numbers
             row["mask"][start:stop] = mask[: stop - start]
             row["segments"][start:stop] = number
             start = stop
@@ -60,11 +68,17 @@ def id_type(tokenizer: ChatTokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
-def write_rows_file(folder: Path, tokenizer: ChatTokenizer, seq_len: int, writers: Mapping[str, RowWriter]) -> None:
-    """Write `rows.json`: shape and type of the splits' arrays."""
+def write_rows_file(
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    seq_len: int,
+    writers: Mapping[str, RowWriter],
+    pictures: Mapping[str, int] | None = None,
+) -> None:
+    """Write `rows.json`: shape and type of the splits' arrays, and what `PictureWriter` says of pictures."""
     rows = {split: writer.rows for split, writer in writers.items()}
     info = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    write_json(folder / "rows.json", {**info, "rows": rows})
+    write_json(folder / "rows.json", {**info, **(pictures or {}), "rows": rows})
 
 
 def fill_rows(pieces: Iterable[Piece], writer: RowWriter) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from components.config.params import InputError
+from components.config.paths import CONFIG
 from components.datasets.formats import batched, read_info, read_rows, refuse_other_kinds, write_json
+from components.media.messages import pictures_of, with_pictures
+from components.media.pictures import decode_picture
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
+from components.token_rows.picture_rows import PictureWriter
 from components.token_rows.text_rows import prepare_encoder, prepare_encoder_decoder, section_of, tuned_tokenizer
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer, read_json
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 BATCH = 512
@@ -42,7 +46,8 @@ def _prepare_decoder(run: StageRun, documents: list[Path], conversations: list[P
     tokenizer = load_chat_tokenizer(run.paths.tokenizer(run.family))
     metrics = {"pretrain": _prepare_documents(run, tokenizer, documents)}
     run.progress(1, 2, rows=metrics["pretrain"]["train_rows"])
-    metrics["tune"] = _prepare_conversations(run, load_chat_tokenizer(tuned_tokenizer(run)), conversations)
+    tokenizer, image_size = with_sight(run, load_chat_tokenizer(tuned_tokenizer(run)), conversations)
+    metrics["tune"] = _prepare_conversations(run, tokenizer, conversations, image_size)
     run.progress(2, 2, rows=metrics["tune"]["train_rows"])
     return metrics
 
@@ -71,11 +76,27 @@ def _prepare_documents(run: StageRun, tokenizer: ChatTokenizer, folders: list[Pa
     return rows.close({})
 
 
-def _prepare_conversations(run: StageRun, tokenizer: ChatTokenizer, folders: list[Path]) -> dict[str, int]:
-    rows = _Rows(run, tokenizer, "tune")
+def with_sight(run: StageRun, tokenizer: ChatTokenizer, folders: list[Path]) -> tuple[ChatTokenizer, int]:
+    """A tokenizer that has image tokens where a dataset has pictures, and their size in pixels, else 0."""
+    if not any(read_info(folder).kind == "images" for folder in folders):
+        return tokenizer, 0
+    imported = read_json(tuned_tokenizer(run) / CONFIG).get("vision_config")
+    if imported:
+        return tokenizer, int(imported["image_size"])
+    vision = run.params.model.vision
+    return tokenizer.with_images((vision.image_size // vision.patch_size) ** 2), vision.image_size
+
+
+def _prepare_conversations(
+    run: StageRun, tokenizer: ChatTokenizer, folders: list[Path], image_size: int
+) -> dict[str, int]:
+    rows = _Rows(run, tokenizer, "tune", image_size)
     too_long = 0
     for split in ("train", "test"):
         for folder in folders:
+            if read_info(folder).kind == "images":
+                too_long += pack_rows(_picture_conversations(tokenizer, folder, split, rows), rows.writer(split))
+                continue
             pieces = _conversations(tokenizer, folder, split)
             if split == "train":
                 pieces = _with_noisy_copies(pieces, run, tokenizer)
@@ -93,6 +114,17 @@ def _conversations(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterat
     chats = ((row["messages"], row["tools"]) for row in read_rows(folder, split, ["messages", "tools"]))
     for batch in batched(chats, BATCH):
         yield from tokenizer.encode_chats(batch)
+
+
+def _picture_conversations(tokenizer: ChatTokenizer, folder: Path, split: str, rows: _Rows) -> Iterator[Piece]:
+    assert rows.pictures is not None
+    for batch in batched(read_rows(folder, split, ["id", "images", "messages", "tools"]), BATCH):
+        chats = []
+        for row in batch:
+            pictures = [decode_picture(content, f"{folder.name}: row {row['id']}") for content in row["images"]]
+            chats.append((with_pictures(row["messages"], pictures), row["tools"]))
+        for (messages, _), piece in zip(chats, tokenizer.encode_chats(chats), strict=True):
+            yield rows.pictures.piece(piece, pictures_of(messages))
 
 
 def _with_noisy_copies(pieces: Iterator[Piece], run: StageRun, tokenizer: ChatTokenizer) -> Iterator[Piece]:
@@ -120,16 +152,19 @@ def _names(folders: list[Path], limit: int = 5_000) -> list[str]:
 class _Rows:
     """The writers of one objective's folder and, at the end, its `rows.json`."""
 
-    def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str) -> None:
+    def __init__(self, run: StageRun, tokenizer: ChatTokenizer, objective: str, image_size: int = 0) -> None:
         self._folder = run.paths.tokens(run.family) / objective
         self._folder.mkdir(parents=True, exist_ok=True)
         self._section = section_of(run, objective)
         self._tokenizer, self._seq_len = tokenizer, run.params.prepare.decoder.seq_len
         self._writers: dict[str, RowWriter] = {}
+        self.pictures = PictureWriter(self._folder, tokenizer, image_size) if image_size else None
 
     def writer(self, split: str) -> RowWriter:
         if split not in self._writers:
-            self._writers[split] = RowWriter(self._folder, split, self._seq_len, id_type(self._tokenizer))
+            self._writers[split] = RowWriter(
+                self._folder, split, self._seq_len, id_type(self._tokenizer), self.pictures
+            )
         return self._writers[split]
 
     def close(self, dropped: dict[str, int]) -> dict[str, int]:
@@ -142,7 +177,8 @@ class _Rows:
                 f"params.yaml: {self._section}.dataset: nothing to learn in its rows of {train.seq_len} tokens"
                 f" ({reasons or 'it is empty'}); add rows or raise prepare.decoder.seq_len"
             )
-        write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers)
+        pictures = self.pictures.close() if self.pictures is not None else None
+        write_rows_file(self._folder, self._tokenizer, train.seq_len, self._writers, pictures)
         counts = {
             f"{split}_{name}": getattr(writer, name)
             for split, writer in self._writers.items()

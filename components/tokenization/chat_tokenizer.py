@@ -190,9 +190,10 @@ class ChatTokenizer:
     def _extended(self, tokenizer: Tokenizer) -> ChatTokenizer:
         return ChatTokenizer(tokenizer, self.template)
 
-    def write(self, folder: Path) -> None:
-        """Write tokenizer.json into a folder that has the other files of this tokenizer."""
-        self._tokenizer.save(str(folder / "tokenizer.json"))
+    def to_json(self) -> str:
+        """The content of its tokenizer.json."""
+        text: str = self._tokenizer.to_str(pretty=True)
+        return text
 
     @property
     def special_ids(self) -> Mapping[str, int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config.model_settings import FineTuneConfig, TrainConfig
+from components.config.model_settings import FineTuneConfig, LoopConfig
 from components.config.params import InputError
 from components.models.devices import SMALL_MODEL, device_memory, product_shapes
 from components.runtime.stage import StageRun
@@ -67,7 +67,7 @@ class Budget:
 
 
 def announce(
-    run: StageRun, config: TrainConfig, model: M, rows: Rows, objective: Objective[M], copies: int = 0, done: int = 0
+    run: StageRun, config: LoopConfig, model: M, rows: Rows, objective: Objective[M], copies: int = 0, done: int = 0
 ) -> None:
     """Print the memory and the time that a training takes from step `done`, where it starts from a base or is large.
 
@@ -136,7 +136,7 @@ def _passes(model: M, batch: Batch, objective: Objective[M]) -> tuple[int, float
     return held, seconds
 
 
-def _remedy(section: str, config: TrainConfig, model: nn.Module, budget: Budget, memory: int) -> str:
+def _remedy(section: str, config: LoopConfig, model: nn.Module, budget: Budget, memory: int) -> str:
     """The settings, of few changes, that would fit; else what is too large."""
     tries: list[tuple[dict[str, object], Budget]] = [({}, budget)]
     if isinstance(config, FineTuneConfig) and not config.lora_rank:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config.model_settings import TrainConfig
+from components.config.model_settings import LoopConfig
 from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
@@ -104,7 +104,7 @@ class Training(Generic[M]):
         self,
         model: M,
         objective: Objective[M],
-        config: TrainConfig,
+        config: LoopConfig,
         seed: int,
         early_stopping: EarlyStopping | None = None,
     ) -> None:
@@ -222,7 +222,7 @@ class Training(Generic[M]):
 
 def train(
     run: StageRun,
-    config: TrainConfig,
+    config: LoopConfig,
     model: M,
     rows: Rows,
     objective: Objective[M],
@@ -256,7 +256,7 @@ def train(
     return training.measured
 
 
-def compute_in(model: nn.Module, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+def compute_in(model: nn.Module, config: LoopConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Move a model to where and to what it is trained in; compile its blocks where told to."""
     model.to(device=device, dtype=dtype)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
@@ -265,7 +265,7 @@ def compute_in(model: nn.Module, config: TrainConfig, device: torch.device, dtyp
 
 
 def _compute_dtype(
-    config: TrainConfig, device: torch.device, model: nn.Module, saved: CheckpointState | None
+    config: LoopConfig, device: torch.device, model: nn.Module, saved: CheckpointState | None
 ) -> torch.dtype:
     """That of a checkpoint, where the choice is ours: a training goes on in the precision that it began in."""
     begun = saved.values.get("dtype") if saved and config.precision == "auto" else None
@@ -300,7 +300,7 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
             raise SystemExit(128 + stopped[0])
 
 
-def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: TrainConfig) -> list[Batch]:
+def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: LoopConfig) -> list[Batch]:
     """The rows of one step: grouping by length changes no gradient, and needs little padding."""
     drawn = sampler.step(step, config.global_batch_size)
     order = drawn[np.argsort(rows.lengths(drawn), kind="stable")].reshape(-1, config.micro_batch_size)

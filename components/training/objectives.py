@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from components.models.decoder import Decoder
 from components.models.encoder import Classifier, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder
+from components.models.vision import VisionLanguageModel, normalized
 from components.token_rows.batches import IGNORED, Batch
 
 CHUNK = 1024
@@ -41,7 +42,12 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
     """
     labels = batch["labels"].flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
-    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=rows)
+    inputs = batch["input_ids"], batch["segment_ids"], batch["position_ids"]
+    if "pixel_values" in batch and isinstance(model, VisionLanguageModel):
+        values = normalized(batch["pixel_values"]).to(model.embed.weight.dtype)
+        stream = model.hidden(*inputs, rows=rows, pixel_values=values)
+    else:
+        stream = model.hidden(*inputs, rows=rows)
     return Loss(linear_cross_entropy(stream, model.head.weight, labels[rows]), len(rows))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from components.config.model_settings import TrainConfig
+from components.config.model_settings import LoopConfig
 from components.models.attention import FusedLinear
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -33,7 +33,7 @@ class Optimizer(Protocol):
     """The peak."""
 
     def step(self, factor: float) -> None:
-        """One step at `factor` times the peak rate; every weight has a gradient."""
+        """One step at `factor` times the peak rate."""
 
     def state(self) -> dict[str, Tensor]:
         """The state, by name."""
@@ -168,8 +168,9 @@ def _newton_schulz_by_gram(x: Tensor) -> Tensor:
 
 
 def _grads(weights: Weights, names: list[str]) -> list[Tensor]:
-    grads = [weights[name].grad for name in names]
-    return [grad for grad in grads if grad is not None]
+    """Of each weight, zero where no row of the step reached it."""
+    grads = ((weights[name], weights[name].grad) for name in names)
+    return [grad if grad is not None else torch.zeros_like(weight) for weight, grad in grads]
 
 
 class Masters:
@@ -198,7 +199,7 @@ class Masters:
             torch._foreach_copy_(list(self.weights.values()), list(self.copies.values()))
 
 
-def build_optimizers(model: nn.Module, masters: Masters, config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, masters: Masters, config: LoopConfig, dtype: torch.dtype) -> list[Optimizer]:
     """The optimizers of `config.optimizer`; Newton-Schulz computes in `dtype`.
 
     Muon takes the matrices of the blocks alone, not what reads tokens or names classes.

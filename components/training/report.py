@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from components.config.model_settings import TrainConfig
+from components.config.model_settings import LoopConfig
 from components.config.params import InputError
 from components.datasets.formats import write_json
 from components.models.weight_files import weights_digest
@@ -33,7 +33,7 @@ def describe(run: StageRun, model: nn.Module, max_seq_len: int, rows: Rows) -> N
 
 def report(
     run: StageRun,
-    config: TrainConfig,
+    config: LoopConfig,
     model: nn.Module,
     measured: Measured,
     folder: Path,

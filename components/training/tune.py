@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 
-from components.config.paths import AGENT, TOOLS
+from components.config.paths import AGENT, CONFIG, TOOLS
 from components.models.base_store import is_adapter
 from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
+from components.models.vision import VisionLanguageModel
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
 from components.training.defaults import fit_to_base
@@ -34,6 +35,8 @@ def tune(run: StageRun) -> None:
     conversations = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(conversations, tuning=True)
     base, rows = run.paths.start_of("decoder"), cast(Rows, conversations)
+    if (run.paths.sight / CONFIG).is_file():
+        base = run.paths.sight
     if run.params.tune.base and run.params.tune.replay_share:
         rows = with_replay(run, conversations, base, run.params.tune.replay_share)
     shape = check_model(base)
@@ -43,6 +46,8 @@ def tune(run: StageRun) -> None:
     dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32
     model = load_decoder(base, dtype, best_device() if low_rank else None)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
+    if isinstance(model, VisionLanguageModel):
+        model.train_vision(config.train_vision)
     measured = train_from_base(run, config, model, base, rows, causal_lm)
     # Its stop tokens may be more than the tokenizer's.
     generation = base / "generation_config.json"

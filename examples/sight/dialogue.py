@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from components.datasets.formats import Row, row_id
-from components.media.pictures import IMAGE
+from components.media.messages import IMAGE
 
 Exchange = tuple[str, str]
 """A question and its answer."""

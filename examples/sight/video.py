@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from components.config.errors import InputError
-from components.media.pictures import IMAGE, Picture, Pixels
+from components.media.messages import IMAGE
+from components.media.pictures import Picture, Pixels
 
 FRAMES_PER_SECOND = 2
 

@@ -21,7 +21,8 @@ from components.config.params import load_params
 from components.config.paths import Paths
 from components.config.project import Collecting, Rows, load_project
 from components.datasets.formats import SCHEMAS, Row
-from components.media.pictures import IMAGE, Pixels, decode_picture, with_pictures
+from components.media.messages import IMAGE, with_pictures
+from components.media.pictures import Pixels, decode_picture
 from examples.sight import PICTURES
 from examples.sight import rows as rows_of
 from examples.sight.clip_rows import CHANGES, OBJECTS, STEPS, VALUES, held_out_pairs
