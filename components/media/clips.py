@@ -62,7 +62,7 @@ def decode_clip(content: bytes, where: str, limits: Limits = LIMITS) -> list[Fra
     except InputError:
         raise
     except DAMAGED as error:
-        raise unreadable(where, name, error) from None
+        raise unreadable(where, name, error, limits) from None
 
 
 def clip_content(frames: Sequence[Frame]) -> str:
@@ -91,7 +91,7 @@ def _animation(content: bytes, name: str, where: str, limits: Limits) -> list[Fr
         seconds.append(seconds[-1] + (delay if delay >= _MIN_DELAY else _USUAL_DELAY) / 1000)
     frames = []
     with open_picture(content, name, where, limits) as image:
-        _check_clip(seconds, image.size, where, limits)
+        _check_clip(seconds, image.size, where, limits, limits.animation_pixels)
         chosen = set(sampled(seconds, limits.frames))
         for index, time in enumerate(seconds):
             image.seek(index)
@@ -101,7 +101,7 @@ def _animation(content: bytes, name: str, where: str, limits: Limits) -> list[Fr
     return frames
 
 
-def _check_clip(seconds: Sequence[float], size: tuple[int, int], where: str, limits: Limits) -> None:
+def _check_clip(seconds: Sequence[float], size: tuple[int, int], where: str, limits: Limits, budget: int) -> None:
     """Raises: InputError for a clip too long to decode."""
     width, height = size
     pixels = len(seconds) * width * height
@@ -109,10 +109,10 @@ def _check_clip(seconds: Sequence[float], size: tuple[int, int], where: str, lim
         raise InputError(f"{where}: a clip of more than the {limits.clip_frames:,} frames that are allowed; shorten it")
     if not seconds[-1] <= limits.clip_seconds:
         raise InputError(f"{where}: a clip of {seconds[-1]:,.1f} s; at most {limits.clip_seconds:g} s are allowed")
-    if pixels > limits.clip_pixels:
+    if pixels > budget:
         raise InputError(
             f"{where}: {len(seconds):,} frames of {width:,} × {height:,} = {pixels:,} pixels; "
-            f"at most {limits.clip_pixels:,} are allowed; shorten the clip or scale it down"
+            f"at most {budget:,} are allowed; shorten the clip or scale it down"
         )
 
 
@@ -165,8 +165,12 @@ def _video(content: bytes, where: str, limits: Limits) -> list[Frame]:
             stream = container.streams.video[0]
             times = _presentation_times(container, stream, limits)
             return list(_decoded(content, where, limits, times, stream))
+    except av.ArgumentError:  # what a codec says of too many pixels, and of little else
+        raise InputError(
+            f"{where}: not a readable MP4 file, or one of more than {limits.pixels:,} pixels; save it anew, smaller"
+        ) from None
     except av.FFmpegError as error:
-        raise unreadable(where, "MP4", error) from None
+        raise unreadable(where, "MP4", error, limits) from None
 
 
 def _open(content: bytes, limits: Limits) -> av.container.InputContainer:
@@ -195,7 +199,7 @@ def _decoded(content: bytes, where: str, limits: Limits, times: Sequence[int], r
     base = float(read.time_base)
     seconds = [(time - times[0]) * base for time in times]
     check_pixels(read.width, read.height, where, limits)
-    _check_clip(seconds, (read.width, read.height), where, limits)
+    _check_clip(seconds, (read.width, read.height), where, limits, limits.clip_pixels)
     if read.frames > limits.clip_frames or read.frames > len(times) + 1:
         raise InputError(
             f"{where}: a clip of {read.frames:,} frames by its index, {len(times):,} found; is it complete?"

@@ -44,7 +44,9 @@ class Limits:
     clip_seconds: float = 60.0
     """Length of a clip."""
     clip_pixels: int = 2_000_000_000
-    """Pixels of all frames of a clip together, which bound the time to decode it."""
+    """Pixels of all frames of an MP4 clip together, which bound the time to decode it."""
+    animation_pixels: int = 400_000_000
+    """The same of GIF and WebP, which take several times as long."""
 
 
 LIMITS = Limits()
@@ -68,6 +70,8 @@ DAMAGED = (
     RuntimeError,
     MemoryError,
     struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 
 
@@ -161,11 +165,15 @@ def decode_picture(content: bytes, where: str, limits: Limits = LIMITS) -> Pictu
     except InputError:
         raise
     except DAMAGED as error:
-        raise unreadable(where, name, error) from None
+        raise unreadable(where, name, error, limits) from None
 
 
-def unreadable(where: str, name: str, error: BaseException) -> InputError:
+def unreadable(where: str, name: str, error: BaseException, limits: Limits) -> InputError:
     """The error for a file that a decoder refuses."""
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        count = re.search(r"\d+", str(error))
+        assert count is not None
+        return InputError(f"{where}: {int(count[0]):,} pixels; at most {limits.pixels:,} are allowed")
     reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120] or type(error).__name__
     return InputError(f"{where}: not a readable {name} file: {reason}; save it anew")
 
@@ -177,13 +185,7 @@ def open_picture(content: bytes, name: str, where: str, limits: Limits) -> Image
     """
     if name == "WEBP":  # libwebp takes memory for the canvas when it opens a file
         check_pixels(*_webp_size(content), where, limits)
-    try:
-        image = Image.open(io.BytesIO(content), formats=[name])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        count = re.search(r"\d+", str(error))
-        raise InputError(
-            f"{where}: {int(count[0]) if count else 'too many':,} pixels; at most {limits.pixels:,} are allowed"
-        ) from None
+    image = Image.open(io.BytesIO(content), formats=[name])
     check_pixels(*image.size, where, limits)
     return image
 
