@@ -8,6 +8,7 @@ decoded.
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ MISSING = 'an MP4 clip needs PyAV; run pip install "loopwright[sight]"'
 _MIN_DELAY, _USUAL_DELAY = 20, 100  # milliseconds: browsers show a frame of a shorter delay for the usual one
 _CODECS = "h264,hevc,mpeg4,vp9,av1,libdav1d"
 _STREAMS = 16
+_COUNTS = re.compile(rb"(?s)(?=(?:stsz|stz2).{8}(.{4})|trun.{4}(.{4})|elst.{4}(.{4}))")
+_MAX_SAMPLES, _MAX_EDITS = 100_000, 100  # of all tracks: a minute has 3,600 frames and as many packets of sound
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ def _video(content: bytes, where: str, limits: Limits) -> list[Frame]:
         import av
     except ImportError:
         raise InputError(f"{where}: {MISSING}") from None
+    _check_tables(content, where)
     try:
         with _open(content, limits) as container:
             if not container.streams.video:
@@ -171,6 +175,40 @@ def _video(content: bytes, where: str, limits: Limits) -> list[Frame]:
         ) from None
     except av.FFmpegError as error:
         raise unreadable(where, "MP4", error, limits) from None
+
+
+def _check_tables(content: bytes, where: str) -> None:
+    """Refuse an MP4 file of few bytes whose tables make ffmpeg write an index of millions of entries.
+
+    ISO/IEC 14496-12: sample sizes (8.7.3), which may be one for all, track runs (8.8.8) and edits (8.6.6).
+    """
+    samples = edits = 0
+    for box in _boxes(content):
+        if b"cmov" in box:
+            raise InputError(f"{where}: an MP4 file with a compressed index; save it anew")
+        for match in _COUNTS.finditer(box):
+            samples += sum(int.from_bytes(count, "big") for count in match.groups()[:2] if count)
+            edits += int.from_bytes(match[3] or b"", "big")
+    if samples > _MAX_SAMPLES or edits > _MAX_EDITS:
+        raise InputError(
+            f"{where}: an MP4 file of {samples:,} samples and {edits:,} edits; "
+            f"at most {_MAX_SAMPLES:,} and {_MAX_EDITS} are allowed"
+        )
+
+
+def _boxes(content: bytes) -> Iterator[bytes]:
+    """The boxes of an MP4 file but for its media data, and all that follows one of no size."""
+    position = 0
+    while position + 8 <= len(content):
+        size, kind = struct.unpack_from(">I4s", content, position)
+        if size == 1 and position + 16 <= len(content):
+            (size,) = struct.unpack_from(">Q", content, position + 8)
+        if size < 8:
+            yield content[position:]
+            return
+        if kind != b"mdat":
+            yield content[position : position + size]
+        position += size
 
 
 def _open(content: bytes, limits: Limits) -> av.container.InputContainer:

@@ -169,6 +169,27 @@ def test_the_size_that_the_codec_claims_is_bounded_too() -> None:
         decode_clip(lying, "clip", Limits(pixels=500_000))
 
 
+def test_tables_of_a_small_file_make_no_index_of_millions() -> None:
+    """One size for all of a hundred million samples: ffmpeg would write 24 bytes for each."""
+    content = bytearray(CLIPS["mpeg4"])
+    sizes, chunks = content.index(b"stsz") + 4, content.index(b"stsc") + 4
+    struct.pack_into(">II", content, sizes + 4, 1, 100_000_000)
+    struct.pack_into(">I", content, chunks + 12, 100_000_000)
+    with pytest.raises(InputError, match="an MP4 file of 100,000,000 samples and 1 edits; at most 100,000 and 100"):
+        decode_clip(bytes(content), "clip")
+    edited = bytearray(CLIPS["h264"])
+    struct.pack_into(">I", edited, edited.index(b"elst") + 8, 5_000)
+    with pytest.raises(InputError, match="31 samples and 5,000 edits"):
+        decode_clip(bytes(edited), "clip")
+    fragmented = bytearray(mp4(ARRAYS, movflags="frag_keyframe+empty_moov"))
+    assert numbers(decode_clip(bytes(fragmented), "clip", Limits(frames=3))) == [0, 15, 30]
+    struct.pack_into(">I", fragmented, fragmented.index(b"trun") + 8, 100_000_000)
+    with pytest.raises(InputError, match=r"100,000,0.. samples"):
+        decode_clip(bytes(fragmented), "clip")
+    with pytest.raises(InputError, match="an MP4 file with a compressed index"):
+        decode_clip(CLIPS["h264"] + b"\0\0\0\x10moov\0\0\0\x08cmov", "clip")
+
+
 def test_a_duration_in_the_header_is_not_believed() -> None:
     content = damaged("h264", b"mvhd", 16 + 4, struct.pack(">I", 0xFFFFFF))
     assert numbers(decode_clip(content, "clip", Limits(frames=3))) == [0, 15, 30]
