@@ -207,15 +207,23 @@ def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Ite
     Raises: InputError for a damaged shard.
     """
     for shard in shards(folder, split):
-        try:
-            with pq.ParquetFile(shard) as file:
-                with_pictures = "images" in (columns or file.schema_arrow.names)
-                size = _PICTURE_ROWS_READ if with_pictures else _ROWS_READ
-                for batch in file.iter_batches(batch_size=size, columns=columns):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {folder}"') from None
+        yield from read_shard(shard, columns)
+
+
+def read_shard(shard: Path, columns: list[str] | None = None) -> Iterator[Row]:
+    """Rows of one shard in order.
+
+    Raises: InputError for a damaged one.
+    """
+    try:
+        with pq.ParquetFile(shard) as file:
+            with_pictures = "images" in (columns or file.schema_arrow.names)
+            size = _PICTURE_ROWS_READ if with_pictures else _ROWS_READ
+            for batch in file.iter_batches(batch_size=size, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {shard.parent}"') from None
 
 
 def first_per_suite(

@@ -69,9 +69,9 @@ def read_picture_row(
     turns = turns_of(location, values)
     row = _RowBuilder(location, values, turns, folder, limits)
     turns = [row.turn(number, turn, roles) for number, turn in enumerate(turns, 1)]
-    row.finish()
     others = {name: values[name] for name in _OTHER_COLUMNS if name in values}
     messages, tools = read_conversation(location, {**others, "messages": turns}, roles)
+    row.finish()
     for number, message in enumerate(messages, 1):
         if message["role"] == "assistant" and IMAGE in message["content"]:
             raise InputError(f"{location}: turn {number}: a picture in an answer; the model writes words alone")

@@ -1,7 +1,7 @@
 """Near-duplicate pictures: copies of one picture, saved in another format, quality or size.
 
 Two pictures are near-duplicates when their thumbnails of 16 × 16 pixels differ by 2 of 255 on average at most, and
-nowhere by more than 20. Perceptual hashes of 64 bits see no colour and take plain drawings for one another; the
+nowhere by more than 32. Perceptual hashes of 64 bits see no colour and take plain drawings for one another; the
 figures are in docs/decisions/0031-pictures.md.
 """
 
@@ -17,7 +17,7 @@ from PIL import Image
 from components.media.pictures import Picture
 
 SIDE = 16
-MEAN_DIFFERENCE, MAX_DIFFERENCE = 2.0, 20
+MEAN_DIFFERENCE, MAX_DIFFERENCE = 2.0, 32
 _BIN = 2.0  # of mean brightness: near-duplicates differ by MEAN_DIFFERENCE at most, so they lie in adjacent bins
 Thumbnails = npt.NDArray[np.uint8]
 """(pictures, SIDE · SIDE · 3)."""
