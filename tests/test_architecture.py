@@ -276,7 +276,7 @@ def sources_of(stage: str) -> set[str]:
         files.add(file)
         for imported in imports(ROOT / file):
             target = place(imported)
-            if target and target.endswith(".py") and target not in files and not within(target, TOP):
+            if target and target.endswith(".py") and target not in files and not within(target, {CONFIG, RUNTIME}):
                 todo.append(target)
     return files
 

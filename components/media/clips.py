@@ -57,7 +57,7 @@ def decode_clip(content: bytes, where: str, limits: Limits = LIMITS) -> list[Fra
 
     Raises: InputError naming `where`, the value and what is allowed.
     """
-    name = checked_format(content, where, limits)
+    name = checked_format(content, where, limits, clip=True)
     if name in ("PNG", "JPEG"):
         raise InputError(f"{where}: a {name} picture where a clip is expected; allowed: GIF, WebP, MP4")
     try:

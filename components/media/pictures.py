@@ -126,20 +126,19 @@ def format_of(content: bytes) -> str | None:
     return next((name for signature, name in _SIGNATURES.items() if content.startswith(signature)), None)
 
 
-def checked_format(content: bytes, where: str, limits: Limits = LIMITS) -> str:
-    """The format of a file of an allowed size.
+def checked_format(content: bytes, where: str, limits: Limits, clip: bool) -> str:
+    """The format of the file of a picture or a clip, of an allowed size; it may be one of the other's.
 
     Raises: InputError naming `where` for an empty or too large file, and for one of no format that is read.
     """
+    noun, allowed = ("clip", "GIF, WebP, MP4") if clip else ("picture", "PNG, JPEG, WebP, GIF")
     if not content:
-        raise InputError(f"{where}: empty file; send a PNG, JPEG, WebP, GIF or MP4 file")
+        raise InputError(f"{where}: empty file; send a {noun}: {allowed}")
     if len(content) > limits.file_bytes:
         raise InputError(f"{where}: {len(content):,} bytes; at most {limits.file_bytes:,} are allowed")
     name = format_of(content)
     if name is None:
-        raise InputError(
-            f"{where}: no picture or clip: it begins with {content[:8]!r}; allowed: PNG, JPEG, WebP, GIF, MP4"
-        )
+        raise InputError(f"{where}: no {noun}: it begins with {content[:8]!r}; allowed: {allowed}")
     return name
 
 
@@ -148,7 +147,7 @@ def decode_picture(content: bytes, where: str, limits: Limits = LIMITS) -> Pictu
 
     Raises: InputError naming `where`, the value and what is allowed.
     """
-    name = checked_format(content, where, limits)
+    name = checked_format(content, where, limits, clip=False)
     if name == "MP4":
         raise InputError(f"{where}: an MP4 clip where a picture is expected; allowed: PNG, JPEG, WebP, GIF")
     exif = b""

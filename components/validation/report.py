@@ -133,6 +133,11 @@ def _count(check: Check) -> str:
     return f"{check.failed:,} of {check.rows:,} rows failed ({check.failed / max(check.rows, 1):.2%}{allowed})"
 
 
+_PICTURES_STYLE = """
+.pictures { margin-top: 1rem; } .pictures .bad { color: #cf222e; font-weight: 600; }
+.pictures img { max-width: 6rem; max-height: 6rem; min-width: 2rem; image-rendering: pixelated; margin: 0 .2rem 0 0; }
+"""
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
@@ -142,7 +147,6 @@ th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(-
 th { background: var(--soft); } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: 13px/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-.pictures img { max-width: 6rem; max-height: 6rem; min-width: 2rem; image-rendering: pixelated; margin: 0 .2rem 0 0; }
 .examples { margin: .3rem 0 0; padding-left: 1.1rem; } small { opacity: .75; }
 """
 
@@ -174,7 +178,7 @@ _PAGE = """<!doctype html>
 </body></html>
 """
 
-_THUMBNAILS = """{% if rows %}
+_THUMBNAILS = """{% if rows %}<style>{{ style }}</style>
 <table class="pictures"><tr><th>row</th><th>pictures</th><th>turns</th></tr>
 {% for row in rows %}<tr><td><code>{{ row.shard }}</code> row {{ row.row }}
 {% if row.offending %}<br><span class="bad">offending</span>{% endif %}</td>
@@ -239,7 +243,9 @@ def offline(html: str, pictures: Sequence[PictureRow] = ()) -> str:
 def _thumbnails(rows: Sequence[PictureRow]) -> str:
     from jinja2 import Environment
 
-    return Environment(autoescape=True, trim_blocks=True).from_string(_THUMBNAILS).render(rows=rows)
+    return (
+        Environment(autoescape=True, trim_blocks=True).from_string(_THUMBNAILS).render(rows=rows, style=_PICTURES_STYLE)
+    )
 
 
 def _write(path: Path, template: str, **values: object) -> Path:

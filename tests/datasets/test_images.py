@@ -248,7 +248,7 @@ NO_PATH = {"conversations": [human("<image>"), gpt("x")]}
         ({**NO_PATH, "image": "data:image/png;base64,%%%"}, "data URL: not base64: "),
         (
             {**NO_PATH, "image": "data:image/png;base64,aGVsbG8="},
-            "data URL: no picture or clip: it begins with b'hello'",
+            "data URL: no picture: it begins with b'hello'",
         ),
         ({**NO_PATH, "image": "p/c.mp4"}, r"p/c\.mp4: an MP4 clip where a picture is expected"),
         ({**NO_PATH, "video": "p/1.png"}, r"p/1\.png: a PNG picture where a clip is expected"),

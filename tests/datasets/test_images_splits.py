@@ -104,7 +104,7 @@ def test_rows_without_pictures_are_compared_by_their_questions(tmp_path: Path) -
 
 
 def test_an_unreadable_picture_is_named_by_its_row(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"^row test: picture: no picture or clip"):
+    with pytest.raises(InputError, match=r"^row test: picture: no picture"):
         splits(tmp_path, [row("test", [b"words"], "<image>")], [])
 
 

@@ -133,7 +133,7 @@ def damaged(name: str, mark: bytes, offset: int, value: bytes) -> bytes:
         *((CLIPS[name][:-200], {}, r"(not a readable|.*is it complete\?)") for name in CLIPS),
         (damaged("gif", b"GIF8", 6, b"\xff\xff\xff\xff"), {}, "4,294,836,225 pixels"),
         (b"\0\0\0\x20ftypisom" + b"\0" * 400, {}, "not a readable MP4 file"),
-        (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", {}, "no picture or clip"),
+        (b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n", {}, "no clip"),
     ],
 )
 def test_what_is_no_clip_within_limits_is_refused_by_its_reason(

@@ -151,11 +151,11 @@ EXTENDED = written([Image.new("RGBA", (60, 45), (9, 9, 9, 99))], "WEBP")
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "empty file; send a PNG, JPEG, WebP, GIF or MP4 file"),
-        (b"hello there", r"no picture or clip: it begins with b'hello th'; allowed: PNG, JPEG, WebP, GIF, MP4"),
-        (written([PHOTO], "BMP"), "no picture or clip: it begins with b'BM"),
-        (written([PHOTO], "TIFF"), "no picture or clip"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture or clip"),
+        (b"", "empty file; send a picture: PNG, JPEG, WebP, GIF"),
+        (b"hello there", r"no picture: it begins with b'hello th'; allowed: PNG, JPEG, WebP, GIF"),
+        (written([PHOTO], "BMP"), "no picture: it begins with b'BM"),
+        (written([PHOTO], "TIFF"), "no picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),
         (b"\0\0\0\x20ftypisom" + b"\0" * 20, "an MP4 clip where a picture is expected; allowed: PNG, JPEG, WebP, GIF"),
         (huge(5_001, 5_000), r"5,001 × 5,000 = 25,005,000 pixels; at most 25,000,000 are allowed"),
         (huge(10_000, 10_000), r"100,000,000 pixels; at most 25,000,000 are allowed"),
