@@ -138,7 +138,7 @@ class _RowBuilder:
     def _parts(self, location: str, parts: Sequence[Any]) -> str:
         texts = []
         for part in parts:
-            kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+            kind = str(part.get("type", "text")) if isinstance(part, Mapping) else type(part).__name__
             if kind == "text" and isinstance(part.get("text"), str):
                 texts.append((plain_text(part["text"]), False))
             elif kind in _PARTS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from components.datasets.quarantine import Quarantine
 from components.media.pictures import decode_picture
 from components.validation.report import Check, Example, ValidationReport
 
+CASES = int(os.environ.get("LOOPWRIGHT_TEST_CASES", "150"))
 Row = dict[str, Any]
 FIRST, SECOND, *MORE = easy_vqa_pictures(6)
 CLIP = mp4([np.asarray(image) for image in MORE])
@@ -458,3 +460,56 @@ def test_formats_are_checked_before_anything_is_read(folder: Path) -> None:
         InputError, match=r"'\.csv' is not a format of this kind; allowed: \.jsonl, \.ndjson, \.json, \.parquet"
     ):
         refused()
+
+
+ODD: list[Any] = [
+    None,
+    "",
+    " ",
+    0,
+    1.5,
+    True,
+    [],
+    {},
+    [None],
+    [[]],
+    {"a": None},
+    "[]",
+    "[1]",
+    "<image>",
+    "p/1.png",
+    "\0",
+    "data:,",
+]
+SHAPES = [content[0] for content in (*ONE_PICTURE.values(), *CLIPS.values()) if isinstance(content, list)]
+
+
+def damaged(value: Any, rng: random.Random) -> Any:
+    """The value with something odd in a place within it."""
+    if rng.random() < 0.2 or not value or not isinstance(value, dict | list):
+        return rng.choice(ODD)
+    if isinstance(value, list):
+        number = rng.randrange(len(value))
+        return [*value[:number], damaged(value[number], rng), *value[number + 1 :]]
+    name = rng.choice(list(value))
+    if rng.random() < 0.15:
+        return {key: each for key, each in value.items() if key != name}
+    return {**value, name: damaged(value[name], rng)}
+
+
+def test_odd_rows_are_added_or_refused_in_a_line(folder: Path) -> None:
+    rng = random.Random(5)
+    reasons = []
+    for _ in range(CASES):
+        row = damaged(rng.choice(SHAPES), rng)
+        suffix = rng.choice((".json", ".jsonl"))
+        try:
+            path = file(folder / f"odd{suffix}", [row])
+        except TypeError:
+            continue  # bytes of a Parquet file
+        try:
+            added(path, replace=True)
+        except InputError as error:
+            reasons.append(str(error))
+    assert len(reasons) > CASES / 10
+    assert not [reason for reason in reasons if "\n" in reason]
