@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +22,7 @@ from loopwright.output import Json, print_json, print_table, say
 if TYPE_CHECKING:
     from components.datasets.formats import Kind
     from components.validation.report import ValidationReport
+    from components.validation.validate import Validator
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Datasets: list, show, add and validate.", rich_markup_mode=None
@@ -52,7 +55,7 @@ def show(
 
     paths = Paths(find_root())
     folder = _folder(paths, name)
-    first = [row for _, row in zip(range(rows), read_rows(folder, "train"), strict=False)]
+    first = [_without_files(row) for _, row in zip(range(rows), read_rows(folder, "train"), strict=False)]
     shown = {**_summary(paths, name), "first_rows": first}
     if as_json:
         print_json(shown)
@@ -72,7 +75,9 @@ def show(
 
 @app.command()
 def add(
-    kind: Annotated[str, typer.Argument(help="documents, conversations, preferences, labelled_texts or text_pairs.")],
+    kind: Annotated[
+        str, typer.Argument(help="documents, conversations, preferences, labelled_texts, text_pairs or images.")
+    ],
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md.")],
     name: Annotated[str, typer.Option(help="Name of the new dataset.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
@@ -83,6 +88,14 @@ def add(
         list[str] | None,
         typer.Option(metavar="NAME=ROLE", help="Role that a turn's name stands for, as bing=assistant; repeatable."),
     ] = None,
+    image_folder: Annotated[
+        Path | None,
+        typer.Option(help="Where relative paths of pictures begin; else where the file is that names them."),
+    ] = None,
+    quarantine: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -90,6 +103,7 @@ def add(
     from components.datasets.conversations import named_roles
     from components.datasets.importers import Columns
     from components.datasets.importers import add as add_files
+    from components.datasets.quarantine import Quarantine
     from flows.orchestration.dvc_repo import check_versioning
 
     paths = Paths(find_root())
@@ -102,17 +116,22 @@ def add(
         report = validate_dataset(folder, paths.expectations, allowed)
         return _record_validation(paths, folder, report) if report.success else report
 
+    def failing(rows: Sequence[Mapping[str, Any]]) -> Mapping[int, str]:
+        return _validator(paths.expectations).failing_rows([dict(row) for row in rows], "images")
+
     check_versioning(paths.root, paths.added / name)
-    columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []))
-    with writing(paths.added):
+    columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
+    with writing(paths.added), Quarantine(quarantine, failing) if quarantine else nullcontext() as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
-        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version)
+        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out)
     pointer = f"data/added/{name}.dvc"
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
         return
     dropped = f" ({_counted(info.dropped)} dropped)" if info.dropped else ""
     print(f"{name}: {_counted(info.rows)} rows of kind {kind}{dropped}; valid")
+    if info.dropped.get("quarantined"):
+        print(f"left out, with reasons: {quarantine}")
     print(f"train on it: {_TRAIN_ON[info.kind].format(name)}")
 
 
@@ -148,11 +167,20 @@ def validate(
         raise typer.Exit(3)
 
 
+@cache
+def _validator(expectations: Path) -> Validator:
+    """Great Expectations takes some seconds to start."""
+    from components.validation.validate import Validator
+
+    return Validator(expectations)
+
+
 _TRAIN_ON = {
     "documents": "loopwright run --set pretrain.decoder.dataset={}",
     "conversations": "loopwright run --set tune.dataset={}",
     "labelled_texts": "loopwright run --set classifier.dataset={}",
     "text_pairs": "loopwright run --set summarizer.dataset={}",
+    "images": "loopwright run --set tune.dataset={}",
     "preferences": 'set align.dataset to {} in params.yaml, then run "loopwright improve --force"',
 }
 """The command that trains on a dataset of each kind."""
@@ -260,9 +288,20 @@ def _text(value: Any) -> Any:
     return _counted(value) if isinstance(value, Mapping) else value
 
 
+def _without_files(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row, its pictures by size and digest."""
+    if not row.get("images"):
+        return dict(row)
+    files = [{"bytes": len(image), "sha256": hashlib.sha256(image).hexdigest()} for image in row["images"]]
+    return {**row, "images": files}
+
+
 def _lines(row: Mapping[str, Any]) -> Iterator[str]:
     """A row as text: a line per column, and a line per turn of a conversation."""
     for name, value in row.items():
+        if name == "images":
+            yield f"{name:<8} {len(value)} of {sum(image['bytes'] for image in value):,} bytes"
+            continue
         if not isinstance(value, list):
             yield f"{name:<8} {_cut(value)}"
             continue

@@ -108,7 +108,7 @@ def _kinds(run: StageRun, project: Project) -> dict[str, Kind]:
 
 
 def _added(run: StageRun, name: str, kind: Kind) -> Rows:
-    """Rows of a user's dataset, split by their ids: labelled texts label by label.
+    """Rows of a user's dataset, split by their ids: labelled texts label by label, pictures by their files.
 
     Raises: InputError when the dataset is empty.
     """
@@ -119,7 +119,7 @@ def _added(run: StageRun, name: str, kind: Kind) -> Rows:
         raise InputError(f'{folder.name}: the dataset is empty; add rows with "loopwright data add"')
     share, validation, seed = run.params.collect.held_out_share, run.params.collect.validation_share, run.params.seed
     if kind not in ("labelled_texts", "text_pairs"):
-        test, train = split(rows, lambda row: in_test_split(row["id"], share, seed))
+        test, train = split(rows, lambda row: in_test_split(_split_key(row), share, seed))
         return Rows(train, test, sources=sources)
     split_of = stratified(rows, share, validation, seed)
 
@@ -127,6 +127,11 @@ def _added(run: StageRun, name: str, kind: Kind) -> Rows:
         return (row for row in rows() if split_of(row) == part)
 
     return Rows(of("train"), of("test"), of("validation"), sources)
+
+
+def _split_key(row: Row) -> str:
+    """What is held out together: a row, or all rows whose first picture is the same file."""
+    return hashlib.sha256(row["images"][0]).hexdigest() if row.get("images") else str(row["id"])
 
 
 def stratified(

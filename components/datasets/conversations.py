@@ -88,7 +88,7 @@ def _refuse_untrained(location: str, turns: Sequence[Mapping[str, Any]], roles: 
     """Refuse turns of the assistant that are marked as not to be trained on."""
     for number, turn in enumerate(turns, 1):
         marked = next((name for name in ("weight", "train", "training") if turn.get(name) not in (None, 1)), None)
-        if marked and _role(turn, roles) in ("assistant", "call"):
+        if marked and role_of(turn, roles) in ("assistant", "call"):
             raise InputError(
                 f"{location}: turn {number}: {marked}: {turn[marked]!r}: the assistant's turns are all trained on, "
                 "and alike; remove the turn and those after it, or the mark"
@@ -183,8 +183,14 @@ def _turns_in(text: str) -> Any:
     return value if turns and are_turns else text
 
 
-def _role(turn: Mapping[str, Any], roles: Mapping[str, str]) -> str | None:
+def role_of(turn: Mapping[str, Any], roles: Mapping[str, str]) -> str | None:
+    """The role of a turn, or `call`; None for a name that stands for none."""
     return roles.get(str(turn["from"] if turn.get("from") is not None else turn.get("role")).lower())
+
+
+def content_of(turn: Mapping[str, Any]) -> Any:
+    """What a turn says: its `content`, or in ShareGPT's format its `value`."""
+    return turn.get("value") if "value" in turn and turn.get("content") is None else turn.get("content")
 
 
 class _MessageBuilder:
@@ -201,14 +207,14 @@ class _MessageBuilder:
         location = f"{self._place}: turn {number}"
         if not isinstance(turn, Mapping):
             raise InputError(f"{location}: expected an object with role and content, found {type(turn).__name__}")
-        role = _role(turn, self._roles)
+        role = role_of(turn, self._roles)
         if role is None:
             key = "from" if turn.get("from") is not None else "role"
             raise InputError(
                 f"{location}: {key}: {turn.get(key)!r} is not a role; allowed: {', '.join(self._roles)}; "
                 "name another with --role NAME=ROLE"
             )
-        content = turn.get("value") if "value" in turn and turn.get("content") is None else turn.get("content")
+        content = content_of(turn)
         if role == "call":
             self._add_calls(location, _function_calls(location, content))
         elif role == "tool":

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from components.config.params import InputError
 from components.datasets.formats import DatasetWriter, Kind, Row, Split
+from components.media.messages import IMAGE
+from components.media.pictures import decode_picture
+from components.media.similarity import PictureIndex, Thumbnails, thumbnails
 
 SHINGLE_WORDS = 5
 MAX_SHINGLES = 4096  # of a longer document, those with the smallest hashes: the same choice in every near-copy
@@ -120,12 +123,14 @@ class Splits:
     """Writes the splits of datasets of one kind: the test rows of all, then the training rows that equal none.
 
     Documents, labelled texts and the sources of pairs are compared exactly and nearly, conversations exactly. A
-    conversation with the question of a test conversation, whatever its answer, is in the test split.
+    conversation with the question of a test conversation, whatever its answer, is in the test split; one with pictures
+    when it asks the question of near-duplicates of the test row's pictures.
     """
 
     def __init__(self, kind: Kind, similarity: float, seed: int = 0) -> None:
-        self._duplicates = Duplicates(similarity, seed, exact_only=kind == "conversations")
+        self._duplicates = Duplicates(similarity, seed, exact_only=kind in ("conversations", "images"))
         self._test_questions: set[int] = set()
+        self._test_pictures = PictureQuestions()
 
     def write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
         """Write the new rows of a held-out split: the test rows of all datasets first, training rows last."""
@@ -137,7 +142,9 @@ class Splits:
                 writer.drop(reason)
                 continue
             writer.write(split, row)
-            if "messages" in row:
+            if row.get("images"):
+                self._test_pictures.add(row)
+            elif "messages" in row:
                 self._test_questions.add(hash_text(question(row)))
 
     def write_train(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
@@ -147,14 +154,55 @@ class Splits:
         """
         self._duplicates.seal()
         for row in rows:
-            in_test = bool(self._test_questions) and hash_text(question(row)) in self._test_questions
-            reason = "in_test" if in_test else self._duplicates.reason(_content(row))
+            reason = "in_test" if self._asks_in_test(row) else self._duplicates.reason(_content(row))
             if reason:
                 writer.drop(reason)
             else:
                 writer.write("train", row)
         if not writer.info.rows.get("train"):
             raise InputError(f"{writer.info.name}: no row left to train on ({_counts(writer)}); add more rows")
+
+    def _asks_in_test(self, row: Row) -> bool:
+        if row.get("images"):
+            return row in self._test_pictures
+        return bool(self._test_questions) and hash_text(question(row)) in self._test_questions
+
+
+class PictureQuestions:
+    """The questions of test rows, each with the pictures that it is about: those of the last message with any.
+
+    Turn by turn, for a training row may ask in one conversation what test rows ask one by one.
+    """
+
+    def __init__(self) -> None:
+        self._index = PictureIndex()
+
+    def add(self, row: Row) -> None:
+        for key, small in _picture_questions(row, lambda key: True):
+            self._index.add(key, small)
+
+    def __contains__(self, row: Row) -> bool:
+        """Whether the row asks a question of near-duplicates of the pictures that a test row asks it of."""
+        return any(self._index.near(key, small) for key, small in _picture_questions(row, self._index.__contains__))
+
+
+def _picture_questions(row: Row, matters: Callable[[int], bool]) -> Iterator[tuple[int, Thumbnails]]:
+    """(hash of the words, thumbnails) of each turn of the user that matters, where there are pictures.
+
+    Raises: InputError for a picture that cannot be read.
+    """
+    after, shown, small = 0, slice(0), None
+    for message in row["messages"]:
+        content = message["content"] or ""
+        if marks := content.count(IMAGE):
+            shown, small = slice(after, after + marks), None
+            after += marks
+        key = hash_text(" ".join(content.replace(IMAGE, " ").split()))
+        files = row["images"][shown]
+        if message["role"] == "user" and files and matters(key):
+            if small is None:
+                small = thumbnails([decode_picture(file, f"row {row['id']}: picture") for file in files])
+            yield key, small
 
 
 def split(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> tuple[Iterator[Row], Iterator[Row]]:
@@ -176,7 +224,8 @@ def _content(row: Row) -> str:
     """The content of a row without its id."""
     if "messages" not in row:
         return str(row["source" if "target" in row else "text"])
-    parts = [row.get("tools") or ""]
+    parts = [hashlib.sha256(image).hexdigest() for image in row.get("images") or ()]
+    parts.append(row.get("tools") or "")
     for message in row["messages"]:
         parts += [message["role"], message["content"] or ""]
         for call in message.get("tool_calls") or []:

@@ -42,6 +42,8 @@ TRAINING_KINDS: Mapping[str, tuple[Kind, ...]] = {
 """The kinds that each section of params.yaml trains on."""
 ROWS_PER_SHARD = 50_000
 ROWS_PER_GROUP = 4_000
+PICTURE_BYTES_PER_GROUP = 64 << 20
+_ROWS_READ, _PICTURE_ROWS_READ = 1024, 16
 
 _TOOL_CALL = pa.struct(
     [
@@ -126,6 +128,7 @@ class DatasetWriter:
         self.info = DatasetInfo(name=name, kind=kind)
         self.schema = SCHEMAS[kind]
         self._pending: dict[str, list[Row]] = {}
+        self._pending_bytes: Counter[str] = Counter()  # of pictures
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._in_shard: dict[str, int] = {}
         self._shards: dict[str, int] = {}
@@ -148,7 +151,8 @@ class DatasetWriter:
         pending = self._pending.setdefault(split, [])
         pending.append(row)
         self.info.rows[split] = self.info.rows.get(split, 0) + 1
-        if len(pending) >= ROWS_PER_GROUP:
+        self._pending_bytes[split] += sum(map(len, row.get("images") or ()))
+        if len(pending) >= ROWS_PER_GROUP or self._pending_bytes[split] >= PICTURE_BYTES_PER_GROUP:
             self._flush(split)
 
     def drop(self, reason: str, count: int = 1) -> None:
@@ -156,6 +160,7 @@ class DatasetWriter:
 
     def _flush(self, split: str) -> None:
         rows = self._pending.pop(split, [])
+        del self._pending_bytes[split]
         if not rows:
             return
         if self._in_shard.get(split, ROWS_PER_SHARD) >= ROWS_PER_SHARD:
@@ -202,13 +207,23 @@ def read_rows(folder: Path, split: str, columns: list[str] | None = None) -> Ite
     Raises: InputError for a damaged shard.
     """
     for shard in shards(folder, split):
-        try:
-            with pq.ParquetFile(shard) as file:
-                for batch in file.iter_batches(batch_size=1024, columns=columns):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {folder}"') from None
+        yield from read_shard(shard, columns)
+
+
+def read_shard(shard: Path, columns: list[str] | None = None) -> Iterator[Row]:
+    """Rows of one shard in order.
+
+    Raises: InputError for a damaged one.
+    """
+    try:
+        with pq.ParquetFile(shard) as file:
+            with_pictures = "images" in (columns or file.schema_arrow.names)
+            size = _PICTURE_ROWS_READ if with_pictures else _ROWS_READ
+            for batch in file.iter_batches(batch_size=size, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {shard.parent}"') from None
 
 
 def first_per_suite(

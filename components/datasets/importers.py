@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from functools import partial
 from pathlib import Path
@@ -17,28 +18,23 @@ from typing import Any
 
 from components.config.params import InputError, Refused
 from components.datasets import chunks, records
+from components.datasets.columns import OTHER_OPTIONS, columns_of, value_of
+from components.datasets.columns import Columns as Columns
 from components.datasets.conversations import ROLES, read_conversation
 from components.datasets.deduplication import hash_text
 from components.datasets.formats import SCHEMAS, DatasetInfo, DatasetWriter, Kind, Row, row_id, shards
+from components.datasets.picture_records import read_picture_json, read_picture_parquet, read_picture_row
 from components.datasets.preferences import read_preference
+from components.datasets.quarantine import Quarantine
 from components.datasets.records import Record
 from components.validation.report import ValidationReport, refusal, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of a table's columns, and of the roles of turns, where they differ from the defaults."""
-
-    text: str | None = None
-    label: str | None = None
-    source: str | None = None
-    target: str | None = None
-    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
-
-
 Reader = Callable[[Path], Iterator[Record]]
+LeaveOut = Callable[[str, str, Mapping[str, Any]], None]
+"""Given the location of a row that breaks a rule, the reason and the row."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,10 @@ class _Kind:
 
     formats: Callable[[Sequence[Path]], Mapping[str, Reader]]
     """Readers by file suffix, given all files."""
-    row: Callable[[Record, str, Columns], Row]
-    """A row of the kind's schema from one record of the named file."""
+    row: Callable[[Record, Path, Columns], Row]
+    """A row of the kind's schema from one record of the file."""
     columns: tuple[str, ...]
-    """Options of the kind: columns, or "roles"."""
+    """Options of the kind: columns, or `OTHER_OPTIONS`."""
     parallel: bool = False
     """Whether two parallel text files make rows: the lines of the first are sources, those of the second targets."""
 
@@ -65,11 +61,13 @@ def add(
     check: Callable[[Path], ValidationReport] | None = None,
     built_in: Collection[str] = (),
     version: Callable[[], object] = lambda: None,
+    quarantine: Quarantine | None = None,
 ) -> DatasetInfo:
     """Import files as the dataset `folder/name`; exact duplicates are counted and dropped.
 
     `check` validates the finished dataset before it takes its place; where `version` fails, it is removed again.
-    `built_in` are the names of the project's own datasets.
+    `built_in` are the names of the project's own datasets. Pictures in the wild are damaged: rows of kind `images` that
+    break a rule go to `quarantine` where there is one.
 
     Raises: InputError for the first error in a file, with its row; Refused when validation fails. Nothing is changed
     then.
@@ -77,13 +75,17 @@ def add(
     columns = columns or Columns()
     reader = _reader(kind, columns)
     _check_name(name, folder, replace, built_in)
+    if quarantine and kind != "images":
+        raise InputError(f"--quarantine: is not supported by {kind}; allowed: images")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
     try:
-        info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)))
+        info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)), quarantine)
         report = check(temporary / name) if check else None
         if report and not report.success:
-            _locate(report, temporary / name, _new_rows(reader, _readers(reader, files), columns))
+            leave_out = (lambda *_: None) if quarantine else None
+            rows = _new_rows(reader, _readers(reader, files), columns, leave_out)
+            _locate(report, temporary / name, quarantine.passed(rows) if quarantine else rows)
             raise Refused(refusal([report]))
         if (folder / name).exists():
             os.rename(folder / name, temporary / "replaced")
@@ -100,7 +102,9 @@ def add(
     return info
 
 
-def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: DatasetWriter) -> DatasetInfo:
+def _write(
+    reader: _Kind, files: Sequence[Path], columns: Columns, writer: DatasetWriter, quarantine: Quarantine | None
+) -> DatasetInfo:
     readers = _readers(reader, files)
     sources = [
         {"name": _shown_name(path), "sha256": records.inspect(path, path.suffix.lower() == ".parquet")}
@@ -108,8 +112,16 @@ def _write(reader: _Kind, files: Sequence[Path], columns: Columns, writer: Datas
     ]
     with writer:
         writer.info.sources = sources
-        for _, row in _new_rows(reader, readers, columns, dropped=lambda: writer.drop("exact_duplicate")):
+        leave_out = quarantine.add if quarantine else None
+        rows = _new_rows(reader, readers, columns, leave_out, lambda: writer.drop("exact_duplicate"))
+        for _, row in quarantine.passing(rows) if quarantine else rows:
             writer.write("train", row)
+        if quarantine and quarantine.rows:
+            writer.drop("quarantined", quarantine.rows)
+            if not writer.info.rows:
+                raise InputError(
+                    f"{writer.info.name}: no row is left: each breaks a rule; see what without --quarantine"
+                )
     return writer.info
 
 
@@ -142,13 +154,14 @@ def _new_rows(
     reader: _Kind,
     readers: Sequence[tuple[Path, Reader]],
     columns: Columns,
+    leave_out: LeaveOut | None = None,
     dropped: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, Row]]:
     """(location, row) of every row that is no exact duplicate."""
     seen: set[int] = set()
     labels: dict[str, str] = {}
     for path, read in readers:
-        for location, row in _rows(reader, read, path, columns):
+        for location, row in _rows(reader, read, path, columns, leave_out):
             if "label" in row:
                 _refuse_two_spellings(location, row["label"], labels)
             identity = hash_text(str(row["id"]))
@@ -168,14 +181,21 @@ def _refuse_two_spellings(location: str, label: str, labels: dict[str, str]) -> 
         )
 
 
-def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    first, file = True, _shown_name(path)
+def _rows(
+    reader: _Kind, read: Reader, path: Path, columns: Columns, leave_out: LeaveOut | None
+) -> Iterator[tuple[str, Row]]:
+    first = True
     for record in read(path):
         if first:
-            columns, first = _columns_of(record, reader, columns), False
+            columns, first = columns_of(record, reader.columns, columns), False
         try:
-            row = reader.row(record, file, columns)
-            json.dumps(row, ensure_ascii=False).encode()
+            row = reader.row(record, path, columns)
+            json.dumps(row, ensure_ascii=False, default=len).encode()
+        except InputError as error:
+            if leave_out is None:
+                raise
+            leave_out(record.location, str(error), record.values)
+            continue
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise InputError(
@@ -186,30 +206,6 @@ def _rows(reader: _Kind, read: Reader, path: Path, columns: Columns) -> Iterator
         yield record.location, row
     if first:
         raise InputError(f"{path}: holds no rows; nothing to add")
-
-
-def _columns_of(record: Record, reader: _Kind, columns: Columns) -> Columns:
-    """The columns of a file, by its first row."""
-    names = [meaning for meaning in reader.columns if meaning != "roles"]
-    chosen: dict[str, Any] = {meaning: _column(record, meaning, columns, names) for meaning in names}
-    return replaced(columns, **chosen)
-
-
-def _column(record: Record, meaning: str, columns: Columns, meanings: Sequence[str]) -> str:
-    """The column for a meaning: the one of the option, the one of that name, or a table's only column."""
-    if named := getattr(columns, meaning):
-        return str(named)
-    if meaning in record.values:
-        return meaning
-    matching = [name for name in record.values if name.lower() == meaning]
-    if not matching and len(meanings) == len(record.values) == 1:
-        matching = list(record.values)
-    if len(matching) != 1:
-        raise InputError(
-            f"{record.location}: {'more than one' if matching else 'no'} column {meaning!r}; "
-            f"found columns: {', '.join(record.values) or 'none'}; name one with --{meaning}-column"
-        )
-    return matching[0]
 
 
 def _locate(report: ValidationReport, folder: Path, rows: Iterator[tuple[str, Row]]) -> None:
@@ -226,24 +222,30 @@ def _locate(report: ValidationReport, folder: Path, rows: Iterator[tuple[str, Ro
         check.examples = [replaced(each, place=locations[offsets[each.shard] + each.row]) for each in check.examples]
 
 
-def _document(record: Record, file: str, columns: Columns) -> Row:
-    row = {"text": _text(record, columns.text), "source": str(record.values.get("source") or file)}
+def _document(record: Record, path: Path, columns: Columns) -> Row:
+    row = {"text": _text(record, columns.text), "source": str(record.values.get("source") or _shown_name(path))}
     return {**row, "id": _own_id(record.values, "documents") or _content_id(row) or row_id(record.location)}
 
 
-def _conversation(record: Record, file: str, columns: Columns) -> Row:
+def _conversation(record: Record, path: Path, columns: Columns) -> Row:
     messages, tools = read_conversation(record.location, record.values, columns.roles)
     row: Row = {"messages": messages, "tools": tools, "suite": None}
     return {**row, "id": _own_id(record.values, "conversations") or _content_id(row)}
 
 
-def _preference(record: Record, file: str, columns: Columns) -> Row:
+def _pictures(record: Record, path: Path, columns: Columns) -> Row:
+    folder = columns.image_folder or path.parent
+    row = read_picture_row(record.location, record.values, folder, columns.roles)
+    return {**row, "id": _own_id(record.values, "images") or _content_id(row)}
+
+
+def _preference(record: Record, path: Path, columns: Columns) -> Row:
     row = read_preference(record.location, record.values, columns.roles)
     return {**row, "id": _own_id(record.values, "preferences") or _content_id(row)}
 
 
-def _labelled_text(record: Record, file: str, columns: Columns) -> Row:
-    text, value = _text(record, columns.text) or "", _value(record, columns.label)
+def _labelled_text(record: Record, path: Path, columns: Columns) -> Row:
+    text, value = _text(record, columns.text) or "", value_of(record, columns.label)
     label = _label(value)
     if not label:
         raise InputError(f"{record.location}: {columns.label}: {shown(value)} is no label; every text needs one")
@@ -263,14 +265,14 @@ def _label(value: Any) -> str:
     return ""
 
 
-def _text_pair(record: Record, file: str, columns: Columns) -> Row:
+def _text_pair(record: Record, path: Path, columns: Columns) -> Row:
     source, target = (_text(record, column) or "" for column in (columns.source, columns.target))
     row: Row = {"source": source, "target": target, "suite": None}
     return {**row, "id": _own_id(record.values, "text_pairs") or _content_id(row)}
 
 
 def _text(record: Record, name: str | None) -> str | None:
-    text = _value(record, name)
+    text = value_of(record, name)
     if not isinstance(text, str | None):
         raise InputError(f"{record.location}: {name}: expected text, found {type(text).__name__} {str(text)[:40]!r}")
     return text
@@ -285,7 +287,8 @@ def _own_id(values: Mapping[str, Any], kind: Kind) -> str | None:
 def _content_id(row: Row) -> str | None:
     """Equal for equal content, so that a row keeps its split when its file grows; None without content."""
     if "messages" in row:
-        return row_id(json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
+        pictures = (hashlib.sha256(image).hexdigest() for image in row.get("images", ()))
+        return row_id(*pictures, json.dumps(row["messages"], ensure_ascii=False), row["tools"] or "")
     if "label" in row:
         return row_id(row["text"], row["label"]) if row["text"] else None
     if "target" in row:
@@ -296,25 +299,11 @@ def _content_id(row: Row) -> str | None:
     return row_id(row["text"]) if row["text"] else None
 
 
-def _value(record: Record, name: str | None) -> Any:
-    """A column's value; a dot in the name reaches into nested columns."""
-    assert name is not None  # set from the first row
-    if name in record.values:
-        return record.values[name]
-    value: Any = record.values
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise InputError(
-                f"{record.location}: no column {name!r}; found columns: {', '.join(record.values) or 'none'}"
-            )
-        value = value[part]
-    return value
-
-
 _JSON: Mapping[str, Reader] = dict.fromkeys((".jsonl", ".ndjson", ".json"), records.read_json)
 _PARQUET: Mapping[str, Reader] = {".parquet": records.read_parquet}
 _CSV: Mapping[str, Reader] = dict.fromkeys((".csv", ".tsv"), records.read_csv)
 _TABLES: Mapping[str, Reader] = {**_CSV, **_JSON, **_PARQUET}
+_PICTURES: Mapping[str, Reader] = {**dict.fromkeys(_JSON, read_picture_json), ".parquet": read_picture_parquet}
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z")
 
 
@@ -331,6 +320,7 @@ _KINDS: Mapping[Kind, _Kind] = {
     "preferences": _Kind(lambda files: {**_JSON, **_PARQUET}, _preference, ("roles",)),
     "labelled_texts": _Kind(lambda files: _TABLES, _labelled_text, ("text", "label")),
     "text_pairs": _Kind(lambda files: _TABLES, _text_pair, ("source", "target"), parallel=True),
+    "images": _Kind(lambda files: _PICTURES, _pictures, OTHER_OPTIONS),
 }
 
 
@@ -344,10 +334,15 @@ def _known_kind(kind: str) -> Kind:
 def _reader(kind: str, columns: Columns) -> _Kind:
     reader = _KINDS[_known_kind(kind)]
     if columns.roles != ROLES and "roles" not in reader.columns:
-        raise InputError(f"--role: is not supported by {kind}, which has no turns; allowed: conversations, preferences")
+        raise InputError(
+            f"--role: is not supported by {kind}, which has no turns; allowed: conversations, images, preferences"
+        )
+    if columns.image_folder is not None and "image_folder" not in reader.columns:
+        raise InputError(f"--image-folder: is not supported by {kind}; allowed: images")
+    named = [column for column in reader.columns if column not in OTHER_OPTIONS]
     for name, value in vars(columns).items():
-        if name != "roles" and value is not None and name not in reader.columns:
-            allowed = ", ".join(f"--{column}-column" for column in reader.columns if column != "roles") or "none"
+        if name not in OTHER_OPTIONS and value is not None and name not in named:
+            allowed = ", ".join(f"--{column}-column" for column in named) or "none"
             raise InputError(
                 f"--{name}-column: {value!r} is not supported by {kind}; column options of this kind: {allowed}"
             )

@@ -122,7 +122,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 def _json_values(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
-        stream = _JsonStream(path.name, file)
+        stream = JsonStream(path.name, file)
         array = stream.take("[")
         number = 0
         while not stream.at_end() and not (array and stream.take("]")):
@@ -140,7 +140,7 @@ def _json_values(path: Path) -> Iterator[Record]:
             )
 
 
-class _JsonStream:
+class JsonStream:
     """Incremental reader of JSON values; holds little more text than the value being read."""
 
     def __init__(self, name: str, file: TextIO) -> None:
@@ -322,15 +322,15 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
             yield Record(f"{source.name}:{number}", {"source": line.rstrip("\r\n"), "target": other.rstrip("\r\n")})
 
 
-def read_parquet(path: Path) -> Iterator[Record]:
-    """Rows of a Parquet file as JSON values, a small batch in memory at a time."""
+def read_parquet(path: Path, batch_rows: int = 256) -> Iterator[Record]:
+    """Rows of a Parquet file as JSON values, so many in memory at a time."""
     location = path.name
     try:
         with pq.ParquetFile(path) as file:
             schema, number = file.schema_arrow, 0
             _refuse_repeated(location, schema.names)
             features = _features(schema)
-            for batch in file.iter_batches(batch_size=256):
+            for batch in file.iter_batches(batch_size=batch_rows):
                 for row in range(batch.num_rows):
                     number += 1
                     location = f"{path.name}: row {number}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from components.config.errors import InputError
+from components.media.limits import LIMITS, Limits
 
 if TYPE_CHECKING:
     from components.media.pictures import Picture
@@ -14,20 +15,47 @@ IMAGE = "<image>"
 """Stands in a message's content where a picture is; the pictures are in the message's `images`, in order."""
 
 
-def with_pictures(messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+def plain_text(text: str) -> str:
+    """A text that someone typed, whose marks stand for no picture: broken, so that none is taken for one."""
+    return text.replace(IMAGE, "<image >")
+
+
+def join_parts(parts: Sequence[tuple[str, bool]]) -> str:
+    """A message's content of its parts, (text, whether it is of pictures): texts as they are, pictures on own lines.
+
+    The one rule by which content parts of a request and of a dataset become the same text.
+    """
+    content, after_pictures = "", False
+    for text, of_pictures in parts:
+        border = content and text and (of_pictures or after_pictures) and content[-1:] != "\n" and text[:1] != "\n"
+        content += ("\n" if border else "") + text
+        after_pictures = of_pictures
+    return content
+
+
+def with_pictures(
+    messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], limits: Limits = LIMITS
+) -> list[dict[str, Any]]:
     """Messages as read from a row of kind `images`, each with its pictures, which its marks count, in `images`.
 
-    Raises: InputError when there are more or fewer marks than pictures.
+    Raises: InputError when there are more or fewer marks than pictures, or more pictures than are allowed.
     """
     left, complete = list(pictures), []
     for message in messages:
         count = str(message.get("content") or "").count(IMAGE)
         complete.append({**message, "images": left[:count]} if count else dict(message))
         del left[:count]
-    marks = sum(str(message.get("content") or "").count(IMAGE) for message in messages)
-    if marks != len(pictures):
-        raise InputError(f"messages: {marks} marks {IMAGE} for {len(pictures)} pictures; give one for each")
+    check_marks(messages, len(pictures), "messages", limits)
     return complete
+
+
+def check_marks(messages: Sequence[Mapping[str, Any]], pictures: int, where: str, limits: Limits = LIMITS) -> None:
+    """Raises: InputError when there are more or fewer marks than pictures, or more pictures than are allowed."""
+    marks = sum(str(message.get("content") or "").count(IMAGE) for message in messages)
+    if marks != pictures:
+        raise InputError(f"{where}: {marks} marks {IMAGE} for {pictures} pictures; give one for each")
+    if pictures > limits.pictures:
+        raise InputError(f"{where}: {pictures} pictures; at most {limits.pictures} are allowed")
 
 
 def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[Picture]:

@@ -6,24 +6,31 @@ DuckDB reads only the columns it needs and spills to disk, so a set need not fit
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from components.datasets.formats import DatasetInfo
+from components.config.errors import InputError
+from components.datasets.deduplication import PictureQuestions
+from components.datasets.formats import DatasetInfo, Row, read_shard
 from components.validation.report import EXAMPLES, Check, Example, shown
 
 if TYPE_CHECKING:
     import duckdb
 
+T = TypeVar("T")
 _ALL = "all shards"
 _CONTENT = {
     "documents": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
     "conversations": "[m.content for m in messages if m.role in ('system', 'user')]::VARCHAR",
+    "images": "struct_pack(pictures := hash(images), question := "
+    "[m.content for m in messages if m.role in ('system', 'user')])::VARCHAR",
     "preferences": "[m.content for m in prompt if m.role in ('system', 'user')]::VARCHAR",
     "labelled_texts": "trim(regexp_replace(lower(text), '\\s+', ' ', 'g'))",
     "text_pairs": "trim(regexp_replace(lower(source), '\\s+', ' ', 'g'))",
 }
-"""What may not be in both splits: a document's text, a source, the question of a conversation or a prompt."""
+"""What may not be in both splits: a document's text, a source, the question of a prompt or of a conversation, with its
+pictures where there are any."""
 MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
 """Limits of the number of labels; and rows of each, one to train on and one to test it by."""
 
@@ -43,6 +50,10 @@ def cross_shard_checks(files: list[Path], info: DatasetInfo) -> list[Check]:
             checks = [_counts(info, _row_counts(connection)), _unique_ids(connection)]
             if info.kind in _CONTENT and info.rows.get("test"):
                 checks.append(_held_out(connection, _CONTENT[info.kind]))
+            if info.kind == "images":
+                checks.append(_unique_content(connection))
+                if info.rows.get("test"):
+                    checks.append(_held_out_pictures(files))
             if info.kind == "labelled_texts":
                 # Of a dataset that is split already, each label must be trained on.
                 rows_of_labels = _trained_labels if info.rows.get("test") else _rows_per_label
@@ -89,6 +100,47 @@ def _held_out(connection: duckdb.DuckDBPyConnection, content: str) -> Check:
     )
     _add_examples(connection, check, content, where)
     return check
+
+
+def _unique_content(connection: duckdb.DuckDBPyConnection) -> Check:
+    about = "No two rows of the dataset have the same pictures and messages"
+    check = Check("rows_are_unique", None, about, _ALL)
+    content = "hash(images, messages::VARCHAR, tools)"
+    repeated = f"SELECT {content} FROM rows GROUP BY 1 HAVING count(*) > 1"
+    connection.execute(f"CREATE TEMP TABLE repeated_content AS {repeated}")
+    where = f"{content} IN (FROM repeated_content)"
+    check.rows, check.failed = _pair(connection, f"SELECT count(*), count(*) FILTER ({where}) FROM rows")
+    question = "[m.content for m in messages if m.role = 'user']::VARCHAR"
+    _add_examples(connection, check, question, where)
+    return check
+
+
+def _held_out_pictures(files: list[Path]) -> Check:
+    """Near-duplicates: the decoded pictures of rows that ask a question of the test split."""
+    about = "No training row asks a question of the test split about near-duplicates of its pictures"
+    check = Check("held_out_pictures_are_not_trained_on", "images", about, _ALL)
+    asked = PictureQuestions()
+    for file in files:
+        if file.name.startswith("test-"):
+            for row in read_shard(file):
+                _unless_unreadable(asked.add, row)
+    for file in files:
+        if file.name.startswith("train-"):
+            for number, row in enumerate(read_shard(file), 1):
+                check.rows += 1
+                if _unless_unreadable(asked.__contains__, row):
+                    check.failed += 1
+                    questions = [message["content"] for message in row["messages"] if message["role"] == "user"]
+                    check.note(Example(file.name, number, row["id"], shown(" ".join(filter(None, questions)))))
+    return check
+
+
+def _unless_unreadable(call: Callable[[Row], T], row: Row) -> T | None:
+    """The call's result; None for a row with a picture that cannot be read, which the suite refuses."""
+    try:
+        return call(row)
+    except InputError:
+        return None
 
 
 def _label_count(connection: duckdb.DuckDBPyConnection) -> Check:

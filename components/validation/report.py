@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.datasets.formats import Kind
+from components.validation.thumbnails import PictureRow
 
 EXAMPLES = 5
 """Offending rows that a check lists."""
@@ -70,6 +71,8 @@ class ValidationReport:
     kind: Kind
     rows: dict[str, int]
     checks: list[Check] = field(default_factory=list)
+    pictures: list[PictureRow] = field(default_factory=list)
+    """Offending rows and some of the others, of a dataset with pictures; for the pages alone."""
 
     @property
     def success(self) -> bool:
@@ -130,6 +133,11 @@ def _count(check: Check) -> str:
     return f"{check.failed:,} of {check.rows:,} rows failed ({check.failed / max(check.rows, 1):.2%}{allowed})"
 
 
+_PICTURES_STYLE = """
+.pictures { margin-top: 1rem; } .pictures .bad { color: #cf222e; font-weight: 600; }
+.pictures img { max-width: 6rem; max-height: 6rem; min-width: 2rem; image-rendering: pixelated; margin: 0 .2rem 0 0; }
+"""
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1a7f37; --bad: #cf222e; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
@@ -166,9 +174,17 @@ _PAGE = """<!doctype html>
 <code>{{ example.value }}</code></li>{% endfor %}</ul>{% endif %}</td>
 <td><code>{{ check.shard }}</code></td><td class="number">{{ "{:,}".format(check.rows) }}</td>
 <td class="number">{{ "{:,}".format(check.failed) }}</td><td>{{ verdict(check.success) }}</td></tr>
-{% endfor %}</table>{% endfor %}
+{% endfor %}</table>{{ thumbnails(report.pictures) }}{% endfor %}
 </body></html>
 """
+
+_THUMBNAILS = """{% if rows %}<style>{{ style }}</style>
+<table class="pictures"><tr><th>row</th><th>pictures</th><th>turns</th></tr>
+{% for row in rows %}<tr><td><code>{{ row.shard }}</code> row {{ row.row }}
+{% if row.offending %}<br><span class="bad">offending</span>{% endif %}</td>
+<td>{% for picture in row.pictures %}{% if picture %}<img src="{{ picture }}" alt="">
+{% else %}<span class="bad">unreadable</span> {% endif %}{% endfor %}</td><td>{{ row.text }}</td></tr>
+{% endfor %}</table>{% endif %}"""
 
 _INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Data Docs</title><style>{{ style }}</style></head><body>
@@ -217,9 +233,19 @@ def write_docs_index(docs: Path) -> Path:
     return _write(docs / "index.html", _INDEX, datasets=datasets)
 
 
-def offline(html: str) -> str:
-    """A page of Great Expectations without what it would load from the network, with its own style."""
-    return _FROM_NETWORK.sub("", html).replace("</head>", _OFFLINE_STYLE + "</head>", 1)
+def offline(html: str, pictures: Sequence[PictureRow] = ()) -> str:
+    """A page of Great Expectations without what it would load from the network, with its own style, and thumbnails."""
+    page = _FROM_NETWORK.sub("", html).replace("</head>", _OFFLINE_STYLE + "</head>", 1)
+    head, end, tail = page.rpartition("</body>")
+    return head + _thumbnails(pictures) + end + tail if end else page + _thumbnails(pictures)
+
+
+def _thumbnails(rows: Sequence[PictureRow]) -> str:
+    from jinja2 import Environment
+
+    return (
+        Environment(autoescape=True, trim_blocks=True).from_string(_THUMBNAILS).render(rows=rows, style=_PICTURES_STYLE)
+    )
 
 
 def _write(path: Path, template: str, **values: object) -> Path:
@@ -231,5 +257,8 @@ def _write(path: Path, template: str, **values: object) -> Path:
 
     page = Environment(autoescape=True, trim_blocks=True).from_string(template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render(style=Markup(_STYLE), verdict=verdict, **values), encoding="utf-8")
+    html = page.render(
+        style=Markup(_STYLE), verdict=verdict, thumbnails=lambda rows: Markup(_thumbnails(rows)), **values
+    )
+    path.write_text(html, encoding="utf-8")
     return path

@@ -9,7 +9,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from components.config.errors import InputError
 from components.datasets.formats import Kind, Row
+from components.media.messages import IMAGE, check_marks
+from components.media.pictures import decode_picture
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -78,9 +81,44 @@ def preference_features(row: Row) -> Row:
     }
 
 
+def picture_features(row: Row) -> Row:
+    """The features of a conversation, with the faults of its pictures."""
+    images, messages = row["images"] or [], row["messages"] or []
+    return {
+        **conversation_features(row),
+        "unreadable_pictures": next(filter(None, map(_unreadable, range(1, len(images) + 1), images)), None),
+        "miscounted_pictures": _miscounted(messages, len(images)),
+        "pictures_in_answers": next(
+            (
+                f"turn {number}: {shown}"
+                for number, message in enumerate(messages, 1)
+                if message["role"] == "assistant" and IMAGE in (shown := str(message.get("content"))[:80])
+            ),
+            None,
+        ),
+    }
+
+
+def _unreadable(number: int, content: bytes | None) -> str | None:
+    try:
+        decode_picture(content or b"", f"picture {number}")
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _miscounted(messages: Sequence[Row], pictures: int) -> str | None:
+    try:
+        check_marks(messages, pictures, "messages")
+    except InputError as error:
+        return str(error)
+    return None
+
+
 ROW_FEATURES: Mapping[Kind, Callable[[Row], Row]] = {
     "conversations": conversation_features,
     "preferences": preference_features,
+    "images": picture_features,
 }
 """Features of the kinds whose rows hold messages; other kinds have flat rows."""
 

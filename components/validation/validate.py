@@ -31,6 +31,7 @@ from components.validation.report import (
     write_page,
 )
 from components.validation.row_features import ROW_FEATURES
+from components.validation.thumbnails import PictureRow, picture_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,10 +111,16 @@ class Validator:
                 report.checks += results[-1].checks.values()
         if len(results) == len(files):
             report.checks += cross_shard_checks(files, info)
+            if info.kind == "images":
+                report.pictures = _pictures(files, report)
         if docs is not None:
             with warn_on_failure(f"{docs / info.name}: Data Docs"):
-                self._write_docs(docs, info.name, results)
+                self._write_docs(docs, report, results)
         return report
+
+    def failing_rows(self, rows: Sequence[Row], kind: Kind) -> dict[int, str]:
+        """The expectation that each failing row breaks, by the row's index."""
+        return self.failing([ROW_FEATURES[kind](row) for row in rows], kind)
 
     def failing(self, rows: Sequence[Row], suite: str) -> dict[int, str]:
         """The expectation that each failing flat row breaks, by the row's index.
@@ -153,8 +160,9 @@ class Validator:
                 self._suites[kind] = self._context.suites.add(_read_suite(path))
         return self._suites[kind]
 
-    def _write_docs(self, docs: Path, name: str, results: list[_ShardResult]) -> None:
+    def _write_docs(self, docs: Path, report: ValidationReport, results: list[_ShardResult]) -> None:
         """Great Expectations' page of each shard; it contains the time of the run, so it is no out of the stage."""
+        name = report.dataset
         shutil.rmtree(docs / name, ignore_errors=True)
         with _quiet():
             from great_expectations.render.renderer import ValidationResultsPageRenderer
@@ -165,8 +173,19 @@ class Validator:
                     html = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result.page))
                     path = docs / name / f"{Path(result.shard).stem}.html"
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(offline(str(html)), encoding="utf-8")
+                    pictures = [row for row in report.pictures if row.shard == result.shard]
+                    path.write_text(offline(str(html), pictures), encoding="utf-8")
         write_docs_index(docs)
+
+
+def _pictures(files: Sequence[Path], report: ValidationReport) -> list[PictureRow]:
+    """Thumbnails of the first rows of each shard and of all offending rows that the report lists."""
+    examples = [example for check in report.failed for example in check.examples]
+    return [
+        row
+        for file in files
+        for row in picture_rows(file, {example.row for example in examples if example.shard == file.name})
+    ]
 
 
 @dataclass

@@ -13,12 +13,13 @@ from itertools import combinations, product
 
 from components.config.project import Collecting, Rows
 from components.datasets.formats import Row
+from components.media.clips import clip_content, decode_clip
 from components.media.pictures import Pixels
 from examples.sight.dialogue import Exchange, conversation, wording
 from examples.sight.digit_rows import DIGITS
 from examples.sight.drawing import SIDE, Mark, at_random_place, draw, extent, random_ground
 from examples.sight.picture_files import ANIMALS, Grey, digits, silhouettes
-from examples.sight.video import clip_content, decode_clip, write_clip
+from examples.sight.video import write_clip
 
 OBJECTS = (*DIGITS, *ANIMALS)
 STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

@@ -1,26 +1,15 @@
-"""Clips as video files: H.264 in MP4, written and read by PyAV."""
+"""Clips as video files: H.264 in MP4, written by PyAV."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
-
-import numpy as np
 
 from components.config.errors import InputError
-from components.media.messages import IMAGE
-from components.media.pictures import Picture, Pixels
+from components.media.pictures import Pixels
 
 FRAMES_PER_SECOND = 2
-
-
-class Frame(NamedTuple):
-    """A frame of a clip."""
-
-    seconds: float
-    picture: Picture
 
 
 def write_clip(frames: Sequence[Pixels]) -> bytes:
@@ -43,17 +32,3 @@ def write_clip(frames: Sequence[Pixels]) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode(None))
     return file.getvalue()
-
-
-def decode_clip(content: bytes, where: str) -> list[Frame]:
-    import av
-
-    with av.open(io.BytesIO(content), "r") as container:
-        return [
-            Frame(float(frame.time or 0), Picture(frame.to_ndarray(format="rgb24").astype(np.uint8)))
-            for frame in container.decode(video=0)
-        ]
-
-
-def clip_content(frames: Sequence[Frame]) -> str:
-    return " ".join(f"{frame.seconds:.1f} s {IMAGE}" for frame in frames)

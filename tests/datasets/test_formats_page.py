@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.pictures_fuzz import mp4
 from components.datasets.conversations import named_roles
 from components.datasets.formats import read_rows
 from components.datasets.importers import _KINDS, Columns, add
@@ -60,10 +63,19 @@ def validator() -> Validator:
     return Validator(ROOT / "data/expectations")
 
 
+def write_pictures(folder: Path) -> None:
+    """The pictures and the clip that examples name."""
+    Image.new("RGB", (2, 2), (200, 120, 40)).save(folder / "photo.png")
+    Image.new("RGB", (2, 2), (10, 10, 10)).save(folder / "dark.png")
+    (folder / "clip.mp4").write_bytes(mp4([np.full((16, 16, 3), number, np.uint8) for number in (0, 99, 200)]))
+
+
 def rows_of(example: Example, folder: Path, validator: Validator, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The rows of an example, without what names its file."""
     folder.mkdir()
     monkeypatch.chdir(folder)
+    if example.kind == "images":
+        write_pictures(folder)
     for name, body in example.files.items():
         if example.language == "python":
             exec(body, {})

@@ -260,7 +260,7 @@ def test_second_file_that_does_not_fit_discards_the_first(tmp_path: Path) -> Non
     ("kind", "columns", "message"),
     [
         ("docs", Columns(), r"'docs' is not a kind of dataset; allowed: documents, conversations, preferences"),
-        ("images", Columns(), r"'images' is not a kind of dataset; allowed: documents, conversations, preferences"),
+        ("pictures", Columns(), r"'pictures' is not a kind of dataset; allowed: documents, conversations, preferences"),
         (
             "conversations",
             Columns(text="t"),

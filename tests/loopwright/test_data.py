@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from components.datasets.formats import DatasetWriter
 from components.runtime.stage import digest
@@ -179,6 +180,39 @@ def test_damaged_dataset_is_said_in_one_line(loopwright: Loopwright, project: Pa
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert f"{file}: damaged: " in err
     assert 'run "dvc checkout --force ' in err
+
+
+def test_pictures_are_added_with_a_quarantine_shown_and_validated(loopwright: Loopwright, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (8, 8), (99 * number,) * 3).save(tmp_path / f"pictures/{number}.png")
+
+    def row(picture: str, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": "<image>\nHow dark?"}, {"from": "gpt", "value": answer}]
+        return {"image": picture, "conversations": turns}
+
+    rows = [row("0.png", "black"), row("1.png", ""), row("2.png", "white"), row("1.png", "grey")]
+    left_out = tmp_path / "left_out.jsonl"
+    options = ("--name", "mine", "--image-folder", tmp_path / "pictures")
+    path = written(tmp_path / "llava.jsonl", *rows)
+    code, _, err = loopwright("add", "images", path, *options)
+    assert code == 1
+    assert "llava.jsonl:3: 2.png: not found in " in err
+    code, out, _ = loopwright("add", "images", path, *options, "--quarantine", left_out)
+    assert code == 0
+    assert out.splitlines() == [
+        "mine: 2 train rows of kind images (2 quarantined dropped); valid",
+        f"left out, with reasons: {left_out}",
+        "train on it: loopwright run --set tune.dataset=mine",
+    ]
+    locations = [json.loads(line)["location"] for line in left_out.read_text().splitlines()]
+    assert locations == ["llava.jsonl:3", "llava.jsonl:2"]
+    code, out, _ = loopwright("show", "mine", "--rows", 1)
+    assert code == 0
+    assert "images   1 of " in out
+    code, out, _ = loopwright("show", "mine", "--json")
+    assert [set(image) for row in json.loads(out)["first_rows"] for image in row["images"]] == [{"bytes", "sha256"}] * 2
+    assert loopwright("validate", "mine")[0] == 0
 
 
 def test_role_is_named_by_an_option(loopwright: Loopwright, tmp_path: Path) -> None:
