@@ -22,10 +22,12 @@ from components.config.model_settings import EvaluateConfig
 from components.datasets.formats import Row
 from components.evaluation.questions import Question, answer_questions
 from components.inference.cache_plan import context_len
-from components.models.checkpoint import load_decoder
+from components.inference.served_model import load_served
+from components.models.checkpoint import check_model, load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device
 from components.runtime.process import end_with_parent
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 MIN_QUESTIONS = 1000
 """Questions from which on starting processes pays: each imports torch and loads the model."""
@@ -96,7 +98,10 @@ class ParallelRollout:
 
 
 def _load(folder: Path) -> tuple[Decoder, Agent]:
-    model = load_decoder(folder, device=best_device())
+    if sum(weight.numel() for weight in check_model(folder).parameters()) > SMALL_MODEL:
+        model = load_served(folder, load_chat_tokenizer(folder))
+    else:
+        model = load_decoder(folder, device=best_device())
     return model, Agent.load(folder, context_len(model))
 
 

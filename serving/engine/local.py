@@ -9,21 +9,17 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
-from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
-from components.inference.packed_weights import agreement, pack, round_checked, should_pack
+from components.inference.batching import ContinuousBatch, Row
+from components.inference.served_model import load_served
 from components.models.base_store import base_folder, is_adapter
-from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import SMALL_MODEL, best_device, compute_dtype, threads_for, use_threads
+from components.models.devices import threads_for, use_threads
 from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
@@ -43,9 +39,6 @@ from serving.engine.backend import (
 from serving.engine.scheduler import Scheduler, Turn
 from serving.engine.shared_base import SharedBase
 
-MIN_AGREEMENT = 0.98
-"""Share of greedy tokens that have to agree on SAMPLES between the model in fp32 and in int8 or bf16."""
-SAMPLES = ("Hello", "Thank you!", "What can you do?", "How much is 37 times 12?", "Tell me a story.")
 COLD = 1e-4
 """Temperatures below this are greedy; dividing by them would overflow."""
 
@@ -108,11 +101,13 @@ class LocalEngine(Backend):
         """
         agent = load_agent(folder, config, external_tools)
         if is_adapter(folder):
-            shared = SharedBase.open(folder, config, lambda: _load(base_folder(folder), name, agent, config.int8))
+            shared = SharedBase.open(
+                folder, config, lambda: load_served(base_folder(folder), agent.tokenizer, config.int8)
+            )
             use_threads(threads_for(shared[0].model.num_parameters))
             engine = cls(shared[0].model, agent, name, config, on_step=on_step, shared=shared)
         else:
-            engine = cls(_load(folder, name, agent, config.int8), agent, name, config, on_step=on_step)
+            engine = cls(load_served(folder, agent.tokenizer, config.int8), agent, name, config, on_step=on_step)
         engine.warm()
         return engine
 
@@ -154,37 +149,6 @@ class LocalEngine(Backend):
         if self._shared is None:
             self.scheduler.join()
         self.pool.shutdown()
-
-
-def _load(folder: Path, name: str, agent: Agent, int8: bool) -> Decoder:
-    """The model as it is served: on a CPU quantized or in bf16, where its answers pass, and with packed weights."""
-    device = best_device()
-    # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
-    full = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
-    model = load_decoder(folder, full, device).eval()
-    use_threads(threads_for(model.num_parameters))
-    if device.type == "cuda":
-        return model
-    if int8:
-        round_checked(model, _sample(model, agent), MIN_AGREEMENT)
-    elif model.num_parameters > SMALL_MODEL and compute_dtype("auto", device, model) == torch.bfloat16:
-        share, cases = agreement(model, _sample(model, agent), partial(pack, dtype=torch.bfloat16))
-        if share >= MIN_AGREEMENT:
-            return model
-        logger.warning("%s: served in fp32: in bf16 it agrees in %.1f%% of %d cases", name, 100 * share, cases)
-        model = load_decoder(folder, full, device).eval()
-    if should_pack(model) or not rows_are_independent(model):
-        pack(model)
-    return model
-
-
-def _sample(model: Decoder, agent: Agent) -> list[list[int]]:
-    """SAMPLES with the model's answers, as ids."""
-    chats: list[tuple[list[dict[str, str]], None]] = [([{"role": "user", "content": text}], None) for text in SAMPLES]
-    prompts = agent.tokenizer.encode_chats(chats, add_generation_prompt=True)
-    rows = [Row(ids, 48, stop_ids=(agent.tokenizer.end_id,)) for ids, _ in prompts]
-    generate(model, rows)
-    return [row.ids for row in rows]
 
 
 class _Steps(list[dict[str, Any]]):

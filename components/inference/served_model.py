@@ -1,0 +1,66 @@
+"""A decoder as it is served, and evaluated: on a CPU quantized or in bf16, where its answers pass, and packed."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from components.inference.batching import Row, generate, rows_are_independent
+from components.inference.packed_weights import agreement, pack, round_checked, should_pack
+from components.models.checkpoint import load_decoder
+from components.models.decoder import Decoder
+from components.models.devices import SMALL_MODEL, best_device, compute_dtype, threads_for, use_threads
+from components.models.lora import lora_of, merge_lora
+from components.tokenization.chat_tokenizer import ChatTokenizer
+
+MIN_AGREEMENT = 0.98
+"""Share of greedy tokens that have to agree on SAMPLES between the model in fp32 and in int8 or bf16."""
+SAMPLES = ("Hello", "Thank you!", "What can you do?", "How much is 37 times 12?", "Tell me a story.")
+SAMPLE_TOKENS = 48
+
+logger = logging.getLogger("loopwright.engine")
+
+
+def load_served(folder: Path, tokenizer: ChatTokenizer, int8: bool = False) -> Decoder:
+    """The model of a folder, an adapter merged; it can no longer be trained or saved.
+
+    Raises: InputError as `load_decoder`, and when `int8` changes too many of its tokens.
+    """
+    device = best_device()
+    # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
+    full = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
+    model = _merged(folder, full)
+    use_threads(threads_for(model.num_parameters))
+    if device.type == "cuda":
+        return model
+    if int8:
+        round_checked(model, _samples(model, tokenizer), MIN_AGREEMENT)
+    elif model.num_parameters > SMALL_MODEL and compute_dtype("auto", device, model) == torch.bfloat16:
+        share, cases = agreement(model, _samples(model, tokenizer), partial(pack, dtype=torch.bfloat16))
+        if share >= MIN_AGREEMENT:
+            return model
+        logger.warning("%s: kept in fp32: in bf16 it agrees in %.1f%% of %d cases", folder, 100 * share, cases)
+        model = _merged(folder, full)
+    if should_pack(model) or not rows_are_independent(model):
+        pack(model)
+    return model
+
+
+def _merged(folder: Path, dtype: torch.dtype) -> Decoder:
+    model = load_decoder(folder, dtype, best_device()).eval()
+    if lora_of(model) is not None:
+        merge_lora(model)
+    return model
+
+
+def _samples(model: Decoder, tokenizer: ChatTokenizer) -> list[list[int]]:
+    """SAMPLES with the model's answers, as ids."""
+    chats: list[tuple[list[dict[str, str]], None]] = [([{"role": "user", "content": text}], None) for text in SAMPLES]
+    prompts = tokenizer.encode_chats(chats, add_generation_prompt=True)
+    rows = [Row(ids, SAMPLE_TOKENS, stop_ids=(tokenizer.end_id,)) for ids, _ in prompts]
+    longest = max(len(row.ids) for row in rows)
+    generate(model, rows, max_context=min(model.config.max_seq_len, longest + SAMPLE_TOKENS))
+    return [row.ids for row in rows]
