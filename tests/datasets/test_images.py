@@ -274,8 +274,12 @@ NO_PATH = {"conversations": [human("<image>"), gpt("x")]}
         ),
         ({"messages": [user([{"type": "image_url"}]), assistant("x")]}, "turn 1: image_url: names no picture"),
         ({"messages": [user([{"type": "image_url", "image_url": {}}]), assistant("x")]}, "a picture without bytes"),
-        ({"messages": [user([{"type": "image"}]), assistant("x")]}, "1 or more marks <image> for 0 images"),
-        ({"messages": [user("<image>" * 65), assistant("x")], "images": ["p/1.png"] * 65}, "65 pictures; at most 64"),
+        ({"messages": [user([{"type": "image"}]), assistant("x")]}, "turn 1: a part of type 'image' without a path"),
+        ({"messages": [user([{"type": "video"}]), assistant("x")]}, "turn 1: a part of type 'video' without a path"),
+        (
+            {"messages": [user("<image>" * 65), assistant("x")], "images": ["p/1.png"] * 65},
+            "more than the 64 pictures that are allowed",
+        ),
     ],
 )
 def test_what_breaks_a_rule_is_named_and_nothing_is_kept(folder: Path, row: Row, message: str) -> None:
