@@ -148,10 +148,14 @@ class _RowBuilder:
             return self._add(source, _PARTS[kind])
         if kind.endswith("_url"):
             raise InputError(f"{location}: {kind}: names no picture; expected {{'url': a data URL or a path}}")
+        if not self._columns[_PARTS[kind]]:
+            raise InputError(f"{location}: a part of type {kind!r} without a path, and no column holds one for it")
         return self._marked(_PARTS[kind])
 
     def _add(self, source: Source, mark: str) -> str:
         """The mark, or the marked times, of a picture or a clip, whose files are added to the row."""
+        if len(self.files) >= self._limits.pictures:
+            raise InputError(f"{self._location}: more than the {self._limits.pictures} pictures that are allowed")
         content, name = _read(self._location, source, self._folder, self._limits)
         where = f"{self._location}: {name}"
         if mark == IMAGE:

@@ -109,7 +109,7 @@ def _check_clip(seconds: Sequence[float], size: tuple[int, int], where: str, lim
     width, height = size
     pixels = len(seconds) * width * height
     if len(seconds) > limits.clip_frames:
-        raise InputError(f"{where}: a clip of more than the {limits.clip_frames:,} frames that are allowed; shorten it")
+        raise InputError(f"{where}: a clip of more than the {limits.clip_frames:,} frames that are allowed")
     if not seconds[-1] <= limits.clip_seconds:
         raise InputError(f"{where}: a clip of {seconds[-1]:,.1f} s; at most {limits.clip_seconds:g} s are allowed")
     if pixels > budget:
@@ -167,7 +167,11 @@ def _video(content: bytes, where: str, limits: Limits) -> list[Frame]:
             if not container.streams.video:
                 raise InputError(f"{where}: an MP4 file without a video stream; allowed: H.264, HEVC, MPEG-4, VP9, AV1")
             stream = container.streams.video[0]
-            times = _presentation_times(container, stream, limits)
+            times, count = _presentation_times(container, stream, limits)
+            if count > limits.clip_frames or stream.frames > limits.clip_frames:
+                raise InputError(f"{where}: a clip of more than the {limits.clip_frames:,} frames that are allowed")
+            if stream.frames > count + 1:
+                raise InputError(f"{where}: {count:,} frames of {stream.frames:,} in its index; is the clip complete?")
             return list(_decoded(content, where, limits, times, stream))
     except av.ArgumentError:  # what a codec says of too many pixels, and of little else
         raise InputError(
@@ -219,29 +223,31 @@ def _open(content: bytes, limits: Limits) -> av.container.InputContainer:
     return av.open(io.BytesIO(content), "r", format="mov", options=options)
 
 
-def _presentation_times(container: Any, stream: Any, limits: Limits) -> list[int]:
-    """When each frame is shown, in units of the stream's time base, in order; one frame more than allowed at most."""
-    times = set()
+def _presentation_times(container: Any, stream: Any, limits: Limits) -> tuple[list[int], int]:
+    """(when each frame is shown, in units of the stream's time base and in order, frames in the file).
+
+    Frames that an edit list cuts off are in the file and not shown. At most one frame more than is allowed is read.
+    """
+    times, count = set(), 0
     for packet in container.demux(stream):
-        if packet.pts is not None and not packet.is_discard:
+        if packet.pts is None:
+            continue
+        count += 1
+        if not packet.is_discard:
             times.add(packet.pts)
-        if len(times) > limits.clip_frames:
+        if count > limits.clip_frames:
             break
-    return sorted(times)
+    return sorted(times), count
 
 
 def _decoded(content: bytes, where: str, limits: Limits, times: Sequence[int], read: Any) -> Iterator[Frame]:
-    """The sampled frames. Raises: InputError where not all frames that the file's index names are there."""
+    """The frames sampled from those that are shown at these times. Raises: InputError where they end early."""
     if not times:
         raise InputError(f"{where}: a clip without a frame; save it anew")
     base = float(read.time_base)
     seconds = [(time - times[0]) * base for time in times]
     check_pixels(read.width, read.height, where, limits)
     _check_clip(seconds, (read.width, read.height), where, limits, limits.clip_pixels)
-    if read.frames > limits.clip_frames or read.frames > len(times) + 1:
-        raise InputError(
-            f"{where}: a clip of {read.frames:,} frames by its index, {len(times):,} found; is it complete?"
-        )
     chosen = [times[index] for index in sampled(seconds, limits.frames)]
     budget = limits.clip_pixels
     with _open(content, limits) as container:

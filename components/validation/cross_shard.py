@@ -119,16 +119,16 @@ def _held_out_pictures(files: list[Path]) -> Check:
     """Near-duplicates: the decoded pictures of rows that ask a question of the test split."""
     about = "No training row asks a question of the test split about near-duplicates of its pictures"
     check = Check("held_out_pictures_are_not_trained_on", "images", about, _ALL)
-    asked = PictureQuestions()
+    held_out = PictureQuestions()
     for file in files:
         if file.name.startswith("test-"):
             for row in read_shard(file):
-                _unless_unreadable(asked.add, row)
+                _unless_unreadable(held_out.add, row)
     for file in files:
         if file.name.startswith("train-"):
             for number, row in enumerate(read_shard(file), 1):
                 check.rows += 1
-                if _unless_unreadable(asked.__contains__, row):
+                if _unless_unreadable(held_out.__contains__, row):
                     check.failed += 1
                     questions = [message["content"] for message in row["messages"] if message["role"] == "user"]
                     check.note(Example(file.name, number, row["id"], shown(" ".join(filter(None, questions)))))

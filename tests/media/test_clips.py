@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +19,7 @@ from components.config.errors import InputError
 from components.media.clips import MISSING, Frame, clip_content, decode_clip, sampled
 from components.media.pictures import Limits, Picture, decode_picture
 
+ROOT = Path(__file__).parents[2]
 GREYS = [Image.new("RGB", (64, 48), (8 * number,) * 3) for number in range(31)]
 ARRAYS = [np.asarray(image) for image in GREYS]
 CLIPS = {
@@ -188,6 +192,66 @@ def test_tables_of_a_small_file_make_no_index_of_millions() -> None:
         decode_clip(bytes(fragmented), "clip")
     with pytest.raises(InputError, match="an MP4 file with a compressed index"):
         decode_clip(CLIPS["h264"] + b"\0\0\0\x10moov\0\0\0\x08cmov", "clip")
+
+
+_MEASURE = """
+import sys
+from pathlib import Path
+
+import av
+
+from components.config.errors import InputError
+from components.media.clips import decode_clip
+from components.media.pictures import Limits
+
+
+def peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+
+content = sys.stdin.buffer.read()
+before = peak()
+try:
+    decode_clip(content, "clip", Limits(pixels=1_000_000))
+except InputError:
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read as Linux tells it")
+def test_a_stream_larger_than_its_track_claims_takes_no_memory() -> None:
+    """16 megapixels where a million are allowed: neither reading the header nor the first frame decodes them."""
+    large = mp4([np.zeros((4_000, 4_000, 3), np.uint8)], "libvpx-vp9")
+    position = large.index(b"vp09") + 28
+    lying = large[:position] + struct.pack(">HH", 64, 48) + large[position + 4 :]
+    measured = subprocess.run([sys.executable, "-c", _MEASURE], input=lying, cwd=ROOT, capture_output=True, check=True)
+    assert int(measured.stdout) < 12 << 20
+
+
+def test_what_an_edit_list_cuts_off_is_not_shown() -> None:
+    content = bytearray(CLIPS["h264"])
+    edit = content.index(b"elst") + 12
+    _, start = struct.unpack_from(">Ii", content, edit)
+    struct.pack_into(">i", content, edit + 4, start + 10 * 1_024)  # 1,024 units of the media a frame
+    frames = decode_clip(bytes(content), "clip", Limits(frames=5))
+    assert numbers(frames) == [10, 15, 20, 25, 30]
+    assert [frame.seconds for frame in frames] == pytest.approx([0, 0.5, 1, 1.5, 2])
+
+
+def test_a_clip_cut_short_behind_its_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fast.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream: Any = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for frame in ARRAYS:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert numbers(decode_clip(content, "clip", Limits(frames=2))) == [0, 30]
+    for cut, reason in ((60, "28 frames of 31 in its index; is the clip complete"), (20, "not a readable MP4 file")):
+        with pytest.raises(InputError, match=f"^clip: {reason}"):
+            decode_clip(content[:-cut], "clip")
 
 
 def test_a_duration_in_the_header_is_not_believed() -> None:

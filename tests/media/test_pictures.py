@@ -116,6 +116,14 @@ def test_an_animation_as_a_picture_is_its_first_frame() -> None:
         np.testing.assert_array_equal(first, pixels_of(written(images[:1], format_, **options)))
 
 
+def test_a_damaged_animation_of_a_png_is_its_still_picture() -> None:
+    """Pillow warns of one, and a warning is no answer to whoever sent the file."""
+    still = written([PHOTO], "PNG")
+    body = b"acTL" + struct.pack(">II", 0, 0)
+    chunk = struct.pack(">I", 8) + body + struct.pack(">I", zlib.crc32(body))
+    np.testing.assert_array_equal(pixels_of(still[:33] + chunk + still[33:]), np.asarray(PHOTO))
+
+
 def test_a_file_is_what_its_content_says_whatever_its_name() -> None:
     assert decode_picture(written([PHOTO], "PNG"), "photo.jpg").pixels.shape == (45, 60, 3)
 

@@ -54,6 +54,15 @@ def test_different_pictures_of_one_set_are_not(images: list[Image.Image]) -> Non
     assert all(index.near(7, thumbnails([picture(image)])) for image in images)
 
 
+def test_a_small_thing_elsewhere_is_another_picture() -> None:
+    """As in frames of a clip in which little moves: on average they differ by less than copies do."""
+    frames = np.zeros((2, 64, 64, 3), np.uint8)
+    frames[0, 4:8, 4:8] = frames[1, 40:44, 8:12] = 200
+    first, second = thumbnails([Picture(frames[0])]), thumbnails([Picture(frames[1])])
+    assert np.abs(first.astype(int) - second).mean() < 2
+    assert not near_duplicates(first, second)
+
+
 def test_pictures_are_compared_by_key_number_and_order() -> None:
     index, (first, second) = PictureIndex(), [picture(image) for image in SHAPES[:2]]
     index.add(1, thumbnails([first, second]))
