@@ -22,11 +22,15 @@ VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict[str, Any]:
     """The record of one completion with `version`: the answering model's run, commit, data and checks.
 
+    `pictures` are those of the request, each with the endpoint's path of its file.
+
     Raises: UnknownCompletion.
     """
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
-    return {**record, "version": {**(metadata(record["model"]) or {}), "name": name, "version": version}}
+    pictures = [{**picture, "path": f"/v1/pictures/{picture['digest']}"} for picture in store.pictures_of(record["id"])]
+    about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
+    return {**record, "pictures": pictures, "version": about}
 
 
 def registry_metadata(home: Path) -> VersionMetadata:
