@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, func, select
 
 from components.config.errors import InputError
+from components.datasets.formats import batched
 from components.feedback.database import Database
 from components.feedback.tables import PICTURES, REQUEST_PICTURES
 from components.media.pictures import IMAGE, Picture
@@ -70,7 +71,7 @@ class Pictures(Database):
     def known_pictures(self, digests: Collection[str]) -> set[str]:
         """Those of the digests whose picture is stored."""
         with self._read() as connection:
-            return _known(connection, digests)
+            return {known for group in batched(digests, 500) for known in _known(connection, group)}
 
     def _add_pictures(self, connection: Connection, completion_id: str, pictures: Iterable[PictureFile]) -> None:
         """Store the pictures of a request that is in this transaction; those stored before are only referred to."""
