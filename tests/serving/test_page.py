@@ -6,15 +6,13 @@ import asyncio
 import math
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from components.config.params import load_params
@@ -27,7 +25,7 @@ from serving.http.page_files import POLICY
 from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
-from serving.server import listen
+from tests.serving.listening import listening
 
 pytestmark = pytest.mark.platform
 
@@ -138,17 +136,6 @@ class Site:
     serving: Serving
     pace: TokenBucket
     app: Any
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
