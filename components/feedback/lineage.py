@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config.paths import TRAINED_ON_FILE
+from components.feedback.pictures import marked_content
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
 
@@ -28,9 +29,16 @@ def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict
     """
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
-    pictures = [{**picture, "path": f"/v1/pictures/{picture['digest']}"} for picture in store.pictures_of(record["id"])]
     about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
-    return {**record, "pictures": pictures, "version": about}
+    return {**record, "pictures": _pictures(store, record), "version": about}
+
+
+def _pictures(store: Store, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pictures of a record, in the order in which they were shown."""
+    stored = {picture["digest"]: picture for picture in store.pictures_of(record["id"])}
+    messages = record["request"].get("messages") or [] if stored else []
+    shown = [digest for message in messages for digest in marked_content(message.get("content"))[1]]
+    return [{**stored[digest], "path": f"/v1/pictures/{digest}"} for digest in dict.fromkeys(shown) if digest in stored]
 
 
 def registry_metadata(home: Path) -> VersionMetadata:

@@ -43,6 +43,8 @@ from serving.http.gateway import GatewayMiddleware
 from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
+from tests.serving.browsing import browser as browser
+from tests.serving.browsing import visit as visit
 
 ROOT = SCALES_FILE.parents[2]
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
