@@ -104,19 +104,29 @@ def clip_reference(text: str, frames: Iterable[tuple[float, str]]) -> dict[str, 
 def marked_content(content: str | Sequence[Mapping[str, Any]] | None) -> tuple[str, list[str]]:
     """Recorded content as text with a mark where a picture stands, and the pictures' digests.
 
-    A mark that a person typed is broken, also across parts, so that marks and digests are as many.
+    Pictures and clips are on lines of their own, as datasets of kind `images` have them. A mark that a person typed is
+    broken, also across parts, so that marks and digests are as many.
     """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
-    text, typed, digests = "", "", list[str]()
+    pieces, typed, digests = list[str](), "", list[str]()
     for part in parts:
         marks, names = _media(part)
-        if not names:
+        if names:
+            pieces += [without_marks(typed), marks]
+            typed = ""
+            digests += names
+        else:
             typed += str(part.get("text") or part.get("refusal") or "")
-            continue
-        text += without_marks(typed) + marks
-        typed = ""
-        digests += names
-    return text + without_marks(typed), digests
+    return _on_lines([*pieces, without_marks(typed)]), digests
+
+
+def _on_lines(pieces: Iterable[str]) -> str:
+    """Pieces that are not empty, each beginning on a new line."""
+    text = ""
+    for piece in filter(None, pieces):
+        begins = not text or text.endswith("\n") or piece.startswith("\n")
+        text += piece if begins else f"\n{piece}"
+    return text
 
 
 def without_marks(text: str) -> str:

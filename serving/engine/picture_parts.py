@@ -19,7 +19,7 @@ def with_picture_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     parts = [_text(first)]
     for picture, text in zip(pictures, texts, strict=True):
         parts += [_image(picture), _text(text)]
-    return {**plain, "content": [part for part in parts if part.get("text") != ""]}
+    return {**plain, "content": [part for part in parts if part.get("text", IMAGE).strip()]}
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
@@ -25,6 +26,9 @@ from serving.http.errors import ApiError
 from serving.http.fetching import Hosts, fetch
 from serving.http.schemas import Message
 
+logger = logging.getLogger("loopwright.media")
+
+T = TypeVar("T")
 Place = tuple[int, int]
 """The number of a message, and the index of a part of its content."""
 DECODERS = 2
@@ -158,15 +162,27 @@ def _read_part(part: MediaPart, file: str | bytes, param: str) -> tuple[dict[str
     """
     kind = "image" if isinstance(part, ImagePart) else "video"
     content = file if isinstance(file, bytes) else _data(file, param, kind)
+    if isinstance(part, VideoPart):
+        frames = _decoded(decode_clip, content, param, kind)
+        named = [(frame.seconds, frame.picture.digest) for frame in frames]
+        return clip_reference(clip_content(frames), named), [frame.picture for frame in frames]
+    picture = _decoded(decode_picture, content, param, kind)
+    return reference(picture.digest), [picture]
+
+
+def _decoded(decode: Callable[[bytes, str], T], content: bytes, param: str, kind: str) -> T:
+    """What a decoder reads in bytes that anyone may have sent; its every failure is the sender's.
+
+    Raises: ApiError.
+    """
+    code = f"invalid_{kind}"
     try:
-        if isinstance(part, VideoPart):
-            frames = decode_clip(content, param)
-            named = [(frame.seconds, frame.picture.digest) for frame in frames]
-            return clip_reference(clip_content(frames), named), [frame.picture for frame in frames]
-        picture = decode_picture(content, param)
-        return reference(picture.digest), [picture]
+        return decode(content, param)
     except InputError as error:
-        raise ApiError(400, str(error), f"invalid_{kind}", param) from None
+        raise ApiError(400, str(error), code, param) from None
+    except Exception:
+        logger.exception("%s: a decoder failed otherwise than by refusing its input", param)
+        raise ApiError(400, f"{param}: damaged, or of a format that is not supported", code, param) from None
 
 
 def _data(url: str, param: str, kind: str) -> bytes:

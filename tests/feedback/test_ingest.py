@@ -139,7 +139,7 @@ def test_an_item_has_its_pictures_and_the_folder_each_once(store: Store, tmp_pat
     seen(store, 2, [one], "", "?", correction="A cat.")
     ingest(store, folder, CONFIG, passes)
     first, second = read_items(folder)
-    assert first.messages[0]["content"] == f"Is {IMAGE} an <image > like {IMAGE}?"
+    assert first.messages[0]["content"] == f"Is \n{IMAGE}\n an <image > like \n{IMAGE}\n?"
     assert (first.images, second.images) == ([two.digest, one.digest], [one.digest])
     assert (first.answer, first.correction) == ("A <image >.", "No <image >.")
     assert pq.read_metadata(folder / "pictures-000000001-000000002.parquet").num_rows == 2
@@ -166,7 +166,7 @@ def test_a_secret_before_a_picture_takes_no_mark_with_it(store: Store, tmp_path:
     seen(store, 1, [picture(1)], "password: hunter2x!", "?", correction="A cat.")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     (item,) = read_items(tmp_path / "feedback")
-    assert item.messages[0]["content"] == f"password: <SECRET>{IMAGE}?"
+    assert item.messages[0]["content"] == f"password: <SECRET>\n{IMAGE}\n?"
 
 
 def test_an_item_without_its_picture_is_quarantined(store: Store, tmp_path: Path) -> None:

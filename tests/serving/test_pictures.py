@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import random
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -89,7 +92,7 @@ def test_marks_stand_where_the_pictures_do_and_typed_marks_are_broken(seeing: An
     history = [{"role": "user", "content": f"A {IMAGE}"}, {"role": "assistant", "content": "Yes."}]
     answer(seeing.post({"messages": [*history, {"role": "user", "content": content}]}))
     *earlier, message = last_request(seeing).messages
-    assert message["content"] == f"<image > is {IMAGE}or {IMAGE}?"
+    assert message["content"] == f"<image > is \n{IMAGE}\nor \n{IMAGE}\n?"
     assert [each.digest for each in message["images"]] == [digest(first), digest(second)]
     assert [(each["content"], each.get("images")) for each in earlier] == [(f"A {IMAGE}", None), ("Yes.", None)]
 
@@ -97,7 +100,7 @@ def test_marks_stand_where_the_pictures_do_and_typed_marks_are_broken(seeing: An
 def test_a_clip_is_its_frames_each_after_its_time(seeing: Any) -> None:
     answer(seeing.ask([video(clip_file(3, 500)), text("What moves?")]))
     (message,) = last_request(seeing).messages
-    assert message["content"] == f"0.0 s {IMAGE} 0.5 s {IMAGE} 1.0 s {IMAGE}What moves?"
+    assert message["content"] == f"0.0 s {IMAGE} 0.5 s {IMAGE} 1.0 s {IMAGE}\nWhat moves?"
     assert [np.array_equal(each.pixels, pixels(16, 8, seed)) for seed, each in enumerate(message["images"])] == [
         True
     ] * 3
@@ -162,9 +165,9 @@ def url_part(url: Any) -> dict[str, Any]:
         (url_part("data:image/png;base64,"), "invalid_image", "no data"),
         (url_part("data:image/png;base64,a"), "invalid_base64_image", "its data is not base64"),
         (url_part("data:image/png;base64,\N{SNOWMAN}"), "invalid_base64_image", "its data is not base64"),
-        (image(b"nothing"), "invalid_image", "not a readable picture"),
-        (image(picture_file()[:40]), "invalid_image", "not a readable picture"),
-        (video(b"nothing"), "invalid_video", "not a readable clip"),
+        (image(b"nothing"), "invalid_image", ""),
+        (image(picture_file()[:40]), "invalid_image", ""),
+        (video(b"nothing"), "invalid_video", ""),
         (url_part(""), "invalid_image_url", "not fetched from here; send a data URL"),
         (url_part("file:///etc/passwd"), "invalid_image_url", "file scheme: not fetched from here"),
         (url_part("http://"), "invalid_image_url", "not fetched from here"),
@@ -297,10 +300,47 @@ def test_a_name_that_leads_to_a_private_address_is_refused(
 
 def test_another_server_gets_pictures_as_openais_parts() -> None:
     picture = Picture(pixels(4, 4, 0))
-    message = {"role": "user", "content": f"{IMAGE}a {IMAGE}", "images": [picture, picture], "name": "me"}
+    message = {"role": "user", "content": f"{IMAGE}\na\n{IMAGE}", "images": [picture, picture], "name": "me"}
     parts = with_picture_parts(message)["content"]
     assert [part["type"] for part in parts] == ["image_url", "text", "image_url"]
+    assert parts[1]["text"].strip() == "a"
     content = base64.b64decode(parts[0]["image_url"]["url"].partition(",")[2])
     assert decode_picture(content, "part").digest == picture.digest
     plain = {"role": "user", "content": f"typed {IMAGE}"}
     assert with_picture_parts(plain) == plain
+
+
+def damaged(chance: random.Random) -> dict[str, Any]:
+    """A picture or clip part with a part of its file, its URL or its shape replaced."""
+    content = bytearray(chance.choice([picture_file(form="PNG"), picture_file(form="GIF"), picture_file(form="JPEG")]))
+    kind = chance.choice([image, video])
+    if kind is video:
+        content = bytearray(clip_file(form=chance.choice(["GIF", "WEBP"])))
+    for _ in range(chance.randint(0, 4)):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    part = kind(bytes(content[: chance.choice([len(content), chance.randrange(len(content))])]))
+    holder = part[part["type"]]
+    if chance.random() < 0.3:
+        url = holder["url"]
+        at = chance.randrange(min(len(url), 40))
+        holder["url"] = (
+            url[:at] + chance.choice(["", ",", ";", "%", "\0", "=", "\N{SNOWMAN}", "http://"]) + url[at + 1 :]
+        )
+    if chance.random() < 0.1:
+        part[part["type"]] = chance.choice([None, "", [], {}, {"url": None}, {"url": []}, 5])
+    return part
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_no_damaged_picture_breaks_the_endpoint(seeing: Any, seed: int) -> None:
+    """LOOPWRIGHT_TEST_CASES says how many are sent; the suite sends few."""
+    chance = random.Random(seed)
+    statuses: Counter[int] = Counter()
+    for _ in range(int(os.environ.get("LOOPWRIGHT_TEST_CASES", "100"))):
+        parts = [damaged(chance), text("What?")]
+        response = seeing.ask(parts)
+        statuses[response.status_code] += 1
+        assert response.status_code in (200, 400), (parts, response.text)
+        if response.status_code == 400:
+            assert refusal(response)[0].startswith("messages[0].content[0]")
+    assert min(statuses[200], statuses[400]) > 5
