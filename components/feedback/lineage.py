@@ -38,7 +38,8 @@ def _pictures(store: Store, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     stored = {picture["digest"]: picture for picture in store.pictures_of(record["id"])}
     messages = record["request"].get("messages") or [] if stored else []
     shown = [digest for message in messages for digest in marked_content(message.get("content"))[1]]
-    return [{**stored[digest], "path": f"/v1/pictures/{digest}"} for digest in dict.fromkeys(shown) if digest in stored]
+    path = f"/v1/pictures/{record['id']}"
+    return [{**stored[digest], "path": f"{path}/{digest}"} for digest in dict.fromkeys(shown) if digest in stored]
 
 
 def registry_metadata(home: Path) -> VersionMetadata:

@@ -48,14 +48,19 @@ class PictureFile:
 class Pictures(Database):
     """The part of the store that has the pictures."""
 
-    def picture(self, digest: str) -> bytes:
-        """The PNG file of a picture.
+    def picture(self, digest: str, completion_id: str | None = None) -> bytes:
+        """The PNG file of a picture: of that completion's request, or of any.
 
         Raises: UnknownPicture.
         """
-        content = self._scalar(select(PICTURES.c.content).where(PICTURES.c.digest == digest))
+        statement = select(PICTURES.c.content).where(PICTURES.c.digest == digest)
+        if completion_id is not None:
+            # Who has a picture could else ask whether anybody sent it.
+            request = REQUEST_PICTURES.c.request_id == completion_id.replace("\0", "")
+            statement = statement.where(PICTURES.c.digest.in_(select(REQUEST_PICTURES.c.digest).where(request)))
+        content = self._scalar(statement)
         if content is None:
-            raise UnknownPicture(f"{digest}: no such picture in {self.address}")
+            raise UnknownPicture(f"{digest}: no such picture in {completion_id or self.address}")
         return bytes(content)
 
     def pictures_of(self, completion_id: str) -> list[dict[str, Any]]:

@@ -102,13 +102,14 @@ async def completion_lineage(completion_id: str, serving: Running) -> dict[str, 
     return await run_in_threadpool(lineage, serving.store, completion_id, serving.version_metadata)
 
 
-@router.get("/v1/pictures/{digest}", response_class=Response, responses={200: {"content": {PNG: {}}}})
+@router.get("/v1/pictures/{completion_id}/{digest}", response_class=Response, responses={200: {"content": {PNG: {}}}})
 async def picture(
+    completion_id: str,
     digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="A digest of the lineage's `pictures`.")],
     serving: Running,
 ) -> Response:
     """A picture of a recorded request, as a PNG file without metadata."""
-    content = await run_in_threadpool(serving.store.picture, digest)
+    content = await run_in_threadpool(serving.store.picture, digest, completion_id)
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     return Response(content, media_type=PNG, headers=headers)
 

@@ -159,7 +159,9 @@ def test_a_trace_names_the_pictures(seeing: Any, shown: dict[str, Path], capsys:
     report = seeing.client.get(f"/v1/lineage/{completion}").json()
     lines = list(trace_lines(report))
     red = next(each for each in report["pictures"] if each["bytes"])
-    assert f"{red['digest']}  8 x 6, {red['bytes']} bytes, /v1/pictures/{red['digest']}" in "\n".join(lines)
+    assert f"{red['digest']}  8 x 6, {red['bytes']} bytes, /v1/pictures/{completion}/{red['digest']}" in "\n".join(
+        lines
+    )
     (question,) = [line for line in lines if line.startswith("user")]
     assert question.count("[picture ") == 1
     assert "[clip 0.0 s " in question

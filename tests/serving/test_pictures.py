@@ -130,10 +130,14 @@ def test_the_record_has_digests_and_each_picture_once(seeing: Any, stream: bool)
     assert decode_picture(stored.content, "stored").digest == digest(content)
 
 
-def test_an_unknown_picture_is_not_found(seeing: Any) -> None:
-    response = seeing.client.get(f"/v1/pictures/{'0' * 64}")
-    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
-    assert seeing.client.get("/v1/pictures/..").status_code in (400, 404)
+def test_a_picture_is_found_by_the_answer_about_it_alone(seeing: Any) -> None:
+    content = picture_file(seed=11)
+    sent, other = (seeing.ask([image(each)]).json()["id"] for each in (content, picture_file(seed=12)))
+    assert seeing.client.get(f"/v1/pictures/{sent}/{digest(content)}").status_code == 200
+    for path in (f"{other}/{digest(content)}", f"{sent}/{'0' * 64}", f"%00/{'0' * 64}"):
+        response = seeing.client.get(f"/v1/pictures/{path}")
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
+    assert seeing.client.get(f"/v1/pictures/{sent}/x").status_code == 400
 
 
 def test_a_lineage_without_pictures_says_so(local: Any) -> None:
