@@ -163,10 +163,10 @@ def test_votes_on_the_same_words_about_other_pictures_are_no_duplicates(store: S
 
 
 def test_a_secret_before_a_picture_takes_no_mark_with_it(store: Store, tmp_path: Path) -> None:
-    seen(store, 1, [picture(1)], "password: hunter2x!", "?", correction="A cat.")
+    seen(store, 1, [picture(1)], "-----BEGIN PRIVATE KEY-----abcdef", "?", correction="A cat.")
     ingest(store, tmp_path / "feedback", CONFIG, passes)
     (item,) = read_items(tmp_path / "feedback")
-    assert item.messages[0]["content"] == f"password: <SECRET>\n{IMAGE}\n?"
+    assert item.messages[0]["content"] == f"<SECRET>{IMAGE}\n?"
 
 
 def test_an_item_without_its_picture_is_quarantined(store: Store, tmp_path: Path) -> None:
