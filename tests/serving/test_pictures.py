@@ -229,6 +229,32 @@ def test_pictures_of_a_request_are_limited(agent_folder: Path, tmp_path: Path, s
             assert message == "messages: 4 pictures; send at most 3 (serve.max_pictures)"
 
 
+def test_pixels_of_a_request_are_limited(seeing: Any) -> None:
+    file = io.BytesIO()
+    Image.new("1", (4096, 4096)).save(file, "PNG")
+    param, code, message = refusal(seeing.ask([image(file.getvalue())] * 2))
+    assert (param, code) == ("messages", "image_too_large")
+    assert message == "messages: 33554432 pixels in its pictures; send at most 32000000"
+
+
+def test_requests_that_are_read_at_once_are_limited(
+    agent_folder: Path, tmp_path: Path, seeing_app: Any, files: str
+) -> None:
+    with seeing_app(agent_folder, tmp_path, allowed_image_hosts=[files], max_running=1) as app:
+        answers: list[Any] = []
+        slow = threading.Thread(target=lambda: answers.append(app.ask([url_part(f"http://{files}/slow")])))
+        slow.start()
+        assert Files.reached.wait(60)
+        full = app.ask([image(picture_file())])
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
+        assert full.headers["Retry-After"] == "1"
+        assert answer(app.ask("Without")) == "no picture"
+        Files.released.set()
+        slow.join()
+        assert answer(answers[0]).startswith("11x2 ")
+        assert answer(app.ask([image(picture_file())])).startswith("5x3 ")
+
+
 def test_bodies_with_pictures_may_be_larger_where_a_model_sees(local: Any, seeing: Any) -> None:
     large = picture_file(700, 700, form="PNG")
     assert len(large) > local.serving.config.max_body_bytes
@@ -243,6 +269,8 @@ class Files(BaseHTTPRequestHandler):
 
     content: ClassVar[bytes] = picture_file(11, 2)
     hosts: ClassVar[list[str]] = []
+    reached: ClassVar[threading.Event] = threading.Event()
+    released: ClassVar[threading.Event] = threading.Event()
 
     def do_GET(self) -> None:
         self.hosts.append(self.headers["Host"])
@@ -252,6 +280,10 @@ class Files(BaseHTTPRequestHandler):
             self.answer(302, b"", ("Location", "/loop"))
         elif self.path == "/away":
             self.answer(302, b"", ("Location", "http://localhost:1/a.png"))
+        elif self.path == "/slow":
+            self.reached.set()
+            self.released.wait(60)
+            self.answer(200, self.content)
         else:
             self.answer(200 if self.path == "/a.png" else 404, self.content)
 
