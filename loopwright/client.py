@@ -7,16 +7,19 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
+from loopwright.attachments import message_content
 from loopwright.output import Json, print_json, print_table, say
 
 Messages = list[dict[str, Any]]
 ADDRESS = "http://127.0.0.1:3000"
+ATTACH = "/image"
 SHOWN = 5
 """Labels of each text in the table; `--json` has all."""
 WIDTH = 60
@@ -27,6 +30,9 @@ ModelName = Annotated[str, typer.Option(metavar="NAME@ALIAS|NAME/VERSION", help=
 
 def chat(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; without it, a conversation begins.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture or clip to ask about; may be repeated.")
+    ] = None,
     url: Url = ADDRESS,
     model: ModelName = "agent@champion",
     as_json: Json = False,
@@ -34,19 +40,22 @@ def chat(
     """Talk to the endpoint, or to the registered agent in this process where none runs; Ctrl-C stops a reply."""
     if as_json and prompt is None:
         raise InputError("--json: needs a PROMPT; give one, or leave --json out")
+    files = list(image or ())
+    messages: Messages = [{"role": "user", "content": message_content(prompt or "", files)}]
     with endpoint(url, model) as address:
         if prompt is None:
-            _converse(address)
+            _converse(address, files)
         elif as_json:
-            body = {"messages": [{"role": "user", "content": prompt}]}
-            print_json(post(f"{address}/v1/chat/completions", body))
+            print_json(post(f"{address}/v1/chat/completions", {"messages": messages}))
         else:
-            _print_streamed(address, [{"role": "user", "content": prompt}])
+            _print_streamed(address, messages)
 
 
-def _converse(address: str) -> None:
-    """Read prompts and print answers until the user ends the conversation."""
-    say("Ctrl-C stops a reply, Ctrl-D ends the conversation")
+def _converse(address: str, files: list[Path]) -> None:
+    """Read prompts and print answers until the user ends the conversation; `files` go with the first prompt."""
+    say(
+        "Ctrl-C stops a reply, Ctrl-D ends the conversation, /image FILE shows a picture or clip with the next question"
+    )
     messages: Messages = []
     while True:
         try:
@@ -54,13 +63,34 @@ def _converse(address: str) -> None:
         except (EOFError, KeyboardInterrupt):
             say("")
             return
-        if question:
-            messages.append({"role": "user", "content": question})
-            try:
-                messages.append({"role": "assistant", "content": _answer_within_context(address, messages)})
-            except InputError as error:
-                messages.pop()
-                say(str(error))
+        command, _, argument = question.partition(" ")
+        try:
+            if command == ATTACH:
+                files.append(_readable(argument))
+            elif question:
+                shown, files = files, []
+                _ask(address, messages, message_content(question, shown))
+        except InputError as error:
+            say(str(error))
+
+
+def _readable(argument: str) -> Path:
+    """Raises: InputError when the argument of `/image` is no file."""
+    path = Path(argument.strip()).expanduser()
+    if not path.is_file():
+        raise InputError(f"{ATTACH}: {argument.strip()!r} is not a file; give the path of a picture or clip")
+    say(f"{path.name} goes with the next question")
+    return path
+
+
+def _ask(address: str, messages: Messages, content: Any) -> None:
+    """Add a question and its answer to a conversation, or neither when it is refused."""
+    messages.append({"role": "user", "content": content})
+    try:
+        messages.append({"role": "assistant", "content": _answer_within_context(address, messages)})
+    except InputError:
+        messages.pop()
+        raise
 
 
 def _answer_within_context(address: str, messages: Messages) -> str:

@@ -31,15 +31,17 @@ def trace(
     if as_json:
         print_json(report)
     else:
-        for line in _lines(report):
+        for line in trace_lines(report):
             print(line)
 
 
-def _lines(report: Mapping[str, Any]) -> list[str]:
+def trace_lines(report: Mapping[str, Any]) -> list[str]:
+    """The lineage of an answer, as `loopwright trace` prints it."""
     return [
         _row("completion", report["id"]),
         _row("time", datetime.fromtimestamp(report["created"]).astimezone().isoformat(" ", "seconds")),
         *(_row(message["role"], _text(message)) for message in report["request"]["messages"]),
+        *_picture_lines(report["pictures"]),
         *_answer_lines(report["answer"]),
         *_vote_lines(report["feedback"]),
         *_version_lines(report["version"]),
@@ -53,11 +55,31 @@ def _row(name: str, value: Any) -> str:
 def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     if isinstance(content, list):
-        content = " ".join(part.get("text", "") for part in content)
+        content = " ".join(part.get("text") or _media(part) for part in content)
     calls = [
         f"→ {call['function']['name']} {call['function']['arguments']}" for call in message.get("tool_calls") or []
     ]
     return " ".join([content, *calls]).strip()
+
+
+def _media(part: Mapping[str, Any]) -> str:
+    """A picture of a message by the beginning of its digest, a clip by those of its frames."""
+    media = part.get(part["type"])
+    if not isinstance(media, Mapping):
+        return ""
+    frames = [f"{frame['seconds']:.1f} s {_short(frame['url'])}" for frame in media.get("frames", ())]
+    return f"[clip {', '.join(frames)}]" if frames else f"[picture {_short(media.get('url') or '')}]"
+
+
+def _short(url: str) -> str:
+    return url.rpartition(":")[2][:WIDTH]
+
+
+def _picture_lines(pictures: list[Mapping[str, Any]]) -> list[str]:
+    return [
+        _row("picture", f"{each['digest']}  {each['width']} x {each['height']}, {each['bytes']} bytes, {each['path']}")
+        for each in pictures
+    ]
 
 
 def _answer_lines(answer: Mapping[str, Any] | None) -> list[str]:

@@ -110,10 +110,19 @@ class ServeConfig(Section):
     """Address of that server, including `/v1`; its API key, if any, is in `LOOPWRIGHT_BACKEND_KEY`."""
     backend_model: str | None
     """Name of the model on that server; of the base where a version is an adapter, which is loaded there."""
+    backend_sees_pictures: bool
+    """Whether that model reads pictures (`image_url` parts)."""
     adapter_root: str | None
     """Path at which that server sees the state folder, to load adapters from it; null: the path that it has here."""
     max_body_bytes: int = Field(ge=1024)
     """Larger request bodies are answered with 413."""
+    max_picture_body_bytes: int = Field(ge=1024)
+    """That limit for chats while a model that sees pictures is served, and of a file that is fetched for one."""
+    max_pictures: int = Field(ge=1)
+    """Pictures of one request, the frames of its clips included; more are answered with 400."""
+    allowed_image_hosts: list[str]
+    """Hosts, `name` or `name:port`, from which pictures of a request are fetched; a private address only where an
+    address, or `localhost`, is named. Others are answered with 400."""
     max_new_tokens: int = Field(ge=1)
     """Tokens per model turn where the request sets no limit."""
     max_steps: int = Field(ge=1)

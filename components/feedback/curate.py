@@ -14,8 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ import numpy as np
 
 from components.config.params import InputError
 from components.config.paths import CURATED, REVOKED
-from components.datasets.formats import DatasetWriter, Row, Split, read_info, read_rows, write_json
-from components.feedback.items import Item, answered, prompt_key, read_items, skill_of
+from components.datasets.formats import DatasetWriter, Row, Split, batched, read_info, read_rows, write_json
+from components.feedback.items import Item, answered, prompt_key, read_items, read_pictures, skill_of
+from components.media.pictures import decode_picture, with_pictures
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
@@ -35,6 +36,10 @@ from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 FEEDBACK = "feedback"
 """The name in `align.dataset` for user feedback; any other is an added dataset."""
+HAVE_PICTURES = "have pictures, which rows of text tokens cannot hold"
+"""Why items are set aside."""
+EXAMPLES_IN_MEMORY = 64
+"""Examples whose pictures are read at a time."""
 MAX_REPEATS = 40
 """Repetitions of a demonstration at most, however few there are."""
 
@@ -49,6 +54,8 @@ class TrainingExample:
     skill: str
     demonstration: Row | None
     preference: Row | None
+    images: Sequence[str] = ()
+    """Digests of the prompt's pictures."""
 
 
 def curate(run: StageRun) -> None:
@@ -67,13 +74,20 @@ def curate(run: StageRun) -> None:
     # Withdrawn items keep their position, so that no other prompt changes sides.
     held_out = hold_out(collected, run.params.curate.held_out_share, run.params.seed)
     run.paths.curated.mkdir(parents=True, exist_ok=True)
-    train = [example for example in examples if example.key not in held_out]
-    test = [example for example in examples if example.key in held_out]
+    pictured = [example for example in examples if example.images]
+    texts = [example for example in examples if not example.images]
+    if not texts:
+        raise InputError(f"{run.paths.feedback}: all {len(pictured)} items {HAVE_PICTURES}; collect feedback on texts")
+    train = [example for example in texts if example.key not in held_out]
+    test = [example for example in texts if example.key in held_out]
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
     tokenizer = load_chat_tokenizer(run.paths.start)
     counts = _write_rows(run, tokenizer, train, {name for name, counts in skills.items() if counts["overruled"]})
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
+    if pictured:
+        report["set_aside"] = {HAVE_PICTURES: sorted(example.id for example in pictured)}
+        counts |= {"set_aside": len(pictured)}
     write_json(run.paths.curated / CURATED, report)
     write_json(run.paths.metrics / "curate.json", {"train": len(train), "held_out": len(test), **counts})
     run.tracker.metrics({"train": float(len(train)), "held_out": float(len(test))})
@@ -129,7 +143,25 @@ def training_example_of(item: Item) -> TrainingExample:
         preference = {"prompt": list(item.messages), "chosen": chosen, "rejected": rejected}
     if preference is not None:
         preference |= {"id": item.feedback_id, "tools": tools}
-    return TrainingExample(item.feedback_id, prompt_key(item.messages), item.skill, demonstration, preference)
+    key = prompt_key(item.messages, item.images)
+    return TrainingExample(item.feedback_id, key, item.skill, demonstration, preference, item.images)
+
+
+def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> Iterator[TrainingExample]:
+    """Examples of `data/feedback` whose messages have their pictures (`Picture`) in `images`.
+
+    Raises: InputError when the folder lacks a picture.
+    """
+    for group in batched(examples, EXAMPLES_IN_MEMORY):
+        files = read_pictures(folder, {image for example in group for image in example.images})
+        for example in group:
+            pictures = [decode_picture(files[image], f"{folder}: {image}") for image in example.images]
+            demonstration, preference = example.demonstration, example.preference
+            if demonstration is not None:
+                demonstration = {**demonstration, "messages": with_pictures(demonstration["messages"], pictures)}
+            if preference is not None:
+                preference = {**preference, "prompt": with_pictures(preference["prompt"], pictures)}
+            yield replace(example, demonstration=demonstration, preference=preference)
 
 
 def _write_datasets(folder: Path, train: Sequence[TrainingExample], test: Sequence[TrainingExample]) -> None:

@@ -35,7 +35,7 @@ from components.config.paths import disk_trouble
 
 BUSY_SECONDS = 30.0
 """Default time that a write waits for another process's write."""
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in migrations/."""
 FIRST = "0001"
 """The revision of a database created before Alembic was used."""

@@ -1,7 +1,7 @@
 """Ingestion: the votes since the watermark become one immutable partition, each vote exactly once.
 
-The file is written and synced first; the transaction that records it with the outcome of every vote completes the
-ingestion. A file without its record was left by a killed run: its votes are still new, and the next run writes them
+The files are written and synced first; the transaction that records it with the outcome of every vote completes the
+ingestion. Files without their record were left by a killed run: its votes are still new, and the next run writes them
 again.
 """
 
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError
 from components.config.paths import REVOKED
-from components.datasets.formats import Row
-from components.feedback.items import SCHEMA
+from components.datasets.formats import Row, batched
+from components.feedback.items import PICTURES_PER_GROUP, PICTURES_SCHEMA, SCHEMA, picture_digests
 from components.feedback.ledger import DAY_SECONDS, Outcome
 from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
@@ -60,6 +60,9 @@ def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> In
     _remove_orphans(store, folder, first)
     items, reasons = check_votes(store, votes, config, gate)
     accepted = [item for item in items if item["feedback_id"] not in reasons]
+    pictures = {image for item in accepted for image in item["images"]} - picture_digests(folder)
+    if pictures:
+        write_pictures(folder / f"pictures-{first:09d}-{last:09d}.parquet", store, sorted(pictures))
     digest = write_partition(folder / f"{name}.parquet", accepted) if accepted else ""
     digests = {item["feedback_id"]: content_digest(item) for item in items}
     outcomes = [
@@ -87,6 +90,10 @@ def check_votes(
     for item in items:
         if item["correction"] is not None and is_nothing_but_masks(item["correction"]):
             reasons[item["feedback_id"]] = "The correction is nothing but a secret"
+    images = {image for item in items for image in item["images"]}
+    for image in images - store.known_pictures(images):
+        lacking = [item["feedback_id"] for item in items if image in item["images"]]
+        reasons |= dict.fromkeys(lacking, "A picture of the request is not stored")
     failed = gate([item_features(item) for item in items]) if items else {}
     for number, reason in failed.items():
         reasons.setdefault(items[number]["feedback_id"], f"Fails: {reason}")
@@ -132,7 +139,7 @@ def clear_orphans(store: Store, folder: Path) -> None:
 
 
 def _remove_orphans(store: Store, folder: Path, first: int) -> None:
-    """Remove what a killed run left: an incomplete file, or a complete one whose ingestion was not recorded."""
+    """Remove what a killed run left: incomplete files, and complete ones whose ingestion was not recorded."""
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()
     for orphan in folder.glob(f"items-{first:09d}-*.parquet"):
@@ -143,6 +150,8 @@ def _remove_orphans(store: Store, folder: Path, first: int) -> None:
                 "set LOOPWRIGHT_DATABASE_URL to theirs, or move the folder away"
             )
         orphan.unlink()
+    for pictures in folder.glob(f"pictures-{first:09d}-*.parquet"):
+        pictures.unlink()
 
 
 def write_partition(path: Path, items: Sequence[Row]) -> str:
@@ -154,11 +163,27 @@ def write_partition(path: Path, items: Sequence[Row]) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def write_pictures(path: Path, store: Store, digests: Sequence[str]) -> None:
+    """Write the files of pictures atomically and durably, a few in memory at a time."""
+
+    def write(file: IO[bytes]) -> None:
+        with pq.ParquetWriter(file, PICTURES_SCHEMA, compression="none") as writer:
+            for group in batched(digests, PICTURES_PER_GROUP):
+                rows = [{"digest": digest, "content": store.picture(digest)} for digest in group]
+                writer.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA))
+
+    _replace_durably(path, write)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a file atomically; it is on disk when this returns."""
+    _replace_durably(path, lambda file: file.write(content))
+
+
+def _replace_durably(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

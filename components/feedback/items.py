@@ -1,10 +1,14 @@
-"""Feedback items in `data/feedback`: one row per accepted vote, with its request and answer."""
+"""Feedback items in `data/feedback`: one row per accepted vote, with its request and answer.
+
+items-FIRST-LAST.parquet     the items of one ingestion, by the sequence of their votes
+pictures-FIRST-LAST.parquet  the pictures that they are the first to refer to: digest and PNG file
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.config.params import InputError
 from components.datasets.formats import MESSAGES, Row
 
 NO_CALL = "conversation"
@@ -26,6 +31,8 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("created", pa.float64()),
     ("model", pa.string()),
     ("messages", MESSAGES),
+    # Digests of the pictures, in the order of the marks in the messages.
+    ("images", pa.list_(pa.string())),
     ("tools", pa.string()),
     ("steps", pa.string()),
     ("answer", pa.string()),
@@ -35,8 +42,14 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("voice", pa.string()),
     ("skill", pa.string()),
 ]
+PICTURES_GLOB = "pictures-*.parquet"
+PICTURES_PER_GROUP = 64
+"""Pictures in memory at a time while their files are written and read."""
 SCHEMA = pa.schema(_COLUMNS)
 """Columns of a partition."""
+_PICTURE_COLUMNS: list[tuple[str, Any]] = [("digest", pa.string()), ("content", pa.binary())]
+PICTURES_SCHEMA = pa.schema(_PICTURE_COLUMNS)
+"""Columns of its pictures; the content is a PNG file."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,9 @@ class Item:
     model: str
     """`NAME/VERSION` that answered."""
     messages: list[Row]
+    images: list[str]
+    """Digests of the pictures, as many as the messages have marks; none of an item that was ingested before pictures
+    were."""
     tools: str | None
     """The client's tools, JSON."""
     steps: str
@@ -74,7 +90,29 @@ def read_items(folder: Path) -> Iterator[Item]:
         with pq.ParquetFile(partition) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield Item(**row)
+                    yield Item(**{**row, "images": row.get("images") or []})
+
+
+def picture_digests(folder: Path) -> set[str]:
+    """The digests of all pictures in `data/feedback`."""
+    tables = (pq.read_table(file, columns=["digest"]) for file in folder.glob(PICTURES_GLOB))
+    return {str(digest) for table in tables for digest in table["digest"].to_pylist()}
+
+
+def read_pictures(folder: Path, digests: Collection[str]) -> dict[str, bytes]:
+    """The PNG files of pictures, by digest.
+
+    Raises: InputError when one is missing.
+    """
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob(PICTURES_GLOB)):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=PICTURES_PER_GROUP):
+                rows = batch.to_pylist()
+                found |= {row["digest"]: row["content"] for row in rows if row["digest"] in digests}
+    if missing := set(digests) - set(found):
+        raise InputError(f'{folder}: has no picture {min(missing)}; run "dvc checkout {folder}"')
+    return found
 
 
 def answered(item: Item) -> list[Row]:
@@ -103,8 +141,9 @@ def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
     return str(names[-1]) if names else NO_CALL
 
 
-def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Digest of a prompt, ignoring case, whitespace and final punctuation."""
+def prompt_key(messages: Sequence[Mapping[str, Any]], images: Sequence[str] = ()) -> str:
+    """Digest of a prompt and the digests of its pictures, ignoring case, whitespace and final punctuation."""
     texts = [(message["role"], " ".join((message.get("content") or "").lower().split())) for message in messages]
-    normalized = json.dumps([(role, text.rstrip(" ?!.")) for role, text in texts], ensure_ascii=False)
+    stripped: list[Any] = [(role, text.rstrip(" ?!.")) for role, text in texts]
+    normalized = json.dumps([*stripped, *([list(images)] if images else [])], ensure_ascii=False)
     return hashlib.blake2b(normalized.encode(), digest_size=16).hexdigest()

@@ -15,7 +15,17 @@ from sqlalchemy import Connection, and_, case, exists, func, select
 
 from components.config.params import InputError
 from components.feedback.database import Database
-from components.feedback.tables import ANSWERS, FEEDBACK, IMPROVEMENTS, OUTCOMES, PARTITIONS, REQUESTS, REVOCATIONS
+from components.feedback.tables import (
+    ANSWERS,
+    FEEDBACK,
+    IMPROVEMENTS,
+    OUTCOMES,
+    PARTITIONS,
+    PICTURES,
+    REQUEST_PICTURES,
+    REQUESTS,
+    REVOCATIONS,
+)
 
 Status = Literal["accepted", "quarantined"]
 DAY_SECONDS = 86_400.0
@@ -247,14 +257,21 @@ class Ledger(Database):
         )
 
     def forget(self, keep_days: int) -> int:
-        """Delete older requests without feedback, with their answers; returns how many."""
+        """Delete older requests without feedback, with their answers; returns how many.
+
+        A picture goes with the last request that refers to it.
+        """
         old = and_(
             REQUESTS.c.created < time.time() - keep_days * DAY_SECONDS,
             ~exists().where(FEEDBACK.c.completion_id == REQUESTS.c.id),
         )
         with self._write() as connection:
             self._in_turn(connection)
-            connection.execute(ANSWERS.delete().where(ANSWERS.c.request_id.in_(select(REQUESTS.c.id).where(old))))
+            requests = select(REQUESTS.c.id).where(old)
+            connection.execute(ANSWERS.delete().where(ANSWERS.c.request_id.in_(requests)))
+            connection.execute(REQUEST_PICTURES.delete().where(REQUEST_PICTURES.c.request_id.in_(requests)))
+            unreferenced = ~exists().where(REQUEST_PICTURES.c.digest == PICTURES.c.digest)
+            connection.execute(PICTURES.delete().where(unreferenced))
             return int(connection.execute(REQUESTS.delete().where(old)).rowcount)
 
 

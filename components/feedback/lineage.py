@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config.paths import TRAINED_ON_FILE
+from components.feedback.pictures import marked_content
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
 
@@ -22,11 +23,23 @@ VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict[str, Any]:
     """The record of one completion with `version`: the answering model's run, commit, data and checks.
 
+    `pictures` are those of the request, each with the endpoint's path of its file.
+
     Raises: UnknownCompletion.
     """
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
-    return {**record, "version": {**(metadata(record["model"]) or {}), "name": name, "version": version}}
+    about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
+    return {**record, "pictures": _pictures(store, record), "version": about}
+
+
+def _pictures(store: Store, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pictures of a record, in the order in which they were shown."""
+    stored = {picture["digest"]: picture for picture in store.pictures_of(record["id"])}
+    messages = record["request"].get("messages") or [] if stored else []
+    shown = [digest for message in messages for digest in marked_content(message.get("content"))[1]]
+    path = f"/v1/pictures/{record['id']}"
+    return [{**stored[digest], "path": f"{path}/{digest}"} for digest in dict.fromkeys(shown) if digest in stored]
 
 
 def registry_metadata(home: Path) -> VersionMetadata:

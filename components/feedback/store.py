@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from components.config.params import InputError
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger
+from components.feedback.pictures import PictureFile, Pictures
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 
 __all__ = ["AnswerRecord", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
@@ -66,8 +67,8 @@ _REPLACE = (
 )
 
 
-class Store(Ledger, Keys):
-    """Requests, answers, feedback with its status, and API keys in one database.
+class Store(Ledger, Keys, Pictures):
+    """Requests with their pictures, answers, feedback with its status, and API keys in one database.
 
     Every method raises StoreUnavailable when the database is locked for too long, or missing.
     """
@@ -79,24 +80,43 @@ class Store(Ledger, Keys):
             home.mkdir(parents=True, exist_ok=True)
         return cls(url, busy_seconds)
 
-    def add_request(self, completion_id: str, model: str, body: Mapping[str, Any]) -> None:
-        """Record a request and the `NAME/VERSION` that answers it.
+    def add_request(
+        self, completion_id: str, model: str, body: Mapping[str, Any], pictures: Sequence[PictureFile] = ()
+    ) -> None:
+        """Record a request, whose body refers to its pictures, and the `NAME/VERSION` that answers it.
 
         Not synced: nothing is acknowledged before its answer, which syncs both.
         """
         row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
         with self._write(synced=False) as connection:
-            connection.execute(REQUESTS.insert(), row)
+            self._insert_request(connection, row, pictures)
 
     def add_answer(self, completion_id: str, answer: AnswerRecord) -> None:
         self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
     def add_exchange(
-        self, completion_id: str, model: str, body: Mapping[str, Any], created: float, answer: AnswerRecord
+        self,
+        completion_id: str,
+        model: str,
+        body: Mapping[str, Any],
+        created: float,
+        answer: AnswerRecord,
+        pictures: Sequence[PictureFile] = (),
     ) -> None:
         """Record a request, created at a Unix time, with its answer; takes half the time of two calls."""
         row = {"id": completion_id, "created": created, "model": model, "body": dict(body)}
-        self._insert((REQUESTS, row), (ANSWERS, _answer_row(completion_id, answer)))
+        if not pictures:
+            self._insert((REQUESTS, row), (ANSWERS, _answer_row(completion_id, answer)))
+            return
+        with self._write() as connection:
+            self._insert_request(connection, row, pictures)
+            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
+
+    def _insert_request(self, connection: Connection, row: dict[str, Any], pictures: Sequence[PictureFile]) -> None:
+        if pictures:  # `forget` may be about to delete one that no other request refers to
+            self._in_turn(connection)
+        connection.execute(REQUESTS.insert(), row)
+        self._add_pictures(connection, row["id"], pictures)
 
     def add_feedback(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 METADATA = MetaData()
 VOICE_CHARACTERS = 80
@@ -27,6 +27,23 @@ ANSWERS = Table(
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("seconds", Float, nullable=False),
+)
+PICTURES = Table(
+    "pictures",
+    METADATA,
+    # Digest of the pixels (components/media/pictures.py): what looks the same is stored once.
+    Column("digest", String(64), primary_key=True),
+    Column("created", Float, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("height", Integer, nullable=False),
+    # A PNG file without metadata.
+    Column("content", LargeBinary, nullable=False),
+)
+REQUEST_PICTURES = Table(
+    "request_pictures",
+    METADATA,
+    Column("request_id", ForeignKey("requests.id"), primary_key=True),
+    Column("digest", ForeignKey("pictures.digest"), primary_key=True, index=True),
 )
 FEEDBACK = Table(
     "feedback",

@@ -1,15 +1,17 @@
-"""Converts a stored vote into a feedback item: text only, with secrets and personal data masked."""
+"""Converts a stored vote into a feedback item: text with secrets and personal data masked, pictures by digest."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from components.datasets.formats import Row
 from components.feedback.items import FORM, NO_CALL, prompt_key
+from components.feedback.pictures import marked_content, without_marks
 from components.feedback.privacy import mask
+from components.media.pictures import IMAGE
 from components.tokenization.response_format import requested_format
 
 
@@ -21,18 +23,22 @@ def item_of(vote: Mapping[str, Any]) -> Row:
     body: Mapping[str, Any] = vote["body"]
     response_format = requested_format(body.get("response_format"))
     messages = [*([response_format] if response_format else []), *(body.get("messages") or [])]
+    images = [digest for message in messages for digest in marked_content(message.get("content"))[1]]
+    # In a conversation with pictures every mark is of one.
+    text = _masked_without_marks if images else mask
     return {
         "feedback_id": vote["id"],
         "sequence": vote["sequence"],
         "completion_id": vote["completion_id"],
         "created": vote["created"],
         "model": vote["model"],
-        "messages": [_message(message) for message in messages],
+        "messages": [_message(message, bool(images)) for message in messages],
+        "images": images,
         "tools": json.dumps(body["tools"], ensure_ascii=False) if body.get("tools") else None,
-        "steps": json.dumps(_masked(vote["steps"]), ensure_ascii=False),
-        "answer": mask(vote["content"]),
+        "steps": json.dumps(_masked(vote["steps"], text), ensure_ascii=False),
+        "answer": text(vote["content"]),
         "rating": vote["rating"],
-        "correction": _mask(vote["correction"]),
+        "correction": None if vote["correction"] is None else text(vote["correction"]),
         "comment": _mask(vote["comment"]),
         "voice": vote["voice"],
         "skill": FORM if response_format else _skill(vote),
@@ -59,11 +65,17 @@ def content_digest(item: Row) -> str:
     """Equal for votes of one user on one prompt with the same correction, or the same rating of the same answer."""
     corrects = item["correction"] is not None
     text = item["correction"] if corrects else item["answer"]
-    content = json.dumps([item["voice"], prompt_key(item["messages"]), item["rating"], corrects, text])
+    content = json.dumps([item["voice"], prompt_key(item["messages"], item["images"]), item["rating"], corrects, text])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def _message(message: Mapping[str, Any]) -> Row:
+def _message(message: Mapping[str, Any], pictured: bool) -> Row:
+    """A message; in a conversation with pictures (`pictured`), with a mark for each."""
+    content = message.get("content")
+    if pictured and content is not None:
+        masked: str | None = IMAGE.join(map(mask, marked_content(content)[0].split(IMAGE)))
+    else:
+        masked = _mask(_text(content))
     calls = [
         {
             "id": call.get("id"),
@@ -77,7 +89,7 @@ def _message(message: Mapping[str, Any]) -> Row:
     ]
     return {
         "role": message.get("role"),
-        "content": _mask(_text(message.get("content"))),
+        "content": masked,
         "tool_calls": calls or None,
         "tool_call_id": message.get("tool_call_id"),
         "name": message.get("name"),
@@ -102,11 +114,16 @@ def _mask(text: str | None) -> str | None:
     return None if text is None else mask(text)
 
 
-def _masked(value: Any) -> Any:
+def _masked_without_marks(text: str) -> str:
+    return without_marks(mask(text))
+
+
+def _masked(value: Any, text: Callable[[str], str]) -> Any:
+    """A JSON value whose strings are masked by `text`."""
     if isinstance(value, str):
-        return mask(value)
+        return text(value)
     if isinstance(value, Mapping):
-        return {key: _masked(inner) for key, inner in value.items()}
+        return {key: _masked(inner, text) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_masked(inner) for inner in value]
+        return [_masked(inner, text) for inner in value]
     return value

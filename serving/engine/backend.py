@@ -34,6 +34,7 @@ class GenerationRequest:
     """The conversation to answer, and how."""
 
     messages: Sequence[Mapping[str, Any]]
+    """For the chat template; those with pictures have them in `images`, and as many marks in their content."""
     tools: Sequence[Mapping[str, Any]] | None = None
     """The client's tools, whose calls are returned to it. None: the agent calls its own."""
     may_call: bool = True
@@ -163,6 +164,8 @@ class Backend(ABC):
     """A loaded model that answers generation requests: its queue of waiting and running requests, and its slots."""
 
     task: Task = "chat"
+    sees_pictures: bool = False
+    """Whether its model reads the pictures in the `images` of messages."""
 
     def __init__(self, agent: Agent | None, name: str, config: ServeConfig, slots: int = 0) -> None:
         self.agent = agent

@@ -44,6 +44,7 @@ from serving.engine.backend import (
     ToolCallDelta,
     load_agent,
 )
+from serving.engine.picture_parts import with_picture_parts
 from serving.models.versions import check_weights, path_on_server
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
@@ -83,6 +84,7 @@ class RemoteServer(Backend):
         if not config.backend_url or not config.backend_model:
             raise InputError("params.yaml: serve.backend: openai needs serve.backend_url and serve.backend_model")
         super().__init__(agent, name, config)
+        self.sees_pictures = config.backend_sees_pictures
         self.max_new_tokens = config.max_new_tokens
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
         self.url = config.backend_url.rstrip("/")
@@ -219,7 +221,7 @@ class RemoteTask(GenerationTask):
         super().__init__(engine, request, notify)
         self.engine = engine
         self.steps: list[dict[str, Any]] = []
-        self.messages = [dict(message) for message in self.request.messages]
+        self.messages = [with_picture_parts(message) for message in self.request.messages]
         self.tools = self.request.tools or [tool.declaration() for tool in engine.agent.tools]
         self.usage: Mapping[str, int] = {}
         self.started = False

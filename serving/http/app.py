@@ -1,4 +1,4 @@
-"""The FastAPI app, and its routes for models, feedback, lineage, health and metrics.
+"""The FastAPI app, and its routes for models, feedback, lineage with its pictures, health and metrics.
 
 The other routes: `chat_handler` (chat completions), `classify` (labels and embeddings), `page_files` (the chat page).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi_offline import FastAPIOffline
 
@@ -23,6 +23,7 @@ from serving.observability.metrics import CONTENT_TYPE
 
 MAX_KEY_CHARACTERS = 255
 MAX_LISTED = 1000
+PNG = "image/png"
 
 
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
@@ -99,6 +100,18 @@ async def votes(
 async def completion_lineage(completion_id: str, serving: Running) -> dict[str, Any]:
     """The lineage of one answer, as `loopwright trace` prints it."""
     return await run_in_threadpool(lineage, serving.store, completion_id, serving.version_metadata)
+
+
+@router.get("/v1/pictures/{completion_id}/{digest}", response_class=Response, responses={200: {"content": {PNG: {}}}})
+async def picture(
+    completion_id: str,
+    digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="A digest of the lineage's `pictures`.")],
+    serving: Running,
+) -> Response:
+    """A picture of a recorded request, as a PNG file without metadata."""
+    content = await run_in_threadpool(serving.store.picture, digest, completion_id)
+    headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
+    return Response(content, media_type=PNG, headers=headers)
 
 
 @router.get("/livez", response_class=Response)

@@ -40,6 +40,7 @@ from serving.engine.backend import (
     ToolCallDelta,
 )
 from serving.http.errors import ERRORS, ApiError, failed_stream_body
+from serving.http.media import NO_MEDIA, RequestMedia, refuse_media
 from serving.http.routes import DirectRoute, Running, requesting_user
 from serving.http.schemas import ChatRequest
 from serving.models.state import Serving
@@ -68,11 +69,12 @@ class ChatHandler:
         metrics: Metrics,
         role: str,
         traces: Traces | None = None,
+        media: RequestMedia = NO_MEDIA,
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.engine, self.body, self._role = engine, body, role
-        self._store, self._metrics, self._traces = store, metrics, traces
+        self._store, self._metrics, self._traces, self._media = store, metrics, traces, media
         self._request_metrics = RequestMetrics(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -191,7 +193,7 @@ class ChatHandler:
         self._request_metrics.observe(event)
         if isinstance(event, Start):
             if self.body.stream:  # the client gets the id before the end, and may send feedback on it
-                self._store.add_request(self.id, self.engine.name, self._recorded_body)
+                self._store.add_request(self.id, self.engine.name, self._recorded_body, self._media.files)
             self._started = time.time()
         elif isinstance(event, Completion) and self._started:
             self._record(event)
@@ -203,7 +205,8 @@ class ChatHandler:
 
     @cached_property
     def _recorded_body(self) -> dict[str, Any]:
-        return self.body.model_dump(exclude_unset=True, by_alias=True)
+        body = self.body.model_dump(exclude_unset=True, by_alias=True)
+        return self._media.recorded(body) if self._media.files else body
 
     def _record(self, finished: Completion) -> None:
         answer = AnswerRecord(
@@ -218,7 +221,8 @@ class ChatHandler:
         if self.body.stream:
             self._store.add_answer(self.id, answer)
         else:
-            self._store.add_exchange(self.id, self.engine.name, self._recorded_body, self._started, answer)
+            body, files = self._recorded_body, self._media.files
+            self._store.add_exchange(self.id, self.engine.name, body, self._started, answer, files)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
@@ -248,13 +252,18 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
 
 async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
     """Submit a request; a streamed one waits for its slot, so that an error still has its HTTP status."""
+    media: RequestMedia | None = None if body.has_media else NO_MEDIA
     while True:
         watcher = serving.chat_watcher(body.model)
         backend = serving.choose(watcher, body.model, user)
+        if body.has_media and not backend.sees_pictures:
+            refuse_media(body.messages)
+        if media is None:
+            media = await serving.media.read(body.messages)
         agent = backend.agent
-        generation = await _chat_request(body, agent) if agent else _source_request(body, backend.name)
+        generation = await _chat_request(body, agent, media) if agent else _source_request(body, backend.name)
         role = watcher.role(backend.name)
-        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces)
+        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces, media)
         try:
             handler.submit(generation)
         except BackendRetired:
@@ -266,7 +275,7 @@ async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
         return handler
 
 
-async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
+async def _chat_request(body: ChatRequest, agent: Agent, media: RequestMedia) -> GenerationRequest:
     may_call = body.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
@@ -275,8 +284,9 @@ async def _chat_request(body: ChatRequest, agent: Agent) -> GenerationRequest:
             rules = await run_in_threadpool(agent.rules, tools, body.options)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
+    messages = [message.plain() for message in body.messages]
     return GenerationRequest(
-        messages=[message.plain() for message in body.messages],
+        messages=media.messages(messages) if media.files else messages,
         tools=tools,
         may_call=may_call,
         one_call=body.parallel_tool_calls is False,

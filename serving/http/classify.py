@@ -14,9 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from components.inference.classifier import LabelPrediction, TextEmbedding
 from serving.engine.classifier_worker import ClassifierWorker, Overloaded
+from serving.http.content_parts import Wire
 from serving.http.errors import ERRORS, ApiError
 from serving.http.routes import DirectRoute, Running, requesting_user
-from serving.http.schemas import Wire
 from serving.models.state import Serving
 
 R = TypeVar("R", LabelPrediction, TextEmbedding)

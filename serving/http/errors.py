@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from components.config.params import InputError
+from components.feedback.pictures import UnknownPicture
 from components.feedback.store import StoreUnavailable, UnknownCompletion
 
 SHOWN_CHARACTERS = 80
@@ -91,7 +92,7 @@ def error_response(
 def handle_errors(api: FastAPI) -> None:
     """Make the app respond to every exception in OpenAI's format."""
     api.add_exception_handler(HTTPException, _http_error)
-    for kind in (RequestValidationError, UnknownCompletion, InputError, StoreUnavailable, Exception):
+    for kind in (RequestValidationError, UnknownCompletion, UnknownPicture, InputError, StoreUnavailable, Exception):
         api.add_exception_handler(kind, _error)
 
 
@@ -109,6 +110,8 @@ def _error(_request: Request, error: Exception) -> Response:
         return error_response(400, message, code, param)
     if isinstance(error, UnknownCompletion):
         return error_response(404, str(error), "not_found", "completion_id")
+    if isinstance(error, UnknownPicture):
+        return error_response(404, str(error), "not_found", "digest")
     if isinstance(error, StoreUnavailable):
         return store_unavailable(error)
     if isinstance(error, InputError):

@@ -42,6 +42,7 @@ DISCARDED_BYTES = 64 * 1024 * 1024
 """Bytes read of a rejected body, so that its sender gets to read the response."""
 USER_DIGITS = 16
 """Digits of a key's digest that identify whose feedback an item is; the key itself is never stored."""
+CHAT = "/v1/chat/completions"
 OTHER = "other"
 """Metrics label of a path that matches no route."""
 REASONS = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
@@ -95,7 +96,7 @@ class GatewayMiddleware:
     async def _forward(self, serving: Serving, route: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = await self._refusal(serving, scope)
         receive = body = _Body(receive)
-        limit = serving.config.max_body_bytes
+        limit = _max_body_bytes(serving, route)
         if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             try:
                 receive = await body.buffered(scope, limit)
@@ -168,6 +169,13 @@ def _keyless_refusal(scope: Scope, origins: list[str]) -> JSONResponse | None:
         message = f"Origin: {origin!r} is another site; add it to serve.allowed_origins, or set LOOPWRIGHT_API_KEYS"
         return error_response(403, message, "foreign_origin")
     return None
+
+
+def _max_body_bytes(serving: Serving, route: str) -> int:
+    """A chat may hold pictures where a model sees them."""
+    if route == CHAT and serving.sees_pictures:
+        return serving.config.max_picture_body_bytes
+    return serving.config.max_body_bytes
 
 
 def _header(scope: Scope, name: bytes) -> bytes:

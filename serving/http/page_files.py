@@ -22,7 +22,7 @@ TYPES = {
 }
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
+    "media-src data:; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
 )
 HEADERS = {
     "Content-Security-Policy": POLICY,

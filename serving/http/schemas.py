@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
@@ -25,13 +24,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from components.agent.turn_grammar import ANY_OBJECT, TurnOptions
+from serving.http.content_parts import Content, MediaPart, RefusalPart, TextPart, Wire, text_or_list, type_of
 
 MAX_STOPS = 4
 MAX_TOOLS = 128
-
-
-class Wire(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
 def _refused(value: Any) -> None:
@@ -45,63 +41,10 @@ Unsupported = Annotated[
 ]
 
 
-class TextPart(Wire):
-    type: Literal["text"]
-    text: str
-
-
-class RefusalPart(Wire):
-    """The refusal of an earlier answer."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-class OtherPart(Wire):
-    """Images, audio and files, which are not supported."""
-
-    type: str
-
-    @model_validator(mode="after")
-    def _refuse(self) -> OtherPart:
-        if self.type in ("image_url", "input_audio", "file", "video_url"):
-            raise PydanticCustomError("unsupported_parameter", "this model reads text only; send parts of type 'text'")
-        raise PydanticCustomError("unknown_part", "unknown part; send parts of type 'text'")
-
-
-def _type_of(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-
-
-def _part_tag(value: Any) -> str:
-    kind = _type_of(value)
-    return f"~{kind}" if kind in ("text", "refusal") else "~other"
-
-
-def _text_or_list(value: Any) -> str | None:
-    return "~string" if isinstance(value, str) else "~list" if isinstance(value, list) else None
-
-
-def _either(message: str) -> Discriminator:
-    return Discriminator(_text_or_list, "wrong_type", message)
-
-
-Part = Annotated[
-    Annotated[TextPart, Tag("~text")] | Annotated[RefusalPart, Tag("~refusal")] | Annotated[OtherPart, Tag("~other")],
-    Discriminator(_part_tag),
-]
-Content = Annotated[
-    Annotated[str, Tag("~string")] | Annotated[list[Part], Tag("~list")],
-    _either("expected a string or a list of content parts"),
-]
 Stop = Annotated[
     Annotated[str, Field(min_length=1), Tag("~string")]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS), Tag("~list")],
-    _either(f"expected a string or a list of at most {MAX_STOPS} strings"),
+    text_or_list(f"expected a string or a list of at most {MAX_STOPS} strings"),
 ]
 
 
@@ -177,13 +120,21 @@ class Message(Wire):
             raise ValueError("tool_calls belong to messages of role 'assistant'")
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role {self.role!r} needs content")
+        if self.role != "user" and self.media:
+            raise ValueError("pictures and clips belong to messages of role 'user'")
         return self
 
+    @property
+    def media(self) -> list[tuple[int, MediaPart]]:
+        """Its pictures and clips, each with its index among the content parts."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [(index, part) for index, part in enumerate(parts) if isinstance(part, MediaPart)]
+
     def plain(self) -> dict[str, Any]:
-        """The message for the chat template."""
+        """The message for the chat template, without its pictures and clips."""
         content = self.content
         if isinstance(content, list):
-            content = "".join(part.text for part in content if not isinstance(part, OtherPart))
+            content = "".join(part.text for part in content if isinstance(part, TextPart | RefusalPart))
         content = content or self.refusal or ""
         plain: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         plain |= {key: value for key in ("name", "tool_call_id") if (value := getattr(self, key)) is not None}
@@ -251,7 +202,7 @@ class SchemaFormat(Wire):
 
 
 def _format_tag(value: Any) -> str | None:
-    kind = _type_of(value)
+    kind = type_of(value)
     return "~schema" if kind == "json_schema" else "~plain" if kind in ("text", "json_object") else None
 
 
@@ -343,6 +294,11 @@ class ChatRequest(Wire):
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise ValueError(f"is not one of the tools; sent are {names}")
         return choice
+
+    @property
+    def has_media(self) -> bool:
+        """Whether a message has a picture or a clip."""
+        return any(message.media for message in self.messages)
 
     @property
     def options(self) -> TurnOptions:

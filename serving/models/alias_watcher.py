@@ -338,6 +338,7 @@ def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
             "role": role,
             "task": engine.task,
             "context_length": engine.context_len,
+            "modalities": ["text", "image", "video"] if getattr(engine, "sees_pictures", False) else ["text"],
         }
         for role, engine in (("champion", models.champion), ("challenger", models.challenger))
         if engine is not None

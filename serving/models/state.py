@@ -32,6 +32,7 @@ from serving.engine.model_tools import ModelTools
 from serving.engine.remote import RemoteServer
 from serving.engine.summarizer_worker import SummarizerWorker
 from serving.http.errors import ApiError
+from serving.http.media import MediaReader
 from serving.models.alias_watcher import AliasWatcher, M, describe
 from serving.models.versions import Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
@@ -56,6 +57,7 @@ class Serving:
     metrics: Metrics
     version_metadata: VersionMetadata
     mcp: McpServers
+    media: MediaReader
     traces: Traces | None = None
     """None: answers are not traced."""
     draining: bool = False
@@ -74,6 +76,11 @@ class Serving:
     def served(self) -> list[str]:
         """`NAME/VERSION` of each champion that answers."""
         return [watcher.engine.name for watcher in self.watchers if watcher.engine is not None]
+
+    @property
+    def sees_pictures(self) -> bool:
+        """Whether a chat model that is served does."""
+        return any(engine.sees_pictures for engine in self.models.engines)
 
     @property
     def busy(self) -> bool:
@@ -168,6 +175,7 @@ class Serving:
             metrics=metrics,
             version_metadata={str(bundled): bundled.metadata}.get if bundled else registry_metadata(home),
             mcp=mcp,
+            media=MediaReader(config),
             traces=Traces(home, config.trace_share) if config.traces == "mlflow" else None,
         )
         for watcher in serving.watchers:
@@ -178,6 +186,7 @@ class Serving:
         for watcher in self.watchers:
             watcher.close()
         self.mcp.close()
+        self.media.close()
         if self.traces is not None:
             self.traces.close()
         self.store.close()

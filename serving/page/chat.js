@@ -26,7 +26,7 @@ const ANOTHER = { temperature: 0.8 };
 class Chat {
   #transcript = new Transcript();
   #composer = new Composer(
-    (question) => this.#send(question),
+    (question, attachments) => this.#send(question, attachments),
     () => this.stop(),
   );
   #sidebar = new Sidebar((id) => this.#delete(id));
@@ -96,9 +96,17 @@ class Chat {
     if (id !== this.#conversation.id || !this.#conversation.turns.length) this.open(id ? load(id) : null);
   }
 
-  /** @param {string} question */
-  #send(question) {
-    const turn = { question, answers: [], shown: 0 };
+  /** @param {boolean} sees whether the model does */
+  set sees(sees) {
+    this.#composer.sees = sees;
+  }
+
+  /**
+   * @param {string} question
+   * @param {import("./pictures.js").Attachment[]} attachments
+   */
+  #send(question, attachments) {
+    const turn = { question, answers: [], shown: 0, ...(attachments.length ? { attachments } : {}) };
     if (!this.#conversation.turns.length) history.replaceState(null, "", `#${this.#conversation.id}`);
     this.#conversation.turns.push(turn);
     document.title = `${title(this.#conversation)} · Loopwright`;
@@ -136,7 +144,7 @@ class Chat {
    * @param {Turn} turn
    */
   #show(turn) {
-    const place = this.#places.get(turn) ?? this.#transcript.add(turn.question);
+    const place = this.#places.get(turn) ?? this.#transcript.add(turn.question, turn.attachments ?? []);
     this.#places.set(turn, place);
     const answer = turn.answers[turn.shown];
     if (!answer) {
@@ -275,6 +283,7 @@ async function served() {
   const line = byId("served");
   try {
     const found = await models();
+    chat.sees = found.some((model) => model.modalities?.includes("image"));
     line.dataset.state = found.length ? "ready" : "loading";
     line.replaceChildren(...(found.length ? found.map(described) : ["The model is loading …"]));
     if (!found.length) setTimeout(served, LOOK_AGAIN_MILLISECONDS);

@@ -1,5 +1,6 @@
 // The box in which questions are written.
 
+import { Attachments } from "./attachments.js";
 import { byId } from "./dom.js";
 
 const MAX_LINES_PIXELS = 220;
@@ -8,9 +9,10 @@ const MAX_LINES_PIXELS = 220;
 export class Composer {
   #area = /** @type {HTMLTextAreaElement} */ (byId("question"));
   #busy = false;
+  #attachments = new Attachments();
 
   /**
-   * @param {(question: string) => void} send
+   * @param {(question: string, attachments: import("./pictures.js").Attachment[]) => void} send
    * @param {() => void} stop
    */
   constructor(send, stop) {
@@ -18,10 +20,10 @@ export class Composer {
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       const question = this.#area.value.trim();
-      if (this.#busy || !question) return;
+      if (this.#busy || this.#attachments.reading || !(question || this.#attachments.count)) return;
       this.#area.value = "";
       this.#fit();
-      send(question);
+      send(question, this.#attachments.take());
     });
     this.#area.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
@@ -30,6 +32,11 @@ export class Composer {
     });
     this.#area.addEventListener("input", () => this.#fit());
     byId("stop").addEventListener("click", stop);
+  }
+
+  /** @param {boolean} sees whether the model that answers does, and pictures can be added */
+  set sees(sees) {
+    this.#attachments.offered = sees;
   }
 
   focus() {

@@ -13,7 +13,8 @@ import { local } from "./kept.js";
  *   seconds: number, ended: string, vote: Vote | null}} Answer
  *
  * A question with every answer that was made to it; the conversation goes on from the one that is shown.
- * @typedef {{question: string, answers: Answer[], shown: number}} Turn
+ * @typedef {{question: string, attachments?: import("./pictures.js").Attachment[], answers: Answer[],
+ *   shown: number}} Turn
  *
  * @typedef {{id: string, updated: number, turns: Turn[]}} Conversation
  */
@@ -60,10 +61,11 @@ export function remove(id) {
 
 /**
  * @param {Conversation} conversation
- * @returns {string} its first question
+ * @returns {string} its first question, or the name of what was sent without words
  */
 export function title(conversation) {
-  return conversation.turns[0]?.question ?? "New conversation";
+  const first = conversation.turns[0];
+  return first ? first.question || first.attachments?.[0]?.name || "" : "New conversation";
 }
 
 /**
@@ -74,11 +76,21 @@ export function title(conversation) {
  */
 export function messages(turns) {
   return turns.flatMap((turn, index) => {
-    const asked = /** @type {const} */ ({ role: "user", content: turn.question });
+    const asked = /** @type {const} */ ({ role: "user", content: content(turn) });
     if (index === turns.length - 1) return [asked];
-    const content = turn.answers[turn.shown]?.content;
-    return content ? [asked, { role: /** @type {const} */ ("assistant"), content }] : [];
+    const answer = turn.answers[turn.shown]?.content;
+    return answer ? [asked, { role: /** @type {const} */ ("assistant"), content: answer }] : [];
   });
+}
+
+/**
+ * @param {Turn} turn
+ * @returns {string | import("./stream.js").Part[]} its question, behind the pictures and clips that go with it
+ */
+function content({ question, attachments }) {
+  if (!attachments?.length) return question;
+  const parts = attachments.map(({ kind, url }) => ({ type: `${kind}_url`, [`${kind}_url`]: { url } }));
+  return question ? [...parts, { type: "text", text: question }] : parts;
 }
 
 /** @param {() => void} changed is called when another tab kept or deleted a conversation */

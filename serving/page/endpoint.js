@@ -69,7 +69,7 @@ async function refusal(response) {
 }
 
 /**
- * @typedef {{id: string, role?: string, task?: string, context_length?: number}} Model
+ * @typedef {{id: string, role?: string, task?: string, context_length?: number, modalities?: string[]}} Model
  * @returns {Promise<Model[]>} which models answer chats; empty while they load
  */
 export async function models() {
@@ -84,6 +84,14 @@ export async function models() {
  */
 export async function lineage(completionId) {
   return (await call(`v1/lineage/${encodeURIComponent(completionId)}`)).json();
+}
+
+/**
+ * @param {string} path of a picture, as the lineage gives it
+ * @returns {Promise<Blob>}
+ */
+export async function pictureFile(path) {
+  return (await call(path.replace(/^\//, ""))).blob();
 }
 
 /**

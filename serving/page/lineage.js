@@ -3,7 +3,8 @@
 
 import { copy } from "./copying.js";
 import { byId, counted, icon, iconButton, make, when } from "./dom.js";
-import { Refused, lineage } from "./endpoint.js";
+import { Refused, lineage, pictureFile } from "./endpoint.js";
+import { dataUrl, shown } from "./pictures.js";
 import { stepItem } from "./steps.js";
 
 const DIGEST_DIGITS = 12;
@@ -77,7 +78,7 @@ function dialog() {
  */
 function sections(found) {
   const version = found.version;
-  const parts = [asked(found), steps(found.answer), votes(found.feedback), model(found.model, version)];
+  const parts = [asked(found), pictures(found.pictures), steps(found.answer), votes(found.feedback), model(found.model, version)];
   if (version.run_id)
     parts.push(learned(version), data(version.tags ?? {}), scores(version.metrics ?? {}), more(version.tags ?? {}));
   parts.push(source(found));
@@ -125,7 +126,7 @@ function digest(text, digits = DIGEST_DIGITS) {
 /** @param {any} found */
 function asked({ id, created, request, answer }) {
   const question = request.messages.findLast((/** @type {any} */ message) => message.role === "user");
-  const text = typeof question?.content === "string" ? question.content : "";
+  const text = words(question?.content ?? "");
   const written = answer
     ? `${answer.prompt_tokens} read, ${answer.completion_tokens} written, in ${answer.seconds.toFixed(2)} s`
     : "not on record: still being written, or its server was killed";
@@ -140,6 +141,35 @@ function asked({ id, created, request, answer }) {
       ["Id", digest(id, 18)],
     ]),
   );
+}
+
+/**
+ * @param {string | any[]} content
+ * @returns {string} its text, without pictures and clips
+ */
+function words(content) {
+  return typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
+}
+
+/** @param {any[]} items of the request */
+function pictures(items) {
+  if (!items?.length) return null;
+  const list = make("ul", { class: "plain-list pictures" }, ...items.map(picture));
+  return section(items.length === 1 ? "Picture" : "Pictures", list);
+}
+
+/** @param {any} item */
+function picture({ digest: name, width, height, path }) {
+  const place = make("div", {}, faint("Looking it up …"));
+  const size = `${width} × ${height}`;
+  pictureFile(path)
+    .then(dataUrl)
+    .then((url) => place.replaceChildren(shown({ kind: "image", url, name: `Picture of the question, ${size}` })))
+    .catch((error) => {
+      if (!(error instanceof Refused)) throw error;
+      place.replaceChildren(faint(error.message));
+    });
+  return make("li", {}, place, make("p", { class: "faint" }, `${size} `, digest(name)));
 }
 
 /** @param {string} reason */

@@ -9,7 +9,10 @@ import { Refused, call } from "./endpoint.js";
  * What is new in a chunk; `reason` comes with the last one.
  * @typedef {{id: string, model: string, text: string, steps: Step[], reason: string | null}} Chunk
  *
- * @typedef {{role: "user" | "assistant", content: string}} Message
+ * A content part: `type`, and what has the type's name.
+ * @typedef {{type: string, [value: string]: unknown}} Part
+ *
+ * @typedef {{role: "user" | "assistant", content: string | Part[]}} Message
  */
 
 /**

@@ -1,6 +1,7 @@
 // Where the questions and answers stand, and how the page scrolls with an answer that grows.
 
 import { byId, make } from "./dom.js";
+import { shown } from "./pictures.js";
 
 const NEAR_PIXELS = 60;
 
@@ -26,12 +27,14 @@ export class Transcript {
 
   /**
    * @param {string} question
+   * @param {import("./pictures.js").Attachment[]} attachments
    * @returns {HTMLElement} the place for the answer
    */
-  add(question) {
+  add(question, attachments) {
     byId("welcome").hidden = true;
     const place = make("div", { class: "place" });
-    const asked = make("div", { class: "question" }, make("span", { class: "unseen" }, "You asked: "), question);
+    const pictures = attachments.length > 0 && make("div", { class: "pictures" }, ...attachments.map(shown));
+    const asked = make("div", { class: "question" }, make("span", { class: "unseen" }, "You asked: "), pictures, question);
     this.#list.append(make("li", { class: "turn" }, asked, place));
     return place;
   }

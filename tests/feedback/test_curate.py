@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components.config.params import InputError
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
-from components.feedback.curate import TrainingExample, curate, hold_out
+from components.feedback.curate import TrainingExample, curate, hold_out, training_example_of, with_their_pictures
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
+from components.media.pictures import IMAGE, Picture
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from examples.stdlib_agent.dialogue import Hop, exchange
 from tests.feedback.project import chat, correction, item, lookup, new_run, write_partition, write_project
@@ -96,6 +99,46 @@ def test_a_withdrawn_item_moves_no_other_prompt(paths: Paths) -> None:
     (paths.feedback / "withdrawn.json").write_text(json.dumps({gone: "revoked"}))
     curate(new_run(paths, "curate"))
     assert set(rows(paths, "demonstrations", "test")) == before
+
+
+def pictured(number: int, question: str, pictures: list[Picture], **changes: Any) -> Row:
+    """An item whose question is about pictures, one mark for each."""
+    marks = IMAGE * len(pictures)
+    return item(number, f"{marks}{question}", images=[each.digest for each in pictures], **changes)
+
+
+def test_items_with_pictures_are_set_aside_and_come_with_them(paths: Paths) -> None:
+    pictures = [Picture(np.full((4, 6, 3), shade, np.uint8)) for shade in (0, 100, 200)]
+    seen = [
+        pictured(50, "what?", pictures[:2], correction="two shades"),
+        pictured(51, "what?", pictures[2:], rating="up"),
+    ]
+    write_partition(paths, [*(correction(number) for number in range(8)), *seen])
+    table = pa.table({"digest": [each.digest for each in pictures], "content": [each.png() for each in pictures]})
+    pq.write_table(table, paths.feedback / "pictures-000000000-000000051.parquet")
+    curate(new_run(paths, "curate"))
+    report = curated(paths)
+    assert list(report["set_aside"].values()) == [["fb-50", "fb-51"]]
+    assert json.loads((paths.metrics / "curate.json").read_text())["set_aside"] == 2
+    assert not set(report["feedback"]) & {"fb-50", "fb-51"}
+    assert not {"fb-50", "fb-51"} & set(both_sides(paths, "demonstrations") | both_sides(paths, "preferences"))
+    examples = [training_example_of(each) for each in read_items(paths.feedback) if each.images]
+    first, second = with_their_pictures(paths.feedback, examples)
+    assert first.key != second.key
+    assert first.demonstration is not None
+    assert first.preference is not None
+    assert second.preference is not None
+    prompts = (first.demonstration["messages"][0], first.preference["prompt"][0], second.preference["prompt"][0])
+    shown = [[int(each.pixels[0, 0, 0]) for each in message["images"]] for message in prompts]
+    assert shown == [[0, 100], [0, 100], [200]]
+    assert [message["content"] for message in second.preference["chosen"]] == ["no idea"]
+
+
+def test_feedback_on_pictures_alone_trains_nothing_yet(paths: Paths) -> None:
+    picture = Picture(np.zeros((2, 2, 3), np.uint8))
+    write_partition(paths, [pictured(1, "what?", [picture], correction="black")])
+    with pytest.raises(InputError, match="all 1 items have pictures"):
+        curate(new_run(paths, "curate"))
 
 
 def test_a_correction_is_a_demonstration_and_a_pair(paths: Paths) -> None:

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,9 +19,11 @@ from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError, Refused
 from components.datasets.formats import Row
 from components.feedback.ingest import IngestResult, ingest, revocations_are_written, write_revocations
-from components.feedback.items import read_items
+from components.feedback.items import SCHEMA, prompt_key, read_items, read_pictures
+from components.feedback.pictures import PictureFile, UnknownPicture, reference
 from components.feedback.store import AnswerRecord, Store
 from components.feedback.votes import content_digest, item_features, item_of
+from components.media.pictures import IMAGE, Picture, decode_picture
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +114,91 @@ def test_content_parts_are_flattened_and_the_clients_tools_kept(store: Store) ->
     assert item["messages"][0]["content"] == "see\nthis"
     assert item["tools"] == '[{"a": 1}]'
     assert item["skill"] == "conversation"
+
+
+def seen(store: Store, number: int, pictures: Sequence[Picture], *texts: str, **vote: Any) -> str:
+    """A question with pictures between texts, its answer and a vote on it; returns the vote's id."""
+    parts = [{"type": "text", "text": texts[0]}]
+    for picture, text in zip(pictures, texts[1:], strict=True):
+        parts += [reference(picture.digest), {"type": "text", "text": text}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    answer = AnswerRecord("A <image>.", "stop", 5, 5, 0.1)
+    files = [PictureFile.of(picture) for picture in pictures]
+    store.add_exchange(f"chatcmpl-{number}", "agent/1", body, 1.7e9, answer, files)
+    return store.add_feedback(f"chatcmpl-{number}", "down", **vote)
+
+
+def picture(seed: int) -> Picture:
+    return Picture(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8))
+
+
+def test_an_item_has_its_pictures_and_the_folder_each_once(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "feedback"
+    one, two, three = map(picture, range(3))
+    seen(store, 1, [two, one], "Is ", " an <image> like ", "?", correction="No <image>.")
+    seen(store, 2, [one], "", "?", correction="A cat.")
+    ingest(store, folder, CONFIG, passes)
+    first, second = read_items(folder)
+    assert first.messages[0]["content"] == f"Is \n{IMAGE}\n an <image > like \n{IMAGE}\n?"
+    assert (first.images, second.images) == ([two.digest, one.digest], [one.digest])
+    assert (first.answer, first.correction) == ("A <image >.", "No <image >.")
+    assert pq.read_metadata(folder / "pictures-000000001-000000002.parquet").num_rows == 2
+    seen(store, 3, [one, three], "", "", "?", correction="A dog.")
+    seen(store, 4, [one], "", "?", correction="A dog.")
+    ingest(store, folder, CONFIG, passes)
+    assert pq.read_table(folder / "pictures-000000003-000000004.parquet")["digest"].to_pylist() == [three.digest]
+    files = read_pictures(folder, {each.digest for each in (one, two, three)})
+    assert {decode_picture(content, "file").digest for content in files.values()} == set(files)
+    with pytest.raises(InputError, match="has no picture 0000"):
+        read_pictures(folder, {"0" * 64})
+    assert len(list(read_items(folder))) == 4
+
+
+def test_votes_on_the_same_words_about_other_pictures_are_no_duplicates(store: Store, tmp_path: Path) -> None:
+    votes = [seen(store, number, [picture(number % 2)], "", "What?", correction="A cat.") for number in range(3)]
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    found = states(store)
+    assert [found[vote][0] for vote in votes] == ["accepted", "accepted", "quarantined"]
+    assert len({prompt_key(item.messages, item.images) for item in read_items(tmp_path / "feedback")}) == 2
+
+
+def test_a_secret_before_a_picture_takes_no_mark_with_it(store: Store, tmp_path: Path) -> None:
+    seen(store, 1, [picture(1)], "-----BEGIN PRIVATE KEY-----abcdef", "?", correction="A cat.")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    (item,) = read_items(tmp_path / "feedback")
+    assert item.messages[0]["content"] == f"<SECRET>{IMAGE}\n?"
+
+
+def test_an_item_without_its_picture_is_quarantined(store: Store, tmp_path: Path) -> None:
+    lost = seen(store, 1, [picture(1)], "", "?", correction="A cat.")
+    with store._write() as connection:
+        connection.exec_driver_sql("DELETE FROM request_pictures")
+        connection.exec_driver_sql("DELETE FROM pictures")
+    ingest(store, tmp_path / "feedback", CONFIG, passes)
+    assert states(store)[lost] == ("quarantined", "A picture of the request is not stored")
+    assert list((tmp_path / "feedback").iterdir()) == []
+
+
+def test_pictures_of_a_killed_run_are_written_again(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "feedback"
+    seen(store, 1, [picture(1)], "", "?", correction="A cat.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "commit_partition", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            ingest(store, folder, CONFIG, passes)
+    seen(store, 2, [picture(2)], "", "?", correction="A dog.")
+    ingest(store, folder, CONFIG, passes)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["items-000000001-000000002.parquet", "pictures-000000001-000000002.parquet"]
+    assert set(read_pictures(folder, {picture(1).digest, picture(2).digest})) == {picture(1).digest, picture(2).digest}
+
+
+def test_items_of_a_partition_before_pictures_have_none(tmp_path: Path) -> None:
+    path = tmp_path / "items-000000001-000000001.parquet"
+    table = pa.Table.from_pylist([{"feedback_id": "fb-1", "messages": [], "steps": "[]"}], schema=SCHEMA)
+    pq.write_table(table.drop_columns(["images"]), path)
+    (item,) = read_items(tmp_path)
+    assert item.images == []
 
 
 def test_what_was_to_be_json_is_asked_for_as_the_model_was(store: Store) -> None:
@@ -320,6 +410,23 @@ def test_old_requests_without_feedback_are_forgotten(store: Store, days: float, 
     assert store.forget(7) == forgotten
     left = 2 - forgotten
     assert store.counts() == {"requests": left, "answers": left, "feedback": 1}
+
+
+def test_a_picture_is_forgotten_with_the_last_request_that_refers_to_it(store: Store) -> None:
+    old, shared, voted = map(picture, range(3))
+    for name, pictures in (("a", [old, shared]), ("b", [shared]), ("c", [voted])):
+        body = {"messages": [{"role": "user", "content": [reference(each.digest) for each in pictures]}]}
+        store.add_request(name, "agent/1", body, [PictureFile.of(each) for each in pictures])
+    store.add_feedback("c", "up")
+    with store._write() as connection:
+        connection.exec_driver_sql(f"UPDATE requests SET created = created - {8 * 86_400} WHERE id != 'b'")
+    assert store.forget(7) == 1
+    digests = [each.digest for each in (old, shared, voted)]
+    assert store.known_pictures(digests) == set(digests[1:])
+    assert [row["digest"] for row in store.pictures_of("b")] == [shared.digest]
+    with pytest.raises(UnknownPicture, match="no such picture"):
+        store.picture(old.digest)
+    assert decode_picture(store.picture(shared.digest), "stored").digest == shared.digest
 
 
 def test_the_digest_of_content_tells_voices_votes_and_answers_apart(store: Store) -> None:

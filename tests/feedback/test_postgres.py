@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 
 from components.config.params import InputError
 from components.feedback.ledger import Outcome
+from components.feedback.pictures import PictureFile
 from components.feedback.store import AnswerRecord, Store, StoreUnavailable, UnknownCompletion
+from components.media.pictures import Picture
 
 ADDRESS = os.environ.get("LOOPWRIGHT_TEST_POSTGRES")
 pytestmark = pytest.mark.skipif(
@@ -109,6 +113,27 @@ def test_votes_are_taken_in_once_and_withdrawn(store: Store) -> None:
     assert store.accepted_digests([ids[1][:32]]) == {ids[1][:32]: ids[1]}
     assert [row["model"] for row in store.feedback_counts()] == ["agent/1"]
     assert store.forget(1) == 0
+
+
+def test_a_picture_that_many_write_at_once_is_stored_once_and_not_forgotten_meanwhile(store: Store) -> None:
+    shared = PictureFile.of(Picture(np.zeros((3, 4, 3), np.uint8)))
+
+    def write(writer: int) -> None:
+        for number in range(10):
+            store.add_exchange(f"c-{writer}-{number}", "agent/1", BODY, 1.7e9, ANSWER, [shared])
+            store.forget(10_000 if number % 2 else 1)
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    store.add_exchange("last", "agent/1", BODY, time.time(), ANSWER, [shared])
+    store.forget(1)
+    assert store.counts()["requests"] == 1
+    about = {"digest": shared.digest, "width": 4, "height": 3, "bytes": len(shared.content)}
+    assert store.pictures_of("last") == [about]
+    assert store.picture(shared.digest) == shared.content
 
 
 def test_no_vote_appears_behind_one_that_was_seen(store: Store) -> None:

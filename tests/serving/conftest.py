@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fastapi.testclient import TestClient
 from httpx import Response
 from torch.nn import functional as F
 
+from components.config.loop_settings import ServeConfig
 from components.config.params import SCALES_FILE, load_params
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
@@ -26,11 +28,23 @@ from components.tokenization import chat_tokenizer as bpe
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tracking.registry import Registry
 from examples.stdlib_agent import facts
+from serving.engine.backend import (
+    Backend,
+    Completion,
+    GenerationRequest,
+    GenerationTask,
+    Notify,
+    Start,
+    load_agent,
+)
 from serving.engine.local import LocalEngine
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
+from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
+from tests.serving.browsing import browser as browser
+from tests.serving.browsing import visit as visit
 
 ROOT = SCALES_FILE.parents[2]
 GREETING = "Grüße, naïve façade: 日本語 and \N{SNOWMAN}."
@@ -150,16 +164,80 @@ class Local:
 
 
 @contextmanager
-def open_local(folder: Path, home: Path, name: str = "agent") -> Iterator[Local]:
+def open_local(folder: Path, home: Path, name: str = "agent", config: ServeConfig | None = None) -> Iterator[Local]:
     """The routes with everything around them, answering with one tiny model as if out of a Bento."""
     api = new_api()
     bundled = Bundled(folder, {"name": name, "version": 1, "run_id": "r1", "tags": {"git_commit": "c0ffee"}})
-    api.state.serving = serving = Serving.open(home, load_params(ROOT / "params.yaml").serve, "", bundled)
+    config = config or load_params(ROOT / "params.yaml").serve
+    api.state.serving = serving = Serving.open(home, config, "", bundled)
     serving.wait()
     try:
         yield Local(TestClient(GatewayMiddleware(api, api), raise_server_exceptions=False), serving)
     finally:
         serving.close()
+
+
+class PictureCounter(Backend):
+    """A model that sees: it answers with the sizes and digests of the pictures that it got, and the text around them.
+
+    It has no weights: what is tested is how pictures reach a backend and the record.
+    """
+
+    sees_pictures = True
+
+    def __init__(self, folder: Path, config: ServeConfig, name: str = "agent/7") -> None:
+        super().__init__(load_agent(folder, config), name, config)
+        self.requests: list[GenerationRequest] = []
+
+    @property
+    def context_len(self) -> int:
+        return 256
+
+    def _new_task(self, request: GenerationRequest, notify: Notify) -> GenerationTask:
+        return GenerationTask(self, request, notify)
+
+    def _start(self, task: GenerationTask) -> None:
+        threading.Thread(target=self._answer, args=(task,)).start()
+
+    def _answer(self, task: GenerationTask) -> None:
+        messages = task.request.messages
+        pictures = [picture for message in messages for picture in message.get("images", ())]
+        self.requests.append(task.request)
+        task.notify(Start())
+        sizes = [f"{picture.pixels.shape[1]}x{picture.pixels.shape[0]} {picture.digest[:8]}" for picture in pictures]
+        task.send_text(", ".join(sizes) or "no picture")
+        task.notify(Completion("".join(task.text), [], [], "stop", 5, 5))
+        self.release_slot()
+        self.finish(task)
+
+    def _stop(self) -> None:
+        pass
+
+    def _join(self) -> None:
+        pass
+
+
+@contextmanager
+def open_seeing(folder: Path, home: Path, **settings: Any) -> Iterator[Local]:
+    """The routes before a model that sees; `settings` are of `serve`."""
+    config = load_params(ROOT / "params.yaml", {f"serve.{name}": value for name, value in settings.items()}).serve
+    with open_local(folder, home, config=config) as app:
+        models = app.serving.models
+        former, models.serving_models = models.serving_models, ServingModels(PictureCounter(folder, config))
+        yield app
+        models.serving_models = former
+
+
+@pytest.fixture(scope="session")
+def seeing(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Local]:
+    with open_seeing(agent_folder, tmp_path_factory.mktemp("seeing")) as app:
+        yield app
+
+
+@pytest.fixture(scope="session")
+def seeing_app() -> Callable[..., AbstractContextManager[Local]]:
+    """For tests that need settings of their own before a model that sees."""
+    return open_seeing
 
 
 @pytest.fixture(scope="session")

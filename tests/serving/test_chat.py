@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from components.config.params import InputError
 from loopwright import client
+from loopwright.attachments import message_content
 from loopwright.client import classify
 from loopwright.models import export
+from loopwright.trace import trace_lines
+from tests.serving.listening import listening
 
 pytestmark = pytest.mark.platform
 
@@ -101,6 +105,67 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
     out, err = capsys.readouterr()
     assert out.startswith("Gr")
     assert " (stopped)" in err
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> dict[str, Path]:
+    """A picture, an animation and a file that is neither."""
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "red.png")
+    frames[0].save(tmp_path / "moves.gif", save_all=True, append_images=frames[1:], duration=500)
+    (tmp_path / "notes.txt").write_text("words")
+    return {path.stem: path for path in tmp_path.iterdir()}
+
+
+def test_files_go_with_a_prompt(seeing: Any, shown: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with listening(seeing.client.app) as url:
+        client.chat("What?", [shown["red"], shown["moves"]], url=url)
+        assert capsys.readouterr().out.count("8x6 ") == 3
+        with pytest.raises(InputError, match=r"messages\[0\].content\[0\].image_url: "):
+            client.chat("What?", [shown["notes"]], url=url)
+        with pytest.raises(InputError, match=r"nothing\.png: No such file or directory; give the file of a picture"):
+            client.chat("What?", [Path("nothing.png")], url=url)
+
+
+def test_a_file_goes_with_the_next_question(
+    seeing: Any, shown: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed(
+        monkeypatch,
+        f"/image {shown['red']}",
+        "/image nothing.png",
+        "What?",
+        f"/image {shown['notes']}",
+        "And?",
+        "Well?",
+    )
+    with listening(seeing.client.app) as url:
+        client.chat(None, url=url)
+    out, err = capsys.readouterr()
+    assert [line.partition(" ")[0] for line in out.split("\n")[:-1]] == ["8x6", "8x6"]
+    assert "red.png goes with the next question" in err
+    assert "/image: 'nothing.png' is not a file; give the path of a picture or clip" in err
+    assert err.count("messages[2].content[0].image_url: ") == 1
+    assert [len(message.get("images", ())) for message in seeing.serving.models.engine.requests[-1].messages] == [
+        1,
+        0,
+        0,
+    ]
+
+
+def test_a_trace_names_the_pictures(seeing: Any, shown: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    content = message_content("What?", [shown["red"], shown["moves"]])
+    completion = seeing.ask(content).json()["id"]
+    report = seeing.client.get(f"/v1/lineage/{completion}").json()
+    lines = list(trace_lines(report))
+    red = next(each for each in report["pictures"] if each["bytes"])
+    assert f"{red['digest']}  8 x 6, {red['bytes']} bytes, /v1/pictures/{completion}/{red['digest']}" in "\n".join(
+        lines
+    )
+    (question,) = [line for line in lines if line.startswith("user")]
+    assert question.count("[picture ") == 1
+    assert "[clip 0.0 s " in question
+    assert question.endswith(" What?")
 
 
 def test_json_needs_a_prompt() -> None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 
 from components.config.params import load_params
 from components.feedback.store import Store
@@ -27,15 +24,13 @@ from serving.http.page_files import POLICY
 from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
-from serving.server import listen
+from tests.serving.browsing import Visit
+from tests.serving.listening import listening
 
 pytestmark = pytest.mark.platform
 
 ROOT = Path(__file__).parents[2]
 STORY = "One two three four five six seven eight nine ten. The end of it. And then some more words."
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-QUIET = ("quic", "gpu", "background-networking", "component-update", "sync")
-ARGUMENTS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in QUIET)]
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True}
 FACTS = {
     "name": "agent",
@@ -56,74 +51,6 @@ FACTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = next((path for name in CHROMIUM if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(CHROMIUM)} is installed here")
-    expect.set_options(timeout=30_000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@dataclass
-class Visitor:
-    """Somebody in front of the page, and what the browser had to complain about."""
-
-    page: Page
-    complaints: list[str] = field(default_factory=list)
-    addresses: list[str] = field(default_factory=list)
-
-    def ask(self, question: str) -> None:
-        self.page.get_by_label("Your question").fill(question)
-        self.page.keyboard.press("Enter")
-
-    def answered(self, text: str) -> None:
-        expect(self.page.locator(".turn").last.locator(".words")).to_have_text(text)
-        expect(self.page.get_by_label("Stop the answer")).to_be_hidden()
-
-    def correct(self, correction: str, comment: str) -> None:
-        self.page.get_by_label("Bad answer").click()
-        self.page.get_by_label("What it should have said").fill(correction)
-        self.page.get_by_label("Comment").fill(comment)
-        self.page.locator(".opinion").get_by_role("button", name="Send").click()
-        expect(self.page.locator(".voted")).to_contain_text("You corrected this answer. Stored as fb-")
-
-    @property
-    def completion_id(self) -> str:
-        """Of the first answer of the latest conversation."""
-        kept = "Object.values(localStorage).map(text => JSON.parse(text)).sort((a, b) => b.updated - a.updated)"
-        return str(self.page.evaluate(f"{kept}[0].turns[0].answers[0].id"))
-
-
-Visit = Callable[..., Visitor]
-
-
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Visit]:
-    """Opens a page in a browser that knows nothing yet; nothing may be complained of, nor fetched from elsewhere."""
-    visitors: list[tuple[str, Visitor]] = []
-
-    def open_page(url: str, script: str = "", **options: Any) -> Visitor:
-        page = browser.new_context(**options).new_page()
-        page.add_init_script(script)
-        visitor = Visitor(page)
-        visitors.append((url, visitor))
-        page.on("console", lambda said: visitor.complaints.append(said.text) if said.type != "log" else None)
-        page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
-        page.on("request", lambda request: visitor.addresses.append(request.url))
-        page.goto(url)
-        return visitor
-
-    yield open_page
-    for url, visitor in visitors:
-        visitor.page.context.close()
-        assert visitor.complaints == []
-        assert [address for address in visitor.addresses if not address.startswith(url)] == []
-
-
 class TokenBucket:
     """How many more pieces of answers may leave the server."""
 
@@ -138,17 +65,6 @@ class Site:
     serving: Serving
     pace: TokenBucket
     app: Any
-
-
-@contextmanager
-def listening(app: Any) -> Iterator[str]:
-    listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="module")
