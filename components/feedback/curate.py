@@ -26,7 +26,8 @@ from components.config.params import InputError
 from components.config.paths import CURATED, REVOKED
 from components.datasets.formats import DatasetWriter, Row, Split, batched, read_info, read_rows, write_json
 from components.feedback.items import Item, answered, prompt_key, read_items, read_pictures, skill_of
-from components.media.pictures import decode_picture, with_pictures
+from components.media.messages import with_pictures
+from components.media.pictures import decode_picture
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file

@@ -17,12 +17,11 @@ from components.config.errors import InputError
 from components.datasets.formats import batched
 from components.feedback.database import Database
 from components.feedback.tables import PICTURES, REQUEST_PICTURES
-from components.media.pictures import IMAGE, Picture
+from components.media.messages import IMAGE, join_parts, plain_text
+from components.media.pictures import Picture
 
 REFERENCE = "loopwright:sha256:"
 """Before the digest, in place of a picture's data URL."""
-BROKEN_MARK = "<image >"
-"""In place of the mark where a person typed it, in conversations with pictures."""
 
 
 class UnknownPicture(InputError):
@@ -113,30 +112,16 @@ def marked_content(content: str | Sequence[Mapping[str, Any]] | None) -> tuple[s
     broken, also across parts, so that marks and digests are as many.
     """
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
-    pieces, typed, digests = list[str](), "", list[str]()
+    pieces, typed, digests = list[tuple[str, bool]](), "", list[str]()
     for part in parts:
         marks, names = _media(part)
         if names:
-            pieces += [without_marks(typed), marks]
+            pieces += [(plain_text(typed), False), (marks, True)]
             typed = ""
             digests += names
         else:
             typed += str(part.get("text") or part.get("refusal") or "")
-    return _on_lines([*pieces, without_marks(typed)]), digests
-
-
-def _on_lines(pieces: Iterable[str]) -> str:
-    """Pieces that are not empty, each beginning on a new line."""
-    text = ""
-    for piece in filter(None, pieces):
-        begins = not text or text.endswith("\n") or piece.startswith("\n")
-        text += piece if begins else f"\n{piece}"
-    return text
-
-
-def without_marks(text: str) -> str:
-    """Text of a conversation with pictures that has none itself."""
-    return text.replace(IMAGE, BROKEN_MARK)
+    return join_parts([*pieces, (plain_text(typed), False)]), digests
 
 
 def _media(part: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from components.datasets.formats import Row
 from components.feedback.items import FORM, NO_CALL, prompt_key
-from components.feedback.pictures import marked_content, without_marks
+from components.feedback.pictures import marked_content
 from components.feedback.privacy import mask
-from components.media.pictures import IMAGE
+from components.media.messages import IMAGE, plain_text
 from components.tokenization.response_format import requested_format
 
 
@@ -25,7 +25,7 @@ def item_of(vote: Mapping[str, Any]) -> Row:
     messages = [*([response_format] if response_format else []), *(body.get("messages") or [])]
     images = [digest for message in messages for digest in marked_content(message.get("content"))[1]]
     # In a conversation with pictures every mark is of one.
-    text = _masked_without_marks if images else mask
+    text = _masked_plain_text if images else mask
     return {
         "feedback_id": vote["id"],
         "sequence": vote["sequence"],
@@ -114,8 +114,8 @@ def _mask(text: str | None) -> str | None:
     return None if text is None else mask(text)
 
 
-def _masked_without_marks(text: str) -> str:
-    return without_marks(mask(text))
+def _masked_plain_text(text: str) -> str:
+    return plain_text(mask(text))
 
 
 def _masked(value: Any, text: Callable[[str], str]) -> Any:

@@ -73,6 +73,8 @@ class DecoderConfig:
 class Decoder(nn.Module):
     """Token ids in, logits of the next token out."""
 
+    sees_pictures = False
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

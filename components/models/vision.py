@@ -148,6 +148,7 @@ class Projector(nn.Module):
 class VisionLanguageModel(Decoder):
     """A decoder that reads pictures: those of a batch stand, in order, at its image tokens."""
 
+    sees_pictures = True
     config: VisionLanguageConfig
 
     def __init__(self, config: VisionLanguageConfig) -> None:

@@ -24,7 +24,7 @@ def conversation(
 
     `marks` is the text with the pictures' places in it, one <image> for each where it is empty.
     """
-    marks = marks or " ".join([IMAGE] * len(images))
+    marks = marks or "\n".join([IMAGE] * len(images))
     messages = []
     for number, (question, answer) in enumerate(exchanges):
         messages.append({"role": "user", "content": question if number else f"{marks}\n{question}"})

@@ -75,7 +75,7 @@ class LocalEngine(Backend):
         if note := batch.plan.note(model.config.max_seq_len, slots or config.max_running):
             logger.warning("%s: %s", name, note)
         self.model = model
-        self.sees_pictures = bool(getattr(model, "sees_pictures", False))
+        self.sees_pictures = model.sees_pictures
         self.max_new_tokens = config.max_new_tokens
         self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.

@@ -6,7 +6,8 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-from components.media.pictures import IMAGE, Picture
+from components.media.messages import IMAGE
+from components.media.pictures import Picture
 
 
 def with_picture_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.feedback.pictures import PictureFile, clip_reference, marked_content, reference
+from components.media.clips import clip_content, decode_clip
 from components.media.pictures import Picture, decode_picture
-from serving.http.clip_frames import clip_content, decode_clip
 from serving.http.content_parts import ImagePart, MediaPart, Part, VideoPart
 from serving.http.errors import ApiError
 from serving.http.fetching import Hosts, fetch

@@ -17,7 +17,8 @@ from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
 from components.feedback.curate import TrainingExample, curate, hold_out, training_example_of, with_their_pictures
 from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
-from components.media.pictures import IMAGE, Picture
+from components.media.messages import IMAGE
+from components.media.pictures import Picture
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from examples.stdlib_agent.dialogue import Hop, exchange
 from tests.feedback.project import chat, correction, item, lookup, new_run, write_partition, write_project

@@ -23,7 +23,8 @@ from components.feedback.items import SCHEMA, prompt_key, read_items, read_pictu
 from components.feedback.pictures import PictureFile, UnknownPicture, reference
 from components.feedback.store import AnswerRecord, Store
 from components.feedback.votes import content_digest, item_features, item_of
-from components.media.pictures import IMAGE, Picture, decode_picture
+from components.media.messages import IMAGE
+from components.media.pictures import Picture, decode_picture
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]

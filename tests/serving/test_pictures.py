@@ -19,7 +19,8 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
-from components.media.pictures import IMAGE, Picture, decode_picture
+from components.media.messages import IMAGE
+from components.media.pictures import Picture, decode_picture
 from serving.engine.picture_parts import with_picture_parts
 from tests.serving.listening import listening
 
