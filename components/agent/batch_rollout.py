@@ -13,6 +13,7 @@ from components.agent.turn_grammar import Rules
 from components.inference.batching import ContinuousBatch, Row
 from components.inference.sampling import Sampling
 from components.inference.schemas import SchemaError
+from components.media.messages import PicturesUnsupported
 from components.models.decoder import Decoder
 
 Chat = tuple[Sequence[Any], Any]
@@ -29,7 +30,7 @@ def answer_all(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer | None]:
-    """The agent's answers, in order; None where the chat does not fit the context.
+    """The agent's answers, in order; None where the chat does not fit the context, or has pictures it cannot read.
 
     Each answer is independent of the other chats: with a seed, each chat uses the random numbers of that seed.
     """
@@ -77,7 +78,7 @@ class _Rollout:
     def _go_on(self, index: int, conversation: Conversation, step: Callable[[], Prompt]) -> None:
         try:
             prompt = step()
-        except (StopIteration, ContextTooLong) as stop:
+        except (StopIteration, ContextTooLong, PicturesUnsupported) as stop:
             self.answers[index] = stop.value if isinstance(stop, StopIteration) else None
             self._done += 1
             if self._done % TOLD == 0 or self._done == len(self._chats):

@@ -18,7 +18,7 @@ import torch
 from components.agent.agent import Agent
 from components.config.model_settings import EvaluateConfig
 from components.config.params import Params
-from components.datasets.formats import Row, read_rows, split_digest, write_json
+from components.datasets.formats import Row, first_per_suite, read_info, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
 from components.evaluation.parallel_rollout import ParallelRollout
@@ -63,6 +63,8 @@ def _measure(
     }
     table = rollout(questions, progress)
     suites = _suite_figures(table)
+    pictured = [name for name in params.tune.datasets if read_info(collected / name).kind == "images"]
+    _add_picture_figures(suites, table, [collected / name for name in pictured], config, params.seed)
     for name in params.tune.datasets:
         suites.update(_measure_conversations(model, agent, collected / name, name, suites, config))
     figures: Figures = {
@@ -76,7 +78,8 @@ def _measure(
 
 def _measure_shots(run: StageRun, rollout: ParallelRollout) -> dict[str, Figures]:
     """The agent's exact match with solved examples in the prompt."""
-    config, folders = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
+    config, named = run.params.evaluate, [run.paths.collected / name for name in run.params.tune.datasets]
+    folders = [folder for folder in named if read_info(folder).kind == "conversations"]
     questions = [question for folder in folders for question in read_questions(folder, config.shot_questions)]
     return few_shot(rollout.agent, rollout, folders, questions, config, run.params.seed, run.progress)
 
@@ -128,6 +131,27 @@ def _suite_figures(table: list[Row]) -> dict[str, Figures]:
     return figures
 
 
+def _add_picture_figures(
+    suites: dict[str, Figures], table: list[Row], folders: list[Path], config: EvaluateConfig, seed: int
+) -> None:
+    """Add to suites about pictures what baselines reach, and to those of captions CIDEr-D and BLEU."""
+    if not folders:
+        return
+    from components.evaluation.captions import caption_scores
+    from components.evaluation.picture_baselines import picture_baselines
+
+    train = (row for folder in folders for row in read_rows(folder, "train"))
+    tests = (row for folder in folders for row in read_rows(folder, "test"))
+    baselines = picture_baselines(train, first_per_suite(tests, config.max_questions), seed)
+    for suite, figures in baselines.items():
+        if suite in suites:
+            suites[suite]["baseline"] = figures
+            if "cider_d" in figures:
+                answered = [row for row in table if row["suite"] == suite]
+                scores = caption_scores([row["answer"] for row in answered], [[row["expected"]] for row in answered])
+                suites[suite] |= {"cider_d": round(scores.cider_d, 4), "bleu": round(scores.bleu, 4)}
+
+
 def _measure_documents(model: Decoder, agent: Agent, folder: Path, config: EvaluateConfig) -> Figures:
     """Bits per byte on held-out text, in windows of at most the context."""
     tokenizer = agent.tokenizer
@@ -148,6 +172,8 @@ def _measure_documents(model: Decoder, agent: Agent, folder: Path, config: Evalu
 
 def read_conversations(agent: Agent, folder: Path, most: int) -> list[Encoded]:
     """The first held-out conversations without one right answer that fit the context."""
+    if read_info(folder).kind == "images":  # its pictures would have to be read with it
+        return []
     rows = (row for row in read_rows(folder, "test") if not row["suite"])
     encoded = agent.tokenizer.encode_chats([(row["messages"], row["tools"]) for row in islice(rows, most)])
     return [piece for piece in encoded if len(piece[0]) <= agent.context_len]

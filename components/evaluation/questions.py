@@ -12,6 +12,8 @@ from components.agent.batch_rollout import answer_all
 from components.config.model_settings import EvaluateConfig
 from components.datasets.formats import Row, read_rows
 from components.inference.sampling import Sampling
+from components.media.messages import with_pictures
+from components.media.pictures import decode_picture
 from components.models.decoder import Decoder
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
@@ -59,8 +61,16 @@ def read_questions(folder: Path, most: int) -> Iterator[Question]:
             yield _question(suite, row)
 
 
+def complete_messages(row: Row) -> list[Row]:
+    """The messages of a row, with the pictures of kind `images`."""
+    if not row.get("images"):
+        return list(row["messages"])
+    pictures = [decode_picture(content, f"row {row['id']}") for content in row["images"]]
+    return with_pictures(row["messages"], pictures)
+
+
 def _question(suite: str, row: Row) -> Question:
-    messages = row["messages"]
+    messages = complete_messages(row)
     last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=0)
     rest = [message for message in messages[last_user + 1 :] if message["role"] == "assistant"]
     # A client's tools are run by the client: the model's first turn is its whole answer.

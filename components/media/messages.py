@@ -15,6 +15,10 @@ IMAGE = "<image>"
 """Stands in a message's content where a picture is; the pictures are in the message's `images`, in order."""
 
 
+class PicturesUnsupported(InputError):
+    """Messages with pictures for a model that reads text only."""
+
+
 def plain_text(text: str) -> str:
     """A text that someone typed, whose marks stand for no picture: broken, so that none is taken for one."""
     return text.replace(IMAGE, "<image >")

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from components.config.params import InputError
-from components.media.messages import IMAGE, pictures_of
+from components.media.messages import IMAGE, PicturesUnsupported, pictures_of
 from components.tokenization.call_formats import BARE, CallFormat
 from components.tokenization.chat_templates import (
     PICTURE,
@@ -263,7 +263,7 @@ class ChatTokenizer:
     def _with_pictures(self, ids: list[int], mask: list[int], pictures: int) -> tuple[list[int], list[int]]:
         """Ids and mask with each image token repeated for the patches of its picture."""
         if not self.image_tokens:
-            raise InputError("messages: this model reads text only; leave pictures and clips out")
+            raise PicturesUnsupported("messages: this model reads text only; leave pictures and clips out")
         if ids.count(self.image_id) != pictures:
             raise InputError(
                 f"messages: the chat template shows {ids.count(self.image_id)} of {pictures} pictures; put pictures"
