@@ -34,6 +34,8 @@ def answer_all(
 
     Each answer is independent of the other chats: with a seed, each chat uses the random numbers of that seed.
     """
+    if not chats:
+        return []
     rollout = _Rollout(agent, chats, sampling, progress)
     slots = ContinuousBatch(model, batch_size)
     while True:

@@ -172,7 +172,8 @@ def _scores(
         answers = answer_questions(model, agent, questions, params.evaluate, progress)
     table = list(answers)
     if curated is not None:
-        corrected = list(read_questions(curated / "demonstrations", params.evaluate.max_questions))
+        held_out = (curated / name for name in ("demonstrations", "picture-demonstrations"))
+        corrected = [each for folder in held_out for each in read_questions(folder, params.evaluate.max_questions)]
         table += answer_questions(model, agent, corrected, params.evaluate)
     correct, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     tools: dict[str, str] = {}

@@ -11,9 +11,8 @@ from components.agent.agent import Agent, Answer
 from components.agent.batch_rollout import answer_all
 from components.config.model_settings import EvaluateConfig
 from components.datasets.formats import Row, read_rows
+from components.datasets.images import complete_messages
 from components.inference.sampling import Sampling
-from components.media.messages import with_pictures
-from components.media.pictures import decode_picture
 from components.models.decoder import Decoder
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
@@ -59,14 +58,6 @@ def read_questions(folder: Path, most: int) -> Iterator[Question]:
         counts[suite] = counts.get(suite, 0) + 1
         if counts[suite] <= limit:
             yield _question(suite, row)
-
-
-def complete_messages(row: Row) -> list[Row]:
-    """The messages of a row, with the pictures of kind `images`."""
-    if not row.get("images"):
-        return list(row["messages"])
-    pictures = [decode_picture(content, f"row {row['id']}") for content in row["images"]]
-    return with_pictures(row["messages"], pictures)
 
 
 def _question(suite: str, row: Row) -> Question:

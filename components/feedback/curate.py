@@ -5,6 +5,7 @@ label. Prompts are held out, never rows: all feedback on a held-out prompt is ke
 are replayed, so that the model keeps its skills.
 
     demonstrations/  preferences/    datasets; a row's id is the feedback's, test rows are held out
+    picture-demonstrations/          the same of demonstrations with pictures
     sft/  replay/  preferences-rows/ token rows of the demonstrations, of earlier conversations, of the preferences
     curated.json                     per skill: corrections, how many are held out, whether they supersede its wording
 """
@@ -23,24 +24,27 @@ from typing import Any
 import numpy as np
 
 from components.config.params import InputError
-from components.config.paths import CURATED, REVOKED
+from components.config.paths import CONFIG, CURATED, REVOKED
 from components.datasets.formats import DatasetWriter, Row, Split, batched, read_info, read_rows, write_json
+from components.datasets.images import complete_messages
 from components.feedback.items import Item, answered, prompt_key, read_items, read_pictures, skill_of
-from components.media.messages import with_pictures
+from components.media.messages import pictures_of, with_pictures
 from components.media.pictures import decode_picture
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
+from components.token_rows.picture_rows import PictureWriter
 from components.token_rows.preference_rows import write_preferences
-from components.tokenization.chat_tokenizer import ChatTokenizer
+from components.tokenization.chat_tokenizer import ChatTokenizer, read_json
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
 FEEDBACK = "feedback"
 """The name in `align.dataset` for user feedback; any other is an added dataset."""
-HAVE_PICTURES = "have pictures, which rows of text tokens cannot hold"
+HAVE_PICTURES = "have pictures, which the model that training starts from does not read"
 """Why items are set aside."""
 EXAMPLES_IN_MEMORY = 64
 """Examples whose pictures are read at a time."""
+DEMONSTRATIONS, PICTURE_DEMONSTRATIONS = "demonstrations", "picture-demonstrations"
 MAX_REPEATS = 40
 """Repetitions of a demonstration at most, however few there are."""
 
@@ -75,20 +79,21 @@ def curate(run: StageRun) -> None:
     # Withdrawn items keep their position, so that no other prompt changes sides.
     held_out = hold_out(collected, run.params.curate.held_out_share, run.params.seed)
     run.paths.curated.mkdir(parents=True, exist_ok=True)
-    pictured = [example for example in examples if example.images]
-    texts = [example for example in examples if not example.images]
-    if not texts:
-        raise InputError(f"{run.paths.feedback}: all {len(pictured)} items {HAVE_PICTURES}; collect feedback on texts")
-    train = [example for example in texts if example.key not in held_out]
-    test = [example for example in texts if example.key in held_out]
+    tokenizer = load_chat_tokenizer(run.paths.start)
+    set_aside = [] if tokenizer.image_tokens else [example for example in examples if example.images]
+    usable = [example for example in examples if tokenizer.image_tokens or not example.images]
+    if not usable:
+        raise InputError(f"{run.paths.feedback}: all {len(set_aside)} items {HAVE_PICTURES}; collect feedback on texts")
+    usable = list(with_their_pictures(run.paths.feedback, usable))
+    train = [example for example in usable if example.key not in held_out]
+    test = [example for example in usable if example.key in held_out]
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
-    tokenizer = load_chat_tokenizer(run.paths.start)
     counts = _write_rows(run, tokenizer, train, {name for name, counts in skills.items() if counts["overruled"]})
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
-    if pictured:
-        report["set_aside"] = {HAVE_PICTURES: sorted(example.id for example in pictured)}
-        counts |= {"set_aside": len(pictured)}
+    if set_aside:
+        report["set_aside"] = {HAVE_PICTURES: sorted(example.id for example in set_aside)}
+        counts |= {"set_aside": len(set_aside)}
     write_json(run.paths.curated / CURATED, report)
     write_json(run.paths.metrics / "curate.json", {"train": len(train), "held_out": len(test), **counts})
     run.tracker.metrics({"train": float(len(train)), "held_out": float(len(test))})
@@ -149,13 +154,16 @@ def training_example_of(item: Item) -> TrainingExample:
 
 
 def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> Iterator[TrainingExample]:
-    """Examples of `data/feedback` whose messages have their pictures (`Picture`) in `images`.
+    """Examples of `data/feedback`, their messages with pictures (`Picture`) in `images` where there are some.
 
     Raises: InputError when the folder lacks a picture.
     """
     for group in batched(examples, EXAMPLES_IN_MEMORY):
         files = read_pictures(folder, {image for example in group for image in example.images})
         for example in group:
+            if not example.images:
+                yield example
+                continue
             pictures = [decode_picture(files[image], f"{folder}: {image}") for image in example.images]
             demonstration, preference = example.demonstration, example.preference
             if demonstration is not None:
@@ -167,7 +175,8 @@ def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> It
 
 def _write_datasets(folder: Path, train: Sequence[TrainingExample], test: Sequence[TrainingExample]) -> None:
     with (
-        DatasetWriter(folder / "demonstrations", "demonstrations", "conversations") as demonstrations,
+        DatasetWriter(folder / DEMONSTRATIONS, DEMONSTRATIONS, "conversations") as demonstrations,
+        DatasetWriter(folder / PICTURE_DEMONSTRATIONS, PICTURE_DEMONSTRATIONS, "images") as pictured,
         DatasetWriter(folder / "preferences", "preferences", "preferences") as preferences,
     ):
         sides: tuple[tuple[Split, Sequence[TrainingExample]], ...] = (("train", train), ("test", test))
@@ -175,10 +184,18 @@ def _write_datasets(folder: Path, train: Sequence[TrainingExample], test: Sequen
             for example in examples:
                 if example.demonstration is not None:
                     suite = f"feedback/{example.skill}" if split == "test" else None
-                    demonstrations.write(split, {**example.demonstration, "suite": suite})
+                    writer = pictured if example.images else demonstrations
+                    writer.write(split, {**_stored(example.demonstration), "suite": suite})
                 # A held-out correction is evaluated as a demonstration; its pair would count the prompt twice.
-                if example.preference is not None and (split == "train" or example.demonstration is None):
+                is_compared = split == "train" or example.demonstration is None
+                if example.preference is not None and is_compared and not example.images:
                     preferences.write(split, example.preference)
+
+
+def _stored(demonstration: Row) -> Row:
+    """A demonstration as a row of its dataset: pictures as files, in order, beside the messages."""
+    messages = [{key: message[key] for key in message if key != "images"} for message in demonstration["messages"]]
+    return {**demonstration, "messages": messages, "images": [p.png() for p in pictures_of(demonstration["messages"])]}
 
 
 def _skills(
@@ -207,15 +224,17 @@ def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Trainin
     """Write the token rows of all training data; returns their counts."""
     seq_len = run.params.prepare.decoder.seq_len
     random = np.random.default_rng(run.params.seed)
-    replay = list(_replay(run, tokenizer, superseded, random))
+    sft, replay = _Rows(run, "sft", tokenizer), _Rows(run, "replay", tokenizer)
+    replayed = list(_replay(run, replay, superseded, random))
     chats = [(row["messages"], row["tools"]) for example in train if (row := example.demonstration)]
-    demonstrations = [_last_turn(*piece) for piece in tokenizer.encode_chats(chats)]
-    repeated = list(_repeated(demonstrations, replay, run, tokenizer, random))
-    too_long = _pack(run, "sft", tokenizer, repeated, random) + _pack(run, "replay", tokenizer, replay, random)
+    demonstrations = [_last_turn(*piece) for piece in sft.pieces(chats)]
+    repeated = list(_repeated(demonstrations, replayed, run, tokenizer, random))
+    too_long = sft.pack(repeated, random) + replay.pack(replayed, random)
     preferences = (example.preference for example in train if example.preference is not None)
-    aligned = write_preferences(run.paths.curated / "preferences-rows", "train", tokenizer, preferences, seq_len)
+    rows = _Rows(run, "preferences-rows", tokenizer)
+    aligned = write_preferences(rows.folder, "train", tokenizer, preferences, seq_len, rows.pictures)
     return {
-        "replayed": len(replay),
+        "replayed": len(replayed),
         "demonstrations": len(demonstrations),
         "pairs": aligned["pairs"],
         "votes": aligned["votes"],
@@ -223,38 +242,52 @@ def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[Trainin
     }
 
 
-def _pack(
-    run: StageRun, name: str, tokenizer: ChatTokenizer, pieces: Sequence[Piece], random: np.random.Generator
-) -> int:
-    """Pack shuffled pieces into rows; returns how many were too long for one."""
-    folder = run.paths.curated / name
-    folder.mkdir(exist_ok=True)
-    writer = RowWriter(folder, "train", run.params.prepare.decoder.seq_len, id_type(tokenizer))
-    too_long = pack_rows((pieces[number] for number in random.permutation(len(pieces))), writer)
-    writer.close()
-    write_rows_file(folder, tokenizer, writer.seq_len, {"train": writer})
-    return too_long
+class _Rows:
+    """A folder of token rows, with pictures where the model reads them."""
+
+    def __init__(self, run: StageRun, name: str, tokenizer: ChatTokenizer) -> None:
+        self.folder, self.tokenizer = run.paths.curated / name, tokenizer
+        self.folder.mkdir(exist_ok=True)
+        self._seq_len = run.params.prepare.decoder.seq_len
+        vision = read_json(run.paths.start / CONFIG).get("vision_config") if tokenizer.image_tokens else None
+        self.pictures = PictureWriter(self.folder, tokenizer, int(vision["image_size"])) if vision else None
+
+    def pieces(self, chats: Sequence[tuple[Sequence[Row], Any]]) -> list[Piece]:
+        """Ids and masks of `(messages, tools)`."""
+        pieces = self.tokenizer.encode_chats(chats)
+        if self.pictures is None:
+            return pieces
+        named = zip(pieces, chats, strict=True)
+        return [self.pictures.piece(piece, pictures_of(messages)) for piece, (messages, _) in named]
+
+    def pack(self, pieces: Sequence[Piece], random: np.random.Generator) -> int:
+        """Pack shuffled pieces into rows; returns how many were too long for one."""
+        writer = RowWriter(self.folder, "train", self._seq_len, id_type(self.tokenizer), self.pictures)
+        too_long = pack_rows((pieces[number] for number in random.permutation(len(pieces))), writer)
+        writer.close()
+        pictures = self.pictures.close() if self.pictures is not None else None
+        write_rows_file(self.folder, self.tokenizer, writer.seq_len, {"train": writer}, pictures)
+        return too_long
 
 
-def _replay(
-    run: StageRun, tokenizer: ChatTokenizer, superseded: set[str], random: np.random.Generator
-) -> Iterator[Piece]:
+def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.random.Generator) -> Iterator[Piece]:
     """Earlier conversations; of a skill whose wording is superseded, only the calls are trained on."""
-    folders = [run.paths.collected / name for name in run.params.tune.datasets]
+    named = [run.paths.collected / name for name in run.params.tune.datasets]
+    folders = [folder for folder in named if target.pictures or read_info(folder).kind != "images"]
     sizes = [read_info(folder).rows.get("train", 0) for folder in folders]
     count = min(run.params.curate.replay, sum(sizes))
     chosen = set(random.choice(sum(sizes), count, replace=False).tolist())
-    rows = (read_rows(folder, "train", ["messages", "tools"]) for folder in folders)
+    rows = (read_rows(folder, "train") for folder in folders)
     sampled = [row for number, row in enumerate(chain.from_iterable(rows)) if number in chosen]
-    encoded = tokenizer.encode_chats([(row["messages"], row["tools"]) for row in sampled])
+    encoded = target.pieces([(complete_messages(row), row["tools"]) for row in sampled])
     for row, (ids, mask) in zip(sampled, encoded, strict=True):
         if skill_of(row["messages"]) in superseded:
             start = _last_start(mask)
             mask = mask[:start] + [0] * (len(mask) - start)
         yield ids, mask
         noisy = (
-            with_token_noise(ids, random, tokenizer)
-            if random.random() < run.params.prepare.decoder.token_noise_rate
+            with_token_noise(ids, random, target.tokenizer)
+            if random.random() < run.params.prepare.decoder.token_noise_rate and not row.get("images")
             else None
         )
         if noisy:
@@ -280,7 +313,7 @@ def _repeated(
         for ids, mask in demonstrations:
             noisy = (
                 with_token_noise(ids, random, tokenizer)
-                if number and random.random() < run.params.curate.noise
+                if number and random.random() < run.params.curate.noise and max(ids) < tokenizer.vocab_size
                 else None
             )
             yield noisy or ids, mask

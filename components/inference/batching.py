@@ -31,6 +31,8 @@ from components.models.vision import VisionLanguageModel
 
 PREFILL_TOKENS = 512
 """Prompt tokens prefilled between two decode steps, padding included."""
+PREFIX_BYTES = 1 << 30
+"""Of the prefix cache: beyond what the cache itself takes of the memory."""
 SEEN = 16
 """Positions attended in a pass are a multiple of this: the softmax sums by vectors."""
 
@@ -149,7 +151,8 @@ class ContinuousBatch:
         self._multiple = EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count), self.context)
         self._step = Step(model, self._cache.whole, self._bank is None)
-        self._prefix_cache = PrefixCache(count * self.context)
+        self._prefix_tokens = min(count * self.context, PREFIX_BYTES // plan.token_bytes)
+        self._prefix_cache = PrefixCache(self._prefix_tokens)
         self.pictures = PictureCache(model) if isinstance(model, VisionLanguageModel) else None
         # Longer products of scores would go through another kernel.
         self._widest = max(EVEN_ROWS, min(PREFILL_TOKENS, SHORT // self.context) // EVEN_ROWS * EVEN_ROWS)
@@ -252,7 +255,7 @@ class ContinuousBatch:
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
         self.prefilling, self.decoding = [], []
-        self._prefix_cache = PrefixCache(self.count * self.context)
+        self._prefix_cache = PrefixCache(self._prefix_tokens)
 
     def _pass(self, rows: Sequence[Row], tokens: np.ndarray, counts: list[int], seen: int, newest: list[int]) -> Tensor:
         """Read the next tokens (B, T) of rows, `counts` of them real; the stream at `newest` and padding."""

@@ -57,13 +57,14 @@ def with_token_noise(ids: list[int], random: np.random.Generator, tokenizer: Cha
     """The conversation with random tokens in its copied spans, equal in each copy; None without such spans."""
     noisy = list(ids)
     changed = False
+    stop_id = tokenizer.vocab_size - bool(tokenizer.image_tokens)  # the last is the image token
     for start, stop in _fields(ids, tokenizer):
         starts = _occurrences(ids, ids[start:stop])
         if len(starts) < 2:
             continue
         for offset in range(stop - start):
             if random.random() < REPLACEMENT_RATE:
-                token = int(random.integers(FIRST_ID, tokenizer.vocab_size))
+                token = int(random.integers(FIRST_ID, stop_id))
                 changed = True
                 for copy in starts:
                     noisy[copy + offset] = token

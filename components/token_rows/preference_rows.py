@@ -20,9 +20,11 @@ import torch
 
 from components.config.params import InputError
 from components.datasets.formats import Row, batched
+from components.media.messages import pictures_of
 from components.token_rows.augmentation import Piece
 from components.token_rows.batches import Batch, Indices, TokenRows
 from components.token_rows.packing import RowWriter, id_type, write_rows_file
+from components.token_rows.picture_rows import PictureWriter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 
 BATCH = 512
@@ -44,15 +46,23 @@ class Role(IntEnum):
 
 
 def write_preferences(
-    folder: Path, split: str, tokenizer: ChatTokenizer, rows: Iterable[Row], seq_len: int
+    folder: Path,
+    split: str,
+    tokenizer: ChatTokenizer,
+    rows: Iterable[Row],
+    seq_len: int,
+    pictures: PictureWriter | None = None,
 ) -> dict[str, int]:
     """Tokenize rows of kind `preferences` into the files above; returns the counts of `pairs`, `votes`, `too_long`."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = RowWriter(folder, split, seq_len, id_type(tokenizer))
+    writer = RowWriter(folder, split, seq_len, id_type(tokenizer), pictures)
     roles: list[Role] = []
     labels: list[tuple[Role, Answer]] = []
     counts = {"pairs": 0, "votes": 0, "too_long": 0}
     for row, answers in encode_preferences(tokenizer, rows):
+        if pictures is not None:
+            for answer in answers.values():
+                answer.prompt, _ = pictures.piece((answer.prompt, []), pictures_of(row["prompt"]))
         if any(len(answer) > seq_len for answer in answers.values()):
             counts["too_long"] += 1
         elif len(answers) == 2:
@@ -72,7 +82,7 @@ def write_preferences(
             roles.append(Role.MISMATCHED)
     writer.close()
     np.array(roles, "uint8").tofile(folder / f"{split}.roles.bin")
-    write_rows_file(folder, tokenizer, seq_len, {split: writer})
+    write_rows_file(folder, tokenizer, seq_len, {split: writer}, pictures.close() if pictures is not None else None)
     return counts
 
 
@@ -182,7 +192,8 @@ class AlignRows:
         rows = [row for unit in indices[indices >= first] for row in self._units[unit - first]]
         if self._preferences and rows:
             parts.append(self._preferences.batch(np.array(rows, np.int64)))
-        return trimmed({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        names = {name: None for part in parts for name in part}  # pixel_values is of parts with pictures alone
+        return trimmed({name: torch.cat([part[name] for part in parts if name in part]) for name in names})
 
 
 def trimmed(batch: Mapping[str, Any]) -> Batch:

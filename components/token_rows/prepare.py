@@ -11,8 +11,8 @@ import numpy as np
 from components.config.params import InputError
 from components.config.paths import CONFIG
 from components.datasets.formats import batched, read_info, read_rows, refuse_other_kinds, write_json
-from components.media.messages import pictures_of, with_pictures
-from components.media.pictures import decode_picture
+from components.datasets.images import complete_messages
+from components.media.messages import pictures_of
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, id_type, pack_rows, write_rows_file
@@ -119,10 +119,7 @@ def _conversations(tokenizer: ChatTokenizer, folder: Path, split: str) -> Iterat
 def _picture_conversations(tokenizer: ChatTokenizer, folder: Path, split: str, rows: _Rows) -> Iterator[Piece]:
     assert rows.pictures is not None
     for batch in batched(read_rows(folder, split, ["id", "images", "messages", "tools"]), BATCH):
-        chats = []
-        for row in batch:
-            pictures = [decode_picture(content, f"{folder.name}: row {row['id']}") for content in row["images"]]
-            chats.append((with_pictures(row["messages"], pictures), row["tools"]))
+        chats = [(complete_messages(row), row["tools"]) for row in batch]
         for (messages, _), piece in zip(chats, tokenizer.encode_chats(chats), strict=True):
             yield rows.pictures.piece(piece, pictures_of(messages))
 

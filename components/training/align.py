@@ -26,7 +26,7 @@ from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
 from components.training.from_base import quantize_frozen
 from components.training.loop import refuse_bad_masks, train
-from components.training.objectives import Loss, Objective, linear_cross_entropy
+from components.training.objectives import Loss, Objective, hidden_rows, linear_cross_entropy
 from components.training.report import describe, report
 
 
@@ -131,15 +131,14 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decode
         labels = batch["labels"].flatten()
         positions = (labels != IGNORED).nonzero().squeeze(1)
         row = positions // width
-        inputs = (batch["input_ids"], batch["segment_ids"], batch["position_ids"])
-        stream = model.hidden(*inputs, rows=positions)
+        stream = hidden_rows(model, batch, positions)
         sft, replay = (role == Role.SFT)[row], (role == Role.REPLAY)[row]
         loss = Loss(stream.sum() * 0, 0.0)
         if sft.any():
             loss = plus(loss, linear_cross_entropy(stream[sft], model.head.weight, labels[positions][sft]), sft.sum())
         if replay.any():
             with torch.no_grad():
-                target = reference.hidden(*inputs, rows=positions[replay]) @ reference.head.weight.T
+                target = hidden_rows(reference, batch, positions[replay]) @ reference.head.weight.T
             log_probs = F.log_softmax((stream[replay] @ model.head.weight.T).float(), dim=-1)
             distance = -(F.softmax(target.float(), dim=-1) * log_probs).sum()
             loss = plus(loss, config.replay_weight * distance, config.replay_weight * replay.sum())
@@ -180,6 +179,6 @@ def row_log_probs(model: Decoder, batch: Batch) -> Tensor:
     width = batch["labels"].shape[1]
     labels = batch["labels"].flatten()
     positions = (labels != IGNORED).nonzero().squeeze(1)
-    stream = model.hidden(batch["input_ids"], batch["segment_ids"], batch["position_ids"], rows=positions)
+    stream = hidden_rows(model, batch, positions)
     losses = target_nll(stream, model.head.weight, labels[positions])
     return -torch.zeros(len(labels) // width, device=losses.device).index_add_(0, positions // width, losses)

@@ -42,13 +42,17 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
     """
     labels = batch["labels"].flatten()
     rows = (labels != IGNORED).nonzero().squeeze(1)
-    inputs = batch["input_ids"], batch["segment_ids"], batch["position_ids"]
-    if "pixel_values" in batch and isinstance(model, VisionLanguageModel):
-        values = normalized(batch["pixel_values"]).to(model.embed.weight.dtype)
-        stream = model.hidden(*inputs, rows=rows, pixel_values=values)
-    else:
-        stream = model.hidden(*inputs, rows=rows)
+    stream = hidden_rows(model, batch, rows)
     return Loss(linear_cross_entropy(stream, model.head.weight, labels[rows]), len(rows))
+
+
+def hidden_rows(model: Decoder, batch: Batch, rows: Tensor) -> Tensor:
+    """The normed stream (N, E) at `rows` (N) of the B * T positions of packed rows, which may have pictures."""
+    inputs = batch["input_ids"], batch["segment_ids"], batch["position_ids"]
+    if "pixel_values" not in batch or not isinstance(model, VisionLanguageModel):
+        return model.hidden(*inputs, rows=rows)
+    values = normalized(batch["pixel_values"]).to(model.embed.weight.dtype)
+    return model.hidden(*inputs, rows=rows, pixel_values=values)
 
 
 def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
