@@ -395,7 +395,7 @@ class TuneConfig(FineTuneConfig):
     """Share of the rows that are an imported base's own answers to data/replay_requests.txt, against forgetting; 0:
     none."""
     train_vision: bool
-    """Whether the vision tower and the projector learn too, where `dataset` has pictures."""
+    """Whether the vision tower learns too, where `dataset` has pictures; the projector does."""
 
 
 class EvaluateConfig(Section):

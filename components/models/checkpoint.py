@@ -30,7 +30,8 @@ from components.models.decoder import Decoder, DecoderConfig
 from components.models.encoder import Encoder, classifier_from
 from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
 from components.models.lora import lora_of, merge_lora
-from components.models.vision import VisionLanguageModel
+from components.models.vision import VisionLanguageModel, VisionTower
+from components.models.vision_formats import processor_files
 from components.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -314,7 +315,10 @@ def _write_configs(model: nn.Module, folder: Path, generation: Mapping[str, Any]
     dtype = str(_stored_dtype(model)).removeprefix("torch.")
     config = written | {"architectures": [architecture], "torch_dtype": dtype}
     write_json(folder / "config.json", config | special)
-    if not isinstance(model, Encoder):
+    if isinstance(model, VisionLanguageModel):
+        for name, content in processor_files(model.config).items():
+            write_json(folder / name, content)
+    if not isinstance(model, Encoder | VisionTower):
         start = {"decoder_start_token_id": config["decoder_start_token_id"]} if "d_model" in config else {}
         write_json(folder / "generation_config.json", special | start | {"do_sample": False, **generation})
 

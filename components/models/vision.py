@@ -139,6 +139,10 @@ class Projector(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.down = nn.Linear(embed_dim, embed_dim, bias)
 
+    def init_weights(self) -> None:
+        """Pictures begin as small as tokens: larger ones leave the blocks nothing to add to their stream."""
+        nn.init.normal_(self.down.weight, std=0.02 * self.down.in_features**-0.5)
+
     def forward(self, patches: Tensor) -> Tensor:
         """(P, N, E) -> (P, N, D)."""
         embeddings: Tensor = self.down(self.activation(self.up(patches)))
@@ -158,12 +162,12 @@ class VisionLanguageModel(Decoder):
         self.projector = Projector(c.vision.embed_dim, c.embed_dim, c.projector_activation, c.projector_bias)
 
     def train_vision(self, trained: bool) -> None:
-        """Let the parts of the tower that are read, and the projector, learn or not."""
+        """Let the parts of the tower that are read learn or not; the projector learns."""
         self.vision.requires_grad_(False)
         self.vision.patch_embed.requires_grad_(trained)
         self.vision.position_embed.requires_grad_(trained)
         self.vision.blocks[: self.vision.depth(self.config.feature_layer)].requires_grad_(trained)
-        self.projector.requires_grad_(trained)
+        self.projector.requires_grad_(True)
 
     def encode_pictures(self, pixel_values: Tensor) -> Tensor:
         """The embeddings (P, N, D) of pictures (P, 3, image_size, image_size), as the first block reads them."""
@@ -223,6 +227,7 @@ def vision_language_from(
         **values,
     )
     model = VisionLanguageModel(config)
+    model.projector.init_weights()
     weights = decoder.state_dict()
     for name in ("embed.weight", "head.weight"):
         old = weights[name]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from components.config.params import InputError
+from components.media.messages import IMAGE
 from components.models.blocks import ACTIVATIONS
 from components.models.config_fields import Fields, Format, Names
 from components.models.decoder_formats import DECODERS, DIFFERENCES
-from components.models.vision import VisionConfig, VisionLanguageConfig, VisionLanguageModel, VisionTower
+from components.models.vision import MEAN, STD, VisionConfig, VisionLanguageConfig, VisionLanguageModel, VisionTower
 
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 SIGLIP, LLAVA = "SiglipVisionModel", "LlavaForConditionalGeneration"
 _LAYER = "encoder.layers.{n}."
 _TOWER: Names = {
@@ -142,6 +146,42 @@ def _llava_names(config: VisionLanguageConfig) -> Names:
 
 def _behind(prefix: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
+
+
+def processor_files(config: VisionLanguageConfig) -> dict[str, dict[str, Any]]:
+    """What transformers' AutoProcessor reads: how pictures become pixels, and image tokens."""
+    size = config.vision.image_size
+    pixels = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+        "do_convert_rgb": True,
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": config.vision.patch_size,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+    }
+    return {PREPROCESSOR: {**pixels, "processor_class": "LlavaProcessor"}, PROCESSOR: processor}
+
+
+def check_processor(folder: Path) -> None:
+    """Raises: InputError when a folder's pictures are normalized otherwise than SigLIP's."""
+    path = folder / PREPROCESSOR
+    if not path.is_file():
+        return
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for name, expected in (("image_mean", MEAN), ("image_std", STD)):
+        if values.get(name, [expected] * 3) != [expected] * 3:
+            raise InputError(f"{path}: {name}: {values[name]} is not supported; allowed: {[expected] * 3}")
 
 
 SIGHT: dict[str, Format] = {

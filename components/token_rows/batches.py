@@ -128,11 +128,10 @@ class TokenRows:
         """Documents of a row; they are numbered from 1."""
         return int(self._segments[row].max())
 
-    def segment(self, row: int, number: int) -> tuple[Indices, Indices, Indices]:
-        """Ids, mask and numbers of pictures of a document of a row."""
+    def segment(self, row: int, number: int) -> tuple[Indices, Indices]:
+        """Ids of a document of a row, and the pictures of its image tokens, counted from 1; 0 elsewhere."""
         chosen = self._segments[row] == number
-        ids, mask, pictures = (array[row][chosen].astype(np.int64) for array in (self._ids, self._mask, self.pictures))
-        return ids, mask, pictures
+        return self._ids[row][chosen].astype(np.int64), self.pictures[row][chosen].astype(np.int64)
 
     def masked_tokens(self) -> tuple[int, int]:
         """The numbers of tokens in the mask, and of all tokens without padding."""

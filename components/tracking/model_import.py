@@ -34,6 +34,8 @@ from components.models.encoder import Encoder, EncoderConfig
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.gguf import open_gguf, unpack_gguf
 from components.models.sentence_pooling import MODULES, pooling_files, read_pooling
+from components.models.vision import VisionLanguageModel
+from components.models.vision_formats import PREPROCESSOR, PROCESSOR, check_processor
 from components.models.weight_files import ADAPTER_CONFIG, INDEX, weight_files, write_json
 from components.runtime.model_tasks import TASKS
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
@@ -48,6 +50,8 @@ FILES = (
     ADAPTER_CONFIG,
     BASE,
     "generation_config.json",
+    PREPROCESSOR,
+    PROCESSOR,
     TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -84,6 +88,8 @@ def inspect_model(folder: Path) -> ModelInfo:
         load_tools(folder)  # the folder has their names alone
     if family == "encoder":
         read_pooling(folder)
+    if isinstance(model, VisionLanguageModel):
+        check_processor(folder)
     tokens = (
         load_chat_tokenizer(folder).vocab_size if family == "decoder" else _count_tokens(folder, family, model.config)
     )

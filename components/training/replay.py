@@ -68,7 +68,7 @@ class ReplayedRows:
 def with_replay(run: StageRun, rows: TokenRows, base: Path, share: float) -> Rows:
     """`rows`, and the base's answers to the requests of data/replay_requests.txt as a share of all rows.
 
-    Raises: InputError when the file has no request that fits a row.
+    Raises: InputError when there is no such file, or it has no request that fits a row.
     """
     folder = run.state / "replay"
     if not (folder / "rows.json").is_file():
@@ -78,6 +78,8 @@ def with_replay(run: StageRun, rows: TokenRows, base: Path, share: float) -> Row
 
 def _write_answers(run: StageRun, folder: Path, base: Path, seq_len: int) -> None:
     path = run.paths.replay_requests
+    if not path.is_file():
+        raise InputError(f"{path}: not found; write a request on each line, or set tune.replay_share to 0")
     requests = list(filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines())))
     tokenizer = load_chat_tokenizer(base)
     chats = [([{"role": "user", "content": request}], None) for request in requests]

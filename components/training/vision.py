@@ -33,8 +33,8 @@ from components.training.loop import train
 from components.training.objectives import Loss, causal_lm
 from components.training.report import describe, report
 
-MAX_TEXT = 64
-"""Tokens of what is said of a picture."""
+MAX_TEXT = 96
+"""Tokens of the text of a picture."""
 INITIAL_SCALE, INITIAL_BIAS = math.log(10.0), -10.0
 """Of the logits of pairs (section 3.2): at first nearly all are told apart as different."""
 
@@ -118,7 +118,7 @@ class PicturedRows:
 
 
 class CaptionPairs:
-    """Pictures that are alone in a conversation, each with what the model is to say of it."""
+    """Pictures that are alone in a conversation, each with its text: questions give answers their meaning."""
 
     def __init__(self, rows: TokenRows) -> None:
         """Raises: InputError when there are none."""
@@ -127,10 +127,10 @@ class CaptionPairs:
         self._pairs: list[tuple[int, list[int]]] = []
         for row in np.flatnonzero((np.asarray(rows.pictures) > 0).any(1)).tolist():
             for number in range(1, 1 + int(rows.segments_in(row))):
-                ids, mask, pictures = rows.segment(row, number)
+                ids, pictures = rows.segment(row, number)
                 shown = set(pictures[pictures > 0].tolist())
                 if len(shown) == 1:
-                    self._pairs.append((shown.pop() - 1, ids[mask != 0][:MAX_TEXT].tolist()))
+                    self._pairs.append((shown.pop() - 1, ids[pictures == 0][:MAX_TEXT].tolist()))
         if not self._pairs:
             raise InputError(f"{rows.folder}: no picture is alone in a conversation; add captions to tune.dataset")
 

@@ -6,21 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from components.config.params import InputError
+from components.media.pictures import Picture, resized
 from components.models.checkpoint import load_decoder, load_model, save_model
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.vision import (
     VisionConfig,
     VisionLanguageModel,
     VisionTower,
+    normalized,
     vision_language_from,
 )
+from components.models.vision_formats import check_processor
 
 TOWER = {
     "hidden_size": 32,
@@ -179,3 +184,16 @@ def test_what_is_not_supported_is_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=message):
         load_model(tmp_path)
+
+
+def test_transformers_reads_pictures_of_our_folder_as_we_do(tmp_path: Path) -> None:
+    decoder = Decoder(DecoderConfig(99, 48, 2, 4, 2, 16, 64, max_seq_len=128))
+    save_model(vision_language_from(decoder, VisionTower(OUR_TOWER), IMAGE, 100), tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
+    picture = Picture(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    expected = processor(Image.fromarray(picture.pixels), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(normalized(torch.from_numpy(resized(picture, 32).copy())[None]), expected)
+    check_processor(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.48, 0.46, 0.41]}')
+    with pytest.raises(InputError, match=r"image_mean: \[0.48, 0.46, 0.41\] is not supported"):
+        check_processor(tmp_path)

@@ -66,6 +66,8 @@ def paths(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, recorder:
     paths.metrics.mkdir(parents=True)
     paths.agent_files.mkdir(parents=True)
     (paths.agent_files / "agent.json").write_text('{"tools": [], "datasets": []}')
+    (tmp_path / "data").mkdir(exist_ok=True)
+    paths.replay_requests.write_text("What is a lake?\n\nHello!\n")
     prepare(StageRun("prepare@decoder", params, paths, tmp_path / "state", recorder))
     tune(StageRun("tune", params, paths, tmp_path / "state", recorder))
     return paths
