@@ -3,7 +3,7 @@
 The forward pass avoids module calls, which cost more than its kernels.
 
 A row's result depends neither on the other rows nor on the number of positions attended beyond its own: torch's fused
-attention processes a row's keys in order, unless there are more threads than heads to divide among them.
+attention is used where it processes a row's keys in order (`mixes_alone`).
 Shapes: B rows, S positions attended, E embed_dim, H query heads, K key/value heads, D head_dim.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ from components.models.positions import Rotary, rotate, rotate_into
 Ints = NDArray[np.int64]
 CAPTURED = 64
 """Positions of the smallest CUDA graph; each larger graph has twice as many."""
+MEASURED_ROWS, MEASURED_SPANS = 8, (16, 64, 272)
+"""Rows, and positions attended, by which `mixes_alone` is measured."""
 
 
 class Step:
@@ -100,8 +103,8 @@ class Step:
         self._flat[number].index_copy_(0, where, heads[:, c.num_heads :].reshape(-1, c.head_dim))
         real = mask.shape[0]
         keys, values = self._whole[number, :, :real, :, : mask.shape[-1]]  # (real, K, S, D) each
-        # More threads than heads split a row's keys where there are few rows, which changes the order of summation.
-        mix = _mixed if self.fixed or torch.get_num_threads() <= c.num_heads else _mixed_alone
+        shape = c.num_heads, c.num_kv_heads, c.head_dim
+        mix = _mixed if self.fixed or mixes_alone(torch.get_num_threads(), *shape, keys.dtype) else _mixed_alone
         mixed = mix(heads[:real, : c.num_heads].unsqueeze(2), keys, values, mask)
         return F.pad(mixed, (0, 0, 0, x.shape[0] - real)) if real < x.shape[0] else mixed
 
@@ -203,6 +206,29 @@ def _mixed(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
     """Attention (B, H * D) of queries (B, H, 1, D) to keys and values (B, K, S, D) with a mask (B, 1, 1, S)."""
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(queries, keys, values, mask, scale=1.0, enable_gqa=grouped).flatten(1)
+
+
+@cache
+def mixes_alone(threads: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether `_mixed` gives a row the same bits beside few others and many, on so many threads as are set.
+
+    Threads may divide a row's keys among them, by how many rows there are: above as many threads as heads, and on some
+    processors already with two. Measured once for each shape.
+    """
+    if threads == 1:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    for span in MEASURED_SPANS:
+        queries, keys, values = (
+            torch.randn(MEASURED_ROWS, count, length, head_dim, generator=generator).to(dtype)
+            for count, length in ((heads, 1), (kv_heads, span), (kv_heads, span))
+        )
+        mask = torch.zeros(MEASURED_ROWS, 1, 1, span, dtype=dtype)
+        whole = _mixed(queries, keys, values, mask)
+        for rows in range(1, MEASURED_ROWS):
+            if not torch.equal(_mixed(queries[:rows], keys[:rows], values[:rows], mask[:rows]), whole[:rows]):
+                return False
+    return True
 
 
 def _mixed_alone(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
-from components.inference.batching import MIN_SHARED, ContinuousBatch, Row, generate, rows_are_independent
+from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
 from components.inference.packed_weights import RoundedLinear, pack, round_weights
+from components.inference.prefix_cache import MIN_SHARED
 from components.inference.sampling import greedy, sampled
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
@@ -70,9 +71,9 @@ class Watched(ContinuousBatch):
             self.logits.setdefault(row, []).append(logits)
         super()._pick(rows, hidden)
 
-    def _pass(self, first: int, tokens: Any, starts: Any, counts: list[int], *rest: Any) -> Tensor:
+    def _pass(self, rows: Any, tokens: Any, counts: list[int], *rest: Any) -> Tensor:
         self.positions_read += sum(counts)
-        return super()._pass(first, tokens, starts, counts, *rest)
+        return super()._pass(rows, tokens, counts, *rest)
 
 
 def run(slots: ContinuousBatch, rows: list[Row], arrivals: random.Random | None = None) -> None:

@@ -15,11 +15,11 @@ import torch
 from components.agent.agent import Agent, ContextTooLong
 from components.agent.tools import Tool
 from components.config.params import load_params
+from components.inference import served_model
 from components.inference.cache_plan import plan_cache
 from components.inference.packed_weights import PackedLinear
 from components.models.checkpoint import read_config
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from serving.engine import local
 from serving.engine.backend import (
     AgentStep,
     BackendRetired,
@@ -222,9 +222,9 @@ class Held:
 def test_products_are_in_bf16_if_the_answers_pass(
     needed: float, served: bool, agent_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "SMALL_MODEL", 0)
-    monkeypatch.setattr(local, "compute_dtype", lambda *options: torch.bfloat16)
-    monkeypatch.setattr(local, "MIN_AGREEMENT", needed)
+    monkeypatch.setattr(served_model, "SMALL_MODEL", 0)
+    monkeypatch.setattr(served_model, "compute_dtype", lambda *options: torch.bfloat16)
+    monkeypatch.setattr(served_model, "MIN_AGREEMENT", needed)
     engine = LocalEngine.load(agent_folder, "agent/1", CONFIG)
     product = engine.model.blocks[0].attention.qkv
     assert (isinstance(product, PackedLinear) and product.dtype == torch.bfloat16) == served

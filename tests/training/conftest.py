@@ -80,11 +80,14 @@ def project(tmp_path: Path, write_rows: WriteRows) -> Paths:
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(SOURCE / name, tmp_path / name)
     paths = Paths(tmp_path)
+    paths.replay_requests.parent.mkdir()
+    shutil.copy(Paths(SOURCE).replay_requests, paths.replay_requests)
     write_rows(paths.tokens("decoder") / "pretrain")
     write_rows(paths.tokens("decoder") / "tune")
     tokenizer = paths.tokenizer("decoder")
     tokenizer.mkdir(parents=True)
     paths.imported("decoder").mkdir(parents=True)
+    paths.sight.mkdir(parents=True)
     (tokenizer / "tokenizer.json").write_text(
         json.dumps({"added_tokens": [{"id": 0, "content": "<|pad|>"}, {"id": 1, "content": "<|end|>"}]})
     )

@@ -82,6 +82,7 @@ def test_the_base_answers_each_request_and_its_answers_are_learned(
 def test_requests_that_cannot_be_used_are_refused(
     tmp_path: Path, write_rows: WriteRows, project: Paths, recorder: Any, text: str | None, message: str
 ) -> None:
+    project.replay_requests.unlink()
     if text is not None:
         project.replay_requests.write_text(text)
     run = StageRun("tune", load_params(project.params, {"scale": "smoke"}), project, tmp_path / "state", recorder)
