@@ -37,6 +37,8 @@ STAGES = [
     "collect",
     "validate",
     *(f"{name}@{family}" for name in ("train_tokenizer", "prepare", "pretrain") for family in FAMILIES),
+    "pretrain_vision",
+    "connect",
     "tune",
     *(f"finetune@{model}" for model in ("classifier", "summarizer")),
     "evaluate",
@@ -149,7 +151,15 @@ def test_the_version_carries_its_lineage(released: Released, here: Command) -> N
     assert json.loads(tags["params"])["scale"] == "smoke"
     assert json.loads(tags["validation"])
     locked = yaml.safe_load((released.project.root / "dvc.lock").read_text())["stages"]
-    stages = ("collect", "validate", "train_tokenizer@decoder", "prepare@decoder", "pretrain@decoder", "tune")
+    stages = (
+        "collect",
+        "validate",
+        "train_tokenizer@decoder",
+        "prepare@decoder",
+        "pretrain@decoder",
+        "connect",
+        "tune",
+    )
     behind = {entry["path"]: entry["md5"] for name in stages for entry in locked[name]["deps"]}
     behind["data/models/agent"] = tags["model_digest"]
     del behind["data/collected"], behind["data/added"]  # of which the agent read these datasets

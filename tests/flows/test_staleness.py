@@ -194,7 +194,9 @@ def all_of(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 FINE_TUNED = {f"{stage}@{model}" for stage in ("finetune", "assess") for model in ("classifier", "summarizer")}
-TRAINED = {"tune"} | {f"{stage}@{family}" for stage in ("prepare", "pretrain") for family in FAMILIES}
+TRAINED = {"pretrain_vision", "connect", "tune"} | {
+    f"{stage}@{family}" for stage in ("prepare", "pretrain") for family in FAMILIES
+}
 EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "what no stage reads": (
         all_of(
@@ -226,7 +228,7 @@ EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
             "assess@classifier",
         },
     ),
-    "a library of some stages": (setting("scikit-learn", "99", VERSIONS), FINE_TUNED),
+    "a library of some stages": (setting("scikit-learn", "99", VERSIONS), {*FINE_TUNED, "evaluate"}),
     "a library of most stages": (setting("torch", "99", VERSIONS), {*TRAINED, *FINE_TUNED, "evaluate"}),
     "a library of no stage": (appended("requirements.lock"), set()),
     "a base": (
