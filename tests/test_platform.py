@@ -38,11 +38,11 @@ STAGES = [
     "validate",
     *(f"{name}@{family}" for name in ("train_tokenizer", "prepare", "pretrain") for family in FAMILIES),
     "pretrain_vision",
-    "connect",
-    "tune",
     *(f"finetune@{model}" for model in ("classifier", "summarizer")),
-    "evaluate",
+    "connect",
     *(f"assess@{model}" for model in ("classifier", "summarizer")),
+    "tune",
+    "evaluate",
 ]
 
 
