@@ -1,8 +1,8 @@
-"""Sections of `params.yaml` for ingestion, curation, alignment, the promotion gate and serving."""
+"""Sections of `params.yaml` for ingestion, curation, alignment, evaluation, the promotion gate and serving."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,23 @@ class AlignConfig(TrainConfig):
     """Weight of a token of a replayed conversation in the mean loss, in tokens of feedback."""
     preference_weight: float = Field(ge=0)
     """Weight of a preference in the mean loss, in tokens of feedback."""
+
+
+class EvaluateConfig(Section):
+    """Evaluation of the agent."""
+
+    batch_size: int = Field(ge=1)
+    """Questions per batch."""
+    max_questions: int = Field(ge=1)
+    """Most questions per suite."""
+    max_new_tokens: int = Field(ge=8)
+    """Most tokens per model turn."""
+    documents_tokens: int = Field(ge=256)
+    """Held-out tokens read for bits per byte."""
+    shots: list[Annotated[int, Field(ge=0)]]
+    """Numbers of few-shot examples before a question with which the agent is evaluated too."""
+    shot_questions: int = Field(ge=0)
+    """Few-shot questions per suite; 0: none."""
 
 
 class JudgeConfig(Section):

@@ -5,7 +5,7 @@ There are no defaults here: values are in files that DVC watches (components/con
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -98,8 +98,8 @@ class PrepareConfig(Section):
     encoder_decoder: EncoderDecoderRowsConfig
 
 
-class EncoderModelConfig(Section):
-    """Shape of the encoder."""
+class BlocksConfig(Section):
+    """Shape of blocks whose heads share embed_dim."""
 
     embed_dim: int = Field(ge=8)
     """Width of the residual stream."""
@@ -109,18 +109,23 @@ class EncoderModelConfig(Section):
     """Attention heads; they share embed_dim."""
     hidden_dim: int = Field(ge=8)
     """Inner width of the feed-forward."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BlocksConfig:
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
+        return self
+
+
+class EncoderModelConfig(BlocksConfig):
+    """Shape of the encoder."""
+
     max_seq_len: int = Field(ge=32)
     """Longest text in tokens, both segments together."""
     dropout: float = Field(ge=0, lt=1)
     """Dropout of the blocks' outputs."""
     attention_dropout: float = Field(ge=0, lt=1)
     """Dropout of the attention weights; above 0 training on a CPU takes a slower kernel."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> EncoderModelConfig:
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
-        return self
 
 
 class EncoderDecoderModelConfig(Section):
@@ -179,28 +184,20 @@ class DecoderModelConfig(Section):
         return self
 
 
-class VisionModelConfig(Section):
+class VisionModelConfig(BlocksConfig):
     """Shape of the vision tower."""
 
     image_size: int = Field(ge=8)
     """Height and width in pixels that pictures are resized to."""
     patch_size: int = Field(ge=2)
     """Height and width of a patch, which is one token."""
-    embed_dim: int = Field(ge=8)
-    """Width of the residual stream."""
     num_layers: int = Field(ge=2)
     """Blocks; the decoder reads what the last but one gives."""
-    num_heads: int = Field(ge=1)
-    """Attention heads; they share embed_dim."""
-    hidden_dim: int = Field(ge=8)
-    """Inner width of the feed-forward."""
 
     @model_validator(mode="after")
-    def _parts_divide(self) -> VisionModelConfig:
+    def _patches_divide(self) -> VisionModelConfig:
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}")
         return self
 
 
@@ -396,20 +393,3 @@ class TuneConfig(FineTuneConfig):
     none."""
     train_vision: bool
     """Whether the vision tower learns too, where `dataset` has pictures; the projector does."""
-
-
-class EvaluateConfig(Section):
-    """Evaluation of the agent."""
-
-    batch_size: int = Field(ge=1)
-    """Questions per batch."""
-    max_questions: int = Field(ge=1)
-    """Most questions per suite."""
-    max_new_tokens: int = Field(ge=8)
-    """Most tokens per model turn."""
-    documents_tokens: int = Field(ge=256)
-    """Held-out tokens read for bits per byte."""
-    shots: list[Annotated[int, Field(ge=0)]]
-    """Numbers of few-shot examples before a question with which the agent is evaluated too."""
-    shot_questions: int = Field(ge=0)
-    """Few-shot questions per suite; 0: none."""

@@ -17,13 +17,19 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from components.config.errors import InputError as InputError
 from components.config.errors import Refused as Refused
-from components.config.loop_settings import AlignConfig, CurateConfig, FeedbackConfig, JudgeConfig, ServeConfig
+from components.config.loop_settings import (
+    AlignConfig,
+    CurateConfig,
+    EvaluateConfig,
+    FeedbackConfig,
+    JudgeConfig,
+    ServeConfig,
+)
 from components.config.model_settings import (
     AssessConfig,
     ClassifierConfig,
     CollectConfig,
     ConnectConfig,
-    EvaluateConfig,
     Family,
     FineTuneConfig,
     ModelConfig,

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from components.agent.agent import Agent
-from components.config.model_settings import EvaluateConfig
+from components.config.loop_settings import EvaluateConfig
 from components.config.params import Params
 from components.datasets.formats import Row, first_per_suite, read_info, read_rows, split_digest, write_json
 from components.evaluation.few_shot import few_shot

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from components.agent.agent import Agent
-from components.config.model_settings import EvaluateConfig
+from components.config.loop_settings import EvaluateConfig
 from components.datasets.formats import Row, first_per_suite, read_rows
 from components.evaluation.questions import Question
 

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 
 from components.agent.agent import Agent
-from components.config.model_settings import EvaluateConfig
+from components.config.loop_settings import EvaluateConfig
 from components.datasets.formats import Row
 from components.evaluation.questions import Question, answer_questions
 from components.inference.cache_plan import context_len

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from components.agent.agent import Agent, Answer
 from components.agent.batch_rollout import answer_all
-from components.config.model_settings import EvaluateConfig
+from components.config.loop_settings import EvaluateConfig
 from components.datasets.formats import Row, read_rows
 from components.datasets.images import complete_messages
 from components.inference.sampling import Sampling

@@ -39,11 +39,11 @@ class PrefixCache:
         """The longest common beginning with what is kept, and whose it is."""
         place = bisect_left(self._sorted, ids)
         neighbours = self._sorted[max(0, place - 1) : place + 1]
-        found = max(neighbours, key=lambda key: common(key, ids), default=None)
-        if found is None or not (longest := common(found, ids)):
+        nearest = max(neighbours, key=lambda key: common(key, ids), default=None)
+        if nearest is None or not (longest := common(nearest, ids)):
             return 0, None
-        self._entries.move_to_end(found)
-        return longest, self._entries[found]
+        self._entries.move_to_end(nearest)
+        return longest, self._entries[nearest]
 
     def _drop(self, ids: Ids) -> None:
         del self._entries[ids]
@@ -51,12 +51,12 @@ class PrefixCache:
         self.tokens -= len(ids)
 
 
-def common(one: Ids, other: Ids) -> int:
+def common(first: Ids, second: Ids) -> int:
     """Length of the common beginning, 0 where it is too short to be worth a copy."""
-    length, most = 0, min(len(one), len(other))
+    length, most = 0, min(len(first), len(second))
     while length < most:  # by halves: slices compare at the speed of memory
         middle = (length + most + 1) // 2
-        if one[length:middle] == other[length:middle]:
+        if first[length:middle] == second[length:middle]:
             length = middle
         else:
             most = middle - 1

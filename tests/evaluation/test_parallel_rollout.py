@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from components.config.model_settings import EvaluateConfig
+from components.config.loop_settings import EvaluateConfig
 from components.config.paths import Paths
 from components.evaluation import parallel_rollout as module
 from components.evaluation.parallel_rollout import ParallelRollout
