@@ -60,6 +60,9 @@ bench-base: setup  ## a real base (extra bases) beside transformers and peft
 	$(BIN)/python -m benchmarks.base_training
 	$(BIN)/python -m benchmarks.adapters
 
+bench-gpu: setup  ## training and decoding on a CUDA device, some eight minutes
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/$$(date +%F)-gpu.md
+
 lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the versions that stages declare
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new
 	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine.
@@ -67,4 +70,4 @@ lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the ver
 	@rm requirements.lock.new
 	$(BIN)/python -m components.config.versions
 
-.PHONY: help setup run up test check bench bench-base lock
+.PHONY: help setup run up test check bench bench-base bench-gpu lock
