@@ -22,8 +22,8 @@ PICTURES = ("sight-vqa", "sight-digits", "sight-captions", "sight-clips")
 datasets: dict[str, Kind] = {**stdlib_agent.datasets, **dict.fromkeys(PICTURES, "images")}
 scales: dict[str, dict[str, Any]] = deepcopy(stdlib_agent.scales)
 scales["all"]["tune"]["dataset"] = ["stdlib-conversations", *PICTURES]
-# Twice the rows of the agent that reads text alone, and a tower from nothing.
-scales["laptop"] = {"pretrain_vision": {"max_steps": 1600}, "connect": {"max_steps": 150}, "tune": {"max_steps": 2400}}
+# More rows than the agent that reads text alone, and a tower from nothing.
+scales["laptop"] = {"pretrain_vision": {"max_steps": 2000}, "connect": {"max_steps": 150}, "tune": {"max_steps": 3400}}
 
 
 # What draws pictures is imported when they are drawn: a project's module is imported wherever params.yaml is.

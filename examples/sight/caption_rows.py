@@ -13,7 +13,7 @@ from components.config.project import Collecting, Rows
 from components.datasets.formats import Row
 from components.media.pictures import Picture
 from examples.sight.dialogue import Exchange, conversation, wording
-from examples.sight.drawing import COLORS, SIDE, Mark, draw, extent, random_ground
+from examples.sight.drawing import COLORS, SIDE, Mark, draw, extent, random_ground, with_turned
 from examples.sight.picture_files import ANIMALS, Grey, easy_vqa_source, silhouettes
 from examples.sight.shapes import ShapeCaption, place, shape_captions
 
@@ -37,7 +37,8 @@ def caption_rows(collecting: Collecting) -> Rows:
     tests = [_shape(rng, shape, "captions/shapes") for shape in shapes[: settings.questions]]
     for suite in ("captions/silhouettes", "captions/new_wordings"):
         tests += [_silhouette(rng, stamps.test, suite) for _ in range(settings.questions)]
-    training = _training(random.Random(f"{seed}:captions"), count, stamps.train)
+    rng = random.Random(f"{seed}:captions")
+    training = _training(rng, count, with_turned(stamps.train, rng))
     return Rows(training, tests, sources=[stamps.source, easy_vqa_source()])
 
 

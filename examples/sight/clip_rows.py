@@ -1,7 +1,8 @@
 """Questions about short clips of moving digits and silhouettes, written as video files and read as a user's are.
 
 Held out are pairs of an object and what it does: a digit that never moves to the left in training, two objects that
-are never seen one after the other.
+are never seen one after the other. Half of what moves, grows or is counted in training is a shape without a name, no
+two alike: of named objects alone a model learns which of them does what, and that is wrong for each held-out pair.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from components.media.clips import clip_content, decode_clip
 from components.media.pictures import Pixels
 from examples.sight.dialogue import Exchange, conversation, wording
 from examples.sight.digit_rows import DIGITS
-from examples.sight.drawing import SIDE, Mark, at_random_place, draw, extent, random_ground
+from examples.sight.drawing import SIDE, Mark, at_random_place, draw, extent, random_ground, random_shape, with_turned
 from examples.sight.picture_files import ANIMALS, Grey, digits, silhouettes
+from examples.sight.shapes import place
 from examples.sight.video import write_clip
 
 OBJECTS = (*DIGITS, *ANIMALS)
@@ -35,6 +37,10 @@ SMALLEST, LARGEST = 14, 40
 """Pixels of the longer side of an object that grows or shrinks."""
 SHORTEST_WAY = 24
 """Pixels that a moving object covers, at least."""
+SHAPE = "shape"
+"""The name of every shape without one."""
+SHAPE_SHARE = 0.5
+"""Of the training clips of an object, those of such a shape."""
 Pair = tuple[str, str]
 """An object and a direction, change or count; or two objects, in the order of OBJECTS."""
 Stamps = dict[str, list[Grey]]
@@ -49,7 +55,7 @@ class Scene:
 
 
 def clip_rows(collecting: Collecting) -> Rows:
-    """A quarter as many training conversations as the settings name, and held-out questions about held-out pairs."""
+    """A third as many training conversations as the settings name, and held-out questions about held-out pairs."""
     settings, seed = collecting.settings, collecting.seed
     sources = (digits(settings.held_out_share, seed), silhouettes(settings.held_out_share, seed))
     train, test = ({**sources[0].train, **sources[1].train}, {**sources[0].test, **sources[1].test})
@@ -58,8 +64,9 @@ def clip_rows(collecting: Collecting) -> Rows:
     suites = [(task, f"clips/{task}") for task in SCENES for _ in range(settings.questions)]
     suites += [(rng.choice(list(SCENES)), "clips/new_wordings") for _ in range(settings.questions)]
     tests = (_row(rng, task, rng.choice(held_out[task]), test, suite) for task, suite in suites)
-    count = min(settings.conversations // 4, MOST)
-    training = _training(random.Random(f"{seed}:clips"), count, held_out, train)
+    count = min(settings.conversations // 3, MOST)
+    rng = random.Random(f"{seed}:clips")
+    training = _training(rng, count, held_out, with_turned(train, rng))
     return Rows(training, tests, sources=[source.source for source in sources])
 
 
@@ -80,8 +87,13 @@ def _training(rng: random.Random, count: int, held_out: dict[str, list[Pair]], s
     pairs = {task: sorted(set(product(OBJECTS, values)) - {*held_out[task]}) for task, values in VALUES.items()}
     pairs["order"] = sorted(set(combinations(OBJECTS, 2)) - {*held_out["order"]})
     for _ in range(count):
-        task = rng.choice(list(SCENES))
-        yield _row(rng, task, rng.choice(pairs[task]), stamps)
+        task = rng.choices(list(SCENES), WEIGHTS)[0]
+        pair = rng.choice(pairs[task])
+        if task in VALUES and rng.random() < SHAPE_SHARE:
+            shape, pair = random_shape(rng), (SHAPE, pair[1])
+            yield _row(rng, task, pair, {SHAPE: [shape]})
+        else:
+            yield _row(rng, task, pair, stamps)
 
 
 def _row(rng: random.Random, task: str, pair: Pair, stamps: Stamps, suite: str | None = None) -> Row:
@@ -100,10 +112,14 @@ def _direction(rng: random.Random, pair: Pair, stamps: Stamps, is_new: bool) -> 
     way = rng.randint(SHORTEST_WAY, free)
     start = rng.randint(0, free - way) + (way if x + y < 0 else 0)
     across = rng.randint(0, SIDE - (height if x else width))
-    places = [start + (x + y) * way * part for part in _parts(rng)]
-    marks = [Mark(stamp, place, across, size) if x else Mark(stamp, across, place, size) for place in places]
+    ways = [start + (x + y) * way * part for part in _parts(rng)]
+    marks = [Mark(stamp, left, across, size) if x else Mark(stamp, across, left, size) for left in ways]
     question = wording(rng, "direction", is_new, object=named(name))
-    return Scene(_drawn(rng, [[mark] for mark in marks]), [(question, direction), _what(rng, name)])
+    ends = [
+        (wording(rng, when), place(mark.left + width / 2, mark.top + height / 2))
+        for when, mark in (("first_place", marks[0]), ("last_place", marks[-1]))
+    ]
+    return Scene(_drawn(rng, [[mark] for mark in marks]), [(question, direction), _what(rng, name), *ends])
 
 
 def _size(rng: random.Random, pair: Pair, stamps: Stamps, is_new: bool) -> Scene:
@@ -169,6 +185,8 @@ def _drawn(rng: random.Random, frames: Sequence[Sequence[Mark]]) -> list[Pixels]
 
 VALUES: dict[str, Sequence[str]] = {"direction": list(STEPS), "size": CHANGES, "count": COUNTS}
 """By task, what an object does; the other task is about two objects."""
+WEIGHTS = (2, 1, 1, 1)
+"""Of the tasks in training: a direction is told by places in several frames, the hardest of them."""
 SCENES: dict[str, Callable[[random.Random, Pair, Stamps, bool], Scene]] = {
     "direction": _direction,
     "size": _size,

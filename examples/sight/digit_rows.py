@@ -9,7 +9,7 @@ from components.config.project import Collecting, Rows
 from components.datasets.formats import Row
 from components.media.pictures import Picture
 from examples.sight.dialogue import Exchange, conversation, wording
-from examples.sight.drawing import at_random_place, draw, random_ground
+from examples.sight.drawing import at_random_place, draw, random_ground, with_turned
 from examples.sight.picture_files import Grey, digits
 
 SIZES = (40, 60)
@@ -36,7 +36,8 @@ def digit_rows(collecting: Collecting) -> Rows:
         for _ in range(settings.questions)
     ]
     count = min(settings.conversations // 2, MOST)
-    return Rows(_training(random.Random(f"{seed}:digits"), count, stamps.train), tests, sources=[stamps.source])
+    rng = random.Random(f"{seed}:digits")
+    return Rows(_training(rng, count, with_turned(stamps.train, rng)), tests, sources=[stamps.source])
 
 
 def parity(digit: str) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from components.media.pictures import Pixels
 from examples.sight.picture_files import Grey
 
 SIDE = 64
 """Pixels of each side of a drawn picture."""
+STAMP = 28
+"""Pixels of each side of a stamp."""
+MOST_TURNED, TURNED_COPIES = 12, 3
+"""Degrees, and copies of each stamp."""
 Color = tuple[int, int, int]
 COLORS: dict[str, Color] = {
     "black": (0, 0, 0),
@@ -44,6 +49,36 @@ class Mark(NamedTuple):
 def random_ground(rng: random.Random) -> Color:
     """A pale color."""
     return (rng.randint(DARKEST, PALEST), rng.randint(DARKEST, PALEST), rng.randint(DARKEST, PALEST))
+
+
+def random_shape(rng: random.Random) -> Grey:
+    """A stamp: a polygon of some random points about its middle, or an ellipse."""
+    image = Image.new("L", (STAMP, STAMP))
+    canvas = ImageDraw.Draw(image)
+    if rng.random() < 0.3:
+        left, top = rng.randint(0, STAMP // 3), rng.randint(0, STAMP // 3)
+        canvas.ellipse((left, top, STAMP - 1 - left, STAMP - 1 - top), fill=255)
+    else:
+        middle = STAMP / 2
+        corners = rng.randint(3, 7)
+        angles = [2 * math.pi * (number + rng.random()) / corners for number in range(corners)]
+        radii = [rng.uniform(0.6, 1) * middle for _ in angles]
+        points = [(middle + r * math.cos(a), middle + r * math.sin(a)) for a, r in zip(angles, radii, strict=True)]
+        canvas.polygon(points, fill=255, outline=255)
+    return np.asarray(image)
+
+
+def with_turned(stamps: Mapping[str, Sequence[Grey]], rng: random.Random) -> dict[str, list[Grey]]:
+    """Stamps by object, each also turned by a few degrees: what training learns from few drawings of an object."""
+    return {
+        name: [*originals, *(_turned(rng, stamp) for stamp in originals for _ in range(TURNED_COPIES))]
+        for name, originals in stamps.items()
+    }
+
+
+def _turned(rng: random.Random, stamp: Grey) -> Grey:
+    image = Image.fromarray(stamp).resize((2 * STAMP, 2 * STAMP), Image.Resampling.BILINEAR)
+    return np.asarray(image.rotate(rng.uniform(-MOST_TURNED, MOST_TURNED), Image.Resampling.BILINEAR, expand=True))
 
 
 def extent(stamp: Grey, size: float) -> tuple[int, int]:

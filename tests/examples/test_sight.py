@@ -111,7 +111,8 @@ def test_held_out_rows_draw_held_out_objects_and_training_rows_the_others(
     monkeypatch.setattr("examples.sight.clip_rows.digits", lambda share, seed: stamps)
     monkeypatch.setattr("examples.sight.clip_rows.silhouettes", lambda share, seed: stamps)
     monkeypatch.setattr("examples.sight.caption_rows.silhouettes", lambda share, seed: stamps)
-    several = {*SHAPES, "1", "2", "3", "4"}  # shapes of easy-VQA, and boxes around several objects
+    # Shapes of easy-VQA and those without a name, and boxes around several objects.
+    several = {*SHAPES, "shape", "1", "2", "3", "4"}
     for name in ("sight-digits", "sight-captions", "sight-clips"):
         rows = rows_of(name, collecting(tmp_path))
         for split, shape in ((rows.train, 1), (rows.test, 4)):
