@@ -61,12 +61,13 @@ def run(
         place_model(base, paths.imported("encoder"), {"folder": str(base)})
     seconds = {}
     for name in ("collect", *(stage for stage in STAGES if base is None or not stage.startswith("pretrain"))):
-        stage = StageRun(name, params, paths, root / "state" / name, Silent())
+        # BANKING77 is none of the project's own datasets: `collect` refuses its name, and it is written beside them.
+        settings = load_params(paths.params) if name == "collect" and banking is not None else params
+        stage = StageRun(name, settings, paths, root / "state" / name, Silent())
         stage.state.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        if name != "collect" or banking is None:
-            stage_function(name)(stage)
-        else:
+        stage_function(name)(stage)
+        if name == "collect" and banking is not None:
             _add_banking(banking, paths.collected / BANKING, params.seed, each)
         seconds[name] = round(time.perf_counter() - started, 1)
     figures: dict[str, Any] = json.loads((paths.metrics / "assess@classifier.json").read_text(encoding="utf-8"))
@@ -146,10 +147,6 @@ def main() -> None:
                 root.mkdir(parents=True, exist_ok=True)
                 for name in ("params.yaml", "dvc.yaml"):
                     shutil.copy(SOURCE / name, root / name)
-                # The encoder reads the library's documents also where it classifies something else.
-                if banking is not None and not (root / "data/collected/stdlib-documents").exists():
-                    documents = (options.folder or Path(temporary)) / "stdlib-areas/data/collected/stdlib-documents"
-                    shutil.copytree(documents, root / "data/collected/stdlib-documents")
                 results[dataset] = run(dataset, root, overrides, banking, options.base, options.each)
     print(json.dumps(results, indent=2) if options.json else table(results))
 

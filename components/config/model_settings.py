@@ -291,6 +291,7 @@ Follower = Literal[
     "warmup_steps",
     "token_dropout",
     "trials",
+    "validation_steps",
 ]
 
 

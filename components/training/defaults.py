@@ -36,6 +36,8 @@ FORWARD_TOKENS = {"cpu": 1024, "cuda": 16_384}
 FORWARD_ROWS = {"cpu": 16, "cuda": 64}
 """Of a forward pass at most: rows of like length are together, and more of them are less alike."""
 WARMUP_SHARE = 0.05
+VALIDATIONS = 12
+"""Of a training: with a patience of 5 it ends early where a good third of it brought nothing, not at the first plateau."""
 
 
 def fit_to_base(run: StageRun, config: C, model: nn.Module, rows: Rows) -> C:
@@ -75,6 +77,7 @@ def following(config: FineTuneConfig, parameters: int, rows: int, row_tokens: fl
     values["max_steps"] = min(config.base_steps, max(1, math.ceil(config.base_epochs * rows / batch)))
     steps = values["max_steps"] if "max_steps" in follows else config.max_steps
     values["warmup_steps"] = math.ceil(WARMUP_SHARE * steps)
+    values["validation_steps"] = math.ceil(steps / VALIDATIONS)
     return {name: value for name, value in values.items() if name in follows}
 
 

@@ -79,8 +79,9 @@ def test_a_classifier_of_a_small_base_trains_all_weights_and_searches_nothing() 
         "learning_rate": 0.0005,
         "global_batch_size": 32,
         "micro_batch_size": 16,
-        "max_steps": 2000,
-        "warmup_steps": 100,
+        "max_steps": 3000,
+        "warmup_steps": 150,
+        "validation_steps": 250,
     }
 
 
