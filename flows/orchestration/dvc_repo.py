@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from components.config.params import InputError
 from components.config.paths import Paths, disk_trouble, writing
+from components.runtime.files import replace_file
 from components.runtime.process import has_git
 from components.runtime.stage import PIPELINE, read_stages
 
@@ -60,6 +62,8 @@ def configure(root: Path) -> None:
 
     home = Paths(root).home
     os.environ["DVC_SITE_CACHE_DIR"] = str(home / "dvc")
+    # DVC itself lets everybody write there, and unpickles what it reads.
+    (home / "dvc" / "repo").mkdir(mode=0o700, parents=True, exist_ok=True)
     (root / ".dvc").mkdir(exist_ok=True)
     remote = home / "dvc-remote"
     url = os.path.relpath(remote, root / ".dvc") if home.is_relative_to(root) else str(remote)
@@ -73,7 +77,9 @@ def configure(root: Path) -> None:
     local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
     local.setdefault('remote "local"', {})["url"] = url
     if local.dict() != before:
-        local.write()
+        content = BytesIO()
+        local.write(content)  # by itself it writes in place
+        replace_file(root / ".dvc" / "config.local", lambda file: file.write(content.getvalue()))
 
 
 def stage_states(
