@@ -17,7 +17,7 @@ from components.runtime.process import alive, lock_owner
 
 LOCK = "up"
 FILE = "services.json"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -98,7 +98,7 @@ def bypass_proxies_for_loopback() -> None:
     value = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
     hosts = [host.strip().removeprefix("[").removesuffix("]") for host in value.split(",")]
     parsed = [host for host in hosts if host and _is_parsed(host)]
-    no_proxy = "*" if "*" in hosts else ",".join(dict.fromkeys([*parsed, *_LOOPBACK]))
+    no_proxy = "*" if "*" in hosts else ",".join(dict.fromkeys([*parsed, *LOOPBACK]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = no_proxy
 
 
