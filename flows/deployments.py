@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -29,6 +29,12 @@ from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
+_JOB_TEMPLATE = {
+    # Where the worker runs: a moved or copied project must not work in its old folder.
+    "job_configuration": {"working_dir": ".", "stream_output": True},
+    # A flow run chooses nothing: with Prefect's own template, it names a command and an environment for the worker.
+    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,9 @@ def register(root: Path) -> list[dict[str, str]]:
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(POOL)
+            client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=_JOB_TEMPLATE))
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=_JOB_TEMPLATE))
         for entry in SCHEDULES:
             triggers = []
             if entry.event:
@@ -102,8 +109,6 @@ def register(root: Path) -> list[dict[str, str]]:
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
                 entrypoint_type=EntrypointType.MODULE_PATH,
-                # Where the worker runs: a moved or copied project must not work in its old folder.
-                job_variables={"working_dir": "."},
             )
             deployment.apply()
     return [

@@ -66,15 +66,15 @@ def deploy(as_json: Json = False) -> None:
     """Register pipeline, ingest, improve and monitor on the server of `up`, or the one PREFECT_API_URL names."""
     paths = Paths(find_root())
     from components.runtime.service_registry import running
-    from flows.orchestration.prefect_server import Api, settings
+    from flows.orchestration.prefect_server import Api, client_settings
 
     url = os.environ.get("PREFECT_API_URL") or running(paths.home).get("prefect")
     if url is None:
         raise InputError('PREFECT_API_URL: not set, and no platform runs; start "loopwright up", which deploys itself')
-    for variable, value in {**settings(paths.home), "PREFECT_API_URL": url}.items():
-        os.environ.setdefault(variable, value)
     (paths.home / "prefect").mkdir(parents=True, exist_ok=True)
-    Api(url, paths.home / "logs" / "prefect.log", None).wait()
+    for variable, value in client_settings(paths.home, url).items():
+        os.environ.setdefault(variable, value)
+    Api(url, paths.home / "logs" / "prefect.log", None, None).wait()
     from flows.deployments import register
 
     rows = register(paths.root)

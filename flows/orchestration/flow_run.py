@@ -45,7 +45,7 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             return _noted(FlowRun(flow_run, note), body)
     with prefect_api(home) as api, _tracked(name, home) as note:
         from prefect import flow, tags
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import temporary_settings
 
         @flow(name=name, validate_parameters=False)
         def started(**parameters: Any) -> T:  # shown in Prefect
@@ -53,7 +53,8 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             with heartbeat(home, flow_run):
                 return _noted(FlowRun(flow_run, note), body)
 
-        with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
+        api.wait()
+        with temporary_settings(api.client), tags(home_tag(home)):
             if api.process is not None:
                 mark_crashed_runs(home, own_server=True)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
