@@ -24,6 +24,7 @@ from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
 from flows.feedback import ENOUGH, RESOURCE
 from flows.feedback import ingest as run_ingestion
+from flows.orchestration.flow_run import while_unavailable
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
@@ -56,7 +57,8 @@ def pipeline() -> Any:
 def ingest() -> Any:
     """Ingest user feedback."""
     end_with_parent()
-    run_ingestion(find_root(), get_run_logger().info)
+    echo = get_run_logger().info
+    while_unavailable(lambda: run_ingestion(find_root(), echo), echo)
 
 
 @flow(name="improve", validate_parameters=False)
@@ -75,7 +77,8 @@ def monitor() -> Any:
     end_with_parent()
     from flows.monitor import monitor as run_monitor
 
-    run_monitor(find_root(), get_run_logger().info)
+    echo = get_run_logger().info
+    while_unavailable(lambda: run_monitor(find_root(), echo), echo)
 
 
 SCHEDULES = (
@@ -123,7 +126,8 @@ def _run_exclusively(body: Any) -> State[Any] | None:
     if pid := lock_owner(Paths(root).home / "stages", "run"):
         return Cancelled(name="Skipped", message=f"process {pid} is training; the next schedule tries again")
     try:
-        body(root, get_run_logger().info)
+        echo = get_run_logger().info
+        while_unavailable(lambda: body(root, echo), echo)
     except Refused as error:
         return Completed(name="Refused", message=str(error))
     except InputError as error:

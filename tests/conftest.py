@@ -93,7 +93,7 @@ def prefect_client(home: Path, api: str) -> httpx.Client:
     user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
     client = httpx.Client(base_url=api, auth=(user, password), timeout=30)
     token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
-    client.headers |= {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token}
+    client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
     return client
 
 

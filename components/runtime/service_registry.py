@@ -23,6 +23,15 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 def running(home: Path) -> dict[str, str]:
     """Address of each service of the `up` that runs on this state folder; empty when none does."""
+    return _published(home, "addresses")
+
+
+def service_states(home: Path) -> dict[str, str]:
+    """State of each service of that `up`, in words; empty when none runs."""
+    return _published(home, "states")
+
+
+def _published(home: Path, field: str) -> dict[str, str]:
     try:
         entry = json.loads((home / FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -30,13 +39,13 @@ def running(home: Path) -> dict[str, str]:
     # The lock is released with its process; the process id in the file alone may be another program's by now.
     if not alive(entry["pid"]) or lock_owner(home, LOCK) != entry["pid"]:
         return {}
-    addresses: dict[str, str] = entry["addresses"]
-    return addresses
+    values: dict[str, str] = entry.get(field, {})
+    return values
 
 
-def publish(home: Path, addresses: dict[str, str]) -> None:
-    """Write the addresses of this process's services where other commands read them."""
-    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses}))
+def publish(home: Path, addresses: dict[str, str], states: dict[str, str] | None = None) -> None:
+    """Write the addresses of this process's services, and their states, where other commands read them."""
+    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses, "states": states or {}}))
 
 
 def unregister(home: Path) -> None:

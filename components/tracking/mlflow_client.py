@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from components.config.errors import Unavailable
 from components.config.params import InputError
 from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
@@ -97,7 +98,7 @@ def connect(home: Path) -> MlflowClient:
         if not server:
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise Unavailable(
             f"MLFLOW_TRACKING_URI: {server}: {reason}; start that server, or unset the variable"
         ) from error
     return client

@@ -14,7 +14,7 @@ from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
-from flows.orchestration.prefect_server import client_settings, server_settings
+from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
 
@@ -41,7 +41,8 @@ def _prefect(home: Path, port: int, url: str) -> Service:
         _python(*command),
         url,
         partial(answers, health, 1.0),
-        server_settings(home, port),
+        hint=f"  (sign in with the line in {home / AUTH_FILE})",
+        environment=server_settings(home, port),
         lives=partial(lives, health),
     )
 
@@ -65,7 +66,9 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         "GIT_PYTHON_REFRESH": "quiet",
     }
     health, command = f"{url}/health", _python(*command)
-    return Service("mlflow", command, url, partial(answers, health, 1.0), environment, lives=partial(lives, health))
+    return Service(
+        "mlflow", command, url, partial(answers, health, 1.0), environment=environment, lives=partial(lives, health)
+    )
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
@@ -78,7 +81,7 @@ def _worker(home: Path, prefect: str, deploy: bool) -> Service:
         return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
 
     command = _python("flows.orchestration.worker", *([] if deploy else ["--no-deploy"]))
-    return Service("worker", command, "", is_healthy, client_settings(home, prefect))
+    return Service("worker", command, "", is_healthy, environment=client_settings(home, prefect))
 
 
 def _endpoint(home: Path, port: int) -> Service:
