@@ -18,7 +18,7 @@ from typing import Any
 from components.config.params import InputError
 from components.config.paths import Paths, disk_trouble, writing
 from components.runtime.files import replace_file
-from components.runtime.process import has_git
+from components.runtime.process import alive, has_git
 from components.runtime.stage import PIPELINE, read_stages
 
 
@@ -110,15 +110,20 @@ def stage_states(
 
 
 def _remove_broken_lock(repo: Any) -> None:
-    """Remove DVC's lock file where a process that was killed left half of it: DVC itself refuses it for ever.
+    """Remove DVC's lock file where nobody that it names is alive, or a process that was killed left half of it.
 
-    It is read and written under the repository's lock, so nobody writes it meanwhile.
+    DVC itself refuses the latter for ever, and takes a process that nobody has waited for (a zombie) for a living one.
+    The file is read and written under the repository's lock, so nobody writes it meanwhile.
     """
     path = Path(repo.tmp_dir) / "rwlock"
     with suppress(FileNotFoundError), repo.lock:
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            locks = json.loads(path.read_text(encoding="utf-8"))
+            owners = [*locks["write"].values(), *(owner for owners in locks["read"].values() for owner in owners)]
+        except (ValueError, KeyError, AttributeError):
+            path.unlink()
+            return
+        if not any(alive(owner["pid"]) for owner in owners if owner):
             path.unlink()
 
 
