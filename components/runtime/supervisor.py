@@ -113,11 +113,15 @@ class Supervisor:
                 entry.reported_waiting = True
                 self._change(entry, "waiting")
             return
-        if entry.log.exists() and entry.log.stat().st_size > LOG_BYTES:
-            entry.log.replace(entry.log.with_suffix(".log.1"))
-        with entry.log.open("ab") as file:
-            entry.process = start(entry.service.command, file, entry.service.environment, self._root)
         entry.started = time.monotonic()
+        try:
+            if entry.log.exists() and entry.log.stat().st_size > LOG_BYTES:
+                entry.log.replace(entry.log.with_suffix(".log.1"))
+            with entry.log.open("ab") as file:
+                entry.process = start(entry.service.command, file, entry.service.environment, self._root)
+        except OSError as error:  # no process, or no file, is to be had now
+            self._back_off(entry, f"cannot be started: {error}")
+            return
         entry.state, entry.reported_waiting = "starting", False
 
     def _check_liveness(self, entry: SupervisedService) -> None:
@@ -130,14 +134,18 @@ class Supervisor:
     def _handle_exit(self, entry: SupervisedService) -> None:
         # Its children must not hold its port, nor go on training.
         _kill_session(entry)
+        assert entry.process is not None
+        code, entry.process = entry.process.returncode, None
+        self._back_off(entry, f"exited with {code}")
+
+    def _back_off(self, entry: SupervisedService, reason: str) -> None:
+        """Let the service start again after a pause."""
         quick = time.monotonic() - entry.started < STABLE_SECONDS
         entry.crashes = entry.crashes + 1 if quick else 1
         pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(entry.crashes - 1, 30), LONGEST_PAUSE_SECONDS)
         entry.next_start = time.monotonic() + pause
-        assert entry.process is not None
         with suppress(OSError), entry.log.open("a", encoding="utf-8") as file:  # a full disk ends no supervision
-            file.write(f"loopwright up: exited with {entry.process.returncode}; restarts in {pause:.0f} s\n")
-        entry.process = None
+            file.write(f"loopwright up: {reason}; restarts in {pause:.0f} s\n")
         self._change(entry, "crash loop" if entry.crashes >= MAX_CRASHES else "backing off")
 
     def _change(self, entry: SupervisedService, state: State) -> None:

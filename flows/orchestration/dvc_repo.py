@@ -20,6 +20,7 @@ from components.config.paths import Paths, disk_trouble, writing
 from components.runtime.files import replace_file
 from components.runtime.process import alive, has_git
 from components.runtime.stage import PIPELINE, read_stages
+from flows.orchestration.dvc_command import write_in_one_step
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def open_repo(root: Path, folder: Path | None = None, read_only: bool = False) -
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    write_in_one_step()
     with ExitStack() as stack:
         try:
             stack.enter_context(writing(root / ".dvc"))

@@ -274,6 +274,23 @@ def test_a_lock_file_that_a_killed_dvc_cut_off_is_written_anew(project: Path) ->
     assert run_all(project) == ["up to date"] * 3
 
 
+def test_dvc_replaces_its_files_instead_of_writing_them_in_place(project: Path) -> None:
+    """Killed meanwhile, it would leave half of a file: the open one must stay what it was."""
+    folder = project / "data/mine"
+    folder.mkdir(parents=True)
+    for number in (1, 2):
+        (folder / "rows").write_text(str(number))
+        (project / "params.yaml").write_text(f"a: {number}\n")
+        version_data(project, folder)
+        run("first", project)
+        files = [project / "data/mine.dvc", project / "dvc.lock"]
+        if number == 1:
+            opened = [(file.open(), file.read_text()) for file in files]
+    for file, (before, text) in zip(files, opened, strict=True):
+        with before:
+            assert before.read() == text != file.read_text()
+
+
 def test_a_killed_dvc_that_nobody_waited_for_holds_no_lock(project: Path) -> None:
     """It still has a process id, as children of a killed run have in a container without an init process."""
     run_all(project)
