@@ -88,13 +88,14 @@ class Released:
     """What it told meanwhile."""
 
 
-def prefect_client(home: Path, api: str) -> httpx.Client:
+@contextmanager
+def prefect_client(home: Path, api: str) -> Iterator[httpx.Client]:
     """A client of the Prefect server of this state folder, signed in as Prefect's page does."""
     user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
-    client = httpx.Client(base_url=api, auth=(user, password), timeout=30)
-    token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
-    client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
-    return client
+    with httpx.Client(base_url=api, auth=(user, password), timeout=30) as client:
+        token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
+        client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -321,7 +321,7 @@ def _run_locked(name: str, paths: Paths) -> None:
 
 def _write_report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
     """Write how the stage ended, for the orchestrator."""
-    report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
+    report = {"exit_code": code, "message": message, "started": started, "seconds": max(0.0, time.time() - started)}
     with suppress(OSError):  # a full disk; the message went to stderr
         replace_file(paths.home / "stages" / f"{name}.json", lambda file: file.write(json.dumps(report).encode()))
 

@@ -226,6 +226,7 @@ def test_a_killed_finetuning_ends_at_the_weights_of_an_unbroken_one(
     """Ended at any report of any part: while adapting, in each trial, in the last training."""
     finetune(new_run(project, "finetune@classifier"))
     unbroken = metrics(project, "finetune@classifier")
+    shutil.rmtree(project / "state")
     whole = 4 + 3 * 8 + 40
     progress = StageRun.progress
 
