@@ -95,7 +95,12 @@ class Run:
         self.read()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        return self._process.wait() == 0
+        has_ended = self._process.wait() == 0
+        with suppress(ProcessLookupError):  # DVC may take longer to die, and holds its locks until then
+            while not has_ended:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.01)
+        return has_ended
 
     @property
     def steps(self) -> list[str]:
