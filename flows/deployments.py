@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
@@ -24,11 +24,18 @@ from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
 from flows.feedback import ENOUGH, RESOURCE
 from flows.feedback import ingest as run_ingestion
+from flows.orchestration.flow_run import while_unavailable
 from flows.orchestration.prefect_server import home_tag
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
 POOL = "loopwright"
+_JOB_TEMPLATE = {
+    # Where the worker runs: a moved or copied project must not work in its old folder.
+    "job_configuration": {"working_dir": ".", "stream_output": True},
+    # A flow run chooses nothing: with Prefect's own template, it names a command and an environment for the worker.
+    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ def pipeline() -> Any:
 def ingest() -> Any:
     """Ingest user feedback."""
     end_with_parent()
-    run_ingestion(find_root(), get_run_logger().info)
+    echo = get_run_logger().info
+    while_unavailable(lambda: run_ingestion(find_root(), echo), echo)
 
 
 @flow(name="improve", validate_parameters=False)
@@ -69,7 +77,8 @@ def monitor() -> Any:
     end_with_parent()
     from flows.monitor import monitor as run_monitor
 
-    run_monitor(find_root(), get_run_logger().info)
+    echo = get_run_logger().info
+    while_unavailable(lambda: run_monitor(find_root(), echo), echo)
 
 
 SCHEDULES = (
@@ -87,8 +96,9 @@ def register(root: Path) -> list[dict[str, str]]:
     with get_client(sync_client=True) as client:
         try:
             client.read_work_pool(POOL)
+            client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=_JOB_TEMPLATE))
         except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=_JOB_TEMPLATE))
         for entry in SCHEDULES:
             triggers = []
             if entry.event:
@@ -102,8 +112,6 @@ def register(root: Path) -> list[dict[str, str]]:
                 tags=[home_tag(Paths(root).home)],
                 work_pool_name=POOL,
                 entrypoint_type=EntrypointType.MODULE_PATH,
-                # Where the worker runs: a moved or copied project must not work in its old folder.
-                job_variables={"working_dir": "."},
             )
             deployment.apply()
     return [
@@ -118,7 +126,8 @@ def _run_exclusively(body: Any) -> State[Any] | None:
     if pid := lock_owner(Paths(root).home / "stages", "run"):
         return Cancelled(name="Skipped", message=f"process {pid} is training; the next schedule tries again")
     try:
-        body(root, get_run_logger().info)
+        echo = get_run_logger().info
+        while_unavailable(lambda: body(root, echo), echo)
     except Refused as error:
         return Completed(name="Refused", message=str(error))
     except InputError as error:

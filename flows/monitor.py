@@ -14,6 +14,7 @@ from components.datasets.formats import read_info, shards
 from components.feedback.drift import Measure, compare, first_words, lengths, rating_change
 from components.feedback.ledger import DAY_SECONDS
 from components.feedback.store import Store, has_store
+from components.runtime.files import write_text
 from components.runtime.model_tasks import is_chat
 from components.tracking.event_log import warn_on_failure
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
@@ -96,7 +97,7 @@ def _report(paths: Paths, measures: list[Measure]) -> Path:
     folder = paths.home / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"drift-{time.strftime('%Y-%m-%d')}.md"
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(file, "\n".join(lines) + "\n")
     with warn_on_failure("Prefect artifact drift"):
         create_markdown_artifact("\n".join(lines), key="drift", description="Prompts and ratings against the past")
     return file

@@ -7,7 +7,9 @@ Modules are imported when their command is called, and import what is heavy insi
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from keyword import iskeyword
 from pathlib import Path
@@ -18,6 +20,7 @@ from typer.core import TyperGroup
 
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, disk_trouble, find_root
+from components.runtime.files import keep_private
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
 
@@ -71,6 +74,9 @@ app = typer.Typer(
 def loopwright() -> None:
     """Raw text in, a served language-model agent out, and back again: every step versioned, tracked, gated."""
     bypass_proxies_for_loopback()
+    os.umask(0o077)
+    with suppress(InputError):  # no project here, as its command will say
+        keep_private(Paths(find_root()))
 
 
 def main() -> None:

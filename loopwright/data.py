@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import typer
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
-from components.runtime.process import has_git
+from components.runtime.process import file_lock, has_git
 from loopwright.output import Json, print_json, print_table, say
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def add(
 
     check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
-    with writing(paths.added), Quarantine(quarantine, failing) if quarantine else nullcontext() as left_out:
+    is_adding = file_lock(paths.home / "stages", f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
+    with is_adding, writing(paths.added), Quarantine(quarantine, failing) if quarantine else nullcontext() as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
         info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out)
     pointer = f"data/added/{name}.dvc"

@@ -34,6 +34,9 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage, without release.")] = None,
     force: Annotated[bool, typer.Option(help="Run every stage, although up to date.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, why and for how long; change nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Bring every stage of dvc.yaml up to date as one Prefect flow run, then release the models."""
@@ -41,6 +44,11 @@ def run(
     echo = Terminal(as_json)
     params = Paths(root).params
     overrides = read_overrides(scale, set_ or [])
+    if dry_run:
+        if overrides:
+            raise InputError("--dry-run: changes no file, and --scale and --set do; write them into params.yaml first")
+        _print_plan(root, until, force, as_json)
+        return
     write_params(params, overrides | moved_project(params, overrides), echo)
     from flows.orchestration.run_stage import StageFailed
     from flows.pipeline import ReleaseRefused, RunOptions, run_pipeline
@@ -58,6 +66,46 @@ def run(
         print_json(asdict(report))
     else:
         _print_report(report)
+
+
+def _print_plan(root: Path, until: str | None, force: bool, as_json: bool) -> None:
+    """Print each stage, why it would run, and the seconds that its last result took."""
+    from components.runtime.checkpoint_folders import History
+    from flows.orchestration.dvc_repo import stage_states
+
+    load_params(Paths(root).params)
+    states = stage_states(root, force, until, read_only=True)
+    seconds = {state.name: History.read(state.name, Paths(root)).seconds for state in states}
+    due = [state.name for state in states if state.is_due]
+    total = sum(seconds[name] or 0.0 for name in due)
+    unknown = [name for name in due if seconds[name] is None]
+    if as_json:
+        rows = [
+            {
+                "name": state.name,
+                "runs": "yes" if state.reasons else "maybe" if state.after else "no",
+                "reasons": list(state.reasons),
+                "after": list(state.after),
+                "seconds": seconds[state.name] if state.is_due else None,
+            }
+            for state in states
+        ]
+        print_json({"stages": rows, "seconds": total, "never_timed": unknown})
+        return
+    width = max(40, shutil.get_terminal_size().columns - max(len(state.name) for state in states) - 14)
+    print_table(
+        ("stage", "last took", "state"),
+        [(state.name, _duration(seconds[state.name]), state.describe(width)) for state in states],
+    )
+    print(f"\n{len(due)} of {len(states)} stages may run, {_duration(total)} at most by their last results", end="")
+    print(f"; not known of {len(unknown)} that never ran here" if unknown else "")
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    unit, size = ("s", 1) if seconds < 120 else ("min", 60) if seconds < 7200 else ("h", 3600)
+    return f"{seconds / size:.0f} {unit}"
 
 
 def improve(

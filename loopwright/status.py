@@ -63,7 +63,7 @@ def _champions(home: Path) -> list[dict[str, Any]]:
 
 def _services(home: Path) -> list[dict[str, Any]]:
     """What answers on this machine: those of the running `up`, or that the environment names, or the usual ones."""
-    from components.runtime.service_registry import answers, running
+    from components.runtime.service_registry import answers, running, service_states
 
     services = running(home)
     addresses = {
@@ -74,10 +74,15 @@ def _services(home: Path) -> list[dict[str, Any]]:
         ),
         "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or services.get("mlflow", "http://127.0.0.1:5000"), "/health"),
     }
-    return [
-        {"name": name, "address": url, "answers": answers(url + path)}
+    states = service_states(home)
+    rows = [
+        {"name": name, "address": url, "answers": answers(url + path), "state": states.get(name)}
         for name, (url, path) in addresses.items()
         if url.startswith("http")
+    ]
+    workers = [(name, state) for name, state in states.items() if name not in addresses]
+    return rows + [
+        {"name": name, "address": "", "answers": state == "healthy", "state": state} for name, state in workers
     ]
 
 
@@ -106,7 +111,10 @@ def _print(report: dict[str, Any], stages: list[StageState]) -> None:
     print()
     print_table(
         ("service", "state", "address"),
-        [(row["name"], "answers" if row["answers"] else "not running", row["address"]) for row in report["services"]],
+        [
+            (row["name"], "answers" if row["answers"] else row["state"] or "not running", row["address"])
+            for row in report["services"]
+        ],
     )
     waiting, fresh = report["feedback_waiting"], report["feedback_fresh"]
     print(f"\nfeedback: {waiting} items to train on, {fresh} to ingest")

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -51,8 +52,17 @@ def up(
         for folder in ("prefect", "logs"):
             (paths.home / folder).mkdir(exist_ok=True)
         services = platform(paths.home, ports, deploy)
-        supervisor = Supervisor(services, paths.home / "logs", paths.root, _print_change)
-        publish(paths.home, {service.name: service.address for service in services if service.address})
+        addresses = {service.name: service.address for service in services if service.address}
+        states: dict[str, str] = {}
+
+        def report_change(entry: SupervisedService) -> None:
+            states[entry.service.name] = _describe(entry)
+            say(f"{entry.service.name:<9} {states[entry.service.name]}")
+            with suppress(InputError):  # a full disk: `status` then shows the state before
+                publish(paths.home, addresses, states)
+
+        supervisor = Supervisor(services, paths.home / "logs", paths.root, report_change)
+        publish(paths.home, addresses)
         try:
             _supervise(supervisor, stop_requested, as_json)
         finally:
@@ -66,15 +76,15 @@ def deploy(as_json: Json = False) -> None:
     """Register pipeline, ingest, improve and monitor on the server of `up`, or the one PREFECT_API_URL names."""
     paths = Paths(find_root())
     from components.runtime.service_registry import running
-    from flows.orchestration.prefect_server import Api, settings
+    from flows.orchestration.prefect_server import Api, client_settings
 
     url = os.environ.get("PREFECT_API_URL") or running(paths.home).get("prefect")
     if url is None:
         raise InputError('PREFECT_API_URL: not set, and no platform runs; start "loopwright up", which deploys itself')
-    for variable, value in {**settings(paths.home), "PREFECT_API_URL": url}.items():
-        os.environ.setdefault(variable, value)
     (paths.home / "prefect").mkdir(parents=True, exist_ok=True)
-    Api(url, paths.home / "logs" / "prefect.log", None).wait()
+    for variable, value in client_settings(paths.home, url).items():
+        os.environ.setdefault(variable, value)
+    Api(url, paths.home / "logs" / "prefect.log", None, None).wait()
     from flows.deployments import register
 
     rows = register(paths.root)
@@ -116,17 +126,17 @@ def _report(supervisor: Supervisor, seconds: float) -> dict[str, Any]:
     return {"services": rows, "seconds": round(seconds, 1), "pid": os.getpid()}
 
 
-def _print_change(entry: SupervisedService) -> None:
-    """Print a service's new state in a line."""
-    service = entry.service
+def _describe(entry: SupervisedService) -> str:
+    """A service's state in a line."""
+    pause = f"restarts in {max(0.0, entry.next_start - time.monotonic()):.0f} s; see {entry.log}"
     details = {
-        "healthy": f"healthy  {service.address.removesuffix('/api')}",
+        "healthy": f"healthy  {entry.service.address.removesuffix('/api')}{entry.service.hint}".rstrip(),
         "hung": f"not responding; killed; see {entry.log}",
-        "waiting": f"waits for {service.waits_for}",
-        "backing off": f"exited; restarts in {max(0.0, entry.next_start - time.monotonic()):.0f} s; see {entry.log}",
-        "crash loop": f'crash loop: {entry.crashes} restarts; see {entry.log}, then run "loopwright up" again',
+        "waiting": f"waits for {entry.service.waits_for}",
+        "backing off": f"exited; {pause}",
+        "crash loop": f"crash loop: {entry.crashes} quick exits in a row; {pause}",
     }
-    say(f"{service.name:<9} {details.get(entry.state, entry.state)}".rstrip())
+    return details.get(entry.state, entry.state)
 
 
 def _check_ports(ports: dict[str, int]) -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import UPLOADER, connect
 from components.tracking.registry import ModelVersion, Registry
+from flows.orchestration.prefect_server import AUTH_FILE
 
 SOURCE = Path(__file__).parents[1]
 
@@ -84,6 +86,16 @@ class Released:
     """What `loopwright run --json` printed."""
     said: str
     """What it told meanwhile."""
+
+
+@contextmanager
+def prefect_client(home: Path, api: str) -> Iterator[httpx.Client]:
+    """A client of the Prefect server of this state folder, signed in as Prefect's page does."""
+    user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
+    with httpx.Client(base_url=api, auth=(user, password), timeout=30) as client:
+        token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
+        client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
+        yield client
 
 
 @pytest.fixture(scope="session")

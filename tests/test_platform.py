@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,21 @@ def test_one_command_runs_every_stage_and_releases_a_champion(released: Released
 def test_the_bento_carries_the_page(released: Released) -> None:
     carried = released.project.home / "bento/bentos/agent/v1/src/serving/page"
     assert {path.name for path in carried.iterdir()} == {path.name for path in (SOURCE / "serving/page").iterdir()}
+
+
+def test_nobody_else_can_read_the_state_folder(released: Released) -> None:
+    """Nor would they if the folder itself were open: by the mode of each file, or of a folder above it."""
+
+    def is_open(path: Path) -> bool:
+        return bool(path.stat().st_mode & (0o011 if path.is_dir() else 0o044))
+
+    home = released.project.home
+    files = [path for path in home.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 100
+    for path in files:
+        above = [folder for folder in path.parents if home in folder.parents]
+        assert not all(map(is_open, [path, *above])), path
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
 def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Released) -> None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from components.config.params import InputError
 from components.config.project import Kind as Kind
+from components.runtime.files import write_text
 
 Split = Literal["train", "validation", "test"]
 Row = dict[str, Any]
@@ -270,4 +271,4 @@ def row_id(*parts: str) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values have equal digests."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

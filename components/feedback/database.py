@@ -30,6 +30,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from components.config.errors import Unavailable
 from components.config.params import InputError
 from components.config.paths import disk_trouble
 
@@ -44,7 +45,7 @@ _LOCK = 0x6C6F6F70
 """PostgreSQL's advisory lock: votes are numbered in commit order, migrations run one at a time."""
 
 
-class StoreUnavailable(InputError):
+class StoreUnavailable(Unavailable):
     """The database is locked or missing; the operation had no effect."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from components.feedback.ledger import DAY_SECONDS, Outcome
 from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
 from components.feedback.votes import content_digest, item_features, item_of
+from components.runtime.files import replace_file
 from components.runtime.model_tasks import is_chat
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
@@ -159,7 +159,7 @@ def write_partition(path: Path, items: Sequence[Row]) -> str:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(items), schema=SCHEMA), sink)
     content = sink.getvalue().to_pybytes()
-    write_durably(path, content)
+    replace_file(path, lambda file: file.write(content))
     return hashlib.sha256(content).hexdigest()
 
 
@@ -172,26 +172,7 @@ def write_pictures(path: Path, store: Store, digests: Sequence[str]) -> None:
                 rows = [{"digest": digest, "content": store.picture(digest)} for digest in group]
                 writer.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA))
 
-    _replace_durably(path, write)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Replace a file atomically; it is on disk when this returns."""
-    _replace_durably(path, lambda file: file.write(content))
-
-
-def _replace_durably(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    replace_file(path, write)
 
 
 def revocations_text(store: Store) -> bytes:
@@ -208,4 +189,4 @@ def revocations_are_written(store: Store, folder: Path) -> bool:
 def write_revocations(store: Store, folder: Path) -> None:
     """List in `withdrawn.json` the items of the partitions that are no longer valid."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_durably(folder / REVOKED, revocations_text(store))
+    replace_file(folder / REVOKED, lambda file: file.write(revocations_text(store)))

@@ -29,6 +29,9 @@ from components.feedback.tables import (
 
 Status = Literal["accepted", "quarantined"]
 DAY_SECONDS = 86_400.0
+_FORGOTTEN_AT_ONCE = 200
+"""Requests that one transaction deletes: a vote waits for its end."""
+_SECONDS_BETWEEN_BATCHES = 0.05
 
 
 class UnknownFeedback(InputError):
@@ -259,20 +262,37 @@ class Ledger(Database):
     def forget(self, keep_days: int) -> int:
         """Delete older requests without feedback, with their answers; returns how many.
 
-        A picture goes with the last request that refers to it.
+        Age counts from the newest record, and a call deletes no more than was received within a day, the oldest first:
+        a clock that jumped ahead deletes little until somebody notices. A picture goes with the last request that
+        refers to it. Between batches, others write.
         """
-        old = and_(
-            REQUESTS.c.created < time.time() - keep_days * DAY_SECONDS,
-            ~exists().where(FEEDBACK.c.completion_id == REQUESTS.c.id),
-        )
+        silent = ~exists().where(FEEDBACK.c.completion_id == REQUESTS.c.id)
+        newest = [self._scalar(select(func.max(table.c.created))) for table in (REQUESTS, ANSWERS, FEEDBACK)]
+        oldest = self._scalar(select(func.min(REQUESTS.c.created)).where(silent))
+        if oldest is None:
+            return 0
+        until = min(time.time(), max(filter(None, newest))) - keep_days * DAY_SECONDS
+        until = min(until, oldest + DAY_SECONDS)
+        forgotten = 0
+        while count := self._forget_batch(and_(REQUESTS.c.created < until, silent)):
+            forgotten += count
+        return forgotten
+
+    def _forget_batch(self, old: Any) -> int:
         with self._write() as connection:
+            started = time.monotonic()
             self._in_turn(connection)
-            requests = select(REQUESTS.c.id).where(old)
+            requests = list(connection.scalars(select(REQUESTS.c.id).where(old).limit(_FORGOTTEN_AT_ONCE)))
+            references = REQUEST_PICTURES.c.request_id.in_(requests)
+            pictures = list(connection.scalars(select(REQUEST_PICTURES.c.digest).where(references).distinct()))
             connection.execute(ANSWERS.delete().where(ANSWERS.c.request_id.in_(requests)))
-            connection.execute(REQUEST_PICTURES.delete().where(REQUEST_PICTURES.c.request_id.in_(requests)))
+            connection.execute(REQUEST_PICTURES.delete().where(references))
             unreferenced = ~exists().where(REQUEST_PICTURES.c.digest == PICTURES.c.digest)
-            connection.execute(PICTURES.delete().where(unreferenced))
-            return int(connection.execute(REQUESTS.delete().where(old)).rowcount)
+            connection.execute(PICTURES.delete().where(PICTURES.c.digest.in_(pictures), unreferenced))
+            connection.execute(REQUESTS.delete().where(REQUESTS.c.id.in_(requests)))
+        # SQLite's lock goes to who asks next, and those who wait ask ever more rarely.
+        time.sleep(max(_SECONDS_BETWEEN_BATCHES, time.monotonic() - started) if requests else 0)
+        return len(requests)
 
 
 _MORE = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -42,6 +41,7 @@ from components.models.weight_files import (
     write_json,
     write_weights,
 )
+from components.runtime.files import sync
 
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files that a folder may have beside its tokenizer.json."""
@@ -384,13 +384,3 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         target.rename(old)
     new.rename(target)
     sync(target.parent)
-
-
-def sync(*paths: Path) -> None:
-    """fsync files and folders."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,29 +3,79 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import stat
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from components.config.paths import writing
+from components.config.paths import Paths, writing
+
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], object], mode: int = 0o666) -> None:
+    """Replace a file by what `write` puts into a new one: as a whole, and on disk when this returns.
+
+    After a crash at any instant, of the process or of the machine, the file is the old one or the new one. Its
+    permissions stay, and a link stays a link; where there is none, the umask narrows `mode`.
+
+    Raises: OSError when the disk refuses; the file is as it was.
+    """
+    target = path.resolve()
+    scratch = target.with_name(f".{target.name}.{threading.get_native_id()}.tmp")
+    exists = target.exists()
+    mode = stat.S_IMODE(target.stat().st_mode) if exists else mode
+    try:
+        with open(scratch, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if exists:
+            scratch.chmod(mode)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step; its permissions stay, and a link stays a link.
+    """Replace a file's content by `replace_file`.
 
     Raises: InputError when the disk refuses.
     """
-    target = path.resolve()
-    scratch = target.with_name(f".{target.name}.new")
+    with writing(path):
+        replace_file(path, lambda file: file.write(text.encode()))
+
+
+def keep_private(paths: Paths) -> None:
+    """Let what this process and its children write be readable by its user alone, and all of the state folder.
+
+    A state folder of another user, as a mounted volume may be, stays as it is, with a warning.
+    """
+    os.umask(0o077)
+    home = paths.home
+    if not home.is_dir() or not home.stat().st_mode & _OTHERS or paths.root.is_relative_to(home):
+        return
     try:
-        with writing(path):
-            scratch.write_text(text, encoding="utf-8")
-            if target.exists():
-                shutil.copymode(target, scratch)
-            scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
+        for path in (*home.iterdir(), home):  # the folder last: a narrowing that was killed is done again
+            if not path.is_symlink():
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS)
+    except PermissionError:
+        print(f'{home}: others may read it; its owner can run "chmod -R go-rwx"', file=sys.stderr, flush=True)
+
+
+def sync(*paths: Path) -> None:
+    """fsync files and folders."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def copy_folder(source: Path, folder: Path, notes: Mapping[str, Any] | None = None) -> None:

@@ -17,12 +17,21 @@ from components.runtime.process import alive, lock_owner
 
 LOCK = "up"
 FILE = "services.json"
-_LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
 def running(home: Path) -> dict[str, str]:
     """Address of each service of the `up` that runs on this state folder; empty when none does."""
+    return _published(home, "addresses")
+
+
+def service_states(home: Path) -> dict[str, str]:
+    """State of each service of that `up`, in words; empty when none runs."""
+    return _published(home, "states")
+
+
+def _published(home: Path, field: str) -> dict[str, str]:
     try:
         entry = json.loads((home / FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -30,13 +39,13 @@ def running(home: Path) -> dict[str, str]:
     # The lock is released with its process; the process id in the file alone may be another program's by now.
     if not alive(entry["pid"]) or lock_owner(home, LOCK) != entry["pid"]:
         return {}
-    addresses: dict[str, str] = entry["addresses"]
-    return addresses
+    values: dict[str, str] = entry.get(field, {})
+    return values
 
 
-def publish(home: Path, addresses: dict[str, str]) -> None:
-    """Write the addresses of this process's services where other commands read them."""
-    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses}))
+def publish(home: Path, addresses: dict[str, str], states: dict[str, str] | None = None) -> None:
+    """Write the addresses of this process's services, and their states, where other commands read them."""
+    write_text(home / FILE, json.dumps({"pid": os.getpid(), "addresses": addresses, "states": states or {}}))
 
 
 def unregister(home: Path) -> None:
@@ -98,7 +107,7 @@ def bypass_proxies_for_loopback() -> None:
     value = ",".join(os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY"))
     hosts = [host.strip().removeprefix("[").removesuffix("]") for host in value.split(",")]
     parsed = [host for host in hosts if host and _is_parsed(host)]
-    no_proxy = "*" if "*" in hosts else ",".join(dict.fromkeys([*parsed, *_LOOPBACK]))
+    no_proxy = "*" if "*" in hosts else ",".join(dict.fromkeys([*parsed, *LOOPBACK]))
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = no_proxy
 
 

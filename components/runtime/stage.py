@@ -27,7 +27,8 @@ from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.versions import VERSIONS_FILE
-from components.runtime.files import remove
+from components.runtime.checkpoint_folders import History, remove_committed
+from components.runtime.files import keep_private, remove, replace_file
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import EventLog
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
@@ -72,7 +73,6 @@ PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<
 
 FORCE = "LOOPWRIGHT_FORCE"
 """Environment variable: start without the checkpoints of an earlier run with the same inputs."""
-_MAX_CHECKPOINT_FOLDERS = 2
 _SECONDS_FOR_ENDING_STAGE = 15.0
 
 Tracker = EventLog
@@ -280,6 +280,7 @@ def run_stage(name: str, root: Path) -> int:
     """Run one stage in this process and return its exit code."""
     paths = Paths(root)
     started, message = time.time(), ""
+    remove_committed(paths)
     try:
         with file_lock(paths.home / "stages", name, patience=_SECONDS_FOR_ENDING_STAGE):
             _run_locked(name, paths)
@@ -308,28 +309,21 @@ def _run_locked(name: str, paths: Paths) -> None:
         for dep, content in inputs.deps.items():
             if dep.startswith("data/"):
                 tracker.dataset(dep, content, dep, "input")
-        stage_function(name)(StageRun(name, params, paths, _checkpoint_folder(name, inputs.key, paths), tracker))
+        history, started, is_finished = History.read(name, paths), time.monotonic(), False
+        folder = history.open(inputs.key, afresh=bool(os.environ.get(FORCE)))
+        try:
+            stage_function(name)(StageRun(name, params, paths, folder, tracker))
+            is_finished = True
+        finally:
+            history.ended(time.monotonic() - started, is_finished)
         tracker.artifact(paths.metrics / f"{name}.json")
-
-
-def _checkpoint_folder(name: str, key: str, paths: Paths) -> Path:
-    """The folder of resumable checkpoints for these inputs; the oldest folders are removed."""
-    folder = paths.home / "checkpoints" / name / key
-    if os.environ.get(FORCE):
-        remove(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)
-    newest_first = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for old in newest_first[_MAX_CHECKPOINT_FOLDERS:]:
-        remove(old)
-    return folder
 
 
 def _write_report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
     """Write how the stage ended, for the orchestrator."""
-    report = {"exit_code": code, "message": message, "started": started, "seconds": time.time() - started}
+    report = {"exit_code": code, "message": message, "started": started, "seconds": max(0.0, time.time() - started)}
     with suppress(OSError):  # a full disk; the message went to stderr
-        (paths.home / "stages" / f"{name}.json").write_text(json.dumps(report), encoding="utf-8")
+        replace_file(paths.home / "stages" / f"{name}.json", lambda file: file.write(json.dumps(report).encode()))
 
 
 def main() -> None:
@@ -342,6 +336,7 @@ def main() -> None:
     if name not in (stages := read_stages(root)):
         print(f"components.runtime.stage: {name!r} is no stage; one of {', '.join(stages)}", file=sys.stderr)
         sys.exit(2)
+    keep_private(Paths(root))
     sys.exit(run_stage(name, root))
 
 

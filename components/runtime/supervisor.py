@@ -22,7 +22,7 @@ from components.runtime.process import start
 LOG_BYTES = 20_000_000
 """A longer log is rotated to NAME.log.1 when its service starts."""
 FIRST_PAUSE_SECONDS = 1.0
-LONGEST_PAUSE_SECONDS = 30.0
+LONGEST_PAUSE_SECONDS = 300.0
 STABLE_SECONDS = 60.0
 """After this long, an exit is no crash loop: the next restart waits for the first pause again."""
 SECONDS_BETWEEN_CHECKS = 10.0
@@ -30,7 +30,7 @@ MAX_FAILED_CHECKS = 6
 """Failed liveness checks in a row after which a service counts as hung and is restarted. Generous, for training takes
 every core."""
 MAX_CRASHES = 5
-"""Quick exits in a row after which a service is not restarted."""
+"""Quick exits in a row from which on it counts as a crash loop: what it needs may be away, so restarts go on."""
 
 State = Literal["waiting", "starting", "healthy", "hung", "backing off", "crash loop"]
 
@@ -44,6 +44,8 @@ class Service:
     address: str
     """Shown to the user; empty when it has none."""
     health: Callable[[], bool]
+    hint: str = ""
+    """Shown behind the address."""
     environment: Mapping[str, str] = field(default_factory=dict)
     may_start: Callable[[], bool] = lambda: True
     """The service starts only when this returns true."""
@@ -90,7 +92,7 @@ class Supervisor:
                 self._change(entry, "healthy")
             elif entry.state == "healthy" and time.monotonic() >= entry.next_check:
                 self._check_liveness(entry)
-            elif entry.process is None and entry.state != "crash loop" and time.monotonic() >= entry.next_start:
+            elif entry.process is None and time.monotonic() >= entry.next_start:
                 self._start(entry)
 
     def stop(self, seconds: float) -> None:
@@ -111,11 +113,15 @@ class Supervisor:
                 entry.reported_waiting = True
                 self._change(entry, "waiting")
             return
-        if entry.log.exists() and entry.log.stat().st_size > LOG_BYTES:
-            entry.log.replace(entry.log.with_suffix(".log.1"))
-        with entry.log.open("ab") as file:
-            entry.process = start(entry.service.command, file, entry.service.environment, self._root)
         entry.started = time.monotonic()
+        try:
+            if entry.log.exists() and entry.log.stat().st_size > LOG_BYTES:
+                entry.log.replace(entry.log.with_suffix(".log.1"))
+            with entry.log.open("ab") as file:
+                entry.process = start(entry.service.command, file, entry.service.environment, self._root)
+        except OSError as error:  # no process, or no file, is to be had now
+            self._back_off(entry, f"cannot be started: {error}")
+            return
         entry.state, entry.reported_waiting = "starting", False
 
     def _check_liveness(self, entry: SupervisedService) -> None:
@@ -128,11 +134,19 @@ class Supervisor:
     def _handle_exit(self, entry: SupervisedService) -> None:
         # Its children must not hold its port, nor go on training.
         _kill_session(entry)
+        assert entry.process is not None
+        code, entry.process = entry.process.returncode, None
+        self._back_off(entry, f"exited with {code}")
+
+    def _back_off(self, entry: SupervisedService, reason: str) -> None:
+        """Let the service start again after a pause."""
         quick = time.monotonic() - entry.started < STABLE_SECONDS
         entry.crashes = entry.crashes + 1 if quick else 1
-        entry.next_start = time.monotonic() + min(FIRST_PAUSE_SECONDS * 2 ** (entry.crashes - 1), LONGEST_PAUSE_SECONDS)
+        pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(entry.crashes - 1, 30), LONGEST_PAUSE_SECONDS)
+        entry.next_start = time.monotonic() + pause
+        with suppress(OSError), entry.log.open("a", encoding="utf-8") as file:  # a full disk ends no supervision
+            file.write(f"loopwright up: {reason}; restarts in {pause:.0f} s\n")
         self._change(entry, "crash loop" if entry.crashes >= MAX_CRASHES else "backing off")
-        entry.process = None
 
     def _change(self, entry: SupervisedService, state: State) -> None:
         entry.state = state

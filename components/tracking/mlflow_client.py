@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
+from components.config.errors import Unavailable
 from components.config.params import InputError
+from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
 from components.runtime.process import alive, file_lock
 from components.tracking.event_log import EventLog
@@ -96,7 +98,7 @@ def connect(home: Path) -> MlflowClient:
         if not server:
             raise
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
+        raise Unavailable(
             f"MLFLOW_TRACKING_URI: {server}: {reason}; start that server, or unset the variable"
         ) from error
     return client
@@ -240,14 +242,14 @@ def _upload(client: MlflowClient, folder: Path) -> None:
         start = events[0]
         sent["run_id"] = create_run(client, start["name"], start["tags"], start["parent"], start["time"])
         sent["pid"] = start["pid"]
-        state_file.write_text(json.dumps(sent))
+        write_text(state_file, json.dumps(sent))
     if not sent["run_id"]:
         return
     own = [event for event in events if "child" not in event]
     _send(client, sent["run_id"], own, folder)
     _upload_children(client, sent, [event for event in events if "child" in event], folder)
     sent["offset"] += len(whole) + 1 if whole else 0
-    state_file.write_text(json.dumps(sent))
+    write_text(state_file, json.dumps(sent))
     ends = [event for event in own if event["kind"] == "end"]
     if not ends and alive(sent["pid"]):
         return

@@ -1,14 +1,13 @@
 """Resumable checkpoints of a run: one file each, written atomically.
 
-A file is written under a temporary name, synced and renamed; its name has the digest of its content, so that a torn
-or altered file is recognized and skipped. The last two are kept.
+A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. The last two
+are kept, also after the last step: the stage runner removes them when DVC has stored the result.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from components.config.params import InputError
-from components.models.checkpoint import sync
+from components.runtime.files import replace_file
 
 MAX_CHECKPOINTS = 2
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
@@ -47,17 +46,11 @@ class Checkpoints:
         """
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
         content = tensors_to_bytes(tensors, {"facts": json.dumps(state.values)})
-        temporary = self.folder / f".saving-{state.step}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.folder / f"step-{state.step:08d}-{_digest(content)}.safetensors")
-            sync(self.folder)
+            path = self.folder / f"step-{state.step:08d}-{_digest(content)}.safetensors"
+            replace_file(path, lambda file: file.write(content))
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise InputError(
                 f"{self.folder}: checkpoint of step {state.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
                 f" {error.strerror}; free space and run again, the last one is kept"
@@ -79,8 +72,8 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint, at the end of a run."""
-        for path in (*self._files(), *self.folder.glob(".saving-*")):
+        """Remove every checkpoint, and what a killed process left of one."""
+        for path in (*self._files(), *self.folder.glob(".step-*.tmp")):
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:

@@ -30,7 +30,6 @@ from components.models.sentence_pooling import pooling_files
 from components.runtime.stage import StageRun, Tracker
 from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
-from components.training.checkpoints import Checkpoints
 from components.training.defaults import fit_to_base
 from components.training.from_base import quantize_frozen, refuse_other_vocabulary
 from components.training.loop import EarlyStopping, Measured, train
@@ -76,7 +75,6 @@ class ClassifierTraining:
             torch.manual_seed(run.params.seed)
             self.encoder = type(self.encoder)(self.encoder.config)
         refuse_other_vocabulary(run, "encoder", self.encoder.config.vocab_size, self.rows)
-        self.phases: list[Phase] = []
         self.total_steps = config.adapt_steps + config.trials * config.trial_steps + config.max_steps
         numbers = self.rows.numbers("label")
         weights = class_weights(numbers, len(self.rows.labels), config.class_weight_power)
@@ -85,9 +83,7 @@ class ClassifierTraining:
     def phase(self, title: str, first_step: int, tracker: Tracker) -> Phase:
         """A run for one training, whose checkpoints lie in a folder of its own."""
         run = self.run
-        phase = Phase(run.name, run.params, run.paths, run.state / title, tracker, first_step, self.total_steps, title)
-        self.phases.append(phase)
-        return phase
+        return Phase(run.name, run.params, run.paths, run.state / title, tracker, first_step, self.total_steps, title)
 
     def adapt(self) -> None:
         """Continue masked language modelling on the texts to classify."""
@@ -187,8 +183,6 @@ def finetune_classifier(run: StageRun) -> None:
         metrics["chosen_trial"] = best.number
         rows = [{**asdict(trial), **trial.values} for trial in trials]
         run.tracker.table("trials.json", {name: [row[name] for row in rows] for name in rows[0] if name != "values"})
-    for phase in training.phases:
-        Checkpoints(phase.state).clear()
     report(run, training.config, model, measured, run.paths.classifier, metrics)
 
 

@@ -241,6 +241,8 @@ def train(
     if saved:
         resumed = training.restore(saved)
         verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
+        if not resumed:
+            checkpoints.clear()
         print(f"{run.name}  {verb} step {saved.step}", flush=True)
     copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
     announce(run, config, model, rows, objective, copies, training.step)
@@ -281,18 +283,19 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
         batches = _micro_batches(rows, sampler, training.step, config)
         measured.tokens += sum(count_tokens(batch) for batch in batches)
         training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
-        last = training.over
+        last, loss = training.over, None
         if training.step % config.log_steps == 0 or last:
-            loss, now = training.read_loss(), time.monotonic()
+            loss = training.read_loss()
             if not math.isfinite(loss):
                 where = f"params.yaml: {run.section}.learning_rate"
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
-            speed = (measured.tokens - tokens_before) / max(1e-9, now - clock)
-            _report(run, training, loss, speed)
-            clock, tokens_before = now, measured.tokens
         if stopped or last or time.monotonic() - saved_at >= config.checkpoint_seconds:
             checkpoints.save(training.state())
             saved_at = time.monotonic()
+        if loss is not None:  # behind the checkpoint: a last step that is reported is never repeated
+            now = time.monotonic()
+            _report(run, training, loss, (measured.tokens - tokens_before) / max(1e-9, now - clock))
+            clock, tokens_before = now, measured.tokens
         if stopped and not last:
             print(
                 f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to resume", flush=True

@@ -14,7 +14,6 @@ from components.datasets.formats import write_json
 from components.models.weight_files import weights_digest
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
-from components.training.checkpoints import Checkpoints
 from components.training.defaults import count_parameters
 from components.training.loop import Measured
 
@@ -39,7 +38,7 @@ def report(
     folder: Path,
     more: Mapping[str, float | int | str | None],
 ) -> None:
-    """Write the stage's metrics, with the values of `more` that are not None, and its loss curve; clear checkpoints."""
+    """Write the stage's metrics, with the values of `more` that are not None, and its loss curve."""
     steps = len(measured.losses)
     values: dict[str, float | int | str | None] = {
         "loss": sum(loss for _, loss in measured.losses[-5:]) / min(steps, 5),
@@ -55,4 +54,3 @@ def report(
         csv.writer(file, lineterminator="\n").writerows([("step", "loss"), *measured.losses])
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
     run.tracker.metrics({f"final.{name}": value for name, value in numbers.items()}, step=config.max_steps)
-    Checkpoints(run.state).clear()

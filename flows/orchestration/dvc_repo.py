@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from components.config.params import InputError
 from components.config.paths import Paths, disk_trouble, writing
-from components.runtime.process import has_git
+from components.runtime.files import replace_file
+from components.runtime.process import alive, has_git
 from components.runtime.stage import PIPELINE, read_stages
+from flows.orchestration.dvc_command import write_in_one_step
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ def configure(root: Path) -> None:
 
     home = Paths(root).home
     os.environ["DVC_SITE_CACHE_DIR"] = str(home / "dvc")
+    # DVC itself lets everybody write there, and unpickles what it reads.
+    (home / "dvc" / "repo").mkdir(mode=0o700, parents=True, exist_ok=True)
     (root / ".dvc").mkdir(exist_ok=True)
     remote = home / "dvc-remote"
     url = os.path.relpath(remote, root / ".dvc") if home.is_relative_to(root) else str(remote)
@@ -73,7 +78,9 @@ def configure(root: Path) -> None:
     local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
     local.setdefault('remote "local"', {})["url"] = url
     if local.dict() != before:
-        local.write()
+        content = BytesIO()
+        local.write(content)  # by itself it writes in place
+        replace_file(root / ".dvc" / "config.local", lambda file: file.write(content.getvalue()))
 
 
 def stage_states(
@@ -104,15 +111,20 @@ def stage_states(
 
 
 def _remove_broken_lock(repo: Any) -> None:
-    """Remove DVC's lock file where a process that was killed left half of it: DVC itself refuses it for ever.
+    """Remove DVC's lock file where nobody that it names is alive, or a process that was killed left half of it.
 
-    It is read and written under the repository's lock, so nobody writes it meanwhile.
+    DVC itself refuses the latter for ever, and takes a process that nobody has waited for (a zombie) for a living one.
+    The file is read and written under the repository's lock, so nobody writes it meanwhile.
     """
     path = Path(repo.tmp_dir) / "rwlock"
     with suppress(FileNotFoundError), repo.lock:
         try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            locks = json.loads(path.read_text(encoding="utf-8"))
+            owners = [*locks["write"].values(), *(owner for owners in locks["read"].values() for owner in owners)]
+        except (ValueError, KeyError, AttributeError):
+            path.unlink()
+            return
+        if not any(alive(owner["pid"]) for owner in owners if owner):
             path.unlink()
 
 
@@ -190,6 +202,7 @@ def open_repo(root: Path, folder: Path | None = None, read_only: bool = False) -
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    write_in_one_step()
     with ExitStack() as stack:
         try:
             stack.enter_context(writing(root / ".dvc"))

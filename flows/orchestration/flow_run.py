@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from components.config.errors import Unavailable
 from components.config.params import InputError, Refused
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import Uploader, connect, create_run, end_killed_runs, mlflow_name
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 RETRIES = 2
 SECONDS_BETWEEN_TRIES = 2.0
+SECONDS_UNAVAILABLE = 600.0
+"""How long a scheduled flow waits for a database or server that does not answer."""
+LONGEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             return _noted(FlowRun(flow_run, note), body)
     with prefect_api(home) as api, _tracked(name, home) as note:
         from prefect import flow, tags
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import temporary_settings
 
         @flow(name=name, validate_parameters=False)
         def started(**parameters: Any) -> T:  # shown in Prefect
@@ -53,7 +57,8 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             with heartbeat(home, flow_run):
                 return _noted(FlowRun(flow_run, note), body)
 
-        with temporary_settings({PREFECT_API_URL: api.wait()}), tags(home_tag(home)):
+        api.wait()
+        with temporary_settings(api.client), tags(home_tag(home)):
             if api.process is not None:
                 mark_crashed_runs(home, own_server=True)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
@@ -86,7 +91,24 @@ def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int 
 
 def _may_succeed_later(task: Any, task_run: Any, state: Any) -> bool:
     """Whether a retry may succeed: wrong input stays wrong, a refusal stays a refusal."""
-    return not isinstance(state.data, InputError | Refused)
+    return isinstance(state.data, Unavailable) or not isinstance(state.data, InputError | Refused)
+
+
+def while_unavailable(body: Callable[[], T], echo: Echo, patience: float = SECONDS_UNAVAILABLE) -> T:
+    """What `body` returns; called again, with growing pauses, while a database or server does not answer.
+
+    Raises: Unavailable after `patience` seconds.
+    """
+    deadline, pause = time.monotonic() + patience, 1.0
+    while True:
+        try:
+            return body()
+        except Unavailable as error:
+            if time.monotonic() + pause > deadline:
+                raise
+            echo(f"{error}; tries again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _current() -> str:

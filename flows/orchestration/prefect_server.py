@@ -6,6 +6,7 @@ Not Prefect's ephemeral server, which starts slower, outlives its time-out and l
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,10 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from components.config.params import InputError
+from components.runtime.files import replace_file
 from components.runtime.process import file_lock, lock_owner, start, stop
-from components.runtime.service_registry import running, wait_for
+from components.runtime.service_registry import LOOPBACK, running, wait_for
+
+AUTH_FILE = "prefect-auth"
+"""In the state folder: what Prefect's page and clients sign in with, `admin:PASSWORD`."""
+AUTH_STRING = "PREFECT_API_AUTH_STRING"
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
@@ -37,6 +45,8 @@ class Api:
     url: str
     log: Path
     process: subprocess.Popen[bytes] | None
+    auth: str | None
+    """What its clients sign in with; None: what PREFECT_API_AUTH_STRING says, if anything."""
 
     def wait(self, seconds: float = _SECONDS_TO_ANSWER) -> str:
         """Return the address once the server is healthy.
@@ -49,10 +59,50 @@ class Api:
             raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
         raise RuntimeError(f"Prefect's server did not start; see {self.log}")
 
+    @property
+    def client(self) -> dict[Any, Any]:
+        """Prefect's settings with which its clients reach this server."""
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+
+        return {PREFECT_API_URL: self.url, **({PREFECT_API_AUTH_STRING: self.auth} if self.auth else {})}
+
 
 def settings(home: Path) -> Mapping[str, str]:
     """Environment for Prefect: its data in the state folder, no telemetry, few logs."""
     return {"PREFECT_HOME": str(home / "prefect"), **_SETTINGS}
+
+
+def server_settings(home: Path, port: int) -> Mapping[str, str]:
+    """Environment for a server of ours: it answers who has the state folder's secret, and no page of another site.
+
+    Prefect checks no Host header: a page that was rebound to this machine by DNS has no secret.
+    """
+    return {
+        **settings(home),
+        "PREFECT_SERVER_API_AUTH_STRING": _auth_string(home),
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
+    }
+
+
+def client_settings(home: Path, url: str) -> Mapping[str, str]:
+    """Environment for Prefect's clients: a server on this machine gets the state folder's secret.
+
+    `PREFECT_API_AUTH_STRING` of the environment takes precedence.
+    """
+    is_named = "PREFECT_API_AUTH_STRING" in os.environ or urlsplit(url).hostname not in LOOPBACK
+    return {**settings(home), "PREFECT_API_URL": url, **({} if is_named else {AUTH_STRING: _auth_string(home)})}
+
+
+def _auth_string(home: Path) -> str:
+    """The secret of this state folder's servers, `admin:PASSWORD`; made at the first call."""
+    path = home / AUTH_FILE
+    if not path.exists():
+        with file_lock(home, AUTH_FILE, patience=10.0):
+            if not path.exists():
+                line = f"admin:{secrets.token_urlsafe(24)}\n".encode()
+                replace_file(path, lambda file: file.write(line), mode=0o600)
+    return path.read_text(encoding="utf-8").strip()
 
 
 @contextmanager
@@ -65,14 +115,14 @@ def prefect_api(home: Path) -> Iterator[Api]:
     log = home / "logs" / "prefect-server.log"
     url = os.environ.get("PREFECT_API_URL") or running(home).get("prefect")
     if url:
-        yield Api(url, log, None)
+        yield Api(url, log, None, client_settings(home, url).get(AUTH_STRING))
         return
     with log.open("wb") as file:
         port = free_port()
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        process = start(command, file)
+        process = start(command, file, server_settings(home, port))
     try:
-        yield Api(f"http://127.0.0.1:{port}/api", log, process)
+        yield Api(f"http://127.0.0.1:{port}/api", log, process, _auth_string(home))
     finally:
         stop(process)
 

@@ -20,11 +20,13 @@ from typing import Literal
 import psutil
 
 from components.config.paths import Paths
+from components.runtime.checkpoint_folders import remove_committed
 from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
 from components.runtime.stage import FORCE, IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]
+DVC = Path(__file__).with_name("dvc_command.py")
 _SECONDS_TO_END = 90.0
 _SECONDS_TO_INTERRUPT = 2.0
 """In which DVC, while no stage runs, ends by the terminal's own Ctrl-C; a second one would disturb it."""
@@ -74,7 +76,7 @@ def reproduce(name: str, root: Path, force: bool, echo: Callable[[str], None]) -
     accept_interrupts()
     started = time.monotonic()
     with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), target],
+        [sys.executable, "-P", str(DVC), "repro", "--single-item", *(["--force"] if force else []), target],
         cwd=root,
         env=_environment(force),
         stdout=subprocess.PIPE,
@@ -91,7 +93,9 @@ def reproduce(name: str, root: Path, force: bool, echo: Callable[[str], None]) -
             raise
     if process.returncode:
         raise _failure(name, report, messages)
-    return StageResult(name, _outcome(target, messages), time.monotonic() - started)
+    outcome = _outcome(target, messages)
+    remove_committed(Paths(root), name if outcome == "ran" else "")
+    return StageResult(name, outcome, time.monotonic() - started)
 
 
 def _environment(force: bool) -> dict[str, str]:

@@ -14,7 +14,7 @@ from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
-from flows.orchestration.prefect_server import settings
+from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
 
@@ -37,7 +37,13 @@ def _prefect(home: Path, port: int, url: str) -> Service:
     command = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     health = f"{url}/health"
     return Service(
-        "prefect", _python(*command), url, partial(answers, health, 1.0), settings(home), lives=partial(lives, health)
+        "prefect",
+        _python(*command),
+        url,
+        partial(answers, health, 1.0),
+        hint=f"  (sign in with the line in {home / AUTH_FILE})",
+        environment=server_settings(home, port),
+        lives=partial(lives, health),
     )
 
 
@@ -49,6 +55,10 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
     # The same files, under the same address, as for commands that run beside the server.
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
+    # A page of another site that was rebound to this machine by DNS names another host.
+    names = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
+    command += ["--allowed-hosts", ",".join(names)]
+    command += ["--cors-allowed-origins", ",".join(f"http://{name}" for name in names)]
     environment = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -56,7 +66,9 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         "GIT_PYTHON_REFRESH": "quiet",
     }
     health, command = f"{url}/health", _python(*command)
-    return Service("mlflow", command, url, partial(answers, health, 1.0), environment, lives=partial(lives, health))
+    return Service(
+        "mlflow", command, url, partial(answers, health, 1.0), environment=environment, lives=partial(lives, health)
+    )
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
@@ -69,7 +81,7 @@ def _worker(home: Path, prefect: str, deploy: bool) -> Service:
         return ready.exists() and alive(int(ready.read_text(encoding="utf-8") or "0"))
 
     command = _python("flows.orchestration.worker", *([] if deploy else ["--no-deploy"]))
-    return Service("worker", command, "", is_healthy, {**settings(home), "PREFECT_API_URL": prefect})
+    return Service("worker", command, "", is_healthy, environment=client_settings(home, prefect))
 
 
 def _endpoint(home: Path, port: int) -> Service:

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 
 from components.config.paths import Paths, find_root
+from components.runtime.files import keep_private, write_text
 from components.runtime.process import RUN_PID, end_with_parent
 from components.runtime.service_registry import bypass_proxies_for_loopback, running
-from flows.orchestration.prefect_server import Api, mark_crashed_runs, settings
+from flows.orchestration.prefect_server import Api, client_settings, mark_crashed_runs
 from flows.orchestration.services import HEALTH_FILE
 
 
@@ -23,9 +24,10 @@ def main() -> None:
     bypass_proxies_for_loopback()
     root = find_root()
     os.chdir(root)  # where its flow runs start
+    keep_private(Paths(root))
     home = Paths(root).home
     (home / HEALTH_FILE).unlink(missing_ok=True)
-    for variable, value in settings(home).items():
+    for variable, value in client_settings(home, os.environ["PREFECT_API_URL"]).items():
         os.environ.setdefault(variable, value)
     # Flow runs end with the worker, also when it is killed while they still import.
     os.environ[RUN_PID] = str(os.getpid())
@@ -33,7 +35,7 @@ def main() -> None:
 
     from flows.deployments import POOL, register
 
-    url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None).wait(seconds=180)
+    url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None, None).wait(seconds=180)
     mark_crashed_runs(home, own_server=running(home).get("prefect") == url)
     if not options.no_deploy:
         register(root)
@@ -44,7 +46,7 @@ async def _work(worker: object, ready: Path) -> None:
     from prefect.workers.base import BaseWorker
 
     assert isinstance(worker, BaseWorker)
-    ready.write_text(str(os.getpid()), encoding="utf-8")
+    write_text(ready, str(os.getpid()))
     await worker.start()
 
 

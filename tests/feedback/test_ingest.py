@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from components.validation.validate import Validator
 ROOT = Path(__file__).parents[2]
 CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5, keep_days=None)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}}
+ANSWER = AnswerRecord("yes", "stop", 1, 1, 0.1)
 RESULT = {"type": "result", "name": "lookup", "content": "Serialize obj. Mail jane.doe@acme.io"}
 
 
@@ -411,6 +414,37 @@ def test_old_requests_without_feedback_are_forgotten(store: Store, days: float, 
     assert store.forget(7) == forgotten
     left = 2 - forgotten
     assert store.counts() == {"requests": left, "answers": left, "feedback": 1}
+
+
+def test_a_clock_that_jumped_ahead_does_not_delete_the_requests(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request of each of the last twenty days; then the clock says that ten years have passed."""
+    now = time.time()
+    for day in range(20):
+        store.add_exchange(f"c-{day}", "agent/1", {"messages": []}, now - day * 86_400, ANSWER)
+    assert store.forget(30) == 0
+    later = now + 3650 * 86_400
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: later)
+        assert store.forget(30) == 0, "nothing was recorded since"
+        store.add_exchange("after the jump", "agent/1", {"messages": []}, later, ANSWER)
+        assert store.forget(30) == 1, "one day's"
+    assert store.counts()["requests"] == 20
+
+
+def test_votes_are_written_while_requests_are_forgotten(store: Store) -> None:
+    now, count = time.time(), 1200
+    for number in range(count):
+        store.add_exchange(f"c-{number}", "agent/1", {"messages": []}, now - 8 * 86_400, ANSWER)
+    forgetting = threading.Thread(target=store.forget, args=(7,))
+    forgetting.start()
+    silent: list[int] = []
+    while forgetting.is_alive():
+        said(store, len(silent))
+        counts = store.counts()
+        silent.append(counts["requests"] - counts["feedback"])
+    forgetting.join()
+    assert store.counts() == {"requests": len(silent), "answers": len(silent), "feedback": len(silent)}
+    assert any(0 < left < count for left in silent), "some were gone, and some not yet"
 
 
 def test_a_picture_is_forgotten_with_the_last_request_that_refers_to_it(store: Store) -> None:

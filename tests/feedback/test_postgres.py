@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from components.feedback.ledger import Outcome
 from components.feedback.pictures import PictureFile
 from components.feedback.store import AnswerRecord, Store, StoreUnavailable, UnknownCompletion
 from components.media.pictures import Picture
+from flows.orchestration.flow_run import while_unavailable
 
 ADDRESS = os.environ.get("LOOPWRIGHT_TEST_POSTGRES")
 pytestmark = pytest.mark.skipif(
@@ -182,3 +185,59 @@ def test_a_locked_table_is_told_after_the_wait_and_nothing_is_kept(store: Store,
     assert hasty.completion("chatcmpl-1")["feedback"] == []
     hasty.close()
     other.dispose()
+
+
+class Relay:
+    """A port that leads to the server while it is open."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._server, self._sockets = (host, port), list[socket.socket]()
+        self.port = self.open(0)
+
+    def open(self, port: int) -> int:
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+        return int(self._listener.getsockname()[1])
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, server = listener.accept()[0], socket.create_connection(self._server)
+                self._sockets += [client, server]
+                for source, target in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=(source, target), daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self._sockets.clear()
+
+
+def test_a_server_that_is_away_for_a_while_is_waited_for(address: str) -> None:
+    url = make_url(address)
+    relay = Relay(url.host or "127.0.0.1", url.port or 5432)
+    store = Store(url.set(host="127.0.0.1", port=relay.port).render_as_string(hide_password=False), busy_seconds=2)
+    ask(store, "chatcmpl-1")
+    relay.close()
+    told: list[str] = []
+
+    def open_again(line: str) -> None:
+        told.append(line)
+        if len(told) == 2:
+            relay.open(relay.port)
+
+    assert while_unavailable(lambda: store.counts()["requests"], open_again) == 1
+    assert len(told) == 2
+    assert store.add_feedback("chatcmpl-1", "up")
+    store.close()
+    relay.close()

@@ -26,9 +26,10 @@ from components.feedback.store import AnswerRecord, Store
 from components.runtime.supervisor import Supervisor, process_tree
 from flows.orchestration import flow_run
 from flows.orchestration.flow_run import effect
-from flows.orchestration.prefect_server import free_port, heartbeat, home_tag, send_logs
+from flows.orchestration.prefect_server import client_settings, free_port, heartbeat, home_tag, send_logs
+from flows.orchestration.run_stage import DVC
 from flows.orchestration.services import platform as services
-from tests.conftest import Project, Released
+from tests.conftest import Project, Released, prefect_client
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
@@ -48,7 +49,8 @@ class Platform:
         """What the server answers; again where it says 503, as Prefect's client does when its database is busy."""
 
         def answered() -> httpx.Response | None:
-            answer = httpx.request(method, f"{self.api}/{path}", json=body, timeout=30)
+            with prefect_client(self.project.home, self.api) as client:
+                answer = client.request(method, f"/{path}", json=body)
             return None if answer.status_code == HTTPStatus.SERVICE_UNAVAILABLE else answer
 
         answer: httpx.Response = self.until(answered)
@@ -107,7 +109,9 @@ class Platform:
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 words = process.cmdline()
-                if process.cwd() == str(self.project.root) and {"components.runtime.stage", "dvc"} & set(words):
+                if process.cwd() == str(self.project.root) and any(
+                    name in words for name in ("components.runtime.stage", str(DVC))
+                ):
                     found.append(process)
         return found
 
@@ -225,7 +229,7 @@ def test_cancelling_a_run_ends_its_training_and_leaves_a_checkpoint(at: Platform
 
 def test_effects_are_tried_again_and_verdicts_are_not(at: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     from prefect import flow
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
     monkeypatch.setattr(flow_run, "SECONDS_BETWEEN_TRIES", 0.0)
     tried: list[str] = []
@@ -245,6 +249,7 @@ def test_effects_are_tried_again_and_verdicts_are_not(at: Platform, monkeypatch:
                 effect(register, failure, len(tried) + 1, **options)
         assert tried == ["InputError", "Refused", "OSError"]
 
-    with temporary_settings({PREFECT_API_URL: at.api}):
+    secret = client_settings(at.project.home, at.api)["PREFECT_API_AUTH_STRING"]
+    with temporary_settings({PREFECT_API_URL: at.api, PREFECT_API_AUTH_STRING: secret}):
         effects()
         send_logs()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
@@ -19,7 +18,7 @@ from components.feedback.items import read_items
 from components.feedback.store import AnswerRecord, Store
 from flows.feedback import ENOUGH
 from flows.orchestration.prefect_server import prefect_api
-from tests.conftest import Project, clone
+from tests.conftest import Project, clone, prefect_client
 
 pytestmark = pytest.mark.platform
 
@@ -105,9 +104,10 @@ def test_feedback_is_taken_in_versioned_withdrawn_and_told(place: Place) -> None
 def test_enough_feedback_raises_an_event(place: Place) -> None:
     found = {"filter": {"event": {"name": [ENOUGH]}}}
     deadline = time.monotonic() + 30
-    while not (events := httpx.post(f"{place.api}/events/filter", json=found).json()["events"]):
-        assert time.monotonic() < deadline, "no event came"
-        time.sleep(0.2)
+    with prefect_client(place.project.home, place.api) as client:
+        while not (events := client.post("/events/filter", json=found).json()["events"]):
+            assert time.monotonic() < deadline, "no event came"
+            time.sleep(0.2)
     assert events[-1]["resource"]["prefect.resource.id"] == "loopwright.feedback"
     assert events[-1]["payload"]["waiting"] == 25
 

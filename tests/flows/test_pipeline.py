@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import chdir
 from functools import partial
 from pathlib import Path
@@ -271,6 +272,35 @@ def test_a_lock_file_that_a_killed_dvc_cut_off_is_written_anew(project: Path) ->
     (project / ".dvc/tmp/rwlock").write_text('{"write": {')
     assert reasons(project) == {"first": (), "side": (), "last": ()}
     assert run_all(project) == ["up to date"] * 3
+
+
+def test_dvc_replaces_its_files_instead_of_writing_them_in_place(project: Path) -> None:
+    """Killed meanwhile, it would leave half of a file: the open one must stay what it was."""
+    folder = project / "data/mine"
+    folder.mkdir(parents=True)
+    for number in (1, 2):
+        (folder / "rows").write_text(str(number))
+        (project / "params.yaml").write_text(f"a: {number}\n")
+        version_data(project, folder)
+        run("first", project)
+        files = [project / "data/mine.dvc", project / "dvc.lock"]
+        if number == 1:
+            opened = [(file.open(), file.read_text()) for file in files]
+    for file, (before, text) in zip(files, opened, strict=True):
+        with before:
+            assert before.read() == text != file.read_text()
+
+
+def test_a_killed_dvc_that_nobody_waited_for_holds_no_lock(project: Path) -> None:
+    """It still has a process id, as children of a killed run have in a container without an init process."""
+    run_all(project)
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed:
+        while psutil.Process(killed.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        owner = {"pid": killed.pid, "cmd": "dvc repro"}
+        written = {str(project / "first.txt"): owner}
+        (project / ".dvc/tmp/rwlock").write_text(json.dumps({"write": written, "read": {}}))
+        assert reasons(project) == {"first": (), "side": (), "last": ()}
 
 
 def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None:

@@ -25,6 +25,7 @@ from components.runtime.stage import IMPROVEMENT, PIPELINE, declared_libraries, 
 from components.tracking.registry import Registry
 from flows.orchestration.dvc_repo import StageState, configure, stage_states
 from loopwright.doctor import doctor
+from loopwright.run import run
 from loopwright.status import status
 
 # DVC steps on this itself.
@@ -342,6 +343,12 @@ def test_status_and_doctor_change_no_file(
     (dvc,) = [row for row in json.loads(capsys.readouterr().out)["checks"] if row["check"] == "dvc"]
     stale = [stage["name"] for stage in stages if not stage["up_to_date"]]
     assert dvc == {"check": "dvc", "ok": True, "found": f"pipeline readable, {len(stale)} stages to run", "remedy": ""}
+    assert digests(root) == before
+    run(dry_run=True, as_json=True)
+    planned = json.loads(capsys.readouterr().out)["stages"]
+    assert [(row["name"], row["reasons"], row["after"]) for row in planned] == [
+        (stage["name"], stage["reasons"], stage["after"]) for stage in stages
+    ]
     assert digests(root) == before
     assert "DVC_SITE_CACHE_DIR" not in os.environ
     assert {state.name for state in stage_states(root) if state.reasons} == set(stale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -233,6 +234,21 @@ def test_file_that_does_not_fit_ends_with_1_and_one_line(loopwright: Loopwright,
     assert (code, out) == (1, "")
     assert err == "a.jsonl:1: no assistant turn among 1; there is nothing to learn from\n"
     assert list((project / "data/added").iterdir()) == []
+
+
+def test_of_two_that_add_one_name_at_once_one_wins(project: Path, documents: Path) -> None:
+    command = [sys.executable, "-m", "loopwright", "data", "add", "documents", str(documents), "--name", "notes"]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    both = [
+        subprocess.Popen(command, cwd=project, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[1].decode() for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], said
+    (refused,) = (text for text, process in zip(said, both, strict=True) if process.returncode)
+    reasons = r"(data-add-notes: already running as process \d+; wait|--name: 'notes' exists already;)"
+    assert re.fullmatch(rf"{reasons}.*\n", refused)
+    assert (project / "data/added/notes/dataset.json").is_file()
 
 
 def test_faulty_rows_end_with_3_and_leave_nothing(loopwright: Loopwright, project: Path, tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import yaml
 from ruamel.yaml import YAML
 
 from components.config.params import InputError, load_params
-from loopwright.run import Terminal, read_overrides, write_params
+from components.config.paths import Paths
+from components.runtime.checkpoint_folders import History
+from loopwright.run import Terminal, read_overrides, run, write_params
 
 PARAMS = """\
 # The dial.
@@ -126,3 +128,33 @@ def test_with_json_the_run_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -
     Terminal(as_json=False)("tune  2/10  loss 2.2")
     said = capsys.readouterr()
     assert (said.err, said.out) == ("tune  1/10  loss 2.3\n", "tune  2/10  loss 2.2\n")
+
+
+@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
+def test_a_dry_run_states_why_and_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`first` took 90 s in two runs, the first of which was stopped."""
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    stages = {
+        "first": {"cmd": "false", "deps": ["source.txt"], "outs": ["first.txt"]},
+        "last": {"cmd": "false", "deps": ["first.txt"], "outs": ["last.txt"]},
+    }
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / "params.yaml").write_text("scale: smoke\n")
+    (tmp_path / "source.txt").touch()
+    (tmp_path / ".dvc").mkdir()
+    history = History("first", Paths(tmp_path))
+    (tmp_path / "var/stages").mkdir(parents=True)
+    history.open("inputs", afresh=False)
+    history.ended(60.0, finished=False)
+    history.ended(30.0, finished=True)
+    run(dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split("  ")[:3] == ["first", "90 s", ""]
+    assert "source.txt" in lines[1]
+    assert lines[2].split()[:2] == ["last", "?"]
+    assert lines[-1] == "2 of 2 stages may run, 90 s at most by their last results; not known of 1 that never ran here"
+    with pytest.raises(InputError, match="--dry-run: changes no file, and --scale and --set do; write them into"):
+        run(dry_run=True, set_=["seed=1"])

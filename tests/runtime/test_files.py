@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from components.runtime.files import copy_folder, remove, write_text
+from components.config.paths import Paths
+from components.runtime.files import copy_folder, keep_private, remove, write_text
+
+SOURCE = Path(__file__).parents[2]
 
 
 def test_a_text_replaces_the_content_and_nothing_else(tmp_path: Path) -> None:
@@ -63,3 +71,58 @@ def test_a_copy_that_fails_leaves_the_folder(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         copy_folder(source, folder, {"note.json": object()})
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder", "old", "source"]
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_state_folder_that_others_may_read_is_narrowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    home, outside = tmp_path / "var", tmp_path / "outside"
+    (home / "dvc").mkdir(parents=True)
+    (home / "dvc").chmod(0o777)
+    outside.touch(0o644)
+    (home / "link").symlink_to(outside)
+    (home / "feedback.db").touch()
+    keep_private(Paths(tmp_path))
+    (home / "later").touch()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (home, *home.iterdir())}
+    assert modes == {"var": 0o700, "dvc": 0o700, "feedback.db": 0o600, "later": 0o600, "link": 0o644}
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_state_folder_around_the_project_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOPWRIGHT_HOME", "..")
+    tmp_path.chmod(0o755)
+    (tmp_path / "project").mkdir()
+    keep_private(Paths(tmp_path / "project"))
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_a_file_is_the_old_or_the_new_whenever_the_writer_is_killed(tmp_path: Path) -> None:
+    """A process replaces a file as fast as it can, and is killed."""
+    file, texts = tmp_path / "file", ["a" * 300_000, "b" * 300_000]
+    program = f"""
+from pathlib import Path
+from components.runtime.files import write_text
+print("on", flush=True)
+while True:
+    for letter in "ab":
+        write_text(Path({str(file)!r}), letter * 300_000)
+"""
+    for number in range(4):
+        command = [sys.executable, "-c", program]
+        with subprocess.Popen(command, cwd=SOURCE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            while not file.exists():
+                assert process.poll() is None
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.01 * number)
+            process.kill()
+        assert file.read_text() in texts

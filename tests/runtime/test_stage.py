@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import yaml
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.runtime import stage
+from components.runtime.checkpoint_folders import remove_committed
 from components.runtime.process import RUN_PID, file_lock, lock_owner
 from components.runtime.stage import StageRun, digest, flat, run_stage, stage_inputs
 from components.tracking.event_log import EventLog
@@ -180,6 +183,83 @@ def test_state_outlives_a_failed_run_and_only_two_are_kept(project: Paths, act: 
         assert run_stage("pretrain@decoder", project.root) == 3
     assert states[0] == states[1]
     assert sorted(states[0].parent.iterdir()) == sorted(states[2:])
+
+
+def test_a_clock_that_steps_backwards_costs_no_checkpoint(project: Paths, act: Callable[..., None]) -> None:
+    """The folders of other inputs are of a later time than that of this run."""
+    found: list[bool] = []
+
+    def save(run: StageRun) -> None:
+        found.append((run.state / "checkpoint").exists())
+        (run.state / "checkpoint").write_text("")
+        raise Refused("killed")
+
+    act(save)
+    for seed in (1, 2, 0, 0):
+        project.params.write_text(f"scale: smoke\nseed: {seed}\n")
+        assert run_stage("pretrain@decoder", project.root) == 3
+        for other in (project.home / "checkpoints/pretrain@decoder").iterdir():
+            later = time.time() + 86_400 * (1 if other.name == key_of("pretrain@decoder", project) else 2)
+            os.utime(other, (later, later))
+    assert found == [False, False, False, True]
+
+
+def lock(project: Paths, **entry: Any) -> None:
+    """Let dvc.lock have an entry for the stage whose metrics file is as it is."""
+    md5 = hashlib.md5((project.metrics / "pretrain@decoder.json").read_bytes()).hexdigest()
+    outs = [{"path": "data/metrics/pretrain@decoder.json", "hash": "md5", "md5": md5}]
+    stages = {"pretrain@decoder": {"cmd": "train", "outs": outs, **entry}}
+    (project.root / "dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+
+
+def test_checkpoints_go_when_dvc_has_the_result_and_not_before(project: Paths, act: Callable[..., None]) -> None:
+    def train(run: StageRun) -> None:
+        (run.state / "checkpoint").write_text("")
+        project.metrics.mkdir(parents=True, exist_ok=True)
+        (project.metrics / "pretrain@decoder.json").write_text(f'{{"seed": {run.params.seed}}}')
+
+    act(train)
+    folder = project.home / "checkpoints/pretrain@decoder"
+    project.params.write_text("scale: smoke\nseed: 0\n")
+    run_stage("pretrain@decoder", project.root)
+    first = folder / key_of("pretrain@decoder", project)
+    remove_committed(project)
+    assert first.exists(), "no dvc.lock yet"
+    lock(project)
+    project.params.write_text("scale: smoke\nseed: 1\n")
+    run_stage("pretrain@decoder", project.root)
+    assert not first.exists(), "the next stage removes it, whoever started that"
+    second = folder / key_of("pretrain@decoder", project)
+    lock(project)
+    (project.metrics / "pretrain@decoder.json").write_text("another result")
+    lock(project)
+    remove_committed(project)
+    assert second.exists(), "dvc.lock has the result of other inputs"
+    (project.root / "dvc.lock").write_text("stages: [torn")
+    remove_committed(project)
+    assert second.exists(), "nothing is known"
+    remove_committed(project, "pretrain@decoder")
+    assert not second.exists(), "dvc repro ended"
+
+
+def test_an_equal_result_of_other_inputs_stays_until_dvc_has_it(project: Paths, act: Callable[..., None]) -> None:
+    """As where a line of the code changed that changes no weight: DVC would train again."""
+
+    def train(run: StageRun) -> None:
+        project.metrics.mkdir(parents=True, exist_ok=True)
+        (project.metrics / "pretrain@decoder.json").write_text("{}")
+
+    act(train)
+    run_stage("pretrain@decoder", project.root)
+    lock(project, deps=[{"path": "code", "md5": "1"}])
+    (project.tokens("decoder") / "pretrain" / "file").write_text("other content")
+    run_stage("pretrain@decoder", project.root)
+    folder = project.home / "checkpoints/pretrain@decoder" / key_of("pretrain@decoder", project)
+    remove_committed(project)
+    assert folder.exists()
+    lock(project, deps=[{"path": "code", "md5": "2"}])
+    remove_committed(project)
+    assert not folder.exists()
 
 
 def test_force_starts_without_earlier_checkpoints(

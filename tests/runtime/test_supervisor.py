@@ -1,6 +1,7 @@
 """A supervisor on real processes: restart after a death, giving up, ending children."""
 
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -10,8 +11,8 @@ import psutil
 import pytest
 
 from components.runtime import supervisor as supervise
-from components.runtime.process import start, stop
-from components.runtime.service_registry import answers, lives, wait_for
+from components.runtime.process import file_lock, start, stop
+from components.runtime.service_registry import LOCK, answers, lives, publish, service_states, wait_for
 from components.runtime.supervisor import Service, SupervisedService, Supervisor, process_tree
 from flows.orchestration.prefect_server import free_port
 
@@ -55,6 +56,51 @@ def test_a_service_that_dies_at_once_again_and_again_is_a_crash_loop(tmp_path: P
         until(supervisor, "crash loop" if crashes == supervise.MAX_CRASHES else "backing off")
         supervisor.supervised[0].state = "waiting"
     assert supervisor.supervised[0].crashes == supervise.MAX_CRASHES
+
+
+def test_a_service_comes_back_when_what_it_needs_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that is away for longer than five quick exits take, twice."""
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_SECONDS", 0.001)
+    port, connected = free_port(), tmp_path / "connected"
+    code = f"""
+import pathlib, socket
+database = socket.create_connection(("127.0.0.1", {port}))
+pathlib.Path({str(connected)!r}).touch()
+database.recv(1)
+raise SystemExit("lost")
+"""
+    service = Service("x", [sys.executable, "-c", code], "", connected.exists)
+    supervisor = Supervisor([service], tmp_path / "logs", tmp_path, lambda entry: None)
+    for _ in range(2):
+        entry = until(supervisor, "crash loop")
+        assert entry.crashes >= supervise.MAX_CRASHES
+        with socket.create_server(("127.0.0.1", port)) as database:
+            until(supervisor, "healthy")
+            database.accept()[0].close()
+        connected.unlink()
+    assert entry.log.read_text().count("loopwright up: exited with 1; restarts in 0 s") >= supervise.MAX_CRASHES
+    supervisor.stop(5)
+
+
+def test_the_pauses_grow_to_five_minutes(tmp_path: Path) -> None:
+    supervisor = keep("raise SystemExit(1)", tmp_path)
+    entry, pauses = supervisor.supervised[0], []
+    for crashes in (0, 1, 4, 7, 9, 5_000):
+        entry.crashes, entry.next_start = crashes, 0.0
+        supervisor.tick()
+        assert entry.process is not None
+        entry.process.wait()
+        supervisor.tick()
+        pauses.append(round(entry.next_start - time.monotonic()))
+    assert pauses == [1, 2, 16, 128, 300, 300]
+
+
+def test_other_commands_read_the_state_of_each_service(tmp_path: Path) -> None:
+    states = {"worker": "crash loop: 6 quick exits in a row; restarts in 32 s; see LOG"}
+    with file_lock(tmp_path, LOCK):
+        publish(tmp_path, {"prefect": "http://127.0.0.1:4200/api"}, states)
+        assert service_states(tmp_path) == states
+    assert service_states(tmp_path) == {}, "its `up` has ended"
 
 
 def test_a_service_that_no_longer_answers_is_killed_and_comes_back(

@@ -87,7 +87,7 @@ def test_align_leaves_a_candidate_and_who_taught_it(paths: Paths) -> None:
     metrics = json.loads((paths.metrics / "align.json").read_text())
     assert metrics["steps"] == 24
     assert metrics["weights_sha256"] == digest(paths.candidate / "model.safetensors")
-    assert list(new_run(paths, "align").state.iterdir()) == []
+    assert any(new_run(paths, "align").state.iterdir()), "until DVC has stored the candidate"
 
 
 def test_align_moves_towards_what_people_want(paths: Paths) -> None:

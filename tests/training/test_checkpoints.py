@@ -62,7 +62,7 @@ def test_with_all_torn_the_run_starts_over_and_says_so(tmp_path: Path, capsys: p
 
 
 def test_what_a_killed_save_left_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / ".saving-5").write_bytes(b"half")
+    (tmp_path / ".step-00000005-0.safetensors.7.tmp").write_bytes(b"half")
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.load() is None
     checkpoints.save(saved(6))

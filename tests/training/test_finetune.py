@@ -148,7 +148,7 @@ def test_transformers_loads_what_pretraining_leaves(pretrained: Path) -> None:
         assert read["steps"] == 12
         assert 0 < read["test_loss"] < 8
         assert AutoTokenizer.from_pretrained(folder)("apple").input_ids
-        assert list((pretrained / f"state/pretrain@{family}").iterdir()) == []
+        assert any((pretrained / f"state/pretrain@{family}").iterdir()), "until DVC has stored the model"
 
 
 def test_the_classifier_learns_and_is_what_transformers_loads(project: Path) -> None:
@@ -181,7 +181,13 @@ def test_trials_are_runs_within_the_run_and_the_best_one_is_taken(project: Path)
         assert trials[name][0] == pytest.approx(getattr(run.params.classifier, name))
     assert "validation_macro_f1" in told.children["trial-0"].values
     assert told.values["final.validation_macro_f1"] == read["validation_macro_f1"]
-    assert list(run.state.rglob("*.safetensors")) == []
+
+    # It was killed before DVC had stored the classifier: every training is at its end.
+    again: Any = new_run(project, "finetune@classifier")
+    finetune(again)
+    assert metrics(project, "finetune@classifier") == read
+    for tracker in (again.tracker, *again.tracker.children.values()):
+        assert "loss" not in tracker.values
 
 
 def test_without_trials_the_given_values_are_taken(project: Path) -> None:
@@ -220,6 +226,7 @@ def test_a_killed_finetuning_ends_at_the_weights_of_an_unbroken_one(
     """Ended at any report of any part: while adapting, in each trial, in the last training."""
     finetune(new_run(project, "finetune@classifier"))
     unbroken = metrics(project, "finetune@classifier")
+    shutil.rmtree(project / "state")
     whole = 4 + 3 * 8 + 40
     progress = StageRun.progress
 

@@ -135,6 +135,15 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(new_run: NewRun) -> None:
     assert Training(new_model(same), causal_lm, same.params.pretrain.decoder, 0).restore(saved)
 
 
+def test_a_run_that_starts_over_can_be_resumed(new_run: NewRun) -> None:
+    """Its first checkpoints are of earlier steps than those of the other settings."""
+    trained(new_run(max_steps=4))
+    trained(new_run(max_steps=2))
+    saved = Checkpoints(new_run().state).load()
+    assert saved is not None
+    assert saved.step == 2
+
+
 def test_equal_seeds_give_equal_weights(new_run: NewRun) -> None:
     first, _ = trained(new_run())
     for path in new_run().state.iterdir():
@@ -248,7 +257,6 @@ def test_a_training_goes_on_in_the_precision_that_it_began_in(new_run: NewRun, m
     """A second measurement may come out otherwise."""
     run, gains = new_run(precision="auto", max_steps=4), iter([2.0, 0.5])
     monkeypatch.setattr(devices, "bf16_gain", lambda shapes: next(gains))
-    monkeypatch.setattr(Checkpoints, "clear", lambda checkpoints: None)
     for _ in range(2):
         trained(run)
         saved = Checkpoints(run.state).load()
