@@ -7,7 +7,8 @@ are replayed, so that the model keeps its skills.
     demonstrations/  preferences/    datasets; a row's id is the feedback's, test rows are held out
     picture-demonstrations/          the same of demonstrations with pictures
     sft/  replay/  preferences-rows/ token rows of the demonstrations, of earlier conversations, of the preferences
-    curated.json                     per skill: corrections, how many are held out, whether they supersede its wording
+    curated.json                     per skill: corrections, how many are held out, whether they supersede its wording;
+                                     of pictures: the questions and earlier answers that they supersede
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from components.config.params import InputError
 from components.config.paths import CONFIG, CURATED, REVOKED
 from components.datasets.formats import DatasetWriter, Row, Split, batched, read_info, read_rows, write_json
 from components.datasets.images import complete_messages
-from components.feedback.items import Item, answered, prompt_key, read_items, read_pictures, skill_of
+from components.feedback.items import (
+    NO_CALL,
+    PICTURES,
+    Item,
+    Reworded,
+    answered,
+    prompt_key,
+    read_items,
+    read_pictures,
+    skill_of,
+)
 from components.media.messages import pictures_of, with_pictures
 from components.media.pictures import decode_picture
 from components.runtime.stage import StageRun
@@ -89,8 +100,11 @@ def curate(run: StageRun) -> None:
     test = [example for example in usable if example.key in held_out]
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
-    counts = _write_rows(run, tokenizer, train, {name for name, counts in skills.items() if counts["overruled"]})
+    superseded = {name for name, counts in skills.items() if counts["overruled"]}
+    reworded = Reworded.of(_picture_corrections(usable)) if PICTURES in superseded else Reworded()
+    counts = _write_rows(run, tokenizer, train, superseded, reworded)
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
+    report["reworded"] = reworded.to_json()
     if set_aside:
         report["set_aside"] = {HAVE_PICTURES: sorted(example.id for example in set_aside)}
         counts |= {"set_aside": len(set_aside)}
@@ -220,12 +234,23 @@ def _skills(
     }
 
 
-def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], superseded: set[str]) -> Row:
+def _picture_corrections(examples: Iterable[TrainingExample]) -> Iterator[tuple[str, str, str]]:
+    """Question, answer and correction of each corrected answer about pictures."""
+    for example in examples:
+        if example.skill == PICTURES and example.demonstration and example.preference:
+            *context, better = example.demonstration["messages"]
+            question = next(message["content"] for message in reversed(context) if message["role"] == "user")
+            yield question, example.preference["rejected"][0]["content"], better["content"]
+
+
+def _write_rows(
+    run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], superseded: set[str], reworded: Reworded
+) -> Row:
     """Write the token rows of all training data; returns their counts."""
     seq_len = run.params.prepare.decoder.seq_len
     random = np.random.default_rng(run.params.seed)
     sft, replay = _Rows(run, "sft", tokenizer), _Rows(run, "replay", tokenizer)
-    replayed = list(_replay(run, replay, superseded, random))
+    replayed = list(_replay(run, replay, superseded, reworded, random))
     chats = [(row["messages"], row["tools"]) for example in train if (row := example.demonstration)]
     demonstrations = [_last_turn(*piece) for piece in sft.pieces(chats)]
     repeated = list(_repeated(demonstrations, replayed, run, tokenizer, random))
@@ -270,8 +295,13 @@ class _Rows:
         return too_long
 
 
-def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.random.Generator) -> Iterator[Piece]:
-    """Earlier conversations; of a skill whose wording is superseded, only the calls are trained on."""
+def _replay(
+    run: StageRun, target: _Rows, superseded: set[str], reworded: Reworded, random: np.random.Generator
+) -> Iterator[Piece]:
+    """Earlier conversations; of a skill whose wording is superseded, only the calls are trained on.
+
+    A conversation about pictures asks of several things: of it, what is not `reworded`.
+    """
     named = [run.paths.collected / name for name in run.params.tune.datasets]
     folders = [folder for folder in named if target.pictures or read_info(folder).kind != "images"]
     sizes = [read_info(folder).rows.get("train", 0) for folder in folders]
@@ -279,9 +309,16 @@ def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.rando
     chosen = set(random.choice(sum(sizes), count, replace=False).tolist())
     rows = (read_rows(folder, "train") for folder in folders)
     sampled = [row for number, row in enumerate(chain.from_iterable(rows)) if number in chosen]
-    encoded = target.pieces([(complete_messages(row), row["tools"]) for row in sampled])
-    for row, (ids, mask) in zip(sampled, encoded, strict=True):
-        if skill_of(row["messages"]) in superseded:
+    pieces = (
+        piece
+        for group in batched(sampled, EXAMPLES_IN_MEMORY)
+        for piece in target.pieces([(complete_messages(row), row["tools"]) for row in group])
+    )
+    for row, (ids, mask) in zip(sampled, pieces, strict=True):
+        skill = skill_of(row["messages"])
+        if row.get("images") and skill == NO_CALL:
+            mask = _without_reworded(mask, row["messages"], reworded)
+        elif skill in superseded:
             start = _last_start(mask)
             mask = mask[:start] + [0] * (len(mask) - start)
         yield ids, mask
@@ -292,6 +329,21 @@ def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.rando
         )
         if noisy:
             yield noisy, mask
+
+
+def _without_reworded(mask: list[int], messages: Sequence[Row], reworded: Reworded) -> list[int]:
+    """The mask of a conversation without the answers that users want otherwise; each run of ones is an answer."""
+    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+    kept, question = list(mask), ""
+    turns = iter(zip(edges[::2], edges[1::2], strict=True))
+    for message in messages:
+        if message["role"] == "user":
+            question = message["content"]
+        elif message["role"] == "assistant":
+            start, stop = next(turns)
+            if (question, message["content"]) in reworded:
+                kept[start:stop] = [0] * (stop - start)
+    return kept
 
 
 def _repeated(

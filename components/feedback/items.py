@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ import pyarrow.parquet as pq
 
 from components.config.params import InputError
 from components.datasets.formats import MESSAGES, Row
+from components.media.messages import without_marks
 
 NO_CALL = "conversation"
 """The skill of an answer that called no tool."""
+PICTURES = "pictures"
+"""The skill of an answer about pictures that called no tool."""
 FORM = "form"
 """The skill of an answer in JSON, whatever it called."""
 
@@ -139,6 +142,44 @@ def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
     last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
     names = [call["function"]["name"] for message in messages[last:] for call in message.get("tool_calls") or []]
     return str(names[-1]) if names else NO_CALL
+
+
+@dataclass(frozen=True)
+class Reworded:
+    """Questions about pictures that users want answered otherwise; no tool's name tells them from others."""
+
+    questions: frozenset[str] = frozenset()
+    answers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, corrections: Iterable[tuple[str, str, str]]) -> Reworded:
+        """Of corrections as (question, answer, correction), those whose answer is no correction of another.
+
+        An answer that is right elsewhere, such as "yes", was a mistake there and not a wording.
+        """
+        rows = [tuple(map(_normalized, row)) for row in corrections]
+        right = {correction for _, _, correction in rows}
+        changed = [(question, answer) for question, answer, _ in rows if answer not in right]
+        return cls(frozenset(question for question, _ in changed), frozenset(answer for _, answer in changed))
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> Reworded:
+        """From `curated.json`."""
+        saved = report.get("reworded", {})
+        return cls(frozenset(saved.get("questions", ())), frozenset(saved.get("answers", ())))
+
+    def to_json(self) -> dict[str, list[str]]:
+        return {"questions": sorted(self.questions), "answers": sorted(self.answers)}
+
+    def __contains__(self, exchange: tuple[str, str]) -> bool:
+        """Whether this is about a question and its earlier answer."""
+        question, answer = map(_normalized, exchange)
+        return question in self.questions or answer in self.answers
+
+
+def _normalized(text: str) -> str:
+    """Without marks of pictures, case, spacing and final punctuation."""
+    return " ".join(without_marks(text).lower().split()).rstrip(" ?!.")
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]], images: Sequence[str] = ()) -> str:

@@ -16,7 +16,7 @@ from components.config.params import InputError
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
 from components.feedback.curate import TrainingExample, curate, hold_out, training_example_of, with_their_pictures
-from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
+from components.feedback.items import NO_CALL, Reworded, prompt_key, read_items, skill_of
 from components.media.messages import IMAGE
 from components.media.pictures import Picture
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
@@ -313,3 +313,16 @@ def test_one_prompt_in_other_spelling_has_one_key() -> None:
 
     assert key("Where is  it ?!") == key("where is it")
     assert len({key("where is it"), key("where was it"), key("where is it", "system")}) == 3
+
+
+def test_only_answers_that_are_right_nowhere_are_reworded() -> None:
+    """A "yes" that should have been "no" is a mistake; of a wording that users reject, no correction is an answer."""
+    mistakes = [(f"{IMAGE}\nIs it red?", "yes", "no"), (f"{IMAGE}\nIs it blue?", "no", "Yes.")]
+    wordings = [(f"0.5 s {IMAGE}\nWhich color?", "red", "crimson"), (f"{IMAGE} which  COLOR", "blue", "navy")]
+    reworded = Reworded.of([*mistakes, *wordings])
+    assert reworded == Reworded(frozenset({"which color"}), frozenset({"red", "blue"}))
+    assert ("Which color?", "green") in reworded
+    assert ("Name its color.", "Red") in reworded
+    assert ("Is it red?", "yes") not in reworded
+    assert Reworded.read({"reworded": json.loads(json.dumps(reworded.to_json()))}) == reworded
+    assert Reworded.read({}) == Reworded()
