@@ -101,7 +101,9 @@ def curate(run: StageRun) -> None:
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
     superseded = {name for name, counts in skills.items() if counts["overruled"]}
-    reworded = Reworded.of(_picture_corrections(usable)) if PICTURES in superseded else Reworded()
+    reworded = Reworded()
+    if PICTURES in superseded:
+        reworded = Reworded.of(_picture_corrections(usable), _earlier_picture_answers(run))
     counts = _write_rows(run, tokenizer, train, superseded, reworded)
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
     report["reworded"] = reworded.to_json()
@@ -243,6 +245,13 @@ def _picture_corrections(examples: Iterable[TrainingExample]) -> Iterator[tuple[
             yield question, example.preference["rejected"][0]["content"], better["content"]
 
 
+def _earlier_picture_answers(run: StageRun) -> Iterator[str]:
+    for folder in (run.paths.collected / name for name in run.params.tune.datasets):
+        if read_info(folder).kind == "images":
+            for row in read_rows(folder, "train", ["messages"]):
+                yield from (message["content"] for message in row["messages"] if message["role"] == "assistant")
+
+
 def _write_rows(
     run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], superseded: set[str], reworded: Reworded
 ) -> Row:
@@ -334,7 +343,7 @@ def _replay(
 def _without_reworded(mask: list[int], messages: Sequence[Row], reworded: Reworded) -> list[int]:
     """The mask of a conversation without the answers that users want otherwise; each run of ones is an answer."""
     edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
-    kept, question = list(mask), ""
+    learned, question = list(mask), ""
     turns = iter(zip(edges[::2], edges[1::2], strict=True))
     for message in messages:
         if message["role"] == "user":
@@ -342,8 +351,8 @@ def _without_reworded(mask: list[int], messages: Sequence[Row], reworded: Reword
         elif message["role"] == "assistant":
             start, stop = next(turns)
             if (question, message["content"]) in reworded:
-                kept[start:stop] = [0] * (stop - start)
-    return kept
+                learned[start:stop] = [0] * (stop - start)
+    return learned
 
 
 def _repeated(

@@ -152,14 +152,15 @@ class Reworded:
     answers: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, corrections: Iterable[tuple[str, str, str]]) -> Reworded:
-        """Of corrections as (question, answer, correction), those whose answer is no correction of another.
+    def of(cls, corrections: Iterable[tuple[str, str, str]], earlier: Iterable[str]) -> Reworded:
+        """Of corrections as (question, answer, correction), those that are no mistakes.
 
-        An answer that is right elsewhere, such as "yes", was a mistake there and not a wording.
+        `earlier`: the answers of training. Where "yes" should have been "no", the correction is one of them; and what
+        corrections elsewhere say is no wording that users reject.
         """
         rows = [tuple(map(_normalized, row)) for row in corrections]
-        right = {correction for _, _, correction in rows}
-        changed = [(question, answer) for question, answer, _ in rows if answer not in right]
+        right, known = {correction for _, _, correction in rows}, set(map(_normalized, earlier))
+        changed = [(q, answer) for q, answer, correction in rows if answer not in right and correction not in known]
         return cls(frozenset(question for question, _ in changed), frozenset(answer for _, answer in changed))
 
     @classmethod

@@ -26,11 +26,11 @@ CLOSE = [caption.replace("small", "tiny") for caption in RIGHT]
 FAR = [caption.replace("small", "tiny").replace("upper left", "corner") for caption in RIGHT]
 
 
-def answers(given: list[str], question: str = QUESTION, suite: str = "captions/shown") -> list[Row]:
+def answers(captions: list[str], question: str = QUESTION, suite: str = "captions/shown") -> list[Row]:
     calls = {"expected_calls": "[]", "calls": "[]", "right_calls": True}
     return [
         {"suite": suite, "question": question, "expected": right, "answer": answer, "correct": answer == right, **calls}
-        for right, answer in zip(RIGHT, given, strict=True)
+        for right, answer in zip(RIGHT, captions, strict=True)
     ]
 
 
@@ -67,8 +67,8 @@ def test_the_gate_compares_captions_of_which_none_is_exactly_right(
     params = new_run(paths, "judge").params
     write_model(paths, paths.champion)
     shutil.copytree(paths.champion, paths.candidate)
-    for folder, given in ((paths.champion, FAR), (paths.candidate, CLOSE)):
-        write_answers(folder, answers(given), paths.collected, params, params.judge.max_questions)
+    for folder, captions in ((paths.champion, FAR), (paths.candidate, CLOSE)):
+        write_answers(folder, answers(captions), paths.collected, params, params.judge.max_questions)
     candidate, champion = (AgentFolder(folder, folder) for folder in (paths.candidate, paths.champion))
     comparison = judge_folders(candidate, champion, paths.collected, None, params, "any_gain")
     (finding,) = comparison.decision.findings

@@ -315,14 +315,20 @@ def test_one_prompt_in_other_spelling_has_one_key() -> None:
     assert len({key("where is it"), key("where was it"), key("where is it", "system")}) == 3
 
 
-def test_only_answers_that_are_right_nowhere_are_reworded() -> None:
-    """A "yes" that should have been "no" is a mistake; of a wording that users reject, no correction is an answer."""
-    mistakes = [(f"{IMAGE}\nIs it red?", "yes", "no"), (f"{IMAGE}\nIs it blue?", "no", "Yes.")]
+def test_corrected_mistakes_are_no_new_wordings() -> None:
+    """A "yes" that should have been "no" is a mistake, and so is an answer that is a correction elsewhere."""
+    mistakes = [
+        (f"{IMAGE}\nIs it red?", "yes", "No."),
+        (f"{IMAGE}\nWhich animal?", "cow", "yak"),
+        (f"{IMAGE}\nWhich animal?", "yak", "gnu"),
+        (f"{IMAGE}\nWhich animal?", "gnu", "cow"),
+    ]
     wordings = [(f"0.5 s {IMAGE}\nWhich color?", "red", "crimson"), (f"{IMAGE} which  COLOR", "blue", "navy")]
-    reworded = Reworded.of([*mistakes, *wordings])
+    reworded = Reworded.of([*mistakes, *wordings], ["yes", "no", "red", "blue", "green"])
     assert reworded == Reworded(frozenset({"which color"}), frozenset({"red", "blue"}))
     assert ("Which color?", "green") in reworded
     assert ("Name its color.", "Red") in reworded
     assert ("Is it red?", "yes") not in reworded
+    assert ("Which animal?", "cow") not in reworded
     assert Reworded.read({"reworded": json.loads(json.dumps(reworded.to_json()))}) == reworded
     assert Reworded.read({}) == Reworded()

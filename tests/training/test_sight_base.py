@@ -34,6 +34,8 @@ from components.training.replay import ReplayedRows
 from components.training.tune import tune
 from components.training.vision import connect, pretrain_vision
 from flows.orchestration.base_models import fetch_base_models
+from tests.serving.conftest import open_local
+from tests.serving.test_pictures import answer, image, text
 from tests.tracking.test_model_import import SOURCE, decoder
 from tests.training.test_sight import COLORS, QUESTION, picture, row
 
@@ -98,6 +100,9 @@ def test_an_imported_base_learns_to_answer_about_pictures(
     agent = Agent.load(paths.agent, context_len(model))
     replies = answer_all(model, agent, CHATS, Sampling(8, stop_ids=(agent.tokenizer.end_id,)), 4)
     assert [reply.content if reply else None for reply in replies] == list(COLORS)
+    with open_local(paths.agent, tmp_path / "served") as app:
+        parts: list[Any] = [image(SHOWN[2].png()), text(QUESTION)]
+        assert answer(app.post({"messages": [{"role": "user", "content": parts}]})) == list(COLORS)[2]
     ids = torch.tensor([agent.tokenizer.encode_chat(*CHATS[0], add_generation_prompt=True)[0]])
     pixels = torch.from_numpy(resized(SHOWN[0], 32).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     reference = AutoModelForImageTextToText.from_pretrained(paths.sight if rank else paths.agent).eval()

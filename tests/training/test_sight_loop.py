@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from components.validation.validate import Validator
 from loopwright.registry import compare
 from loopwright.run import write_params
 from tests.serving.conftest import ROOT, open_local
+from tests.serving.test_pictures import answer, image, text
 from tests.training.test_sight import COLORS, QUESTION, TRAINED, picture
 
 RENAMED = {"red": "crimson", "green": "lime", "blue": "navy", "white": "snow"}
@@ -64,7 +64,7 @@ SETTINGS: dict[str, Any] = {
 RunOf = Callable[..., StageRun]
 
 
-def asked(*colors: str, seed: int, first: str = QUESTION, suite: str | None = None) -> Row:
+def conversation(*colors: str, seed: int, first: str = QUESTION, suite: str | None = None) -> Row:
     """A conversation about pictures: their colors and their number; a suite has the first question alone."""
     pictures = [picture(color, seed + number) for number, color in enumerate(colors)]
     replies = {QUESTION: " and ".join(colors), COUNT: COUNTS[len(colors)]}
@@ -92,12 +92,12 @@ def write_datasets(paths: Paths) -> None:
         for seed in range(0, 300, 10):
             for color in COLORS:
                 for first in (QUESTION, COUNT):
-                    writer.write("train", asked(color, seed=seed, first=first))
-            writer.write("train", asked("red", "blue", seed=seed))
+                    writer.write("train", conversation(color, seed=seed, first=first))
+            writer.write("train", conversation("red", "blue", seed=seed))
         for seed in range(5000, 5050, 10):
             for color in COLORS:
-                writer.write("test", asked(color, seed=seed, suite="shown/color"))
-                writer.write("test", asked(color, seed=seed + 5, first=COUNT, suite="shown/count"))
+                writer.write("test", conversation(color, seed=seed, suite="shown/color"))
+                writer.write("test", conversation(color, seed=seed + 5, first=COUNT, suite="shown/count"))
     with DatasetWriter(paths.collected / "chats", "chats", "conversations") as writer:
         for number in range(60):
             messages = [{"role": "user", "content": f"Hello {number}"}, {"role": "assistant", "content": "Hello!"}]
@@ -142,11 +142,10 @@ def correct(paths: Paths, home: Path, count: int = 40) -> None:
     with open_local(paths.champion, home) as app:
         for number in range(count):
             shown: Picture = picture(list(COLORS)[number % 4], 20_000 + number)
-            url = f"data:image/png;base64,{base64.b64encode(shown.png()).decode()}"
-            parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
-            reply = app.post({"messages": [{"role": "user", "content": parts}]}).json()
-            correction = RENAMED[reply["choices"][0]["message"]["content"]]
-            vote = {"completion_id": reply["id"], "rating": "down", "correction": correction}
+            parts = [image(shown.png()), text(QUESTION)]
+            reply = app.post({"messages": [{"role": "user", "content": parts}]})
+            correction = RENAMED[answer(reply)]
+            vote = {"completion_id": reply.json()["id"], "rating": "down", "correction": correction}
             assert app.client.post("/v1/feedback", json=vote).status_code == 202
         validator = Validator(ROOT / "data/expectations")
         config: FeedbackConfig = load_params(paths.params).feedback
