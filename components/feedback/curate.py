@@ -40,7 +40,7 @@ from components.feedback.items import (
     skill_of,
 )
 from components.media.messages import pictures_of, with_pictures
-from components.media.pictures import decode_picture
+from components.media.pictures import Picture, decode_picture, resized
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
@@ -95,7 +95,7 @@ def curate(run: StageRun) -> None:
     usable = [example for example in examples if tokenizer.image_tokens or not example.images]
     if not usable:
         raise InputError(f"{run.paths.feedback}: all {len(set_aside)} items {HAVE_PICTURES}; collect feedback on texts")
-    usable = list(with_their_pictures(run.paths.feedback, usable))
+    usable = list(with_their_pictures(run.paths.feedback, usable, _image_size(run)))
     train = [example for example in usable if example.key not in held_out]
     test = [example for example in usable if example.key in held_out]
     _write_datasets(run.paths.curated, train, test)
@@ -169,8 +169,15 @@ def training_example_of(item: Item) -> TrainingExample:
     return TrainingExample(item.feedback_id, key, item.skill, demonstration, preference, item.images)
 
 
-def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> Iterator[TrainingExample]:
+def _image_size(run: StageRun) -> int:
+    """Height and width of the pictures that the start model reads; 0 where it reads text alone."""
+    return int(read_json(run.paths.start / CONFIG).get("vision_config", {}).get("image_size", 0))
+
+
+def with_their_pictures(folder: Path, examples: Iterable[TrainingExample], size: int = 0) -> Iterator[TrainingExample]:
     """Examples of `data/feedback`, their messages with pictures (`Picture`) in `images` where there are some.
+
+    Pictures have `size` pixels a side, unless it is 0: photographs of many votes would fill the memory.
 
     Raises: InputError when the folder lacks a picture.
     """
@@ -181,6 +188,7 @@ def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> It
                 yield example
                 continue
             pictures = [decode_picture(files[image], f"{folder}: {image}") for image in example.images]
+            pictures = [Picture(resized(picture, size)) for picture in pictures] if size else pictures
             demonstration, preference = example.demonstration, example.preference
             if demonstration is not None:
                 demonstration = {**demonstration, "messages": with_pictures(demonstration["messages"], pictures)}
@@ -283,8 +291,8 @@ class _Rows:
         self.folder, self.tokenizer = run.paths.curated / name, tokenizer
         self.folder.mkdir(exist_ok=True)
         self._seq_len = run.params.prepare.decoder.seq_len
-        vision = read_json(run.paths.start / CONFIG).get("vision_config") if tokenizer.image_tokens else None
-        self.pictures = PictureWriter(self.folder, tokenizer, int(vision["image_size"])) if vision else None
+        size = _image_size(run)
+        self.pictures = PictureWriter(self.folder, tokenizer, size) if size else None
 
     def pieces(self, chats: Sequence[tuple[Sequence[Row], Any]]) -> list[Piece]:
         """Ids and masks of `(messages, tools)`."""
@@ -326,7 +334,7 @@ def _replay(
     for row, (ids, mask) in zip(sampled, pieces, strict=True):
         skill = skill_of(row["messages"])
         if row.get("images") and skill == NO_CALL:
-            mask = _without_reworded(mask, row["messages"], reworded)
+            mask = reworded.left_out_of(mask, row["messages"])
         elif skill in superseded:
             start = _last_start(mask)
             mask = mask[:start] + [0] * (len(mask) - start)
@@ -338,21 +346,6 @@ def _replay(
         )
         if noisy:
             yield noisy, mask
-
-
-def _without_reworded(mask: list[int], messages: Sequence[Row], reworded: Reworded) -> list[int]:
-    """The mask of a conversation without the answers that users want otherwise; each run of ones is an answer."""
-    edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
-    learned, question = list(mask), ""
-    turns = iter(zip(edges[::2], edges[1::2], strict=True))
-    for message in messages:
-        if message["role"] == "user":
-            question = message["content"]
-        elif message["role"] == "assistant":
-            start, stop = next(turns)
-            if (question, message["content"]) in reworded:
-                learned[start:stop] = [0] * (stop - start)
-    return learned
 
 
 def _repeated(

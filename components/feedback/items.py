@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -176,6 +177,20 @@ class Reworded:
         """Whether this is about a question and its earlier answer."""
         question, answer = map(_normalized, exchange)
         return question in self.questions or answer in self.answers
+
+    def left_out_of(self, mask: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The mask of a conversation's tokens, a run of ones for each answer, without the answers that it contains."""
+        edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+        turns = iter(zip(edges[::2], edges[1::2], strict=True))
+        learned, question = list(mask), ""
+        for message in messages:
+            if message["role"] == "user":
+                question = message["content"]
+            elif message["role"] == "assistant":
+                start, stop = next(turns)
+                if (question, message["content"]) in self:
+                    learned[start:stop] = [0] * (stop - start)
+        return learned
 
 
 def _normalized(text: str) -> str:

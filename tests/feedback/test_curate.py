@@ -125,6 +125,9 @@ def test_items_with_pictures_are_set_aside_and_come_with_them(paths: Paths) -> N
     assert not {"fb-50", "fb-51"} & set(both_sides(paths, "demonstrations") | both_sides(paths, "preferences"))
     examples = [training_example_of(each) for each in read_items(paths.feedback) if each.images]
     first, second = with_their_pictures(paths.feedback, examples)
+    shrunk, _ = with_their_pictures(paths.feedback, examples, 2)
+    assert shrunk.demonstration is not None
+    assert [each.pixels.shape for each in shrunk.demonstration["messages"][0]["images"]] == [(2, 2, 3)] * 2
     assert first.key != second.key
     assert first.demonstration is not None
     assert first.preference is not None
@@ -332,3 +335,6 @@ def test_corrected_mistakes_are_no_new_wordings() -> None:
     assert ("Which animal?", "cow") not in reworded
     assert Reworded.read({"reworded": json.loads(json.dumps(reworded.to_json()))}) == reworded
     assert Reworded.read({}) == Reworded()
+    turns = [("user", "Which color?"), ("assistant", "red"), ("user", "Is it red?"), ("assistant", "yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert reworded.left_out_of([0, 0, 1, 1, 0, 1, 1, 1], messages) == [0, 0, 0, 0, 0, 1, 1, 1]
