@@ -1,9 +1,11 @@
 """What the loop makes of corrections: `python -m benchmarks.loop` in a project whose pipeline has run.
 
-A scripted user asks forty questions about base classes, each of another class, and corrects every answer into a style
-of their own. The candidate that comes of it is asked questions about classes that it was not corrected on, and the
-suites of every other skill. Then the same corrections are dealt out to the wrong questions, with a new seed each time:
-noise, which the gate must refuse.
+A scripted user asks forty questions of a held-out suite, each about another class or picture, and corrects every
+answer into a style of their own. The candidate that comes of it is asked other questions of that suite, and the suites
+of every other skill. Then the same corrections are dealt out to the wrong questions, with a new seed each time: noise,
+which the gate must refuse. The colors of pictures, in a project of examples.sight:
+
+    python -m benchmarks.loop --project DIR --dataset sight-vqa --suite vqa/color --wording "The color is {}."
 """
 
 from __future__ import annotations
@@ -26,16 +28,20 @@ from components.agent.batch_rollout import answer_all
 from components.config.params import load_params
 from components.config.paths import Paths, find_root
 from components.datasets.formats import Row, read_rows
+from components.datasets.images import complete_messages
 from components.evaluation.compare_agents import judge
+from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
 from components.feedback.curate import curate
-from components.feedback.items import SCHEMA
+from components.feedback.items import NO_CALL, PICTURES, PICTURES_SCHEMA, SCHEMA
+from components.inference.cache_plan import context_len
 from components.inference.sampling import Sampling
+from components.media.messages import pictures_of
 from components.models.checkpoint import load_decoder
 from components.runtime.stage import StageRun
 from components.training.align import align
 
-CORRECTIONS = 40
-SUITE = "bases/held_out_symbols"
+MOST_ASKED = 200
+"""Questions that nobody corrected, at most."""
 
 
 class Silent:
@@ -45,22 +51,29 @@ class Silent:
         return lambda *_, **__: None
 
 
-def styled(row: Row) -> str:
-    """The answer as the scripted user wants it."""
-    return f"Base class: {row['messages'][2]['content']}"
+def styled(row: Row, wording: str) -> str:
+    """The answer as the scripted user wants it: of a conversation with a call, its result in other words."""
+    answer = row["messages"][2 if len(row["messages"]) > 2 else 1]
+    return wording.format(answer["content"])
+
+
+def question(row: Row) -> list[Row]:
+    return complete_messages(row)[:1]
 
 
 def answers(folder: Path, rows: Sequence[Row]) -> list[Answer | None]:
     model = load_decoder(folder)
-    agent = Agent.load(folder, model.config.max_seq_len)
+    agent = Agent.load(folder, context_len(model))
     sampling = Sampling(max_new_tokens=96, stop_ids=(agent.tokenizer.end_id,))
-    return answer_all(model, agent, [(row["messages"][:1], None) for row in rows], sampling, 64)
+    return answer_all(model, agent, [(question(row), None) for row in rows], sampling, 64)
 
 
 def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
     """A vote as ingestion would have written it."""
     said = answer.content if answer else ""
     steps = list(answer.steps) if answer else []
+    pictures = pictures_of(question(row))
+    without_call = PICTURES if pictures else NO_CALL
     return {
         "feedback_id": f"fb-{number:04d}",
         "sequence": number + 1,
@@ -68,6 +81,7 @@ def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
         "created": float(number),
         "model": "agent/1",
         "messages": row["messages"][:1],
+        "images": [picture.digest for picture in pictures],
         "tools": None,
         "steps": json.dumps(steps),
         "answer": said,
@@ -75,7 +89,7 @@ def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
         "correction": correction,
         "comment": None,
         "voice": "local",
-        "skill": next((step["name"] for step in reversed(steps) if step["type"] == "call"), "conversation"),
+        "skill": next((step["name"] for step in reversed(steps) if step["type"] == "call"), without_call),
     }
 
 
@@ -94,18 +108,29 @@ def workshop(project: Paths, folder: Path) -> Paths:
         shutil.copytree(project.agent, place)
         for name, value in notes.items():
             (place / name).write_text(json.dumps(value))
-    for name in ("answers.parquet", "answers.json"):
-        shutil.copy(project.evaluation / name, paths.champion)
+    for name in (ANSWERS, ANSWERS_OF):
+        if (project.evaluation / name).is_file():
+            shutil.copy(project.evaluation / name, paths.champion)
     return paths
 
 
-def improve(paths: Paths, items: Sequence[Row], seed: int) -> Row:
-    """Curate, align and judge; returns the verdict."""
+def write_feedback(paths: Paths, items: Sequence[Row], rows: Sequence[Row]) -> None:
+    """The partition that ingestion would have written, and the pictures that `items` refer to."""
     shutil.rmtree(paths.feedback, ignore_errors=True)
     paths.feedback.mkdir()
-    table = pa.Table.from_pylist(list(items), schema=SCHEMA)
-    pq.write_table(table, paths.feedback / f"items-{1:09d}-{len(items):09d}.parquet")
-    params = load_params(paths.params, {"seed": seed})
+    numbers = f"{1:09d}-{len(items):09d}"
+    pq.write_table(pa.Table.from_pylist(list(items), schema=SCHEMA), paths.feedback / f"items-{numbers}.parquet")
+    pictures = {picture.digest: picture.png() for row in rows for picture in pictures_of(question(row))}
+    if pictures:
+        files = [{"digest": digest, "content": content} for digest, content in pictures.items()]
+        table = pa.Table.from_pylist(files, schema=PICTURES_SCHEMA)
+        pq.write_table(table, paths.feedback / f"pictures-{numbers}.parquet")
+
+
+def improve(paths: Paths, seed: int, questions: int) -> Row:
+    """Curate, align and judge; returns the verdict."""
+    most = {"judge.max_questions": questions, "evaluate.max_questions": questions} if questions else {}
+    params = load_params(paths.params, {"seed": seed, **most})
     for stage in (curate, align, judge):
         state = paths.root / "state" / stage.__name__
         shutil.rmtree(state, ignore_errors=True)
@@ -118,34 +143,43 @@ def improve(paths: Paths, items: Sequence[Row], seed: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--noise-seeds", type=int, default=3)
-    given = parser.parse_args()
-    project = Paths(find_root())
-    rows = [row for row in read_rows(project.collected / "stdlib-conversations", "test") if row["suite"] == SUITE]
+    parser.add_argument("--project", type=Path, default=None, help="Its folder; that of the working directory.")
+    parser.add_argument("--dataset", default="stdlib-conversations")
+    parser.add_argument("--suite", default="bases/held_out_symbols")
+    parser.add_argument("--wording", default="Base class: {}", help="Of the corrections; {} is the right answer.")
+    parser.add_argument("--corrections", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=0, help="Of each suite for the gate; 0: as params.yaml says.")
+    arguments = parser.parse_args()
+    project = Paths(find_root(arguments.project))
+    rows = [row for row in read_rows(project.collected / arguments.dataset, "test") if row["suite"] == arguments.suite]
     random.Random(0).shuffle(rows)
-    corrected, others = rows[:CORRECTIONS], rows[CORRECTIONS:]
+    corrected, others = rows[: arguments.corrections], rows[arguments.corrections :][:MOST_ASKED]
     said = answers(project.agent, corrected)
-    wanted = [styled(row) for row in corrected]
+    wanted = [styled(row, arguments.wording) for row in corrected]
     with tempfile.TemporaryDirectory() as scratch:
         paths = workshop(project, Path(scratch) / "project")
         started = time.monotonic()
-        verdict = improve(paths, votes(corrected, said, wanted), seed=0)
+        write_feedback(paths, votes(corrected, said, wanted), corrected)
+        verdict = improve(paths, 0, arguments.questions)
         print(f"corrections: promoted {verdict['promote']} in {time.monotonic() - started:.1f} s: {verdict['reason']}")
         asked = answers(paths.candidate, others)
-        right = sum(a is not None and a.content == styled(row) for a, row in zip(asked, others, strict=True))
-        print(f"as corrected on {len(others)} classes that nobody corrected: {right / len(others):.3f}")
+        pairs = zip(asked, others, strict=True)
+        right = sum(a is not None and a.content == styled(row, arguments.wording) for a, row in pairs)
+        print(f"as corrected on {len(others)} questions that nobody corrected: {right / len(others):.3f}")
         for one in verdict["findings"]:
             change = one["candidate"] - one["champion"]
             print(
                 f"  {one['skill']:22} {one['champion']:.3f} → {one['candidate']:.3f}  {change:+.3f}  {one['outcome']}"
             )
         refused = 0
-        for seed in range(1, given.noise_seeds + 1):
+        for seed in range(1, arguments.noise_seeds + 1):
             dealt = list(wanted)
             random.Random(seed).shuffle(dealt)
-            verdict = improve(paths, votes(corrected, said, dealt), seed)
+            write_feedback(paths, votes(corrected, said, dealt), corrected)
+            verdict = improve(paths, seed, arguments.questions)
             refused += not verdict["promote"]
             print(f"noise, seed {seed}: promoted {verdict['promote']}: {verdict['reason']}", flush=True)
-        print(f"noise refused: {refused} of {given.noise_seeds}")
+        print(f"noise refused: {refused} of {arguments.noise_seeds}")
 
 
 if __name__ == "__main__":

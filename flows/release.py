@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -26,6 +26,9 @@ from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.bento import has_bento, package, smoke
 from flows.orchestration.flow_run import Echo, effect
 from flows.release_targets import RELEASE_TARGETS, ModelUnderRelease, ReleaseTarget, release_target, smoke_question
+
+if TYPE_CHECKING:
+    from components.evaluation.gate import GateDecision
 
 NAME = "agent"
 """The model that users chat with and whose feedback it is trained on."""
@@ -224,14 +227,29 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     from components.evaluation.gate import report
 
     echo(f"release: the champion {champion} answers the same questions")
-    answers = paths.home / "answers" / version.name / str(champion.version)
-    answers.mkdir(parents=True, exist_ok=True)
-    fetch_answers(registry, champion, answers)
-    target = release_target(version.name)
-    candidate = ModelUnderRelease(version.folder, target.answers(paths))
-    decision = target.compare(candidate, ModelUnderRelease(champion.folder, answers), paths)
+    decision = compare(registry, version, champion, paths)
     page = report(decision, str(version), str(champion))
     return GateReport(decision.promote, f"against {champion}: {decision.reason}", page)
+
+
+def compare(registry: Registry, candidate: ModelVersion, champion: ModelVersion, paths: Paths) -> GateDecision:
+    """The gate's decision between two versions of a model on the held-out rows of data/collected.
+
+    Raises: InputError when there are none.
+    """
+    if not paths.collected.is_dir():
+        raise InputError(f'{paths.collected}: not found; run "loopwright run --until collect" for the held-out rows')
+    return release_target(candidate.name).compare(
+        _under_release(registry, candidate, paths), _under_release(registry, champion, paths), paths
+    )
+
+
+def _under_release(registry: Registry, version: ModelVersion, paths: Paths) -> ModelUnderRelease:
+    """A version with its stored answers, which are generated anew where they are to other rows."""
+    answers = paths.home / "answers" / version.name / str(version.version)
+    answers.mkdir(parents=True, exist_ok=True)
+    fetch_answers(registry, version, answers)
+    return ModelUnderRelease(version.folder, answers)
 
 
 def _better_baselines(version: ModelVersion) -> list[str]:

@@ -66,11 +66,24 @@ def compare(
     name: Name,
     a: Annotated[str, typer.Argument(help="A version number or an alias.")],
     b: Annotated[str, typer.Argument(help="A version number or an alias.")],
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Both answer this project's held-out rows; B is tested as the candidate.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare the metrics of two versions."""
+    """Compare the metrics of two versions, or by the promotion gate's paired tests."""
     registry = _registry()
     first, second = (registry.resolve(_spec(name, which)) for which in (a, b))
+    if gate:
+        from components.evaluation.gate import report
+        from flows.release import compare as compare_versions
+
+        decision = compare_versions(registry, second, first, Paths(find_root()))
+        if as_json:
+            print_json(decision.to_json())
+        else:
+            print(report(decision, str(second), str(first)), end="")
+        return
     rows = _differences(first, second)
     same = first.tags.get("held_out_digest") == second.tags.get("held_out_digest")
     if as_json:

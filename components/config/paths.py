@@ -15,6 +15,8 @@ from components.config.params import InputError
 
 CONFIG, TOKENIZER, TEMPLATE = "config.json", "tokenizer.json", "chat_template.jinja"
 """In a model folder: configuration, tokenizer and chat template, as Hugging Face names them."""
+GENERATION = "generation_config.json"
+"""In a model folder: its stop tokens, which may be more than the tokenizer's, and how tokens are sampled."""
 AGENT, TOOLS = "agent.json", "tools"
 """In a model folder: the agent's configuration, and the folder of its tools (components/agent/saved_tools.py)."""
 ORIGIN = "origin.json"

@@ -11,12 +11,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+CAPTION_WORDS = 4
+"""Words of a suite's answers, on average, from which on they are captions."""
 NGRAMS = (1, 2, 3, 4)
 SIGMA = 6.0
 """Words: standard deviation of the Gaussian penalty on the difference in length."""
 SCALE = 10.0
 Ngram = tuple[str, ...]
 Vector = dict[Ngram, float]
+
+
+def are_captions(answers: Sequence[str]) -> bool:
+    """Whether the right answers about pictures are captions, which may be told in other words."""
+    return sum(len(answer.split()) for answer in answers) >= CAPTION_WORDS * len(answers)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,10 @@ from components.evaluation.evaluate import (
 )
 from components.evaluation.gate import GateDecision, Mode, Slice, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
-from components.evaluation.questions import answer_questions, read_questions
-from components.feedback.items import NO_CALL
+from components.evaluation.questions import answer_questions, correctness, read_questions
+from components.feedback.items import NO_CALL, PICTURES, Reworded
 from components.inference.cache_plan import context_len
+from components.media.messages import IMAGE
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device
@@ -49,13 +50,17 @@ class Scores:
     """One model's scores by skill, question by question in one order for all models."""
 
     answers: dict[str, list[float]]
-    """1 where the answer is exactly right."""
+    """1 where the answer is exactly right; of captions, CIDEr-D as a share of the most."""
     calls: dict[str, list[float]]
     """1 where the tool calls are exactly right."""
     texts: dict[str, list[float]]
     """Mean probability of a byte in conversations that have no one right answer, 2 ** -bits per byte."""
     tools: dict[str, str]
-    """The tool that a skill's questions should call last: corrections are by tool, suites have names of their own."""
+    """The tool that a skill's questions should call last: corrections are by tool, suites have names of their own.
+
+    "pictures" of questions about pictures that users want answered otherwise; of the others "", as no correction is of
+    them.
+    """
     preferences: dict[str, list[float]]
     """Log-probability of the preferred answer less that of the other, in nats."""
 
@@ -111,7 +116,7 @@ def judge_folders(
     """Ask two models the same questions and decide between them."""
     scores, answers = _scores(candidate, collected, curated, params, progress)
     champion_scores, _ = _scores(champion, collected, curated, params, progress)
-    superseded = _superseded(curated)
+    superseded = {skill for skill, counts in _curated(curated)["skills"].items() if counts["overruled"]}
     slices = list(_slices(scores, champion_scores, superseded, params.judge.min_corrected))
     if mode == "any_gain":
         # Many small gains over all right and wrong answers together can be significant.
@@ -149,12 +154,10 @@ def _slices(candidate: Scores, champion: Scores, superseded: set[str], min_corre
         yield Slice(skill, True, candidate.preferences[skill], champion.preferences[skill])
 
 
-def _superseded(curated: Path | None) -> set[str]:
-    """Skills with so many corrected answers that the wording of their suites no longer counts."""
-    if curated is None:
-        return set()
-    skills: Mapping[str, Row] = json.loads((curated / CURATED).read_text(encoding="utf-8"))["skills"]
-    return {skill for skill, counts in skills.items() if counts["overruled"]}
+def _curated(curated: Path | None) -> Row:
+    """What `curate` wrote: skills, some with so many corrected answers that their suites' wording no longer counts."""
+    report: Row = json.loads((curated / CURATED).read_text(encoding="utf-8")) if curated else {"skills": {}}
+    return report
 
 
 def _scores(
@@ -170,20 +173,26 @@ def _scores(
     if answers is None:
         questions = [question for folder in folders for question in read_questions(folder, most)]
         answers = answer_questions(model, agent, questions, params.evaluate, progress)
-    table = list(answers)
+    table, scores = list(answers), correctness(answers)
     if curated is not None:
         held_out = (curated / name for name in ("demonstrations", "picture-demonstrations"))
         corrected = [each for folder in held_out for each in read_questions(folder, params.evaluate.max_questions)]
         table += answer_questions(model, agent, corrected, params.evaluate)
+    # A correction is answered word for word or not: likeness would reward the style of contradicting ones.
+    scores += [float(row["correct"]) for row in table[len(scores) :]]
     correct, calls = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     tools: dict[str, str] = {}
     expected_calls = [json.loads(row["expected_calls"]) for row in table]
     mixed = _mixed([(row["suite"], expected) for row, expected in zip(table, expected_calls, strict=True)])
-    for row, expected in zip(table, expected_calls, strict=True):
+    reworded = Reworded.read(_curated(curated))
+    for row, expected, score in zip(table, expected_calls, scores, strict=True):
         if "/" in row["suite"]:  # a sample of free text has no right answer
             skill, tool = _skill(row["suite"], expected, mixed)
+            if tool == NO_CALL and IMAGE in row["question"]:
+                is_reworded = (row["question"], row["expected"]) in reworded
+                skill, tool = (f"{skill} reworded", PICTURES) if is_reworded else (skill, "")
             tools.setdefault(skill, tool)
-            correct[skill].append(float(row["correct"]))
+            correct[skill].append(score)
             calls[skill].append(float(row["right_calls"]))
     size = max(1, params.evaluate.batch_size // 4)
     texts = {folder.name: _text_scores(model, agent, folder, most, size) for folder in folders}
@@ -196,10 +205,9 @@ def _skill(suite: str, expected: list[Row], mixed: set[str]) -> tuple[str, str]:
 
     A suite whose questions end on several tools is split by tool, for users may want another wording of one of them.
     """
-    tool = _last_tool(expected)
     if suite.startswith(FEEDBACK):
-        return suite, tool
-    skill = suite.partition("/")[0]
+        return suite, suite.removeprefix(FEEDBACK)
+    skill, tool = suite.partition("/")[0], _last_tool(expected)
     return (f"{skill} to {tool}" if skill in mixed else skill), tool
 
 

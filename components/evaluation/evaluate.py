@@ -22,7 +22,7 @@ from components.datasets.formats import Row, first_per_suite, read_info, read_ro
 from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
 from components.evaluation.parallel_rollout import ParallelRollout
-from components.evaluation.questions import COLUMNS, read_questions
+from components.evaluation.questions import COLUMNS, HELD_OUT, captions_in, correctness, read_questions
 from components.models.decoder import Decoder
 from components.runtime.stage import StageRun, warn_on_failure
 
@@ -107,14 +107,17 @@ def flat_metrics(figures: Figures) -> dict[str, float]:
     for group, prefix in (("suites", ""), ("documents", ""), ("few_shot", "few_shot/")):
         for name, values in figures.get(group, {}).items():
             numbers = {key: float(value) for key, value in values.items() if isinstance(value, (int, float))}
+            numbers |= {f"baseline_{key}": float(value) for key, value in values.get("baseline", {}).items()}
             flat.update({f"{prefix}{name}/{key}": value for key, value in numbers.items()})
     return flat
 
 
 def _suite_figures(table: list[Row]) -> dict[str, Figures]:
     suites: dict[str, list[Row]] = {}
-    for row in table:
+    scores: dict[str, list[float]] = {}
+    for row, score in zip(table, correctness(table), strict=True):
         suites.setdefault(row["suite"], []).append(row)
+        scores.setdefault(row["suite"], []).append(score)
     figures = {}
     for name, rows in sorted(suites.items()):
         right = sum(row["correct"] for row in rows)
@@ -126,7 +129,7 @@ def _suite_figures(table: list[Row]) -> dict[str, Figures]:
             "ci95_low": round(low, 4),
             "ci95_high": round(high, 4),
             "right_calls": round(sum(row["right_calls"] for row in rows) / len(rows), 4),
-            "score": round(exact, 6),
+            "score": round(sum(scores[name]) / len(rows), 6),
         }
     return figures
 
@@ -137,19 +140,19 @@ def _add_picture_figures(
     """Add to suites about pictures what baselines reach, and to those of captions CIDEr-D and BLEU."""
     if not folders:
         return
-    from components.evaluation.captions import caption_scores
     from components.evaluation.picture_baselines import picture_baselines
 
+    for suite, scores in captions_in(table).items():
+        suites[suite] |= {"cider_d": round(scores.cider_d, 4), "bleu": round(scores.bleu, 4)}
     train = (row for folder in folders for row in read_rows(folder, "train"))
-    tests = (row for folder in folders for row in read_rows(folder, "test"))
+    tests = (
+        {**row, "suite": row["suite"] or f"{folder.name}/{HELD_OUT}"}
+        for folder in folders
+        for row in read_rows(folder, "test")
+    )
     baselines = picture_baselines(train, first_per_suite(tests, config.max_questions), seed)
-    for suite, figures in baselines.items():
-        if suite in suites:
-            suites[suite]["baseline"] = figures
-            if "cider_d" in figures:
-                answered = [row for row in table if row["suite"] == suite]
-                scores = caption_scores([row["answer"] for row in answered], [[row["expected"]] for row in answered])
-                suites[suite] |= {"cider_d": round(scores.cider_d, 4), "bleu": round(scores.bleu, 4)}
+    for suite in suites.keys() & baselines.keys():
+        suites[suite]["baseline"] = baselines[suite]
 
 
 def _measure_documents(model: Decoder, agent: Agent, folder: Path, config: EvaluateConfig) -> Figures:

@@ -6,7 +6,6 @@ A model that is no better than the question alone has learned to guess; most yes
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,12 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from components.datasets.formats import Row
-from components.evaluation.captions import caption_scores
-from components.media.messages import IMAGE
+from components.evaluation.captions import CAPTION_WORDS, are_captions, caption_scores
+from components.media.messages import IMAGE, without_marks
 from components.media.pictures import Picture, decode_picture
 
-CAPTION_WORDS = 4
-"""Words of a suite's answers, on average, from which on they are captions."""
 MOST_EXAMPLES = 6_000
 """Training questions for each suite: a random sample of those with one of its answers."""
 MOST_WORDS = 500
@@ -41,7 +38,6 @@ VALIDATED_SHARE = 0.2
 """Of the training questions, those by which a kind of model is chosen."""
 Figures = dict[str, float]
 Features = npt.NDArray[np.float32]
-_TIME_MARK = re.compile(rf"(?:\d+\.\d s )?{IMAGE}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def examples(row: Row) -> Iterator[Example]:
         content = message["content"] or ""
         if message["role"] == "user":
             images += row["images"][len(images) : len(images) + content.count(IMAGE)]
-            question = " ".join(_TIME_MARK.sub("", content).split())
+            question = " ".join(without_marks(content).split())
         elif message["role"] == "assistant":
             yield Example(question, tuple(images), content)
 
@@ -122,7 +118,7 @@ def _add(sample: list[Example], example: Example, seen: int, rng: random.Random,
 
 
 def _has_captions(tests: Sequence[Example]) -> bool:
-    return sum(len(example.answer.split()) for example in tests) >= CAPTION_WORDS * len(tests)
+    return are_captions([example.answer for example in tests])
 
 
 def _answer_figures(training: Sequence[Example], tests: Sequence[Example], seed: int) -> Figures:

@@ -10,13 +10,17 @@ from pathlib import Path
 from components.agent.agent import Agent, Answer
 from components.agent.batch_rollout import answer_all
 from components.config.loop_settings import EvaluateConfig
-from components.datasets.formats import Row, read_rows
+from components.datasets.formats import Row, read_info, read_rows
 from components.datasets.images import complete_messages
+from components.evaluation.captions import SCALE, CaptionScores, are_captions, caption_scores
 from components.inference.sampling import Sampling
+from components.media.messages import IMAGE
 from components.models.decoder import Decoder
 
 COLUMNS = ("suite", "question", "expected", "answer", "expected_calls", "calls", "correct", "right_calls")
 FREE_TEXT_SAMPLES = 64
+HELD_OUT = "held_out"
+"""The suite of a set of pictures whose rows name none."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,42 @@ def answer_questions(
 
 
 def read_questions(folder: Path, most: int) -> Iterator[Question]:
-    """The first `most` held-out questions of each suite; of conversations without suites, a sample."""
+    """The first `most` held-out questions of each suite; of conversations without suites, a sample.
+
+    Those about pictures without suites, as a team adds them, are one suite: each has a right answer.
+    """
     counts: dict[str, int] = {}
+    unnamed = f"{folder.name}/{HELD_OUT}" if read_info(folder).kind == "images" else folder.name
     for row in read_rows(folder, "test"):
-        suite = row["suite"] or folder.name
-        limit = most if row["suite"] else min(FREE_TEXT_SAMPLES, most)
+        suite = row["suite"] or unnamed
+        limit = min(FREE_TEXT_SAMPLES, most) if suite == folder.name else most
         counts[suite] = counts.get(suite, 0) + 1
         if counts[suite] <= limit:
             yield _question(suite, row)
+
+
+def captions_in(table: Sequence[Row]) -> dict[str, CaptionScores]:
+    """Scores of the suites of captions among answers, rows of `COLUMNS` about pictures."""
+    suites: dict[str, list[Row]] = {}
+    for row in table:
+        if IMAGE in row["question"]:
+            suites.setdefault(row["suite"], []).append(row)
+    return {
+        suite: caption_scores([row["answer"] for row in rows], [[row["expected"]] for row in rows])
+        for suite, rows in suites.items()
+        if are_captions([row["expected"] for row in rows])
+    }
+
+
+def correctness(table: Sequence[Row]) -> list[float]:
+    """Of each answer, 1 where it is exactly right, else 0; a caption in other words counts as CIDEr-D says, up to 1."""
+    each = {suite: iter(scores.each) for suite, scores in captions_in(table).items()}
+    return [
+        max(float(row["correct"]), next(each[row["suite"]]) / SCALE)
+        if row["suite"] in each and IMAGE in row["question"]
+        else float(row["correct"])
+        for row in table
+    ]
 
 
 def _question(suite: str, row: Row) -> Question:

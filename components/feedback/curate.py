@@ -7,7 +7,8 @@ are replayed, so that the model keeps its skills.
     demonstrations/  preferences/    datasets; a row's id is the feedback's, test rows are held out
     picture-demonstrations/          the same of demonstrations with pictures
     sft/  replay/  preferences-rows/ token rows of the demonstrations, of earlier conversations, of the preferences
-    curated.json                     per skill: corrections, how many are held out, whether they supersede its wording
+    curated.json                     per skill: corrections, how many are held out, whether they supersede its wording;
+                                     of pictures: the questions and earlier answers that they supersede
 """
 
 from __future__ import annotations
@@ -27,9 +28,19 @@ from components.config.params import InputError
 from components.config.paths import CONFIG, CURATED, REVOKED
 from components.datasets.formats import DatasetWriter, Row, Split, batched, read_info, read_rows, write_json
 from components.datasets.images import complete_messages
-from components.feedback.items import Item, answered, prompt_key, read_items, read_pictures, skill_of
+from components.feedback.items import (
+    NO_CALL,
+    PICTURES,
+    Item,
+    Reworded,
+    answered,
+    prompt_key,
+    read_items,
+    read_pictures,
+    skill_of,
+)
 from components.media.messages import pictures_of, with_pictures
-from components.media.pictures import decode_picture
+from components.media.pictures import Picture, decode_picture, resized
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece, with_token_noise
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
@@ -84,13 +95,18 @@ def curate(run: StageRun) -> None:
     usable = [example for example in examples if tokenizer.image_tokens or not example.images]
     if not usable:
         raise InputError(f"{run.paths.feedback}: all {len(set_aside)} items {HAVE_PICTURES}; collect feedback on texts")
-    usable = list(with_their_pictures(run.paths.feedback, usable))
+    usable = list(with_their_pictures(run.paths.feedback, usable, _image_size(run)))
     train = [example for example in usable if example.key not in held_out]
     test = [example for example in usable if example.key in held_out]
     _write_datasets(run.paths.curated, train, test)
     skills = _skills(train, test, run.params.curate.min_corrections)
-    counts = _write_rows(run, tokenizer, train, {name for name, counts in skills.items() if counts["overruled"]})
+    superseded = {name for name, counts in skills.items() if counts["overruled"]}
+    reworded = Reworded()
+    if PICTURES in superseded:
+        reworded = Reworded.of(_picture_corrections(usable), _earlier_picture_answers(run))
+    counts = _write_rows(run, tokenizer, train, superseded, reworded)
     report = {"skills": skills, "feedback": sorted(example.id for example in train), "rows": counts}
+    report["reworded"] = reworded.to_json()
     if set_aside:
         report["set_aside"] = {HAVE_PICTURES: sorted(example.id for example in set_aside)}
         counts |= {"set_aside": len(set_aside)}
@@ -153,8 +169,15 @@ def training_example_of(item: Item) -> TrainingExample:
     return TrainingExample(item.feedback_id, key, item.skill, demonstration, preference, item.images)
 
 
-def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> Iterator[TrainingExample]:
+def _image_size(run: StageRun) -> int:
+    """Height and width of the pictures that the start model reads; 0 where it reads text alone."""
+    return int(read_json(run.paths.start / CONFIG).get("vision_config", {}).get("image_size", 0))
+
+
+def with_their_pictures(folder: Path, examples: Iterable[TrainingExample], size: int = 0) -> Iterator[TrainingExample]:
     """Examples of `data/feedback`, their messages with pictures (`Picture`) in `images` where there are some.
+
+    Pictures have `size` pixels a side, unless it is 0: photographs of many votes would fill the memory.
 
     Raises: InputError when the folder lacks a picture.
     """
@@ -165,6 +188,7 @@ def with_their_pictures(folder: Path, examples: Iterable[TrainingExample]) -> It
                 yield example
                 continue
             pictures = [decode_picture(files[image], f"{folder}: {image}") for image in example.images]
+            pictures = [Picture(resized(picture, size)) for picture in pictures] if size else pictures
             demonstration, preference = example.demonstration, example.preference
             if demonstration is not None:
                 demonstration = {**demonstration, "messages": with_pictures(demonstration["messages"], pictures)}
@@ -220,12 +244,30 @@ def _skills(
     }
 
 
-def _write_rows(run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], superseded: set[str]) -> Row:
+def _picture_corrections(examples: Iterable[TrainingExample]) -> Iterator[tuple[str, str, str]]:
+    """Question, answer and correction of each corrected answer about pictures."""
+    for example in examples:
+        if example.skill == PICTURES and example.demonstration and example.preference:
+            *context, better = example.demonstration["messages"]
+            question = next(message["content"] for message in reversed(context) if message["role"] == "user")
+            yield question, example.preference["rejected"][0]["content"], better["content"]
+
+
+def _earlier_picture_answers(run: StageRun) -> Iterator[str]:
+    for folder in (run.paths.collected / name for name in run.params.tune.datasets):
+        if read_info(folder).kind == "images":
+            for row in read_rows(folder, "train", ["messages"]):
+                yield from (message["content"] for message in row["messages"] if message["role"] == "assistant")
+
+
+def _write_rows(
+    run: StageRun, tokenizer: ChatTokenizer, train: Sequence[TrainingExample], superseded: set[str], reworded: Reworded
+) -> Row:
     """Write the token rows of all training data; returns their counts."""
     seq_len = run.params.prepare.decoder.seq_len
     random = np.random.default_rng(run.params.seed)
     sft, replay = _Rows(run, "sft", tokenizer), _Rows(run, "replay", tokenizer)
-    replayed = list(_replay(run, replay, superseded, random))
+    replayed = list(_replay(run, replay, superseded, reworded, random))
     chats = [(row["messages"], row["tools"]) for example in train if (row := example.demonstration)]
     demonstrations = [_last_turn(*piece) for piece in sft.pieces(chats)]
     repeated = list(_repeated(demonstrations, replayed, run, tokenizer, random))
@@ -249,8 +291,8 @@ class _Rows:
         self.folder, self.tokenizer = run.paths.curated / name, tokenizer
         self.folder.mkdir(exist_ok=True)
         self._seq_len = run.params.prepare.decoder.seq_len
-        vision = read_json(run.paths.start / CONFIG).get("vision_config") if tokenizer.image_tokens else None
-        self.pictures = PictureWriter(self.folder, tokenizer, int(vision["image_size"])) if vision else None
+        size = _image_size(run)
+        self.pictures = PictureWriter(self.folder, tokenizer, size) if size else None
 
     def pieces(self, chats: Sequence[tuple[Sequence[Row], Any]]) -> list[Piece]:
         """Ids and masks of `(messages, tools)`."""
@@ -270,8 +312,13 @@ class _Rows:
         return too_long
 
 
-def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.random.Generator) -> Iterator[Piece]:
-    """Earlier conversations; of a skill whose wording is superseded, only the calls are trained on."""
+def _replay(
+    run: StageRun, target: _Rows, superseded: set[str], reworded: Reworded, random: np.random.Generator
+) -> Iterator[Piece]:
+    """Earlier conversations; of a skill whose wording is superseded, only the calls are trained on.
+
+    A conversation about pictures asks of several things: of it, what is not `reworded`.
+    """
     named = [run.paths.collected / name for name in run.params.tune.datasets]
     folders = [folder for folder in named if target.pictures or read_info(folder).kind != "images"]
     sizes = [read_info(folder).rows.get("train", 0) for folder in folders]
@@ -279,9 +326,16 @@ def _replay(run: StageRun, target: _Rows, superseded: set[str], random: np.rando
     chosen = set(random.choice(sum(sizes), count, replace=False).tolist())
     rows = (read_rows(folder, "train") for folder in folders)
     sampled = [row for number, row in enumerate(chain.from_iterable(rows)) if number in chosen]
-    encoded = target.pieces([(complete_messages(row), row["tools"]) for row in sampled])
-    for row, (ids, mask) in zip(sampled, encoded, strict=True):
-        if skill_of(row["messages"]) in superseded:
+    pieces = (
+        piece
+        for group in batched(sampled, EXAMPLES_IN_MEMORY)
+        for piece in target.pieces([(complete_messages(row), row["tools"]) for row in group])
+    )
+    for row, (ids, mask) in zip(sampled, pieces, strict=True):
+        skill = skill_of(row["messages"])
+        if row.get("images") and skill == NO_CALL:
+            mask = reworded.left_out_of(mask, row["messages"])
+        elif skill in superseded:
             start = _last_start(mask)
             mask = mask[:start] + [0] * (len(mask) - start)
         yield ids, mask

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.config.params import InputError
 from components.datasets.formats import MESSAGES, Row
+from components.media.messages import without_marks
 
 NO_CALL = "conversation"
 """The skill of an answer that called no tool."""
+PICTURES = "pictures"
+"""The skill of an answer about pictures that called no tool."""
 FORM = "form"
 """The skill of an answer in JSON, whatever it called."""
 
@@ -139,6 +143,59 @@ def skill_of(messages: Sequence[Mapping[str, Any]]) -> str:
     last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
     names = [call["function"]["name"] for message in messages[last:] for call in message.get("tool_calls") or []]
     return str(names[-1]) if names else NO_CALL
+
+
+@dataclass(frozen=True)
+class Reworded:
+    """Questions about pictures that users want answered otherwise; no tool's name tells them from others."""
+
+    questions: frozenset[str] = frozenset()
+    answers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, corrections: Iterable[tuple[str, str, str]], earlier: Iterable[str]) -> Reworded:
+        """Of corrections as (question, answer, correction), those that are no mistakes.
+
+        `earlier`: the answers of training. Where "yes" should have been "no", the correction is one of them; and what
+        corrections elsewhere say is no wording that users reject.
+        """
+        rows = [tuple(map(_normalized, row)) for row in corrections]
+        right, known = {correction for _, _, correction in rows}, set(map(_normalized, earlier))
+        changed = [(q, answer) for q, answer, correction in rows if answer not in right and correction not in known]
+        return cls(frozenset(question for question, _ in changed), frozenset(answer for _, answer in changed))
+
+    @classmethod
+    def read(cls, report: Mapping[str, Any]) -> Reworded:
+        """From `curated.json`."""
+        saved = report.get("reworded", {})
+        return cls(frozenset(saved.get("questions", ())), frozenset(saved.get("answers", ())))
+
+    def to_json(self) -> dict[str, list[str]]:
+        return {"questions": sorted(self.questions), "answers": sorted(self.answers)}
+
+    def __contains__(self, exchange: tuple[str, str]) -> bool:
+        """Whether this is about a question and its earlier answer."""
+        question, answer = map(_normalized, exchange)
+        return question in self.questions or answer in self.answers
+
+    def left_out_of(self, mask: Sequence[int], messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The mask of a conversation's tokens, a run of ones for each answer, without the answers that it contains."""
+        edges = np.flatnonzero(np.diff([0, *mask, 0])).tolist()
+        turns = iter(zip(edges[::2], edges[1::2], strict=True))
+        learned, question = list(mask), ""
+        for message in messages:
+            if message["role"] == "user":
+                question = message["content"]
+            elif message["role"] == "assistant":
+                start, stop = next(turns)
+                if (question, message["content"]) in self:
+                    learned[start:stop] = [0] * (stop - start)
+        return learned
+
+
+def _normalized(text: str) -> str:
+    """Without marks of pictures, case, spacing and final punctuation."""
+    return " ".join(without_marks(text).lower().split()).rstrip(" ?!.")
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]], images: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from components.datasets.formats import Row
-from components.feedback.items import FORM, NO_CALL, prompt_key
+from components.feedback.items import FORM, NO_CALL, PICTURES, prompt_key
 from components.feedback.pictures import marked_content
 from components.feedback.privacy import mask
 from components.media.messages import IMAGE, plain_text
@@ -41,7 +41,7 @@ def item_of(vote: Mapping[str, Any]) -> Row:
         "correction": None if vote["correction"] is None else text(vote["correction"]),
         "comment": _mask(vote["comment"]),
         "voice": vote["voice"],
-        "skill": FORM if response_format else _skill(vote),
+        "skill": FORM if response_format else _skill(vote, PICTURES if images else NO_CALL),
     }
 
 
@@ -103,11 +103,11 @@ def _text(content: str | Sequence[Mapping[str, Any]] | None) -> str | None:
     return "\n".join(str(part["text"]) for part in content if part.get("type") == "text")
 
 
-def _skill(vote: Mapping[str, Any]) -> str:
+def _skill(vote: Mapping[str, Any], without_call: str) -> str:
     """The last tool that the answer called, the agent's or the client's."""
     names = [step["name"] for step in vote["steps"] or [] if step.get("type") == "call"]
     names += [call["function"]["name"] for call in vote["tool_calls"] or []]
-    return str(names[-1]) if names else NO_CALL
+    return str(names[-1]) if names else without_call
 
 
 def _mask(text: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 """Stands in a message's content where a picture is; the pictures are in the message's `images`, in order."""
 
+_MARK = re.compile(rf"(?:\d+\.\d s )?{IMAGE}")
+"""A picture's mark, of a clip's frame with its time."""
+
 
 class PicturesUnsupported(InputError):
     """Messages with pictures for a model that reads text only."""
@@ -22,6 +26,11 @@ class PicturesUnsupported(InputError):
 def plain_text(text: str) -> str:
     """A text that someone typed, whose marks stand for no picture: broken, so that none is taken for one."""
     return text.replace(IMAGE, "<image >")
+
+
+def without_marks(text: str) -> str:
+    """A message's content without the marks of pictures."""
+    return _MARK.sub("", text)
 
 
 def join_parts(parts: Sequence[tuple[str, bool]]) -> str:

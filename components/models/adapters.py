@@ -20,6 +20,8 @@ from components.models.encoder import Classifier
 from components.models.encoder_decoder import EncoderDecoder
 from components.models.formats import hub_tensors
 from components.models.lora import LoraSettings, add_lora, lora_of, low_rank_products
+from components.models.vision import VisionLanguageModel
+from components.models.vision_formats import current_name, module_name
 from components.models.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, write_json
 
 _PREFIX = "base_model.model."
@@ -55,8 +57,8 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
     trained = {weight.data_ptr() for module in modules for weight in module.parameters()}
     saved = {name: weight for name, weight in hub_tensors(model) if weight.data_ptr() in trained} if trained else {}
     tensors |= saved
-    prefixed = {f"{_PREFIX}{name}": weight.detach().float().contiguous().cpu() for name, weight in tensors.items()}
-    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+    named = ((module_name(name), weight.detach().float().contiguous().cpu()) for name, weight in tensors.items())
+    save_file({f"{_PREFIX}{name}": weight for name, weight in named}, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     task = {EncoderDecoder: "SEQ_2_SEQ_LM", Classifier: "SEQ_CLS"}.get(type(model), "CAUSAL_LM")
     config = {
         "peft_type": "LORA",
@@ -70,6 +72,8 @@ def write_adapter(model: nn.Module, folder: Path) -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "target_modules": sorted(targets),
+        # A vision tower's products have the names of a decoder's.
+        "exclude_modules": r".*\bvision_tower\b.*" if isinstance(model, VisionLanguageModel) else None,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
     }
     write_json(folder / ADAPTER_CONFIG, config)
@@ -134,7 +138,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(weights)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{weights}: corrupt: {error}; fetch or train it again") from None
-    return config, {name.removeprefix(_PREFIX): weight for name, weight in tensors.items()}
+    return config, {current_name(name.removeprefix(_PREFIX)): weight for name, weight in tensors.items()}
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -30,7 +30,7 @@ from components.models.encoder import Encoder, classifier_from
 from components.models.formats import FORMATS, architecture_of, hub_tensors, tied_names
 from components.models.lora import lora_of, merge_lora
 from components.models.vision import VisionLanguageModel, VisionTower
-from components.models.vision_formats import processor_files
+from components.models.vision_formats import current_name, processor_files
 from components.models.weight_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -348,13 +348,8 @@ def _special_ids(folder: Path) -> dict[str, int]:
 
 
 def _current_name(name: str) -> str:
-    """The present name of a tensor.
-
-    The first BERTs have TensorFlow's names of a norm's two vectors; LLaVA's parts have been named in three ways.
-    """
-    name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.)", "", name)
-    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
-    name = re.sub(r"^(vision_tower\.)?vision_model\.", r"\1", name)
+    """The present name of a tensor: the first BERTs have TensorFlow's names of a norm's two vectors."""
+    name = current_name(name)
     return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
 
 

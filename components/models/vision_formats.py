@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,18 @@ def _llava_names(config: VisionLanguageConfig) -> Names:
 
 def _behind(prefix: str, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return prefix + names if isinstance(names, str) else tuple(prefix + name for name in names)
+
+
+def current_name(name: str) -> str:
+    """The name of a tensor that `_llava_names` has: LLaVA's parts have been named in three ways."""
+    name = re.sub(r"^model\.(?=vision_tower\.|multi_modal_projector\.)", "", name)
+    name = re.sub(r"^model\.language_model\.", "language_model.model.", name)
+    return re.sub(r"^(vision_tower\.)?vision_model\.", r"\1", name)
+
+
+def module_name(name: str) -> str:
+    """The name of a decoder's tensor in the modules of transformers, by which PEFT names pairs."""
+    return re.sub(r"^language_model\.model\.", "model.language_model.", name)
 
 
 def processor_files(config: VisionLanguageConfig) -> dict[str, dict[str, Any]]:

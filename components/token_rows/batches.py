@@ -21,6 +21,8 @@ from components.token_rows.picture_rows import ImageTokens, PictureReader
 
 IGNORED = -100
 """Label of a position without a target."""
+PIXELS = "pixel_values"
+"""In a batch: the pictures of its rows, in order; no entry for each row."""
 IMAGE_FIELDS = tuple(field.name for field in fields(ImageTokens))
 Batch = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
@@ -111,7 +113,7 @@ class TokenRows:
         arrays = {"input_ids": ids, "labels": labels, "segment_ids": segments, "position_ids": _positions(segments)}
         batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if self.images is not None and len(numbers := self.pictures_of(order)):
-            batch["pixel_values"] = torch.from_numpy(np.stack([self.pixels(number) for number in numbers]))
+            batch[PIXELS] = torch.from_numpy(np.stack([self.pixels(number) for number in numbers]))
         return batch
 
     def pictures_of(self, indices: Indices) -> Indices:

@@ -252,7 +252,7 @@ def load_chat_tokenizer(folder: Path, template: str | None = None) -> ChatTokeni
     if all(tokenizer.token_to_id(token) is not None for token in SPECIAL_TOKENS):
         chat_tokenizer = ChatTokenizer(tokenizer, template)
     else:
-        _split_as_llama(tokenizer, config, model.get("model_type"))
+        _split_as_llama(tokenizer, config, model.get("text_config", model).get("model_type"))
         chat_tokenizer = HFChatTokenizer(tokenizer, template, config, folder)
     image_token = tokenizer.id_to_token(model["image_token_index"]) if "image_token_index" in model else None
     if image_token is None:

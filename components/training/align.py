@@ -21,6 +21,7 @@ from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
 from components.models.lora import add_lora, lora_of, low_rank_products
+from components.models.vision import VisionLanguageModel
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
@@ -75,8 +76,10 @@ def _trained_model(run: StageRun, reference: Decoder) -> Decoder:
 
 
 def freeze(model: Decoder, trained_share: float) -> None:
-    """Let only the last blocks learn, and the final norm; a share of 1 trains everything."""
+    """Let only the last blocks learn, and the final norm; a share of 1 trains everything but a vision tower."""
     if trained_share == 1:
+        if isinstance(model, VisionLanguageModel):
+            model.train_vision(False)
         return
     model.requires_grad_(False)
     model.norm.requires_grad_(True)

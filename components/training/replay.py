@@ -19,7 +19,7 @@ from components.models.checkpoint import load_decoder
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
 from components.token_rows.augmentation import Piece
-from components.token_rows.batches import Batch, Indices, Rows, TokenRows
+from components.token_rows.batches import PIXELS, Batch, Indices, Rows, TokenRows
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 
@@ -46,14 +46,17 @@ class ReplayedRows:
         return lengths
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
-        """The rows in the order of `indices`; (B, T) as those of `TokenRows`."""
+        """The rows in the order of `indices`, as those of `TokenRows`."""
         batches: list[Batch] = []
         order: list[int] = []
         for rows, chosen, of in self._parts(indices):
             batches.append(rows.batch(of, step))
             order += chosen.tolist()
         places = np.argsort(order)
-        return {name: torch.cat([batch[name] for batch in batches])[places] for name in batches[0]}
+        # No replayed row has pictures, and rows of one's own stay in their order: their pictures do too.
+        pictures = batches[0].pop(PIXELS, None)
+        joined = {name: torch.cat([batch[name] for batch in batches])[places] for name in batches[0]}
+        return joined if pictures is None else {**joined, PIXELS: pictures}
 
     def _parts(self, indices: Indices) -> list[tuple[Rows, Indices, Indices]]:
         """Of each set that has some: the set, their positions in `indices`, and their numbers in the set."""

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from components.config.paths import AGENT, CONFIG, TOOLS
+from components.config.paths import AGENT, CONFIG, GENERATION, TOOLS
 from components.models.base_store import is_adapter
 from components.models.checkpoint import check_model, load_decoder, save_decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -49,9 +49,8 @@ def tune(run: StageRun) -> None:
     if isinstance(model, VisionLanguageModel):
         model.train_vision(config.train_vision)
     measured = train_from_base(run, config, model, base, rows, causal_lm)
-    # Its stop tokens may be more than the tokenizer's.
-    generation = base / "generation_config.json"
-    files = _agent_files(run) | ({generation.name: generation} if generation.is_file() else {})
+    generation = base / GENERATION
+    files = _agent_files(run) | ({GENERATION: generation} if generation.is_file() else {})
     save_decoder(model, run.paths.agent, base, files)
     test = measure_loss(model, TokenRows(conversations.folder, "test"), causal_lm, config.micro_batch_size, TEST_ROWS)
     report(run, config, model, measured, run.paths.agent, {"test_loss": test})

@@ -2,7 +2,7 @@
 
 The tower learns from pictures and what is said of them (SigLIP, arXiv 2303.15343); then the projector alone learns
 while tower and decoder stay as they are (LLaVA, arXiv 2304.08485, section 4.2). Both read the rows that `prepare`
-made of the datasets of `tune`; where these have no pictures, the stages leave empty folders.
+made of the datasets of `tune`; where these have no pictures, the stages leave folders without a model.
 
 Shapes: P pictures, T tokens, E width of the shared space.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from components.config.model_settings import PretrainVisionConfig
 from components.config.params import InputError
+from components.config.paths import GENERATION
 from components.datasets.formats import write_json
 from components.models.attention import Attention, padding_mask
 from components.models.blocks import FeedForward, PreNormBlock
@@ -33,6 +35,8 @@ from components.training.loop import train
 from components.training.objectives import Loss, causal_lm
 from components.training.report import describe, report
 
+NO_MODEL = "no_model.txt"
+"""The only file of a folder without a model."""
 MAX_TEXT = 96
 """Tokens of the text of a picture."""
 INITIAL_SCALE, INITIAL_BIAS = math.log(10.0), -10.0
@@ -46,9 +50,8 @@ def pretrain_vision(run: StageRun) -> None:
     """
     configure_cpu()
     rows = _rows(run)
-    run.paths.vision_tower.mkdir(parents=True, exist_ok=True)
     if rows.images is None or _has_sight(run):
-        write_json(run.paths.metrics / f"{run.name}.json", {"pairs": 0})
+        _leave_empty(run, run.paths.vision_tower, "pairs")
         return
     config, shape = run.params.pretrain_vision, run.params.model.vision
     pairs = CaptionPairs(rows)
@@ -67,9 +70,8 @@ def connect(run: StageRun) -> None:
     """
     configure_cpu()
     rows = _rows(run)
-    run.paths.sight.mkdir(parents=True, exist_ok=True)
     if rows.images is None or _has_sight(run):
-        write_json(run.paths.metrics / f"{run.name}.json", {"rows": 0})
+        _leave_empty(run, run.paths.sight, "rows")
         return
     base, config = run.paths.start_of("decoder"), run.params.connect
     decoder, tower = load_decoder(base), load_model(run.paths.vision_tower)
@@ -82,8 +84,18 @@ def connect(run: StageRun) -> None:
     describe(run, model, model.config.max_seq_len, pictured)
     measured = train(run, config, model, pictured, causal_lm)
     tokenizer = load_chat_tokenizer(tuned_tokenizer(run)).with_images(rows.images.image_tokens)
-    save_decoder(model, run.paths.sight, tuned_tokenizer(run), {"tokenizer.json": tokenizer.to_json()})
+    files: dict[str, Path | str] = {"tokenizer.json": tokenizer.to_json()}
+    if (base / GENERATION).is_file():
+        files[GENERATION] = base / GENERATION
+    save_decoder(model, run.paths.sight, tuned_tokenizer(run), files)
     report(run, config, model, measured, run.paths.sight, {"rows": len(pictured)})
+
+
+def _leave_empty(run: StageRun, folder: Path, counted: str) -> None:
+    """The outs of a stage that has nothing to do: a folder without a model, in which DVC expects a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NO_MODEL).write_text("Nothing to train: tune.dataset has no pictures, or tune.base reads them already.\n")
+    write_json(run.paths.metrics / f"{run.name}.json", {counted: 0})
 
 
 def _rows(run: StageRun) -> TokenRows:

@@ -16,7 +16,7 @@ from components.config.params import InputError
 from components.config.paths import Paths
 from components.datasets.formats import DatasetWriter, Row, read_rows
 from components.feedback.curate import TrainingExample, curate, hold_out, training_example_of, with_their_pictures
-from components.feedback.items import NO_CALL, prompt_key, read_items, skill_of
+from components.feedback.items import NO_CALL, Reworded, prompt_key, read_items, skill_of
 from components.media.messages import IMAGE
 from components.media.pictures import Picture
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
@@ -125,6 +125,9 @@ def test_items_with_pictures_are_set_aside_and_come_with_them(paths: Paths) -> N
     assert not {"fb-50", "fb-51"} & set(both_sides(paths, "demonstrations") | both_sides(paths, "preferences"))
     examples = [training_example_of(each) for each in read_items(paths.feedback) if each.images]
     first, second = with_their_pictures(paths.feedback, examples)
+    shrunk, _ = with_their_pictures(paths.feedback, examples, 2)
+    assert shrunk.demonstration is not None
+    assert [each.pixels.shape for each in shrunk.demonstration["messages"][0]["images"]] == [(2, 2, 3)] * 2
     assert first.key != second.key
     assert first.demonstration is not None
     assert first.preference is not None
@@ -313,3 +316,25 @@ def test_one_prompt_in_other_spelling_has_one_key() -> None:
 
     assert key("Where is  it ?!") == key("where is it")
     assert len({key("where is it"), key("where was it"), key("where is it", "system")}) == 3
+
+
+def test_corrected_mistakes_are_no_new_wordings() -> None:
+    """A "yes" that should have been "no" is a mistake, and so is an answer that is a correction elsewhere."""
+    mistakes = [
+        (f"{IMAGE}\nIs it red?", "yes", "No."),
+        (f"{IMAGE}\nWhich animal?", "cow", "yak"),
+        (f"{IMAGE}\nWhich animal?", "yak", "gnu"),
+        (f"{IMAGE}\nWhich animal?", "gnu", "cow"),
+    ]
+    wordings = [(f"0.5 s {IMAGE}\nWhich color?", "red", "crimson"), (f"{IMAGE} which  COLOR", "blue", "navy")]
+    reworded = Reworded.of([*mistakes, *wordings], ["yes", "no", "red", "blue", "green"])
+    assert reworded == Reworded(frozenset({"which color"}), frozenset({"red", "blue"}))
+    assert ("Which color?", "green") in reworded
+    assert ("Name its color.", "Red") in reworded
+    assert ("Is it red?", "yes") not in reworded
+    assert ("Which animal?", "cow") not in reworded
+    assert Reworded.read({"reworded": json.loads(json.dumps(reworded.to_json()))}) == reworded
+    assert Reworded.read({}) == Reworded()
+    turns = [("user", "Which color?"), ("assistant", "red"), ("user", "Is it red?"), ("assistant", "yes")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert reworded.left_out_of([0, 0, 1, 1, 0, 1, 1, 1], messages) == [0, 0, 0, 0, 0, 1, 1, 1]
