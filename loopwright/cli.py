@@ -7,6 +7,7 @@ Modules are imported when their command is called, and import what is heavy insi
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from io import TextIOWrapper
 from keyword import iskeyword
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, disk_trouble, find_root
+from components.config.secrets import environment_secrets, hidden
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
 
@@ -38,6 +40,11 @@ COMMANDS = {
     "import": "models",
     "export": "models",
     "harness": "models",
+    "backup": "maintenance",
+    "restore": "maintenance",
+    "verify": "maintenance",
+    "upgrade": "maintenance",
+    "prune": "maintenance",
     "doctor": "doctor",
     "up": "up",
     "deploy": "up",
@@ -84,6 +91,7 @@ def main() -> None:
         if not message:
             raise
         code = 3 if isinstance(error, Refused) else 1
+        message = hidden(message, environment_secrets(os.environ))
         if "--json" in sys.argv:
             print_json({"error": message, "exit_code": code})
         say(message)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import load_params
 from components.config.paths import Paths, find_root
+from components.config.secrets import hidden
 from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def _services(home: Path) -> list[dict[str, Any]]:
         "mlflow": (os.environ.get("MLFLOW_TRACKING_URI") or services.get("mlflow", "http://127.0.0.1:5000"), "/health"),
     }
     return [
-        {"name": name, "address": url, "answers": answers(url + path)}
+        {"name": name, "address": hidden(url), "answers": answers(url + path)}
         for name, (url, path) in addresses.items()
         if url.startswith("http")
     ]
