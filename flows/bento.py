@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from contextlib import chdir
 from pathlib import Path
 
+import yaml
+
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.config.secrets import literal_secrets, redacted, redacted_tags
@@ -84,13 +86,15 @@ def _redact_params(path: Path) -> None:
     """Replace literal secrets of a Bento's parameters: it goes to other machines and people."""
     from ruamel.yaml import YAML
 
-    yaml = YAML()
-    document = yaml.load(path.read_text(encoding="utf-8"))
-    serve = document.get("serve") or {}
+    text = path.read_text(encoding="utf-8")
+    serve = yaml.safe_load(text).get("serve") or {}
     if places := literal_secrets({"serve": serve}):
+        editor = YAML()  # which keeps the rest as it is written
+        editor.allow_duplicate_keys = True  # the last counts, as `load_params` reads them
+        document = editor.load(text)
         document["serve"] = redacted(serve)
         with path.open("w", encoding="utf-8") as file:
-            yaml.dump(document, file)
+            editor.dump(document, file)
         advice = "left out of the Bento; write $NAME in params.yaml and set it in the environment where it is served"
         print(f"package: {', '.join(places)}: {advice}", file=sys.stderr, flush=True)
 
