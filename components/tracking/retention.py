@@ -63,7 +63,8 @@ def prune_runs(registry: Registry, newest: int, kept: Collection[ModelVersion], 
     """Remove runs but the newest of each name, those of versions, and the runs that kept versions were made in."""
     client = registry.client
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
-    runs, token = [], None
+    runs: list[Any] = []
+    token = None
     while token != "":
         page = client.search_runs([experiment], max_results=1000, page_token=token, order_by=["start_time DESC"])
         runs, token = [*runs, *page], page.token or ""
