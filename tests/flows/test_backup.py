@@ -15,11 +15,13 @@ from collections.abc import Callable
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
+from typer.testing import CliRunner
 
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError
@@ -31,6 +33,7 @@ from components.runtime.stage import digest
 from components.tracking.registry import ModelVersion, Registry
 from flows.backup import MANIFEST, MLFLOW, backup, restore, upgrade, verify
 from flows.orchestration.dvc_repo import version_data
+from loopwright.cli import app
 from tests.pages import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
@@ -209,3 +212,23 @@ def test_an_upgrade_that_fails_returns_to_the_databases_before(paths: Paths) -> 
 def test_an_upgrade_migrates_and_leaves_a_way_back(paths: Paths) -> None:
     folder = upgrade(paths, print)
     assert verify(folder).files == 2
+
+
+def test_the_commands_say_what_they_did(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paths.root)
+    address = str(tmp_path / "backup")
+
+    def run(*words: str) -> Any:
+        done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    written = run("backup", address)
+    assert written["files"] > 5
+    assert run("verify", address) == written
+    lose(paths)
+    assert run("restore", address) == written
+    pruned = run("prune", "--dry-run")
+    assert pruned["dry_run"]
+    assert [each["kind"] for each in pruned["removed"]] == ["requests", "versions", "runs", "Bentos", "data", "logs"]
+    assert sum(each["count"] for each in pruned["removed"]) == 0
