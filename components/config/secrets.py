@@ -19,7 +19,7 @@ MIN_CHARACTERS = 6
 
 _REFERENCE = re.compile(r"(?:[A-Za-z]+ )?\$(?:\w+|\{\w+\})")
 """`$NAME`, also behind a scheme as in `Bearer $NAME`."""
-_WORDS = "api_?key|access_?key|auth_?string|credentials?|passphrase|passw(?:or)?d|secret|token"
+_WORDS = "api[_-]?key|access[_-]?key|auth[_-]?string|credentials?|passphrase|passw(?:or)?d|secret|token"
 _NAME = re.compile(rf"(?i)(?:^|[_-])(?:{_WORDS}|keys?)(?:$|[_-])")
 _OPTION = re.compile(rf"(?i)--?[\w-]*(?:{_WORDS})")
 _USERINFO = re.compile(r"(?<=://)([^/?#\s@:\"'\\<>]*)(:[^/?#\s\"'\\<>]*)?@")

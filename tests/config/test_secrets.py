@@ -14,7 +14,17 @@ from tests.pages import ROOT
 SERVER: dict[str, Any] = {
     "name": "shop",
     "command": "shop-mcp",
-    "args": ["--token", "s3cret-args", "--password=s3cret-option", "--port", "80", "--key-file", "k.pem"],
+    "args": [
+        "--token",
+        "s3cret-args",
+        "--password=s3cret-option",
+        "--api-key",
+        "s3cret-key",
+        "--port",
+        "80",
+        "--key-file",
+        "k.pem",
+    ],
     "env": {"TOKEN": "s3cret-env", "MARK": "$SHOP_MARK", "OTHER": "${OTHER}"},
 }
 WEB: dict[str, Any] = {
@@ -30,12 +40,23 @@ def test_literal_secrets_are_replaced_and_references_stay() -> None:
     assert "s3cret" not in json.dumps(shown)
     shop, web = shown["serve"]["mcp_servers"]
     assert shop["env"] == {"TOKEN": "$TOKEN", "MARK": "$SHOP_MARK", "OTHER": "${OTHER}"}
-    assert shop["args"] == ["--token", "[hidden]", "--password=[hidden]", "--port", "80", "--key-file", "k.pem"]
+    assert shop["args"] == [
+        "--token",
+        "[hidden]",
+        "--password=[hidden]",
+        "--api-key",
+        "[hidden]",
+        "--port",
+        "80",
+        "--key-file",
+        "k.pem",
+    ]
     assert web["headers"] == {"Authorization": "$AUTHORIZATION", "X-Key": "Token $WEB_KEY"}
     assert web["url"] == "https://user:***@host/mcp?api_key=[hidden]&page=2"
     assert literal_secrets(values) == [
         "serve.mcp_servers.shop.args.1",
         "serve.mcp_servers.shop.args.2",
+        "serve.mcp_servers.shop.args.4",
         "serve.mcp_servers.shop.env.TOKEN",
         "serve.mcp_servers.web.url",
         "serve.mcp_servers.web.headers.Authorization",

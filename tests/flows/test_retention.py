@@ -18,7 +18,7 @@ from components.config.paths import TRAINED_ON_FILE, Paths
 from components.feedback.lineage import lineage, registry_metadata
 from components.feedback.store import AnswerRecord, Store
 from components.runtime.process import file_lock
-from components.runtime.service_registry import SERVED
+from components.runtime.service_registry import SERVED, successes
 from components.tracking.mlflow_client import create_run
 from components.tracking.registry import Registry
 from flows.backup import RETENTION_LOCK
@@ -181,3 +181,7 @@ def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: p
             assert (planned.count, runs()) == (2, 8)
             prune(paths)
             assert runs() == 6
+        command = [sys.executable, "-c", "from flows.deployments import ingest, monitor; ingest(); monitor()"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": url}
+        subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
+    assert set(successes(paths.home)) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"
