@@ -25,7 +25,7 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	@$(STALE)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON): Python 3.11 or newer is needed; run make PYTHON=/path/to/python3.11"; rm -rf $(VENV); exit 1; }
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^uv==' requirements.lock)"
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep -o '^uv==[0-9.]*' requirements.lock)"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirement requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@pwd -P > $@
@@ -64,10 +64,14 @@ bench-gpu: setup  ## training and decoding on a CUDA device, some eight minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/$$(date +%F)-gpu.md
 
 lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the versions that stages declare
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --output-file requirements.lock.new
-	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine.
-	@grep -vE '^(nvidia-[a-ln-z]|triton|cuda-)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --generate-hashes --output-file requirements.lock.new
+	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine. Its own
+	@# hash differs from index to index (PyPI, CPU, CUDA); uv verifies the hashes of all others.
+	@awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch = /^torch==/} !drop && !(torch && /^ /)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
 	@rm requirements.lock.new
 	$(BIN)/python -m components.config.versions
 
-.PHONY: help setup run up test check bench bench-base bench-gpu lock
+sbom: setup  ## sbom.cdx.json: every package of requirements.lock, with licences and hashes, in CycloneDX
+	$(BIN)/uvx --quiet --from "cyclonedx-bom>=7,<8" cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON --output-file sbom.cdx.json
+
+.PHONY: help setup run up test check bench bench-base bench-gpu lock sbom

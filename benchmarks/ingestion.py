@@ -24,7 +24,7 @@ from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[1]
-CONFIG = FeedbackConfig(max_items=10_000, max_items_per_user=500, improve_after=20, keep_days=None)
+CONFIG = FeedbackConfig(max_items=10_000, max_items_per_user=500, improve_after=20)
 STEPS = [
     {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}},
     {"type": "result", "name": "lookup", "content": "Serialize obj to a JSON formatted str."},

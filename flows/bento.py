@@ -6,15 +6,20 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import chdir
 from pathlib import Path
 
+import yaml
+
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
+from components.config.secrets import literal_secrets, redacted, redacted_tags
 from components.models.base_store import copy_base, is_adapter
 from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
-from components.tracking.registry import Registry
+from components.tracking.registry import ModelVersion, Registry
 from flows.orchestration.prefect_server import free_port
 from flows.release_targets import SmokeProbe
 
@@ -45,12 +50,14 @@ def package(paths: Paths, model: str) -> str:
     os.environ.update(_bento_environment(paths.home))
     import bentoml
 
-    tag = f"{name}:v{version.version}"
+    tag = _tag(version)
     for store in (bentoml.bentos, bentoml.models):
         if any(str(entry.tag) == tag for entry in store.list()):
             store.delete(tag)
     metadata = {"name": version.name, "version": version.version, "run_id": version.run_id}
-    with bentoml.models.create(tag, metadata={**metadata, "tags": version.tags, "metrics": version.metrics}) as weights:
+    with bentoml.models.create(
+        tag, metadata={**metadata, "tags": redacted_tags(version.tags), "metrics": version.metrics}
+    ) as weights:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
         if is_adapter(version.folder):
             copy_base(version.folder, Path(weights.path))
@@ -66,7 +73,30 @@ def package(paths: Paths, model: str) -> str:
             models=[tag],
             args={"weights": tag},
         )
+    _redact_params(Path(bento.path) / "src" / "params.yaml")
     return str(bento.tag)
+
+
+def _tag(version: ModelVersion) -> str:
+    """BentoML writes tags in lower case."""
+    return f"{version.name.lower()}:v{version.version}"
+
+
+def _redact_params(path: Path) -> None:
+    """Replace literal secrets of a Bento's parameters: it goes to other machines and people."""
+    from ruamel.yaml import YAML
+
+    text = path.read_text(encoding="utf-8")
+    serve = yaml.safe_load(text).get("serve") or {}
+    if places := literal_secrets({"serve": serve}):
+        editor = YAML()  # which keeps the rest as it is written
+        editor.allow_duplicate_keys = True  # the last counts, as `load_params` reads them
+        document = editor.load(text)
+        document["serve"] = redacted(serve)
+        with path.open("w", encoding="utf-8") as file:
+            editor.dump(document, file)
+        advice = "left out of the Bento; write $NAME in params.yaml and set it in the environment where it is served"
+        print(f"package: {', '.join(places)}: {advice}", file=sys.stderr, flush=True)
 
 
 def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> str:
@@ -98,6 +128,30 @@ def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> str:
 def _bento_environment(home: Path) -> dict[str, str]:
     (home / "bento").mkdir(parents=True, exist_ok=True)
     return {"BENTOML_HOME": str(home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
+
+
+def prune_bentos(home: Path, kept: Iterable[ModelVersion], newest: int, dry_run: bool) -> list[tuple[str, int]]:
+    """Remove all Bentos, with their models, but those of kept versions and the newest built of each model.
+
+    Returns tags and bytes.
+    """
+    if not (home / "bento" / "bentos").is_dir():
+        return []
+    os.environ.update(_bento_environment(home))
+    import bentoml
+
+    tags = {_tag(version) for version in kept}
+    sizes = []
+    for store in (bentoml.bentos, bentoml.models):
+        built: Counter[str] = Counter()
+        for entry in sorted(store.list(), key=lambda entry: Path(entry.path).stat().st_mtime, reverse=True):
+            built[entry.tag.name] += 1
+            if str(entry.tag) not in tags and built[entry.tag.name] > newest:
+                files = [path for path in Path(entry.path).rglob("*") if path.is_file()]
+                sizes.append((str(entry.tag), sum(path.stat().st_size for path in files)))
+                if not dry_run:
+                    store.delete(entry.tag)
+    return sizes
 
 
 def has_bento(home: Path, tag: str) -> bool:

@@ -22,6 +22,8 @@ from prefect.types.entrypoint import EntrypointType
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, find_root
 from components.runtime.process import end_with_parent, lock_owner
+from components.runtime.service_registry import record_success
+from components.tracking.event_log import warn_on_failure
 from flows.feedback import ENOUGH, RESOURCE
 from flows.feedback import ingest as run_ingestion
 from flows.orchestration.flow_run import while_unavailable
@@ -50,7 +52,7 @@ class Schedule:
 @flow(name="pipeline", validate_parameters=False)
 def pipeline() -> Any:
     """Bring every stage up to date, then release."""
-    return _run_exclusively(lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
+    return _run_exclusively("pipeline", lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
 
 
 @flow(name="ingest", validate_parameters=False)
@@ -59,6 +61,7 @@ def ingest() -> Any:
     end_with_parent()
     echo = get_run_logger().info
     while_unavailable(lambda: run_ingestion(find_root(), echo), echo)
+    record_success(Paths(find_root()).home, "ingest")
 
 
 @flow(name="improve", validate_parameters=False)
@@ -68,7 +71,7 @@ def improve() -> Any:
         return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
     from flows.improve import improve as run_improvement
 
-    return _run_exclusively(lambda root, echo: run_improvement(root, echo=echo))
+    return _run_exclusively("improve", lambda root, echo: run_improvement(root, echo=echo))
 
 
 @flow(name="monitor", validate_parameters=False)
@@ -79,6 +82,8 @@ def monitor() -> Any:
 
     echo = get_run_logger().info
     while_unavailable(lambda: run_monitor(find_root(), echo), echo)
+    record_success(Paths(find_root()).home, "monitor")
+    _prune(find_root())
 
 
 SCHEDULES = (
@@ -119,7 +124,17 @@ def register(root: Path) -> list[dict[str, str]]:
     ]
 
 
-def _run_exclusively(body: Any) -> State[Any] | None:
+def _prune(root: Path) -> None:
+    """Apply the retention policy after what made the stores grow; the work itself is done, whatever this fails at."""
+    from flows.retention import prune
+
+    with warn_on_failure("retention"):
+        for removal in prune(Paths(root)):
+            if removal.count:
+                get_run_logger().info("pruned %s %s, %.1f MB", removal.count, removal.kind, removal.size / 1e6)
+
+
+def _run_exclusively(name: str, body: Any) -> State[Any] | None:
     """Run a flow that trains and writes `data/`; skipped, not failed, while another such run goes on."""
     end_with_parent()
     root = find_root()
@@ -128,7 +143,10 @@ def _run_exclusively(body: Any) -> State[Any] | None:
     try:
         echo = get_run_logger().info
         while_unavailable(lambda: body(root, echo), echo)
+        record_success(Paths(root).home, name)
+        _prune(root)
     except Refused as error:
+        record_success(Paths(root).home, name)  # a refusal is an outcome
         return Completed(name="Refused", message=str(error))
     except InputError as error:
         if str(error).startswith("run: already running"):

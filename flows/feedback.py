@@ -121,9 +121,9 @@ class _Job:
         return version
 
     def forget(self) -> None:
-        """Delete requests without feedback that are older than `feedback.keep_days`."""
-        if self.params.feedback.keep_days is not None:
-            self.report.forgotten = self.store.forget(self.params.feedback.keep_days)
+        """Delete requests without feedback that are older than `keep.request_days`."""
+        if self.params.keep.request_days is not None:
+            self.report.forgotten = self.store.forget(self.params.keep.request_days)
 
     def _gate(self, rows: Sequence[Row]) -> Mapping[int, str]:
         from components.validation.validate import Validator

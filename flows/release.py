@@ -19,6 +19,7 @@ import yaml
 
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
+from components.config.secrets import redacted
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
@@ -181,12 +182,14 @@ def register(
     digest = hashes[out]
     if registered := find_digest(registry, name, digest):
         return registered
+    # No stage reads how models are served.
+    params = load_params(paths.params).model_dump(mode="json", by_alias=True, exclude={"serve"})
     validation = paths.metrics / "validate.json"
     tags = {
         "model_digest": digest,
         "prefect_flow_run": flow_run,
         "python": sys.version.split()[0],
-        "params": load_params(paths.params).model_dump_json(by_alias=True),
+        "params": json.dumps(redacted(params)),
         "validation": json.dumps(json.loads(validation.read_text(encoding="utf-8"))) if validation.exists() else "",
         **_commit(paths.root),
         **{f"dvc.{path}": md5 for path, md5 in hashes.items()},

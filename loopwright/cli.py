@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, disk_trouble, find_root
+from components.config.secrets import environment_secrets, hidden
 from components.runtime.files import keep_private
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.output import print_json, say
@@ -41,6 +42,11 @@ COMMANDS = {
     "import": "models",
     "export": "models",
     "harness": "models",
+    "backup": "maintenance",
+    "restore": "maintenance",
+    "verify": "maintenance",
+    "upgrade": "maintenance",
+    "prune": "maintenance",
     "doctor": "doctor",
     "up": "up",
     "deploy": "up",
@@ -90,6 +96,7 @@ def main() -> None:
         if not message:
             raise
         code = 3 if isinstance(error, Refused) else 1
+        message = hidden(message, environment_secrets(os.environ))
         if "--json" in sys.argv:
             print_json({"error": message, "exit_code": code})
         say(message)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import load_params
 from components.config.paths import Paths, find_root
+from components.config.secrets import hidden
 from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _services(home: Path) -> list[dict[str, Any]]:
     }
     states = service_states(home)
     rows = [
-        {"name": name, "address": url, "answers": answers(url + path), "state": states.get(name)}
+        {"name": name, "address": hidden(url), "answers": answers(url + path), "state": states.get(name)}
         for name, (url, path) in addresses.items()
         if url.startswith("http")
     ]

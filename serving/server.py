@@ -29,6 +29,7 @@ from components.config.paths import Paths
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware, has_keys
 from serving.models.state import Serving, drain_on_signals
+from serving.observability.access_log import AccessLogMiddleware
 from serving.observability.logs import log_to
 
 SHUTDOWN_SECONDS = 30
@@ -157,7 +158,7 @@ def _config(serving: Serving) -> uvicorn.Config:
     api = new_api()
     api.state.serving = serving
     return uvicorn.Config(
-        GatewayMiddleware(api, api),
+        AccessLogMiddleware(GatewayMiddleware(api, api), api),
         lifespan="off",
         log_config=None,
         access_log=False,

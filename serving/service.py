@@ -19,6 +19,7 @@ from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
 from serving.models.state import Serving, drain_on_signals
 from serving.models.versions import DEFAULT, Bundled
+from serving.observability.access_log import AccessLogMiddleware
 
 DAY_SECONDS = 86_400
 
@@ -72,4 +73,5 @@ endpoint = bentoml.service(
     traffic={"timeout": DAY_SECONDS},
     metrics={"enabled": False, "namespace": "bentoml_service"},
 )
+endpoint.add_asgi_middleware(AccessLogMiddleware, api=api)  # the first is the outermost
 endpoint.add_asgi_middleware(GatewayMiddleware, api=api)

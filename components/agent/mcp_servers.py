@@ -12,8 +12,8 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ import jsonschema
 from components.agent.tools import Tool
 from components.config.loop_settings import McpServer
 from components.config.params import InputError
+from components.config.secrets import hidden, literal_secrets
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -52,6 +53,8 @@ class McpServers:
                 f"params.yaml: serve.mcp_servers: {names}: the package mcp is missing;"
                 ' run pip install "loopwright[mcp]"'
             )
+        for place in literal_secrets({"mcp_servers": [server.model_dump(exclude_none=True) for server in servers]}):
+            logger.warning("serve.%s: a literal value in params.yaml; write $NAME and set it in the environment", place)
         self._call_seconds = call_seconds
         self._tools: dict[str, list[Tool]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -100,7 +103,7 @@ class McpServers:
             except Exception as error:  # noqa: BLE001 - no error of a server stops the endpoint
                 reason = " ".join(str(_first(error)).split()) or type(_first(error)).__name__
                 message = "serve.mcp_servers: %s: %s; its tools are unavailable, next attempt in %.0f s"
-                logger.warning(message, server.name, reason, pause)
+                logger.warning(message, server.name, hidden(reason), pause)
             finally:
                 self._tools.pop(server.name, None)
                 self._attempted[server.name].set()
@@ -113,7 +116,9 @@ class McpServers:
 
         broken = self._broken[server.name]
         broken.clear()
-        async with Client(_address(server), read_timeout_seconds=self._call_seconds) as client:
+        async with AsyncExitStack() as stack:
+            transport = await _transport(server, self._call_seconds, stack)
+            client = await stack.enter_async_context(Client(transport, read_timeout_seconds=self._call_seconds))
             while not broken.is_set():
                 tools = [tool for tool in await _list_tools(client) if _is_usable(server, tool)]
                 if server.name not in self._tools:
@@ -152,13 +157,27 @@ class McpServers:
         return text
 
 
-def _address(server: McpServer) -> Any:
+async def _transport(server: McpServer, seconds: float, stack: AsyncExitStack) -> Any:
+    """The way to a server, with the environment's values for $NAME; `stack` closes what it opens."""
     from mcp import StdioServerParameters
 
-    if server.url is not None:
-        return server.url
-    env = {name: os.path.expandvars(value) for name, value in (server.env or {}).items()}
-    return StdioServerParameters(command=server.command or "", args=server.args or [], env=env)
+    if server.url is None:
+        args = [os.path.expandvars(value) for value in server.args or []]
+        return StdioServerParameters(command=server.command or "", args=args, env=_expanded(server.env))
+    url = os.path.expandvars(server.url)
+    if not server.headers:
+        return url
+    import httpx2
+    from mcp.client.streamable_http import streamable_http_client
+
+    # Reading is not limited: a server may hold a response stream open.
+    timeout = httpx2.Timeout(seconds, read=None)
+    client = await stack.enter_async_context(httpx2.AsyncClient(headers=_expanded(server.headers), timeout=timeout))
+    return streamable_http_client(url, http_client=client)
+
+
+def _expanded(values: Mapping[str, str] | None) -> dict[str, str]:
+    return {name: os.path.expandvars(value) for name, value in (values or {}).items()}
 
 
 async def _list_tools(client: Client) -> list[Any]:

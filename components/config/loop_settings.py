@@ -18,8 +18,28 @@ class FeedbackConfig(Section):
     """Items of one user (API key, or user name) within 24 hours; those above are quarantined."""
     improve_after: int = Field(ge=1)
     """Accepted items that no model is trained on at which ingestion triggers an improvement."""
-    keep_days: int | None = Field(ge=1)
-    """Days that a request without feedback is stored; null: without limit."""
+
+
+class KeepConfig(Section):
+    """Retention: what `loopwright prune` and the schedules leave; null: without limit.
+
+    What an alias names, a server serves or kept lineage refers to always stays.
+    """
+
+    request_days: int | None = Field(ge=1)
+    """Days that a request without feedback is stored."""
+    versions: int | None = Field(ge=1)
+    """Newest versions of each model that keep their weights; older ones keep their tags, metrics and lineage."""
+    runs: int | None = Field(ge=1)
+    """Newest MLflow runs of each name."""
+    bentos: int | None = Field(ge=0)
+    """Newest built Bentos of each model, beside those of versions with an alias."""
+    cache_days: float | None = Field(ge=0)
+    """Days since it was written that DVC's cache keeps what no dvc.lock, branch, tag or kept version refers to."""
+    log_megabytes: int | None = Field(ge=1)
+    """Size of a log file above which its beginning is cut off."""
+    flow_runs: int | None = Field(ge=1)
+    """Newest ended flow runs of each flow in Prefect."""
 
 
 class CurateConfig(Section):
@@ -100,11 +120,13 @@ class McpServer(Section):
     command: str | None = None
     """Program to start, a server on standard input and output."""
     args: list[str] | None = None
-    """The program's arguments."""
+    """The program's arguments; in these, `env`, `url` and `headers`, $NAME stands for a variable of this process."""
     env: dict[str, str] | None = None
-    """Environment of the program beside PATH, HOME and the like; $NAME stands for a variable of this process."""
+    """Environment of the program beside PATH, HOME and the like."""
     url: str | None = Field(default=None, pattern=r"^https?://")
     """Address of a streamable HTTP server."""
+    headers: dict[str, str] | None = None
+    """Headers of each request to it, such as `Authorization: Bearer $SHOP_TOKEN`."""
 
     @model_validator(mode="after")
     def _one_way(self) -> McpServer:
@@ -112,6 +134,8 @@ class McpServer(Section):
             raise ValueError(f"{self.name}: give either command (with args, env) or url")
         if self.url is not None and (self.args or self.env):
             raise ValueError(f"{self.name}: args and env belong to command, not to url")
+        if self.command is not None and self.headers:
+            raise ValueError(f"{self.name}: headers belong to url, not to command")
         return self
 
 
@@ -170,7 +194,8 @@ class ServeConfig(Section):
     """Requests of one API key without a limit of its own; more are answered with 429."""
     allowed_origins: list[str]
     """Origins (`https://host`) whose web pages may call the endpoint from a browser (CORS)."""
-    traces: Literal["off", "mlflow"]
-    """Where traces of answers are written, beside their record in the store."""
+    traces: Literal["off", "mlflow", "otlp"]
+    """Where traces of answers are written, beside their record in the store: `otlp` (extra `otel`) sends them to
+    `OTEL_EXPORTER_OTLP_ENDPOINT`."""
     trace_share: float = Field(ge=0, le=1)
     """Share of the answers that are traced."""

@@ -23,6 +23,7 @@ from components.config.loop_settings import (
     EvaluateConfig,
     FeedbackConfig,
     JudgeConfig,
+    KeepConfig,
     ServeConfig,
 )
 from components.config.model_settings import (
@@ -62,6 +63,7 @@ RENAMED: Mapping[str, str] = {
     "prepare.decoder.copy_share": "prepare.decoder.copy_rate",
     "prepare.noise_share": "prepare.decoder.token_noise_rate",
     "prepare.decoder.noise_share": "prepare.decoder.token_noise_rate",
+    "feedback.keep_days": "keep.request_days",
     "feedback.max_per_voice": "feedback.max_items_per_user",
 }
 """Earlier names of keys: each is refused with the present one."""
@@ -94,6 +96,7 @@ class Params(Section):
     assess: AssessConfig
     evaluate: EvaluateConfig
     feedback: FeedbackConfig
+    keep: KeepConfig
     curate: CurateConfig
     align: AlignConfig
     judge: JudgeConfig

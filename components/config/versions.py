@@ -17,7 +17,8 @@ _HEADER = "# What stages compute with, by which an upgrade makes them stale; ver
 
 def locked_versions(lock: Path, names: Iterable[str]) -> dict[str, str]:
     """Version of each distribution in a requirements file, with the markers of each where it has several."""
-    pins = [line.partition("==") for line in lock.read_text(encoding="utf-8").splitlines()]
+    lines = lock.read_text(encoding="utf-8").splitlines()
+    pins = [line.removesuffix("\\").rstrip().partition("==") for line in lines]  # a backslash precedes hashes
     return {name: ", ".join(version for pinned, _, version in pins if pinned == name) for name in sorted(names)}
 
 

@@ -172,6 +172,13 @@ class Ledger(Database):
             fresh = select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.sequence > _watermark(connection))
             return connection.scalar(fresh) or 0
 
+    def oldest_fresh(self) -> float | None:
+        """Time of the oldest vote not yet ingested, in seconds since the epoch; None without one."""
+        with self._read() as connection:
+            behind = FEEDBACK.c.sequence > _watermark(connection)
+            seconds: float | None = connection.scalar(select(func.min(FEEDBACK.c.created)).where(behind))
+            return seconds
+
     def waiting(self) -> int:
         """Number of valid accepted votes newer than those of the last improvement."""
         trained = select(func.coalesce(func.max(IMPROVEMENTS.c.last_sequence), 0)).scalar_subquery()

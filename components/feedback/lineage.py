@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from components.config.paths import TRAINED_ON_FILE
+from components.config.secrets import redacted_tags
 from components.feedback.pictures import marked_content
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
@@ -30,6 +31,8 @@ def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict
     record = store.completion(completion_id)
     name, _, version = record["model"].partition("/")
     about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
+    if "tags" in about:
+        about["tags"] = redacted_tags(about["tags"])
     return {**record, "pictures": _pictures(store, record), "version": about}
 
 
@@ -77,7 +80,7 @@ def ancestry(registry: Registry, version: ModelVersion) -> list[ModelVersion]:
 
 def feedback_ids(version: ModelVersion) -> list[str]:
     """Ids of the feedback items that this version was trained on beyond its parent."""
-    path = version.folder / TRAINED_ON_FILE
+    path = version.stored / TRAINED_ON_FILE
     if not path.is_file():
         return []
     ids: list[str] = json.loads(path.read_text(encoding="utf-8"))["feedback"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,26 @@ def weights_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digests.append(hashlib.file_digest(file, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def cached_digest(folder: Path) -> str:
+    """`weights_digest`, computed again when a file has changed."""
+    states = [file.stat() for file in weight_files(folder)]
+    return _digest_of_state(folder, tuple((state.st_size, state.st_mtime_ns) for state in states))
+
+
+@lru_cache(maxsize=64)
+def _digest_of_state(folder: Path, _state: tuple[tuple[int, int], ...]) -> str:
+    return weights_digest(folder)
+
+
+def check_digest(folder: Path, sha256: str, name: str) -> None:
+    """Raises: InputError when a model's weights are not those with which it was registered."""
+    if (actual := cached_digest(folder)) != sha256:
+        raise InputError(
+            f"{name}: {folder}: its weights have the SHA-256 {actual[:12]}…, and were registered with {sha256[:12]}…;"
+            " restore them from a backup"
+        )
 
 
 def names_in(file: Path) -> list[str]:

@@ -18,6 +18,9 @@ from components.runtime.process import alive, lock_owner
 LOCK = "up"
 FILE = "services.json"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+SERVED = "served"
+"""Folder of the state folder with a lock for each version that a server was started with, `NAME@VERSION-PID.NUMBER`."""
+_SUCCESSES = "successes"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -51,6 +54,17 @@ def publish(home: Path, addresses: dict[str, str], states: dict[str, str] | None
 def unregister(home: Path) -> None:
     """Remove the addresses that `publish` wrote."""
     (home / FILE).unlink(missing_ok=True)
+
+
+def record_success(home: Path, name: str) -> None:
+    """Remember that a flow or a backup has succeeded now."""
+    (home / _SUCCESSES).mkdir(parents=True, exist_ok=True)
+    (home / _SUCCESSES / name).touch()
+
+
+def successes(home: Path) -> dict[str, float]:
+    """Time of the last success of each flow, in seconds since the epoch."""
+    return {path.name: path.stat().st_mtime for path in sorted((home / _SUCCESSES).glob("*"))}
 
 
 def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:

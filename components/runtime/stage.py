@@ -26,6 +26,7 @@ import yaml
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
 from components.config.paths import Paths, disk_trouble, find_root
+from components.config.secrets import redacted
 from components.config.versions import VERSIONS_FILE
 from components.runtime.checkpoint_folders import History, remove_committed
 from components.runtime.files import keep_private, remove, replace_file
@@ -305,7 +306,7 @@ def _run_locked(name: str, paths: Paths) -> None:
     for out in outs(read_stages(paths.root)[name]):
         remove(paths.root / out)
     with open_tracker(name, inputs.key, paths.home) as tracker:
-        tracker.params(flat(inputs.values))
+        tracker.params(flat(redacted(inputs.values)))
         for dep, content in inputs.deps.items():
             if dep.startswith("data/"):
                 tracker.dataset(dep, content, dep, "input")

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sqlite3
+import subprocess
 import sys
 import threading
 import warnings
@@ -25,6 +26,7 @@ from urllib.parse import unquote, urlparse
 
 from components.config.errors import Unavailable
 from components.config.params import InputError
+from components.config.secrets import hidden
 from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
 from components.runtime.process import alive, file_lock
@@ -97,10 +99,9 @@ def connect(home: Path) -> MlflowClient:
     except errors() as error:
         if not server:
             raise
-        reason = " ".join(str(error).split())[:200]
-        raise Unavailable(
-            f"MLFLOW_TRACKING_URI: {server}: {reason}; start that server, or unset the variable"
-        ) from error
+        reason = " ".join(hidden(str(error)).split())[:200]
+        message = f"MLFLOW_TRACKING_URI: {hidden(server)}: {reason}; start that server, or unset the variable"
+        raise Unavailable(message) from error
     return client
 
 
@@ -142,6 +143,22 @@ def relocate(home: Path) -> None:
         tables.execute(f"UPDATE experiments SET artifact_location = ? WHERE {default}", [f"{current}/0"])
         moved = [str(home), str(before.parents[1])]
         tables.execute("UPDATE tags SET value = ? WHERE key = 'home' AND value = ?", moved)
+
+
+def upgrade_database(home: Path) -> None:
+    """Migrate the state folder's database to the schema of the installed MLflow, if there is one.
+
+    Raises: InputError with MLflow's reason.
+    """
+    database = home / "mlflow" / DATABASE
+    if not database.is_file():
+        return
+    # MLflow has no call for it beside its command.
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
+    done = subprocess.run(command, env={**os.environ, **_SETTINGS}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"{database}: MLflow cannot migrate it: {reason[:300]}")
 
 
 def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:
@@ -214,7 +231,7 @@ class Uploader(threading.Thread):
         except InputError as error:
             return str(error)
         except errors() as error:
-            return " ".join(f"MLflow: {error}".split())[:300]
+            return " ".join(hidden(f"MLflow: {error}").split())[:300]
         return ""
 
 

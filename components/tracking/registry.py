@@ -24,7 +24,7 @@ from components.agent.saved_tools import check_source, tool_tags
 from components.config.params import InputError
 from components.config.paths import writing
 from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
-from components.models.weight_files import weights_digest
+from components.models.weight_files import check_digest, weights_digest
 from components.runtime.process import file_lock
 from components.tracking.mlflow_client import (
     DATABASE,
@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 ALIASES = ("champion", "challenger", "previous")
 PREVIOUS = "previous"
 """Tag of a version: the number of the champion before it, or empty; alias of the version that the tag names."""
-WEIGHTS_SHA256, BASE_SHA256, BASE_VERSION = "weights_sha256", "base_sha256", "base_version"
-"""Tags: the digest of a version's weights; that of an adapter's base, and the version that has it."""
+WEIGHTS_SHA256, ADAPTER_SHA256 = "weights_sha256", "adapter_sha256"
+BASE_SHA256, BASE_VERSION = "base_sha256", "base_version"
+"""Tags: the digest of a version's weights or adapter; that of an adapter's base, and the version that has it."""
+PRUNED = "pruned"
+"""Tag of a version whose weights were removed (components/tracking/retention.py)."""
 _LOCK_SECONDS = 60.0
 """Longest wait for another process that changes aliases."""
 
@@ -68,13 +71,23 @@ class ModelVersion:
     def __str__(self) -> str:
         return f"{self.name}/{self.version}"
 
+    @property
+    def stored(self) -> Path:
+        """The model folder as it is stored, without any check; of a pruned version, what lineage reads."""
+        return next((self.registry.files(self) / "data").iterdir())
+
     @cached_property
     def folder(self) -> Path:
         """The model folder (Hugging Face format) on this machine, and an adapter's base; downloaded once from a server.
 
-        Raises: InputError when the source of its tools differs from the registered digest.
+        Raises: InputError when its weights or the source of its tools differ from the registered digests, or were
+        pruned.
         """
-        folder = next((self.registry.files(self) / "data").iterdir())
+        if self.tags.get(PRUNED) == "true":
+            raise InputError(f"{self}: its weights were pruned (keep.versions in params.yaml); name a newer version")
+        folder = self.stored
+        if sha256 := self.tags.get(WEIGHTS_SHA256) or self.tags.get(ADAPTER_SHA256):
+            check_digest(folder, sha256, str(self))
         if sha256 := self.tags.get("tools_sha256"):
             check_source(folder, sha256)
         if base := self.tags.get(BASE_SHA256):
@@ -219,7 +232,8 @@ class Registry:
         version = self.with_weights(base.weights_sha256)
         if version is None:
             version = self.register(base_folder(folder), f"{name}-base", {}, {"family": "base"}, parent)
-        return {BASE_VERSION: str(version), BASE_SHA256: base.weights_sha256}
+        about_base = {BASE_VERSION: str(version), BASE_SHA256: base.weights_sha256}
+        return {ADAPTER_SHA256: weights_digest(folder), **about_base}
 
     def with_weights(self, weights_sha256: str) -> ModelVersion | None:
         """The newest version that has these weights itself."""
@@ -262,7 +276,11 @@ class Registry:
             self._set_aliases(name, {alias: version.version if version else None})
 
     def promote(self, version: ModelVersion) -> None:
-        """Make a version the champion; the old champion becomes `previous`."""
+        """Make a version the champion; the old champion becomes `previous`.
+
+        Raises: InputError when it is already, or its files cannot be used.
+        """
+        _ = version.folder
         with self._locked():
             champion = self.aliases(version.name).get("champion")
             if champion == version.version:

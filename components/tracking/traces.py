@@ -45,7 +45,7 @@ class Span:
     outputs: Any = None
 
 
-Trace = tuple[Span, Sequence[Span], Mapping[str, str]]
+Trace = tuple[Span, Sequence[Span], Mapping[str, Any]]
 
 
 class Traces:
@@ -58,7 +58,7 @@ class Traces:
         self._thread = threading.Thread(target=self._write, name="traces", daemon=True)
         self._thread.start()
 
-    def add(self, whole: Span, parts: Sequence[Span], tags: Mapping[str, str]) -> None:
+    def add(self, whole: Span, parts: Sequence[Span], tags: Mapping[str, Any]) -> None:
         """Enqueue an answer's trace, if it is sampled and the queue has room."""
         if random.random() >= self._share:
             return
@@ -91,7 +91,8 @@ def _write(client: MlflowClient, trace: Trace) -> None:
         warnings.simplefilter("ignore")  # of types in MLflow's own code, while it is imported
         import mlflow.pyfunc  # which starting a trace imports
 
-    whole, parts, tags = trace
+    whole, parts, fields = trace
+    tags = {name: str(value) for name, value in fields.items()}
     # Traces go where the process's own address says, whatever the client's.
     if mlflow.get_tracking_uri() != client.tracking_uri:
         variable = os.environ.get("MLFLOW_TRACKING_URI")
@@ -100,7 +101,7 @@ def _write(client: MlflowClient, trace: Trace) -> None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     root = client.start_trace(
-        whole.name, whole.kind, whole.inputs, tags=dict(tags), experiment_id=experiment, start_time_ns=_ns(whole.start)
+        whole.name, whole.kind, whole.inputs, tags=tags, experiment_id=experiment, start_time_ns=_ns(whole.start)
     )
     for part in parts:
         span = client.start_span(

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -191,6 +192,41 @@ def version_data(root: Path, folder: Path) -> str:
         repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
         added = repo.add([str(folder)])
         return str(added[0].outs[0].hash_info.value)
+
+
+def cache_folder(root: Path) -> Path:
+    """The folder of DVC's cache, which its configuration may have moved."""
+    with open_repo(root, read_only=True) as repo:
+        return Path(repo.cache.local_cache_dir)
+
+
+def prune_cache(root: Path, kept: Collection[str], days: float, dry_run: bool) -> list[tuple[str, int]]:
+    """Remove objects of DVC's cache that nothing refers to: neither the files of this working tree, nor branches and
+    tags of git, nor `kept`, hashes of outs. Returns hashes and bytes.
+
+    DVC's lock is held, under which it stores an out and writes dvc.lock.
+    """
+    if not (root / ".dvc").is_dir():
+        return []
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of each out that was never made
+    with chdir(root), open_repo(root) as repo, repo.lock:
+        is_git = has_git(root)
+        found = repo.used_objs(all_branches=is_git, all_tags=is_git, skip_failed=True)
+        used = {info.value for infos in found.values() for info in infos} | set(kept)
+        objects = Path(repo.cache.local.path)
+        for name in [name for name in used if name and name.endswith(".dir")]:
+            with suppress(FileNotFoundError):  # in a remote alone
+                listed = json.loads((objects / name[:2] / name[2:]).read_text(encoding="utf-8"))
+                used |= {entry["md5"] for entry in listed}
+        before = time.time() - days * 86_400
+        sizes = []
+        for path in sorted(objects.glob("??/*")):
+            name, state = path.parent.name + path.name, path.stat()
+            if name not in used and state.st_mtime <= before:
+                sizes.append((name, state.st_size))
+                if not dry_run:
+                    path.unlink()
+        return sizes
 
 
 @contextmanager

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from components.config.params import InputError
+from components.config.secrets import hidden
 from components.runtime.files import replace_file
 from components.runtime.process import file_lock, lock_owner, start, stop
 from components.runtime.service_registry import LOOPBACK, running, wait_for
@@ -28,6 +30,8 @@ AUTH_STRING = "PREFECT_API_AUTH_STRING"
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
+_PAGE = 200
+"""Flow runs that Prefect lists in one answer."""
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -56,7 +60,9 @@ class Api:
         if wait_for(f"{self.url}/health", _SECONDS_TO_START if self.process else seconds, self.process):
             return self.url
         if self.process is None:
-            raise InputError(f"PREFECT_API_URL: {self.url}: no answer; start that server, or unset the variable")
+            raise InputError(
+                f"PREFECT_API_URL: {hidden(self.url)}: no answer; start that server, or unset the variable"
+            )
         raise RuntimeError(f"Prefect's server did not start; see {self.log}")
 
     @property
@@ -160,6 +166,33 @@ def mark_crashed_runs(home: Path, own_server: bool) -> None:
             is_own = home in homes or (own_server and homes)
             if is_own and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+
+
+def prune_flow_runs(url: str, home: Path, newest: int, dry_run: bool) -> list[str]:
+    """Delete this state folder's ended flow runs but the newest of each flow; returns their names."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.client.schemas.objects import TERMINAL_STATES
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.settings import temporary_settings
+
+    api = Api(url, home / "logs" / "prefect-server.log", None, client_settings(home, url).get(AUTH_STRING))
+    states, tag = [state.value for state in TERMINAL_STATES], {"all_": [home_tag(home)]}
+    ended = FlowRunFilter.model_validate({"state": {"type": {"any_": states}}, "tags": tag})
+    seen: dict[UUID, int] = {}
+    old = []
+    with temporary_settings(api.client), get_client(sync_client=True) as client:
+        offset = 0
+        while page := client.read_flow_runs(
+            flow_run_filter=ended, sort=FlowRunSort.START_TIME_DESC, limit=_PAGE, offset=offset
+        ):
+            for run in page:
+                seen[run.flow_id] = seen.get(run.flow_id, 0) + 1
+                old += [run] if seen[run.flow_id] > newest else []
+            offset += len(page)
+        for run in old if not dry_run else ():
+            client.delete_flow_run(run.id)
+    return [run.name for run in old]
 
 
 def send_logs() -> None:

@@ -28,6 +28,7 @@ from components.agent.agent import GAVE_UP, Agent, ContextTooLong
 from components.agent.tools import Tool, call
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
+from components.config.secrets import hidden
 from components.models.base_store import is_adapter
 from serving.engine.backend import (
     AgentStep,
@@ -88,6 +89,7 @@ class RemoteServer(Backend):
         self.max_new_tokens = config.max_new_tokens
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
         self.url = config.backend_url.rstrip("/")
+        self.address = hidden(self.url)
         self.adapter, self._loaded = adapter, False
         self.model_name = name.replace("/", "-") if adapter else config.backend_model
         with _counting:
@@ -132,7 +134,7 @@ class RemoteServer(Backend):
     async def _prepare(self, folder: Path, base: str) -> None:
         """Check that the server runs this version's weights, or its base's, and load the adapter."""
         served = (await self._served_models()).get(base)
-        await asyncio.to_thread(check_weights, folder, self.name, f"{self.url}: {base}", served)
+        await asyncio.to_thread(check_weights, folder, self.name, f"{self.address}: {base}", served)
         if self.adapter:
             await self.load_adapter()
 
@@ -142,7 +144,7 @@ class RemoteServer(Backend):
         try:
             return {model["id"]: model.get("root") for model in json.loads(body)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise BackendUnavailable(f"{self.url}/models: answered {status}: {body[:80]}") from None
+            raise BackendUnavailable(f"{self.address}/models: answered {status}: {body[:80]}") from None
 
     async def load_adapter(self) -> None:
         """Load this version's adapter into the server, unless it is there.
@@ -155,11 +157,13 @@ class RemoteServer(Backend):
         if status == 400 and "already been loaded" in message:
             path = (await self._served_models()).get(self.model_name)
             if path != self.adapter:
-                raise BackendNotReady(f"{self.url}: {self.model_name} is another adapter there, {path}; unload that")
+                raise BackendNotReady(
+                    f"{self.address}: {self.model_name} is another adapter there, {path}; unload that"
+                )
         elif status == 404 and "adapter" not in message:
-            raise BackendNotReady(f"{self.url}/load_lora_adapter: not found; {VLLM_NEEDS}")
+            raise BackendNotReady(f"{self.address}/load_lora_adapter: not found; {VLLM_NEEDS}")
         elif status != 200:
-            raise BackendNotReady(f"{self.url}: the adapter {self.adapter} is not loaded: {message}")
+            raise BackendNotReady(f"{self.address}: the adapter {self.adapter} is not loaded: {message}")
         self._loaded = True
 
     async def _unload_adapter(self) -> None:
@@ -378,7 +382,7 @@ def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
 
 
 def _away(url: str, error: Exception) -> BackendUnavailable:
-    return BackendUnavailable(f"{url}: {error or type(error).__name__}; is the backend up?")
+    return BackendUnavailable(f"{hidden(url)}: {error or type(error).__name__}; is the backend up?")
 
 
 def _message(body: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from components.agent.agent import Agent, ContextTooLong
 from components.feedback.store import AnswerRecord, Store
 from components.inference.schemas import SchemaError
+from components.tracking.otlp import OtlpTraces
 from components.tracking.traces import Traces
 from serving.engine.backend import (
     AgentStep,
@@ -68,7 +69,7 @@ class ChatHandler:
         store: Store,
         metrics: Metrics,
         role: str,
-        traces: Traces | None = None,
+        traces: Traces | OtlpTraces | None = None,
         media: RequestMedia = NO_MEDIA,
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"

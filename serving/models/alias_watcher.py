@@ -188,6 +188,11 @@ class AliasWatcher(Generic[M]):
                 logger.warning("%s stays: %s", self.engine.name, error)
         return done and not self._unreported and not self._retry_challenger
 
+    @property
+    def rejected(self) -> int:
+        """Versions that failed to load or to answer since the start."""
+        return len(self._rejected)
+
     def _drop_retired(self) -> None:
         """Drop retired models that have completed their last request."""
         self._retiring = [engine for engine in self._retiring if engine.running or engine.waiting]

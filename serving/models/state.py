@@ -5,11 +5,13 @@ Also its draining when a signal stops the server.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,9 @@ from components.config.paths import AGENT
 from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store
 from components.runtime.model_tasks import TASKS, Task, task_of
+from components.runtime.process import file_lock
+from components.runtime.service_registry import SERVED
+from components.tracking.otlp import OtlpTraces
 from components.tracking.registry import Registry
 from components.tracking.traces import Traces
 from serving.engine.backend import Backend
@@ -36,6 +41,7 @@ from serving.http.media import MediaReader
 from serving.models.alias_watcher import AliasWatcher, M, describe
 from serving.models.versions import Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
+from serving.observability.platform import PlatformCollector
 
 NOTICE_SECONDS = 1.0
 """Time between answering "not ready" and stopping, for load balancers to notice."""
@@ -58,8 +64,10 @@ class Serving:
     version_metadata: VersionMetadata
     mcp: McpServers
     media: MediaReader
-    traces: Traces | None = None
+    traces: Traces | OtlpTraces | None = None
     """None: answers are not traced."""
+    pinned: ExitStack = field(default_factory=ExitStack)
+    """Locks of versions that are served without an alias."""
     draining: bool = False
     """The server is stopping: running requests are finished, new ones refused."""
 
@@ -81,6 +89,13 @@ class Serving:
     def sees_pictures(self) -> bool:
         """Whether a chat model that is served does."""
         return any(engine.sees_pictures for engine in self.models.engines)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Number of versions that failed to load or to answer, by task."""
+        return {
+            task: each.rejected for task, each in zip(("chat", "classify", "summarize"), self.watchers, strict=True)
+        }
 
     @property
     def busy(self) -> bool:
@@ -176,10 +191,19 @@ class Serving:
             version_metadata={str(bundled): bundled.metadata}.get if bundled else registry_metadata(home),
             mcp=mcp,
             media=MediaReader(config),
-            traces=Traces(home, config.trace_share) if config.traces == "mlflow" else None,
+            traces=_traces(home, config),
         )
         for watcher in serving.watchers:
             watcher.start()
+        for spec in specs.values() if bundled is None else ():
+            if "/" in spec:  # a version that no alias protects from `prune`
+                lock = f"{spec.replace('/', '@')}-{os.getpid()}.{time.monotonic_ns()}"
+                serving.pinned.callback((home / SERVED / f"{lock}.lock").unlink, missing_ok=True)
+                serving.pinned.enter_context(file_lock(home / SERVED, lock))
+        platform = PlatformCollector(
+            home, serving.store, config.max_waiting, lambda: serving.ready, lambda: serving.rejected
+        )
+        metrics.observe_platform(platform)
         return serving
 
     def close(self) -> None:
@@ -190,6 +214,13 @@ class Serving:
         if self.traces is not None:
             self.traces.close()
         self.store.close()
+        self.pinned.close()
+
+
+def _traces(home: Path, config: ServeConfig) -> Traces | OtlpTraces | None:
+    if config.traces == "otlp":
+        return OtlpTraces(config.trace_share)
+    return Traces(home, config.trace_share) if config.traces == "mlflow" else None
 
 
 def _by_task(specs: list[str], source: Source) -> dict[Task, str]:

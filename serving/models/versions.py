@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
 from components.models.base_store import is_adapter, read_base
-from components.models.weight_files import weight_files, weights_digest
+from components.models.weight_files import cached_digest, check_digest
 from components.runtime.model_tasks import TASKS
-from components.tracking.registry import Registry
+from components.tracking.registry import ADAPTER_SHA256, WEIGHTS_SHA256, Registry
 from serving.engine.backend import BackendNotReady
 
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
@@ -55,6 +54,11 @@ class Bundled:
     folder: Path
     metadata: Mapping[str, Any]
     """From the registry, when the Bento was built: name, version, run_id, tags, metrics."""
+
+    def __post_init__(self) -> None:
+        """Raises: InputError when the weights are not those that were registered."""
+        if sha256 := self.tags.get(WEIGHTS_SHA256) or self.tags.get(ADAPTER_SHA256):
+            check_digest(self.folder, sha256, str(self))
 
     def __str__(self) -> str:
         return f"{self.metadata['name']}/{self.metadata['version']}"
@@ -153,12 +157,6 @@ def check_weights(folder: Path, name: str, where: str, served: str | None) -> No
 def _digest(folder: Path) -> str | None:
     """`weights_digest`; None where there are no weights."""
     try:
-        states = [file.stat() for file in weight_files(folder)]
+        return cached_digest(folder)
     except InputError:
         return None
-    return _digest_once(folder, tuple((state.st_size, state.st_mtime_ns) for state in states))
-
-
-@lru_cache(maxsize=8)
-def _digest_once(folder: Path, _state: tuple[tuple[int, int], ...]) -> str:
-    return weights_digest(folder)

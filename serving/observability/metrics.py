@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
+from components.tracking.otlp import OtlpTraces
 from components.tracking.traces import Span, Traces
 from serving.engine.backend import AgentStep, Completion, Event, Failure, Start, TextDelta, ToolCallDelta
-from serving.observability.logs import FIELDS
+from serving.observability.logs import FIELDS, REQUEST_ID
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TOKEN_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -55,6 +57,8 @@ class Metrics:
         self._role_feedback = count(
             "role_feedback", "Votes by the answering model's role now: champion, challenger, former.", "role", "rating"
         )
+        self.errors = count("errors", "Errors that the server answered, by their code.", "code")
+        self._platform: Collector | None = None
         self._queue = gauge("queue", "Chat requests that wait for a slot or run in one.", "livesum", "state")
         self._model = gauge("model_version", "Version of the champion.", "livemostrecent", "name")
         self._challenger = gauge("challenger_version", "Version of the challenger; 0: none.", "livemostrecent", "name")
@@ -70,6 +74,11 @@ class Metrics:
 
     def _gauge(self, name: str, description: str, mode: _MultiprocessMode, label: str) -> Gauge:
         return Gauge(f"loopwright_{name}", description, [label], multiprocess_mode=mode, registry=self.registry)
+
+    def observe_platform(self, collector: Collector) -> None:
+        """Add what a collector reads at each scrape."""
+        self._platform = collector
+        self.registry.register(collector)
 
     def vote(self, rating: str, role: str) -> None:
         self.feedback.labels(rating).inc()
@@ -91,6 +100,8 @@ class Metrics:
             return generate_latest(self.registry)
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        if self._platform is not None:
+            registry.register(self._platform)
         return generate_latest(registry)
 
 
@@ -104,6 +115,8 @@ class RequestMetrics:
 
     def __init__(self, completion_id: str, model: str, tools: Collection[str], metrics: Metrics) -> None:
         self._fields: dict[str, Any] = {"completion_id": completion_id, "model": model}
+        if request_id := REQUEST_ID.get():  # events come on threads that do not know it
+            self._fields["request_id"] = request_id
         self._tools, self._metrics = tools, metrics
         self._started = self._span_start = time.time()
         self._clock = time.perf_counter()
@@ -133,7 +146,7 @@ class RequestMetrics:
             fields = {**self._fields, "seconds": round(self.seconds, 4)}
             logger.warning("not answered: %s", event.error, extra={FIELDS: fields})
 
-    def trace(self, traces: Traces, request: Any, answer: str) -> None:
+    def trace(self, traces: Traces | OtlpTraces, request: Any, answer: str) -> None:
         traces.add(Span("answer", "AGENT", self._started, time.time(), request, answer), self.spans, self._fields)
 
     def _text(self) -> None:
@@ -157,11 +170,13 @@ class RequestMetrics:
         self._span("turn", "LLM", outputs=finished.content)
         if finished.tool_calls:
             self._metrics.tool_calls.labels("client").inc(len(finished.tool_calls))
-        fields = {
-            **self._fields,
+        self._fields |= {
             "finish_reason": finished.finish_reason,
             "prompt_tokens": finished.prompt_tokens,
             "completion_tokens": finished.completion_tokens,
+        }
+        fields = {
+            **self._fields,
             "tool_calls": sum(step["type"] == "call" for step in finished.steps) + len(finished.tool_calls),
             "seconds": round(self.seconds, 4),
             "queue_seconds": round(self._queue_seconds, 4),

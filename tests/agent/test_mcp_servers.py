@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,36 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.Mon
 def test_a_server_has_one_way_to_it(given: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         McpServer.model_validate(given)
+
+
+def test_headers_carry_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[str | None] = []
+
+    class Refusing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.headers["Authorization"])
+            self.send_error(401)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setenv("SHOP_TOKEN", "of-the-environment")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/mcp"
+        servers = McpServers([McpServer(name="far", url=url, headers={"Authorization": "Bearer $SHOP_TOKEN"})], 5.0)
+        servers.wait(WAIT)
+        servers.close()
+        server.shutdown()
+        thread.join()
+    assert set(received) == {"Bearer of-the-environment"}
+
+
+def test_a_literal_secret_is_reported_without_its_value(caplog: pytest.LogCaptureFixture) -> None:
+    McpServers([shop(TOKEN="s3cret-value", MARK="$SHOP_MARK")], 5.0).close()
+    reported = [record.getMessage() for record in caplog.records if "literal" in record.getMessage()]
+    assert reported == [
+        "serve.mcp_servers.shop.env.TOKEN: a literal value in params.yaml; write $NAME and set it in the environment"
+    ]
+    assert "s3cret-value" not in caplog.text

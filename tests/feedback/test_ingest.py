@@ -30,7 +30,7 @@ from components.media.pictures import Picture, decode_picture
 from components.validation.validate import Validator
 
 ROOT = Path(__file__).parents[2]
-CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "json.dumps"}}
 ANSWER = AnswerRecord("yes", "stop", 1, 1, 0.1)
 RESULT = {"type": "result", "name": "lookup", "content": "Serialize obj. Mail jane.doe@acme.io"}
@@ -482,7 +482,7 @@ from components.feedback.store import AnswerRecord, Store
 
 home, rounds = Path(sys.argv[1]), int(sys.argv[2])
 chance = random.Random(7)
-config = FeedbackConfig(max_items=7, max_items_per_user=10_000, improve_after=5, keep_days=None)
+config = FeedbackConfig(max_items=7, max_items_per_user=10_000, improve_after=5)
 
 def once(number):
     store = Store.of(home)

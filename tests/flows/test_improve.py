@@ -31,7 +31,7 @@ from flows.release import Release
 from tests.feedback.project import new_run, write_project
 
 Register = Callable[..., ModelVersion]
-CONFIG = FeedbackConfig(max_items=100, max_items_per_user=100, improve_after=20, keep_days=None)
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=100, improve_after=20)
 CALL = {"type": "call", "name": "lookup", "arguments": {"name": "name"}}
 FEW_STEPS = {
     "align__max_steps": 2,

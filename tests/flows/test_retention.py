@@ -1,0 +1,187 @@
+"""The retention policy on real stores: the disk stays flat, and whatever lineage, an alias or a server needs stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components.config.params import InputError, load_params
+from components.config.paths import TRAINED_ON_FILE, Paths
+from components.feedback.lineage import lineage, registry_metadata
+from components.feedback.store import AnswerRecord, Store
+from components.runtime.process import file_lock
+from components.runtime.service_registry import SERVED, successes
+from components.tracking.mlflow_client import create_run
+from components.tracking.registry import Registry
+from flows.backup import RETENTION_LOCK
+from flows.orchestration.dvc_repo import version_data
+from flows.orchestration.prefect_server import home_tag, prefect_api
+from flows.retention import prune
+from tests.pages import ROOT
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning"),  # of DVC's use of pygtrie
+    pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # of BentoML's use of pathspec
+]
+
+POLICY = {"versions": 3, "runs": 4, "bentos": 1, "cache_days": 0, "log_megabytes": 1, "flow_runs": 5}
+ROUNDS = 12
+WEIGHTS = 300_000
+"""Bytes of a version's weights, and of each round's data."""
+
+
+@pytest.fixture
+def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
+    monkeypatch.setenv("LOOPWRIGHT_HOME", str(home))
+    for variable in ("LOOPWRIGHT_DATABASE_URL", "PREFECT_API_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    paths = Paths(home.parent)
+    shutil.copy(ROOT / "dvc.yaml", paths.root)
+    params = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("keep: {}", f"keep: {json.dumps(POLICY)}")
+    paths.params.write_text(params, encoding="utf-8")
+    return paths
+
+
+def improve(paths: Paths, registry: Registry, number: int) -> None:
+    """What a round leaves: data under DVC, runs, a version trained from the one before, its Bento, an answer, a log."""
+    paths.feedback.mkdir(parents=True, exist_ok=True)
+    (paths.feedback / "items.parquet").write_bytes(os.urandom(WEIGHTS))
+    hashed = version_data(paths.root, paths.feedback)
+    folder = paths.root / "candidate"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(WEIGHTS))
+    (folder / TRAINED_ON_FILE).write_text(json.dumps({"feedback": [f"fb-{number}"]}))
+    flow = create_run(registry.client, "improve", {}, None, number)
+    for run_id in (create_run(registry.client, "align", {}, flow, number), flow):
+        registry.client.log_text(run_id, "x" * 10_000, "report.md")
+        registry.client.set_terminated(run_id)
+    tags = {"dvc.data/feedback": hashed, "bento": f"agent:v{number}"}
+    tags |= {"parent": f"agent/{number - 1}"} if number > 1 else {}
+    version = registry.register(folder, "agent", {"score": 0.5}, tags, flow)
+    registry.promote(version)
+    with closing(Store.of(paths.home)) as store:
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        store.add_exchange(f"chatcmpl-{number}", str(version), body, 1.7e9, AnswerRecord("hi", "stop", 1, 1, 0.1), [])
+    log = paths.home / "logs" / "serve.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{number} {'x' * 996}\n" * 400)
+
+
+def package(paths: Paths, number: int) -> None:
+    """A Bento's weights; in one test alone, for BentoML keeps the store of its first use."""
+    os.environ.update(BENTOML_HOME=str(paths.home / "bento"), BENTOML_DO_NOT_TRACK="true")
+    (paths.home / "bento" / "bentos").mkdir(parents=True, exist_ok=True)
+    import bentoml
+
+    with bentoml.models.create(f"agent:v{number}") as weights:
+        shutil.copytree(paths.root / "candidate", weights.path, dirs_exist_ok=True)
+
+
+def size(paths: Paths) -> int:
+    files = (path for top in (paths.home, paths.root / ".dvc") for path in top.rglob("*"))
+    return sum(path.stat().st_size for path in files if path.is_file() and "downloads" not in path.parts)
+
+
+def test_the_disk_stays_flat_and_lineage_whole(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BENTOML_HOME", "")
+    registry = Registry(paths.home)
+    sizes = []
+    for number in range(1, ROUNDS + 1):
+        improve(paths, registry, number)
+        package(paths, number)
+        if number % 2 == 0:
+            prune(paths)
+            sizes.append(size(paths))
+    grown = sizes[-1] - sizes[len(sizes) // 2 - 1]
+    assert grown < WEIGHTS, f"six rounds leave {grown} bytes: {sizes}"
+    assert grown < 0.05 * sizes[-1]
+    metadata = registry_metadata(paths.home)
+    with closing(Store.of(paths.home)) as store:
+        for number in range(1, ROUNDS + 1):
+            version = lineage(store, f"chatcmpl-{number}", metadata)["version"]
+            chain = [(each["version"], each["feedback"]) for each in version["taught_by"]]
+            assert chain == [(f"agent/{each}", [f"fb-{each}"]) for each in range(number, 0, -1)]
+            assert version["metrics"] == {"score": 0.5}
+    kept = [f"agent/{number}" for number in range(ROUNDS - 2, ROUNDS + 1)]
+    assert all((registry.resolve(name).folder / "model.safetensors").is_file() for name in kept)
+    with pytest.raises(InputError, match=r"agent/1: its weights were pruned \(keep\.versions"):
+        registry.promote(registry.resolve("agent/1"))
+    objects = {path.parent.name + path.name for path in (paths.root / ".dvc/cache/files/md5").glob("??/*")}
+    hashes = {registry.resolve(name).tags["dvc.data/feedback"] for name in kept}
+    assert hashes <= objects
+    assert len(objects) == 2 * len(hashes), "a folder and its file for each kept version"
+    assert not any(removal.count for removal in prune(paths)), "a second pass finds nothing"
+
+
+def test_what_is_served_or_named_by_an_alias_stays(paths: Paths) -> None:
+    registry = Registry(paths.home)
+    for number in range(1, 7):
+        improve(paths, registry, number)
+    registry.alias("agent", "challenger", registry.resolve("agent/2"))
+    holder = f"from components.runtime.process import file_lock\nfrom pathlib import Path\nwith file_lock(Path({str(paths.home / SERVED)!r}), 'agent@1-77'):\n    print('held', flush=True)\n    input()"  # noqa: E501
+    with subprocess.Popen(
+        [sys.executable, "-c", holder], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "held\n"
+        planned = prune(paths, dry_run=True)
+        assert [registry.resolve(f"agent/{number}").folder for number in range(1, 7)], "a dry run removes nothing"
+        done = prune(paths)
+        server.communicate("\n")
+    assert [removal.names for removal in planned] == [removal.names for removal in done]
+    assert {removal.kind: removal.names for removal in done}["versions"] == ("agent/3",)
+    assert all(registry.resolve(f"agent/{number}").folder for number in (1, 2, 4, 5, 6))
+    prune(paths)  # the server has ended
+    with pytest.raises(InputError, match="pruned"):
+        _ = registry.resolve("agent/1").folder
+
+
+def test_a_backup_holds_removals_off(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.retention._PATIENCE_SECONDS", 0.0)
+    with file_lock(paths.home / "stages", RETENTION_LOCK), pytest.raises(InputError, match="retention: already"):
+        prune(paths)
+
+
+def test_the_earlier_name_of_the_days_of_requests_is_refused_with_the_present_one(paths: Paths) -> None:
+    written = yaml.safe_load(paths.params.read_text(encoding="utf-8"))
+    paths.params.write_text(yaml.safe_dump(written | {"feedback": {"keep_days": 30}}), encoding="utf-8")
+    with pytest.raises(InputError, match=r"feedback\.keep_days: renamed; write keep\.request_days"):
+        load_params(paths.params)
+
+
+@pytest.mark.platform
+def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    with prefect_api(paths.home) as api:
+        url = api.wait()
+        from prefect import flow, tags
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        def runs() -> int:
+            with get_client(sync_client=True) as client:
+                return len(client.read_flow_runs())
+
+        with temporary_settings({PREFECT_API_URL: url}):
+            with tags(home_tag(paths.home)):
+                for _ in range(7):
+                    flow(name="ingest")(lambda: None)()
+            flow(name="of another folder")(lambda: None)()
+            monkeypatch.setenv("PREFECT_API_URL", url)
+            (planned,) = (removal for removal in prune(paths, dry_run=True) if removal.kind == "flow runs")
+            assert (planned.count, runs()) == (2, 8)
+            prune(paths)
+            assert runs() == 6
+        command = [sys.executable, "-c", "from flows.deployments import ingest, monitor; ingest(); monitor()"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": url}
+        subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
+    assert set(successes(paths.home)) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"
