@@ -1,4 +1,4 @@
-"""Stored API keys: digest, scopes and rate limit, never the key.
+"""Stored API keys: digest, owner, scopes, rate limit and expiry, never the key.
 
 A key is 32 random bytes, so that its SHA-256 cannot be found by brute force: a slow hash, which would delay every
 request, is needed only for passwords that people choose.
@@ -18,14 +18,14 @@ from sqlalchemy import select
 
 from components.config.params import InputError
 from components.feedback.database import Database
-from components.feedback.tables import API_KEYS
+from components.feedback.tables import API_KEYS, OWNER_CHARACTERS
 
 Scope = Literal["predict", "feedback", "admin"]
 """predict: send requests and trace answers; feedback: vote; admin: both, and read all votes."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PREFIX = "lw-"
 """Prefix of every key created here, for people and secret scanners to recognize."""
-NAME_CHARACTERS = 64
+NAME_CHARACTERS = OWNER_CHARACTERS
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ApiKey:
     scopes: frozenset[str]
     requests_per_minute: int | None = None
     """None: the endpoint's own limit, `serve.requests_per_minute`."""
+    owner: str = ""
+    """Who owns the records that are made with it; keys of one owner share them."""
 
     def opens(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -48,15 +50,20 @@ def key_digest(key: str | bytes) -> str:
 class Keys(Database):
     """The part of the store that holds API keys."""
 
-    def create_key(self, name: str, scopes: Sequence[str], requests_per_minute: int | None = None) -> tuple[str, str]:
-        """Create a key; returns its id and the key, which is not stored.
+    def create_key(
+        self, name: str, scopes: Sequence[str], requests_per_minute: int | None = None, owner: str | None = None
+    ) -> tuple[str, str]:
+        """Create a key, whose owner is its name where none is given; returns its id and the key, which is not stored.
 
         Raises: InputError.
         """
-        if not name.strip() or len(name) > NAME_CHARACTERS or "\0" in name:
-            raise InputError(
-                f"name: {name[:80]!r} is empty or longer than {NAME_CHARACTERS} characters; give the name of its user"
-            )
+        owner = name if owner is None else owner
+        for field, value in (("name", name), ("owner", owner)):
+            if not value.strip() or len(value) > NAME_CHARACTERS or "\0" in value:
+                raise InputError(
+                    f"{field}: {value[:80]!r} is empty or longer than {NAME_CHARACTERS} characters; "
+                    "give the name of its user"
+                )
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:
             raise InputError(f"scope: {unknown[0] if unknown else 'none'!r} is not one of {', '.join(SCOPES)}")
@@ -71,6 +78,7 @@ class Keys(Database):
             "scopes": " ".join(scope for scope in SCOPES if scope in scopes),
             "requests_per_minute": requests_per_minute,
             "created": time.time(),
+            "owner": owner,
         }
         with self._write() as connection:
             connection.execute(API_KEYS.insert(), row)
@@ -84,7 +92,7 @@ class Keys(Database):
 
     def open_keys(self) -> list[ApiKey]:
         return [
-            ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"])
+            ApiKey(row["id"], row["digest"], frozenset(row["scopes"].split()), row["requests_per_minute"], row["owner"])
             for row in self._rows(select(API_KEYS).where(API_KEYS.c.revoked.is_(None)))
         ]
 

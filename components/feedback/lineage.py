@@ -20,14 +20,16 @@ VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 """Metadata of a `NAME/VERSION` (run, tags, metrics, ...); None for an unknown version."""
 
 
-def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict[str, Any]:
+def lineage(store: Store, completion_id: str, metadata: VersionMetadata, viewer: str | None = None) -> dict[str, Any]:
     """The record of one completion with `version`: the answering model's run, commit, data and checks.
+
+    Where a `viewer` is given, the completions of other owners do not exist.
 
     `pictures` are those of the request, each with the endpoint's path of its file.
 
     Raises: UnknownCompletion.
     """
-    record = store.completion(completion_id)
+    record = store.completion(completion_id, viewer)
     name, _, version = record["model"].partition("/")
     about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
     return {**record, "pictures": _pictures(store, record), "version": about}

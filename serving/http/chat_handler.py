@@ -41,7 +41,7 @@ from serving.engine.backend import (
 )
 from serving.http.errors import ERRORS, ApiError, failed_stream_body
 from serving.http.media import NO_MEDIA, RequestMedia, refuse_media
-from serving.http.routes import DirectRoute, Running, requesting_user
+from serving.http.routes import DirectRoute, Running, record_owner, requesting_user
 from serving.http.schemas import ChatRequest
 from serving.models.state import Serving
 from serving.observability.metrics import Metrics, RequestMetrics
@@ -70,10 +70,11 @@ class ChatHandler:
         role: str,
         traces: Traces | None = None,
         media: RequestMedia = NO_MEDIA,
+        owner: str = "",
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.engine, self.body, self._role = engine, body, role
+        self.engine, self.body, self._role, self._owner = engine, body, role, owner
         self._store, self._metrics, self._traces, self._media = store, metrics, traces, media
         self._request_metrics = RequestMetrics(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
@@ -193,7 +194,7 @@ class ChatHandler:
         self._request_metrics.observe(event)
         if isinstance(event, Start):
             if self.body.stream:  # the client gets the id before the end, and may send feedback on it
-                self._store.add_request(self.id, self.engine.name, self._recorded_body, self._media.files)
+                self._store.add_request(self.id, self.engine.name, self._recorded_body, self._media.files, self._owner)
             self._started = time.time()
         elif isinstance(event, Completion) and self._started:
             self._record(event)
@@ -222,7 +223,7 @@ class ChatHandler:
             self._store.add_answer(self.id, answer)
         else:
             body, files = self._recorded_body, self._media.files
-            self._store.add_exchange(self.id, self.engine.name, body, self._started, answer, files)
+            self._store.add_exchange(self.id, self.engine.name, body, self._started, answer, files, self._owner)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
@@ -237,7 +238,7 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
     if body.characters > (limit := serving.config.max_prompt_characters):
         message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
         raise ApiError(400, message, "context_length_exceeded", "messages")
-    handler = await begin(body, serving, requesting_user(request, body.user))
+    handler = await begin(body, serving, requesting_user(request, body.user), record_owner(request))
     if body.stream:
         return StreamingResponse(
             handler.chunks(),
@@ -250,7 +251,7 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
         return Response(status_code=499)
 
 
-async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
+async def begin(body: ChatRequest, serving: Serving, user: str, owner: str = "") -> ChatHandler:
     """Submit a request; a streamed one waits for its slot, so that an error still has its HTTP status."""
     media: RequestMedia | None = None if body.has_media else NO_MEDIA
     while True:
@@ -263,7 +264,7 @@ async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
         agent = backend.agent
         generation = await _chat_request(body, agent, media) if agent else _source_request(body, backend.name)
         role = watcher.role(backend.name)
-        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces, media)
+        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces, media, owner)
         try:
             handler.submit(generation)
         except BackendRetired:

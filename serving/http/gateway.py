@@ -130,7 +130,7 @@ class GatewayMiddleware:
         if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        scope["api_key_user"] = f"key:{key.digest[:USER_DIGITS]}"
+        scope["api_key"], scope["api_key_user"] = key, f"key:{key.digest[:USER_DIGITS]}"
         limit = key.requests_per_minute or serving.config.requests_per_minute
         if seconds := self._rate_limit.wait(key, limit):
             message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
@@ -270,7 +270,8 @@ def environment_keys(variable: str) -> list[ApiKey]:
                 f"LOOPWRIGHT_API_KEYS: {HASHED}... must be followed by {DIGEST_CHARACTERS} hexadecimal digits"
             )
         digests.append(digest)
-    return [ApiKey(f"environment-{digest[:12]}", digest, frozenset({"admin"})) for digest in digests]
+    names = {digest: f"environment-{digest[:12]}" for digest in digests}
+    return [ApiKey(name, digest, frozenset({"admin"}), owner=name) for digest, name in names.items()]
 
 
 def has_keys(variable: str, home: Path) -> bool:

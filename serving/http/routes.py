@@ -12,6 +12,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
+from components.feedback.keys import ApiKey
 from serving.http.errors import ApiError
 from serving.models.state import Serving
 
@@ -22,6 +23,18 @@ async def _serving(request: Request) -> Serving:
 
 
 Running = Annotated[Serving, Depends(_serving)]
+
+
+def record_owner(request: Request) -> str:
+    """The owner of the records that a request makes; empty without an API key."""
+    key: ApiKey | None = request.scope.get("api_key")
+    return key.owner if key else ""
+
+
+def record_viewer(request: Request) -> str | None:
+    """The owner whose records a request may read and rate; None: all, without a key and with the scope admin."""
+    key: ApiKey | None = request.scope.get("api_key")
+    return None if key is None or key.opens("admin") else key.owner
 
 
 def requesting_user(request: Request, user: str | None) -> str:
