@@ -7,7 +7,7 @@ feedback that each of them was trained on. Forwards: the versions that were trai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,14 @@ def feedback_ids(version: ModelVersion) -> list[str]:
 
 def trained_versions(registry: Registry, feedback_id: str) -> list[str]:
     """Every `NAME/VERSION` that was trained on an item, itself or through its ancestors."""
-    versions = [version for name in registry.names() for version in registry.versions(name)]
-    return [
-        str(version)
-        for version in versions
-        if any(feedback_id in feedback_ids(each) for each in ancestry(registry, version))
-    ]
+    return list(versions_trained_on(registry, [feedback_id]))
+
+
+def versions_trained_on(registry: Registry, items: Collection[str]) -> dict[str, list[str]]:
+    """By `NAME/VERSION`, those of the feedback items that it was trained on, itself or through its ancestors."""
+    learned: dict[str, list[str]] = {}
+    for version in [version for name in registry.names() for version in registry.versions(name)]:
+        ids = {item for each in ancestry(registry, version) for item in feedback_ids(each)}
+        if known := [item for item in items if item in ids]:
+            learned[str(version)] = known
+    return learned

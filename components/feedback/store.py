@@ -10,6 +10,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,24 @@ from sqlalchemy import Connection, Select, String, bindparam, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from components.config.params import InputError
+from components.feedback.audit import Action
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger
 from components.feedback.pictures import PictureFile, Pictures
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
+from components.feedback.user_records import People
 
-__all__ = ["AnswerRecord", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
+__all__ = [
+    "AnswerRecord",
+    "Rating",
+    "Store",
+    "StoreUnavailable",
+    "UnknownCompletion",
+    "audit",
+    "database_url",
+    "has_store",
+]
 
 Rating = Literal["up", "down"]
 
@@ -68,8 +80,8 @@ _REPLACE = (
 )
 
 
-class Store(Ledger, Keys, Pictures):
-    """Requests with their pictures, answers, feedback with its status, and API keys in one database.
+class Store(Ledger, Keys, Pictures, People):
+    """Requests with their pictures, answers, feedback with its status, API keys and the audit log in one database.
 
     `owner` is the owner of the API key that a row is made with, empty without a key. Where a `viewer` is given, the
     rows of other owners do not exist; None sees all. Every method raises StoreUnavailable when the database is locked
@@ -206,6 +218,12 @@ class Store(Ledger, Keys, Pictures):
                 select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.replaced_by.is_(None))
             ),
         }
+
+
+def audit(home: Path, action: Action, target: str, detail: str | None = None) -> None:
+    """Record an action in the audit log of a state folder's store."""
+    with closing(Store.of(home)) as store:
+        store.add_audit(action, target, detail)
 
 
 def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:
