@@ -74,10 +74,7 @@ def erase_user(
     print(f"{name}: erased {counts}")
     _print_models(models)
     if records.votes:
-        print(
-            'next: "loopwright feedback ingest" withdraws them from training; ingested items stay, masked, in '
-            "data/feedback and its DVC history"
-        )
+        print('next: "loopwright feedback ingest" deletes ingested items from data/feedback; "dvc gc" former states')
 
 
 def _store() -> Store:

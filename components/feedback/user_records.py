@@ -7,6 +7,7 @@ row of a vote stays, emptied and revoked, because models name the votes that the
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,15 @@ from components.feedback.tables import (
     ANSWERS,
     FEEDBACK,
     OUTCOMES,
+    PARTITIONS,
     PICTURES,
     REQUEST_PICTURES,
     REQUESTS,
     REVOCATIONS,
 )
 
+ERASED = "erased"
+"""The reason of a revocation whose item is still in a partition."""
 BATCH = 500
 """Ids of one statement."""
 
@@ -49,6 +53,27 @@ class People(Audit):
         """
         with self._read() as connection:
             return _records(connection, name, owner)
+
+    def erased_items(self) -> dict[str, set[str]]:
+        """By partition, the erased votes whose items are still in its file."""
+        statement = (
+            select(OUTCOMES.c.partition, OUTCOMES.c.feedback_id)
+            .join(REVOCATIONS, REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id)
+            .where(OUTCOMES.c.status == "accepted", REVOCATIONS.c.reason == ERASED)
+        )
+        items: dict[str, set[str]] = {}
+        for row in self._rows(statement):
+            items.setdefault(row["partition"], set()).add(row["feedback_id"])
+        return items
+
+    def replace_partition(self, name: str, digest: str, erased: Collection[str]) -> None:
+        """Record that the file of a partition was written anew, without these items, and has to be versioned."""
+        with self._write() as connection:
+            partition = PARTITIONS.update().where(PARTITIONS.c.name == name)
+            connection.execute(partition.values(digest=digest, dvc=None))
+            for votes in batched(erased, BATCH):
+                gone = REVOCATIONS.update().where(REVOCATIONS.c.feedback_id.in_(votes))
+                connection.execute(gone.values(reason=f"{ERASED}, also from its partition"))
 
     def vote(self, feedback_id: str) -> dict[str, Any]:
         """The row of a vote that exists."""
@@ -98,9 +123,10 @@ def _records(connection: Connection, name: str, owner: str | None) -> UserRecord
 
 def _erase_votes(connection: Connection, votes: list[str]) -> None:
     revoked = set(connection.scalars(select(REVOCATIONS.c.feedback_id).where(REVOCATIONS.c.feedback_id.in_(votes))))
-    rows = [{"feedback_id": vote, "created": time.time(), "reason": "erased"} for vote in votes if vote not in revoked]
+    rows = [{"feedback_id": vote, "created": time.time(), "reason": ERASED} for vote in votes if vote not in revoked]
     if rows:
         connection.execute(REVOCATIONS.insert(), rows)
+    connection.execute(REVOCATIONS.update().where(REVOCATIONS.c.feedback_id.in_(revoked)).values(reason=ERASED))
     empty = {"correction": None, "comment": None, "idempotency_key": None, "voice": "", "owner": ""}
     connection.execute(FEEDBACK.update().where(FEEDBACK.c.id.in_(votes)).values(**empty))
     outcomes = OUTCOMES.update().where(OUTCOMES.c.feedback_id.in_(votes))
