@@ -35,7 +35,16 @@ def forgetful(home: Path) -> Store:
     from components.feedback.store import AnswerRecord, Store
 
     class Forgetful(Store):
-        def add_exchange(self, completion_id: str, model: str, body: Any, asked: float, answer: AnswerRecord) -> None:
+        def add_exchange(
+            self,
+            completion_id: str,
+            model: str,
+            body: Any,
+            created: float,
+            answer: AnswerRecord,
+            pictures: Any = (),
+            owner: str = "",
+        ) -> None:
             """Forget it."""
 
     return Forgetful.of(home)

@@ -14,7 +14,7 @@ from pathlib import Path
 from components.config.params import InputError, Params, load_params
 from components.config.paths import REVOKED, Paths
 from components.datasets.formats import Row
-from components.feedback.ingest import IngestResult, revocations_are_written, write_revocations
+from components.feedback.ingest import IngestResult, erase_items, revocations_are_written, write_revocations
 from components.feedback.ingest import ingest as ingest_partition
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
@@ -110,8 +110,9 @@ class _Job:
         return ingest_partition(self.store, self.paths.feedback, self.params.feedback, self._gate)
 
     def version(self) -> str | None:
-        """Write revocations and put data/feedback under DVC as it is now; null when nothing changed."""
+        """Write revocations, erase items, put data/feedback under DVC as it is now; null when nothing changed."""
         commit_revocations(self.paths, self.store)
+        erase_items(self.store, self.paths.feedback)
         names = self.store.unversioned()
         if not names and not _mark(self.paths).exists():
             return None

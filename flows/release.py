@@ -20,6 +20,7 @@ import yaml
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.config.secrets import redacted
+from components.feedback.store import audit
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
@@ -150,6 +151,7 @@ def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths
     registry.tag(version, {"bento": tag, "smoke_question": question, "smoke_answer": answer})
     if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
         effect(registry.promote, version, of=version.name)
+        audit(paths.home, "promote", str(version), reason)
     return _released(registry.resolve(str(version)), "promoted")
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "classify": "client",
     "mcp": "mcp",
     "keys": "keys",
+    "audit": "audit",
     "feedback": "feedback",
     "improve": "run",
     "trace": "trace",

@@ -19,6 +19,7 @@ from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
 from components.runtime.process import file_lock, has_git
 from loopwright.output import Json, print_json, print_table, say
+from loopwright.user_data import erase_user, export_user
 
 if TYPE_CHECKING:
     from components.datasets.formats import Kind
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from components.validation.validate import Validator
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Datasets: list, show, add and validate.", rich_markup_mode=None
+    no_args_is_help=True,
+    add_completion=False,
+    help="Datasets: list, show, add, validate; records of a person.",
+    rich_markup_mode=None,
 )
 
 _VALUE_CHARS = 160
@@ -167,6 +171,10 @@ def validate(
     if refused:
         say(refused)
         raise typer.Exit(3)
+
+
+app.command("export-user")(export_user)
+app.command("erase-user")(erase_user)
 
 
 @cache

@@ -12,6 +12,7 @@ from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_json, print_table
 
 if TYPE_CHECKING:
+    from components.feedback.audit import Action
     from components.tracking.registry import ModelVersion, Registry
 
 app = typer.Typer(
@@ -104,6 +105,7 @@ def promote(
     registry = _registry()
     chosen = registry.resolve(_spec(name, version))
     registry.promote(chosen)
+    _audit("promote", str(chosen))
     _print_champion(registry, name, as_json)
 
 
@@ -112,7 +114,14 @@ def rollback(name: Name, as_json: Json = False) -> None:
     """Make the previous champion the champion again."""
     registry = _registry()
     registry.rollback(name)
+    _audit("rollback", str(registry.resolve(f"{name}@champion")))
     _print_champion(registry, name, as_json)
+
+
+def _audit(action: Action, version: str) -> None:
+    from components.feedback.store import audit
+
+    audit(Paths(find_root()).home, action, version)
 
 
 def _registry() -> Registry:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
 from loopwright.output import Json
+
+if TYPE_CHECKING:
+    from serving.server import Tls
 
 
 def serve(
@@ -33,18 +37,24 @@ def serve(
             min=0.0, max=1.0, help="Share of the users who are served by NAME@challenger, where there is one."
         ),
     ] = 0.0,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate with its chain, PEM: serve HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its private key, PEM.")] = None,
     as_json: Json = False,
 ) -> None:
     """Serve the champions over OpenAI's API until Ctrl-C; follows agent@champion and the others as they move."""
     if challenger_share and (bento is not None or not all(name.endswith("@champion") for name in model or ())):
         raise InputError(f"--challenger-share: {challenger_share} needs --model NAME@champion and no --bento")
+    from serving import server
+
+    tls = server.Tls.checked(tls_cert, tls_key)
     paths = Paths(find_root())
     os.chdir(paths.root)
     os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
     os.environ.setdefault("BENTOML_HOME", str(paths.home / "bento"))
     os.environ.setdefault("BENTOML_DO_NOT_TRACK", "true")
 
-    from serving import server
     from serving.models.versions import DEFAULT
     from serving.observability import logs
 
@@ -52,13 +62,14 @@ def serve(
     server.check_host(host, paths.home)
     listener = server.listen(host, port)
     if bento is not None:
-        _exec_bento(bento, listener.detach(), paths, as_json)
+        _exec_bento(bento, listener.detach(), paths, tls, as_json)
     file = logs.log_to(paths.home / "logs")
     print(f"loading {models}; log: {file}", file=sys.stderr, flush=True)
-    server.serve_model(models, challenger_share, listener, server.announce_json if as_json else server.announce)
+    ready = server.announce_json if as_json else server.announce
+    server.serve_model(models, challenger_share, listener, ready, tls)
 
 
-def _exec_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
+def _exec_bento(tag: str, listener: int, paths: Paths, tls: Tls | None, as_json: bool) -> None:
     """Replace this process by one that runs the Bento's own code."""
     from serving.server import find_bento
 
@@ -67,6 +78,7 @@ def _exec_bento(tag: str, listener: int, paths: Paths, as_json: bool) -> None:
     os.set_inheritable(listener, True)
     command = [sys.executable, "-m", "serving.server", "--bento", str(folder), "--fd", str(listener)]
     command += ["--logs", str(paths.home / "logs"), *(["--json"] if as_json else [])]
+    command += ["--tls-cert", str(tls.certificate), "--tls-key", str(tls.key)] if tls else []
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH", "")]))
     os.chdir(source)
     os.execv(sys.executable, command)

@@ -8,18 +8,23 @@ was built with.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import gc
 import json
 import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 
@@ -27,6 +32,7 @@ from components.agent.saved_tools import project_tools
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from serving.http.app import new_api
+from serving.http.connections import Connections
 from serving.http.gateway import GatewayMiddleware, has_keys
 from serving.models.state import Serving, drain_on_signals
 from serving.observability.access_log import AccessLogMiddleware
@@ -71,23 +77,23 @@ def check_host(host: str, home: Path) -> None:
         raise InputError(f"--host: {host} is open to others; {remedy}")
 
 
-def serve_model(model: str, share: float, listener: socket.socket, ready: Ready) -> None:
+def serve_model(model: str, share: float, listener: socket.socket, ready: Ready, tls: Tls | None = None) -> None:
     """Serve a model of the registry, and its challenger with a share of the requests, until a signal stops the process.
 
     Raises: InputError when the first model cannot be loaded.
     """
     paths = Paths(Path.cwd())
-    serve(_open(paths, model, share), listener, ready)
+    serve(_open(paths, model, share), listener, ready, tls)
 
 
-def serve_bento(folder: Path, listener: socket.socket, ready: Ready) -> None:
+def serve_bento(folder: Path, listener: socket.socket, ready: Ready, tls: Tls | None = None) -> None:
     """Serve a built Bento; the working folder is its `src`."""
     import bentoml
 
     bentoml.load(str(folder))  # sets the arguments of the service below to those of the Bento
     from serving.service import open_serving
 
-    serve(open_serving(), listener, ready)
+    serve(open_serving(), listener, ready, tls)
 
 
 def find_bento(tag: str) -> Path:
@@ -104,9 +110,11 @@ def find_bento(tag: str) -> Path:
         raise InputError(f"--bento: {tag!r} is not a built Bento; there are: {known}") from None
 
 
-def serve(serving: Serving, listener: socket.socket, ready: Ready) -> None:
+def serve(serving: Serving, listener: socket.socket, ready: Ready, tls: Tls | None = None) -> None:
     """Serve on a socket until a signal stops the process; `ready` is called from a thread."""
-    server = _Server(serving, listener, ready)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is an open file
+    server = _Server(serving, listener, ready, tls)
     # uvicorn raises the signal again after its shutdown; ignored, so that the process exits with status 0.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -121,14 +129,14 @@ def serve(serving: Serving, listener: socket.socket, ready: Ready) -> None:
 
 
 @contextmanager
-def serve_in_thread(serving: Serving) -> Iterator[str]:
+def serve_in_thread(serving: Serving, tls: Tls | None = None) -> Iterator[str]:
     """Serve on a free loopback port while the block runs; yields the address."""
     listener = listen("127.0.0.1", 0)
-    server = uvicorn.Server(_config(serving))
+    server = uvicorn.Server(_config(serving, tls))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="endpoint", daemon=True)
     thread.start()
     try:
-        yield _address(listener)
+        yield _address(listener, tls)
     finally:
         server.should_exit = True
         thread.join()
@@ -154,11 +162,15 @@ def _open(paths: Paths, model: str, share: float = 0.0) -> Serving:
     return Serving.open(paths.home, config, model, share=share, project_tools=partial(project_tools, paths))
 
 
-def _config(serving: Serving) -> uvicorn.Config:
+def _config(serving: Serving, tls: Tls | None = None) -> uvicorn.Config:
     api = new_api()
     api.state.serving = serving
     return uvicorn.Config(
         AccessLogMiddleware(GatewayMiddleware(api, api), api),
+        http=cast(type[asyncio.Protocol], Connections(serving.config).protocol),
+        ws="none",
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -167,17 +179,45 @@ def _config(serving: Serving) -> uvicorn.Config:
     )
 
 
-def _address(listener: socket.socket) -> str:
+def _address(listener: socket.socket, tls: Tls | None = None) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Files in PEM format, with which the endpoint speaks HTTPS."""
+
+    certificate: Path
+    """The certificate and its chain."""
+    key: Path
+
+    @classmethod
+    def checked(cls, certificate: Path | None, key: Path | None) -> Tls | None:
+        """None without files.
+
+        Raises: InputError for one file without the other, and for files that are no pair.
+        """
+        if certificate is None and key is None:
+            return None
+        if certificate is None or key is None:
+            raise InputError("--tls-cert, --tls-key: one without the other; give both files")
+        for option, file in (("--tls-cert", certificate), ("--tls-key", key)):
+            if not file.is_file():
+                raise InputError(f"{option}: {file}: not found; give a file in PEM format")
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        except (ssl.SSLError, OSError) as error:
+            raise InputError(f"--tls-cert {certificate}, --tls-key {key}: {error}; give a pair in PEM format") from None
+        return cls(certificate.resolve(), key.resolve())
 
 
 class _Server(uvicorn.Server):
     """Calls `ready` once the first model answers, stops when none can be loaded, and drains before it stops."""
 
-    def __init__(self, serving: Serving, listener: socket.socket, ready: Ready) -> None:
-        super().__init__(_config(serving))
-        self._serving, self._url, self._ready = serving, _address(listener), ready
+    def __init__(self, serving: Serving, listener: socket.socket, ready: Ready, tls: Tls | None) -> None:
+        super().__init__(_config(serving, tls))
+        self._serving, self._url, self._ready = serving, _address(listener, tls), ready
         self.error: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -200,11 +240,14 @@ def main() -> None:
     parser.add_argument("--bento", type=Path, required=True)
     parser.add_argument("--fd", type=int, required=True, help="the listening socket")
     parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--tls-cert", type=Path)
+    parser.add_argument("--tls-key", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     log_to(arguments.logs)
     try:
-        serve_bento(arguments.bento, socket.socket(fileno=arguments.fd), announce_json if arguments.json else announce)
+        tls, ready = Tls.checked(arguments.tls_cert, arguments.tls_key), announce_json if arguments.json else announce
+        serve_bento(arguments.bento, socket.socket(fileno=arguments.fd), ready, tls)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

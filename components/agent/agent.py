@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from components.agent.saved_tools import load_tools, read_agent
-from components.agent.tools import Tool, call
+from components.agent.tool_policy import OPEN, ToolPolicy, ToolSession, offered
+from components.agent.tools import Tool
 from components.agent.turn_grammar import Rules, TurnOptions, followable, lenient_rules
 from components.config.params import InputError
 from components.inference.sampling import Constraint
@@ -31,6 +32,8 @@ GAVE_UP = "I could not finish this within {steps} steps."
 MAX_STEPS = 6
 """Turns per answer of a model whose folder sets none."""
 DEFAULT_OPTIONS = TurnOptions()
+MAX_TOOL_SETS = 64
+"""Sets of offered tools whose rules are kept."""
 
 
 class ContextTooLong(InputError):
@@ -44,7 +47,7 @@ class Answer:
     """In order: `{"type": "call", "name", "arguments"}` and `{"type": "result", "name", "content"}`."""
     finish_reason: FinishReason
     tool_calls: tuple[Call, ...]
-    """Calls of the client's tools, for the client to run."""
+    """Calls of the client's tools, for the client to run; or of the agent's, for a person to confirm."""
     prompt_tokens: int
     """Of the last prompt, which includes all earlier turns."""
     completion_tokens: int
@@ -86,8 +89,8 @@ class Agent:
         """Whether it was trained with response format messages (`components/tokenization/response_format.py`)."""
         self.max_steps = max_steps
         self.context_len = context_len
-        self._default_rules: tuple[tuple[Tool, ...], Rules] | None = None
-        """The rules for default options, and their tools."""
+        self._default_rules: dict[frozenset[str], tuple[tuple[Tool, ...], Rules]] = {}
+        """The rules for default options and the tools that a key is offered, by their names."""
 
     @property
     def tools(self) -> tuple[Tool, ...]:
@@ -103,26 +106,37 @@ class Agent:
         max_steps, forms = settings.get("max_steps", MAX_STEPS), bool(settings.get("forms"))
         return cls(tokenizer, load_tools(folder), max_steps, context_len, external_tools, forms)
 
-    def rules(self, tools: Sequence[Mapping[str, Any]] | None = None, options: TurnOptions = DEFAULT_OPTIONS) -> Rules:
+    def rules(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: TurnOptions = DEFAULT_OPTIONS,
+        policy: ToolPolicy = OPEN,
+    ) -> Rules:
         """Grammars of an answer's turns; `tools` are the client's. Takes milliseconds to compile, less from the cache.
 
         Raises: InputError when a schema is invalid or not supported.
         """
         if tools:
             return lenient_rules(self.tokenizer, tools, options, runs_tools=False)
-        if (known := self.known_rules(tools, options)) is not None:
+        if (known := self.known_rules(tools, options, policy)) is not None:
             return known
-        own = self.tools
+        own = offered(self.tools, policy)
         rules = lenient_rules(self.tokenizer, followable(self.tokenizer, own), options, runs_tools=True)
         if options == DEFAULT_OPTIONS:
-            self._default_rules = own, rules
+            if len(self._default_rules) >= MAX_TOOL_SETS:
+                self._default_rules.clear()
+            self._default_rules[frozenset(tool.name for tool in own)] = own, rules
         return rules
 
-    def known_rules(self, tools: Sequence[Mapping[str, Any]] | None, options: TurnOptions) -> Rules | None:
+    def known_rules(
+        self, tools: Sequence[Mapping[str, Any]] | None, options: TurnOptions, policy: ToolPolicy = OPEN
+    ) -> Rules | None:
         """The `rules` for default options, once compiled; else None."""
-        if tools or options != DEFAULT_OPTIONS or self._default_rules is None or self._default_rules[0] != self.tools:
+        if tools or options != DEFAULT_OPTIONS:
             return None
-        return self._default_rules[1]
+        own = offered(self.tools, policy)
+        known = self._default_rules.get(frozenset(tool.name for tool in own))
+        return known[1] if known is not None and known[0] == own else None
 
     def answer(
         self,
@@ -130,12 +144,14 @@ class Agent:
         tools: Any = None,
         steps: list[Step] | None = None,
         rules: Rules | None = None,
+        policy: ToolPolicy = OPEN,
     ) -> Conversation:
         """Answer the last message.
 
         `tools` are the client's (OpenAI's list): then the model's calls are returned instead of run. Steps are appended
         to `steps` as they occur. Every turn follows the `rules`, where there are any; where they require a response
-        format, an unfinished call is dropped and the next turn is the answer.
+        format, an unfinished call is dropped and the next turn is the answer. Calls that the `policy` does not let run
+        without confirmation end the answer, and are returned.
 
         Raises: ContextTooLong at the first prompt that leaves no room for an answer.
         """
@@ -143,9 +159,10 @@ class Agent:
         steps = [] if steps is None else steps
         written = 0
         declared = tools
-        if not tools and (external := self.external_tools()):
-            # The model knows its own tools from training; external ones have to be declared, and then all are.
-            declared = [tool.declaration() for tool in (*self.own_tools, *external)]
+        session = ToolSession(lambda: self.tools, policy)
+        if not tools and (self.external_tools() or session.tools != self.own_tools):
+            # The model knows its own tools from training; others have to be declared, and then all are.
+            declared = [tool.declaration() for tool in session.tools] or None
         unfinished = False
         for turns_left in reversed(range(self.max_steps)):
             prompt = self._prompt(conversation, declared)
@@ -160,7 +177,9 @@ class Agent:
                 continue
             if not turn.calls or not ended or tools or last:
                 return self._finish(turn, ended, tools, steps, len(prompt), written)
-            conversation += self._call(turn, steps)
+            if session.needs_confirmation({each.name for each in turn.calls}):
+                return Answer(turn.content, tuple(steps), "tool_calls", turn.calls, len(prompt), written)
+            conversation += self._call(turn, steps, session)
         raise AssertionError("the last turn returns")
 
     def _prompt(self, messages: Sequence[Message], tools: Any) -> list[int]:
@@ -172,13 +191,13 @@ class Agent:
             )
         return ids
 
-    def _call(self, turn: Turn, steps: list[Step]) -> list[Message]:
+    def _call(self, turn: Turn, steps: list[Step], session: ToolSession) -> list[Message]:
         """Run the calls of a turn; the model gets a tool's error as its result."""
         calls = []
         results = []
         for each in turn.calls:
             steps.append({"type": "call", "name": each.name, "arguments": each.arguments})
-            content = call(self.tools, each.name, each.arguments)
+            content = session.call(each.name, each.arguments)
             steps.append({"type": "result", "name": each.name, "content": content})
             call_id = f"call_{len(steps) // 2}"
             calls.append(openai_call(each, call_id))

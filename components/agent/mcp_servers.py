@@ -132,7 +132,9 @@ class McpServers:
         function = partial(self._call, server, client, tool.name)
         name = re.sub(r"[^A-Za-z0-9_-]", "_", f"{server.name}_{tool.name}")[:MAX_NAME]
         # No permissions: the tool runs in the server's process.
-        return Tool(name, tool.description or "", tool.input_schema, function)
+        # The protocol's default: a tool that does not say that it only reads may write.
+        reads = tool.annotations is not None and tool.annotations.read_only_hint is True
+        return Tool(name, tool.description or "", tool.input_schema, function, writes=not reads, server=server.name)
 
     def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
         """Raises: InputError with the server's error, or that it does not answer."""

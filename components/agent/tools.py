@@ -31,6 +31,8 @@ PROCESSES = ("subprocess.", "os.system", "os.fork", "os.exec", "os.posix_spawn",
 FILES = ("open", "os.", "shutil.", "sqlite3.connect", "glob.", "tempfile.", "mmap.")
 NETWORK = ("socket.",)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MAX_ARGUMENT_BYTES = 65_536
+"""Bytes of a call's arguments as JSON at most."""
 MAX_RESULT = 400
 """Characters of a result at most; longer ones are truncated."""
 
@@ -47,9 +49,15 @@ class Tool:
     """Called with keyword arguments; the model gets what it returns, as JSON unless it is text."""
     permissions: frozenset[Permission] = frozenset()
     """What it may use; anything else raises PermissionError in it."""
+    writes: bool = False
+    """Whether it changes something; the endpoint asks before it runs such a tool."""
+    server: str = ""
+    """Name of the MCP server that runs it; empty: this process."""
 
     @classmethod
-    def of(cls, function: Callable[..., Any], permissions: Iterable[Permission] = (), name: str = "") -> Tool:
+    def of(
+        cls, function: Callable[..., Any], permissions: Iterable[Permission] = (), name: str = "", writes: bool = False
+    ) -> Tool:
         """A tool from a typed function: its name, the first paragraph of its docstring, its parameters' type hints.
 
         Hints may be any type that pydantic supports, such as dataclasses and models; arguments are converted to it.
@@ -75,7 +83,7 @@ class Tool:
         except (PydanticUserError, NameError) as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise InputError(f"tool {tool_name}: its type hints have no JSON schema: {reason}") from None
-        return cls(tool_name, description, schema, validate_call(function), frozenset(permissions))
+        return cls(tool_name, description, schema, validate_call(function), frozenset(permissions), writes)
 
     def declaration(self) -> dict[str, Any]:
         """The entry of an OpenAI `tools` list."""
@@ -97,6 +105,8 @@ def call(tools: Iterable[Tool], name: str, arguments: object) -> str:
         return _error(f"no tool {name!r}; known: {', '.join(by_name) or 'none'}")
     tool = by_name[name]
     try:
+        if len(to_json(arguments, serialize_unknown=True)) > MAX_ARGUMENT_BYTES:
+            return _error(f"{name}: arguments of more than {MAX_ARGUMENT_BYTES} bytes")
         if problem := _schema_violation(tool.parameters, arguments):
             return _error(f"{name}: {problem}")
         assert isinstance(arguments, dict)
@@ -119,12 +129,31 @@ def _error(text: str) -> str:
     return one_line(f"error: {text}", MAX_RESULT)
 
 
+def _unchecked(_validator: Any, _value: Any, _instance: Any, _schema: Any) -> Iterator[Any]:
+    yield from ()
+
+
+def _extra_properties(validator: Any, extra: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    if "patternProperties" not in schema:
+        yield from jsonschema.Draft202012Validator.VALIDATORS["additionalProperties"](
+            validator, extra, instance, schema
+        )
+
+
+# Python's regular expressions may take for ever. The grammar enforces patterns while the model writes, in bounded time;
+# pydantic those of our functions, a server its own.
+_Validator: Any = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    {"additionalProperties": _extra_properties, "pattern": _unchecked, "patternProperties": _unchecked},
+)
+
+
 def _schema_violation(schema: dict[str, Any], arguments: object) -> str:
     """Why the arguments violate the schema; empty when they do not."""
     if not isinstance(arguments, dict):
         return f"arguments must be an object, not {type(arguments).__name__}"
     # An empty registry: by default the library fetches the URLs that a schema refers to.
-    validator = jsonschema.Draft202012Validator(schema, registry=Registry())
+    validator = _Validator(schema, registry=Registry())
     error = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     if error is None:
         return ""

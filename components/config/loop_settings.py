@@ -157,6 +157,16 @@ class ServeConfig(Section):
     """Path at which that server sees the state folder, to load adapters from it; null: the path that it has here."""
     max_body_bytes: int = Field(ge=1024)
     """Larger request bodies are answered with 413."""
+    header_seconds: float = Field(gt=0)
+    """Time limit of a request's line and headers; then its connection is closed."""
+    body_seconds: float = Field(gt=0)
+    """Time limit of a request's body; then it is answered with 408."""
+    max_held_bytes: int = Field(ge=1024)
+    """Bytes of all request bodies that are held at once; more are answered with 503."""
+    max_connections: int = Field(ge=1)
+    """Open connections. One more closes that whose request has been incomplete for longest, or is answered with 503."""
+    max_connections_per_client: int = Field(ge=1)
+    """That limit for one address; behind a proxy, whose address all clients have, as high as `max_connections`."""
     max_picture_body_bytes: int = Field(ge=1024)
     """That limit for chats while a model that sees pictures is served, and of a file that is fetched for one."""
     max_pictures: int = Field(ge=1)
@@ -182,6 +192,8 @@ class ServeConfig(Section):
     """Registered models that the agent may call, each while it has a champion."""
     mcp_servers: list[McpServer]
     """Servers whose tools the agent may call beside its own; needs the extra `mcp`."""
+    allow_writes: list[str]
+    """Tools that change something, as their declarations say, and are run without a person's confirmation."""
     mcp_call_seconds: float = Field(gt=0)
     """Timeout of a call to such a tool; the model then gets an error as its result."""
     max_texts: int = Field(ge=1)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
 from components.config.params import InputError
+from components.datasets.file_limits import bounded_lines, check_parquet, repeated_texts
 
 _BLOCK = 1 << 16
 _MAX_VALUE_CHARS = 1 << 26  # of one value in a JSON array
@@ -107,7 +108,7 @@ def _is_json(text: str) -> bool:
 
 def _json_lines(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(bounded_lines(path.name, file), 1):
             if not line.strip():
                 continue
             location = f"{path.name}:{number}"
@@ -326,8 +327,9 @@ def read_parquet(path: Path, batch_rows: int = 256) -> Iterator[Record]:
     """Rows of a Parquet file as JSON values, so many in memory at a time."""
     location = path.name
     try:
-        with pq.ParquetFile(path) as file:
-            schema, number = file.schema_arrow, 0
+        schema, number = pq.read_schema(path), 0
+        with pq.ParquetFile(path, read_dictionary=repeated_texts(schema)) as file:
+            check_parquet(location, file.metadata)
             _refuse_repeated(location, schema.names)
             features = _features(schema)
             for batch in file.iter_batches(batch_size=batch_rows):

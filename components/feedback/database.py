@@ -36,7 +36,7 @@ from components.config.paths import disk_trouble
 
 BUSY_SECONDS = 30.0
 """Default time that a write waits for another process's write."""
-HEAD = "0004"
+HEAD = "0005"
 """The newest revision in migrations/."""
 FIRST = "0001"
 """The revision of a database created before Alembic was used."""
@@ -175,7 +175,7 @@ class Database:
         with self._engine.connect().execution_options(loopwright_read=True) as connection:
             revision = _revision(connection)
         if revision != HEAD:
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection, _without_foreign_keys(connection), connection.begin():
                 self._in_turn(connection)
                 _upgrade(connection, self.address)
         if self._file is not None:
@@ -273,6 +273,20 @@ def _revision(connection: Connection) -> str | None:
         return None
     revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
     return None if revision is None else str(revision)
+
+
+@contextmanager
+def _without_foreign_keys(connection: Connection) -> Iterator[None]:
+    """Let SQLite replace a table that others refer to (https://sqlite.org/lang_altertable.html, section 7)."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    driver = cast(sqlite3.Connection, connection.connection.driver_connection)
+    driver.execute("PRAGMA foreign_keys=OFF")  # has no effect within a transaction
+    try:
+        yield
+    finally:
+        driver.execute("PRAGMA foreign_keys=ON")
 
 
 def _upgrade(connection: Connection, address: str) -> None:

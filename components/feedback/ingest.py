@@ -17,13 +17,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError
 from components.config.paths import REVOKED
 from components.datasets.formats import Row, batched
-from components.feedback.items import PICTURES_PER_GROUP, PICTURES_SCHEMA, SCHEMA, picture_digests
+from components.feedback.items import (
+    PICTURES_GLOB,
+    PICTURES_PER_GROUP,
+    PICTURES_SCHEMA,
+    SCHEMA,
+    picture_digests,
+    read_items,
+)
 from components.feedback.ledger import DAY_SECONDS, Outcome
 from components.feedback.privacy import is_nothing_but_masks
 from components.feedback.store import Store
@@ -173,6 +181,35 @@ def write_pictures(path: Path, store: Store, digests: Sequence[str]) -> None:
                 writer.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA))
 
     replace_file(path, write)
+
+
+def erase_items(store: Store, folder: Path) -> None:
+    """Write the partitions of erased items anew without them, and the files of pictures without theirs."""
+    for name, erased in store.erased_items().items():
+        path = folder / f"{name}.parquet"
+        rows = [row for row in pq.read_table(path).to_pylist() if row["feedback_id"] not in erased]
+        digest = write_partition(path, rows)
+        _erase_pictures(folder)
+        store.replace_partition(name, digest, erased)
+
+
+def _erase_pictures(folder: Path) -> None:
+    """Write each file of pictures anew where it has one that no item refers to."""
+    used = pa.array(sorted({image for item in read_items(folder) for image in item.images}), pa.string())
+    for path in folder.glob(PICTURES_GLOB):
+        table = pq.read_table(path, columns=["digest"])
+        if pc.all(pc.is_in(table["digest"], value_set=used)).as_py() is not False:
+            continue
+
+        def write(file: IO[bytes], source: Path = path) -> None:
+            with (
+                pq.ParquetFile(source) as pictures,
+                pq.ParquetWriter(file, PICTURES_SCHEMA, compression="none") as writer,
+            ):
+                for batch in pictures.iter_batches(batch_size=PICTURES_PER_GROUP):
+                    writer.write_batch(batch.filter(pc.is_in(batch["digest"], value_set=used)))
+
+        replace_file(path, write)
 
 
 def revocations_text(store: Store) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, and_, case, exists, func, select
 
 from components.config.params import InputError
-from components.feedback.database import Database
+from components.feedback.audit import Audit
 from components.feedback.tables import (
     ANSWERS,
     FEEDBACK,
@@ -54,7 +54,7 @@ class Outcome:
     """Equal for votes of one user with the same content on the same prompt."""
 
 
-class Ledger(Database):
+class Ledger(Audit):
     """The part of the store that ingestion and improvement use."""
 
     def watermark(self) -> int:
@@ -152,6 +152,7 @@ class Ledger(Database):
                 return False
             row = {"feedback_id": feedback_id, "created": time.time(), "reason": reason}
             connection.execute(REVOCATIONS.insert(), row)
+            self._add_audit(connection, "revoke", feedback_id, reason)
             return True
 
     def withdrawn(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ feedback that each of them was trained on. Forwards: the versions that were trai
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 """Metadata of a `NAME/VERSION` (run, tags, metrics, ...); None for an unknown version."""
 
 
-def lineage(store: Store, completion_id: str, metadata: VersionMetadata) -> dict[str, Any]:
+def lineage(store: Store, completion_id: str, metadata: VersionMetadata, viewer: str | None = None) -> dict[str, Any]:
     """The record of one completion with `version`: the answering model's run, commit, data and checks.
+
+    Where a `viewer` is given, the completions of other owners do not exist.
 
     `pictures` are those of the request, each with the endpoint's path of its file.
 
     Raises: UnknownCompletion.
     """
-    record = store.completion(completion_id)
+    record = store.completion(completion_id, viewer)
     name, _, version = record["model"].partition("/")
     about = {**(metadata(record["model"]) or {}), "name": name, "version": version}
     if "tags" in about:
@@ -89,9 +91,14 @@ def feedback_ids(version: ModelVersion) -> list[str]:
 
 def trained_versions(registry: Registry, feedback_id: str) -> list[str]:
     """Every `NAME/VERSION` that was trained on an item, itself or through its ancestors."""
-    versions = [version for name in registry.names() for version in registry.versions(name)]
-    return [
-        str(version)
-        for version in versions
-        if any(feedback_id in feedback_ids(each) for each in ancestry(registry, version))
-    ]
+    return list(versions_trained_on(registry, [feedback_id]))
+
+
+def versions_trained_on(registry: Registry, items: Collection[str]) -> dict[str, list[str]]:
+    """By `NAME/VERSION`, those of the feedback items that it was trained on, itself or through its ancestors."""
+    learned: dict[str, list[str]] = {}
+    for version in [version for name in registry.names() for version in registry.versions(name)]:
+        ids = {item for each in ancestry(registry, version) for item in feedback_ids(each)}
+        if known := [item for item in items if item in ids]:
+            learned[str(version)] = known
+    return learned

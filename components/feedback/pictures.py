@@ -16,7 +16,7 @@ from sqlalchemy import Connection, func, select
 from components.config.errors import InputError
 from components.datasets.formats import batched
 from components.feedback.database import Database
-from components.feedback.tables import PICTURES, REQUEST_PICTURES
+from components.feedback.tables import PICTURES, REQUEST_PICTURES, REQUESTS
 from components.media.messages import IMAGE, join_parts, plain_text
 from components.media.pictures import Picture
 
@@ -47,16 +47,19 @@ class PictureFile:
 class Pictures(Database):
     """The part of the store that has the pictures."""
 
-    def picture(self, digest: str, completion_id: str | None = None) -> bytes:
-        """The PNG file of a picture: of that completion's request, or of any.
+    def picture(self, digest: str, completion_id: str | None = None, viewer: str | None = None) -> bytes:
+        """The PNG file of a picture: of that completion's request, which `viewer` owns (None: sees all), or of any.
 
         Raises: UnknownPicture.
         """
         statement = select(PICTURES.c.content).where(PICTURES.c.digest == digest)
         if completion_id is not None:
             # Who has a picture could else ask whether anybody sent it.
-            request = REQUEST_PICTURES.c.request_id == completion_id.replace("\0", "")
-            statement = statement.where(PICTURES.c.digest.in_(select(REQUEST_PICTURES.c.digest).where(request)))
+            request = select(REQUESTS.c.id).where(REQUESTS.c.id == completion_id.replace("\0", ""))
+            if viewer is not None:
+                request = request.where(REQUESTS.c.owner == viewer)
+            shown = select(REQUEST_PICTURES.c.digest).where(REQUEST_PICTURES.c.request_id.in_(request))
+            statement = statement.where(PICTURES.c.digest.in_(shown))
         content = self._scalar(statement)
         if content is None:
             raise UnknownPicture(f"{digest}: no such picture in {completion_id or self.address}")

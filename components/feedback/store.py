@@ -10,21 +10,33 @@ import hashlib
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, bindparam, func, select
+from sqlalchemy import Connection, Select, String, bindparam, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from components.config.params import InputError
+from components.feedback.audit import Action
 from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
 from components.feedback.keys import Keys
 from components.feedback.ledger import Ledger
 from components.feedback.pictures import PictureFile, Pictures
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
+from components.feedback.user_records import People
 
-__all__ = ["AnswerRecord", "Rating", "Store", "StoreUnavailable", "UnknownCompletion", "database_url", "has_store"]
+__all__ = [
+    "AnswerRecord",
+    "Rating",
+    "Store",
+    "StoreUnavailable",
+    "UnknownCompletion",
+    "audit",
+    "database_url",
+    "has_store",
+]
 
 Rating = Literal["up", "down"]
 
@@ -45,13 +57,14 @@ class AnswerRecord:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
 
-_VOTED = ("id", "created", "rating", "correction", "comment", "idempotency_key", "voice")
+_VOTED = ("id", "created", "rating", "correction", "comment", "idempotency_key", "voice", "owner")
 _VOTE = (
     FEEDBACK.insert()
     .from_select(
         [*_VOTED, "completion_id"],
         select(*(bindparam(f"new_{name}", type_=FEEDBACK.c[name].type) for name in _VOTED), REQUESTS.c.id).where(
-            REQUESTS.c.id == bindparam("completion")
+            REQUESTS.c.id == bindparam("completion"),
+            or_(bindparam("viewer", type_=String).is_(None), REQUESTS.c.owner == bindparam("viewer")),
         ),
         include_defaults=False,
     )
@@ -67,10 +80,12 @@ _REPLACE = (
 )
 
 
-class Store(Ledger, Keys, Pictures):
-    """Requests with their pictures, answers, feedback with its status, and API keys in one database.
+class Store(Ledger, Keys, Pictures, People):
+    """Requests with their pictures, answers, feedback with its status, API keys and the audit log in one database.
 
-    Every method raises StoreUnavailable when the database is locked for too long, or missing.
+    `owner` is the owner of the API key that a row is made with, empty without a key. Where a `viewer` is given, the
+    rows of other owners do not exist; None sees all. Every method raises StoreUnavailable when the database is locked
+    for too long, or missing.
     """
 
     @classmethod
@@ -81,13 +96,18 @@ class Store(Ledger, Keys, Pictures):
         return cls(url, busy_seconds)
 
     def add_request(
-        self, completion_id: str, model: str, body: Mapping[str, Any], pictures: Sequence[PictureFile] = ()
+        self,
+        completion_id: str,
+        model: str,
+        body: Mapping[str, Any],
+        pictures: Sequence[PictureFile] = (),
+        owner: str = "",
     ) -> None:
         """Record a request, whose body refers to its pictures, and the `NAME/VERSION` that answers it.
 
         Not synced: nothing is acknowledged before its answer, which syncs both.
         """
-        row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body)}
+        row = {"id": completion_id, "created": time.time(), "model": model, "body": dict(body), "owner": owner}
         with self._write(synced=False) as connection:
             self._insert_request(connection, row, pictures)
 
@@ -102,9 +122,10 @@ class Store(Ledger, Keys, Pictures):
         created: float,
         answer: AnswerRecord,
         pictures: Sequence[PictureFile] = (),
+        owner: str = "",
     ) -> None:
         """Record a request, created at a Unix time, with its answer; takes half the time of two calls."""
-        row = {"id": completion_id, "created": created, "model": model, "body": dict(body)}
+        row = {"id": completion_id, "created": created, "model": model, "body": dict(body), "owner": owner}
         if not pictures:
             self._insert((REQUESTS, row), (ANSWERS, _answer_row(completion_id, answer)))
             return
@@ -126,8 +147,10 @@ class Store(Ledger, Keys, Pictures):
         comment: str | None = None,
         idempotency_key: str | None = None,
         user: str = "",
+        owner: str = "",
+        viewer: str | None = None,
     ) -> str:
-        """Record a user's vote and return its id; a repeated idempotency key returns the id of its first call.
+        """Record a user's vote and return its id; an owner's repeated idempotency key returns the id of its first call.
 
         Raises: UnknownCompletion; InputError when the key was used for another completion.
         """
@@ -136,12 +159,13 @@ class Store(Ledger, Keys, Pictures):
             if value and "\0" in value:
                 raise InputError(f"{name}: contains a NUL character; send text without it")
         try:
-            return self._vote(completion_id, {**vote, "voice": _column_value(user)})
+            return self._vote(completion_id, {**vote, "voice": _column_value(user), "owner": owner}, viewer)
         except IntegrityError:
             if idempotency_key is None:
                 raise
             with self._read() as connection:
-                known = _first(connection, select(FEEDBACK).where(FEEDBACK.c.idempotency_key == idempotency_key))
+                same = (FEEDBACK.c.owner == owner, FEEDBACK.c.idempotency_key == idempotency_key)
+                known = _first(connection, select(FEEDBACK).where(*same))
             if known is None:
                 raise
         if known["completion_id"] != completion_id:
@@ -151,11 +175,11 @@ class Store(Ledger, Keys, Pictures):
             )
         return str(known["id"])
 
-    def _vote(self, completion_id: str, vote: Mapping[str, Any]) -> str:
+    def _vote(self, completion_id: str, vote: Mapping[str, Any], viewer: str | None) -> str:
         """Insert a vote with two statements; the database's constraints detect errors."""
         feedback_id = f"fb-{uuid.uuid4().hex}"
         row = {f"new_{name}": value for name, value in vote.items()}
-        row |= {"completion": completion_id, "new_id": feedback_id, "new_created": time.time()}
+        row |= {"completion": completion_id, "viewer": viewer, "new_id": feedback_id, "new_created": time.time()}
         with self._write() as connection:
             self._in_turn(connection)
             if "\0" in completion_id or not connection.execute(_VOTE, row).rowcount:
@@ -165,8 +189,8 @@ class Store(Ledger, Keys, Pictures):
             connection.execute(_REPLACE, {"completion": completion_id, "new_id": feedback_id})
         return feedback_id
 
-    def completion(self, completion_id: str) -> dict[str, Any]:
-        """The record of one completion: `id, created, model, request, answer, feedback`.
+    def completion(self, completion_id: str, viewer: str | None = None) -> dict[str, Any]:
+        """The record of one completion: `id, created, model, owner, request, answer, feedback`.
 
         `answer` is null while it is being written; `feedback` is oldest first.
 
@@ -175,7 +199,7 @@ class Store(Ledger, Keys, Pictures):
         valid = "\0" not in completion_id  # PostgreSQL's driver refuses NUL
         with self._read() as connection:
             request = _first(connection, select(REQUESTS).where(REQUESTS.c.id == completion_id)) if valid else None
-            if request is None:
+            if request is None or viewer not in (None, request["owner"]):
                 raise UnknownCompletion(f"{completion_id}: no such completion in {self.address}")
             answer = _first(connection, select(ANSWERS).where(ANSWERS.c.request_id == completion_id))
             votes = select(FEEDBACK).where(FEEDBACK.c.completion_id == completion_id).order_by(FEEDBACK.c.sequence)
@@ -194,6 +218,12 @@ class Store(Ledger, Keys, Pictures):
                 select(func.count()).select_from(FEEDBACK).where(FEEDBACK.c.replaced_by.is_(None))
             ),
         }
+
+
+def audit(home: Path, action: Action, target: str, detail: str | None = None) -> None:
+    """Record an action in the audit log of a state folder's store."""
+    with closing(Store.of(home)) as store:
+        store.add_audit(action, target, detail)
 
 
 def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:

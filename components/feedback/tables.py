@@ -1,11 +1,29 @@
-"""The tables of the newest schema; the column `voice` is the user of a vote."""
+"""The tables of the newest schema; the column `voice` is the user of a vote.
+
+`owner` is who may read a row over HTTP: the owner of the API key that made it; empty for rows made without a key, which
+the scope `admin` alone reads once there are keys. A picture belongs to the requests that refer to it.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
 
 METADATA = MetaData()
 VOICE_CHARACTERS = 80
+OWNER_CHARACTERS = 64
 
 REQUESTS = Table(
     "requests",
@@ -14,6 +32,7 @@ REQUESTS = Table(
     Column("created", Float, nullable=False, index=True),
     Column("model", String(256), nullable=False),
     Column("body", JSON, nullable=False),
+    Column("owner", String(OWNER_CHARACTERS), nullable=False, server_default=""),
 )
 ANSWERS = Table(
     "answers",
@@ -56,10 +75,12 @@ FEEDBACK = Table(
     Column("rating", String(8), nullable=False),
     Column("correction", Text),
     Column("comment", Text),
-    Column("idempotency_key", String(256), unique=True),
+    Column("idempotency_key", String(256)),
     Column("replaced_by", String(64)),
     Column("voice", String(VOICE_CHARACTERS), nullable=False, server_default=""),
+    Column("owner", String(OWNER_CHARACTERS), nullable=False, server_default=""),
     Index("ix_feedback_replaced_by", "replaced_by"),
+    UniqueConstraint("owner", "idempotency_key", name="uq_feedback_owner_idempotency_key"),
     sqlite_autoincrement=True,
 )
 PARTITIONS = Table(
@@ -120,4 +141,20 @@ API_KEYS = Table(
     Column("requests_per_minute", Integer),
     Column("created", Float, nullable=False),
     Column("revoked", Float),
+    Column("owner", String(OWNER_CHARACTERS), nullable=False, server_default=""),
+    # Unix time from which it is refused; null: never.
+    Column("expires", Float),
+    # Names of the tools that are run for it, separated by spaces; null: every one that its scopes allow.
+    Column("tools", Text),
+)
+AUDIT = Table(
+    "audit",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("created", Float, nullable=False),
+    Column("actor", String(256), nullable=False),
+    Column("action", String(32), nullable=False, index=True),
+    Column("object", String(256), nullable=False),
+    Column("detail", Text),
+    sqlite_autoincrement=True,
 )

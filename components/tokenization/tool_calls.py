@@ -36,6 +36,11 @@ class Turn:
     calls: tuple[Call, ...] = ()
 
 
+def new_call_id(_call: Call) -> str:
+    """An id that no other call has."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
 def openai_call(call: Call, number: str) -> dict[str, Any]:
     """A call in the shape of OpenAI's chat API."""
     arguments = json.dumps(call.arguments, ensure_ascii=False)

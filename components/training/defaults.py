@@ -37,7 +37,7 @@ FORWARD_ROWS = {"cpu": 16, "cuda": 64}
 """Of a forward pass at most: rows of like length are together, and more of them are less alike."""
 WARMUP_SHARE = 0.05
 VALIDATIONS = 12
-"""Of a training: with a patience of 5 it ends early where a good third of it brought nothing, not at the first plateau."""
+"""Of a training: with a patience of 5 it ends early where a good third of it brought nothing."""
 
 
 def fit_to_base(run: StageRun, config: C, model: nn.Module, rows: Rows) -> C:

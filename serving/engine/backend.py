@@ -13,12 +13,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from components.agent.agent import DEFAULT_OPTIONS, Agent
+from components.agent.tool_policy import OPEN, ToolPolicy
 from components.agent.tools import Tool
 from components.agent.turn_grammar import Rules, TurnOptions
 from components.config.loop_settings import ServeConfig
@@ -40,6 +42,8 @@ class GenerationRequest:
     may_call: bool = True
     one_call: bool = False
     """Return only the first call of a turn."""
+    policy: ToolPolicy = OPEN
+    """Which of the agent's tools are called, and which calls are returned for confirmation."""
     rules: Rules | None = None
     """Grammars of the turns (`Agent.rules`); None: unconstrained."""
     options: TurnOptions = DEFAULT_OPTIONS
@@ -159,6 +163,11 @@ class GenerationTask:
             self.text.append(text)
             self.notify(TextDelta(text))
 
+    def send_calls(self, calls: Sequence[dict[str, Any]]) -> None:
+        """Send whole calls, which a person is to confirm."""
+        for index, each in enumerate(calls):
+            self.notify(ToolCallDelta({"index": index, **each}))
+
 
 class Backend(ABC):
     """A loaded model that answers generation requests: its queue of waiting and running requests, and its slots."""
@@ -180,6 +189,8 @@ class Backend(ABC):
         self.request_seconds = config.request_seconds
         self._waiting: deque[GenerationTask] = deque()
         self._running: set[GenerationTask] = set()
+        self._admitted = 0
+        """Places of requests that are being prepared."""
         self._busy = 0
         """Slots in use: a running request that waits for a tool uses none."""
         self._changed = threading.RLock()
@@ -220,20 +231,45 @@ class Backend(ABC):
     def running(self) -> int:
         return len(self._running)
 
-    def submit(self, request: GenerationRequest, notify: Notify, first: bool = False) -> GenerationTask:
+    @contextmanager
+    def admission(self) -> Iterator[None]:
+        """Hold a place for a request while it is prepared: pictures and schemas are read for those that have one.
+
+        Raises: QueueFull, BackendRetired.
+        """
+        with self._changed:
+            self._check_room()
+            self._admitted += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._admitted -= 1
+
+    def _check_room(self) -> None:
+        """Raises: QueueFull, BackendRetired."""
+        if self._retired:
+            raise BackendRetired
+        unfinished = len(self._waiting) + len(self._running) + self._admitted
+        if unfinished >= self.room:
+            raise QueueFull(max(1, math.ceil(self._seconds * unfinished / self.slots)))
+
+    def submit(
+        self, request: GenerationRequest, notify: Notify, first: bool = False, admitted: bool = False
+    ) -> GenerationTask:
         """Queue a request; `notify` is called from the backend's threads, last with Completion or Failure.
 
-        `first` puts it in front of the queue, even of a full one.
+        `first` puts it in front of the queue, even of a full one; `admitted`: within an `admission`, which holds its
+        place.
 
         Raises: QueueFull, BackendRetired.
         """
         task = self._new_task(request, notify)
         with self._changed:
-            if self._retired:
+            if not (first or admitted):
+                self._check_room()
+            elif self._retired:
                 raise BackendRetired
-            unfinished = len(self._waiting) + len(self._running)
-            if unfinished >= self.room and not first:
-                raise QueueFull(max(1, math.ceil(self._seconds * unfinished / self.slots)))
             self._waiting.insert(0 if first else len(self._waiting), task)
         self.start_waiting()
         return task

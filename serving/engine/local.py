@@ -22,7 +22,7 @@ from components.models.decoder import Decoder
 from components.models.devices import threads_for, use_threads
 from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
-from components.tokenization.tool_calls import ToolCallDeltaParser, openai_call
+from components.tokenization.tool_calls import ToolCallDeltaParser, new_call_id, openai_call
 from serving.engine.backend import (
     AgentStep,
     Backend,
@@ -176,7 +176,9 @@ class LocalTask(GenerationTask):
         self.agent = agent if self.request.may_call else Agent(agent.tokenizer, (), 1, agent.context_len)
         self.calls = ToolCallDeltaParser(agent.tokenizer)
         self.steps = _Steps(lambda step: notify(AgentStep(step)))
-        self.conversation = self.agent.answer(self.request.messages, self.request.tools, self.steps, self.request.rules)
+        self.conversation = self.agent.answer(
+            self.request.messages, self.request.tools, self.steps, self.request.rules, self.request.policy
+        )
         self.speech = StopSequenceFilter(agent.tokenizer, self.request.stops)
         self.words = self._call_filter()
         self.turn = -1
@@ -305,8 +307,10 @@ class LocalTask(GenerationTask):
         calls: list[dict[str, Any]] = []
         if answer is not None:
             reason = "stop" if self.stopped else answer.finish_reason
-            calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, self.calls.ids, strict=False)]
-            if not self.text and not self.stopped:
+            numbers = self.calls.ids if self.request.tools else map(new_call_id, answer.tool_calls)
+            calls = [openai_call(call, number) for call, number in zip(answer.tool_calls, numbers, strict=False)]
+            self.send_calls([] if self.request.tools else calls)
+            if not self.text and not self.stopped and not calls:
                 self.send_text(answer.content)  # the agent's fallback answer, when the model ended on a call
         return Completion(
             content="".join(self.text),

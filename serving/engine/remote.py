@@ -2,7 +2,6 @@
 
 The agent's loop runs here: its tools are declared to the server, the calls that it returns are run, and their results
 sent back. Records, feedback and lineage are kept here under the name of the registered version that the server runs.
-
 A version that is an adapter is loaded into the server (vLLM's `/v1/load_lora_adapter`), again when that was restarted,
 and unloaded with the last request. Other weights are what the server was started with.
 """
@@ -25,7 +24,8 @@ from typing import Any, ClassVar, TypeVar
 import httpx
 
 from components.agent.agent import GAVE_UP, Agent, ContextTooLong
-from components.agent.tools import Tool, call
+from components.agent.tool_policy import ToolSession
+from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.config.secrets import hidden
@@ -62,7 +62,6 @@ TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", 
 """Parts of servers' error codes, types or messages for a prompt that exceeds the context."""
 T = TypeVar("T")
 _counting = threading.Lock()
-
 logger = logging.getLogger("loopwright.remote")
 
 
@@ -226,7 +225,8 @@ class RemoteTask(GenerationTask):
         self.engine = engine
         self.steps: list[dict[str, Any]] = []
         self.messages = [with_picture_parts(message) for message in self.request.messages]
-        self.tools = self.request.tools or [tool.declaration() for tool in engine.agent.tools]
+        self.session = ToolSession(lambda: engine.agent.tools, request.policy)
+        self.tools = self.request.tools or [tool.declaration() for tool in self.session.tools]
         self.usage: Mapping[str, int] = {}
         self.started = False
 
@@ -265,6 +265,9 @@ class RemoteTask(GenerationTask):
             text, calls, reason = await self._turn(last=not turns_left and not self.request.tools)
             if not calls or self.request.tools:
                 return self._finish(reason, calls[:1] if self.request.one_call else calls)
+            if self.session.needs_confirmation({each["function"]["name"] for each in calls}):
+                self.send_calls(calls)
+                return self._finish("tool_calls", calls)
             self.messages.append({"role": "assistant", "content": text, "tool_calls": calls})
             for tool_call in calls:
                 await self._run_tool(tool_call)
@@ -358,7 +361,7 @@ class RemoteTask(GenerationTask):
         with suppress(ValueError):
             arguments = json.loads(arguments)
         self._step({"type": "call", "name": name, "arguments": arguments})
-        content = await self._in_thread(call, self.engine.agent.tools, name, arguments)
+        content = await self._in_thread(self.session.call, name, arguments)
         self._step({"type": "result", "name": name, "content": content})
         self.messages.append({"role": "tool", "tool_call_id": tool_call["id"], "name": name, "content": content})
 

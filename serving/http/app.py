@@ -16,7 +16,7 @@ from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
 from serving.http import chat_handler, classify, page_files
 from serving.http.errors import ERRORS, ApiError, handle_errors
-from serving.http.routes import Running, StrictRoute
+from serving.http.routes import Running, StrictRoute, record_owner, record_viewer
 from serving.http.schemas import FeedbackRequest
 from serving.models.alias_watcher import describe
 from serving.observability.metrics import CONTENT_TYPE
@@ -71,7 +71,7 @@ async def feedback(
             raise ApiError(413, message, "request_too_large", name)
     completion: dict[str, Any] = {"model": "", "request": {}}
     with suppress(UnknownCompletion):  # add_feedback raises it again
-        completion = await run_in_threadpool(serving.store.completion, body.completion_id)
+        completion = await run_in_threadpool(serving.store.completion, body.completion_id, record_viewer(request))
     user = completion["request"].get("user")
     feedback_id = await run_in_threadpool(
         serving.store.add_feedback,
@@ -82,6 +82,8 @@ async def feedback(
         idempotency_key or None,
         # The API key, else the `user` that the request named, else this machine.
         str(request.scope.get("api_key_user") or (f"user:{user}" if user else "local")),
+        record_owner(request),
+        record_viewer(request),
     )
     serving.metrics.vote(body.rating, serving.chat_watcher(completion["model"]).role(completion["model"]))
     return {"id": feedback_id}
@@ -97,9 +99,10 @@ async def votes(
 
 
 @router.get("/v1/lineage/{completion_id}")
-async def completion_lineage(completion_id: str, serving: Running) -> dict[str, Any]:
-    """The lineage of one answer, as `loopwright trace` prints it."""
-    return await run_in_threadpool(lineage, serving.store, completion_id, serving.version_metadata)
+async def completion_lineage(completion_id: str, serving: Running, request: Request) -> dict[str, Any]:
+    """The lineage of one answer of the key's owner, as `loopwright trace` prints it."""
+    viewer = record_viewer(request)
+    return await run_in_threadpool(lineage, serving.store, completion_id, serving.version_metadata, viewer)
 
 
 @router.get("/v1/pictures/{completion_id}/{digest}", response_class=Response, responses={200: {"content": {PNG: {}}}})
@@ -107,9 +110,10 @@ async def picture(
     completion_id: str,
     digest: Annotated[str, Path(pattern="^[0-9a-f]{64}$", description="A digest of the lineage's `pictures`.")],
     serving: Running,
+    request: Request,
 ) -> Response:
-    """A picture of a recorded request, as a PNG file without metadata."""
-    content = await run_in_threadpool(serving.store.picture, digest, completion_id)
+    """A picture of a recorded request of the key's owner, as a PNG file without metadata."""
+    content = await run_in_threadpool(serving.store.picture, digest, completion_id, record_viewer(request))
     headers = {"Cache-Control": "private, no-store", "X-Content-Type-Options": "nosniff"}
     return Response(content, media_type=PNG, headers=headers)
 

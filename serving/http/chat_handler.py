@@ -11,8 +11,9 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from components.agent.agent import Agent, ContextTooLong
+from components.agent.tool_policy import OPEN, ToolPolicy, ToolSession
 from components.feedback.store import AnswerRecord, Store
 from components.inference.schemas import SchemaError
 from components.tracking.otlp import OtlpTraces
@@ -42,7 +44,7 @@ from serving.engine.backend import (
 )
 from serving.http.errors import ERRORS, ApiError, failed_stream_body
 from serving.http.media import NO_MEDIA, RequestMedia, refuse_media
-from serving.http.routes import DirectRoute, Running, requesting_user
+from serving.http.routes import DirectRoute, Running, record_owner, requesting_user, tool_policy
 from serving.http.schemas import ChatRequest
 from serving.models.state import Serving
 from serving.observability.metrics import Metrics, RequestMetrics
@@ -71,11 +73,15 @@ class ChatHandler:
         role: str,
         traces: Traces | OtlpTraces | None = None,
         media: RequestMedia = NO_MEDIA,
+        owner: str = "",
+        confirmed: Sequence[dict[str, Any]] = (),
     ) -> None:
+        """`confirmed` are the steps of calls that a person confirmed, which ran before this answer."""
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
-        self.engine, self.body, self._role = engine, body, role
+        self.engine, self.body, self._role, self._owner = engine, body, role, owner
         self._store, self._metrics, self._traces, self._media = store, metrics, traces, media
+        self._confirmed = list(confirmed)
         self._request_metrics = RequestMetrics(self.id, engine.name, engine.tool_names, metrics)
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -84,8 +90,11 @@ class ChatHandler:
         """Unix time; 0: not started, and nothing is recorded."""
 
     def submit(self, generation: GenerationRequest) -> None:
-        """Raises: QueueFull, BackendRetired."""
-        self._task = self.engine.submit(generation, self._notify)
+        """Submit a request within its `admission`.
+
+        Raises: BackendRetired.
+        """
+        self._task = self.engine.submit(generation, self._notify, admitted=True)
 
     def cancel(self) -> None:
         if self._task is not None:
@@ -110,7 +119,8 @@ class ChatHandler:
         Raises: as `finished`.
         """
         finished = await self.finished(request)
-        message = {"role": "assistant", "content": finished.content, "refusal": None, "steps": finished.steps}
+        steps = [*self._confirmed, *finished.steps]
+        message = {"role": "assistant", "content": finished.content, "refusal": None, "steps": steps}
         if finished.tool_calls:
             message |= {"tool_calls": finished.tool_calls, "content": finished.content or None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finished.finish_reason}
@@ -160,6 +170,9 @@ class ChatHandler:
         steps = 0
         try:
             yield {"role": "assistant", "content": ""}, None
+            for step in self._confirmed:
+                yield {"steps": [{"index": steps, **step}]}, None
+                steps += 1
             while True:
                 event = await self._events.get()
                 if isinstance(event, TextDelta):
@@ -194,7 +207,7 @@ class ChatHandler:
         self._request_metrics.observe(event)
         if isinstance(event, Start):
             if self.body.stream:  # the client gets the id before the end, and may send feedback on it
-                self._store.add_request(self.id, self.engine.name, self._recorded_body, self._media.files)
+                self._store.add_request(self.id, self.engine.name, self._recorded_body, self._media.files, self._owner)
             self._started = time.time()
         elif isinstance(event, Completion) and self._started:
             self._record(event)
@@ -216,14 +229,14 @@ class ChatHandler:
             prompt_tokens=finished.prompt_tokens,
             completion_tokens=finished.completion_tokens,
             seconds=self._request_metrics.seconds,
-            steps=finished.steps,
+            steps=[*self._confirmed, *finished.steps],
             tool_calls=finished.tool_calls,
         )
         if self.body.stream:
             self._store.add_answer(self.id, answer)
         else:
             body, files = self._recorded_body, self._media.files
-            self._store.add_exchange(self.id, self.engine.name, body, self._started, answer, files)
+            self._store.add_exchange(self.id, self.engine.name, body, self._started, answer, files, self._owner)
         self._metrics.tokens.labels("prompt").inc(finished.prompt_tokens)
         self._metrics.tokens.labels("completion").inc(finished.completion_tokens)
         self._metrics.answers.labels(finished.finish_reason).inc()
@@ -238,7 +251,8 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
     if body.characters > (limit := serving.config.max_prompt_characters):
         message = f"messages: {body.characters} characters; send at most {limit} (serve.max_prompt_characters)"
         raise ApiError(400, message, "context_length_exceeded", "messages")
-    handler = await begin(body, serving, requesting_user(request, body.user))
+    policy = tool_policy(request, serving.config.allow_writes)
+    handler = await begin(body, serving, requesting_user(request, body.user), record_owner(request), policy)
     if body.stream:
         return StreamingResponse(
             handler.chunks(),
@@ -251,22 +265,31 @@ async def chat_completions(body: ChatRequest, serving: Running, request: Request
         return Response(status_code=499)
 
 
-async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
+async def begin(
+    body: ChatRequest, serving: Serving, user: str, owner: str = "", policy: ToolPolicy = OPEN
+) -> ChatHandler:
     """Submit a request; a streamed one waits for its slot, so that an error still has its HTTP status."""
     media: RequestMedia | None = None if body.has_media else NO_MEDIA
+    confirmed: Confirmed | None = None
     while True:
         watcher = serving.chat_watcher(body.model)
         backend = serving.choose(watcher, body.model, user)
         if body.has_media and not backend.sees_pictures:
             refuse_media(body.messages)
-        if media is None:
-            media = await serving.media.read(body.messages)
-        agent = backend.agent
-        generation = await _chat_request(body, agent, media) if agent else _source_request(body, backend.name)
-        role = watcher.role(backend.name)
-        handler = ChatHandler(backend, body, serving.store, serving.metrics, role, serving.traces, media)
         try:
-            handler.submit(generation)
+            with backend.admission():
+                if media is None:
+                    media = await serving.media.read(body.messages)
+                agent = backend.agent
+                if agent is None:
+                    generation = _source_request(body, backend.name)
+                else:
+                    confirmed = confirmed or await _run_confirmed(body, agent, policy)  # once, whatever is swapped
+                    generation = await _chat_request(body, agent, media, confirmed)
+                role, steps = watcher.role(backend.name), confirmed.steps if confirmed else ()
+                store, metrics, traces = serving.store, serving.metrics, serving.traces
+                handler = ChatHandler(backend, body, store, metrics, role, traces, media, owner, steps)
+                handler.submit(generation)
         except BackendRetired:
             continue  # swapped meanwhile; its successor is in place
         except QueueFull as full:
@@ -276,20 +299,44 @@ async def begin(body: ChatRequest, serving: Serving, user: str) -> ChatHandler:
         return handler
 
 
-async def _chat_request(body: ChatRequest, agent: Agent, media: RequestMedia) -> GenerationRequest:
+@dataclass(frozen=True)
+class Confirmed:
+    """What a person's confirmation has led to."""
+
+    policy: ToolPolicy
+    """Of the turns that follow."""
+    messages: Sequence[dict[str, Any]] = ()
+    """The results, for the model."""
+    steps: Sequence[dict[str, Any]] = ()
+
+
+async def _run_confirmed(body: ChatRequest, agent: Agent, policy: ToolPolicy) -> Confirmed:
+    """Run the calls of the last message that a person confirmed."""
+    if body.confirmed_tool_calls is None:
+        return Confirmed(policy)
+    session = ToolSession(lambda: agent.tools, policy)
+    calls = [call.model_dump() for call in body.messages[-1].tool_calls or ()]
+    messages, steps = await run_in_threadpool(session.run_confirmed, calls, body.confirmed_tool_calls)
+    return Confirmed(replace(policy, heard=frozenset(session.heard)), messages, steps)
+
+
+async def _chat_request(
+    body: ChatRequest, agent: Agent, media: RequestMedia, confirmed: Confirmed
+) -> GenerationRequest:
     may_call = body.tool_choice != "none"
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools and may_call else None
     try:
-        rules = agent.known_rules(tools, body.options)
+        rules = agent.known_rules(tools, body.options, confirmed.policy)
         if rules is None:  # compiling grammars would block the event loop
-            rules = await run_in_threadpool(agent.rules, tools, body.options)
+            rules = await run_in_threadpool(agent.rules, tools, body.options, confirmed.policy)
     except SchemaError as error:
         raise ApiError(400, str(error), "invalid_schema", str(error).partition(":")[0]) from None
     messages = [message.plain() for message in body.messages]
     return GenerationRequest(
-        messages=media.messages(messages) if media.files else messages,
+        messages=[*(media.messages(messages) if media.files else messages), *confirmed.messages],
         tools=tools,
         may_call=may_call,
+        policy=confirmed.policy,
         one_call=body.parallel_tool_calls is False,
         rules=rules,
         options=body.options,

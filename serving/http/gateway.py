@@ -7,6 +7,7 @@ match no route never reach an app that is mounted there (BentoML 1.4), and our o
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import math
@@ -54,6 +55,10 @@ class BodyTooLarge(Exception):
     """The body exceeds the limit."""
 
 
+class BodiesTooLarge(Exception):
+    """The bodies of all requests together exceed the limit."""
+
+
 class GatewayMiddleware:
     """Wraps `app`, which is `api` or mounts it; `api.state.serving` holds the server's state."""
 
@@ -64,6 +69,7 @@ class GatewayMiddleware:
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
         self._rate_limit = TokenBucket()
+        self._held = _HeldBytes()
         self._cors: dict[tuple[str, ...], CORSMiddleware] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,19 +101,39 @@ class GatewayMiddleware:
 
     async def _forward(self, serving: Serving, route: str, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = await self._refusal(serving, scope)
-        receive = body = _Body(receive)
-        limit = _max_body_bytes(serving, route)
+        body = _Body(receive, self._held, serving.config.max_held_bytes)
+        seconds = serving.config.body_seconds
+        try:
+            try:
+                async with asyncio.timeout(seconds):
+                    receive, refusal = await self._read(body, scope, _max_body_bytes(serving, route), refusal)
+            except TimeoutError:
+                message = f"body: not here within {seconds:g} s (serve.body_seconds); send it at once"
+                refusal = error_response(408, message, "timeout", headers={"Connection": "close"})
+            if refusal is None:
+                # BentoML would route to the mounted app too, through layers that take a millisecond.
+                await (self.app if route == OTHER else self.api)(scope, receive, send)
+            else:
+                await refusal(scope, receive, send)
+        finally:
+            body.release()
+
+    async def _read(
+        self, body: _Body, scope: Scope, limit: int, refusal: JSONResponse | None
+    ) -> tuple[Receive, JSONResponse | None]:
+        """Read the body, and discard it where the request is refused; returns what replays it, and the refusal."""
+        receive: Receive = body
         if refusal is None and scope["method"] in ("POST", "PUT", "PATCH", "DELETE"):
             try:
                 receive = await body.buffered(scope, limit)
             except BodyTooLarge:
                 refusal = error_response(413, f"body: larger than {limit} bytes; send less")
-        if refusal is None:
-            # BentoML would route to the mounted app too, through layers that take a millisecond.
-            await (self.app if route == OTHER else self.api)(scope, receive, send)
-            return
-        await body.discard()
-        await refusal(scope, receive, send)
+            except BodiesTooLarge:
+                message = "the bodies of all requests are too large together; try again in 1 s"
+                refusal = error_response(503, message, "overloaded", headers={"Retry-After": "1"})
+        if refusal is not None:
+            await body.discard()
+        return receive, refusal
 
     async def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         if scope["path"] != "/v1" and not scope["path"].startswith("/v1/"):
@@ -130,7 +156,7 @@ class GatewayMiddleware:
         if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        scope["api_key_user"] = f"key:{key.digest[:USER_DIGITS]}"
+        scope["api_key"], scope["api_key_user"] = key, f"key:{key.digest[:USER_DIGITS]}"
         limit = key.requests_per_minute or serving.config.requests_per_minute
         if seconds := self._rate_limit.wait(key, limit):
             message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
@@ -207,11 +233,18 @@ class _ResponseFormatter:
             await self._replacement(self._scope, self._receive, self._send)
 
 
-class _Body:
-    """A `receive` that records whether the body has ended."""
+class _HeldBytes:
+    """Bytes of the bodies that are held now."""
 
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+    count = 0
+
+
+class _Body:
+    """A `receive` that records whether the body has ended; counts what it holds until it is released."""
+
+    def __init__(self, receive: Receive, held: _HeldBytes, max_held: int) -> None:
+        self._receive, self._held, self._max_held = receive, held, max_held
+        self._size = 0
         self.ended = False
 
     async def __call__(self) -> Message:
@@ -222,14 +255,19 @@ class _Body:
     async def buffered(self, scope: Scope, limit: int) -> Receive:
         """Read the body, at most `limit` bytes, and return a `receive` that replays it.
 
-        Raises: BodyTooLarge.
+        Raises: BodyTooLarge, BodiesTooLarge.
         """
         declared = _header(scope, b"content-length") or b"0"
         if not declared.isdigit() or int(declared) > limit:
             raise BodyTooLarge
         content = bytearray()
         while not self.ended:
-            content += (await self()).get("body", b"")
+            piece = (await self()).get("body", b"")
+            self._size += len(piece)
+            self._held.count += len(piece)
+            if self._held.count > self._max_held:
+                raise BodiesTooLarge
+            content += piece
             if len(content) > limit:
                 raise BodyTooLarge
         buffered: list[Message] = [{"type": "http.request", "body": bytes(content), "more_body": False}]
@@ -238,6 +276,11 @@ class _Body:
             return buffered.pop() if buffered else await self()
 
         return replay
+
+    def release(self) -> None:
+        """Count it no more."""
+        self._held.count -= self._size
+        self._size = 0
 
     async def discard(self) -> None:
         """Read the rest of a rejected body: a connection closed while its sender writes would lose the response."""
@@ -270,7 +313,8 @@ def environment_keys(variable: str) -> list[ApiKey]:
                 f"LOOPWRIGHT_API_KEYS: {HASHED}... must be followed by {DIGEST_CHARACTERS} hexadecimal digits"
             )
         digests.append(digest)
-    return [ApiKey(f"environment-{digest[:12]}", digest, frozenset({"admin"})) for digest in digests]
+    names = {digest: f"environment-{digest[:12]}" for digest in digests}
+    return [ApiKey(name, digest, frozenset({"admin"}), owner=name) for digest, name in names.items()]
 
 
 def has_keys(variable: str, home: Path) -> bool:
@@ -319,7 +363,8 @@ class Keyring:
 
     def find(self, authorization: bytes) -> ApiKey | None:
         scheme, _, token = authorization.partition(b" ")
-        return self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
+        key = self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
+        return None if key is None or (key.expires is not None and key.expires <= time.time()) else key
 
 
 class TokenBucket:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import pydantic_core
@@ -12,6 +12,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
+from components.agent.tool_policy import ToolPolicy
+from components.feedback.keys import ApiKey
 from serving.http.errors import ApiError
 from serving.models.state import Serving
 
@@ -22,6 +24,27 @@ async def _serving(request: Request) -> Serving:
 
 
 Running = Annotated[Serving, Depends(_serving)]
+
+
+def record_owner(request: Request) -> str:
+    """The owner of the records that a request makes; empty without an API key."""
+    key: ApiKey | None = request.scope.get("api_key")
+    return key.owner if key else ""
+
+
+def record_viewer(request: Request) -> str | None:
+    """The owner whose records a request may read and rate; None: all, without a key and with the scope admin."""
+    key: ApiKey | None = request.scope.get("api_key")
+    return None if key is None or key.opens("admin") else key.owner
+
+
+def tool_policy(request: Request, allowed_writes: Sequence[str]) -> ToolPolicy:
+    """Which tools are called for a request: all without a key, else those of the key's scopes and list."""
+    key: ApiKey | None = request.scope.get("api_key")
+    writes = frozenset(allowed_writes)
+    if key is None:
+        return ToolPolicy(allowed_writes=writes)
+    return ToolPolicy(key.opens("tools"), key.tools, writes)
 
 
 def requesting_user(request: Request, user: str | None) -> str:

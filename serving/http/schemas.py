@@ -254,6 +254,9 @@ class ChatRequest(Wire):
     n: Literal[1] | None = None
     tools: Annotated[list[ClientTool], Field(max_length=MAX_TOOLS)] | None = None
     """Tools that the client runs. Without any, the agent calls its own."""
+    confirmed_tool_calls: list[str] | None = None
+    """Ids of calls in the last message, an answer with finish_reason tool_calls, that a person confirmed: the agent
+    runs them and goes on; the message's other calls are declined."""
     tool_choice: ToolChoice | None = None
     """auto, the default: text or calls. none: text. required: calls. Or the tool to call."""
     parallel_tool_calls: bool | None = None
@@ -294,6 +297,15 @@ class ChatRequest(Wire):
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise ValueError(f"is not one of the tools; sent are {names}")
         return choice
+
+    @field_validator("confirmed_tool_calls")
+    @classmethod
+    def _confirmed_are_of_the_last_message(cls, confirmed: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        messages: list[Message] = info.data.get("messages") or []
+        calls = messages[-1].tool_calls or [] if messages else []
+        if confirmed is not None and (not calls or set(confirmed) - {call.id for call in calls}):
+            raise ValueError("no such calls in the last message; send the answer whose calls are confirmed last")
+        return confirmed
 
     @property
     def has_media(self) -> bool:

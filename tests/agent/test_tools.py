@@ -273,3 +273,11 @@ def test_a_tool_uses_what_it_has_permission_for(tmp_path: Path) -> None:
         "error: the tool has no permission for network"
     )
     assert call([Tool.of(connect, permissions=["network"])], "connect", {}).isdecimal()
+
+
+def test_a_pattern_of_a_server_that_backtracks_for_ever_holds_no_thread() -> None:
+    schema = {"type": "object", "properties": {"text": {"type": "string", "pattern": "^(a+)+$"}}}
+    tool = Tool("echo", "Echo.", schema, lambda text: text)
+    assert call([tool], "echo", {"text": "a" * 64 + "b"}) == "a" * 64 + "b"
+    schema["patternProperties"], schema["additionalProperties"] = {"^(a+)+$": {}}, False
+    assert call([tool], "echo", {"text": "a" * 64 + "b"}) == "a" * 64 + "b"

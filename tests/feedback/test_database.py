@@ -10,13 +10,16 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
 
 from components.config.params import InputError
 from components.feedback import database
-from components.feedback.store import AnswerRecord, Store, StoreUnavailable
+from components.feedback.store import AnswerRecord, Store, StoreUnavailable, UnknownCompletion
 from components.feedback.tables import METADATA
 
 MIGRATIONS = Path(database.__file__).with_name("migrations")
@@ -36,6 +39,18 @@ CREATE INDEX ix_feedback_completion_id ON feedback (completion_id);
 INSERT INTO requests VALUES ('c1', 1.0, 'agent/1', '{"messages": []}');
 INSERT INTO answers VALUES ('c1', 2.0, 'yes', '[]', '[]', 'stop', 1, 1, 0.5);
 INSERT INTO feedback VALUES (7, 'fb-1', 'c1', 3.0, 'up', NULL, NULL, 'k', NULL);
+"""
+
+
+REVISION_4 = """
+INSERT INTO requests VALUES ('c1', 1.0, 'agent/1', '{"messages": []}');
+INSERT INTO answers VALUES ('c1', 2.0, 'yes', '[]', '[]', 'stop', 1, 1, 0.5);
+INSERT INTO feedback VALUES (7, 'fb-1', 'c1', 3.0, 'up', NULL, NULL, 'k', NULL, 'local');
+INSERT INTO partitions VALUES ('items-7-7', 7, 7, 4.0, 1, 0, 'd', NULL);
+INSERT INTO outcomes VALUES ('fb-1', 7, 'items-7-7', 'accepted', NULL, 'local', 3.0, 'c');
+INSERT INTO revocations VALUES ('fb-1', 5.0, NULL);
+INSERT INTO api_keys VALUES ('key-1', 'web', 'd1', 'predict', NULL, 6.0, NULL);
+INSERT INTO api_keys VALUES ('key-2', 'votes', 'd2', 'feedback', NULL, 7.0, NULL);
 """
 
 
@@ -63,6 +78,38 @@ def test_a_database_made_before_alembic_is_upgraded_with_its_rows(tmp_path: Path
     assert store.fresh() == 1
     store.add_feedback("c1", "down", user="user:a")
     assert store.behind_watermark(9)[-1]["sequence"] == 8
+    store.close()
+
+
+def test_a_database_of_revision_4_gets_owners_and_keeps_what_refers_to_its_votes(tmp_path: Path) -> None:
+    database_file = tmp_path / "feedback.db"
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(f"sqlite:///{database_file}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0004")
+    engine.dispose()
+    with closing(sqlite3.connect(database_file)) as connection:
+        connection.executescript(REVISION_4)
+    store = Store.of(tmp_path)
+    assert store.withdrawn() == {"fb-1": "revoked"}
+    assert store.completion("c1")["owner"] == ""
+    with pytest.raises(UnknownCompletion):
+        store.completion("c1", viewer="web")
+    assert store.add_feedback("c1", "down", idempotency_key="k") == "fb-1"
+    assert store.add_feedback("c1", "down", idempotency_key="k", owner="web") != "fb-1"
+    assert store.behind_watermark(9)[-1]["sequence"] == 8
+    listed = store.keys()
+    assert [(key["name"], key["owner"], key["scopes"]) for key in listed] == [
+        ("web", "web", ["predict", "tools"]),
+        ("votes", "votes", ["feedback"]),
+    ]
+    with closing(sqlite3.connect(database_file)) as connection:
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        connection.execute("PRAGMA foreign_keys=ON")
+        with pytest.raises(sqlite3.IntegrityError):
+            connection.execute("DELETE FROM feedback WHERE id = 'fb-1'")
     store.close()
 
 
@@ -100,7 +147,7 @@ def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
     Store.of(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "feedback.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(InputError, match=r"its schema 9999 is newer than .* knows \(0004\); update Loopwright"):
+    with pytest.raises(InputError, match=r"its schema 9999 is newer than .* knows \(0005\); update Loopwright"):
         Store.of(tmp_path)
 
 

@@ -20,7 +20,7 @@ import pytest
 from components.config.loop_settings import FeedbackConfig
 from components.config.params import InputError, Refused
 from components.datasets.formats import Row
-from components.feedback.ingest import IngestResult, ingest, revocations_are_written, write_revocations
+from components.feedback.ingest import IngestResult, erase_items, ingest, revocations_are_written, write_revocations
 from components.feedback.items import SCHEMA, prompt_key, read_items, read_pictures
 from components.feedback.pictures import PictureFile, UnknownPicture, reference
 from components.feedback.store import AnswerRecord, Store
@@ -570,3 +570,25 @@ def test_no_query_of_an_ingestion_walks_through_history(tmp_path: Path) -> None:
     walks = [plan for plan in plans if plan.startswith("SCAN") or "ix_outcomes_status_sequence (status=?)" in plan]
     few = ("SCAN partitions", "SCAN revocations", "SCAN improvements", "SCAN CONSTANT")
     assert not [plan for plan in walks if not plan.startswith(few)]
+
+
+def test_erased_items_leave_their_partition_with_their_pictures(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "feedback"
+    shared, own = picture(1), picture(2)
+    other = seen(store, 1, [shared], "", "What?", correction="A cat.", user="user:b")
+    content = [reference(own.digest), reference(shared.digest), {"type": "text", "text": "What?"}]
+    body = {"messages": [{"role": "user", "content": content}]}
+    files = [PictureFile.of(each) for each in (own, shared)]
+    store.add_exchange("c2", "agent/1", body, 1.7e9, AnswerRecord("A dog.", "stop", 5, 5, 0.1), files, owner="ada")
+    erased = store.add_feedback("c2", "down", "A cow.", user="user:a", owner="ada")
+    ingest(store, folder, CONFIG, passes)
+    name = store.unversioned()
+    store.mark_versioned(name, "hash")
+    assert {item.feedback_id for item in read_items(folder)} == {other, erased}
+    assert store.erase_user("ada").votes == [erased]
+    erase_items(store, folder)
+    assert [item.feedback_id for item in read_items(folder)] == [other]
+    assert set(read_pictures(folder, {shared.digest})) == {shared.digest}
+    with pytest.raises(InputError, match="has no picture"):
+        read_pictures(folder, {own.digest})
+    assert (store.unversioned(), store.erased_items(), store.withdrawn()) == (name, {}, {erased: "revoked"})

@@ -56,7 +56,7 @@ def test_scopes_open_what_they_say_and_admin_opens_all(store: Store) -> None:
     [
         (" ", ["predict"], None, "name: ' ' is empty"),
         ("x" * 65, ["predict"], None, "longer than 64 characters"),
-        ("a", ["write"], None, "scope: 'write' is not one of predict, feedback, admin"),
+        ("a", ["write"], None, "scope: 'write' is not one of predict, feedback, tools, admin"),
         ("a", [], None, "scope: 'none' is not one of"),
         ("a", ["predict"], 0, "requests_per_minute: 0 is below 1"),
     ],

@@ -49,7 +49,7 @@ def test_completion_returns_what_was_recorded(store: Store) -> None:
     assert found["answer"]["content"] == "444"
     assert found["answer"]["steps"] == ANSWER.steps
     assert found["feedback"] == []
-    assert set(found) == {"id", "created", "model", "request", "answer", "feedback"}
+    assert set(found) == {"id", "created", "model", "owner", "request", "answer", "feedback"}
 
 
 def test_an_exchange_is_recorded_as_its_parts_are(store: Store) -> None:

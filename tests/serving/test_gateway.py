@@ -147,3 +147,21 @@ def test_own_routes_need_nothing_of_the_service_around_them(local: Any) -> None:
     assert requests._value.get() == before + 1
     with pytest.raises(AssertionError, match="/healthz"):
         client.get("/healthz")
+
+
+def test_no_schema_is_compiled_and_no_picture_read_for_a_request_without_a_place(
+    local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = local.serving.models.engine
+    monkeypatch.setattr(engine, "room", 0)
+    compiled: list[Any] = []
+    rules = engine.agent.rules
+    monkeypatch.setattr(engine.agent, "rules", lambda *options: compiled.append(options) or rules(*options))
+    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[a-c]{9}x$"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    refused = local.ask("Hello", response_format=form)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert compiled == []
+    monkeypatch.undo()
+    assert local.ask("Hello", max_tokens=2).status_code == 200

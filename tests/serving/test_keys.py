@@ -32,7 +32,7 @@ def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.
 
 def test_scopes_of_keys_on_record(app: Any) -> None:
     store = app.serving.store
-    opened = {scope: store.create_key(scope, [scope])[1] for scope in ("predict", "feedback", "admin")}
+    opened = {scope: store.create_key(scope, [scope], owner="us")[1] for scope in ("predict", "feedback", "admin")}
     answer = app.client.post("/v1/chat/completions", json=ASK, headers=bearer(opened["predict"]))
     assert answer.status_code == 200
     vote = {"completion_id": answer.json()["id"], "rating": "up"}

@@ -1,0 +1,71 @@
+"""A tool that writes is called over HTTP when a person has confirmed the very call, and by the keys that may."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.http import gateway
+
+QUESTION = {"role": "user", "content": "What is 6*7?"}
+
+
+@pytest.fixture
+def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An app whose one tool changes something, as far as it is declared."""
+    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
+    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
+    with local_app(agent_folder, tmp_path) as app:
+        agent = app.serving.models.engine.agent
+        agent.own_tools = tuple(replace(tool, writes=True) for tool in agent.own_tools)
+        yield app
+
+
+def test_the_confirmed_call_runs_once_and_the_answer_goes_on(app: Any) -> None:
+    asked = app.post({"messages": [QUESTION]}).json()
+    [choice] = asked["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["steps"] == []
+    [call] = choice["message"]["tool_calls"]
+    assert (call["function"]["name"], json.loads(call["function"]["arguments"])) == ("calculate", {"expression": "6*7"})
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    answer = app.post({"messages": [QUESTION, said], "confirmed_tool_calls": [call["id"]]}).json()
+    message = answer["choices"][0]["message"]
+    assert message["content"] == "That is 42."
+    assert [step["type"] for step in message["steps"]] == ["call", "result"]
+    record = app.client.get(f"/v1/lineage/{answer['id']}").json()
+    assert record["answer"]["steps"] == message["steps"]
+    assert record["request"]["confirmed_tool_calls"] == [call["id"]]
+
+
+def test_a_stream_shows_the_call_to_confirm(app: Any) -> None:
+    lines = app.post({"messages": [QUESTION], "stream": True}).text.split("\n\n")
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+    calls = [call for delta in deltas for call in delta["delta"].get("tool_calls", ())]
+    assert [call["function"]["name"] for call in calls] == ["calculate"]
+    assert deltas[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_tool_that_the_settings_allow_runs_by_itself(app: Any) -> None:
+    app.serving.config = app.serving.config.model_copy(update={"allow_writes": ["calculate"]})
+    assert app.post({"messages": [QUESTION]}).json()["choices"][0]["message"]["content"] == "That is 42."
+
+
+@pytest.mark.parametrize("messages", [[QUESTION], [QUESTION, {"role": "assistant", "content": "42"}]])
+def test_only_calls_of_the_last_message_are_confirmed(app: Any, messages: list[Any]) -> None:
+    refused = app.post({"messages": messages, "confirmed_tool_calls": ["call_1"]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "confirmed_tool_calls"
+
+
+def test_a_key_without_the_tool_gets_an_answer_without_it(app: Any) -> None:
+    _, key = app.serving.store.create_key("a", ["predict"], tools=["search"])
+    body = {"messages": [QUESTION], "max_tokens": 8}
+    answer = app.client.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}).json()
+    assert answer["choices"][0]["finish_reason"] in ("stop", "length")
+    assert answer["choices"][0]["message"]["steps"] == []

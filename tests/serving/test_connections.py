@@ -1,0 +1,147 @@
+"""Slow, half-sent and too many requests: their connections end in time, and honest clients go on meanwhile."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from components.config.errors import InputError
+from components.config.params import load_params
+from serving import server
+
+ROOT = Path(__file__).parents[2]
+HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
+HALF_BODY = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 1000\r\n\r\n{"messages"'
+)
+SECONDS = {"header_seconds": 0.5, "body_seconds": 0.5}
+Endpoint = Callable[..., Any]
+
+
+@pytest.fixture
+def endpoint(local: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    """Serve on a real socket with settings of `serve`; returns `(host, port)`."""
+    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
+    before = local.serving.config
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> tuple[str, int]:
+            config = load_params(ROOT / "params.yaml", {f"serve.{name}": value for name, value in settings.items()})
+            local.serving.config = config.serve
+            url = httpx.URL(stack.enter_context(server.serve_in_thread(local.serving)))
+            return url.host, url.port or 0
+
+        yield start
+    local.serving.config = before
+
+
+@contextmanager
+def connected(address: tuple[str, int], count: int, sent: bytes) -> Iterator[list[socket.socket]]:
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(count)]
+        for connection in connections:
+            connection.sendall(sent)
+        yield connections
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """What a server sends until it closes; raises TimeoutError when it does not."""
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"\r\n", b"GET", HALF_HEAD, HALF_BODY], ids=["none", "line", "GET", "head", "body"]
+)
+def test_half_sent_requests_are_closed_in_time_and_others_answered(endpoint: Endpoint, sent: bytes) -> None:
+    host, port = endpoint(**SECONDS)
+    with connected((host, port), 60, sent) as slow:
+        assert httpx.get(f"http://{host}:{port}/livez").status_code == 200
+        assert {read_to_end(connection).split(b"\r\n")[0] for connection in slow} == {b"HTTP/1.1 408 Request Timeout"}
+
+
+def test_a_head_that_drips_is_closed_by_its_whole_time(endpoint: Endpoint) -> None:
+    host, port = endpoint(**SECONDS)
+    with connected((host, port), 1, b"GET /livez HTTP/1.1\r\n") as [slow]:
+        slow.settimeout(0.05)
+        received = b""
+        for _ in range(200):
+            try:
+                received = slow.recv(65536)
+                break
+            except TimeoutError:
+                slow.sendall(b"a: b\r\n")
+        assert received.startswith(b"HTTP/1.1 408")
+
+
+def test_a_head_without_end_is_refused(endpoint: Endpoint) -> None:
+    with connected(endpoint(), 1, b"GET /livez HTTP/1.1\r\n" + b"a: b\r\n" * 15_000) as [large]:
+        assert read_to_end(large).startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("setting", ["max_connections", "max_connections_per_client"])
+def test_beyond_the_limit_the_oldest_incomplete_one_makes_room(endpoint: Endpoint, setting: str) -> None:
+    host, port = endpoint(**{setting: 4})
+    with connected((host, port), 4, HALF_HEAD) as slow:
+        assert httpx.get(f"http://{host}:{port}/livez").status_code == 200
+        assert b"closed for another connection" in read_to_end(slow[0])
+        slow[3].sendall(b"ngth: 0\r\n\r\n")
+        assert slow[3].recv(65536).startswith(b"HTTP/1.1 400")
+
+
+def test_bodies_that_are_too_large_together_are_503(endpoint: Endpoint) -> None:
+    host, port = endpoint(max_held_bytes=200_000)
+    large = HALF_BODY.replace(b"1000", b"1000000") + b"a" * 150_000
+    with connected((host, port), 1, large):
+        body = b"b" * 150_000
+        for _ in range(50):  # until the server has read the first
+            answer = httpx.post(f"http://{host}:{port}/v1/chat/completions", content=body)
+            if answer.status_code == 503:
+                break
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    for _ in range(50):  # until it has seen that the first is gone
+        answer = httpx.post(f"http://{host}:{port}/v1/chat/completions", content=body)
+        if answer.status_code == 400:
+            break
+    assert answer.status_code == 400
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    pair = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, "-out", pair[0], "-keyout", pair[1]], check=True, capture_output=True)
+    return pair
+
+
+def test_the_endpoint_speaks_https_with_a_certificate(local: Any, certificate: tuple[Path, Path]) -> None:
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    with server.serve_in_thread(local.serving, server.Tls.checked(*certificate)) as url:
+        assert url.startswith("https://127.0.0.1:")
+        assert httpx.get(f"{url}/livez", verify=context).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url.replace("https", "http") + "/livez")
+
+
+def test_files_that_are_no_certificate_are_refused_in_one_line(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = certificate
+    with pytest.raises(InputError, match="--tls-cert, --tls-key: one without the other; give both files"):
+        server.Tls.checked(cert, None)
+    with pytest.raises(InputError, match=r"--tls-key: .*nothing: not found; give a file in PEM format"):
+        server.Tls.checked(cert, tmp_path / "nothing")
+    with pytest.raises(InputError, match="give a pair in PEM format"):
+        server.Tls.checked(key, cert)
+    assert server.Tls.checked(None, None) is None
