@@ -39,7 +39,7 @@ up: setup  ## the platform in the foreground: MLflow, Prefect, worker, endpoint
 	@$(BIN)/loopwright up
 
 test: setup  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .
