@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,9 @@ def prefect_client(home: Path, api: str) -> Iterator[httpx.Client]:
     """A client of the Prefect server of this state folder, signed in as Prefect's page does."""
     user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
     with httpx.Client(base_url=api, auth=(user, password), timeout=30) as client:
-        token = client.get("/csrf-token", params={"client": "tests"}).raise_for_status().json()["token"]
+        while (answer := client.get("/csrf-token", params={"client": "tests"})).status_code == 503:
+            time.sleep(0.1)  # its database is busy
+        token = answer.raise_for_status().json()["token"]
         client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
         yield client
 
