@@ -111,6 +111,9 @@ def _print_streamed(address: str, messages: Messages) -> str:
         for delta in _deltas(address, messages):
             for step in delta.get("steps", []):
                 _print_dim(_step(step))
+            for call in delta.get("tool_calls", []):
+                function = call["function"]
+                _print_dim(f"waits for confirmation: {function['name']} {function['arguments']} (serve.allow_writes)")
             if text := delta.get("content"):
                 answer += text
                 print(text, end="", flush=True)

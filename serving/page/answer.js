@@ -13,6 +13,7 @@ import { StepsView } from "./steps.js";
 /** @type {Record<string, string>} */
 const ENDINGS = {
   length: "Cut off: the answer reached the limit of tokens.",
+  tool_calls: "A tool that changes something waits for confirmation, which is given over the API (confirmed_tool_calls).",
   stopped: "You stopped this answer.",
   broken: "This answer broke off.",
 };
