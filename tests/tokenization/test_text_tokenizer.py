@@ -122,7 +122,7 @@ def test_short_configurations_are_read_as_transformers_reads_them(
         (distilbert, {"do_lower_case": False, "tokenizer_class": "DistilBertTokenizer"}),
         (modernbert, {}),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_hard_texts_are_read_as_transformers_reads_them(
     make: Callable[..., Path], config: dict[str, Any], tmp_path: Path
