@@ -66,6 +66,8 @@ def _conversations(rng: random.Random) -> Iterator[Row]:
     for picture in easy_vqa("train"):
         exchanges = list(dict.fromkeys(picture.questions))
         rng.shuffle(exchanges)
+        # Its questions are in lower case alone, people's are not.
+        exchanges = [(rng.choice((question, question.capitalize())), answer) for question, answer in exchanges]
         # In parts of equal length: a conversation of one question would encode a picture for little.
         parts = -(-len(exchanges) // QUESTIONS_PER_CONVERSATION)
         for part in range(parts):
