@@ -105,29 +105,55 @@ def _answer_within_context(address: str, messages: Messages) -> str:
 
 
 def _print_streamed(address: str, messages: Messages) -> str:
-    """Print the answer as it comes, tool calls in dim lines; returns its text."""
-    answer = ""
+    """Print the answer as it comes, tool calls in dim lines; returns its text.
+
+    Calls that wait for a person are run, and the answer goes on, where someone at the terminal says so.
+    """
+    answer, told, confirmed = "", list(messages), list[str]()
+    while True:
+        text, calls, results = _print_turn(address, told, confirmed)
+        answer += text
+        if confirmed:
+            ran = zip(told[-1]["tool_calls"], results, strict=False)  # results of further calls follow
+            told += [{"role": "tool", "tool_call_id": call["id"], "content": result} for call, result in ran]
+        confirmed = [call["id"] for call in calls if _is_confirmed(call["function"])]
+        if not confirmed:
+            return answer
+        told.append({"role": "assistant", "content": text or None, "tool_calls": calls})
+
+
+def _print_turn(address: str, messages: Messages, confirmed: list[str]) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """Print an answer up to its end or to calls that wait; returns its text, these calls, and the results of others."""
+    answer, calls, results = "", list[dict[str, Any]](), list[str]()
     try:
-        for delta in _deltas(address, messages):
+        for delta in _deltas(address, messages, confirmed):
             for step in delta.get("steps", []):
                 _print_dim(_step(step))
-            for call in delta.get("tool_calls", []):
-                function = call["function"]
-                _print_dim(f"waits for confirmation: {function['name']} {function['arguments']} (serve.allow_writes)")
+                results += [step["content"]] if step["type"] == "result" else []
+            calls += delta.get("tool_calls", [])
             if text := delta.get("content"):
                 answer += text
                 print(text, end="", flush=True)
     except KeyboardInterrupt:
         _print_dim(" (stopped)")
-        return answer
+        return answer, [], results
     print()
-    return answer
+    return answer, calls, results
 
 
-def _deltas(address: str, messages: Messages) -> Iterator[dict[str, Any]]:
+def _is_confirmed(function: dict[str, Any]) -> bool:
+    """Whether someone at the terminal lets a call run."""
+    call = _step({"type": "call", "name": function["name"], "arguments": json.loads(function["arguments"])})
+    if not sys.stdin.isatty():
+        _print_dim(f"{call} waits for confirmation (serve.allow_writes)")
+        return False
+    return typer.confirm(f"{call}  run it?", err=True)
+
+
+def _deltas(address: str, messages: Messages, confirmed: list[str]) -> Iterator[dict[str, Any]]:
     import httpx
 
-    body = {"messages": messages, "stream": True}
+    body = {"messages": messages, "stream": True, **({"confirmed_tool_calls": confirmed} if confirmed else {})}
     path = f"{address}/v1/chat/completions"
     with httpx.stream("POST", path, json=body, headers=headers(), timeout=None) as response:
         check(response)

@@ -6,14 +6,14 @@ import { icon, iconButton, make } from "./dom.js";
 import { FeedbackView } from "./feedback.js";
 import { openLineage } from "./lineage.js";
 import * as markdown from "./markdown.js";
-import { StepsView } from "./steps.js";
+import { StepsView, written } from "./steps.js";
 
 /** @typedef {import("./conversations.js").Answer} Answer */
 
 /** @type {Record<string, string>} */
 const ENDINGS = {
   length: "Cut off: the answer reached the limit of tokens.",
-  tool_calls: "A tool that changes something waits for confirmation, which is given over the API (confirmed_tool_calls).",
+  tool_calls: "A tool that changes something waits for you.",
   stopped: "You stopped this answer.",
   broken: "This answer broke off.",
 };
@@ -21,7 +21,7 @@ const ENDINGS = {
 /**
  * What the page does for an answer.
  * @typedef {{changed: () => void, refused: (error: import("./endpoint.js").Refused) => void, again: () => void,
- *   turnTo: (index: number) => void}} Deeds
+ *   confirm: () => void, turnTo: (index: number) => void}} Deeds
  */
 
 /** An answer, grown chunk by chunk or there from the start. */
@@ -88,7 +88,8 @@ export class AnswerView {
     this.element.removeAttribute("aria-busy");
     this.element.classList.remove("writing");
     const ending = ENDINGS[this.answer.ended] ?? "";
-    const said = [!this.answer.content && "The model said nothing.", ending].filter((line) => line).join(" ");
+    const silent = !this.answer.content && this.answer.ended !== "tool_calls";
+    const said = [silent && "The model said nothing.", ending].filter((line) => line).join(" ");
     this.#state.replaceChildren(said);
     if (busy) this.#reader.ended(this.answer.content, said);
     this.#under.replaceChildren(...this.#actions(index, count, deeds));
@@ -119,6 +120,15 @@ export class AnswerView {
       make("span", { class: "unseen" }, "Lineage: answered by "),
       model,
     );
+    const calls = this.answer.ended === "tool_calls" ? (this.answer.calls ?? []) : [];
+    const confirming = make(
+      "div",
+      { class: "again", hidden: !calls.length },
+      ...calls.map(({ function: { name, arguments: text } }) =>
+        make("p", {}, make("code", {}, written({ type: "call", name, arguments: JSON.parse(text) }))),
+      ),
+      make("button", { type: "button", class: "plain", click: deeds.confirm }, calls.length > 1 ? "Run them" : "Run it"),
+    );
     const row = make(
       "div",
       { class: "actions" },
@@ -128,7 +138,7 @@ export class AnswerView {
       iconButton("Answer again", "again", deeds.again, { class: "quiet again" }),
       about,
     );
-    return [row, feedback.element];
+    return [confirming, row, feedback.element];
   }
 
   #render() {

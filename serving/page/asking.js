@@ -14,7 +14,7 @@ const WAITED_FOR = new Set(["loading", "draining", "not_ready"]);
  * The chunks of the answer to the last message.
  *
  * @param {Message[]} messages
- * @param {{temperature?: number, seed?: number}} options
+ * @param {{temperature?: number, seed?: number, confirmed_tool_calls?: string[]}} options
  * @param {AbortSignal} signal
  * @param {(said: string) => void} tell is given a line when there is something to wait for
  * @param {(count: number) => void} forgot is given how many messages the model no longer reads

@@ -4,7 +4,7 @@ import { AnswerView } from "./answer.js";
 import { askForKey } from "./api-key.js";
 import { ask } from "./asking.js";
 import { Composer } from "./composer.js";
-import { load, messages, newConversation, remove, save, title, watch } from "./conversations.js";
+import { confirmation, load, messages, newConversation, remove, save, title, watch } from "./conversations.js";
 import { byId, make } from "./dom.js";
 import { Refused, models } from "./endpoint.js";
 import { listen } from "./keyboard.js";
@@ -170,6 +170,7 @@ class Chat {
       changed: () => this.#keep(),
       refused: (error) => refused(error),
       again: () => this.#answer(turn),
+      confirm: () => this.#answer(turn, turn.answers[turn.shown]),
       turnTo: (index) => {
         turn.shown = index;
         this.#keep();
@@ -178,13 +179,16 @@ class Chat {
     });
   }
 
-  /** @param {Turn} turn the last one */
-  #answer(turn) {
+  /**
+   * @param {Turn} turn the last one
+   * @param {Answer} [confirmed] to it, whose calls a person confirmed
+   */
+  #answer(turn, confirmed) {
     if (this.#running) return;
     clearNotice();
     this.#running = new AbortController();
     this.#busy(true);
-    this.#written = this.#write(turn, this.#running.signal);
+    this.#written = this.#write(turn, this.#running.signal, confirmed);
   }
 
   /** @param {boolean} busy */
@@ -198,8 +202,9 @@ class Chat {
    *
    * @param {Turn} turn
    * @param {AbortSignal} signal
+   * @param {Answer} [confirmed]
    */
-  async #write(turn, signal) {
+  async #write(turn, signal, confirmed) {
     const began = Date.now() / 1000;
     /** @type {Answer} */
     const answer = {
@@ -211,20 +216,18 @@ class Chat {
       seconds: 0,
       ended: "broken",
       vote: null,
+      calls: [],
+      after: confirmed,
     };
     const view = new AnswerView(answer);
     this.#places.get(turn)?.replaceChildren(view.element);
     view.wait();
-    const told = messages(this.#conversation.turns);
+    const told = [...messages(this.#conversation.turns), ...(confirmed ? confirmation(confirmed) : [])];
+    const run = confirmed && { confirmed_tool_calls: confirmed.calls?.map((call) => call.id) };
+    const options = run || (turn.answers.length ? ANOTHER : {});
     let problem = null;
     try {
-      for await (const chunk of ask(
-        told,
-        turn.answers.length ? ANOTHER : {},
-        signal,
-        (line) => view.waitFor(line),
-        forgot,
-      )) {
+      for await (const chunk of ask(told, options, signal, (line) => view.waitFor(line), forgot)) {
         if (!answer.id) turn.shown = turn.answers.push(answer) - 1;
         grow(answer, chunk);
         view.grow(chunk);
@@ -239,7 +242,7 @@ class Chat {
     this.#keep();
     if (answer.id) this.#finish(view, turn);
     else this.#show(turn);
-    if (problem) refused(problem, () => this.#answer(turn));
+    if (problem) refused(problem, () => this.#answer(turn, confirmed));
     else if (answer.model && !byId("served").textContent?.includes(answer.model)) served();
   }
 }
@@ -248,11 +251,12 @@ class Chat {
  * @param {Answer} answer
  * @param {import("./stream.js").Chunk} chunk
  */
-function grow(answer, { id, model, text, steps, reason }) {
+function grow(answer, { id, model, text, steps, calls, reason }) {
   answer.id = id;
   answer.model = model;
   answer.content += text;
   answer.steps.push(...steps);
+  answer.calls?.push(...calls);
   answer.ended = reason ?? answer.ended;
 }
 

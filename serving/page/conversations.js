@@ -8,9 +8,9 @@ import { local } from "./kept.js";
  * @typedef {{id: string, rating: "up" | "down", correction?: string, comment?: string}} Vote
  *
  * One answer. `ended` is OpenAI's finish reason, or "stopped" by the person, or "broken" by an error; times are in
- * seconds since the epoch.
+ * seconds since the epoch. `calls` wait for a person; `after` is the answer whose calls were confirmed for this one.
  * @typedef {{id: string, model: string, content: string, steps: import("./stream.js").Step[], created: number,
- *   seconds: number, ended: string, vote: Vote | null}} Answer
+ *   seconds: number, ended: string, vote: Vote | null, calls?: import("./stream.js").Call[], after?: Answer}} Answer
  *
  * A question with every answer that was made to it; the conversation goes on from the one that is shown.
  * @typedef {{question: string, attachments?: import("./pictures.js").Attachment[], answers: Answer[],
@@ -81,6 +81,22 @@ export function messages(turns) {
     const answer = turn.answers[turn.shown]?.content;
     return answer ? [asked, { role: /** @type {const} */ ("assistant"), content: answer }] : [];
   });
+}
+
+/**
+ * What the model is told behind the question when the calls of an answer are confirmed.
+ *
+ * @param {Answer} answer
+ * @returns {import("./stream.js").Message[]}
+ */
+export function confirmation({ content, calls, steps, after }) {
+  const results = steps.filter((step) => step.type === "result");
+  const ran = (after?.calls ?? []).map((call, index) => {
+    const result = results[index]?.content ?? "";
+    return { role: /** @type {const} */ ("tool"), tool_call_id: call.id, content: result };
+  });
+  const earlier = after ? [...confirmation(after), ...ran] : [];
+  return [...earlier, { role: "assistant", content: content || null, tool_calls: calls }];
 }
 
 /**

@@ -6,20 +6,24 @@ import { Refused, call } from "./endpoint.js";
  * A step of the agent: a call of one of its tools, or what the tool gave back.
  * @typedef {{type: "call" | "result", name: string, arguments?: Record<string, unknown>, content?: string}} Step
  *
+ * A call of OpenAI's that waits for a person; its arguments are JSON.
+ * @typedef {{id: string, function: {name: string, arguments: string}}} Call
+ *
  * What is new in a chunk; `reason` comes with the last one.
- * @typedef {{id: string, model: string, text: string, steps: Step[], reason: string | null}} Chunk
+ * @typedef {{id: string, model: string, text: string, steps: Step[], calls: Call[], reason: string | null}} Chunk
  *
  * A content part: `type`, and what has the type's name.
  * @typedef {{type: string, [value: string]: unknown}} Part
  *
- * @typedef {{role: "user" | "assistant", content: string | Part[]}} Message
+ * @typedef {{role: "user" | "assistant" | "tool", content: string | Part[] | null, tool_calls?: Call[],
+ *   tool_call_id?: string}} Message
  */
 
 /**
  * Ask, and give the chunks of the answer as they come.
  *
  * @param {Message[]} messages
- * @param {{temperature?: number, seed?: number}} options
+ * @param {{temperature?: number, seed?: number, confirmed_tool_calls?: string[]}} options
  * @param {AbortSignal} signal stops the answer, also where it is written
  * @returns {AsyncGenerator<Chunk, void, void>}
  * @throws {Refused} at once, or when the answer broke off
@@ -33,8 +37,8 @@ export async function* completion(messages, options, signal) {
     if (chunk.error) throw new Refused(500, chunk.error.message, chunk.error.code);
     const [choice] = chunk.choices;
     if (!choice) continue;
-    const { content, steps } = choice.delta;
-    yield { id: chunk.id, model: chunk.model, text: content ?? "", steps: steps ?? [], reason: choice.finish_reason };
+    const { content, steps = [], tool_calls: calls = [] } = choice.delta;
+    yield { id: chunk.id, model: chunk.model, text: content ?? "", steps, calls, reason: choice.finish_reason };
   }
   throw new Refused(0, "The answer broke off: the connection was lost.");
 }

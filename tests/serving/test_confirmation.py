@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from loopwright.client import chat
 from serving.http import gateway
+from serving.server import serve_in_thread
 
 QUESTION = {"role": "user", "content": "What is 6*7?"}
 
@@ -69,3 +72,16 @@ def test_a_key_without_the_tool_gets_an_answer_without_it(app: Any) -> None:
     answer = app.client.post("/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}).json()
     assert answer["choices"][0]["finish_reason"] in ("stop", "length")
     assert answer["choices"][0]["message"]["steps"] == []
+
+
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_someone_at_the_terminal_lets_the_call_run_or_not(
+    app: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], confirmed: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: asked.append(text) or confirmed)
+    with serve_in_thread(app.serving) as url:
+        chat("What is 6*7?", url=url)
+    assert asked == ["→ calculate(expression='6*7')  run it?"]
+    assert ("That is 42." in capsys.readouterr().out) == confirmed

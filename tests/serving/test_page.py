@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +437,23 @@ def test_page_works_below_a_path_of_a_proxy(site: Site, visit: Visit) -> None:
         visitor.page.locator(".model").click()
         expect(visitor.page.get_by_role("heading", name="In a terminal")).to_be_visible()
         visitor.page.context.close()
+
+
+def test_a_call_that_changes_something_runs_when_a_person_says_so(
+    site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = site.serving.models.engine.agent
+    monkeypatch.setattr(agent, "own_tools", tuple(replace(tool, writes=True) for tool in agent.own_tools))
+    visitor = visit(site.url)
+    visitor.ask("What is 6*7?")
+    answer = visitor.page.locator(".answer")
+    expect(answer.locator(".state")).to_have_text("A tool that changes something waits for you.")
+    expect(answer.locator("code")).to_have_text('calculate(expression="6*7")')
+    expect(answer.locator("details")).to_be_hidden()
+    answer.get_by_role("button", name="Run it").click()
+    visitor.answered("That is 42.")
+    expect(answer.locator("details summary")).to_have_text("1 step: calculate")
+    expect(answer.get_by_role("button", name="Run it")).to_be_hidden()
 
 
 def test_full_queue_says_when_to_try_again(site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
