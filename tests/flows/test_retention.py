@@ -23,7 +23,7 @@ from components.tracking.mlflow_client import create_run
 from components.tracking.registry import Registry
 from flows.backup import RETENTION_LOCK
 from flows.orchestration.dvc_repo import version_data
-from flows.orchestration.prefect_server import home_tag, prefect_api
+from flows.orchestration.prefect_server import client_settings, home_tag, prefect_api
 from flows.retention import prune
 from tests.pages import ROOT
 
@@ -165,13 +165,13 @@ def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: p
         url = api.wait()
         from prefect import flow, tags
         from prefect.client.orchestration import get_client
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import temporary_settings
 
         def runs() -> int:
             with get_client(sync_client=True) as client:
                 return len(client.read_flow_runs())
 
-        with temporary_settings({PREFECT_API_URL: url}):
+        with temporary_settings(api.client):
             with tags(home_tag(paths.home)):
                 for _ in range(7):
                     flow(name="ingest")(lambda: None)()
@@ -182,6 +182,6 @@ def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: p
             prune(paths)
             assert runs() == 6
         command = [sys.executable, "-c", "from flows.deployments import ingest, monitor; ingest(); monitor()"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_API_URL": url}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **client_settings(paths.home, url)}
         subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
     assert set(successes(paths.home)) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"
