@@ -40,8 +40,8 @@ from components.models.checkpoint import load_decoder
 from components.runtime.stage import StageRun
 from components.training.align import align
 
-MOST_ASKED = 200
-"""Questions that nobody corrected, at most."""
+MAX_UNCORRECTED = 200
+"""Questions that nobody corrected."""
 
 
 class Silent:
@@ -70,7 +70,6 @@ def answers(folder: Path, rows: Sequence[Row]) -> list[Answer | None]:
 
 def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
     """A vote as ingestion would have written it."""
-    said = answer.content if answer else ""
     steps = list(answer.steps) if answer else []
     pictures = pictures_of(question(row))
     without_call = PICTURES if pictures else NO_CALL
@@ -84,7 +83,7 @@ def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
         "images": [picture.digest for picture in pictures],
         "tools": None,
         "steps": json.dumps(steps),
-        "answer": said,
+        "answer": answer.content if answer else "",
         "rating": "down",
         "correction": correction,
         "comment": None,
@@ -93,9 +92,9 @@ def item(number: int, row: Row, answer: Answer | None, correction: str) -> Row:
     }
 
 
-def votes(rows: Sequence[Row], said: Sequence[Answer | None], corrections: Sequence[str]) -> list[Row]:
-    given = zip(rows, said, corrections, strict=True)
-    return [item(number, row, answer, text) for number, (row, answer, text) in enumerate(given)]
+def votes(rows: Sequence[Row], answered: Sequence[Answer | None], corrections: Sequence[str]) -> list[Row]:
+    triples = zip(rows, answered, corrections, strict=True)
+    return [item(number, row, answer, text) for number, (row, answer, text) in enumerate(triples)]
 
 
 def workshop(project: Paths, folder: Path) -> Paths:
@@ -129,8 +128,8 @@ def write_feedback(paths: Paths, items: Sequence[Row], rows: Sequence[Row]) -> N
 
 def improve(paths: Paths, seed: int, questions: int) -> Row:
     """Curate, align and judge; returns the verdict."""
-    most = {"judge.max_questions": questions, "evaluate.max_questions": questions} if questions else {}
-    params = load_params(paths.params, {"seed": seed, **most})
+    limits = {"judge.max_questions": questions, "evaluate.max_questions": questions} if questions else {}
+    params = load_params(paths.params, {"seed": seed, **limits})
     for stage in (curate, align, judge):
         state = paths.root / "state" / stage.__name__
         shutil.rmtree(state, ignore_errors=True)
@@ -153,29 +152,27 @@ def main() -> None:
     project = Paths(find_root(arguments.project))
     rows = [row for row in read_rows(project.collected / arguments.dataset, "test") if row["suite"] == arguments.suite]
     random.Random(0).shuffle(rows)
-    corrected, others = rows[: arguments.corrections], rows[arguments.corrections :][:MOST_ASKED]
-    said = answers(project.agent, corrected)
-    wanted = [styled(row, arguments.wording) for row in corrected]
+    corrected, uncorrected = rows[: arguments.corrections], rows[arguments.corrections :][:MAX_UNCORRECTED]
+    answers_before = answers(project.agent, corrected)
+    corrections = [styled(row, arguments.wording) for row in corrected]
     with tempfile.TemporaryDirectory() as scratch:
         paths = workshop(project, Path(scratch) / "project")
         started = time.monotonic()
-        write_feedback(paths, votes(corrected, said, wanted), corrected)
+        write_feedback(paths, votes(corrected, answers_before, corrections), corrected)
         verdict = improve(paths, 0, arguments.questions)
         print(f"corrections: promoted {verdict['promote']} in {time.monotonic() - started:.1f} s: {verdict['reason']}")
-        asked = answers(paths.candidate, others)
-        pairs = zip(asked, others, strict=True)
+        answers_after = answers(paths.candidate, uncorrected)
+        pairs = zip(answers_after, uncorrected, strict=True)
         right = sum(a is not None and a.content == styled(row, arguments.wording) for a, row in pairs)
-        print(f"as corrected on {len(others)} questions that nobody corrected: {right / len(others):.3f}")
-        for one in verdict["findings"]:
-            change = one["candidate"] - one["champion"]
-            print(
-                f"  {one['skill']:22} {one['champion']:.3f} → {one['candidate']:.3f}  {change:+.3f}  {one['outcome']}"
-            )
+        print(f"as corrected on {len(uncorrected)} questions that nobody corrected: {right / len(uncorrected):.3f}")
+        for finding in verdict["findings"]:
+            before, after = finding["champion"], finding["candidate"]
+            print(f"  {finding['skill']:22} {before:.3f} → {after:.3f}  {after - before:+.3f}  {finding['outcome']}")
         refused = 0
         for seed in range(1, arguments.noise_seeds + 1):
-            dealt = list(wanted)
-            random.Random(seed).shuffle(dealt)
-            write_feedback(paths, votes(corrected, said, dealt), corrected)
+            shuffled = list(corrections)
+            random.Random(seed).shuffle(shuffled)
+            write_feedback(paths, votes(corrected, answers_before, shuffled), corrected)
             verdict = improve(paths, seed, arguments.questions)
             refused += not verdict["promote"]
             print(f"noise, seed {seed}: promoted {verdict['promote']}: {verdict['reason']}", flush=True)

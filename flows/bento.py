@@ -130,7 +130,7 @@ def _bento_environment(home: Path) -> dict[str, str]:
     return {"BENTOML_HOME": str(home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
 
 
-def prune_bentos(home: Path, kept: Iterable[ModelVersion], newest: int, dry_run: bool) -> list[tuple[str, int]]:
+def prune_bentos(home: Path, retained: Iterable[ModelVersion], newest: int, dry_run: bool) -> list[tuple[str, int]]:
     """Remove all Bentos, with their models, but those of kept versions and the newest built of each model.
 
     Returns tags and bytes.
@@ -140,7 +140,7 @@ def prune_bentos(home: Path, kept: Iterable[ModelVersion], newest: int, dry_run:
     os.environ.update(_bento_environment(home))
     import bentoml
 
-    tags = {_tag(version) for version in kept}
+    tags = {_tag(version) for version in retained}
     sizes = []
     for store in (bentoml.bentos, bentoml.models):
         built: Counter[str] = Counter()

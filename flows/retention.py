@@ -8,14 +8,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.config.loop_settings import KeepConfig
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.feedback.store import Store, has_store
-from components.runtime.process import file_lock
-from components.runtime.service_registry import running
+from components.runtime.process import file_lock, lock_owner
+from components.runtime.service_registry import SERVED, running
 from components.tracking.registry import ModelVersion, Registry, is_empty
-from components.tracking.retention import Size, kept_versions, prune_runs, prune_versions
+from components.tracking.retention import Size, prune_runs, prune_versions, retained_versions
 from flows.backup import RETENTION_LOCK
 from flows.bento import prune_bentos
 from flows.orchestration.dvc_repo import prune_cache
@@ -45,19 +44,22 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
     """
     keep = load_params(paths.params).keep
     with file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS):
-        removals = [Removal("requests", _forget(paths, keep, dry_run), 0, ())]
-        kept: list[ModelVersion] = []
+        removals = []
+        if keep.request_days is not None and not dry_run and has_store(paths.home):
+            with closing(Store.of(paths.home)) as store:
+                removals.append(Removal("requests", store.forget(keep.request_days), 0, ()))
+        retained: list[ModelVersion] = []
         if not is_empty(paths.home):
             registry = Registry(paths.home)
-            kept = kept_versions(registry, keep.versions, served_versions(paths.home))
-            removals.append(_removal("versions", prune_versions(registry, kept, dry_run)))
+            retained = retained_versions(registry, keep.versions, served_versions(paths.home))
+            removals.append(_removal("versions", prune_versions(registry, retained, dry_run)))
             if keep.runs is not None:
-                removals.append(_removal("runs", prune_runs(registry, keep.runs, kept, dry_run)))
+                removals.append(_removal("runs", prune_runs(registry, keep.runs, retained, dry_run)))
             if keep.bentos is not None:
-                named = kept_versions(registry, 1)  # the newest may be in its release
+                named = retained_versions(registry, 1)  # the newest may be in its release
                 removals.append(_removal("Bentos", prune_bentos(paths.home, named, keep.bentos, dry_run)))
         if keep.cache_days is not None:
-            removals.append(_removal("data", prune_cache(paths.root, _data(kept), keep.cache_days, dry_run)))
+            removals.append(_removal("data", prune_cache(paths.root, _data(retained), keep.cache_days, dry_run)))
         if keep.log_megabytes is not None:
             limit = keep.log_megabytes * _MEGABYTE
             removals.append(_removal("logs", _trim_logs(paths.home / "logs", limit, dry_run)))
@@ -70,9 +72,6 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
 
 def served_versions(home: Path) -> list[str]:
     """`NAME/VERSION` that servers on this machine were started with, by the locks that they hold."""
-    from components.runtime.process import lock_owner
-    from components.runtime.service_registry import SERVED
-
     locks = (home / SERVED).glob("*.lock")
     return [lock.stem.rpartition("-")[0].replace("@", "/") for lock in locks if lock_owner(home / SERVED, lock.stem)]
 
@@ -82,16 +81,9 @@ def _removal(kind: str, sizes: Iterable[Size]) -> Removal:
     return Removal(kind, len(entries), sum(size for _, size in entries), tuple(name for name, _ in entries))
 
 
-def _forget(paths: Paths, keep: KeepConfig, dry_run: bool) -> int:
-    if keep.request_days is None or dry_run or not has_store(paths.home):
-        return 0
-    with closing(Store.of(paths.home)) as store:
-        return store.forget(keep.request_days)
-
-
-def _data(kept: Collection[ModelVersion]) -> set[str]:
+def _data(retained: Collection[ModelVersion]) -> set[str]:
     """DVC's hashes of all data that kept versions were made from."""
-    return {md5 for version in kept for key, md5 in version.tags.items() if key.startswith("dvc.")}
+    return {md5 for version in retained for key, md5 in version.tags.items() if key.startswith("dvc.")}
 
 
 def _trim_logs(folder: Path, limit: int, dry_run: bool) -> Iterator[Size]:

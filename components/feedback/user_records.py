@@ -99,25 +99,25 @@ class People(Audit):
 
 
 def _records(connection: Connection, name: str, owner: str | None) -> UserRecords:
-    asked = or_(REQUESTS.c.owner == name, REQUESTS.c.body["user"].as_string() == name)
-    cast = FEEDBACK.c.owner == name
-    owners = {str(each) for each in connection.scalars(select(REQUESTS.c.owner).where(asked).distinct())}
-    owners |= {str(each) for each in connection.scalars(select(FEEDBACK.c.owner).where(cast).distinct())}
+    is_theirs = or_(REQUESTS.c.owner == name, REQUESTS.c.body["user"].as_string() == name)
+    is_their_vote = FEEDBACK.c.owner == name
+    owners = {str(each) for each in connection.scalars(select(REQUESTS.c.owner).where(is_theirs).distinct())}
+    owners |= {str(each) for each in connection.scalars(select(FEEDBACK.c.owner).where(is_their_vote).distinct())}
     owners &= owners if owner is None else {owner}
     if not owners:
         raise InputError(f"{name}: no record has this owner or user; see the field `user` of requests, or `keys list`")
     if len(owners) > 1:
         named = ", ".join(repr(each) for each in sorted(owners))
         raise InputError(f"{name}: records of the owners {named}; choose one with --owner")
-    [only] = owners
-    mine = select(REQUESTS.c.id).where(asked, REQUESTS.c.owner == only)
-    votes = [select(FEEDBACK.c.sequence, FEEDBACK.c.id).where(FEEDBACK.c.completion_id.in_(mine))]
-    if only == name:
-        votes.append(select(FEEDBACK.c.sequence, FEEDBACK.c.id).where(cast))
-    found = connection.execute(union(*votes))
+    [owner_found] = owners
+    completions = select(REQUESTS.c.id).where(is_theirs, REQUESTS.c.owner == owner_found)
+    votes = [select(FEEDBACK.c.sequence, FEEDBACK.c.id).where(FEEDBACK.c.completion_id.in_(completions))]
+    if owner_found == name:
+        votes.append(select(FEEDBACK.c.sequence, FEEDBACK.c.id).where(is_their_vote))
+    rows = connection.execute(union(*votes))
     return UserRecords(
-        list(connection.scalars(mine.order_by(REQUESTS.c.created))),
-        [vote_id for _, vote_id in sorted(map(tuple, found))],
+        list(connection.scalars(completions.order_by(REQUESTS.c.created))),
+        [vote_id for _, vote_id in sorted(map(tuple, rows))],
     )
 
 

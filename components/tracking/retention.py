@@ -28,21 +28,21 @@ _MAX_RUNS = 200
 """Ids in one call of MLflow's command."""
 
 
-def kept_versions(registry: Registry, newest: int | None, pinned: Collection[str] = ()) -> list[ModelVersion]:
+def retained_versions(registry: Registry, newest: int | None, pinned: Collection[str] = ()) -> list[ModelVersion]:
     """Versions that keep their weights: those an alias or `pinned` names, the newest of each model, and their bases."""
     by_name = {str(version): version for name in registry.names() for version in registry.versions(name)}
     per_model: dict[str, list[ModelVersion]] = defaultdict(list)
     for version in by_name.values():
         per_model[version.name].append(version)
     recent = {str(version) for versions in per_model.values() for version in versions[:newest]}
-    kept = {name for name, version in by_name.items() if version.aliases or name in pinned or name in recent}
-    kept |= {by_name[name].tags[BASE_VERSION] for name in kept if BASE_VERSION in by_name[name].tags}
-    return [version for name, version in by_name.items() if name in kept]
+    retained = {name for name, version in by_name.items() if version.aliases or name in pinned or name in recent}
+    retained |= {by_name[name].tags[BASE_VERSION] for name in retained if BASE_VERSION in by_name[name].tags}
+    return [version for name, version in by_name.items() if name in retained]
 
 
-def prune_versions(registry: Registry, kept: Collection[ModelVersion], dry_run: bool) -> Iterator[Size]:
+def prune_versions(registry: Registry, retained: Collection[ModelVersion], dry_run: bool) -> Iterator[Size]:
     """Remove the files of all other versions, but those that lineage reads, and bases that no kept adapter has."""
-    names = {str(version) for version in kept}
+    names = {str(version) for version in retained}
     for version in (version for name in registry.names() for version in registry.versions(name)):
         if str(version) in names:
             continue
@@ -53,13 +53,13 @@ def prune_versions(registry: Registry, kept: Collection[ModelVersion], dry_run: 
         if not dry_run:
             registry.tag(version, {PRUNED: "true"})
         yield str(version), sum(_prune_file(path, dry_run) for path in _files(registry.files(version)))
-    bases = {version.tags.get(BASE_SHA256) for version in kept}
+    bases = {version.tags.get(BASE_SHA256) for version in retained}
     for folder in sorted((registry.home / STORE).glob("*")):
         if folder.name not in bases:
             yield from removed(folder, dry_run)
 
 
-def prune_runs(registry: Registry, newest: int, kept: Collection[ModelVersion], dry_run: bool) -> list[Size]:
+def prune_runs(registry: Registry, newest: int, retained: Collection[ModelVersion], dry_run: bool) -> list[Size]:
     """Remove runs but the newest of each name, those of versions, and the runs that kept versions were made in."""
     client = registry.client
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
@@ -71,7 +71,7 @@ def prune_runs(registry: Registry, newest: int, kept: Collection[ModelVersion], 
     parents = {run.info.run_id: run.data.tags.get(_PARENT, "") for run in runs}
     versions = [version for name in registry.names() for version in registry.versions(name)]
     stay = {version.run_id for version in versions}
-    made_in = {parents.get(version.run_id, "") for version in kept} - {""}
+    made_in = {parents.get(version.run_id, "") for version in retained} - {""}
     stay |= made_in | {run_id for run_id, parent in parents.items() if parent in made_in}
     seen: dict[str, int] = defaultdict(int)
     old = []

@@ -200,9 +200,9 @@ def cache_folder(root: Path) -> Path:
         return Path(repo.cache.local_cache_dir)
 
 
-def prune_cache(root: Path, kept: Collection[str], days: float, dry_run: bool) -> list[tuple[str, int]]:
+def prune_cache(root: Path, retained: Collection[str], days: float, dry_run: bool) -> list[tuple[str, int]]:
     """Remove objects of DVC's cache that nothing refers to: neither the files of this working tree, nor branches and
-    tags of git, nor `kept`, hashes of outs. Returns hashes and bytes.
+    tags of git, nor `retained`, hashes of outs. Returns hashes and bytes.
 
     DVC's lock is held, under which it stores an out and writes dvc.lock.
     """
@@ -212,7 +212,7 @@ def prune_cache(root: Path, kept: Collection[str], days: float, dry_run: bool) -
     with chdir(root), open_repo(root) as repo, repo.lock:
         is_git = has_git(root)
         found = repo.used_objs(all_branches=is_git, all_tags=is_git, skip_failed=True)
-        used = {info.value for infos in found.values() for info in infos} | set(kept)
+        used = {info.value for infos in found.values() for info in infos} | set(retained)
         objects = Path(repo.cache.local.path)
         for name in [name for name in used if name and name.endswith(".dir")]:
             with suppress(FileNotFoundError):  # in a remote alone

@@ -2,6 +2,7 @@
 
 The agent's loop runs here: its tools are declared to the server, the calls that it returns are run, and their results
 sent back. Records, feedback and lineage are kept here under the name of the registered version that the server runs.
+
 A version that is an adapter is loaded into the server (vLLM's `/v1/load_lora_adapter`), again when that was restarted,
 and unloaded with the last request. Other weights are what the server was started with.
 """
@@ -23,7 +24,7 @@ from typing import Any, ClassVar, TypeVar
 
 import httpx
 
-from components.agent.agent import GAVE_UP, Agent, ContextTooLong
+from components.agent.agent import GAVE_UP, Agent
 from components.agent.tool_policy import ToolSession
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
@@ -46,6 +47,7 @@ from serving.engine.backend import (
     load_agent,
 )
 from serving.engine.picture_parts import with_picture_parts
+from serving.engine.remote_errors import BUSY, error_message, refusal, unanswered
 from serving.models.versions import check_weights, path_on_server
 
 KEY_VARIABLE = "LOOPWRIGHT_BACKEND_KEY"
@@ -55,13 +57,10 @@ KEEPALIVE_SECONDS = 2.0
 """Lifetime of an idle connection; below the 5 s after which servers close theirs."""
 LOAD_SECONDS = 120.0
 """Longest wait for the server's answer to anything but a chat, such as loading an adapter."""
-BUSY = (429, 502, 503, 504)
-"""Statuses of a server that may answer later."""
 VLLM_NEEDS = "adapters need vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment"
-TOO_LONG = ("context_length_exceeded", "exceed_context_size", "context length", "context size")
-"""Parts of servers' error codes, types or messages for a prompt that exceeds the context."""
 T = TypeVar("T")
 _counting = threading.Lock()
+
 logger = logging.getLogger("loopwright.remote")
 
 
@@ -152,7 +151,7 @@ class RemoteServer(Backend):
         """
         body = {"lora_name": self.model_name, "lora_path": self.adapter}
         status, text = await self._ask("POST", "load_lora_adapter", body)
-        message = _message(text)[0]
+        message = error_message(text)[0]
         if status == 400 and "already been loaded" in message:
             path = (await self._served_models()).get(self.model_name)
             if path != self.adapter:
@@ -185,9 +184,9 @@ class RemoteServer(Backend):
         try:
             response = await self.client.request(method, url, json=body, timeout=LOAD_SECONDS)
         except httpx.HTTPError as error:
-            raise _away(url, error) from error
+            raise unanswered(url, error) from error
         if response.status_code in BUSY:
-            raise _refusal(response.status_code, response.text)
+            raise refusal(response.status_code, response.text)
         return response.status_code, response.text
 
     @property
@@ -333,12 +332,12 @@ class RemoteTask(GenerationTask):
                     await engine.load_adapter()
                     response = await stack.enter_async_context(engine.client.stream("POST", url, json=body))
                 if response.status_code != 200:
-                    raise _refusal(response.status_code, (await response.aread()).decode(errors="replace"))
+                    raise refusal(response.status_code, (await response.aread()).decode(errors="replace"))
                 async for line in response.aiter_lines():
                     if (chunk := self._chunk(line)) is not None:
                         yield chunk
         except httpx.HTTPError as error:
-            raise _away(url, error) from error
+            raise unanswered(url, error) from error
 
     def _chunk(self, line: str) -> dict[str, Any] | None:
         """The JSON of a line of server-sent events; None where it has none."""
@@ -348,12 +347,12 @@ class RemoteTask(GenerationTask):
         try:
             chunk = json.loads(data)
         except ValueError as error:
-            raise BackendUnavailable(f"{self.engine.url}: an event is not JSON: {error}", False) from error
+            raise BackendUnavailable(f"{self.engine.address}: an event is not JSON: {error}", False) from error
         if not isinstance(chunk, dict):
-            raise BackendUnavailable(f"{self.engine.url}: an event is not a JSON object: {data[:80]}", False)
+            raise BackendUnavailable(f"{self.engine.address}: an event is not a JSON object: {data[:80]}", False)
         if reported := chunk.get("error"):
             message = reported.get("message") if isinstance(reported, dict) else reported
-            raise BackendUnavailable(f"{self.engine.url}: {message}", False)
+            raise BackendUnavailable(f"{self.engine.address}: {message}", False)
         return chunk
 
     async def _run_tool(self, tool_call: dict[str, Any]) -> None:
@@ -382,23 +381,3 @@ def _join(call: dict[str, Any], part: Mapping[str, Any]) -> None:
         call |= {"id": number, "type": "function", "function": {"name": "", "arguments": ""}}
     for key in ("name", "arguments"):
         call["function"][key] += function.get(key) or ""
-
-
-def _away(url: str, error: Exception) -> BackendUnavailable:
-    return BackendUnavailable(f"{hidden(url)}: {error or type(error).__name__}; is the backend up?")
-
-
-def _message(body: str) -> tuple[str, str]:
-    """The message of an error response, and its code, type and message."""
-    with suppress(ValueError, KeyError, TypeError):
-        error = json.loads(body)["error"]
-        return str(error["message"]), f"{error.get('code')} {error.get('type')} {error['message']}"
-    return body[:500], body
-
-
-def _refusal(status: int, body: str) -> Exception:
-    message, description = _message(body)
-    if status in (400, 413, 422):
-        kind = ContextTooLong if any(part in description.lower() for part in TOO_LONG) else InputError
-        return kind(f"the backend refused the request: {message}")
-    return BackendUnavailable(f"the backend answered {status}: {message}", status in BUSY)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -195,16 +195,21 @@ class Serving:
         )
         for watcher in serving.watchers:
             watcher.start()
-        for spec in specs.values() if bundled is None else ():
-            if "/" in spec:  # a version that no alias protects from `prune`
-                lock = f"{spec.replace('/', '@')}-{os.getpid()}.{time.monotonic_ns()}"
-                serving.pinned.callback((home / SERVED / f"{lock}.lock").unlink, missing_ok=True)
-                serving.pinned.enter_context(file_lock(home / SERVED, lock))
+        if bundled is None:
+            serving._pin(home, specs.values())
         platform = PlatformCollector(
             home, serving.store, config.max_waiting, lambda: serving.ready, lambda: serving.rejected
         )
         metrics.observe_platform(platform)
         return serving
+
+    def _pin(self, home: Path, specs: Iterable[str]) -> None:
+        """Protect the versions that no alias protects from `prune`, until this is closed."""
+        for spec in specs:
+            if "/" in spec:
+                lock = f"{spec.replace('/', '@')}-{os.getpid()}.{time.monotonic_ns()}"
+                self.pinned.callback((home / SERVED / f"{lock}.lock").unlink, missing_ok=True)
+                self.pinned.enter_context(file_lock(home / SERVED, lock))
 
     def close(self) -> None:
         for watcher in self.watchers:

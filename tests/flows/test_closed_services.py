@@ -125,7 +125,7 @@ def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:
         deployment = client.get("/deployments/name/monitor/scheduled").json()
         assert deployment["job_variables"] == {}
         started = client.post(
-            f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": {"command": "touch /tmp/x"}}
+            f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": {"command": "touch started"}}
         )
         assert started.status_code == 422
 

@@ -51,7 +51,7 @@ def paths(home: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
 
 
 def improve(paths: Paths, registry: Registry, number: int) -> None:
-    """What a round leaves: data under DVC, runs, a version trained from the one before, its Bento, an answer, a log."""
+    """What a round leaves: data under DVC, runs, a version trained from the last, its Bento, an answer, a log."""
     paths.feedback.mkdir(parents=True, exist_ok=True)
     (paths.feedback / "items.parquet").write_bytes(os.urandom(WEIGHTS))
     hashed = version_data(paths.root, paths.feedback)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
 from loopwright.client import chat
-from serving.http import gateway
 from serving.server import serve_in_thread
 
 QUESTION = {"role": "user", "content": "What is 6*7?"}
 
 
 @pytest.fixture
-def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def app(app: Any) -> Any:
     """An app whose one tool changes something, as far as it is declared."""
-    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
-    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
-    with local_app(agent_folder, tmp_path) as app:
-        agent = app.serving.models.engine.agent
-        agent.own_tools = tuple(replace(tool, writes=True) for tool in agent.own_tools)
-        yield app
+    agent = app.serving.models.engine.agent
+    agent.own_tools = tuple(replace(tool, writes=True) for tool in agent.own_tools)
+    return app
 
 
 def test_the_confirmed_call_runs_once_and_the_answer_goes_on(app: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ from fastapi.testclient import TestClient
 
 from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
-from serving.http import gateway
 from serving.http.gateway import GatewayMiddleware, TokenBucket, environment_keys
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -19,15 +17,6 @@ ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-@pytest.fixture
-def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An app of its own whose keys are read at every request."""
-    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
-    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
-    with local_app(agent_folder, tmp_path) as app:
-        yield app
 
 
 def test_scopes_of_keys_on_record(app: Any) -> None:

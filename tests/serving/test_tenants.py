@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 from base64 import b64encode
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 from PIL import Image
 
 from components.feedback.store import AnswerRecord, Store
-from serving.http import gateway
 
 ANSWER = AnswerRecord("yes", "stop", 1, 1, 0.5)
 
@@ -37,14 +35,6 @@ class Tenant:
 
     def vote(self, completion_id: str, **headers: str) -> Any:
         return self.post("/v1/feedback", {"completion_id": completion_id, "rating": "up"}, **headers)
-
-
-@pytest.fixture
-def app(local_app: Any, agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
-    monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
-    with local_app(agent_folder, tmp_path) as app:
-        yield app
 
 
 def test_a_key_neither_reads_nor_rates_the_answers_of_another(app: Any) -> None:
