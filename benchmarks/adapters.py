@@ -87,7 +87,7 @@ def _decode(engine: object, numbers: list[int]) -> float:
     assert isinstance(engine, LocalEngine)
     batch = engine.scheduler.slots
     rows = [
-        Row([(7 * row + place) % 1000 + 1 for place in range(PROMPT)], TOKENS + 1, adapter=numbers[row % len(numbers)])
+        Row([(7 * row + index) % 1000 + 1 for index in range(PROMPT)], TOKENS + 1, adapter=numbers[row % len(numbers)])
         for row in range(ROWS)
     ]
     waiting = list(rows)

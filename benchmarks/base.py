@@ -83,7 +83,7 @@ class Loopwright:
             starts = range(self.first, self.first + count)
             self.first += count
             self.waiting = [
-                Row([(start * 7 + place * 3) % 40_000 + 5 for place in range(length)], 99) for start in starts
+                Row([(start * 7 + position * 3) % 40_000 + 5 for position in range(length)], 99) for start in starts
             ]
         if self.waiting and not self.batch.prefilling:
             size = self.batch.group(self.waiting)
@@ -159,7 +159,7 @@ def work(file: str, scratch: str, threads: int) -> None:
         context = contexts[precision]
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         rows, length = (1, int(count)) if kind == "prefill" else (int(count), PROMPT)
-        read = [_batch(llama, [(row, place) for place in range(length)]) for row in range(rows)]
+        read = [_batch(llama, [(row, position) for position in range(length)]) for row in range(rows)]
         if kind == "prefill":
             rate = speed(length, lambda context=context, read=read: _run(llama, context, read))
         else:
@@ -187,8 +187,8 @@ def _batch(llama: Any, places: list[tuple[int, int]], every: bool = False) -> An
     """Tokens at (sequence, position), with the logits of every one or of the last."""
     batch = llama.llama_batch_init(len(places), 0, 1)
     batch.n_tokens = len(places)
-    for number, (row, place) in enumerate(places):
-        batch.token[number], batch.pos[number], batch.n_seq_id[number] = row * 7 + place * 3 + 5, place, 1
+    for number, (row, index) in enumerate(places):
+        batch.token[number], batch.pos[number], batch.n_seq_id[number] = row * 7 + index * 3 + 5, index, 1
         batch.seq_id[number][0], batch.logits[number] = row, every or number == len(places) - 1
     return batch
 

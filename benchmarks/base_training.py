@@ -144,12 +144,12 @@ def run(folder: Path, rounds: int, micro_batch: int) -> dict[str, dict[str, floa
             measurements[peer].append(json.loads(done.stdout.splitlines()[-1]))
     figures = {}
     for peer, each in measurements.items():
-        speeds = [one["tokens_per_second"] for one in each]
+        speeds = [result["tokens_per_second"] for result in each]
         figures[peer] = {
             "tokens_per_second": statistics.median(speeds),
             "lowest": min(speeds),
             "highest": max(speeds),
-            "gib": statistics.median(one["gib"] for one in each),
+            "gib": statistics.median(result["gib"] for result in each),
         }
     return figures
 

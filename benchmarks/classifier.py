@@ -53,10 +53,10 @@ def run(
 
     paths = Paths(root)
     # Other datasets of the reference project cost time and change nothing here.
-    given = {"classifier.dataset": dataset, "collect.conversations": 100, "collect.questions": 10, **overrides}
+    settings = {"classifier.dataset": dataset, "collect.conversations": 100, "collect.questions": 10, **overrides}
     if banking is not None:
-        given |= {"pretrain.encoder.dataset": "stdlib-documents"}
-    params = load_params(paths.params, given)
+        settings |= {"pretrain.encoder.dataset": "stdlib-documents"}
+    params = load_params(paths.params, settings)
     if base is not None:
         place_model(base, paths.imported("encoder"), {"folder": str(base)})
     seconds = {}
@@ -94,10 +94,10 @@ def _add_banking(folder: Path, target: Path, seed: int, each: int | None) -> Non
         if each is None or seen[row["label"]] <= each:
             learned.append(row)
     # `stratified` splits in three; what it would test by is learned from too, for the test set is a file of its own.
-    place = stratified(lambda: learned, 0.0, VALIDATION_SHARE, seed)
+    split_of = stratified(lambda: learned, 0.0, VALIDATION_SHARE, seed)
     with DatasetWriter(target, BANKING, "labelled_texts") as writer:
         for row in learned:
-            writer.write("validation" if place(row) == "validation" else "train", row)
+            writer.write("validation" if split_of(row) == "validation" else "train", row)
         for row in rows("test"):
             writer.write("test", row)
 
@@ -112,9 +112,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     ]
     for dataset, result in results.items():
         lines += [
-            f"| {dataset} | {suite} | {one['texts']} | {one['accuracy']:.3f} | {one['macro_f1']:.3f} "
-            f"| {one['ece']:.3f} | {one['baseline_accuracy']:.3f} | {one['baseline_macro_f1']:.3f} |"
-            for suite, one in result["suites"].items()
+            f"| {dataset} | {suite} | {row['texts']} | {row['accuracy']:.3f} | {row['macro_f1']:.3f} "
+            f"| {row['ece']:.3f} | {row['baseline_accuracy']:.3f} | {row['baseline_macro_f1']:.3f} |"
+            for suite, row in result["suites"].items()
         ]
     lines += ["", "Seconds of each stage:", ""]
     lines += [f"- {dataset}: {result['seconds']}" for dataset, result in results.items()]
@@ -133,15 +133,15 @@ def main() -> None:
     options = parser.parse_args()
     for variable, value in ENVIRONMENT.items():  # as the stages run; before torch reads it
         os.environ.setdefault(variable, value)
-    overrides = {key: json.loads(value) for key, _, value in (one.partition("=") for one in options.set)}
+    overrides = {key: json.loads(value) for key, _, value in (setting.partition("=") for setting in options.set)}
     if options.base:
         overrides = {"classifier.base": str(options.base), "classifier.fresh": False} | overrides
-    wanted: dict[str, Path | None] = {"stdlib-areas": None}
+    datasets: dict[str, Path | None] = {"stdlib-areas": None}
     if options.banking77:
-        wanted[BANKING] = options.banking77
+        datasets[BANKING] = options.banking77
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
-        for dataset, banking in wanted.items():
+        for dataset, banking in datasets.items():
             if options.only in (None, dataset):
                 root = (options.folder or Path(temporary)) / dataset
                 root.mkdir(parents=True, exist_ok=True)

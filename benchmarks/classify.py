@@ -38,12 +38,12 @@ def texts(count: int) -> list[str]:
     import string
     import textwrap
 
-    found = []
+    sentences = []
     for module in (collections, inspect, json, os, statistics, string, subprocess, tempfile, textwrap, asyncio):
         for name in dir(module):
             first, rest = pydoc.splitdoc(pydoc.getdoc(getattr(module, name)))
-            found.append(f"{first} {rest.partition(chr(10) * 2)[0]}".strip())
-    return [text for text in dict.fromkeys(found) if len(text) > 20][:count]
+            sentences.append(f"{first} {rest.partition(chr(10) * 2)[0]}".strip())
+    return [text for text in dict.fromkeys(sentences) if len(text) > 20][:count]
 
 
 def random_classifier(folder: Path, params: Path) -> Path:
@@ -110,10 +110,10 @@ class Client:
         assert self._reader is not None
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         self._writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        told = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = next(line for line in told.splitlines() if line.startswith("content-length:"))
+        header = (await self._reader.readuntil(b"\r\n\r\n")).decode().lower()
+        length = next(line for line in header.splitlines() if line.startswith("content-length:"))
         answer = await self._reader.readexactly(int(length.partition(":")[2]))
-        assert " 200 " in told.splitlines()[0], answer
+        assert " 200 " in header.splitlines()[0], answer
         return answer
 
     async def seconds(self, body: bytes) -> float:
@@ -142,15 +142,15 @@ async def measure(port: int, words: list[str], rounds: int) -> dict[str, Any]:
 
 def _batches(metrics: bytes) -> dict[str, float]:
     """`loopwright_classify_batch_size` as counts of batches up to each size."""
-    name, found, below = "loopwright_classify_batch_size", {}, 0.0
+    name, values, below = "loopwright_classify_batch_size", {}, 0.0
     for line in metrics.decode().splitlines():
         if line.startswith(f"{name}_bucket"):
             size = line.partition('le="')[2].partition('"')[0]
             count = float(line.rpartition(" ")[2])
-            found[f"batches_to_{size}"], below = count - below, count
+            values[f"batches_to_{size}"], below = count - below, count
         if line.startswith((f"{name}_sum", f"{name}_count")):
-            found[line.partition(" ")[0].rpartition("_")[2]] = float(line.rpartition(" ")[2])
-    return found
+            values[line.partition(" ")[0].rpartition("_")[2]] = float(line.rpartition(" ")[2])
+    return values
 
 
 def forward_ms(folder: Path, words: list[str], rounds: int) -> float:
@@ -172,15 +172,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a classifier's folder; default: random weights")
     parser.add_argument("--clients", type=int, default=CLIENTS)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     params = Path(__file__).parents[1] / "params.yaml"
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        folder = given.model.resolve() if given.model else random_classifier(root / "models" / "classifier", params)
-        words = texts(given.clients)
+        folder = (
+            arguments.model.resolve() if arguments.model else random_classifier(root / "models" / "classifier", params)
+        )
+        words = texts(arguments.clients)
         with serving(folder, root) as port:
-            measured = asyncio.run(measure(port, words, given.rounds))
-        alone = forward_ms(folder, words, given.rounds)
+            measured = asyncio.run(measure(port, words, arguments.rounds))
+        alone = forward_ms(folder, words, arguments.rounds)
     print(json.dumps(measured | {"forward_ms": alone, "p50_over_forward": measured["p50_ms"] / alone}, indent=2))
 
 

@@ -45,12 +45,12 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     measured = {}
     for name, schema in SCHEMAS.items():
         tools = [{"type": "function", "function": {"name": "place_order", "parameters": schema}}]
-        for kind, given, options in (
+        for kind, declared, options in (
             ("call", tools, TurnOptions("required")),
             ("answer", [], TurnOptions(schema=schema)),
         ):
             began = time.perf_counter()
-            rule = turn_rules(tokenizer, given, options, runs_tools=False)
+            rule = turn_rules(tokenizer, declared, options, runs_tools=False)
             compiled = time.perf_counter() - began
             taken = []
             for seed in range(ROWS):
@@ -58,11 +58,11 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
                 for left in range(TOKENS, 0, -1):
                     began = time.perf_counter()
                     mask = watcher.allowed(left)
-                    asked = time.perf_counter() - began
+                    compile_seconds = time.perf_counter() - began
                     token = int(chance.choice(np.flatnonzero(mask)))
                     began = time.perf_counter()
                     watcher.advance(token)
-                    taken.append(asked + time.perf_counter() - began)
+                    taken.append(compile_seconds + time.perf_counter() - began)
                     if watcher.finished:
                         break
             median, late = (float(1e6 * np.quantile(taken, share)) for share in (0.5, 0.99))

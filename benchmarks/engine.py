@@ -73,16 +73,16 @@ def make_folder(folder: Path, size: str) -> Path:
 
 def prompts(tokenizer: ChatTokenizer, count: int, dice: random.Random) -> Prompts:
     """Random texts whose rendered prompts have `PROMPT` tokens."""
-    found: Prompts = []
-    while len(found) < count:
+    drawn: Prompts = []
+    while len(drawn) < count:
         text = "".join(dice.choice(string.ascii_lowercase + " ") for _ in range(2 * PROMPT))
         excess = len(_rendered(tokenizer, text)) - PROMPT
         while excess > 0:
             text = text[:-excess]
             excess = len(_rendered(tokenizer, text)) - PROMPT
         if not excess:
-            found.append(Prompt(text, _rendered(tokenizer, text)))
-    return found
+            drawn.append(Prompt(text, _rendered(tokenizer, text)))
+    return drawn
 
 
 def _rendered(tokenizer: ChatTokenizer, text: str) -> list[int]:
@@ -104,24 +104,24 @@ class Loopwright:
         self.engine = LocalEngine.load(folder, "agent/1", config.model_copy(update={"max_running": CROWD}))
 
     def contender(self, concurrent: int) -> Contender:
-        return lambda asked: self.answer(asked, concurrent)
+        return lambda batch: self.answer(batch, concurrent)
 
-    def answer(self, asked: Prompts, concurrent: int) -> int:
+    def answer(self, batch: Prompts, concurrent: int) -> int:
         from serving.engine.backend import Completion, Event, Failure, GenerationRequest
 
-        told: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        waiting, running, written = list(asked), 0, 0
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        waiting, running, written = list(batch), 0, 0
 
         def listen(event: Event) -> None:
             if isinstance(event, Completion | Failure):
-                told.put(event)
+                events.put(event)
 
         while waiting or running:
             while waiting and running < concurrent:
                 chat = _chat(waiting.pop().text)
                 self.engine.submit(GenerationRequest(chat, may_call=False, max_tokens=WRITTEN), listen)
                 running += 1
-            event = told.get()
+            event = events.get()
             assert isinstance(event, Completion)
             running -= 1
             written += event.completion_tokens
@@ -139,32 +139,32 @@ class HuggingFace:
         self.model.generation_config.eos_token_id = None
         self.options = {"max_new_tokens": WRITTEN, "do_sample": False, "pad_token_id": 0}
 
-    def one_by_one(self, asked: Prompts) -> int:
-        return sum(self.together([prompt]) for prompt in asked)
+    def one_by_one(self, batch: Prompts) -> int:
+        return sum(self.together([prompt]) for prompt in batch)
 
-    def together(self, asked: Prompts) -> int:
+    def together(self, batch: Prompts) -> int:
         import torch
 
         with torch.inference_mode():
-            ids = torch.tensor([prompt.ids for prompt in asked])
+            ids = torch.tensor([prompt.ids for prompt in batch])
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
         return int(out.shape[0] * (out.shape[1] - PROMPT))
 
-    def continuous(self, asked: Prompts) -> int:
+    def continuous(self, batch: Prompts) -> int:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         settings = GenerationConfig(eos_token_id=-1, **self.options)
         blocks = ContinuousBatchingConfig(
             page_size=32, num_blocks=4 * CROWD * (PROMPT + WRITTEN) // 32, max_batch_tokens=1024
         )
-        answers = self.model.generate_batch([prompt.ids for prompt in asked], settings, blocks)
+        answers = self.model.generate_batch([prompt.ids for prompt in batch], settings, blocks)
         return sum(len(answer.generated_tokens) for answer in answers.values())
 
 
-def timed(contender: Contender, asked: Prompts) -> tuple[float, float]:
+def timed(contender: Contender, batch: Prompts) -> tuple[float, float]:
     """Tokens per second of wall time, and of processor time, which says more on a machine that others use too."""
     began, worked = time.perf_counter(), time.process_time()
-    written = contender(asked)
+    written = contender(batch)
     return written / (time.perf_counter() - began), written / (time.process_time() - worked)
 
 
@@ -174,26 +174,26 @@ def measure(size: str, rounds: int, threads: int) -> dict[str, Any]:
     dice = random.Random(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_folder(Path(scratch), size)
-        ours, theirs = Loopwright(folder), HuggingFace(folder)
+        loopwright, hugging_face = Loopwright(folder), HuggingFace(folder)
         torch.set_num_threads(threads)
         contenders: dict[str, tuple[Contender, int]] = {
-            ALONE: (ours.contender(1), 3),
-            "Loopwright, 8 at a time": (ours.contender(8), 16),
-            "Loopwright, 32 at a time": (ours.contender(CROWD), 2 * CROWD),
-            THEIRS_ALONE: (theirs.one_by_one, 2),
-            "Hugging Face, continuous batching of 32": (theirs.continuous, CROWD),
-            "Hugging Face, static batch of 32": (theirs.together, CROWD),
+            ALONE: (loopwright.contender(1), 3),
+            "Loopwright, 8 at a time": (loopwright.contender(8), 16),
+            "Loopwright, 32 at a time": (loopwright.contender(CROWD), 2 * CROWD),
+            THEIRS_ALONE: (hugging_face.one_by_one, 2),
+            "Hugging Face, continuous batching of 32": (hugging_face.continuous, CROWD),
+            "Hugging Face, static batch of 32": (hugging_face.together, CROWD),
         }
         speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
         for number in range(rounds + 1):
             for name, (contender, count) in contenders.items():
-                speed = timed(contender, prompts(ours.engine.agent.tokenizer, count, dice))
+                speed = timed(contender, prompts(loopwright.engine.agent.tokenizer, count, dice))
                 if number:  # the first round warms
                     speeds[name].append(speed)
-        ours.engine.close()
-        parameters = theirs.model.num_parameters()
-    wall = {name: statistics.median(each[0] for each in found) for name, found in speeds.items()}
-    work = {name: statistics.median(each[1] for each in found) for name, found in speeds.items()}
+        loopwright.engine.close()
+        parameters = hugging_face.model.num_parameters()
+    wall = {name: statistics.median(each[0] for each in measured) for name, measured in speeds.items()}
+    work = {name: statistics.median(each[1] for each in measured) for name, measured in speeds.items()}
     crowd = work["Loopwright, 32 at a time"]
     return {
         "size": size,
@@ -217,9 +217,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch, for all; wall time tells with several")
-    given = parser.parse_args()
-    for size in given.sizes:
-        print(json.dumps(measure(size, given.rounds, given.threads)))
+    arguments = parser.parse_args()
+    for size in arguments.sizes:
+        print(json.dumps(measure(size, arguments.rounds, arguments.threads)))
 
 
 if __name__ == "__main__":

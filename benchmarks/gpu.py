@@ -190,9 +190,9 @@ class Bench:
         tokens = np.ones(padded, np.int64)
 
         def act() -> None:
-            for place in range(steps):
-                places = np.full(padded, place)
-                step(tokens, places, places, place + 1, padded)
+            for position in range(steps):
+                places = np.full(padded, position)
+                step(tokens, places, places, position + 1, padded)
 
         act()
         return rows * steps / min(_seconds(act, self.device) for _ in range(3))

@@ -37,14 +37,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--old", type=int, default=100_000, help="old votes behind which the new ones come")
     parser.add_argument("--new", type=int, default=1_000)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in writes(Path(folder) / "writes"):
             median, late = 1000 * statistics.median(seconds), 1000 * sorted(seconds)[int(0.95 * len(seconds))]
             print(f"{name:<14} median {median:6.3f} ms   95th percentile {late:6.3f} ms")
-        few, many = ingestions(Path(folder), given.old, given.new)
-        for old, runs in ((0, few), (given.old, many)):
-            print(f"{given.new} new votes behind {old:>7} old ones: {statistics.median(runs):.3f} s  {rounded(runs)}")
+        few, many = ingestions(Path(folder), arguments.old, arguments.new)
+        for old, runs in ((0, few), (arguments.old, many)):
+            print(
+                f"{arguments.new} new votes behind {old:>7} old ones: {statistics.median(runs):.3f} s  {rounded(runs)}"
+            )
         print(f"ratio {statistics.median(many) / statistics.median(few):.3f}")
 
 
@@ -105,8 +107,8 @@ def speak(home: Path, first: int, count: int, when: float | None = None) -> None
     for start in range(first, first + count, 10_000):
         numbers = range(start, min(start + 10_000, first + count))
         with store._write() as connection:
-            asked = [{"messages": [{"role": "user", "content": f"What does module.f{n} do?"}]} for n in numbers]
-            rows = zip(numbers, asked, strict=True)
+            bodies = [{"messages": [{"role": "user", "content": f"What does module.f{n} do?"}]} for n in numbers]
+            rows = zip(numbers, bodies, strict=True)
             connection.execute(
                 REQUESTS.insert(),
                 [{"id": f"c{n}", "created": now, "model": "agent/1", "body": body} for n, body in rows],
@@ -132,7 +134,7 @@ def speak(home: Path, first: int, count: int, when: float | None = None) -> None
 
 
 def rounded(seconds: list[float]) -> list[float]:
-    return [round(one, 3) for one in seconds]
+    return [round(value, 3) for value in seconds]
 
 
 def _vote(store: Store, name: str) -> None:

@@ -103,10 +103,10 @@ def workshop(project: Paths, folder: Path) -> Paths:
     (folder / "data/models").mkdir(parents=True)
     shutil.copy(project.params, paths.params)
     paths.collected.symlink_to(project.collected)
-    for place, notes in ((paths.champion, {}), (paths.start, {"origin.json": {"version": "agent/1"}})):
-        shutil.copytree(project.agent, place)
+    for copy, notes in ((paths.champion, {}), (paths.start, {"origin.json": {"version": "agent/1"}})):
+        shutil.copytree(project.agent, copy)
         for name, value in notes.items():
-            (place / name).write_text(json.dumps(value))
+            (copy / name).write_text(json.dumps(value))
     for name in (ANSWERS, ANSWERS_OF):
         if (project.evaluation / name).is_file():
             shutil.copy(project.evaluation / name, paths.champion)

@@ -99,16 +99,16 @@ def measure(folder: Path, home: Path, rounds: int) -> dict[str, float]:
     from serving.server import serve_in_thread
 
     config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
-    kept = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
-    kept.wait()
+    recording = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
+    recording.wait()
     with ExitStack() as stack:
-        stack.callback(kept.close)
+        stack.callback(recording.close)
         store = forgetful(home)
         stack.callback(store.close)
-        endpoints = (replace(kept, store=store, metrics=Metrics()), kept)
-        urls = [stack.enter_context(serve_in_thread(one)) for one in endpoints]
+        endpoints = (replace(recording, store=store, metrics=Metrics()), recording)
+        urls = [stack.enter_context(serve_in_thread(endpoint)) for endpoint in endpoints]
         clients = [stack.enter_context(closing(Client(int(url.rpartition(":")[2])))) for url in urls]
-        engine = kept.models.engine
+        engine = recording.models.engine
         assert engine is not None
         for _ in range(WARM):
             for client in clients:
@@ -130,9 +130,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("data/models/agent"), help="a model folder")
     parser.add_argument("--home", type=Path, help="state folder on the disk to measure; default: a temporary one")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.home) as scratch:
-        print(json.dumps(measure(given.model, Path(scratch), given.rounds)))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.home) as scratch:
+        print(json.dumps(measure(arguments.model, Path(scratch), arguments.rounds)))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ Graph = dict[str, set[str]]
 
 def sources() -> list[Path]:
     """Modules of the four packages; an empty `__init__.py` counts as no file."""
-    found = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-    return sorted(path for path in found if path.stat().st_size)
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return sorted(path for path in paths if path.stat().st_size)
 
 
 def import_graph() -> Graph:

@@ -41,15 +41,15 @@ MAX_GROWTH = 0.02
 def question(number: int) -> dict[str, Any]:
     """The body of a request; the same number, the same body."""
     dice = random.Random(number)
-    asked = [
+    questions = [
         dice.choice(WORDS),
         f"What is {dice.randint(2, 99)}*{dice.randint(2, 99)}?",
         f"What does {dice.choice(SYMBOLS)} do?",
         f"Which class does {dice.choice(SYMBOLS)} extend?",
     ]
-    messages = [{"role": "user", "content": dice.choice(asked)}]
+    messages = [{"role": "user", "content": dice.choice(questions)}]
     if dice.random() < 0.3:
-        before = [{"role": "user", "content": dice.choice(asked)}, {"role": "assistant", "content": "As you say."}]
+        before = [{"role": "user", "content": dice.choice(questions)}, {"role": "assistant", "content": "As you say."}]
         messages = [{"role": "system", "content": "You help people with the standard library."}, *before, *messages]
     body: dict[str, Any] = {"messages": messages, "stream": True, "seed": number, "max_tokens": dice.randint(1, 90)}
     if dice.random() < 0.5:
@@ -162,15 +162,15 @@ class Soak:
                     self.counts["errors"] += 1
                     self.wrong.append(f"{which}: {type(error).__name__}: {error}")
 
-    def _compare(self, which: int, found: tuple[str, str, Any]) -> None:
-        text, reason, steps = found
+    def _compare(self, which: int, outcome: tuple[str, str, Any]) -> None:
+        text, reason, steps = outcome
         expected = self.alone[which]
         self.counts[reason] += 1
         self.counts["tool calls"] += len(steps) // 2
-        same = expected[0].startswith(text) if reason == "gone" else found == expected
+        same = expected[0].startswith(text) if reason == "gone" else outcome == expected
         if not same:
             self.counts["different"] += 1
-            self.wrong.append(f"{which}: {found} instead of {expected}")
+            self.wrong.append(f"{which}: {outcome} instead of {expected}")
 
     def growth(self) -> float:
         """Of memory, from the first tenth behind the warm-up to the last tenth."""
@@ -185,17 +185,17 @@ def soak(folder: Path, home: Path, minutes: float) -> dict[str, Any]:
     with served(folder, home) as (url, process):
         with httpx.Client(timeout=120) as client:
             alone = [ask(client, url, question(number)) for number in range(QUESTIONS)]
-        found = Soak(url, process, alone)
-        found.run(minutes * 60)
+        run = Soak(url, process, alone)
+        run.run(minutes * 60)
     return {
         "minutes": minutes,
-        "answers": dict(found.counts),
-        "errors": found.counts["errors"],
-        "different_from_alone": found.counts["different"],
-        "memory_mb": round(found.memory[-1] / 2**20),
-        "memory_growth": round(found.growth(), 4),
-        "first_wrong": found.wrong[:3],
-        "ok": not found.wrong and found.growth() <= MAX_GROWTH,
+        "answers": dict(run.counts),
+        "errors": run.counts["errors"],
+        "different_from_alone": run.counts["different"],
+        "memory_mb": round(run.memory[-1] / 2**20),
+        "memory_growth": round(run.growth(), 4),
+        "first_wrong": run.wrong[:3],
+        "ok": not run.wrong and run.growth() <= MAX_GROWTH,
     }
 
 
@@ -205,12 +205,12 @@ def main() -> None:
     parser.add_argument("--home", type=Path, help="state folder; default: a temporary one")
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve:
-        serve(given.model, given.home)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.model, arguments.home)
         return
-    with tempfile.TemporaryDirectory(dir=given.home) as scratch:
-        result = soak(given.model, Path(scratch), given.minutes)
+    with tempfile.TemporaryDirectory(dir=arguments.home) as scratch:
+        result = soak(arguments.model, Path(scratch), arguments.minutes)
     print(json.dumps(result))
     sys.exit(not result["ok"])
 

@@ -49,7 +49,7 @@ class Query:
 def documents(path: Path) -> dict[str, str]:
     """What the search index knows of each symbol: its name in words and its first sentence."""
     with closing(sqlite3.connect(path)) as connection:
-        return {name: f"{words}: {said}" for name, words, said in connection.execute("SELECT * FROM texts")}
+        return {name: f"{words}: {text}" for name, words, text in connection.execute("SELECT * FROM texts")}
 
 
 def queries(root: Path, known: dict[str, str]) -> list[Query]:
@@ -57,14 +57,14 @@ def queries(root: Path, known: dict[str, str]) -> list[Query]:
     params = load_params(root / "params.yaml")
     config = params.collect
     held_out = hold_out(library_symbols(config.modules), config.held_out_share, config.questions, params.seed)
-    found = []
+    pairs = []
     for symbol in (*held_out.symbols, *held_out.modules):
         sentences = re.split(r"(?<=[.!?])\s+|\n\s*\n", " ".join(symbol.docstring.split()))
         second = sentences[1] if len(sentences) > 1 else ""
         second = re.sub(rf"\b{re.escape(symbol.name.rpartition('.')[2])}\b", " ", second)
         if symbol.name in known and len(re.findall(r"[a-z]{3,}", second)) >= MIN_WORDS:
-            found.append(Query(second, symbol.name))
-    return found
+            pairs.append(Query(second, symbol.name))
+    return pairs
 
 
 def by_words(path: Path, searches: Sequence[Query]) -> list[list[str]]:
@@ -88,34 +88,34 @@ def by_vectors(folder: Path, known: dict[str, str], searches: Sequence[Query]) -
 
     def embedded(texts: Sequence[str]) -> torch.Tensor:
         parts = [encoder.embed(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)]
-        return torch.tensor([one.vector for part in parts for one in part])
+        return torch.tensor([embedding.vector for part in parts for embedding in part])
 
     names, there = list(known), embedded(list(known.values()))
     centre = there.mean(0)  # what all vectors have in common tells none of them apart
     there = torch.nn.functional.normalize(there - centre, dim=-1)
     sought = torch.nn.functional.normalize(embedded([query.text for query in searches]) - centre, dim=-1)
-    return [[names[place] for place in row] for row in (sought @ there.T).topk(DEEP).indices.tolist()]
+    return [[names[index] for index in row] for row in (sought @ there.T).topk(DEEP).indices.tolist()]
 
 
 def fused(*rankings: list[list[str]]) -> list[list[str]]:
-    """Reciprocal rank fusion: the sum over rankings of 1 / (60 + place)."""
-    found = []
+    """Reciprocal rank fusion: the sum over rankings of 1 / (60 + position)."""
+    merged = []
     for rows in zip(*rankings, strict=True):
         scores: dict[str, float] = {}
         for row in rows:
-            for place, name in enumerate(row, 1):
-                scores[name] = scores.get(name, 0.0) + 1 / (FUSION + place)
-        found.append(sorted(scores, key=lambda name: -scores[name])[:DEEP])
-    return found
+            for position, name in enumerate(row, 1):
+                scores[name] = scores.get(name, 0.0) + 1 / (FUSION + position)
+        merged.append(sorted(scores, key=lambda name: -scores[name])[:DEEP])
+    return merged
 
 
 def figures(ranked: list[list[str]], searches: Sequence[Query]) -> dict[str, float]:
     pairs = zip(ranked, searches, strict=True)
     places = [row.index(query.symbol) + 1 if query.symbol in row else 0 for row, query in pairs]
     return {
-        "recall@1": round(sum(place == 1 for place in places) / len(places), 4),
-        "recall@10": round(sum(0 < place <= 10 for place in places) / len(places), 4),
-        "mrr": round(sum(1 / place for place in places if place) / len(places), 4),
+        "recall@1": round(sum(rank == 1 for rank in places) / len(places), 4),
+        "recall@10": round(sum(0 < rank <= 10 for rank in places) / len(places), 4),
+        "mrr": round(sum(1 / rank for rank in places if rank) / len(places), 4),
     }
 
 

@@ -109,17 +109,17 @@ def _print_streamed(address: str, messages: Messages) -> str:
 
     Calls that wait for a person are run, and the answer goes on, where someone at the terminal says so.
     """
-    answer, told, confirmed = "", list(messages), list[str]()
+    answer, conversation, confirmed = "", list(messages), list[str]()
     while True:
-        text, calls, results = _print_turn(address, told, confirmed)
+        text, calls, results = _print_turn(address, conversation, confirmed)
         answer += text
         if confirmed:
-            ran = zip(told[-1]["tool_calls"], results, strict=False)  # results of further calls follow
-            told += [{"role": "tool", "tool_call_id": call["id"], "content": result} for call, result in ran]
+            ran = zip(conversation[-1]["tool_calls"], results, strict=False)  # results of further calls follow
+            conversation += [{"role": "tool", "tool_call_id": call["id"], "content": result} for call, result in ran]
         confirmed = [call["id"] for call in calls if _is_confirmed(call["function"])]
         if not confirmed:
             return answer
-        told.append({"role": "assistant", "content": text or None, "tool_calls": calls})
+        conversation.append({"role": "assistant", "content": text or None, "tool_calls": calls})
 
 
 def _print_turn(address: str, messages: Messages, confirmed: list[str]) -> tuple[str, list[dict[str, Any]], list[str]]:

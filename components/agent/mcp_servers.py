@@ -53,8 +53,8 @@ class McpServers:
                 f"params.yaml: serve.mcp_servers: {names}: the package mcp is missing;"
                 ' run pip install "loopwright[mcp]"'
             )
-        for place in literal_secrets({"mcp_servers": [server.model_dump(exclude_none=True) for server in servers]}):
-            logger.warning("serve.%s: a literal value in params.yaml; write $NAME and set it in the environment", place)
+        for key in literal_secrets({"mcp_servers": [server.model_dump(exclude_none=True) for server in servers]}):
+            logger.warning("serve.%s: a literal value in params.yaml; write $NAME and set it in the environment", key)
         self._call_seconds = call_seconds
         self._tools: dict[str, list[Tool]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

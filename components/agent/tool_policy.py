@@ -28,7 +28,7 @@ class ToolPolicy:
     """The only tools that are offered; None: all."""
     allowed_writes: frozenset[str] | None = None
     """Tools that write and are run without confirmation; None: all."""
-    heard: frozenset[str] = frozenset()
+    servers_read: frozenset[str] = frozenset()
     """Servers whose results are in the answer from its beginning."""
 
 
@@ -41,7 +41,7 @@ class ToolSession:
 
     def __init__(self, tools: Callable[[], Sequence[Tool]], policy: ToolPolicy = OPEN) -> None:
         self._tools, self._policy = tools, policy
-        self.heard = set(policy.heard)
+        self.servers_read = set(policy.servers_read)
         """Servers whose results the model has read."""
 
     @property
@@ -56,12 +56,12 @@ class ToolSession:
         allowed = self._policy.allowed_writes
         if not tool.writes or allowed is None:
             return False
-        return tool.name not in allowed or bool(self.heard - {tool.server})
+        return tool.name not in allowed or bool(self.servers_read - {tool.server})
 
     def call(self, name: str, arguments: object) -> str:
         """The result of a tool, as `components.agent.tools.call` returns it."""
         tools = self.tools
-        self.heard |= {tool.server for tool in tools if tool.name == name and tool.server}
+        self.servers_read |= {tool.server for tool in tools if tool.name == name and tool.server}
         return call(tools, name, arguments)
 
     def run_confirmed(

@@ -270,19 +270,19 @@ def _decoder_keys(section: str) -> Collection[str]:
 def _first_error(error: ValidationError, values: Any) -> str:
     """`section.key: value: reason`, from the first of pydantic's errors, or from an error in a part of that value."""
     located = [(_dotted_key(details, values), details) for details in error.errors()]
-    within = [(place, details) for place, details in located if place.startswith(located[0][0])]
-    place, first = max(within, key=lambda entry: len(entry[0]))
+    within = [(key_path, details) for key_path, details in located if key_path.startswith(located[0][0])]
+    key_path, first = max(within, key=lambda entry: len(entry[0]))
     if first["type"] == "extra_forbidden":
-        if place in RENAMED:
-            return f"{place}: renamed; write {RENAMED[place]}"
-        section, _, key = place.partition(".")
+        if key_path in RENAMED:
+            return f"{key_path}: renamed; write {RENAMED[key_path]}"
+        section, _, key = key_path.partition(".")
         if section in BY_FAMILY and key in _decoder_keys(section):
-            return f"{place}: each family has its own values; write {section}.decoder.{key}"
-        return f"{place}: unknown key; see components/config/model_settings.py for the keys of each section"
-    reasons = dict.fromkeys(details["msg"] for key, details in within if key == place)
+            return f"{key_path}: each family has its own values; write {section}.decoder.{key}"
+        return f"{key_path}: unknown key; see components/config/model_settings.py for the keys of each section"
+    reasons = dict.fromkeys(details["msg"] for key, details in within if key == key_path)
     reason = " or ".join(reasons).removeprefix("Value error, ").replace(" or Input should be", " or")
     value = "" if isinstance(first["input"], (dict, BaseModel)) else f"{first['input']!r}: "
-    return f"{place}: {value}{reason}" if place else f"{value}{reason}"
+    return f"{key_path}: {value}{reason}" if key_path else f"{value}{reason}"
 
 
 def _dotted_key(error: Any, values: Any) -> str:

@@ -192,14 +192,14 @@ _SQLITE = {
 }
 
 
-def disk_trouble(error: BaseException | None, place: Path | None = None) -> str:
+def disk_trouble(error: BaseException | None, path: Path | None = None) -> str:
     """One line with the disk's error and its remedy, where an exception comes from the disk; else empty.
 
-    `place` is named where the exception names no file.
+    `path` is named where the exception names no file.
     """
     if error is None:
         return ""
-    name, number = str(place or "disk"), error.errno if isinstance(error, OSError) else None
+    name, number = str(path or "disk"), error.errno if isinstance(error, OSError) else None
     if isinstance(error, shutil.Error):  # source, target and why, of every file
         _, name, reason = error.args[0][0]
         number = next((known for known in _REMEDIES if os.strerror(known) in str(reason)), None)
@@ -214,19 +214,19 @@ def disk_trouble(error: BaseException | None, place: Path | None = None) -> str:
         return f"{name}: {os.strerror(number)}; {_REMEDIES[number]}"
     if number in _REMEDIES:
         return f"{name}: cannot be written: {os.strerror(number)}; {_REMEDIES[number]}"
-    return disk_trouble(error.__cause__ or error.__context__, place)
+    return disk_trouble(error.__cause__ or error.__context__, path)
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def writing(target: Path) -> Iterator[None]:
     """Raises: InputError when the disk refuses what a block writes below a folder, or no folder can be there."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        if message := disk_trouble(error, place):
+        if message := disk_trouble(error, target):
             raise InputError(message) from error
         if isinstance(error, FileExistsError | NotADirectoryError):
-            raise InputError(f"{place}: cannot be written: {error.strerror}; choose another folder") from error
+            raise InputError(f"{target}: cannot be written: {error.strerror}; choose another folder") from error
         raise

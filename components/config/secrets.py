@@ -97,14 +97,14 @@ def _without_password(match: re.Match[str]) -> str:
     return f"{user}:{password[1:] if _REFERENCE.fullmatch(password[1:]) else '***'}@"
 
 
-def _differences(before: Any, after: Any, place: str) -> Iterator[str]:
+def _differences(before: Any, after: Any, key: str) -> Iterator[str]:
     if isinstance(before, Mapping):
         for name, entry in before.items():
-            yield from _differences(entry, after[name], f"{place}.{name}".lstrip("."))
+            yield from _differences(entry, after[name], f"{key}.{name}".lstrip("."))
     elif isinstance(before, list):
         for number, entry in enumerate(before):
             # A server of a list by its name, as people look for it.
             name = entry.get("name", number) if isinstance(entry, Mapping) else number
-            yield from _differences(entry, after[number], f"{place}.{name}".lstrip("."))
+            yield from _differences(entry, after[number], f"{key}.{name}".lstrip("."))
     elif before != after:
-        yield place
+        yield key

@@ -142,10 +142,10 @@ def _readers(reader: _Kind, files: Sequence[Path]) -> list[tuple[Path, Reader]]:
     for path, suffix in zip(files, suffixes, strict=True):
         if suffix not in formats:
             beside = ", or two text files of equally many lines" if reader.parallel else ""
-            found = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
+            subject = f"{path.suffix!r} is" if path.suffix else "a name without suffix is"
             unpack = "; unpack the file first" if suffix in _PACKED else ""
             raise InputError(
-                f"{path}: {found} not a format of this kind; allowed: {', '.join(formats)}{beside}{unpack}"
+                f"{path}: {subject} not a format of this kind; allowed: {', '.join(formats)}{beside}{unpack}"
             )
     return [(path, formats[suffix]) for path, suffix in zip(files, suffixes, strict=True)]
 
@@ -219,7 +219,7 @@ def _locate(report: ValidationReport, folder: Path, rows: Iterator[tuple[str, Ro
     numbers = {offsets[each.shard] + each.row for check in report.failed for each in check.examples}
     locations = {number: location for number, (location, _) in enumerate(rows, 1) if number in numbers}
     for check in report.failed:
-        check.examples = [replaced(each, place=locations[offsets[each.shard] + each.row]) for each in check.examples]
+        check.examples = [replaced(each, location=locations[offsets[each.shard] + each.row]) for each in check.examples]
 
 
 def _document(record: Record, path: Path, columns: Columns) -> Row:

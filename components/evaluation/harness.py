@@ -41,7 +41,7 @@ class Answerer:
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For (context, continuation): the natural logarithm of its probability, and whether greed would write it."""
         scored = score_pieces(self.model, self.tokenizer, [self._pair(*pair) for pair in pairs], self.batch_size)
-        return [(-one.bits * math.log(2), one.greedy) for one in scored]
+        return [(-score.bits * math.log(2), score.greedy) for score in scored]
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
         """Of whole texts, each token foretold once, in windows that keep as much context as there is."""
@@ -57,17 +57,17 @@ class Answerer:
                 pieces.append(([*before, *after], [0] * len(before) + [1] * len(after)))
                 owners.append(number)
         totals = [0.0] * len(texts)
-        for owner, one in zip(owners, score_pieces(self.model, self.tokenizer, pieces, self.batch_size), strict=True):
-            totals[owner] -= one.bits * math.log(2)
+        for owner, score in zip(owners, score_pieces(self.model, self.tokenizer, pieces, self.batch_size), strict=True):
+            totals[owner] -= score.bits * math.log(2)
         return totals
 
-    def generate_until(self, asked: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    def generate_until(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """What follows each context, up to the first of the strings under `until` or the end of the answer."""
-        rows = [self._row(context, options) for context, options in asked]
+        rows = [self._row(context, options) for context, options in requests]
         generate(self.model, rows, self.batch_size)
         return [
             _until(self.tokenizer.decode(row.generated), options.get("until") or ())
-            for row, (_, options) in zip(rows, asked, strict=True)
+            for row, (_, options) in zip(rows, requests, strict=True)
         ]
 
     def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = True) -> str:
@@ -84,8 +84,8 @@ class Answerer:
             before, after = self._chats[context], self.tokenizer.encode(continuation)
         else:
             # Spaces at the end of a context are spelled with what follows them.
-            kept = context.rstrip(" ")
-            whole, before = self._ids(kept + context[len(kept) :] + continuation), self._ids(kept)
+            stripped = context.rstrip(" ")
+            whole, before = self._ids(stripped + context[len(stripped) :] + continuation), self._ids(stripped)
             after = whole[len(before) :]
         ids = [*before, *after][-self.context_len :]
         learned = min(len(after), len(ids) - 1)
@@ -93,8 +93,8 @@ class Answerer:
 
     def _row(self, context: str, options: Mapping[str, Any]) -> Row:
         """What a task asks to be written behind a context, of which the end is read where all has no room."""
-        wanted = int(options.get("max_gen_toks") or options.get("max_new_tokens") or NEW_TOKENS)
-        limit = min(wanted, self.context_len // 2)
+        requested = int(options.get("max_gen_toks") or options.get("max_new_tokens") or NEW_TOKENS)
+        limit = min(requested, self.context_len // 2)
         temperature = float(options.get("temperature") or 0) if options.get("do_sample") else 0.0
         prompt = self._ids(context)[-(self.context_len - limit) :]
         return Row(prompt, limit, temperature, stop_ids=(self.tokenizer.end_id,))

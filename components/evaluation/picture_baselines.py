@@ -113,8 +113,8 @@ def _add(sample: list[Example], example: Example, seen: int, rng: random.Random,
     """Reservoir sampling (Vitter 1985, algorithm R): bounded memory, each example equally likely."""
     if len(sample) < most:
         sample.append(example)
-    elif (place := rng.randrange(seen + 1)) < most:
-        sample[place] = example
+    elif (index := rng.randrange(seen + 1)) < most:
+        sample[index] = example
 
 
 def _has_captions(tests: Sequence[Example]) -> bool:

@@ -123,13 +123,15 @@ def hold_out(examples: Sequence[TrainingExample], share: float, seed: int) -> se
     sides when more are added.
     """
     block = max(2, round(1 / share))
-    seen: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    by_skill: dict[str, list[str]] = {}
     for example in examples:
-        keys = seen.setdefault(example.skill, [])
-        if not any(example.key in others for others in seen.values()):
+        keys = by_skill.setdefault(example.skill, [])
+        if example.key not in seen:
+            seen.add(example.key)
             keys.append(example.key)
     chosen: set[str] = set()
-    for skill, keys in seen.items():
+    for skill, keys in by_skill.items():
         for start in range(0, len(keys), block):
             digest = hashlib.blake2b(f"{seed}:{skill}:{start}".encode(), digest_size=8).digest()
             chosen.update(keys[start + int.from_bytes(digest, "big") % block :][:1])

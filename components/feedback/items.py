@@ -108,15 +108,15 @@ def read_pictures(folder: Path, digests: Collection[str]) -> dict[str, bytes]:
 
     Raises: InputError when one is missing.
     """
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for path in sorted(folder.glob(PICTURES_GLOB)):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=PICTURES_PER_GROUP):
                 rows = batch.to_pylist()
-                found |= {row["digest"]: row["content"] for row in rows if row["digest"] in digests}
-    if missing := set(digests) - set(found):
+                contents |= {row["digest"]: row["content"] for row in rows if row["digest"] in digests}
+    if missing := set(digests) - set(contents):
         raise InputError(f'{folder}: has no picture {min(missing)}; run "dvc checkout {folder}"')
-    return found
+    return contents
 
 
 def answered(item: Item) -> list[Row]:

@@ -72,8 +72,8 @@ class People(Audit):
             partition = PARTITIONS.update().where(PARTITIONS.c.name == name)
             connection.execute(partition.values(digest=digest, dvc=None))
             for votes in batched(erased, BATCH):
-                gone = REVOCATIONS.update().where(REVOCATIONS.c.feedback_id.in_(votes))
-                connection.execute(gone.values(reason=f"{ERASED}, also from its partition"))
+                statement = REVOCATIONS.update().where(REVOCATIONS.c.feedback_id.in_(votes))
+                connection.execute(statement.values(reason=f"{ERASED}, also from its partition"))
 
     def vote(self, feedback_id: str) -> dict[str, Any]:
         """The row of a vote that exists."""

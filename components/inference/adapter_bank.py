@@ -59,21 +59,21 @@ class AdaptedLinear(nn.Module):
             return result.add_(added)
         return result.index_add_(0, chosen.rows, added[chosen.positions])
 
-    def put(self, place: int, pairs: Sequence[tuple[Tensor, Tensor]], scale: float, like: Tensor) -> None:
-        """Store an adapter's pairs, A (R, in) and B (width, R), at a place."""
+    def put(self, slot: int, pairs: Sequence[tuple[Tensor, Tensor]], scale: float, like: Tensor) -> None:
+        """Store an adapter's pairs, A (R, in) and B (width, R), at a slot."""
         rank = len(pairs[0][0])
-        if self._down is None or place >= len(self._down) or rank > self._down.shape[2]:
-            self._grow(place + 1, rank, pairs, like)
+        if self._down is None or slot >= len(self._down) or rank > self._down.shape[2]:
+            self._grow(slot + 1, rank, pairs, like)
         assert self._down is not None
-        self._down[place] = 0
+        self._down[slot] = 0
         for part, (a, b) in enumerate(pairs):
-            self._down[place, part, :rank] = a
-            self._up[part][place] = 0
-            self._up[part][place, :, :rank] = b * scale
+            self._down[slot, part, :rank] = a
+            self._up[part][slot] = 0
+            self._up[part][slot, :, :rank] = b * scale
 
-    def clear(self, place: int) -> None:
-        if self._down is not None and place < len(self._down):
-            self._down[place] = 0
+    def clear(self, slot: int) -> None:
+        if self._down is not None and slot < len(self._down):
+            self._down[slot] = 0
 
     def _grow(self, places: int, rank: int, pairs: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> None:
         """Make room for more adapters or a larger rank; a pass in progress reads the same numbers before and after."""
@@ -110,20 +110,20 @@ class AdapterBank:
     @torch.no_grad()
     def add(self, adapted: Decoder) -> int:
         """Take over the pairs of a model with low-rank pairs; returns the adapter's number."""
-        place = next(place for place in count() if place not in self._places.values())
+        slot = next(slot for slot in count() if slot not in self._places.values())
         for path, module in adapted.blocks.named_modules():
             if isinstance(module, LowRankLinear):
-                self._products[path].put(place, list(module.pairs()), module.scale, self._weight)
+                self._products[path].put(slot, list(module.pairs()), module.scale, self._weight)
         number = next(self._numbers)
-        self._places[number] = place
+        self._places[number] = slot
         return number
 
     @torch.no_grad()
     def remove(self, number: int) -> None:
         """Forget an adapter that no row uses any more."""
-        place = self._places.pop(number)
+        slot = self._places.pop(number)
         for product in self._products.values():
-            product.clear(place)
+            product.clear(slot)
 
     def select(self, adapters: Sequence[int], multiple: int = 1) -> None:
         """Choose the adapter of each row of the next pass; G is a multiple of `multiple`."""
@@ -141,9 +141,9 @@ class AdapterBank:
         group = -(-max(map(len, rows.values())) // multiple) * multiple
         gathered = torch.zeros(stop - first, group, dtype=torch.long)
         positions: list[int] = []
-        for place, members in rows.items():
-            gathered[place - first, : len(members)] = torch.tensor(members)
-            positions += range((place - first) * group, (place - first) * group + len(members))
+        for slot, members in rows.items():
+            gathered[slot - first, : len(members)] = torch.tensor(members)
+            positions += range((slot - first) * group, (slot - first) * group + len(members))
         members = [row for group_rows in rows.values() for row in group_rows]
         indices = gathered, torch.tensor(members), torch.tensor(positions)
         self.selection = Selection(first, stop, *(index.to(self._weight.device) for index in indices))

@@ -204,9 +204,9 @@ class ContinuousBatch:
         seen = min(max(row.cached for row in rows) + width, self.context)
         tokens = np.zeros((len(rows), width), dtype=np.int64)
         counts = [min(width, len(row.ids) - row.cached) for row in rows]
-        for place, (row, count) in enumerate(zip(rows, counts, strict=True)):
-            tokens[place, :count] = row.ids[row.cached : row.cached + count]
-        newest = [place * width + count - 1 for place, count in enumerate(counts)]
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            tokens[index, :count] = row.ids[row.cached : row.cached + count]
+        newest = [index * width + count - 1 for index, count in enumerate(counts)]
         if self._bank is not None:
             self._bank.select([row.adapter for row in rows])
         hidden = self._pass(rows, tokens, counts, seen, newest)
@@ -283,9 +283,9 @@ class ContinuousBatch:
         logits = self.model.head(hidden)[: len(rows)].float()
         logits = mask_logits(logits, [row.constraint for row in rows], [row.left for row in rows])
         tokens = greedy(logits)
-        warm = [place for place, row in enumerate(rows) if row.temperature > 0]
+        warm = [index for index, row in enumerate(rows) if row.temperature > 0]
         if warm:
-            drawing = [rows[place] for place in warm]
+            drawing = [rows[index] for index in warm]
             settings = torch.tensor([[row.temperature, row.top_p, row.number()] for row in drawing], device=self.device)
             temperature, top_p, numbers = torch.split(settings, 1, dim=1)
             places = torch.tensor(warm, device=self.device)

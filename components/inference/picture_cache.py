@@ -42,12 +42,12 @@ class PictureCache:
         Raises: InputError when the image tokens are not those of these pictures.
         """
         config = self._model.config
-        places = [place for place, number in enumerate(prompt) if number == config.image_token_id]
+        places = [position for position, number in enumerate(prompt) if number == config.image_token_id]
         if len(places) != len(pictures) * config.vision.num_patches:
             raise InputError(f"prompt: {len(places)} image tokens are not those of {len(pictures)} pictures")
         key = list(prompt)
-        for count, place in enumerate(places):
-            key[place] = -1 - int(pictures[count // config.vision.num_patches].digest[:15], 16)
+        for count, position in enumerate(places):
+            key[position] = -1 - int(pictures[count // config.vision.num_patches].digest[:15], 16)
         return key
 
     @torch.inference_mode()

@@ -24,9 +24,9 @@ class PrefixCache:
 
     def keep(self, ids: Ids, part: Tensor) -> None:
         """Keep keys and values (layers, 2, K, T, D) of T ids; the entry before it that these extend is dropped."""
-        place = bisect_left(self._sorted, ids)
-        if place and self._sorted[place - 1] == ids[: len(self._sorted[place - 1])]:
-            self._drop(self._sorted[place - 1])
+        index = bisect_left(self._sorted, ids)
+        if index and self._sorted[index - 1] == ids[: len(self._sorted[index - 1])]:
+            self._drop(self._sorted[index - 1])
         if ids in self._entries:
             self._drop(ids)
         self._entries[ids] = part.clone()
@@ -37,8 +37,8 @@ class PrefixCache:
 
     def best(self, ids: Ids) -> tuple[int, Tensor | None]:
         """The longest common beginning with what is kept, and whose it is."""
-        place = bisect_left(self._sorted, ids)
-        neighbours = self._sorted[max(0, place - 1) : place + 1]
+        index = bisect_left(self._sorted, ids)
+        neighbours = self._sorted[max(0, index - 1) : index + 1]
         nearest = max(neighbours, key=lambda key: common(key, ids), default=None)
         if nearest is None or not (longest := common(nearest, ids)):
             return 0, None

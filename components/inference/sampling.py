@@ -69,15 +69,15 @@ def mask_logits(logits: Tensor, constraints: Sequence[Constraint | None], left: 
     if not masks:
         return logits
     forbidden = torch.ones(len(masks), logits.shape[1], dtype=torch.bool)
-    for place, mask in enumerate(masks.values()):
-        forbidden[place, : len(mask)] = torch.from_numpy(~mask)
+    for index, mask in enumerate(masks.values()):
+        forbidden[index, : len(mask)] = torch.from_numpy(~mask)
     rows = torch.tensor(list(masks), device=logits.device)
     masked = logits[rows].masked_fill_(forbidden.to(logits.device), -torch.inf)
-    for place, row in enumerate(masks):
+    for index, row in enumerate(masks):
         constraint = constraints[row]
         if constraint is not None and (fallback_tokens := constraint.fallback_tokens) is not None:
             replaced, fallback = fallback_tokens
-            masked[place, fallback] += logits[row, replaced + fallback].logsumexp(0) - logits[row, fallback].logsumexp(
+            masked[index, fallback] += logits[row, replaced + fallback].logsumexp(0) - logits[row, fallback].logsumexp(
                 0
             )
     return logits.index_put((rows,), masked)
@@ -99,10 +99,10 @@ def sampled(logits: Tensor, temperature: Tensor | float, top_p: Tensor | float, 
     ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
     reached = ordered.cumsum(-1)
     # A token is kept while those before it have less than top_p; the most probable one always is.
-    kept = ordered * (reached - ordered < top_p)
-    sums = kept.cumsum(-1)
-    place = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp_(max=sums.shape[1] - 1)
-    tokens: Tensor = ids.gather(1, place).squeeze(1)
+    nucleus = ordered * (reached - ordered < top_p)
+    sums = nucleus.cumsum(-1)
+    index = torch.searchsorted(sums, numbers * sums[:, -1:], right=True).clamp_(max=sums.shape[1] - 1)
+    tokens: Tensor = ids.gather(1, index).squeeze(1)
     return tokens
 
 

@@ -119,7 +119,7 @@ class _Reducer:
             if self._usable:
                 return True
             raise SchemaError(f"{where}: schemas nested more than {MAX_DEPTH} deep; send a flatter one")
-        kept: Schema = {}
+        reduced: Schema = {}
         for key, value in schema.items():
             at = f"{where}.{key}"
             if self._usable and self._is_dropped(key, value, self._usable):
@@ -131,36 +131,36 @@ class _Reducer:
             if key in _CHECKS:
                 _CHECKS[key](value, at)
             if key in _OF_ONE and not isinstance(value, list):
-                kept[key] = self._reduced(value, at, depth + 1)
+                reduced[key] = self._reduced(value, at, depth + 1)
             elif key in _OF_MANY or key in _OF_ONE:
-                kept[key] = [self._reduced(part, f"{at}[{index}]", depth + 1) for index, part in enumerate(value)]
+                reduced[key] = [self._reduced(part, f"{at}[{index}]", depth + 1) for index, part in enumerate(value)]
             elif key in _BY_NAME:
-                kept[key] = {
+                reduced[key] = {
                     name: self._reduced(part, f"{at}.{name}", depth + 1)
                     for name, part in value.items()
                     if not (self._usable and key == "patternProperties" and not self._usable(name))
                 }
             elif key in _CHECKS:
-                kept[key] = value
-        if kept.get("format") not in FORMATS:
-            kept.pop("format", None)
-        if kept.get("format") in _PATTERNS and "pattern" not in kept:
-            kept["pattern"] = _PATTERNS[kept.pop("format")]
-        if kept.get("minProperties", 0) > max(1, len(kept.get("required", ()))):
+                reduced[key] = value
+        if reduced.get("format") not in FORMATS:
+            reduced.pop("format", None)
+        if reduced.get("format") in _PATTERNS and "pattern" not in reduced:
+            reduced["pattern"] = _PATTERNS[reduced.pop("format")]
+        if reduced.get("minProperties", 0) > max(1, len(reduced.get("required", ()))):
             if not self._usable:
                 raise SchemaError(
                     f"{where}.minProperties: more than 'required' lists is not supported; list them there"
                 )
-            del kept["minProperties"]
-        if self._usable and kept.get("additionalProperties") is False and "patternProperties" not in kept:
-            properties = kept.get("properties", {})
-            if "required" in kept:
-                kept["required"] = [name for name in kept["required"] if name in properties]
-        if kept.get("oneOf") and (self._usable or self._are_disjoint(schema["oneOf"])):
-            kept["allOf"] = [*kept.get("allOf", []), {"anyOf": kept.pop("oneOf")}]
-            if len(kept["allOf"]) == 1 and "anyOf" not in kept:
-                kept |= kept.pop("allOf")[0]
-        return kept
+            del reduced["minProperties"]
+        if self._usable and reduced.get("additionalProperties") is False and "patternProperties" not in reduced:
+            properties = reduced.get("properties", {})
+            if "required" in reduced:
+                reduced["required"] = [name for name in reduced["required"] if name in properties]
+        if reduced.get("oneOf") and (self._usable or self._are_disjoint(schema["oneOf"])):
+            reduced["allOf"] = [*reduced.get("allOf", []), {"anyOf": reduced.pop("oneOf")}]
+            if len(reduced["allOf"]) == 1 and "anyOf" not in reduced:
+                reduced |= reduced.pop("allOf")[0]
+        return reduced
 
     def _is_dropped(self, key: str, value: Any, usable: Callable[[str], bool]) -> bool:
         """Whether a keyword of a schema that is enforced as far as possible is not supported."""

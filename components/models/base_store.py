@@ -61,9 +61,9 @@ def base_folder(folder: Path) -> Path:
     for start in (folder, Path.cwd()):
         with suppress(InputError):  # no project there: a Bento, or a folder on its own
             places.append(stored_base(base.weights_sha256, Paths(find_root(start)).home))
-    for place in places:
-        if (place / CONFIG).is_file():
-            return place
+    for candidate in places:
+        if (candidate / CONFIG).is_file():
+            return candidate
     raise InputError(
         f"{folder}: its base {base.source} (weights {base.weights_sha256[:12]}) is not on this machine; import it with"
         ' "loopwright import"'

@@ -48,9 +48,9 @@ class PictureWriter:
     def piece(self, piece: Piece, pictures: list[Picture]) -> Piece:
         """A conversation's ids and mask, its image tokens naming these pictures, in order."""
         ids, mask = list(piece[0]), piece[1]
-        places = [place for place, number in enumerate(ids) if number == self.info.image_id]
-        for count, place in enumerate(places):
-            ids[place] = self._vocab_size + self._number(pictures[count // self.info.image_tokens])
+        places = [position for position, number in enumerate(ids) if number == self.info.image_id]
+        for count, position in enumerate(places):
+            ids[position] = self._vocab_size + self._number(pictures[count // self.info.image_tokens])
         return ids, mask
 
     def split(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

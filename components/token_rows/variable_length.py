@@ -95,9 +95,12 @@ class VariableLengthRows:
         """Token ids of one row."""
         return self.field("ids", index)
 
-    def numbers(self, name: str) -> Numbers:
-        """A per-row field of all rows (N,)."""
-        return np.asarray(self._arrays[name]).astype(np.int64) if self.count else np.zeros(0, np.int64)
+    def numbers(self, name: str, indices: Sequence[int] | Indices | None = None) -> Numbers:
+        """A per-row field of all rows, or of these (N,); other rows are not read."""
+        if not self.count:
+            return np.zeros(0, np.int64)
+        column = self._arrays[name]
+        return np.asarray(column if indices is None else column[np.asarray(indices)]).astype(np.int64)
 
     def lengths(self, indices: Indices | None = None) -> Numbers:
         """Tokens of each row, or of each of these."""
@@ -148,7 +151,7 @@ class SentencePairs(VariableLengthRows):
         As Hugging Face has them: 0 where B follows A, 1 where it is of another document, IGNORED without a B.
         """
         rows = [int(index) for index in indices]
-        follows = self.numbers("random")[rows]
+        follows = self.numbers("random", rows)
         return tensors(
             {
                 **inputs([self.ids(row) for row in rows], self.pad_id),
@@ -178,7 +181,7 @@ class LabelledRows(VariableLengthRows):
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         """input_ids, token_type_ids and attention_mask (B, T); labels (B,)."""
         arrays = inputs([self.ids(int(index)) for index in indices], self.pad_id)
-        labels = self.numbers("label")[np.asarray(indices)]
+        labels = self.numbers("label", indices)
         return tensors({**arrays, "token_type_ids": np.zeros_like(arrays["input_ids"]), "labels": labels})
 
 

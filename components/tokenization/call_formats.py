@@ -92,17 +92,17 @@ def detect_format(single: str, double: str | None) -> CallFormat | None:
 
 def _probes(text: str) -> Iterator[tuple[int, int, tuple[str, ...]]]:
     """Start, stop and keys of each object that is the call `PROBE`."""
-    place = text.find("{")
-    while place >= 0:
-        stop = place + 1
+    position = text.find("{")
+    while position >= 0:
+        stop = position + 1
         try:
-            value, after = _JSON.raw_decode(text, place)
+            value, after = _JSON.raw_decode(text, position)
         except ValueError:
             value = None
         if isinstance(value, dict) and _call(value) == PROBE:
-            yield place, after, tuple(value)
+            yield position, after, tuple(value)
             stop = after
-        place = text.find("{", stop)
+        position = text.find("{", stop)
 
 
 def parse_json_calls(text: str, form: CallFormat = BARE) -> Turn:
@@ -134,18 +134,18 @@ class CallTextFilter:
             return ""  # the whole turn may be one call
         self._opened = True
         mark, close, words = self._form.open, self._form.close, ""
-        while mark and (place := self._held.find(mark)) >= 0:
-            words += self._words(self._held[:place])
-            stop = self._held.find(close, place + len(mark)) if close else -1
+        while mark and (position := self._held.find(mark)) >= 0:
+            words += self._words(self._held[:position])
+            stop = self._held.find(close, position + len(mark)) if close else -1
             self._called = self._called or stop >= 0
-            self._held = self._held[place:] if stop < 0 else self._held[stop + len(close) :]
+            self._held = self._held[position:] if stop < 0 else self._held[stop + len(close) :]
             if stop < 0:
                 return words
         # The last characters may begin a mark.
         begun = next((size for size in range(len(mark) - 1, 0, -1) if self._held.endswith(mark[:size])), 0)
-        place = len(self._held) - begun
-        words += self._words(self._held[:place])
-        self._held = self._held[place:]
+        position = len(self._held) - begun
+        words += self._words(self._held[:position])
+        self._held = self._held[position:]
         return words
 
     def flush(self) -> str:
@@ -170,17 +170,17 @@ class CallTextFilter:
 
 def _read_calls(text: str) -> tuple[list[Call], bool]:
     """The calls of JSON objects or lists of them, one behind the other, and whether the text is nothing else."""
-    text, place, calls = text.strip(), 0, list[Call]()
-    while place < len(text):
+    text, position, calls = text.strip(), 0, list[Call]()
+    while position < len(text):
         try:
-            value, place = _JSON.raw_decode(text, place)
+            value, position = _JSON.raw_decode(text, position)
         except (ValueError, RecursionError):
             return calls, False
         for item in value if isinstance(value, list) else [value]:
             if (call := _call(item)) is None:
                 return calls, False
             calls.append(call)
-        place += len(text[place:]) - len(text[place:].lstrip(" \t\r\n,;"))
+        position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,;"))
     return calls, True
 
 

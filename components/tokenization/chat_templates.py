@@ -121,8 +121,8 @@ def tool_templates(template: str, tokens: Collection[str]) -> Iterator[str]:
     for needed, syntax in TOOL_SYNTAXES:
         if all(token in tokens for token in needed):
             for system in (True, False):
-                facts = json.dumps({**syntax, "system": system}, ensure_ascii=False)
-                yield f"{{%- set syntax = {facts} %}}\n{prelude}{template}"
+                marks = json.dumps({**syntax, "system": system}, ensure_ascii=False)
+                yield f"{{%- set syntax = {marks} %}}\n{prelude}{template}"
 
 
 class _Budget:

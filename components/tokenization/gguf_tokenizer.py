@@ -77,10 +77,10 @@ def unpack_tokenizer(metadata: Mapping[str, Any], path: Path, folder: Path) -> N
     ]
     tokenizer.add_tokens(added)  # those of the vocabulary keep their ids
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-        number = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+    for hf_name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = metadata.get(f"tokenizer.ggml.{gguf_name}_token_id")
         if number is not None and int(number) < len(tokens):
-            config[f"{ours}_token"] = tokens[int(number)]
+            config[f"{hf_name}_token"] = tokens[int(number)]
     if template := metadata.get("tokenizer.chat_template"):
         config["chat_template"] = template
     write_tokenizer(tokenizer, folder, config)
@@ -181,8 +181,8 @@ def _sentencepiece(metadata: Mapping[str, Any], path: Path, tokens: Sequence[str
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind in (_NORMAL, _UNUSED)}
     merges: list[tuple[float, int, int, str, str]] = []
     for token in normal:
-        for place in range(1, len(token)):
-            left, right = token[:place], token[place:]
+        for index in range(1, len(token)):
+            left, right = token[:index], token[index:]
             if left in vocabulary and right in vocabulary:
                 merges.append((-scores[vocabulary[token]], vocabulary[left], vocabulary[right], left, right))
     merges.sort(key=lambda merge: merge[:3])

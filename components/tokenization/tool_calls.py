@@ -244,8 +244,8 @@ class _ObjectEnd:
 
     def find(self, text: str, start: int) -> tuple[int, bool]:
         """Where the object, or the text, ends behind `start`, and whether it is the object."""
-        for place in range(start, len(text)):
-            character = text[place]
+        for index in range(start, len(text)):
+            character = text[index]
             if self._escaped:
                 self._escaped = False
             elif self._quoted:
@@ -255,5 +255,5 @@ class _ObjectEnd:
             elif character in "{}":
                 self._depth += 1 if character == "{" else -1
                 if not self._depth:
-                    return place + 1, True
+                    return index + 1, True
         return len(text), False

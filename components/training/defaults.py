@@ -48,8 +48,8 @@ def fit_to_base(run: StageRun, config: C, model: nn.Module, rows: Rows) -> C:
     tokens = float(lengths.mean())
     values = following(config, count_parameters(model), len(rows), tokens)
     run.tracker.params({f"from_base.{name}": value for name, value in values.items()})
-    said = ", ".join(f"{name} {value}" for name, value in values.items())
-    print(f"{run.name}  {config.base}, {len(rows):,} rows: {said}; params.yaml overrides each", flush=True)
+    settings = ", ".join(f"{name} {value}" for name, value in values.items())
+    print(f"{run.name}  {config.base}, {len(rows):,} rows: {settings}; params.yaml overrides each", flush=True)
     return config.model_copy(update=values)
 
 

@@ -29,11 +29,11 @@ class Example:
     id: str | None
     value: str
     """Its Python literal; long ones are cut."""
-    place: str | None = None
+    location: str | None = None
     """Location of the row in the user's own file, during its import."""
 
     def __str__(self) -> str:
-        return f"{self.place or f'{self.shard} row {self.row}'} (id {self.id}): {self.value}"
+        return f"{self.location or f'{self.shard} row {self.row}'} (id {self.id}): {self.value}"
 
 
 @dataclass

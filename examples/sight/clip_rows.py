@@ -157,8 +157,8 @@ def _order(rng: random.Random, pair: Pair, stamps: Stamps, is_new: bool) -> Scen
         at_random_place(rng, rng.choice(stamps[name]), rng.randint(*SHOWN_SIZES)) for name in (first, second)
     )
     frames = [[first_mark]] * change + [[second_mark]] * (count - change)
-    one, other = rng.sample(pair, 2)
-    question = wording(rng, "order", is_new, object=named(one), other=named(other))
+    choices = rng.sample(pair, 2)
+    question = wording(rng, "order", is_new, object=named(choices[0]), other=named(choices[1]))
     after = (wording(rng, "second_object"), named(second))
     return Scene(_drawn(rng, frames), [(question, named(first)), after])
 

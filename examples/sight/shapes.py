@@ -112,10 +112,10 @@ def _true_words(picture: VqaPicture) -> set[str]:
     """The colors and shapes that the picture shows, by its questions and answers."""
     words: set[str] = set()
     for question, answer in picture.questions:
-        asked = question.rstrip("?").split()
-        denies = "no" in asked or "not" in asked
+        question_words = question.rstrip("?").split()
+        denies = "no" in question_words or "not" in question_words
         if answer not in YES_NO:
-            words |= {answer, *asked}
+            words |= {answer, *question_words}
         elif (answer == "yes") != denies:
-            words |= set(asked)
+            words |= set(question_words)
     return words

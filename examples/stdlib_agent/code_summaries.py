@@ -34,14 +34,14 @@ def described(symbols: Sequence[Symbol], classes: Mapping[str, Symbol], suite: s
 def without_docstring(source: str, name: str) -> str:
     """The function of that name in a source, without its docstring; empty where it is not or little is left."""
     text = textwrap.dedent(source)
-    found = _functions(text).get(name)
-    if found is None or ast.get_docstring(found) is None or len(found.body) < MIN_LINES:
+    node = _functions(text).get(name)
+    if node is None or ast.get_docstring(node) is None or len(node.body) < MIN_LINES:
         return ""
     lines = text.splitlines()
-    docstring = found.body[0]
-    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    docstring = node.body[0]
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     assert docstring.end_lineno is not None
-    code = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : found.end_lineno]]
+    code = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
     return textwrap.dedent("\n".join(code)).strip()
 
 
@@ -52,8 +52,8 @@ def _functions(text: str) -> Mapping[str, _Function]:
         tree = ast.parse(text)
     except SyntaxError:
         return {}
-    found: dict[str, _Function] = {}
+    by_name: dict[str, _Function] = {}
     for node in ast.walk(tree):
         if isinstance(node, _Function):
-            found.setdefault(node.name, node)
-    return found
+            by_name.setdefault(node.name, node)
+    return by_name

@@ -23,9 +23,9 @@ def in_form(rng: random.Random, messages: Sequence[Message]) -> list[Message]:
     """The conversation with its last words as JSON; `found` and `calls` tell of the tools what their names say."""
     *before, last = messages
     results = [str(message["content"]) for message in before if message["role"] == "tool"]
-    found = bool(results) and not results[-1].startswith((NOT_FOUND, ERROR))
+    is_found = bool(results) and not results[-1].startswith((NOT_FOUND, ERROR))
     fields = {rng.choice(KEYS): last["content"]}
-    fields |= {"found": found} if rng.random() < MORE_SHARE else {}
+    fields |= {"found": is_found} if rng.random() < MORE_SHARE else {}
     fields |= {"calls": len(results)} if rng.random() < MORE_SHARE else {}
     order = rng.sample(list(fields), len(fields))
     answer = json.dumps({key: fields[key] for key in order}, ensure_ascii=False)

@@ -54,10 +54,10 @@ class Knowledge:
 
         Raises: InputError for a short name that several symbols have.
         """
-        found = self._find(symbol)
-        if isinstance(found, str):
-            return found
-        name, _, summary, _, _ = found
+        entry = self._find(symbol)
+        if isinstance(entry, str):
+            return entry
+        name, _, summary, _, _ = entry
         if not summary:
             return f"{name} has no docstring."
         return summary if name == bare(symbol) else f"{name}: {summary}"
@@ -67,10 +67,10 @@ class Knowledge:
 
         Raises: InputError for a symbol that is no class or ambiguous, or whose bases are computed when it is made.
         """
-        found = self._find(symbol)
-        if isinstance(found, str):
-            return found
-        name, kind, _, bases, _ = found
+        entry = self._find(symbol)
+        if isinstance(entry, str):
+            return entry
+        name, kind, _, bases, _ = entry
         if kind != "class":
             raise InputError(f"{name} is a {kind}, not a class")
         if not bases:
@@ -82,10 +82,10 @@ class Knowledge:
 
         Raises: InputError for a module itself and for a short name that several symbols have.
         """
-        found = self._find(symbol)
-        if isinstance(found, str):
-            return found
-        name, kind, _, _, module = found
+        entry = self._find(symbol)
+        if isinstance(entry, str):
+            return entry
+        name, kind, _, _, module = entry
         if kind == "module":
             raise InputError(f"{name} is a module itself")
         return module
@@ -102,10 +102,10 @@ class Knowledge:
     def full_name(self, symbol: str) -> str:
         """The full name of the one symbol meant; empty where there is none, or several."""
         try:
-            found = self._find(symbol)
+            entry = self._find(symbol)
         except InputError:
             return ""
-        return "" if isinstance(found, str) else found[0]
+        return "" if isinstance(entry, str) else entry[0]
 
     def _find(self, symbol: str) -> tuple[str, str, str, str, str] | str:
         """(name, kind, summary, bases, module) of the one symbol meant; else what to say instead."""

@@ -59,8 +59,8 @@ def write_facts(collecting: Collecting) -> None:
 def dataset_rows(name: str, collecting: Collecting) -> Rows:
     """Rows about the standard library."""
     library = _library(collecting)
-    made = _ROWS[name](collecting, library)
-    return replace(made, sources=[library.source], metrics=library.metrics)
+    dataset = _ROWS[name](collecting, library)
+    return replace(dataset, sources=[library.source], metrics=library.metrics)
 
 
 def _library(collecting: Collecting) -> Library:
@@ -142,7 +142,7 @@ def _split(
     families = draw_definitions(held_out.train, share, f"validation:{collecting.seed}")
     chosen = [symbol.family in families for symbol in held_out.train]
     return Rows(
-        list(rows(list(compress(held_out.train, (not one for one in chosen))), None)),
+        list(rows(list(compress(held_out.train, (not is_held_out for is_held_out in chosen))), None)),
         [*rows(held_out.symbols, "held_out_symbols"), *rows(held_out.modules, "held_out_modules")],
         list(rows(list(compress(held_out.train, chosen)), None)),
     )

@@ -147,15 +147,15 @@ class Namespaces:
         target = self.target(module, name, hops)
         return None if isinstance(target, Imported) else target
 
-    def bases(self, found: InSource) -> tuple[str, ...]:
+    def bases(self, definition: InSource) -> tuple[str, ...]:
         """A class's direct bases, qualified unless built in or of the same module; empty when they are computed."""
-        assert isinstance(found.node, ast.ClassDef)
+        assert isinstance(definition.node, ast.ClassDef)
         names: list[str] = []
-        for expression in [*found.node.bases, *_enumerated(found.node)]:
+        for expression in [*definition.node.bases, *_enumerated(definition.node)]:
             written = _dotted(expression.value if isinstance(expression, ast.Subscript) else expression)
             if not written:
                 return ()
-            names.append(REAL_BASES.get(written.rpartition(".")[2]) or self._qualified(found.module, written))
+            names.append(REAL_BASES.get(written.rpartition(".")[2]) or self._qualified(definition.module, written))
         return tuple(names) or ("object",)
 
     def _qualified(self, module: str, written: str) -> str:
@@ -200,7 +200,7 @@ class Namespaces:
                 return InSource(owner.module, member, owner.node.name)
         bases = (base.rpartition(".") for base in self.bases(owner))
         inherited = (self._member(self.resolve(module or owner.module, base), name) for module, _, base in bases)
-        return next((found for found in inherited if found), None)
+        return next((definition for definition in inherited if definition), None)
 
     def _in_submodules(self, source: SourceModule, name: str) -> Found | None:
         if source.path.name != "__init__.py":

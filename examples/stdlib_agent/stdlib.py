@@ -66,15 +66,15 @@ def library_symbols(packages: list[str] | None = None) -> list[Symbol]:
                 f"params.yaml: collect.modules: {name!r} is not in the standard library of Python "
                 f"{sys.version.split()[0]}; known: {', '.join(known)}"
             )
-    found: dict[str, Symbol] = {}
+    symbols: dict[str, Symbol] = {}
     for package in sorted(packages or known):
         for module in modules_of(names, package):
             for symbol in _symbols_of(names, module, module):
-                found.setdefault(symbol.name, symbol)
-    public = _public_names(found.values())
+                symbols.setdefault(symbol.name, symbol)
+    public = _public_names(symbols.values())
     return [
         replace(symbol, bases=tuple(public.get(base, base) for base in symbol.bases))
-        for _, symbol in sorted(found.items())
+        for _, symbol in sorted(symbols.items())
     ]
 
 
@@ -127,13 +127,13 @@ def _inside(target: Imported, module: str) -> bool:
     return target.module.startswith(f"{module}.")
 
 
-def _from_source(names: Namespaces, found: InSource, qualified: str, module: str) -> Iterator[Symbol]:
-    node, family = found.node, f"{found.module}:{found.owner or found.node.name}"
-    docstring, text = ast.get_docstring(node) or "", "" if found.owner else _text_of(names, found)
+def _from_source(names: Namespaces, definition: InSource, qualified: str, module: str) -> Iterator[Symbol]:
+    node, family = definition.node, f"{definition.module}:{definition.owner or definition.node.name}"
+    docstring, text = ast.get_docstring(node) or "", "" if definition.owner else _text_of(names, definition)
     if not isinstance(node, ast.ClassDef):
         yield Symbol(qualified, "function", module, family, docstring, source=text)
         return
-    yield Symbol(qualified, "class", module, family, docstring, names.bases(found), text)
+    yield Symbol(qualified, "class", module, family, docstring, names.bases(definition), text)
     for member in node.body:
         if not isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) or member.name.startswith("_"):
             continue
@@ -141,15 +141,15 @@ def _from_source(names: Namespaces, found: InSource, qualified: str, module: str
             yield Symbol(f"{qualified}.{member.name}", "method", module, family, about)
 
 
-def _text_of(names: Namespaces, found: InSource) -> str:
-    source = names.source(found.module)
+def _text_of(names: Namespaces, definition: InSource) -> str:
+    source = names.source(definition.module)
     assert source is not None
-    first = min([found.node.lineno, *(decorator.lineno for decorator in found.node.decorator_list)])
-    return "\n".join(source.lines[first - 1 : found.node.end_lineno])
+    first = min([definition.node.lineno, *(decorator.lineno for decorator in definition.node.decorator_list)])
+    return "\n".join(source.lines[first - 1 : definition.node.end_lineno])
 
 
-def _from_object(found: InMemory, qualified: str, module: str) -> Iterator[Symbol]:
-    value, family = found.value, _family(found)
+def _from_object(in_memory: InMemory, qualified: str, module: str) -> Iterator[Symbol]:
+    value, family = in_memory.value, _family(in_memory)
     if not isinstance(value, type):
         if callable(value):
             yield Symbol(qualified, "function", module, family, _own_doc(value))
@@ -162,11 +162,11 @@ def _from_object(found: InMemory, qualified: str, module: str) -> Iterator[Symbo
             yield Symbol(f"{qualified}.{name}", "method", module, family, docstring)
 
 
-def _family(found: InMemory) -> str:
+def _family(member: InMemory) -> str:
     """Where the object says it is from: `io.BlockingIOError` is the builtin."""
-    own = found.value if isinstance(found.value, type | BuiltinFunctionType) else None
-    module, name = getattr(own, "__module__", None), getattr(own, "__qualname__", found.name)
-    return f"{module or found.module}:{name.partition('.')[0]}"
+    own = member.value if isinstance(member.value, type | BuiltinFunctionType) else None
+    module, name = getattr(own, "__module__", None), getattr(own, "__qualname__", member.name)
+    return f"{module or member.module}:{name.partition('.')[0]}"
 
 
 def _own_doc(value: object) -> str:

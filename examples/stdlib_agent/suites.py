@@ -118,9 +118,9 @@ def _hand_written(asker: Asker, tool: str, pool: Sequence[Symbol]) -> Maker:
 
 def _hand_written_search(asker: Asker, pool: Sequence[Symbol]) -> Maker:
     def make(rng: random.Random, number: int) -> list[Message]:
-        wanted = task(pool[number % len(pool)])
-        text = rng.choice(hand_written("search")).format(q=wanted)
-        return exchange(text, [Hop("search", wanted, asker.tool_result("search", wanted))])
+        subject = task(pool[number % len(pool)])
+        text = rng.choice(hand_written("search")).format(q=subject)
+        return exchange(text, [Hop("search", subject, asker.tool_result("search", subject))])
 
     return make
 

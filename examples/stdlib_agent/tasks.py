@@ -45,25 +45,25 @@ def as_task(summary: str) -> str:
     return " ".join([verb, *rest]) if verb else ""
 
 
-def about(wanted: str) -> str:
+def about(sentence: str) -> str:
     """What a verb phrase is about, in a few words: `find the n largest elements, sorted` → `n largest elements`."""
-    parts = wanted.split()[1:]
+    parts = sentence.split()[1:]
     while len(parts) > 2 and parts[0] in _JOINING:
         parts = parts[2:]
     if parts[0] in ("True", "False"):
         return ""
-    ends = (place for place, part in enumerate(parts) if place and (part in _ENDING or part[0] == "("))
-    kept = parts[: next(ends, len(parts))]
-    comma = next((place + 1 for place, part in enumerate(kept) if part[-1] in ",;:"), len(kept))
-    kept = kept[:comma]
-    if len(kept) > MAX_SUBJECT:
-        links = [place for place, part in enumerate(kept[:MAX_SUBJECT]) if place > 1 and part in _LINKING]
-        kept = kept[: links[-1] if links else MAX_SUBJECT]
-    while kept and (kept[0] in _ARTICLES or kept[0] in _ENDING):
-        kept = kept[1:]
-    while kept and kept[-1] in _LINKING:
-        kept = kept[:-1]
-    return " ".join(kept).strip(",;:()[]")
+    ends = (index for index, part in enumerate(parts) if index and (part in _ENDING or part[0] == "("))
+    subject = parts[: next(ends, len(parts))]
+    comma = next((index + 1 for index, part in enumerate(subject) if part[-1] in ",;:"), len(subject))
+    subject = subject[:comma]
+    if len(subject) > MAX_SUBJECT:
+        links = [index for index, part in enumerate(subject[:MAX_SUBJECT]) if index > 1 and part in _LINKING]
+        subject = subject[: links[-1] if links else MAX_SUBJECT]
+    while subject and (subject[0] in _ARTICLES or subject[0] in _ENDING):
+        subject = subject[1:]
+    while subject and subject[-1] in _LINKING:
+        subject = subject[:-1]
+    return " ".join(subject).strip(",;:()[]")
 
 
 def _imperative(word: str) -> str:

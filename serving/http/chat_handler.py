@@ -317,7 +317,7 @@ async def _run_confirmed(body: ChatRequest, agent: Agent, policy: ToolPolicy) ->
     session = ToolSession(lambda: agent.tools, policy)
     calls = [call.model_dump() for call in body.messages[-1].tool_calls or ()]
     messages, steps = await run_in_threadpool(session.run_confirmed, calls, body.confirmed_tool_calls)
-    return Confirmed(replace(policy, heard=frozenset(session.heard)), messages, steps)
+    return Confirmed(replace(policy, servers_read=frozenset(session.servers_read)), messages, steps)
 
 
 async def _chat_request(

@@ -127,12 +127,12 @@ async def embeddings(body: EmbeddingsRequest, serving: Running, request: Request
     if body.dimensions not in (None, embed_dim):
         message = f"dimensions: {body.dimensions}: {classifier.name} has {embed_dim}; send that or leave it out"
         raise ApiError(400, message, "unsupported_parameter", "dimensions")
-    found = await _counted(serving, "/v1/embeddings", classifier.embed(body.texts))
-    vectors: list[list[float] | str] = [embedding.vector for embedding in found]
+    results = await _counted(serving, "/v1/embeddings", classifier.embed(body.texts))
+    vectors: list[list[float] | str] = [embedding.vector for embedding in results]
     if body.encoding_format == "base64":
-        vectors = [base64.b64encode(struct.pack(f"<{embed_dim}f", *each.vector)).decode() for each in found]
+        vectors = [base64.b64encode(struct.pack(f"<{embed_dim}f", *each.vector)).decode() for each in results]
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
-    tokens = sum(embedding.tokens for embedding in found)
+    tokens = sum(embedding.tokens for embedding in results)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "model": classifier.name, "data": data, "usage": usage})
 
@@ -151,9 +151,9 @@ async def _counted(serving: Serving, route: str, results: Awaitable[list[R]]) ->
     Raises: ApiError when the queue is full.
     """
     try:
-        found = await results
+        answers = await results
     except Overloaded as full:
         raise ApiError(429, str(full), "queue_full", headers={"Retry-After": "1"}) from None
-    serving.metrics.texts.labels(route).inc(len(found))
-    serving.metrics.truncated.labels(route).inc(sum(result.truncated for result in found))
-    return found
+    serving.metrics.texts.labels(route).inc(len(answers))
+    serving.metrics.truncated.labels(route).inc(sum(result.truncated for result in answers))
+    return answers

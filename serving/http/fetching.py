@@ -56,10 +56,10 @@ class Hosts:
 
 async def _resolve(host: str, port: int, param: str) -> str:
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ApiError(400, f"{param}: {host}: {error}", FAILED, param) from None
-    return str(found[0][4][0])
+    return str(addresses[0][4][0])
 
 
 async def fetch(text: str, hosts: Hosts, max_bytes: int, seconds: float, param: str) -> bytes:

@@ -113,12 +113,12 @@ class MediaReader:
         """The data URLs as sent, and the files that addresses lead to, in the time and of the size of one."""
         files: dict[Place, str | bytes] = {}
         left, deadline = self._max_bytes, time.monotonic() + FETCH_SECONDS
-        for place, part in parts.items():
+        for position, part in parts.items():
             if part.url[:5].lower() == "data:":
-                files[place] = part.url
+                files[position] = part.url
                 continue
-            param = f"{where(*place)}.{part.type}"
-            files[place] = content = await fetch(part.url, self._hosts, left, deadline - time.monotonic(), param)
+            param = f"{where(*position)}.{part.type}"
+            files[position] = content = await fetch(part.url, self._hosts, left, deadline - time.monotonic(), param)
             left -= len(content)
         return files
 

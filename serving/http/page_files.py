@@ -63,10 +63,10 @@ def home(request: Request) -> Response:
 @router.get("/page/{name}", include_in_schema=False)
 def asset(name: str, request: Request) -> Response:
     """A script, style sheet or image of the page."""
-    found = assets().get(name)
-    if found is None or name == INDEX:
+    asset_file = assets().get(name)
+    if asset_file is None or name == INDEX:
         raise ApiError(404, f"GET /page/{name}: no such file; the page is at /")
-    return _answer(request, found)
+    return _answer(request, asset_file)
 
 
 def _answer(request: Request, asset: Asset) -> Response:

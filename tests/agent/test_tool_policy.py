@@ -87,7 +87,7 @@ def test_confirmed_calls_run_and_others_are_declined(agent: Agent, sent: list[st
     messages, steps = session.run_confirmed(calls, ["a"])
     assert [message["content"] for message in messages] == ["sent", DECLINED]
     assert [step["type"] for step in steps] == ["call", "result"] * 2
-    assert (sent, session.heard) == (["to bob"], {"mail"})
+    assert (sent, session.servers_read) == (["to bob"], {"mail"})
 
 
 def test_arguments_are_bounded() -> None:
