@@ -1,7 +1,7 @@
 """The command `loopwright`: arguments in, calls out.
 
-A group of commands is the typer `app` of its module, a single command a function of its name (`import_` for import).
-Modules are imported when their command is called, and import what is heavy inside.
+A group of commands is the typer `app` of its module, a single command a function of its name (`import_` for import,
+`bench_machine` for bench-machine). Modules are imported when their command is called, and import what is heavy inside.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ COMMANDS = {
     "upgrade": "maintenance",
     "prune": "maintenance",
     "doctor": "doctor",
+    "plan": "plan",
+    "bench-machine": "plan",
     "up": "up",
     "deploy": "up",
 }
@@ -66,7 +68,8 @@ class _Commands(TyperGroup):
         app = getattr(module, "app", None)
         if app is None:
             app = typer.Typer(add_completion=False)
-            app.command(cmd_name)(getattr(module, f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name))
+            name = cmd_name.replace("-", "_")
+            app.command(cmd_name)(getattr(module, f"{name}_" if iskeyword(name) else name))
         command = typer.main.get_command(app)
         command.name = cmd_name
         return command

@@ -21,7 +21,7 @@ QUERY_BLOCK = 64
 
 def should_fuse(x: Tensor) -> bool:
     """Whether this call is one of training on a CPU, and no compiler fuses the plain functions itself."""
-    return torch.is_grad_enabled() and not x.is_cuda and not torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and x.is_cpu and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.RMSNorm):

@@ -1,0 +1,280 @@
+"""What the trainings of a params.yaml take, before anything runs: tokens, operations, memory, disk and time.
+
+A model is built on torch's meta device, which holds no numbers, and a row is passed forward and back through it: torch
+counts the operations, and its hooks what is saved for the backward pass. Time is operations over a rate, which
+`measure_machine` takes from steps of the same training loop.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from components.config.model_settings import LoopConfig
+from components.config.params import InputError, Params
+from components.models.decoder import Decoder, DecoderConfig
+from components.models.devices import best_device, compute_dtype, configure_cpu, device_memory
+from components.models.encoder import EncoderConfig, EncoderForPretraining
+from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from components.runtime.files import replace_file
+from components.token_rows.batches import Batch
+from components.training.budget import LOGIT_BYTES, Budget
+from components.training.defaults import count_parameters
+from components.training.loop import Training, compute_in
+from components.training.objectives import CHUNK, CUDA_CHUNK, causal_lm
+
+MEASURED_WIDTHS = {"cpu": (64, 192, 512), "cuda": (768, 1280, 2048)}
+"""`embed_dim` of the decoders that are measured."""
+MEASURED_LAYERS, MEASURED_VOCAB = 4, 4096
+MEASURED_TOKENS = {"cpu": 2048, "cuda": 65_536}
+"""Of a measured step."""
+MEASURED_SECONDS = 5.0
+"""Of the steps of one size, at least."""
+CHECKPOINT_BYTES = 12
+"""Of a trained weight in a checkpoint: itself and two moments."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Operations a second of a training step on a decoder of so many parameters."""
+
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training step reaches on one device."""
+
+    name: str
+    memory: int
+    """Bytes."""
+    rates: tuple[Rate, ...]
+    """By growing number of parameters."""
+    measured: bool
+
+    def rate(self, parameters: int) -> float:
+        """Operations a second for a model of this size: between two that were measured, else that of the nearest."""
+        below = [rate for rate in self.rates if rate.parameters <= parameters] or [self.rates[0]]
+        above = [rate for rate in self.rates if rate.parameters > parameters] or [self.rates[-1]]
+        low, high = below[-1], above[0]
+        if low.parameters >= high.parameters:
+            return low.flops
+        share = math.log(parameters / low.parameters) / math.log(high.parameters / low.parameters)
+        return low.flops * math.pow(high.flops / low.flops, share)
+
+    def write(self, path: Path) -> None:
+        """Replace the file that `read` reads."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = json.dumps(asdict(self), indent=2).encode()
+        replace_file(path, lambda file: file.write(content))
+
+    @classmethod
+    def read(cls, path: Path) -> Machine:
+        """What `write` wrote.
+
+        Raises: InputError when it is damaged.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values | {"rates": tuple(Rate(**rate) for rate in values["rates"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f'{path}: not readable: {error}; run "loopwright bench-machine"') from error
+
+
+ASSUMED_SHARE = 0.4
+"""Of a device's published peak, where it was not measured: public trainings of 0.1 to 7 billion parameters reach 0.35
+to 0.5."""
+_PUBLISHED = {
+    # Memory in 10^9 bytes, dense bf16 operations a second in 10^12, as the makers state them.
+    "h200": (141, 989),
+    "h100": (80, 989),
+    "a100": (80, 312),
+    "l40s": (48, 362),
+    "l4": (24, 121),
+}
+PUBLISHED = {
+    name: Machine(name, memory * 10**9, (Rate(1, ASSUMED_SHARE * peak * 1e12),), False)
+    for name, (memory, peak) in _PUBLISHED.items()
+}
+"""Devices by their makers' figures."""
+
+
+Parts = tuple[nn.Module, int, int, Callable[[], Tensor]]
+"""A model on the meta device, the tokens and the targets of a row, and the pass of a row to its normed stream."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one training stage takes on one device."""
+
+    stage: str
+    parameters: int
+    tokens: int
+    """Read in training, at most: rows shorter than the longest are counted as the longest."""
+    flops: float
+    memory: int
+    """Bytes at the peak."""
+    disk: int
+    """Bytes of the model, its copy in DVC's cache and two checkpoints while it trains."""
+    seconds: float | None
+    """None without a machine."""
+
+
+@dataclass(frozen=True)
+class RowCost:
+    """What one row takes."""
+
+    tokens: int
+    flops: float
+    """Forward and backward."""
+    saved: int
+    """Bytes that the forward pass keeps for the backward pass, in fp32."""
+
+
+def plan(params: Params, machine: Machine | None = None) -> list[StagePlan]:
+    """What each training stage takes that begins with a model of params.yaml; one on a base says so when it starts."""
+    return [_stage(*training, machine) for training in _trainings(params)]
+
+
+def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
+    """Stage, settings, steps and model of each training."""
+    rows, vocabulary, model = params.prepare, params.train_tokenizer, params.model
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig.from_params(model.decoder, vocabulary.decoder.vocab_size))
+        encoder = EncoderForPretraining(EncoderConfig.from_params(model.encoder, vocabulary.encoder.vocab_size))
+        shape = EncoderDecoderConfig.from_params(model.encoder_decoder, vocabulary.encoder_decoder.vocab_size)
+        encoder_decoder = EncoderDecoder(shape)
+        text, tokens, source, target = (
+            torch.zeros(1, length, dtype=torch.long)
+            for length in (
+                rows.decoder.seq_len,
+                rows.encoder.seq_len,
+                rows.encoder_decoder.seq_len,
+                rows.encoder_decoder.target_len,
+            )
+        )
+
+    def decode() -> Tensor:
+        return decoder.hidden(text, torch.ones_like(text), torch.zeros_like(text))
+
+    def encode() -> Tensor:
+        return encoder.hidden(tokens, torch.zeros_like(tokens), torch.ones_like(tokens))
+
+    def translate() -> Tensor:
+        mask = torch.ones_like(source)
+        return encoder_decoder.decode(target, encoder_decoder.encode(source, mask), mask)
+
+    length, masked = tokens.shape[1], params.pretrain.encoder.masked_share
+    pair = source.shape[1] + target.shape[1], target.shape[1]
+    written: Parts = decoder, text.shape[1], text.shape[1], decode
+    translated: Parts = encoder_decoder, *pair, translate
+    pretraining, classifier = params.pretrain, params.classifier
+    yield "pretrain@decoder", pretraining.decoder, pretraining.decoder.max_steps, written
+    filled: Parts = encoder, length, round(masked * length), encode
+    yield "pretrain@encoder", pretraining.encoder, pretraining.encoder.max_steps, filled
+    yield "pretrain@encoder_decoder", pretraining.encoder_decoder, pretraining.encoder_decoder.max_steps, translated
+    if not params.tune.base:
+        yield "tune", params.tune, params.tune.max_steps, written
+    if not classifier.base:
+        steps = classifier.adapt_steps + classifier.trials * classifier.trial_steps + classifier.max_steps
+        yield "finetune@classifier", classifier, steps, (encoder, length, 0, encode)
+    if not params.summarizer.base:
+        yield "finetune@summarizer", params.summarizer, params.summarizer.max_steps, translated
+
+
+def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None) -> StagePlan:
+    model, tokens, targets, forward = parts
+    parameters, head = count_parameters(model), cast(nn.Linear, model.head)
+    cost = row_cost(model, tokens, targets, forward)
+    rows = steps * config.global_batch_size
+    itemsize = 2 if config.precision == "bf16" or (machine is not None and machine.name in PUBLISHED) else 4
+    chunk = min(CHUNK if itemsize == 4 else CUDA_CHUNK, config.micro_batch_size * targets)
+    logits = chunk * head.weight.shape[0] * (LOGIT_BYTES + itemsize)
+    saved = cost.saved * itemsize // 4
+    budget = Budget(parameters * itemsize, parameters, itemsize, saved, config.micro_batch_size, logits)
+    flops = rows * cost.flops
+    return StagePlan(
+        name,
+        parameters,
+        rows * cost.tokens,
+        flops,
+        budget.total,
+        parameters * (2 * 4 + 2 * CHECKPOINT_BYTES),
+        flops / machine.rate(parameters) if machine is not None else None,
+    )
+
+
+def row_cost(model: nn.Module, tokens: int, targets: int, forward: Callable[[], Tensor]) -> RowCost:
+    """Pass a row forward and back through a model on the meta device; the head is counted at the targets alone."""
+    weights = {weight.untyped_storage() for weight in model.parameters()}
+    saved: set[torch.UntypedStorage] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    # Off the CPU the model takes the plain functions, of as many operations as those by which a CPU trains.
+    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.autograd.backward(forward().sum())
+    head = cast(nn.Linear, model.head)
+    logits = 3 * 2 * targets * head.weight.numel()  # forward, and backward to the stream and to the weight
+    return RowCost(tokens, counter.get_total_flops() + logits, sum(storage.nbytes() for storage in saved - weights))
+
+
+def measure_machine(config: LoopConfig, report: Callable[[str], None]) -> Machine:
+    """Train decoders of random weights on random tokens for some seconds each; `report` gets a line for each."""
+    configure_cpu()
+    device = best_device()
+    rates = []
+    for width in MEASURED_WIDTHS[device.type]:
+        rate = _measured(config, width, device)
+        report(f"{rate.parameters / 1e6:,.1f} M parameters: {rate.flops / 1e9:,.1f} GFLOP/s")
+        rates.append(rate)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+    return Machine(name, device_memory(device), tuple(rates), True)
+
+
+def _measured(config: LoopConfig, width: int, device: torch.device) -> Rate:
+    shape = DecoderConfig(
+        vocab_size=MEASURED_VOCAB,
+        embed_dim=width,
+        num_layers=MEASURED_LAYERS,
+        num_heads=width // 64,
+        num_kv_heads=width // 64,
+        head_dim=64,
+        hidden_dim=8 * width // 3 // 64 * 64,
+        max_seq_len=256,
+        qk_norm=True,
+        tie_embeddings=True,
+    )
+    model, length = Decoder(shape), shape.max_seq_len
+    with torch.device("meta"):
+        outline, row = Decoder(shape), torch.zeros(1, length, dtype=torch.long)
+    cost = row_cost(outline, length, length, lambda: outline.hidden(row, torch.ones_like(row), row))
+    rows = MEASURED_TOKENS[device.type] // length
+    compute_in(model, config, device, compute_dtype(config.precision, device, model))
+    training = Training(model.train(), causal_lm, config, 0)
+    ids = torch.randint(MEASURED_VOCAB, (rows, length), device=device)
+    positions = torch.arange(length, device=device).expand(rows, -1)
+    batch: Batch = {"input_ids": ids, "labels": ids, "segment_ids": torch.ones_like(ids), "position_ids": positions}
+    for _ in range(2):  # prepares kernels and buffers
+        training.train_step([batch])
+    training.read_loss()
+    started, steps = time.perf_counter(), 0
+    while not steps or time.perf_counter() - started < MEASURED_SECONDS:
+        training.train_step([batch])
+        training.read_loss()  # waits for the device
+        steps += 1
+    seconds = time.perf_counter() - started
+    return Rate(count_parameters(model), steps * rows * cost.flops / seconds)

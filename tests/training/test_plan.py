@@ -1,0 +1,91 @@
+"""What a training is planned to take, beside what its passes really do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from components.config.params import InputError, load_params
+from components.models import fused
+from components.models.decoder import Decoder, DecoderConfig
+from components.training import plan as planning
+from components.training.plan import PUBLISHED, Machine, Rate, plan, row_cost
+from loopwright.cli import app
+
+PARAMS = Path(__file__).parents[2] / "params.yaml"
+SHAPE = DecoderConfig.from_params(load_params(PARAMS, {"scale": "smoke"}).model.decoder, 300)
+LENGTH = 96
+
+
+def test_operations_are_those_of_the_usual_formula() -> None:
+    """6 for each weight of a product and token, and of attention 12 for each layer, dimension and pair of tokens."""
+    stages = {stage.stage: stage for stage in plan(load_params(PARAMS, {"scale": "cluster"}))}
+    stage, params = stages["pretrain@decoder"], load_params(PARAMS, {"scale": "cluster"})
+    model, length = params.model.decoder, params.prepare.decoder.seq_len
+    attention = 12 * model.num_layers * model.num_heads * model.head_dim * length
+    assert stage.flops == pytest.approx(stage.tokens * (6 * stage.parameters + attention), rel=0.005)
+    assert stage.tokens == 50_000 * 512 * length
+
+
+def test_what_a_pass_saves_is_what_it_is_planned_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        outline, row = Decoder(SHAPE), torch.zeros(1, LENGTH, dtype=torch.long)
+    planned = row_cost(outline, LENGTH, LENGTH, lambda: outline.hidden(row, torch.ones_like(row), row)).saved
+    monkeypatch.setattr(fused, "should_fuse", lambda x: False)
+    monkeypatch.setattr("components.models.attention.should_fuse", lambda x: False)
+    model, ids = Decoder(SHAPE), torch.zeros(1, LENGTH, dtype=torch.long)
+    weights = {weight.untyped_storage() for weight in model.parameters()}
+    saved: set[torch.UntypedStorage] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        torch.autograd.backward(model.hidden(ids, torch.ones_like(ids), ids).sum())
+    assert planned == pytest.approx(sum(storage.nbytes() for storage in saved - weights), rel=0.02)
+
+
+def test_a_rate_between_two_that_were_measured_lies_between_them() -> None:
+    machine = Machine("here", 1, (Rate(10**6, 1e9), Rate(10**8, 4e9)), True)
+    assert [machine.rate(count) for count in (1, 10**6, 10**8, 10**9)] == [1e9, 1e9, 4e9, 4e9]
+    assert machine.rate(10**7) == pytest.approx(2e9)
+
+
+def test_time_is_operations_over_the_rate() -> None:
+    stages = plan(load_params(PARAMS, {"scale": "gpu"}), PUBLISHED["h200"])
+    assert all(stage.seconds == pytest.approx(stage.flops / (0.4 * 989e12)) for stage in stages)
+
+
+def test_stages_on_a_base_are_left_out() -> None:
+    names = [stage.stage for stage in plan(load_params(PARAMS, {"tune.base": "theirs@champion"}))]
+    assert "tune" not in names
+    assert "pretrain@decoder" in names
+
+
+def test_a_machine_is_measured_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(planning.MEASURED_WIDTHS, "cpu", (64,))
+    monkeypatch.setitem(planning.MEASURED_TOKENS, "cpu", 256)
+    monkeypatch.setattr(planning, "MEASURED_SECONDS", 0.0)
+    lines: list[str] = []
+    machine = planning.measure_machine(load_params(PARAMS).pretrain.decoder, lines.append)
+    machine.write(tmp_path / "machine.json")
+    assert Machine.read(tmp_path / "machine.json") == machine
+    assert machine.rates[0].flops > 0
+    assert len(lines) == 1
+    (tmp_path / "machine.json").write_text('{"rates": 1}')
+    with pytest.raises(InputError, match="bench-machine"):
+        Machine.read(tmp_path / "machine.json")
+
+
+def test_the_command_prints_days_and_cost_and_refuses_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PARAMS.parent)
+    shown = CliRunner().invoke(app, ["plan", "--scale", "cluster", "--device", "h200", "--price", "3"])
+    assert "pretrain@decoder" in shown.output
+    assert "days of training on one h200" in shown.output
+    refused = CliRunner().invoke(app, ["plan", "--device", "h300"])
+    assert isinstance(refused.exception, InputError)
+    assert "h300" in str(refused.exception)
