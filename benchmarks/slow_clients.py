@@ -1,9 +1,9 @@
-"""Honest clients beside half-sent requests: `python -m benchmarks.slow_clients --slow 1000`.
+"""Honest clients beside half-sent requests or unread answers: `python -m benchmarks.slow_clients --slow 1000`.
 
 A real endpoint in a process of its own serves a tiny random model. Clients ask it in turn, first alone, then while
-another thread keeps so many connections open that never finish their request, and once a second opens a new one for
-each that the endpoint has closed. Prints the 95th percentile of the answers' times in milliseconds and the endpoint's
-memory in MiB.
+another thread keeps so many connections open that never finish their request (with `--unread`: that read no answer),
+and once a second opens a new one for each that the endpoint has closed. Prints the 95th percentile of the answers'
+times in milliseconds and the endpoint's memory in MiB.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import psutil
 CLIENTS = 4
 REOPEN_SECONDS = 1.0
 HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
+UNREAD = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 300
 BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
 
 
@@ -71,15 +72,15 @@ def serve(folder: Path, home: Path) -> None:
 
 
 @contextmanager
-def slow(address: tuple[str, int], count: int) -> Iterator[list[int]]:
-    """Keep half-sent requests open while the block runs; yields a list whose one number counts what was opened."""
+def slow(address: tuple[str, int], count: int, sent: bytes) -> Iterator[list[int]]:
+    """Keep connections open that sent this, while the block runs; yields a list whose number counts what was opened."""
     opened, stop = [0], threading.Event()
 
     def open_one(poll: select.poll, sockets: dict[int, socket.socket]) -> None:
         connection = socket.create_connection(address, timeout=10)
-        connection.sendall(HALF)
+        connection.sendall(sent)
         sockets[connection.fileno()] = connection
-        poll.register(connection, select.POLLIN)
+        poll.register(connection, select.POLLIN if sent == HALF else 0)  # else only of its end
         opened[0] += 1
 
     def run() -> None:
@@ -136,6 +137,7 @@ def measure(address: tuple[str, int], process: psutil.Process, requests: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slow_clients", description=__doc__)
     parser.add_argument("--slow", type=int, default=1000, help="half-sent requests that are open at once")
+    parser.add_argument("--unread", action="store_true", help="whole requests instead, whose answers are not read")
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
@@ -154,7 +156,7 @@ def main() -> None:
             address, server = ("127.0.0.1", port), psutil.Process(process.pid)
             measure(address, server, requests=40)  # warm
             print(json.dumps({"slow": 0, **measure(address, server, arguments.requests)}), flush=True)
-            with slow(address, arguments.slow) as opened:
+            with slow(address, arguments.slow, UNREAD if arguments.unread else HALF) as opened:
                 row = measure(address, server, arguments.requests)
                 print(json.dumps({"slow": arguments.slow, "opened": opened[0], **row}), flush=True)
             process.terminate()

@@ -17,7 +17,7 @@ import typer
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
-from components.runtime.process import file_lock, has_git
+from components.runtime.process import file_lock, has_git, limited_to
 from loopwright.output import Json, print_json, print_table, say
 from loopwright.user_data import erase_user, export_user
 
@@ -102,6 +102,7 @@ def add(
         typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Time that the files may take.")] = 3600,
     as_json: Json = False,
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
@@ -127,7 +128,9 @@ def add(
     check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
     is_adding = file_lock(paths.home / "stages", f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
-    with is_adding, writing(paths.added), Quarantine(quarantine, failing) if quarantine else nullcontext() as left_out:
+    limited = limited_to(time_limit, ", ".join(map(str, files)))
+    left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
+    with is_adding, writing(paths.added), limited, left_out_rows as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
         info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out)
     pointer = f"data/added/{name}.dvc"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from components.config.paths import Paths, find_root, writing
 from components.models.base_store import base_folder, is_adapter
 from components.models.weight_files import ADAPTER_CONFIG
 from components.runtime.files import copy_folder, write_text
+from components.runtime.process import limited_to
 from loopwright.output import Json, print_json, print_table, say
 
 ExportFormat = Literal["hf", "gguf", "peft"]
@@ -48,6 +50,7 @@ def import_(
     base: Annotated[
         str, typer.Option(metavar="NAME@ALIAS", help="Base of an adapter that does not name it itself.")
     ] = "",
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Time that the check may take.")] = 3600,
     as_json: Json = False,
 ) -> None:
     """Check a model folder, a PEFT adapter or a GGUF file and register it; a `base` in params.yaml may then name it."""
@@ -64,10 +67,12 @@ def import_(
 
     paths = Paths(find_root())
     serve = load_params(paths.params).serve
-    with unpacked(path, paths.home, base) as folder:
-        model = inspect_model(folder)
-        if serve.backend == "engine":
-            check_memory(folder)
+    with ExitStack() as stack:
+        with limited_to(time_limit, str(path)):
+            folder = stack.enter_context(unpacked(path, paths.home, base))
+            model = inspect_model(folder)
+            if serve.backend == "engine":
+                check_memory(folder)
         version = import_model(folder, model, name, Registry(paths.home), paths, path)
     if "champion" in version.aliases:
         audit(paths.home, "promote", str(version), "imported")

@@ -167,10 +167,9 @@ def _config(serving: Serving, tls: Tls | None = None) -> uvicorn.Config:
     api.state.serving = serving
     return uvicorn.Config(
         AccessLogMiddleware(GatewayMiddleware(api, api), api),
-        http=cast(type[asyncio.Protocol], Connections(serving.config).protocol),
+        http=cast(type[asyncio.Protocol], Connections(serving.config, tls.context() if tls else None).protocol),
+        loop="asyncio" if tls else "auto",  # see BoundedProtocol
         ws="none",
-        ssl_certfile=tls.certificate if tls else None,
-        ssl_keyfile=tls.key if tls else None,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -206,10 +205,19 @@ class Tls:
             if not file.is_file():
                 raise InputError(f"{option}: {file}: not found; give a file in PEM format")
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+            cls(certificate, key).context()
         except (ssl.SSLError, OSError) as error:
             raise InputError(f"--tls-cert {certificate}, --tls-key {key}: {error}; give a pair in PEM format") from None
         return cls(certificate.resolve(), key.resolve())
+
+    def context(self) -> ssl.SSLContext:
+        """What a server's handshakes use: TLS 1.2 or newer.
+
+        Raises: ssl.SSLError or OSError for files that are no pair.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.certificate, self.key, password="")
+        return context
 
 
 class _Server(uvicorn.Server):

@@ -161,10 +161,13 @@ class ServeConfig(Section):
     """Time limit of a request's line and headers; then its connection is closed."""
     body_seconds: float = Field(gt=0)
     """Time limit of a request's body; then it is answered with 408."""
+    write_seconds: float = Field(gt=0)
+    """Time within which a client reads all that was written to it; then its connection is closed."""
     max_held_bytes: int = Field(ge=1024)
-    """Bytes of all request bodies that are held at once; more are answered with 503."""
+    """Bytes of all request bodies that are held at once; more are answered with 503. And bytes that clients have not
+    read; with more, the connections that have waited longest for their client are closed."""
     max_connections: int = Field(ge=1)
-    """Open connections. One more closes that whose request has been incomplete for longest, or is answered with 503."""
+    """Open connections. One more closes that which waits longest for its client, or is answered with 503."""
     max_connections_per_client: int = Field(ge=1)
     """That limit for one address; behind a proxy, whose address all clients have, as high as `max_connections`."""
     max_picture_body_bytes: int = Field(ge=1024)

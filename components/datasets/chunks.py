@@ -17,6 +17,7 @@ MAX_CHARS = 8192
 """Longest document cut from a running text."""
 _MIN_DOCUMENTS = 64  # a short text is cut finer, so that some of it can be held out
 _MIN_BLOCK_CHARS = 1024  # lines without a blank line between them are only split beyond this
+_MAX_READ_CHARS = 1 << 24  # of a line at once
 _WIKI_HEADING = re.compile(r"\s*(=(?: ?=){0,5}) \S.* =(?: ?=){0,5}\s*$")
 _MARKDOWN_HEADING = re.compile(r"(#{1,6})\s+\S")
 _FENCE = re.compile(r"\s{0,3}(```|~~~)")
@@ -54,12 +55,15 @@ def read_markdown(path: Path) -> Iterator[Record]:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line), a very long line in pieces that end between words."""
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            while len(line) > MAX_CHARS:
-                end = line.rfind(" ", MAX_CHARS // 2, MAX_CHARS) + 1 or MAX_CHARS
-                yield number, line[:end]
-                line = line[end:]
-            yield number, line
+        number = 1
+        while line := file.readline(_MAX_READ_CHARS):
+            start = 0
+            while len(line) - start > MAX_CHARS:
+                end = line.rfind(" ", start + MAX_CHARS // 2, start + MAX_CHARS) + 1 or start + MAX_CHARS
+                yield number, line[start:end]
+                start = end
+            yield number, line[start:]
+            number += line.endswith("\n")
 
 
 def _blocks(lines: Iterable[tuple[int, str]], chars: int, markdown: bool) -> Iterator[_Block]:

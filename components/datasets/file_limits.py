@@ -15,6 +15,8 @@ MAX_LINE_CHARACTERS = 1 << 26
 MAX_CHUNK_BYTES = 1 << 28
 """Bytes of a Parquet column chunk from which on it may not be compressed beyond MAX_RATIO."""
 MAX_RATIO = 200
+MAX_ROWS_PER_BYTE = 10
+"""Rows of a Parquet file for each of its bytes; a row with a text of its own takes several bytes."""
 
 
 def bounded_lines(name: str, file: TextIO) -> Iterator[str]:
@@ -30,8 +32,14 @@ def bounded_lines(name: str, file: TextIO) -> Iterator[str]:
         yield line
 
 
-def check_parquet(name: str, metadata: pq.FileMetaData) -> None:
-    """Raises: InputError for a column whose pages decompress to far more than they are."""
+def check_parquet(name: str, metadata: pq.FileMetaData, size_bytes: int) -> None:
+    """Check the sizes that the footer of a file of `size_bytes` states.
+
+    Raises: InputError for far more rows than bytes, as of empty or equal values, and for a column whose pages
+    decompress to far more than they are.
+    """
+    if metadata.num_rows > MAX_ROWS_PER_BYTE * size_bytes:
+        raise InputError(f"{name}: {metadata.num_rows:,} rows in {size_bytes:,} bytes; give a file with a text per row")
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             column = metadata.row_group(group).column(index)

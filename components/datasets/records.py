@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
 from components.config.params import InputError
-from components.datasets.file_limits import bounded_lines, check_parquet, repeated_texts
+from components.datasets.file_limits import MAX_LINE_CHARACTERS, bounded_lines, check_parquet, repeated_texts
 
 _BLOCK = 1 << 16
 _MAX_VALUE_CHARS = 1 << 26  # of one value in a JSON array
@@ -217,7 +217,7 @@ def _object(location: str, value: Any) -> dict[str, Any]:
 
 def read_csv(path: Path) -> Iterator[Record]:
     """Rows of a CSV file with a header; the separator is a tab in a `.tsv`, else the one that fits the first rows."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_LINE_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".tsv":
             separator, quoted = "\t", _quoted(path.name, file)
@@ -277,7 +277,7 @@ def _quoted(name: str, file: TextIO) -> bool:
     Raises: InputError when quotes join lines of which each is a row by itself.
     """
     file.seek(0)
-    tabs = {line.count("\t") for line in file if line.strip("\r\n")}
+    tabs = {line.count("\t") for line in bounded_lines(name, file) if line.strip("\r\n")}
     if len(tabs) != 1 or tabs == {0}:
         return True
     file.seek(0)
@@ -314,7 +314,8 @@ def read_parallel(source: Path, target: Path) -> Iterator[Record]:
         source.open(encoding="utf-8-sig", newline="\n") as sources,
         target.open(encoding="utf-8-sig", newline="\n") as targets,
     ):
-        for number, (line, other) in enumerate(zip_longest(sources, targets), 1):
+        lines = (bounded_lines(source.name, sources), bounded_lines(target.name, targets))
+        for number, (line, other) in enumerate(zip_longest(*lines), 1):
             if line is None or other is None:
                 short, long = (source, target) if line is None else (target, source)
                 raise InputError(
@@ -329,7 +330,7 @@ def read_parquet(path: Path, batch_rows: int = 256) -> Iterator[Record]:
     try:
         schema, number = pq.read_schema(path), 0
         with pq.ParquetFile(path, read_dictionary=repeated_texts(schema)) as file:
-            check_parquet(location, file.metadata)
+            check_parquet(location, file.metadata, path.stat().st_size)
             _refuse_repeated(location, schema.names)
             features = _features(schema)
             for batch in file.iter_batches(batch_size=batch_rows):

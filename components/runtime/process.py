@@ -120,6 +120,32 @@ def has_git(root: Path) -> bool:
     return any((folder / ".git").exists() for folder in (root, *root.parents))
 
 
+class _TimeIsUp(BaseException):
+    """The timer's signal; no handler of errors catches it."""
+
+
+@contextmanager
+def limited_to(seconds: float, name: str) -> Iterator[None]:
+    """Interrupt the block after some seconds; in the main thread alone.
+
+    Raises: InputError.
+    """
+
+    def interrupt(*_: object) -> None:
+        raise _TimeIsUp
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+    except _TimeIsUp:
+        raise InputError(f"{name}: takes more than {seconds:g} s; check it, or raise --time-limit") from None
+
+
 @contextmanager
 def file_lock(folder: Path, name: str, patience: float = 0.0) -> Iterator[None]:
     """Hold the lock `NAME.lock` in `folder`; it is released when the process ends, however that happens.

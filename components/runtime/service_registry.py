@@ -77,9 +77,9 @@ def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None =
     return True
 
 
-def answers(url: str, seconds: float = 2.0) -> bool:
-    """Whether a GET of the address is answered with 200."""
-    return _status(url, seconds) == 200
+def answers(url: str, seconds: float = 2.0, auth: tuple[str, str] | None = None) -> bool:
+    """Whether a GET of the address, signed in with user and password, is answered with 200."""
+    return _status(url, seconds, auth) == 200
 
 
 def lives(url: str, seconds: float = 2.0) -> bool:
@@ -87,13 +87,13 @@ def lives(url: str, seconds: float = 2.0) -> bool:
     return _status(url, seconds) != 0
 
 
-def _status(url: str, seconds: float) -> int:
+def _status(url: str, seconds: float, auth: tuple[str, str] | None = None) -> int:
     """HTTP status of a GET; 0 where nothing answers."""
     import httpx
 
     try:
         # Loading certificates takes thirty times as long as the response.
-        return httpx.get(url, timeout=seconds, verify=url.startswith("https:")).status_code
+        return httpx.get(url, auth=auth, timeout=seconds, verify=url.startswith("https:")).status_code
     except (httpx.HTTPError, httpx.InvalidURL):
         return 0
 

@@ -85,7 +85,7 @@ def server_settings(home: Path, port: int) -> Mapping[str, str]:
     """
     return {
         **settings(home),
-        "PREFECT_SERVER_API_AUTH_STRING": _auth_string(home),
+        "PREFECT_SERVER_API_AUTH_STRING": auth_string(home),
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://127.0.0.1:{port},http://localhost:{port}",
     }
@@ -97,14 +97,14 @@ def client_settings(home: Path, url: str) -> Mapping[str, str]:
     `PREFECT_API_AUTH_STRING` of the environment takes precedence.
     """
     is_named = "PREFECT_API_AUTH_STRING" in os.environ or urlsplit(url).hostname not in LOOPBACK
-    return {**settings(home), "PREFECT_API_URL": url, **({} if is_named else {AUTH_STRING: _auth_string(home)})}
+    return {**settings(home), "PREFECT_API_URL": url, **({} if is_named else {AUTH_STRING: auth_string(home)})}
 
 
-def _auth_string(home: Path) -> str:
-    """The secret of this state folder's servers, `admin:PASSWORD`; made at the first call."""
-    path = home / AUTH_FILE
+def auth_string(home: Path, name: str = AUTH_FILE) -> str:
+    """The secret of this state folder's servers of a kind, `admin:PASSWORD`; made at the first call."""
+    path = home / name
     if not path.exists():
-        with file_lock(home, AUTH_FILE, patience=10.0):
+        with file_lock(home, name, patience=10.0):
             if not path.exists():
                 line = f"admin:{secrets.token_urlsafe(24)}\n".encode()
                 replace_file(path, lambda file: file.write(line), mode=0o600)
@@ -128,7 +128,7 @@ def prefect_api(home: Path) -> Iterator[Api]:
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
         process = start(command, file, server_settings(home, port))
     try:
-        yield Api(f"http://127.0.0.1:{port}/api", log, process, _auth_string(home))
+        yield Api(f"http://127.0.0.1:{port}/api", log, process, auth_string(home))
     finally:
         stop(process)
 

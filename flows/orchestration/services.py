@@ -10,13 +10,16 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from components.runtime.files import write_text
 from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
-from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
+from flows.orchestration.prefect_server import AUTH_FILE, auth_string, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
+MLFLOW_AUTH_FILE = "mlflow-auth"
+"""In the state folder: what MLflow's page and clients sign in with, `admin:PASSWORD`."""
 
 
 def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service]:
@@ -57,6 +60,7 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
     # A page of another site that was rebound to this machine by DNS names another host.
     names = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
+    command += ["--app-name", "basic-auth"]
     command += ["--allowed-hosts", ",".join(names)]
     command += ["--cors-allowed-origins", ",".join(f"http://{name}" for name in names)]
     environment = {
@@ -64,11 +68,43 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
         "GIT_PYTHON_REFRESH": "quiet",
+        **_mlflow_users(home),
     }
-    health, command = f"{url}/health", _python(*command)
+    health = f"{url}/health"
     return Service(
-        "mlflow", command, url, partial(answers, health, 1.0), environment=environment, lives=partial(lives, health)
+        "mlflow",
+        _python(*command),
+        url,
+        partial(answers, health, 1.0),
+        hint=f"  (sign in with the line in {home / MLFLOW_AUTH_FILE})",
+        environment=environment,
+        lives=partial(lives, health),
     )
+
+
+def _mlflow_users(home: Path) -> Mapping[str, str]:
+    """Environment of MLflow's basic authentication: `admin` has the state folder's password, and may add users.
+
+    MLflow reads the password when it makes its database of users.
+    """
+    users, settings = home / "mlflow" / "users.db", home / "mlflow" / "basic_auth.ini"
+    if not (home / MLFLOW_AUTH_FILE).exists():
+        users.unlink(missing_ok=True)
+    user, _, password = auth_string(home, MLFLOW_AUTH_FILE).partition(":")
+    values = {
+        "default_permission": "READ",
+        "database_uri": f"sqlite:///{users}",
+        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
+        "auth_cache_ttl_seconds": "60",  # else each request computes the slow digest of its password
+    }
+    lines = [f"{name} = {value.replace('%', '%%')}" for name, value in values.items()]
+    write_text(settings, "\n".join(["[mlflow]", *lines]) + "\n")
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": password,
+    }
 
 
 def _worker(home: Path, prefect: str, deploy: bool) -> Service:
@@ -97,15 +133,17 @@ def _endpoint(home: Path, port: int) -> Service:
     )
 
 
-def has_champion(home: Path) -> bool:
-    """Whether the agent has a champion; without importing MLflow, and before its server has started."""
+def has_champion(home: Path, model: str = "agent") -> bool:
+    """Whether a model has a champion; without importing MLflow, and before its server has started."""
     if server := os.environ.get("MLFLOW_TRACKING_URI", ""):
-        path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
-        return not server.startswith("http") or answers(f"{server}/{path}", 1.0)
+        path = f"api/2.0/mlflow/registered-models/alias?name={model}&alias=champion"
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+        auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+        return not server.startswith("http") or answers(f"{server}/{path}", 1.0, auth)
     try:
         with closing(sqlite3.connect(f"{(home / 'mlflow' / DATABASE).as_uri()}?mode=ro", uri=True)) as tables:
-            query = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"
-            return tables.execute(query).fetchone() is not None
+            query = "SELECT 1 FROM registered_model_aliases WHERE name = ? AND alias = 'champion'"
+            return tables.execute(query, [model]).fetchone() is not None
     except sqlite3.Error:
         return False
 

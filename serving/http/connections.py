@@ -1,59 +1,70 @@
-"""Limits of connections, below every route: how long a request's head may take, and how many connections there are.
+"""Limits of connections, below every route: how long a client may take, and how many connections there are.
 
-uvicorn waits for ever for the rest of a head, of any size. Where the limit of connections is reached, the one whose
-request has been incomplete for longest makes room, so that clients that send nothing keep nobody out.
+uvicorn waits for ever for a TLS handshake, for the rest of a head of any size, and for a client to read its response.
+Where the limit of connections is reached, one that waits for its client makes room, so that clients that neither send
+nor read keep nobody out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import ssl
+import struct
+from collections import Counter
 from http import HTTPStatus
 from typing import Any, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from components.config.loop_settings import ServeConfig
 from serving.http.errors import error_body
 
 MAX_HEAD_BYTES = 65_536
 """Request line and headers."""
+CHECK_SECONDS = 1.0
+"""Time between two looks at what clients have not read."""
+_NO_LINGER = struct.pack("ii", 1, 0)
 
 
 class Connections:
-    """The open connections of a server, and their limits."""
+    """The open connections of a server, and their limits; with `tls`, of one that speaks HTTPS."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self.header_seconds = config.header_seconds
+    def __init__(self, config: ServeConfig, tls: ssl.SSLContext | None = None) -> None:
+        self.header_seconds, self.tls = config.header_seconds, tls
+        self._write_seconds, self._max_unread = config.write_seconds, config.max_held_bytes
         self._limit, self._limit_per_client = config.max_connections, config.max_connections_per_client
-        self._open: dict[str, int] = {}
-        """By client address."""
+        self._open: dict[BoundedProtocol, None] = {}
+        self._count: Counter[str] = Counter()
+        """Open connections by client address."""
         self._incomplete: dict[BoundedProtocol, None] = {}
         """Those whose request has not arrived whole, oldest first."""
+        self._unread: dict[BoundedProtocol, float] = {}
+        """Those whose client has not read all that was written, oldest first, with the time at which that was seen."""
+        self._check_timer: asyncio.TimerHandle | None = None
 
     def protocol(self, **arguments: Any) -> BoundedProtocol:
         """The protocol of a new connection, for uvicorn."""
         return BoundedProtocol(self, **arguments)
 
-    def add(self, connection: BoundedProtocol, client: str) -> bool:
+    def add(self, connection: BoundedProtocol) -> bool:
         """Count a connection and make room for it; false where there is none."""
-        count = self._open[client] = self._open.get(client, 0) + 1
-        oldest = None
-        if count > self._limit_per_client:
-            oldest = next((each for each in self._incomplete if each.client_address == client), None)
-        elif sum(self._open.values()) > self._limit:
-            oldest = next(iter(self._incomplete), None)
-        else:
-            return True
-        if oldest is not None:
-            oldest.refuse(408, "closed for another connection: its request was incomplete; send it again")
-        return oldest is not None
+        client = connection.client_address
+        self._open[connection] = None
+        self._count[client] += 1
+        if self._check_timer is None:
+            self._check_timer = connection.loop.call_later(CHECK_SECONDS, self._check_reading, connection.loop)
+        if self._count[client] > self._limit_per_client:
+            return self._make_room(connection, client)
+        return len(self._open) <= self._limit or self._make_room(connection)
 
-    def remove(self, connection: BoundedProtocol, client: str) -> None:
-        self._incomplete.pop(connection, None)
-        self._open[client] -= 1
-        if not self._open[client]:
-            del self._open[client]
+    def remove(self, connection: BoundedProtocol) -> None:
+        for connections in (self._open, self._incomplete, self._unread):
+            connections.pop(connection, None)
+        self._count[connection.client_address] -= 1
+        if not self._count[connection.client_address]:
+            del self._count[connection.client_address]
 
     def set_incomplete(self, connection: BoundedProtocol, incomplete: bool) -> None:
         if incomplete:
@@ -61,33 +72,125 @@ class Connections:
         else:
             self._incomplete.pop(connection, None)
 
+    def _make_room(self, new: BoundedProtocol, client: str | None = None) -> bool:
+        """Close the one, of a client if there is one, that waits longest: for a request, for its reading, or idle."""
+
+        def may_close(other: BoundedProtocol) -> bool:
+            return other is not new and client in (None, other.client_address)
+
+        if oldest := next(filter(may_close, self._incomplete), None):
+            oldest.refuse(408, "closed for another connection: its request was incomplete; send it again")
+        elif oldest := next(filter(may_close, self._unread), None):
+            self._abort(oldest)
+        elif oldest := next((each for each in filter(may_close, self._open) if each.is_unused), None):
+            oldest.transport.close()
+        return oldest is not None
+
+    def _check_reading(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Abort connections whose client has not read for too long, and the oldest of those with too many bytes."""
+        self._check_timer = loop.call_later(CHECK_SECONDS, self._check_reading, loop) if self._open else None
+        sizes = {each: size for each in self._open if (size := each.unread_bytes)}
+        now, total = loop.time(), sum(sizes.values())
+        self._unread = {each: since for each, since in self._unread.items() if each in sizes}
+        for connection in sizes:
+            self._unread.setdefault(connection, now)
+        for connection, since in list(self._unread.items()):
+            if now - since >= self._write_seconds or total > self._max_unread:
+                total -= sizes[connection]
+                self._abort(connection)
+
+    def _abort(self, connection: BoundedProtocol) -> None:
+        del self._unread[connection]
+        # By a reset: else the system keeps what was written until it gives the client up.
+        connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        connection.transport.abort()
+
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 protocol with a time and a size limit of heads."""
+    """uvicorn's HTTP/1.1 protocol, counted from the first packet on, with a time and a size limit of heads."""
 
     def __init__(self, group: Connections, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._group = group
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._handshake: asyncio.Task[None] | None = None
+        self._early = b""
+        """What arrived with the end of the handshake, before its task goes on."""
+        self._socket_transport: asyncio.Transport | None = None
+        """That below TLS."""
+        self._cycles: list[RequestResponseCycle] = []
+        """Requests that are being answered, or wait for that: several where the client sends them at once."""
+        self._is_lost = False
         self.client_address = ""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether it is open, and idle."""
+        return self.is_idle and not self.transport.is_closing()
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes that were written and that the client's system has not taken."""
+        below = self._socket_transport.get_write_buffer_size() if self._socket_transport else 0
+        return self.transport.get_write_buffer_size() + below
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))
         self.client_address = self.client[0] if self.client else ""
-        if self._group.add(self, self.client_address):
+        if self._group.tls:
+            self.transport.pause_reading()
+            self._handshake = self.loop.create_task(self._shake_hands(self._group.tls))
+        if self._group.add(self):
             self._await_head()
         else:
             self.refuse(503, "too many connections; try again in 1 s", "Retry-After: 1\r\n")
 
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        """Put TLS between the socket and this protocol, within the time of a head.
+
+        Not by uvicorn, which shows its protocol a connection only after the handshake. Python's own event loop is
+        needed: uvloop reads at once after `connection_made`, whatever was paused there.
+        """
+        error, secured, seconds = None, None, self._group.header_seconds
+        try:
+            secured = await self.loop.start_tls(
+                self.transport, self, context, server_side=True, ssl_handshake_timeout=seconds
+            )
+        except OSError as failure:  # no TLS, or too late
+            error = failure
+        self._handshake = None
+        if secured is None or self.transport.is_closing():
+            self.transport.abort()
+            self.connection_lost(error)
+            return
+        self._socket_transport = self.transport
+        super().connection_made(secured)
+        if self._early:
+            self.data_received(self._early)
+
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._is_lost:
+            return
+        self._is_lost = True
         self._cancel_timer()
-        self._group.remove(self, self.client_address)
+        for cycle in self._cycles:  # uvicorn tells the newest alone
+            cycle.disconnected = True
+            cycle.message_event.set()
+        self._group.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._handshake:
+            self._early += data
+            return
         super().data_received(data)
-        if self.transport.is_closing() or not self._is_idle:
+        if self.transport.is_closing() or not self.is_idle:
             return
         self._await_head()
         self._head_bytes += len(data)
@@ -98,6 +201,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel_timer()
         self._head_bytes = 0
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in (*self._cycles, self.cycle) if not cycle.response_complete]
 
     def on_message_complete(self) -> None:
         self._group.set_incomplete(self, False)
@@ -105,18 +209,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def refuse(self, status: int, message: str, headers: str = "") -> None:
         """Close the connection, before an answer has begun with a response."""
+        self._group.set_incomplete(self, False)
+        if self._handshake:
+            self.transport.abort()
+            return
         if self.cycle is None or not self.cycle.response_started or self.cycle.response_complete:
             content = json.dumps(error_body(status, message)).encode()
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{headers}Content-Type: application/json\r\n"
             head += f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
             self.transport.write(head.encode() + content)
-        self._group.set_incomplete(self, False)
         self.transport.close()
-
-    @property
-    def _is_idle(self) -> bool:
-        """Whether no request is being answered."""
-        return self.cycle is None or self.cycle.response_complete
 
     def _await_head(self) -> None:
         self._group.set_incomplete(self, True)
@@ -125,7 +227,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _head_is_late(self) -> None:
         self._head_timer = None
-        if self._is_idle and not self.transport.is_closing():
+        if self.is_idle and not self.transport.is_closing():
             self.refuse(408, f"headers: not here within {self._group.header_seconds:g} s; send them at once")
 
     def _cancel_timer(self) -> None:

@@ -1,4 +1,7 @@
-"""Backups: what was acknowledged before is there after, damage is noticed, and an upgrade has a way back."""
+"""Backups: what was acknowledged before is there after, damage is noticed, and an upgrade has a way back.
+
+LOOPWRIGHT_BACKUP_ITEMS sets how many answers and votes are acknowledged before the backup under load.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarni
 
 Register = Callable[..., ModelVersion]
 CONFIG = FeedbackConfig(max_items=10_000, max_items_per_user=10_000, improve_after=5)
+ITEMS = int(os.environ.get("LOOPWRIGHT_BACKUP_ITEMS", "300"))
 ANSWER = AnswerRecord("42", "stop", 5, 1, 0.1)
 TRACE = """
 import json, sys
@@ -101,8 +105,9 @@ def test_nothing_acknowledged_before_a_backup_under_load_is_lost(paths: Paths, t
     writers = [threading.Thread(target=write, args=(number,)) for number in range(3)]
     for writer in writers:
         writer.start()
-    while len(acknowledged) < 300:
+    while len(acknowledged) < ITEMS:
         assert all(writer.is_alive() for writer in writers)
+        time.sleep(0.01)
     before = list(acknowledged)
     result = backup(paths, str(tmp_path / "backup"))
     assert len(acknowledged) > len(before), "writing went on"

@@ -20,10 +20,11 @@ import httpx
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from components.config.errors import InputError
 from components.runtime.supervisor import Supervisor
 from components.tracking.mlflow_client import connect
 from flows.orchestration.prefect_server import AUTH_FILE, client_settings, free_port, prefect_api
-from flows.orchestration.services import platform
+from flows.orchestration.services import MLFLOW_AUTH_FILE, has_champion, platform
 from tests.conftest import SOURCE, prefect_client
 from tests.serving.browsing import ARGUMENTS, chromium
 
@@ -71,9 +72,10 @@ def services(database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def test_the_secret_is_its_owners_alone(services: Services) -> None:
-    file = services.home / AUTH_FILE
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert len(file.read_text()) > 30
+    for name in (AUTH_FILE, MLFLOW_AUTH_FILE):
+        file = services.home / name
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert len(file.read_text()) > 30
 
 
 @pytest.mark.parametrize("headers", [{}, {"Authorization": "Basic YWRtaW46"}, {"Host": "evil.test"}])
@@ -103,11 +105,42 @@ def test_no_other_origin_may_read(services: Services, service: str) -> None:
 
 @pytest.mark.parametrize("path", ["api/2.0/mlflow", "ajax-api/2.0/mlflow"])
 def test_mlflow_answers_no_other_host_and_no_other_origin(services: Services, path: str) -> None:
-    url = f"{services.mlflow}/{path}/registered-models"
-    assert SECRET in httpx.get(f"{url}/search").text
-    assert httpx.get(f"{url}/search", headers={"Host": "evil.test"}).status_code == 403
-    created = httpx.post(f"{url}/create", json={"name": "malice"}, headers={"Origin": "http://evil.test"})
+    url, auth = f"{services.mlflow}/{path}/registered-models", mlflow_auth(services)
+    assert SECRET in httpx.get(f"{url}/search", auth=auth).text
+    assert httpx.get(f"{url}/search", auth=auth, headers={"Host": "evil.test"}).status_code == 403
+    created = httpx.post(f"{url}/create", auth=auth, json={"name": "malice"}, headers={"Origin": "http://evil.test"})
     assert created.status_code == 403
+
+
+@pytest.mark.parametrize("auth", [None, ("admin", ""), ("admin", "password1234"), ("", "")])
+def test_mlflow_answers_nobody_without_the_password(services: Services, auth: tuple[str, str] | None) -> None:
+    for path in ("", "api/2.0/mlflow/registered-models/search", "ajax-api/2.0/mlflow/experiments/search", "version"):
+        answer = httpx.get(f"{services.mlflow}/{path}", auth=auth)
+        assert answer.status_code == 401, path
+        assert SECRET not in answer.text
+    for path in ("graphql", "v1/traces", "api/2.0/mlflow/users/create", "ajax-api/2.0/mlflow/runs/search"):
+        answer = httpx.post(f"{services.mlflow}/{path}", auth=auth, json={"username": "mallory", "password": "x" * 12})
+        assert answer.status_code == 401, path
+    assert httpx.get(f"{services.mlflow}/health").is_success
+
+
+def test_clients_reach_mlflow_by_its_own_variables(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = connect(services.home)
+    version = client.create_model_version(SECRET, "runs:/0/model")
+    client.set_registered_model_alias(SECRET, "champion", version.version)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", services.mlflow)
+    with pytest.raises(InputError, match=r"(?i)MLFLOW_TRACKING_URI: .*not authenticated"):
+        connect(services.home)
+    assert not has_champion(services.home, SECRET)
+    user, password = (services.home / MLFLOW_AUTH_FILE).read_text().strip().split(":")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+    assert SECRET in {model.name for model in connect(services.home).search_registered_models()}
+    assert has_champion(services.home, SECRET)
+
+
+def mlflow_auth(services: Services) -> httpx.BasicAuth:
+    return httpx.BasicAuth(*(services.home / MLFLOW_AUTH_FILE).read_text().strip().split(":"))
 
 
 def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import subprocess
@@ -34,10 +35,10 @@ def endpoint(local: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     before = local.serving.config
     with ExitStack() as stack:
 
-        def start(**settings: Any) -> tuple[str, int]:
+        def start(tls: server.Tls | None = None, **settings: Any) -> tuple[str, int]:
             config = load_params(ROOT / "params.yaml", {f"serve.{name}": value for name, value in settings.items()})
             local.serving.config = config.serve
-            url = httpx.URL(stack.enter_context(server.serve_in_thread(local.serving)))
+            url = httpx.URL(stack.enter_context(server.serve_in_thread(local.serving, tls)))
             return url.host, url.port or 0
 
         yield start
@@ -100,6 +101,38 @@ def test_beyond_the_limit_the_oldest_incomplete_one_makes_room(endpoint: Endpoin
         assert slow[3].recv(65536).startswith(b"HTTP/1.1 400")
 
 
+def test_idle_connections_make_room_when_no_other_waits(endpoint: Endpoint) -> None:
+    host, port = endpoint(max_connections_per_client=4)
+    with connected((host, port), 4, b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n") as idle:
+        assert all(connection.recv(65536).startswith(b"HTTP/1.1 200") for connection in idle)
+        assert httpx.get(f"http://{host}:{port}/livez").status_code == 200
+        assert idle[0].recv(65536) == b""
+
+
+MANY = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 300
+"""Requests whose answers, more than ten megabytes, fill the buffers of both systems."""
+
+
+def test_clients_that_read_nothing_are_closed_in_time(endpoint: Endpoint) -> None:
+    host, port = endpoint(write_seconds=0.5)
+    with connected((host, port), 3, MANY) as unread:
+        assert httpx.get(f"http://{host}:{port}/livez").status_code == 200
+        assert all(is_reset(connection) for connection in unread)
+
+
+def test_unread_bytes_beyond_the_limit_close_the_oldest(endpoint: Endpoint) -> None:
+    address = endpoint(max_held_bytes=200_000)
+    with connected(address, 1, MANY) as [oldest], connected(address, 3, MANY):
+        assert is_reset(oldest)
+
+
+def is_reset(connection: socket.socket) -> bool:
+    """Whether the server aborts the connection, without a byte being read, within ten seconds."""
+    poll = select.poll()
+    poll.register(connection, 0)  # POLLHUP and POLLERR alone
+    return bool(poll.poll(10_000))
+
+
 def test_bodies_that_are_too_large_together_are_503(endpoint: Endpoint) -> None:
     host, port = endpoint(max_held_bytes=200_000)
     large = HALF_BODY.replace(b"1000", b"1000000") + b"a" * 150_000
@@ -134,6 +167,27 @@ def test_the_endpoint_speaks_https_with_a_certificate(local: Any, certificate: t
         assert httpx.get(f"{url}/livez", verify=context).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(url.replace("https", "http") + "/livez")
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00\x01", b"GET /livez HTTP/1.1\r\n\r\n"])
+def test_unfinished_handshakes_count_and_end(endpoint: Endpoint, certificate: tuple[Path, Path], sent: bytes) -> None:
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    host, port = endpoint(max_connections=4, header_seconds=2, tls=server.Tls.checked(*certificate))
+    with connected((host, port), 4, sent) as slow, httpx.Client(verify=context) as client:
+        for _ in range(5):
+            assert client.get(f"https://{host}:{port}/livez").status_code == 200
+        assert all(is_closed(connection) for connection in slow)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server ends the connection, which may be after an alert of TLS."""
+    try:
+        read_to_end(connection)
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
 
 
 def test_files_that_are_no_certificate_are_refused_in_one_line(certificate: tuple[Path, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -101,16 +102,17 @@ class Run:
         """Kill it after some seconds; whether it had ended before."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
+        started = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self._process.pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.read()
         assert self._process.stdout is not None
         self._process.stdout.close()
         has_ended = self._process.wait() == 0
-        with suppress(ProcessLookupError):  # DVC may take longer to die, and holds its locks until then
-            while not has_ended:
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.01)
+        # DVC may take longer to die, and holds its locks until then.
+        assert not psutil.wait_procs(started, timeout=60)[1]
         return has_ended
 
     @property
