@@ -13,7 +13,8 @@ from ruamel.yaml import YAML
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.runtime.checkpoint_folders import History
-from loopwright.run import Terminal, read_overrides, run, write_params
+from components.runtime.params_file import write_params
+from loopwright.run import Terminal, read_overrides, run
 
 PARAMS = """\
 # The dial.

@@ -27,6 +27,7 @@ from components.media.messages import IMAGE
 from components.media.pictures import Picture
 from components.models.checkpoint import load_decoder
 from components.models.vision import VisionLanguageModel
+from components.runtime.params_file import write_params
 from components.runtime.stage import StageRun
 from components.token_rows.prepare import prepare
 from components.tokenization.chat_tokenizer import save, train
@@ -37,7 +38,6 @@ from components.training.tune import tune
 from components.training.vision import connect, pretrain_vision
 from components.validation.validate import Validator
 from loopwright.registry import compare
-from loopwright.run import write_params
 from tests.serving.conftest import ROOT, open_local
 from tests.serving.test_pictures import answer, image, text
 from tests.training.test_sight import COLORS, QUESTION, TRAINED, picture

@@ -1,0 +1,103 @@
+"""Each row of docs/conventions.md: the tools' own commands do in a checkout what their users expect.
+
+A row is run in a shell in a released project; it must exit with 0 and print the code spans of its last column. A
+command that needs more than that (a server, another checkout) has a function in `CHECKS`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Project, Released
+from tests.pages import ROOT, SPAN
+
+pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
+
+TOOLS = ("DVC",)
+"""Those that must have rows."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    tool: str
+    command: str
+    prints: tuple[str, ...]
+
+
+def read_rows() -> list[Row]:
+    """The rows of the page, in its order."""
+    lines = (ROOT / "docs/conventions.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [Row(tool, command.strip("`"), tuple(SPAN.findall(prints))) for tool, command, _, prints in cells[1:]]
+
+
+ROWS = read_rows()
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A released project and the shell in it."""
+
+    project: Project
+
+    def shell(self, command: str, root: Path | None = None, **environment: str) -> str:
+        """Output of a command that must succeed, run in `root` or the project."""
+        root = root or self.project.root
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        ended = subprocess.run(
+            ["/bin/sh", "-c", command],
+            cwd=root,
+            # The sources of the checkout, as its own editable install has them.
+            env={**self.project.environment, "PATH": path, "PYTHONPATH": str(root), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert ended.returncode == 0, f"{command}: exit {ended.returncode}\n{ended.stdout}"
+        return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
+    """A copy of the released project, so that other tests find theirs as it was."""
+    root = tmp_path_factory.mktemp("conventions") / "project"
+    shutil.copytree(released.project.root, root, symlinks=True)
+    return Checkout(Project(root))
+
+
+Check = Callable[[Checkout, str], str]
+CHECKS: dict[str, Check] = {}
+"""By command: runs it its own way and returns its output."""
+
+
+def check(command: str) -> Callable[[Check], Check]:
+    """Registers a function that runs the row of `command`."""
+
+    def register(function: Check) -> Check:
+        CHECKS[command] = function
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.command)
+def test_a_command_does_what_its_users_expect(row: Row, checkout: Checkout) -> None:
+    output = CHECKS.get(row.command, Checkout.shell)(checkout, row.command)
+    missing = [text for text in row.prints if text not in re.sub(r"\s+", " ", output)]
+    assert not missing, output
+
+
+def test_every_tool_has_rows_and_every_check_a_row() -> None:
+    assert {row.tool for row in ROWS} == set(TOOLS)
+    assert not set(CHECKS) - {row.command for row in ROWS}
