@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: `make run` and `make test`.
 .DEFAULT_GOAL := help
+# pipefail: a lock that could not be resolved is not written.
 SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -63,13 +65,16 @@ bench-base: setup  ## a real base (extra bases) beside transformers and peft
 bench-gpu: setup  ## training and decoding on a CUDA device, some eight minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/$$(date +%F)-gpu.md
 
-lock: setup  ## requirements.lock from the ranges of pyproject.toml, and the versions that stages declare
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --quiet --no-header --no-annotate --generate-hashes --output-file requirements.lock.new
-	@# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine. Its own
-	@# hash differs from index to index (PyPI, CPU, CUDA); uv verifies the hashes of all others.
-	@awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch = /^torch==/} !drop && !(torch && /^ /)' requirements.lock.new | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq > requirements.lock
-	@rm requirements.lock.new
+lock: setup  ## requirements.lock and requirements-serve.lock from pyproject.toml, and the versions that stages declare
+	$(BIN)/$(COMPILE) pyproject.toml --group dev | $(TORCH_ANYWHERE) > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	$(BIN)/$(COMPILE) --group serve --constraint requirements.lock | $(TORCH_ANYWHERE) > requirements-serve.lock.new
+	@mv requirements-serve.lock.new requirements-serve.lock
 	$(BIN)/python -m components.config.versions
+COMPILE := uv pip compile --universal --python-version 3.11 --quiet --no-header --no-annotate --generate-hashes
+# torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine. Its own hash
+# differs from index to index (PyPI, CPU, CUDA); uv verifies the hashes of all others.
+TORCH_ANYWHERE := awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch = /^torch==/} !drop && !(torch && /^ /)' | sed -E 's/^torch==([0-9.]+).*/torch==\1/' | uniq
 
 sbom: setup  ## sbom.cdx.json: every package of requirements.lock, with licences and hashes, in CycloneDX
 	$(BIN)/uvx --quiet --from "cyclonedx-bom>=7,<8" cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON --output-file sbom.cdx.json

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import chdir
 from pathlib import Path
 
 import yaml
@@ -24,15 +23,8 @@ from flows.orchestration.prefect_server import free_port
 from flows.release_targets import SmokeProbe
 
 _SECONDS_TO_SERVE = 180.0
-_BENTO_FILES = (
-    "/components/",
-    "/examples/",
-    "/serving/",
-    "/loopwright/__init__.py",
-    "/params.yaml",
-    "/dvc.yaml",
-    "/requirements.lock",
-)
+_BENTOFILE = "bentofile.yaml"
+"""What every Bento of the project consists of; BentoML's own commands read it too."""
 
 
 def package(paths: Paths, model: str) -> str:
@@ -61,17 +53,19 @@ def package(paths: Paths, model: str) -> str:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
         if is_adapter(version.folder):
             copy_base(version.folder, Path(weights.path))
-    # BentoML takes paths relative to the current folder only.
-    with chdir(paths.root):
-        bento = bentoml.build(
-            "serving.service:endpoint",
+    options = yaml.safe_load((paths.root / _BENTOFILE).read_text(encoding="utf-8"))
+    options["include"].append(f"/{load_params(paths.params).project_path}")
+    with tempfile.TemporaryDirectory() as folder:
+        bentofile = Path(folder) / _BENTOFILE
+        bentofile.write_text(yaml.safe_dump(options), encoding="utf-8")
+        bento = bentoml.bentos.build_bentofile(
+            str(bentofile),
             name=name,
             version=f"v{version.version}",
             labels={"model": str(version), "run_id": version.run_id},
-            include=[*_BENTO_FILES, f"/{load_params(paths.params).project_path}"],
-            python={"requirements_txt": "requirements.lock", "lock_packages": False},
-            models=[tag],
+            build_ctx=str(paths.root),
             args={"weights": tag},
+            reload=True,  # the service takes its weights from its arguments as it is imported
         )
     _redact_params(Path(bento.path) / "src" / "params.yaml")
     return str(bento.tag)

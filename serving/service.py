@@ -37,21 +37,22 @@ class Arguments(BaseModel):
 
 api = new_api()
 arguments = bentoml.use_arguments(Arguments)
+WEIGHTS = bentoml.models.BentoModel(arguments.weights) if arguments.weights else None
 
 
 def open_serving() -> Serving:
     """Start loading the models that the arguments name; a Bento's model has the metadata it was stored with."""
     paths = Paths(Path.cwd())
-    bundled = None
-    if arguments.weights:
-        weights = bentoml.models.get(arguments.weights)
-        bundled = Bundled(Path(weights.path), weights.info.metadata)
+    weights = WEIGHTS.resolve() if WEIGHTS else None
+    bundled = Bundled(Path(weights.path), weights.info.metadata) if weights else None
     config = load_params(paths.params).serve
     return Serving.open(paths.home, config, arguments.model, bundled, arguments.challenger_share)
 
 
 class Endpoint:
     """Answers chats, classifies and embeds texts, and stores feedback."""
+
+    weights = WEIGHTS  # by which a build puts them into the Bento
 
     def __init__(self) -> None:
         bypass_proxies_for_loopback()  # under `bentoml serve` no other code of ours runs before this

@@ -22,7 +22,8 @@ def packable(project: Any) -> Any:
     """The project, with the code that goes into its Bentos."""
     for name in ("components", "serving", "loopwright"):
         shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(ROOT / "requirements.lock", project.root / "requirements.lock")
+    for name in ("bentofile.yaml", "requirements-serve.lock"):
+        shutil.copyfile(ROOT / name, project.root / name)
     yield project
     for name in ("components", "serving", "loopwright"):
         shutil.rmtree(project.root / name)

@@ -51,7 +51,7 @@ def planted(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pro
     project = Project(tmp_path_factory.mktemp("planted"))
     for name in ("components", "serving", "loopwright"):
         shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "requirements.lock"):
+    for name in ("bentofile.yaml", "dvc.yaml", "requirements-serve.lock"):
         shutil.copyfile(ROOT / name, project.root / name)
     written = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("serve: {}\n", PARAMS)
     (project.root / "params.yaml").write_text(written, encoding="utf-8")
