@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -443,17 +443,25 @@ def test_a_call_that_changes_something_runs_when_a_person_says_so(
     site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent = site.serving.models.engine.agent
-    monkeypatch.setattr(agent, "own_tools", tuple(replace(tool, writes=True) for tool in agent.own_tools))
+    calls: list[dict[str, Any]] = []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **arguments: (calls.append(arguments), function(**arguments))[1]
+
+    tools = tuple(replace(tool, writes=True, function=counted(tool.function)) for tool in agent.own_tools)
+    monkeypatch.setattr(agent, "own_tools", tools)
     visitor = visit(site.url)
     visitor.ask("What is 6*7?")
     answer = visitor.page.locator(".answer")
     expect(answer.locator(".state")).to_have_text("A tool that changes something waits for you.")
     expect(answer.locator("code")).to_have_text('calculate(expression="6*7")')
     expect(answer.locator("details")).to_be_hidden()
+    assert not calls
     answer.get_by_role("button", name="Run it").click()
     visitor.answered("That is 42.")
     expect(answer.locator("details summary")).to_have_text("1 step: calculate")
     expect(answer.get_by_role("button", name="Run it")).to_be_hidden()
+    assert calls == [{"expression": "6*7"}]
 
 
 def test_full_queue_says_when_to_try_again(site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:

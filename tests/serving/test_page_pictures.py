@@ -156,6 +156,7 @@ def test_a_file_that_is_no_picture_is_said_in_one_line(visit_seeing: Visit, file
     put(visitor.page, files["notes.png"], "drop")
     expect(visitor.page.locator("#notice")).to_contain_text("notes.png is no picture or clip that can be sent")
     expect(visitor.page.locator("#attached")).to_be_hidden()
+    assert visitor.page.locator("#attached img, #attached video").count() == 0
 
 
 def test_pictures_are_offered_only_where_the_model_sees(local: Any, visit: Visit, files: dict[str, Path]) -> None:
@@ -166,6 +167,7 @@ def test_pictures_are_offered_only_where_the_model_sees(local: Any, visit: Visit
         put(visitor.page, files["teal.png"], "paste")
         put(visitor.page, files["teal.png"], "drop")
         expect(visitor.page.locator("#attached")).to_be_hidden()
+        assert visitor.page.locator("#attached img, #attached video").count() == 0
         visitor.page.context.close()
 
 
