@@ -9,37 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from components.config.params import InputError
-from components.models.devices import threads_for, use_threads
-from serving.engine.backend import (
-    Backend,
-    BackendNotReady,
-    BackendRetired,
-    BackendUnavailable,
-    Completion,
-    Event,
-    Failure,
-    GenerationRequest,
-)
+from serving.engine.backend import Backend, BackendNotReady
 from serving.engine.classifier_worker import ClassifierWorker
+from serving.models.smoke_test import Fault, smoke_fault
 from serving.models.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
 """Longest wait for a load in progress when the server stops; its thread is a daemon."""
 FULL_CHECK_SECONDS = 30.0
 """Interval at which the source is resolved again even if its version token has not changed."""
-QUESTION = "Hello"
-"""Smoke question of a version that has none of its own."""
-SMOKE_SECONDS = 60.0
-"""Longest wait for a smoke test's answer and the slot it needs."""
 Role = Literal["champion", "challenger", "former"]
 
 logger = logging.getLogger("loopwright.follow")
@@ -51,15 +37,6 @@ M = TypeVar("M", bound=ClassifierWorker | Backend)
 
 class ModelRejected(InputError):
     """A version that cannot be loaded, or fails its smoke test."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Why a version fails its smoke test."""
-
-    reason: str
-    temporary: bool = False
-    """The server that runs it cannot answer now, which says nothing of the version."""
 
 
 @dataclass(frozen=True)
@@ -348,47 +325,3 @@ def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
         for role, engine in (("champion", models.champion), ("challenger", models.challenger))
         if engine is not None
     ]
-
-
-def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> Fault | None:
-    """Why the answer to a version's `smoke_question` is not its `smoke_answer`; None when it is."""
-    question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
-    try:
-        if isinstance(loaded, ClassifierWorker):
-            use_threads(threads_for(loaded.texts.model.num_parameters))
-            answer: str | None = loaded.texts.classify([question])[0].label
-        else:
-            answer = _chat_answer(loaded, question)
-    except BackendRetired:  # the server is stopping
-        raise
-    except Exception as error:
-        temporary = isinstance(error, BackendNotReady) or (isinstance(error, BackendUnavailable) and error.temporary)
-        if not temporary:
-            logger.exception("%s failed its smoke test", loaded.name)
-        return Fault(f"{question!r}: {type(error).__name__}: {error}", temporary)
-    if answer is None:
-        return Fault(f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s")
-    if expected is None:
-        return None if answer.strip() else Fault(f"{question!r}: an empty answer")
-    if answer.strip() != expected.strip():
-        return Fault(f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}")
-    return None
-
-
-def _chat_answer(backend: Backend, question: str) -> str | None:
-    """The answer; None when it takes too long."""
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    deadline = time.monotonic() + SMOKE_SECONDS
-    request = GenerationRequest([{"role": "user", "content": question}])
-    # First in the queue: a long queue is not the model's fault.
-    task = backend.submit(request, events.put, first=True)
-    while True:
-        try:
-            event = events.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            task.cancel()
-            return None
-        if isinstance(event, Failure):
-            raise event.error
-        if isinstance(event, Completion):
-            return event.content
