@@ -70,10 +70,14 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
     return removals
 
 
-def served_versions(home: Path) -> list[str]:
-    """`NAME/VERSION` that servers on this machine were started with, by the locks that they hold."""
-    locks = (home / SERVED).glob("*.lock")
-    return [lock.stem.rpartition("-")[0].replace("@", "/") for lock in locks if lock_owner(home / SERVED, lock.stem)]
+def served_versions(home: Path) -> set[str]:
+    """`NAME/VERSION` that servers on this machine were started with, by their locks, or that any replica has loaded."""
+    locks = [lock.stem for lock in (home / SERVED).glob("*.lock") if lock_owner(home / SERVED, lock.stem)]
+    served = {lock.rpartition("-")[0].replace("@", "/") for lock in locks}
+    if has_store(home):
+        with closing(Store.of(home)) as store:
+            served |= store.loaded_models()
+    return served
 
 
 def _removal(kind: str, sizes: Iterable[Size]) -> Removal:

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from components.feedback.keys import Scope as KeyScope
 from components.feedback.store import StoreUnavailable
 from serving.http.errors import error_response, store_unavailable
-from serving.http.keyring import Keyring, TokenBucket
+from serving.http.keyring import Keyring, RateLimit
 from serving.models.state import Serving
 
 DISCARDED_BYTES = 64 * 1024 * 1024
@@ -54,7 +54,7 @@ class GatewayMiddleware:
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
-        self._rate_limit = TokenBucket()
+        self._rate_limit = RateLimit()
         self._held = _HeldBytes()
         self._cors: dict[tuple[str, ...], CORSMiddleware] = {}
 
@@ -77,7 +77,8 @@ class GatewayMiddleware:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = self.api.state.serving
-        response, route = _ResponseFormatter(scope, receive, send), self._route(scope["path"])
+        response = _ResponseFormatter(scope, receive, send, is_last=serving.stopping)
+        route = self._route(scope["path"])
         started = time.perf_counter()
         try:
             await self._forward(serving, route, scope, receive, response)
@@ -124,27 +125,28 @@ class GatewayMiddleware:
     async def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         if scope["path"] != "/v1" and not scope["path"].startswith("/v1/"):
             return None
-        if not self._keys.is_fresh:
-            try:
+        try:
+            if not self._keys.is_fresh:
                 await run_in_threadpool(self._keys.refresh, serving.store)
-            except StoreUnavailable as error:
-                return store_unavailable(error)
-        refusal = (
-            self._key_refusal(serving, scope) if self._keys else _keyless_refusal(scope, serving.config.allowed_origins)
-        )
+            if self._keys:
+                refusal = await self._key_refusal(serving, scope)
+            else:
+                refusal = _keyless_refusal(scope, serving.config.allowed_origins)
+        except StoreUnavailable as error:
+            return store_unavailable(error)
         if refusal is None and serving.draining:
             message = "the server is stopping; try another or later"
             return error_response(503, message, "draining", headers={"Retry-After": "1"})
         return refusal
 
-    def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
+    async def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         key = self._keys.find(_header(scope, b"authorization"))
         if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         scope["api_key"], scope["api_key_user"] = key, f"key:{key.digest[:USER_DIGITS]}"
         limit = key.requests_per_minute or serving.config.requests_per_minute
-        if seconds := self._rate_limit.wait(key, limit):
+        if seconds := await self._rate_limit.wait(serving.store, key, limit):
             message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
             return error_response(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
         method, path = scope["method"], scope["path"]
@@ -196,10 +198,13 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 class _ResponseFormatter:
-    """Sends a response on; an error in another format is replaced by one in OpenAI's."""
+    """Sends a response on; an error in another format is replaced by one in OpenAI's.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+    The `is_last` of its connection closes it: a balancer that reuses connections leaves a server that is stopping.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, is_last: bool) -> None:
+        self._scope, self._receive, self._send, self._is_last = scope, receive, send, is_last
         self._replacement: JSONResponse | None = None
         self.status = 500
         """The response's status; 500 when the app fails before it responds."""
@@ -207,6 +212,8 @@ class _ResponseFormatter:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if self._is_last:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             media_type = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             if self.status >= 400 and not media_type.startswith(b"application/json"):
                 reason = REASONS.get(self.status, "the request failed")

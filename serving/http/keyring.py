@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from fastapi.concurrency import run_in_threadpool
+
 from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
 from components.feedback.store import Store, StoreUnavailable, has_store
@@ -88,6 +90,28 @@ class Keyring:
         scheme, _, token = authorization.partition(b" ")
         key = self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
         return None if key is None or (key.expires is not None and key.expires <= time.time()) else key
+
+
+class RateLimit:
+    """Requests per minute of each key: counted in a database that replicas share, else in this process."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._bucket = clock, TokenBucket(clock)
+        self._refused: dict[str, float] = {}
+        """By key: time before which no replica allows it a request, so that a refusal costs the database nothing."""
+
+    async def wait(self, store: Store, key: ApiKey, per_minute: int) -> int:
+        """0 where the request is allowed, and counts it; else whole seconds until the next is allowed.
+
+        Raises: StoreUnavailable.
+        """
+        if not store.is_shared:
+            return self._bucket.wait(key, per_minute)
+        seconds = self._refused.get(key.id, 0.0) - self._clock()
+        if seconds <= 0:
+            seconds = await run_in_threadpool(store.take_request, key.id, per_minute)
+            self._refused[key.id] = self._clock() + seconds
+        return math.ceil(seconds)
 
 
 class TokenBucket:
