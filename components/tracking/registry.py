@@ -284,8 +284,7 @@ class Registry:
     def promote(self, version: ModelVersion, expected: str | None = None) -> None:
         """Make a version the champion; the old champion becomes `previous`.
 
-        `expected` is the champion that it was compared with, empty for none; without it, whichever there is.
-
+        `expected` is the champion that it was compared with, empty for none; None: whichever there is.
         Raises: InputError when it is already, its files cannot be used, or another champion than `expected` is there.
         """
         _ = version.folder
@@ -302,13 +301,18 @@ class Registry:
     def rollback(self, name: str) -> ModelVersion:
         """Make `previous` the champion again; the champion becomes `previous`.
 
-        Raises: InputError when there is no previous champion.
+        Raises: InputError when there is no previous champion, or another process has moved the alias meanwhile.
         """
-        if PREVIOUS not in self.aliases(name):
+        seen = self.aliases(name)
+        if PREVIOUS not in seen:
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
         with self._locked():
             aliases = self.aliases(name)
+            if aliases["champion"] != seen["champion"]:
+                raise InputError(
+                    f"{name}: {name}/{aliases.get('champion')} has become the champion meanwhile; look again"
+                )
             # It may still be the pipeline's newest model: a run must not promote it again.
             self._tag(name, aliases["champion"], {"rolled_back": "true"})
             self._make_champion(name, aliases[PREVIOUS], aliases["champion"])
@@ -331,10 +335,7 @@ class Registry:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Lock the aliases against other processes.
-
-        Raises: InputError when another one holds the lock for longer than `_LOCK_SECONDS`.
-        """
+        """Lock the aliases; raises InputError when another process holds the lock for longer than `_LOCK_SECONDS`."""
         with file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS), self._lock():
             yield
 
