@@ -17,7 +17,7 @@ from components.feedback.ingest import clear_orphans
 from components.feedback.items import partitions
 from components.feedback.leases import Lease, leased
 from components.feedback.lineage import ancestry, feedback_ids
-from components.feedback.store import Store, shared_registry
+from components.feedback.store import Store, leased_in, shared_registry
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT
@@ -28,6 +28,7 @@ from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import RunOptions, RunReport, bring_up_to_date
 from flows.release import (
     NAME,
+    RELEASE_SECONDS,
     GateReport,
     Release,
     apply_gate,
@@ -107,6 +108,10 @@ class _Job:
         options = RunOptions(self.paths.root, force=self.force, echo=self.echo)
         states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
         bring_up_to_date(options, states, RunReport(), run)
+        with leased_in(self.paths.home, "release", RELEASE_SECONDS):
+            return self._release(run, sequence, start)
+
+    def _release(self, run: FlowRun, sequence: int, start: ModelVersion) -> Improvement:
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         names = [path.name for path in partitions(self.paths.feedback)]
         feedback = json.dumps({"partitions": len(names), "last": names[-1] if names else None})

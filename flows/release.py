@@ -20,7 +20,7 @@ import yaml
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.config.secrets import redacted
-from components.feedback.store import audit, shared_registry
+from components.feedback.store import audit, leased_in, shared_registry
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 NAME = "agent"
 """The model that users chat with and whose feedback it is trained on."""
+RELEASE_SECONDS = 1800.0
+"""Longest wait for a release on another host."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Releases:
     releases = Releases()
     for target in trained_targets(paths):
         try:
-            releases.champions.append(_release_target(target, paths, echo, flow_run))
+            with leased_in(paths.home, "release", RELEASE_SECONDS):
+                releases.champions.append(_release_target(target, paths, echo, flow_run))
         except Refused as refusal:
             echo(f"release: {refusal}")
             releases.refusals.append(str(refusal))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from components.config.params import load_params
 from components.config.paths import Paths
-from components.feedback.store import Store, has_store
+from components.feedback.store import Store, has_store, leased_in
 from components.runtime.process import file_lock, lock_owner
 from components.runtime.service_registry import SERVED, running
 from components.tracking.registry import ModelVersion, Registry, is_empty
@@ -43,7 +43,10 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
     Raises: InputError where a store cannot be read.
     """
     keep = load_params(paths.params).keep
-    with file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS):
+    with (
+        file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS),
+        leased_in(paths.home, RETENTION_LOCK, _PATIENCE_SECONDS),
+    ):
         removals = []
         if keep.request_days is not None and not dry_run and has_store(paths.home):
             with closing(Store.of(paths.home)) as store:
