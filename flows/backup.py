@@ -25,7 +25,7 @@ from typing import IO, Any
 from components.config.params import InputError
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
-from components.feedback.store import Store, database_url, has_store
+from components.feedback.store import Store, database_url, has_store, leased_in
 from components.runtime.files import remove
 from components.runtime.process import file_lock
 from components.runtime.service_registry import record_success
@@ -67,7 +67,10 @@ def backup(paths: Paths, address: str) -> Backup:
     Raises: InputError where something is there already, or a tool or library for it is missing.
     """
     writer = _Writer(address)
-    with file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS):
+    with (
+        file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS),
+        leased_in(paths.home, RETENTION_LOCK, _PATIENCE_SECONDS),
+    ):
         # Event logs go to MLflow meanwhile: before its database, so that no line is in neither.
         writer.add_folder(paths.home / "tracking", f"{_HOME}/tracking", lambda name: not name.endswith(".lock"))
         _add_databases(paths, writer)

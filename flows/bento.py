@@ -93,8 +93,8 @@ def _redact_params(path: Path) -> None:
         print(f"package: {', '.join(places)}: {advice}", file=sys.stderr, flush=True)
 
 
-def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> str:
-    """Serve a built Bento on a free port, send it a question over HTTP, and return the answer.
+def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> tuple[str, str]:
+    """Serve a built Bento on a free port, send it a question over HTTP, and return the answer and the model's device.
 
     Raises: RuntimeError with the end of the server's log when it does not answer.
     """
@@ -114,9 +114,10 @@ def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> str:
                 raise RuntimeError(f"the served Bento was not ready; {log} ends:\n{end}")
             body = probe.body(question)
             response = httpx.post(f"{address}{probe.path}", json=body, timeout=120).raise_for_status().json()
+            served = httpx.get(f"{address}/v1/models", timeout=120).raise_for_status().json()["data"]
         finally:
             stop(process)
-    return probe.answer(response)
+    return probe.answer(response), served[0]["device"]
 
 
 def _bento_environment(home: Path) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _run_exclusively(name: str, body: Any) -> State[Any] | None:
         record_success(Paths(root).home, name)  # a refusal is an outcome
         return Completed(name="Refused", message=str(error))
     except InputError as error:
-        if str(error).startswith("run: already running"):
+        if str(error).startswith((f"{name}: already running", "run: already running")):
             return Cancelled(name="Skipped", message=str(error))
         raise
     return None

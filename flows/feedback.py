@@ -16,10 +16,11 @@ from components.config.paths import REVOKED, Paths
 from components.datasets.formats import Row
 from components.feedback.ingest import IngestResult, erase_items, revocations_are_written, write_revocations
 from components.feedback.ingest import ingest as ingest_partition
+from components.feedback.leases import leased
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
 from components.tracking.event_log import warn_on_failure
-from flows.orchestration.dvc_repo import version_data
+from flows.orchestration.dvc_repo import fetch_version, push_data, version_data
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 ENOUGH = "loopwright.feedback.enough"
@@ -64,7 +65,8 @@ def ingest(root: Path, echo: Echo = print) -> IngestReport:
         return report
     store = Store.of(paths.home)
     try:
-        with file_lock(paths.home / "stages", "ingest"):
+        with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest"):
+            fetch_partitions(paths, store)
             job = _Job(paths, load_params(paths.params), store, echo, report)
             if job.is_needed():
                 run_flow("ingest", paths.home, echo, job.run)
@@ -117,6 +119,8 @@ class _Job:
         if not names and not _mark(self.paths).exists():
             return None
         version = _version_when_unlocked(self.paths.root, self.paths.feedback)
+        if self.store.is_shared:
+            push_data(self.paths.root, self.paths.feedback)
         self.store.mark_versioned(names, version)
         _mark(self.paths).unlink(missing_ok=True)
         return version
@@ -138,6 +142,22 @@ class _Job:
         rows = [{"outcome": "accepted", "reason": "", "votes": result.accepted}]
         rows += [{"outcome": "quarantined", "reason": why, "votes": n} for why, n in result.quarantined.items()]
         create_table_artifact(table=rows, key="feedback", description=f"Partition {result.partition or 'none'}")
+
+
+def fetch_partitions(paths: Paths, store: Store) -> None:
+    """Bring the partitions that other hosts wrote to this disk, which may be empty; the caller holds `ingest`.
+
+    Raises: InputError where the host that wrote one has not versioned it yet, or DVC's remote lacks it.
+    """
+    recorded = store.partitions() if store.is_shared else []
+    missing = [row for row in recorded if row["digest"] and not (paths.feedback / f"{row['name']}.parquet").is_file()]
+    if not missing:
+        return
+    if unversioned := next((row["name"] for row in missing if row["dvc"] is None), None):
+        raise InputError(
+            f'{unversioned}: was written on another host and is not versioned; run "loopwright feedback ingest" there'
+        )
+    fetch_version(paths.root, paths.feedback, next(row["dvc"] for row in reversed(recorded) if row["dvc"]))
 
 
 def commit_revocations(paths: Paths, store: Store) -> None:

@@ -15,18 +15,20 @@ from components.config.paths import GATE_MODE, ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
 from components.feedback.ingest import clear_orphans
 from components.feedback.items import partitions
+from components.feedback.leases import Lease, leased
 from components.feedback.lineage import ancestry, feedback_ids
-from components.feedback.store import Store
+from components.feedback.store import Store, leased_in, shared_registry
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT
 from components.tracking.registry import ModelVersion, Registry, is_empty
-from flows.feedback import commit_revocations
-from flows.orchestration.dvc_repo import stage_states
+from flows.feedback import commit_revocations, fetch_partitions
+from flows.orchestration.dvc_repo import fetch_missing, stage_states
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import RunOptions, RunReport, bring_up_to_date
 from flows.release import (
     NAME,
+    RELEASE_SECONDS,
     GateReport,
     Release,
     apply_gate,
@@ -60,14 +62,18 @@ def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
     Raises: InputError without a champion or earlier data; StageFailed; Refused by the gate.
     """
     paths = Paths(root)
-    if is_empty(paths.home) or (champion := Registry(paths.home).find(f"{NAME}@champion")) is None:
+    if is_empty(paths.home):
         raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
+    fetch_missing(root, IMPROVEMENT)
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
     store = Store.of(paths.home)
     try:
-        with file_lock(paths.home / "stages", "run"):
-            job = _Job(paths, Registry(paths.home), store, champion, echo, force)
+        with file_lock(paths.home / "stages", "run"), leased(store, "improve") as lease:
+            registry = shared_registry(paths.home)
+            if (champion := registry.find(f"{NAME}@champion")) is None:
+                raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
+            job = _Job(paths, registry, store, champion, echo, force, lease)
             if (reason := job.skip_reason()) is not None:
                 return Improvement("nothing new", str(champion), reason)
             return run_flow("improve", paths.home, echo, job.run, champion=str(champion))
@@ -83,6 +89,7 @@ class _Job:
     champion: ModelVersion
     echo: Echo
     force: bool
+    lease: Lease
 
     def skip_reason(self) -> str | None:
         """Why there is nothing to do; None where there is something."""
@@ -101,6 +108,10 @@ class _Job:
         options = RunOptions(self.paths.root, force=self.force, echo=self.echo)
         states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
         bring_up_to_date(options, states, RunReport(), run)
+        with leased_in(self.paths.home, "release", RELEASE_SECONDS):
+            return self._release(run, sequence, start)
+
+    def _release(self, run: FlowRun, sequence: int, start: ModelVersion) -> Improvement:
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))
         names = [path.name for path in partitions(self.paths.feedback)]
         feedback = json.dumps({"partitions": len(names), "last": names[-1] if names else None})
@@ -115,18 +126,24 @@ class _Job:
         effect(store_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
-        gate_report = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
+        decision = f"against {self.champion}: {judged['reason']}"
+        gate_report = GateReport(judged["promote"], decision, page, str(self.champion))
         try:
             reason = effect(apply_gate, self.registry, version, gate_report)
         except Refused as refusal:
             self.store.add_improvement(sequence, str(version), "refused", str(refusal))
             raise
-        release = publish(self.registry, version, reason, self.paths, self.echo)
+        self.lease.check()
+        release = publish(self.registry, version, reason, self.paths, self.echo, gate_report.champion)
         return self._done(sequence, version, "promoted", reason, release)
 
     def fetch(self, start: ModelVersion) -> None:
         """Copy the champion and the start model to the folders that the stages read."""
-        with file_lock(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS):
+        with (
+            file_lock(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS),
+            leased(self.store, "ingest", patience=_PATIENCE_SECONDS),
+        ):
+            fetch_partitions(self.paths, self.store)
             clear_orphans(self.store, self.paths.feedback)
             commit_revocations(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"

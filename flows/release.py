@@ -20,7 +20,7 @@ import yaml
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
 from components.config.secrets import redacted
-from components.feedback.store import audit
+from components.feedback.store import audit, leased_in, shared_registry
 from components.runtime.process import git
 from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 NAME = "agent"
 """The model that users chat with and whose feedback it is trained on."""
+RELEASE_SECONDS = 1800.0
+"""Longest wait for a release on another host."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Releases:
     releases = Releases()
     for target in trained_targets(paths):
         try:
-            releases.champions.append(_release_target(target, paths, echo, flow_run))
+            with leased_in(paths.home, "release", RELEASE_SECONDS):
+                releases.champions.append(_release_target(target, paths, echo, flow_run))
         except Refused as refusal:
             echo(f"release: {refusal}")
             releases.refusals.append(str(refusal))
@@ -129,7 +132,7 @@ def _release_target(target: ReleaseTarget, paths: Paths, echo: Echo, flow_run: s
     current = current_release(paths, name)
     if current:
         return current
-    registry = Registry(paths.home)
+    registry = shared_registry(paths.home)
     evaluation = target.evaluation(paths)
     tags = {"held_out_digest": evaluation.held_out_digest}
     arguments = (name, target.folder(paths), evaluation.metrics, tags, flow_run)
@@ -138,19 +141,25 @@ def _release_target(target: ReleaseTarget, paths: Paths, echo: Echo, flow_run: s
     effect(store_answers, registry, version, target.answers(paths), of=name)
     report = effect(gate, registry, version, paths, echo, of=name, retries=0)
     reason = effect(apply_gate, registry, version, report, of=name)
-    return publish(registry, version, reason, paths, echo)
+    return publish(registry, version, reason, paths, echo, report.champion)
 
 
-def publish(registry: Registry, version: ModelVersion, reason: str, paths: Paths, echo: Echo) -> Release:
-    """Package a version that passed the gate, smoke-test its Bento over HTTP, and promote it."""
+def publish(
+    registry: Registry, version: ModelVersion, reason: str, paths: Paths, echo: Echo, compared_with: str
+) -> Release:
+    """Package a version that passed the gate against a champion, smoke-test its Bento over HTTP, and promote it.
+
+    Raises: InputError where another version has become the champion meanwhile.
+    """
     registry.tag(version, {"gate": "passed", "gate_reason": reason})
     echo(f"release: {version} passes: {reason}")
     tag = effect(package, paths, str(version), of=version.name)
     question = smoke_question(version.name, paths)
-    answer = effect(smoke, paths, tag, release_target(version.name).probe, question, of=version.name)
-    registry.tag(version, {"bento": tag, "smoke_question": question, "smoke_answer": answer})
+    answer, device = effect(smoke, paths, tag, release_target(version.name).probe, question, of=version.name)
+    smoke_test = {"smoke_question": question, "smoke_answer": answer, "smoke_device": device}
+    registry.tag(version, {"bento": tag, **smoke_test})
     if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
-        effect(registry.promote, version, of=version.name)
+        effect(registry.promote, version, compared_with, of=version.name)
         audit(paths.home, "promote", str(version), reason)
     return _released(registry.resolve(str(version)), "promoted")
 
@@ -220,6 +229,8 @@ class GateReport:
     promote: bool
     reason: str
     page: str = ""
+    champion: str = ""
+    """`NAME/VERSION` that it was compared with; empty without one."""
 
 
 def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> GateReport:
@@ -228,13 +239,13 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     if champion is None:
         return GateReport(True, "; ".join(["there was no champion", *_better_baselines(version)]))
     if champion.version == version.version:
-        return GateReport(True, "it is the champion already")
+        return GateReport(True, "it is the champion already", champion=str(champion))
     from components.evaluation.gate import report
 
     echo(f"release: the champion {champion} answers the same questions")
     decision = compare(registry, version, champion, paths)
     page = report(decision, str(version), str(champion))
-    return GateReport(decision.promote, f"against {champion}: {decision.reason}", page)
+    return GateReport(decision.promote, f"against {champion}: {decision.reason}", page, str(champion))
 
 
 def compare(registry: Registry, candidate: ModelVersion, champion: ModelVersion, paths: Paths) -> GateDecision:

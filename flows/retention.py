@@ -10,7 +10,7 @@ from pathlib import Path
 
 from components.config.params import load_params
 from components.config.paths import Paths
-from components.feedback.store import Store, has_store
+from components.feedback.store import Store, has_store, leased_in
 from components.runtime.process import file_lock, lock_owner
 from components.runtime.service_registry import SERVED, running
 from components.tracking.registry import ModelVersion, Registry, is_empty
@@ -43,7 +43,10 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
     Raises: InputError where a store cannot be read.
     """
     keep = load_params(paths.params).keep
-    with file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS):
+    with (
+        file_lock(paths.home / "stages", RETENTION_LOCK, _PATIENCE_SECONDS),
+        leased_in(paths.home, RETENTION_LOCK, _PATIENCE_SECONDS),
+    ):
         removals = []
         if keep.request_days is not None and not dry_run and has_store(paths.home):
             with closing(Store.of(paths.home)) as store:
@@ -70,10 +73,14 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
     return removals
 
 
-def served_versions(home: Path) -> list[str]:
-    """`NAME/VERSION` that servers on this machine were started with, by the locks that they hold."""
-    locks = (home / SERVED).glob("*.lock")
-    return [lock.stem.rpartition("-")[0].replace("@", "/") for lock in locks if lock_owner(home / SERVED, lock.stem)]
+def served_versions(home: Path) -> set[str]:
+    """`NAME/VERSION` that servers on this machine were started with, by their locks, or that any replica has loaded."""
+    locks = [lock.stem for lock in (home / SERVED).glob("*.lock") if lock_owner(home / SERVED, lock.stem)]
+    served = {lock.rpartition("-")[0].replace("@", "/") for lock in locks}
+    if has_store(home):
+        with closing(Store.of(home)) as store:
+            served |= store.loaded_models()
+    return served
 
 
 def _removal(kind: str, sizes: Iterable[Size]) -> Removal:

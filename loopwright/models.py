@@ -60,10 +60,9 @@ def import_(
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
         raise InputError(f"--name: {name!r}: not a valid model name; allowed are {allowed}")
-    from components.feedback.store import audit
+    from components.feedback.store import audit, shared_registry
     from components.inference.cache_plan import check_memory, serving_note
     from components.tracking.model_import import import_model, inspect_model, unpacked
-    from components.tracking.registry import Registry
 
     paths = Paths(find_root())
     serve = load_params(paths.params).serve
@@ -73,7 +72,7 @@ def import_(
             model = inspect_model(folder)
             if serve.backend == "engine":
                 check_memory(folder)
-        version = import_model(folder, model, name, Registry(paths.home), paths, path)
+        version = import_model(folder, model, name, shared_registry(paths.home), paths, path)
     if "champion" in version.aliases:
         audit(paths.home, "promote", str(version), "imported")
     if left_out := version.tags.get("tools_left_out"):

@@ -125,12 +125,13 @@ def _audit(action: Action, version: str) -> None:
 
 
 def _registry() -> Registry:
-    from components.tracking.registry import Registry, is_empty
+    from components.feedback.store import shared_registry
+    from components.tracking.registry import is_empty
 
     home = Paths(find_root()).home
     if is_empty(home):
         raise InputError('registry: it is empty; run "loopwright run"')
-    return Registry(home)
+    return shared_registry(home)
 
 
 def _spec(name: str, which: str) -> str:

@@ -33,7 +33,8 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from serving.http.app import new_api
 from serving.http.connections import Connections
-from serving.http.gateway import GatewayMiddleware, has_keys
+from serving.http.gateway import GatewayMiddleware
+from serving.http.keyring import has_keys
 from serving.models.state import Serving, drain_on_signals
 from serving.observability.access_log import AccessLogMiddleware
 from serving.observability.logs import log_to

@@ -190,7 +190,14 @@ class ServeConfig(Section):
     request_seconds: float = Field(gt=0)
     """Time limit of an answer: a request without a slot by then gets 503, a running one is cut off."""
     follow_seconds: float = Field(gt=0)
-    """Seconds between polls of the registry alias."""
+    """Seconds between polls of the registry alias; more, up to a minute, while the registry does not answer."""
+    handover_seconds: float = Field(ge=0)
+    """Seconds after a promotion, once every replica has the new champion, for which conversations that the old one
+    began stay with it; 0: none."""
+    notice_seconds: float = Field(ge=0)
+    """Seconds from SIGTERM, when `/readyz` turns 503, for which requests are still taken: until balancers notice."""
+    drain_seconds: float = Field(ge=0)
+    """Longest wait, after that, for running requests; new ones are answered with 503."""
     model_tools: list[ModelTool]
     """Registered models that the agent may call, each while it has a champion."""
     mcp_servers: list[McpServer]

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sqlite3
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
-from sqlalchemy import JSON, Connection, Engine, Select, Table, create_engine, event, inspect, text
-from sqlalchemy.dialects import sqlite
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    Select,
+    Table,
+    create_engine,
+    event,
+    func,
+    inspect,
+    literal,
+    text,
+)
+from sqlalchemy import cast as sql_cast
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DatabaseError,
     DataError,
+    DBAPIError,
     IntegrityError,
     InterfaceError,
     NoSuchModuleError,
+    OperationalError,
     ProgrammingError,
 )
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -36,7 +55,11 @@ from components.config.paths import disk_trouble
 
 BUSY_SECONDS = 30.0
 """Default time that a write waits for another process's write."""
-HEAD = "0005"
+OUTAGE_SECONDS = 15.0
+"""Time that an operation waits, from its beginning, for a PostgreSQL server that restarts or fails over."""
+_STARTING_OR_STOPPING = ("57P01", "57P02", "57P03")
+"""PostgreSQL's SQLSTATE: admin_shutdown, crash_shutdown, cannot_connect_now."""
+HEAD = "0006"
 """The newest revision in migrations/."""
 FIRST = "0001"
 """The revision of a database created before Alembic was used."""
@@ -45,8 +68,32 @@ _LOCK = 0x6C6F6F70
 """PostgreSQL's advisory lock: votes are numbered in commit order, migrations run one at a time."""
 
 
+D = TypeVar("D", bound="Database")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 class StoreUnavailable(Unavailable):
     """The database is locked or missing; the operation had no effect."""
+
+
+def through_restarts(operation: Callable[Concatenate[D, P], R]) -> Callable[Concatenate[D, P], R]:
+    """Repeat a store's operation, which has to be idempotent, while PostgreSQL restarts.
+
+    An outage that has lasted for `OUTAGE_SECONDS` fails at once, for it would hold every thread that asks.
+    """
+
+    @wraps(operation)
+    def repeated(store: D, /, *arguments: P.args, **named: P.kwargs) -> R:
+        while True:
+            try:
+                return operation(store, *arguments, **named)
+            except StoreUnavailable as error:
+                if not store.may_return(error.__cause__):
+                    raise
+            time.sleep(random.uniform(0.05, 0.25))  # not all threads and replicas at once
+
+    return repeated
 
 
 def database_url(home: Path) -> str:
@@ -73,12 +120,31 @@ class Database:
         self._inode: int | None = None
         self._writers: list[sqlite3.Connection] = []
         """Idle SQLite connections of `_insert`."""
+        self._lost: float | None = None
+        """By `time.monotonic()`: when the present outage began."""
         with self._translated_errors("cannot be opened", "check LOOPWRIGHT_DATABASE_URL"):
             self._prepare()
 
     def close(self) -> None:
         self._drop_writers()
         self._engine.dispose()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other hosts may use it too."""
+        return self._engine.dialect.name == "postgresql"
+
+    def may_return(self, error: BaseException | None) -> bool:
+        """Whether an error is that of a server that restarts, and began less than `OUTAGE_SECONDS` ago."""
+        if not self.is_shared or not isinstance(error, DBAPIError):
+            return False
+        state = getattr(error.orig, "sqlstate", None)  # none where there was no connection
+        is_refused = isinstance(error, OperationalError) and state in (None, *_STARTING_OR_STOPPING)
+        if not error.connection_invalidated and not is_refused:
+            return False
+        if self._lost is None:
+            self._lost = time.monotonic()
+        return time.monotonic() - self._lost < OUTAGE_SECONDS
 
     @contextmanager
     def _write(self, synced: bool = True) -> Iterator[Connection]:
@@ -91,6 +157,7 @@ class Database:
             self._check_file()
             options = {} if synced else {"loopwright_unsynced": True}
             with self._engine.connect().execution_options(**options) as connection, connection.begin():
+                self._lost = None
                 yield connection
 
     def _insert(self, *rows: tuple[Table, dict[str, Any]]) -> None:
@@ -101,7 +168,8 @@ class Database:
         if self._file is None:
             with self._write() as connection:
                 for table, row in rows:
-                    connection.execute(table.insert(), row)
+                    # A commit whose answer was lost is repeated (`through_restarts`).
+                    connection.execute(insertion(connection, table).on_conflict_do_nothing(), row)
             return
         with self._translated_errors("cannot be written", "send it again; nothing was stored"):
             self._check_file()
@@ -143,6 +211,7 @@ class Database:
         with self._translated_errors("cannot be read", "try again"):
             self._check_file()
             with self._engine.connect().execution_options(loopwright_read=True) as connection:
+                self._lost = None
                 yield connection
 
     def _rows(self, statement: Select[Any]) -> list[dict[str, Any]]:
@@ -153,6 +222,12 @@ class Database:
         """The first value of the first row; None without rows."""
         with self._read() as connection:
             return connection.scalar(statement)
+
+    def _clock(self, connection: Connection) -> ColumnElement[float]:
+        """The time of the database's clock, in Unix time; that of this host for SQLite, which has one host."""
+        if connection.dialect.name == "postgresql":
+            return sql_cast(func.extract("epoch", func.clock_timestamp()), Double)
+        return literal(time.time(), Double)
 
     def _in_turn(self, connection: Connection) -> None:
         """Serialize this transaction, from here to its end, with others that call this."""
@@ -195,6 +270,11 @@ class Database:
                     self._drop_writers()
                     self._engine.dispose()
                     self._prepare()
+
+
+def insertion(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+    """An insert of this database's dialect, which has `on_conflict_do_nothing` and `on_conflict_do_update`."""
+    return postgresql.insert(table) if connection.dialect.name == "postgresql" else sqlite.insert(table)
 
 
 def shown(url: str) -> str:

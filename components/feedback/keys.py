@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, Connection, or_, select
 
 from components.config.params import InputError
 from components.feedback.audit import Audit
+from components.feedback.database import through_restarts
 from components.feedback.tables import API_KEYS, OWNER_CHARACTERS
 
 Scope = Literal["predict", "feedback", "tools", "admin"]
@@ -130,6 +131,7 @@ class Keys(Audit):
         rows = self._rows(select(*shown).order_by(API_KEYS.c.created))
         return [{**row, "scopes": row["scopes"].split()} for row in rows]
 
+    @through_restarts
     def open_keys(self) -> list[ApiKey]:
         """The keys that are neither revoked nor expired."""
         return [

@@ -9,23 +9,33 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import Connection, Select, String, bindparam, func, or_, select
+from sqlalchemy import Connection, Select, String, and_, bindparam, func, or_, select
 from sqlalchemy.exc import IntegrityError
 
 from components.config.params import InputError
 from components.feedback.audit import Action
-from components.feedback.database import BUSY_SECONDS, StoreUnavailable, database_url, has_store
+from components.feedback.database import (
+    BUSY_SECONDS,
+    StoreUnavailable,
+    database_url,
+    has_store,
+    insertion,
+    through_restarts,
+)
 from components.feedback.keys import Keys
+from components.feedback.leases import Leases, leased
 from components.feedback.ledger import Ledger
 from components.feedback.pictures import PictureFile, Pictures
+from components.feedback.replicas import Replicas
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 from components.feedback.user_records import People
+from components.tracking.registry import Registry
 
 __all__ = [
     "AnswerRecord",
@@ -39,6 +49,8 @@ __all__ = [
 ]
 
 Rating = Literal["up", "down"]
+ALIAS_SECONDS = 60.0
+"""Longest wait for another host that moves aliases."""
 
 
 class UnknownCompletion(InputError):
@@ -55,6 +67,8 @@ class AnswerRecord:
     """Wall time from the request to the last token."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    conversation: str | None = None
+    """`conversation_digest` of the request's messages and this answer."""
 
 
 _VOTED = ("id", "created", "rating", "correction", "comment", "idempotency_key", "voice", "owner")
@@ -80,8 +94,8 @@ _REPLACE = (
 )
 
 
-class Store(Ledger, Keys, Pictures, People):
-    """Requests with their pictures, answers, feedback with its status, API keys and the audit log in one database.
+class Store(Ledger, Keys, Pictures, People, Replicas, Leases):
+    """Requests with their pictures, answers, feedback with its status, API keys, the audit log and what replicas share.
 
     `owner` is the owner of the API key that a row is made with, empty without a key. Where a `viewer` is given, the
     rows of other owners do not exist; None sees all. Every method raises StoreUnavailable when the database is locked
@@ -95,6 +109,7 @@ class Store(Ledger, Keys, Pictures, People):
             home.mkdir(parents=True, exist_ok=True)
         return cls(url, busy_seconds)
 
+    @through_restarts
     def add_request(
         self,
         completion_id: str,
@@ -111,9 +126,11 @@ class Store(Ledger, Keys, Pictures, People):
         with self._write(synced=False) as connection:
             self._insert_request(connection, row, pictures)
 
+    @through_restarts
     def add_answer(self, completion_id: str, answer: AnswerRecord) -> None:
         self._insert((ANSWERS, _answer_row(completion_id, answer)))
 
+    @through_restarts
     def add_exchange(
         self,
         completion_id: str,
@@ -131,13 +148,15 @@ class Store(Ledger, Keys, Pictures, People):
             return
         with self._write() as connection:
             self._insert_request(connection, row, pictures)
-            connection.execute(ANSWERS.insert(), _answer_row(completion_id, answer))
+            answered = insertion(connection, ANSWERS).on_conflict_do_nothing()
+            connection.execute(answered, _answer_row(completion_id, answer))
 
     def _insert_request(self, connection: Connection, row: dict[str, Any], pictures: Sequence[PictureFile]) -> None:
         if pictures:  # `forget` may be about to delete one that no other request refers to
             self._in_turn(connection)
-        connection.execute(REQUESTS.insert(), row)
-        self._add_pictures(connection, row["id"], pictures)
+        new = insertion(connection, REQUESTS).on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+        if connection.execute(new, row).rowcount:  # else its commit was not acknowledged
+            self._add_pictures(connection, row["id"], pictures)
 
     def add_feedback(
         self,
@@ -158,16 +177,17 @@ class Store(Ledger, Keys, Pictures, People):
         for name, value in vote.items():
             if value and "\0" in value:
                 raise InputError(f"{name}: contains a NUL character; send text without it")
+        feedback_id = f"fb-{uuid.uuid4().hex}"
+        row: dict[str, Any] = {"new_id": feedback_id, **{f"new_{name}": value for name, value in vote.items()}}
+        row |= {"new_voice": _column_value(user), "new_owner": owner, "new_created": time.time()}
         try:
-            return self._vote(completion_id, {**vote, "voice": _column_value(user), "owner": owner}, viewer)
+            self._vote(completion_id, row, viewer)
         except IntegrityError:
-            if idempotency_key is None:
-                raise
-            with self._read() as connection:
-                same = (FEEDBACK.c.owner == owner, FEEDBACK.c.idempotency_key == idempotency_key)
-                known = _first(connection, select(FEEDBACK).where(*same))
+            known = self._recorded_vote(feedback_id, owner, idempotency_key)
             if known is None:
                 raise
+        else:
+            return feedback_id
         if known["completion_id"] != completion_id:
             raise InputError(
                 f"Idempotency-Key: {idempotency_key!r} was used for {known['completion_id']}; "
@@ -175,20 +195,26 @@ class Store(Ledger, Keys, Pictures, People):
             )
         return str(known["id"])
 
-    def _vote(self, completion_id: str, vote: Mapping[str, Any], viewer: str | None) -> str:
+    @through_restarts
+    def _vote(self, completion_id: str, row: Mapping[str, Any], viewer: str | None) -> None:
         """Insert a vote with two statements; the database's constraints detect errors."""
-        feedback_id = f"fb-{uuid.uuid4().hex}"
-        row = {f"new_{name}": value for name, value in vote.items()}
-        row |= {"completion": completion_id, "viewer": viewer, "new_id": feedback_id, "new_created": time.time()}
         with self._write() as connection:
             self._in_turn(connection)
-            if "\0" in completion_id or not connection.execute(_VOTE, row).rowcount:
+            new = {**row, "completion": completion_id, "viewer": viewer}
+            if "\0" in completion_id or not connection.execute(_VOTE, new).rowcount:
                 raise UnknownCompletion(
                     f"completion_id: {completion_id!r} is not a completion of this endpoint; send the id of an answer"
                 )
-            connection.execute(_REPLACE, {"completion": completion_id, "new_id": feedback_id})
-        return feedback_id
+            connection.execute(_REPLACE, {"completion": completion_id, "new_id": row["new_id"]})
 
+    @through_restarts
+    def _recorded_vote(self, feedback_id: str, owner: str, idempotency_key: str | None) -> dict[str, Any] | None:
+        """The vote of this id, whose commit was not acknowledged, or of this key."""
+        keyed = and_(FEEDBACK.c.owner == owner, FEEDBACK.c.idempotency_key == idempotency_key)
+        with self._read() as connection:
+            return _first(connection, select(FEEDBACK).where(or_(FEEDBACK.c.id == feedback_id, keyed)))
+
+    @through_restarts
     def completion(self, completion_id: str, viewer: str | None = None) -> dict[str, Any]:
         """The record of one completion: `id, created, model, owner, request, answer, feedback`.
 
@@ -224,6 +250,26 @@ def audit(home: Path, action: Action, target: str, detail: str | None = None) ->
     """Record an action in the audit log of a state folder's store."""
     with closing(Store.of(home)) as store:
         store.add_audit(action, target, detail)
+
+
+@contextmanager
+def leased_in(home: Path, name: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lease during the block where the state folder's store is shared; who loses it goes on."""
+    if not is_shared(home):
+        yield
+        return
+    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process=False):
+        yield
+
+
+def is_shared(home: Path) -> bool:
+    """Whether other hosts may use the state folder's store too."""
+    return database_url(home).startswith("postgres")
+
+
+def shared_registry(home: Path) -> Registry:
+    """The registry, whose aliases one host at a time moves where several share the store."""
+    return Registry(home, lambda: leased_in(home, "aliases", ALIAS_SECONDS))
 
 
 def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:

@@ -46,6 +46,8 @@ ANSWERS = Table(
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("seconds", Float, nullable=False),
+    # Digest of the conversation up to this answer, by which its next request is recognized; null in older rows.
+    Column("conversation", String(32), index=True),
 )
 PICTURES = Table(
     "pictures",
@@ -157,4 +159,31 @@ AUDIT = Table(
     Column("object", String(256), nullable=False),
     Column("detail", Text),
     sqlite_autoincrement=True,
+)
+RATE_LIMITS = Table(
+    "rate_limits",
+    METADATA,
+    Column("key", String(96), primary_key=True),
+    # Time of the database's clock at which the key may send a whole minute's requests again.
+    Column("full_at", Float, nullable=False),
+)
+REPLICAS = Table(
+    "replicas",
+    METADATA,
+    Column("id", String(64), primary_key=True),
+    # Time of the database's clock.
+    Column("seen", Float, nullable=False),
+    # Names of the models that it can answer with, or has refused for itself.
+    Column("models", JSON, nullable=False),
+)
+LEASES = Table(
+    "leases",
+    METADATA,
+    Column("name", String(64), primary_key=True),
+    # Host, process and a random part; empty once it was given back.
+    Column("owner", String(256), nullable=False),
+    # Increases with every owner: what an earlier owner still writes is refused.
+    Column("token", Integer, nullable=False),
+    # Time of the database's clock.
+    Column("expires", Float, nullable=False),
 )

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -172,11 +173,15 @@ def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent:
 
 
 def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
-    """Mark runs of that name in this state folder that count as running; the caller knows that none does."""
+    """Mark runs of that name in this state folder on this host that count as running; the caller knows that none does.
+
+    Another host may have a state folder of the same path on the same server.
+    """
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     unended = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     for run in client.search_runs([experiment], unended):
-        if run.data.tags.get("home") == str(home):  # not in the filter, whose quotes a path may break
+        tags, host = run.data.tags, socket.gethostname()
+        if tags.get("home") == str(home) and tags.get("host", host) == host:  # quotes of a path may break the filter
             client.set_terminated(run.info.run_id, "KILLED")
 
 

@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from components.tracking.mlflow_client import (
     mlflow_name,
     save_pyfunc,
 )
+from components.tracking.model_names import known_names, parse_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -98,8 +99,9 @@ class ModelVersion:
 class Registry:
     """Registered models: versions, and the aliases champion, challenger and previous."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, lock: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """`lock` keeps other hosts from moving aliases, where there are others."""
+        self.home, self._lock = home, lock
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -129,10 +131,14 @@ class Registry:
         Raises: InputError for an unknown name.
         """
         if name not in (names := self.names()):
-            raise InputError(f"{name}: no such model in the registry; {_known(names)}")
+            raise InputError(f"{name}: no such model in the registry; {known_names(names)}")
         rows = self.client.search_model_versions(f"name = '{name}'")
         aliases = self.aliases(name)
         return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))]
+
+    def version_names(self, name: str) -> set[str]:
+        """`NAME/VERSION` of all versions, in one query."""
+        return {f"{name}/{row.version}" for row in self.client.search_model_versions(f"name = '{name}'")}
 
     def resolve(self, name: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
@@ -141,13 +147,13 @@ class Registry:
         """
         if version := self.find(name):
             return version
-        versions = self.versions(_parse(name)[0])
+        versions = self.versions(parse_name(name)[0])
         names = [name for row in versions for name in (str(row), *(f"{row.name}@{alias}" for alias in row.aliases))]
-        raise InputError(f"{name}: not in the registry; {_known(names)}")
+        raise InputError(f"{name}: not in the registry; {known_names(names)}")
 
     def find(self, name: str) -> ModelVersion | None:
         """`resolve`, or None where there is no such version."""
-        name, version, alias = _parse(name)
+        name, version, alias = parse_name(name)
         aliases = self.aliases(name)
         version = version or str(aliases.get(alias, ""))
         if not version:
@@ -275,28 +281,38 @@ class Registry:
         with self._locked():
             self._set_aliases(name, {alias: version.version if version else None})
 
-    def promote(self, version: ModelVersion) -> None:
+    def promote(self, version: ModelVersion, expected: str | None = None) -> None:
         """Make a version the champion; the old champion becomes `previous`.
 
-        Raises: InputError when it is already, or its files cannot be used.
+        `expected` is the champion that it was compared with, empty for none; None: whichever there is.
+        Raises: InputError when it is already, its files cannot be used, or another champion than `expected` is there.
         """
         _ = version.folder
         with self._locked():
             champion = self.aliases(version.name).get("champion")
             if champion == version.version:
                 raise InputError(f"{version}: is the champion already")
+            current = f"{version.name}/{champion}" if champion else ""
+            if expected is not None and current != expected:
+                compared = f"compared with {expected or 'no champion'}"
+                raise InputError(f"{version}: was {compared}, and {current} is the champion now; run it again")
             self._make_champion(version.name, version.version, champion)
 
     def rollback(self, name: str) -> ModelVersion:
         """Make `previous` the champion again; the champion becomes `previous`.
 
-        Raises: InputError when there is no previous champion.
+        Raises: InputError when there is no previous champion, or another process has moved the alias meanwhile.
         """
-        if PREVIOUS not in self.aliases(name):
+        seen = self.aliases(name)
+        if PREVIOUS not in seen:
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
         with self._locked():
             aliases = self.aliases(name)
+            if aliases["champion"] != seen["champion"]:
+                raise InputError(
+                    f"{name}: {name}/{aliases.get('champion')} has become the champion meanwhile; look again"
+                )
             # It may still be the pipeline's newest model: a run must not promote it again.
             self._tag(name, aliases["champion"], {"rolled_back": "true"})
             self._make_champion(name, aliases[PREVIOUS], aliases["champion"])
@@ -317,12 +333,11 @@ class Registry:
             self._make_champion(version.name, aliases[PREVIOUS], before)
             return True
 
-    def _locked(self) -> AbstractContextManager[None]:
-        """Lock the aliases against other processes on this machine.
-
-        Raises: InputError when another process does so for longer than `_LOCK_SECONDS`.
-        """
-        return file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS)
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock the aliases; raises InputError when another process holds the lock for longer than `_LOCK_SECONDS`."""
+        with file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS), self._lock():
+            yield
 
     def _make_champion(self, name: str, version: int, before: int | str | None) -> None:
         """Make a version champion, with `before` as its `previous`.
@@ -380,19 +395,6 @@ def is_empty(home: Path) -> bool:
 def resolve(name: str, home: Path) -> ModelVersion:
     """The registered version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names."""
     return Registry(home).resolve(name)
-
-
-def _parse(name: str) -> tuple[str, str, str]:
-    """Name, version, alias of `NAME@ALIAS`, `NAME/VERSION` or `NAME`."""
-    name, at, alias = name.removeprefix("models:/").partition("@")
-    if at:
-        return name, "", alias
-    name, slash, version = name.partition("/")
-    return (name, version, "") if slash else (name, "", "champion")
-
-
-def _known(names: list[str]) -> str:
-    return f"known: {', '.join(names)}" if names else 'it is empty; run "loopwright run"'
 
 
 def _now() -> int:

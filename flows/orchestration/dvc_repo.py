@@ -18,9 +18,9 @@ from typing import Any
 
 from components.config.params import InputError
 from components.config.paths import Paths, disk_trouble, writing
-from components.runtime.files import replace_file
+from components.runtime.files import replace_file, write_text
 from components.runtime.process import alive, has_git
-from components.runtime.stage import PIPELINE, read_stages
+from components.runtime.stage import PIPELINE, outs, read_stages
 from flows.orchestration.dvc_command import write_in_one_step
 
 
@@ -192,6 +192,42 @@ def version_data(root: Path, folder: Path) -> str:
         repo.scm_context.quiet = True  # DVC's advice on git would stand in the middle of a command's answer
         added = repo.add([str(folder)])
         return str(added[0].outs[0].hash_info.value)
+
+
+def push_data(root: Path, folder: Path) -> None:
+    """Send a versioned folder to DVC's remote, from where other hosts fetch it.
+
+    Raises: InputError when DVC cannot.
+    """
+    with chdir(root), open_repo(root, folder) as repo:
+        repo.push(targets=[f"{folder.relative_to(root)}.dvc"])
+
+
+def fetch_version(root: Path, folder: Path, version: str) -> None:
+    """Replace a folder by a version of it, from DVC's cache or remote; `version` is what `version_data` returned.
+
+    Raises: InputError when neither has it.
+    """
+    content = f"outs:\n- md5: {version}\n  hash: md5\n  path: {folder.name}\n"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_text(folder.parent / f"{folder.name}.dvc", content)
+    with chdir(root), open_repo(root, folder) as repo:
+        repo.pull(targets=[f"{folder.relative_to(root)}.dvc"], force=True)
+
+
+def fetch_missing(root: Path, pipeline: str) -> None:
+    """Bring what the stages of a pipeline read and other stages wrote, where it is not on this disk, from the remote.
+
+    Raises: InputError when the remote lacks something.
+    """
+    written = {out for stage in read_stages(root, PIPELINE).values() for out in outs(stage)}
+    read = {dep for stage in read_stages(root, pipeline).values() for dep in stage.get("deps", [])}
+    targets = sorted(
+        dep for dep in read if not (root / dep).exists() and any(Path(dep).is_relative_to(out) for out in written)
+    )
+    if targets and (root / "dvc.lock").is_file():
+        with chdir(root), open_repo(root) as repo:
+            repo.pull(targets=targets)
 
 
 def cache_folder(root: Path) -> Path:

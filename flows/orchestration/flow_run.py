@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -132,7 +133,7 @@ def _tracked(name: str, home: Path) -> Iterator[Note]:
     uploader = Uploader(home)
     client = connect(home)
     end_killed_runs(client, name, home)
-    run_id = create_run(client, name, {"home": str(home)}, None, int(time.time() * 1000))
+    run_id = create_run(client, name, {"home": str(home), "host": socket.gethostname()}, None, int(time.time() * 1000))
     os.environ[PARENT_RUN] = run_id
     uploader.start()
 

@@ -11,18 +11,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import UUID
 
 from components.config.params import InputError
 from components.config.secrets import hidden
+from components.feedback.leases import LeaseHolder
+from components.feedback.store import Store, is_shared, leased_in
 from components.runtime.files import replace_file
 from components.runtime.process import file_lock, lock_owner, start, stop
 from components.runtime.service_registry import LOOPBACK, running, wait_for
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun
 
 AUTH_FILE = "prefect-auth"
 """In the state folder: what Prefect's page and clients sign in with, `admin:PASSWORD`."""
@@ -30,6 +36,10 @@ AUTH_STRING = "PREFECT_API_AUTH_STRING"
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
+_LEASE = "flow-run "
+"""Begin of the name of a flow run's lease."""
+_BEGIN_SECONDS = 300.0
+"""Longest time from a flow run's last state to its lease: its worker starts a process, which imports Prefect."""
 _PAGE = 200
 """Flow runs that Prefect lists in one answer."""
 _SETTINGS = {
@@ -135,8 +145,11 @@ def prefect_api(home: Path) -> Iterator[Api]:
 
 @contextmanager
 def heartbeat(home: Path, flow_run: str) -> Iterator[None]:
-    """Hold a lock during the block that shows that this flow run's process lives; it is released with the process."""
-    with file_lock(home / "flows", flow_run):
+    """Hold a lock during the block that shows that this flow run's process lives; it is released with the process.
+
+    Other hosts see a lease in the database that they share.
+    """
+    with file_lock(home / "flows", flow_run), leased_in(home, f"{_LEASE}{flow_run}"):
         try:
             yield
         finally:
@@ -151,21 +164,36 @@ def home_tag(home: Path) -> str:
 def mark_crashed_runs(home: Path, own_server: bool) -> None:
     """Mark flow runs of this state folder as crashed whose process was killed, by their missing heartbeat.
 
-    On the folder's own server these include runs with the path from before the folder was moved or copied.
+    On the folder's own server these include runs with the path from before the folder was moved or copied. Where hosts
+    share a database, a run is another host's until its lease there has expired, or, without one, for `_BEGIN_SECONDS`.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
 
+    holders: dict[str, LeaseHolder] | None = None
+    if is_shared(home):
+        with closing(Store.of(home)) as store:
+            holders = {holder.name.removeprefix(_LEASE): holder for holder in store.lease_holders(_LEASE)}
     unended = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
     running = FlowRunFilter.model_validate({"state": {"type": {"any_": unended}}})
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=running):
             homes = [Path(tag.removeprefix("home:")) for tag in run.tags if tag.startswith("home:")]
             is_own = home in homes or (own_server and homes)
+            if is_own and holders is not None and _may_live_elsewhere(run, holders.get(str(run.id))):
+                continue
             if is_own and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
+
+
+def _may_live_elsewhere(run: FlowRun, holder: LeaseHolder | None) -> bool:
+    """Whether a flow run may be one that another host begins or executes."""
+    if holder is not None:
+        return holder.is_held and holder.host != socket.gethostname()
+    since = run.state.timestamp if run.state else run.created
+    return since is not None and (datetime.now(UTC) - since).total_seconds() < _BEGIN_SECONDS
 
 
 def prune_flow_runs(url: str, home: Path, newest: int, dry_run: bool) -> list[str]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from components.agent.agent import DEFAULT_OPTIONS, Agent
 from components.agent.tool_policy import OPEN, ToolPolicy
 from components.agent.tools import Tool
@@ -175,6 +177,9 @@ class Backend(ABC):
     task: Task = "chat"
     sees_pictures: bool = False
     """Whether its model reads the pictures in the `images` of messages."""
+
+    model: nn.Module | None = None
+    """Its weights, where they are in this process."""
 
     def __init__(self, agent: Agent | None, name: str, config: ServeConfig, slots: int = 0) -> None:
         self.agent = agent

@@ -35,7 +35,7 @@ class SummarizerWorker(Backend):
 
     def __init__(self, texts: Summarizer, name: str, config: ServeConfig) -> None:
         super().__init__(None, name, config)
-        self.texts = texts
+        self.texts, self.model = texts, texts.model
         self._started: queue.SimpleQueue[GenerationTask | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"{name}-writer", daemon=True)
         self._thread.start()

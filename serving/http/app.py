@@ -18,7 +18,7 @@ from serving.http import chat_handler, classify, page_files
 from serving.http.errors import ERRORS, ApiError, handle_errors
 from serving.http.routes import Running, StrictRoute, record_owner, record_viewer
 from serving.http.schemas import FeedbackRequest
-from serving.models.alias_watcher import describe
+from serving.models.state import describe
 from serving.observability.metrics import CONTENT_TYPE
 
 MAX_KEY_CHARACTERS = 255
@@ -126,9 +126,9 @@ async def livez() -> Response:
 
 @router.get("/readyz", response_class=Response)
 async def readyz(serving: Running) -> Response:
-    """200 while requests are answered; 503 while loading or stopping."""
-    if not serving.ready:
-        raise ApiError(503, "not ready: the model is loading or the server is stopping", "not_ready")
+    """200 while requests are answered and recorded; 503 while loading, without a database, or stopping."""
+    if reason := serving.unready:
+        raise ApiError(503, f"not ready: {reason}", "not_ready")
     return Response("ok\n", media_type="text/plain")
 
 

@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from components.agent.agent import Agent, ContextTooLong
 from components.agent.tool_policy import OPEN, ToolPolicy, ToolSession
+from components.feedback.replicas import conversation_digest
 from components.feedback.store import AnswerRecord, Store
 from components.inference.schemas import SchemaError
 from components.tracking.otlp import OtlpTraces
@@ -223,6 +224,7 @@ class ChatHandler:
         return self._media.recorded(body) if self._media.files else body
 
     def _record(self, finished: Completion) -> None:
+        answer_message = {"role": "assistant", "content": finished.content, "tool_calls": finished.tool_calls}
         answer = AnswerRecord(
             content=finished.content,
             finish_reason=finished.finish_reason,
@@ -231,6 +233,7 @@ class ChatHandler:
             seconds=self._request_metrics.seconds,
             steps=[*self._confirmed, *finished.steps],
             tool_calls=finished.tool_calls,
+            conversation=conversation_digest([*(message.plain() for message in self.body.messages), answer_message]),
         )
         if self.body.stream:
             self._store.add_answer(self.id, answer)
@@ -271,9 +274,12 @@ async def begin(
     """Submit a request; a streamed one waits for its slot, so that an error still has its HTTP status."""
     media: RequestMedia | None = None if body.has_media else NO_MEDIA
     confirmed: Confirmed | None = None
+    answered_by: str | None = None
+    if any(watcher.has_alternatives for watcher in (serving.models, serving.summarizers)):
+        answered_by = await run_in_threadpool(answering_model, body, serving.store, owner)
     while True:
         watcher = serving.chat_watcher(body.model)
-        backend = serving.choose(watcher, body.model, user)
+        backend = serving.choose(watcher, body.model, user, answered_by)
         if body.has_media and not backend.sees_pictures:
             refuse_media(body.messages)
         try:
@@ -297,6 +303,13 @@ async def begin(
         if body.stream:
             await handler.started()
         return handler
+
+
+def answering_model(body: ChatRequest, store: Store, owner: str) -> str | None:
+    """The model that gave the last answer of a request's conversation, whichever replica it came from."""
+    messages = [message.plain() for message in body.messages]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return store.answering_model(conversation_digest(messages[: answers[-1] + 1]), owner) if answers else None
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import logging
-import math
 import os
-import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
 from functools import lru_cache
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -27,18 +21,12 @@ from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from components.config.params import InputError
-from components.feedback.keys import ApiKey, key_digest
 from components.feedback.keys import Scope as KeyScope
-from components.feedback.store import Store, StoreUnavailable, has_store
+from components.feedback.store import StoreUnavailable
 from serving.http.errors import error_response, store_unavailable
+from serving.http.keyring import Keyring, RateLimit
 from serving.models.state import Serving
 
-REFRESH_SECONDS = 5.0
-"""Time after which a key that was created or revoked meanwhile takes effect."""
-HASHED = "sha256:"
-"""Prefix of a digest that LOOPWRIGHT_API_KEYS holds instead of a key."""
-DIGEST_CHARACTERS = 64
 DISCARDED_BYTES = 64 * 1024 * 1024
 """Bytes read of a rejected body, so that its sender gets to read the response."""
 USER_DIGITS = 16
@@ -47,8 +35,6 @@ CHAT = "/v1/chat/completions"
 OTHER = "other"
 """Metrics label of a path that matches no route."""
 REASONS = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
-
-logger = logging.getLogger("loopwright.keys")
 
 
 class BodyTooLarge(Exception):
@@ -68,7 +54,7 @@ class GatewayMiddleware:
         self._exact = {path for path in paths if "{" not in path}
         self._templates = {path.partition("{")[0]: path for path in paths if "{" in path}
         self._keys = Keyring(os.environ.get("LOOPWRIGHT_API_KEYS", ""))
-        self._rate_limit = TokenBucket()
+        self._rate_limit = RateLimit()
         self._held = _HeldBytes()
         self._cors: dict[tuple[str, ...], CORSMiddleware] = {}
 
@@ -91,7 +77,8 @@ class GatewayMiddleware:
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         serving: Serving = self.api.state.serving
-        response, route = _ResponseFormatter(scope, receive, send), self._route(scope["path"])
+        response = _ResponseFormatter(scope, receive, send, is_last=serving.stopping)
+        route = self._route(scope["path"])
         started = time.perf_counter()
         try:
             await self._forward(serving, route, scope, receive, response)
@@ -138,27 +125,28 @@ class GatewayMiddleware:
     async def _refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         if scope["path"] != "/v1" and not scope["path"].startswith("/v1/"):
             return None
-        if not self._keys.is_fresh:
-            try:
+        try:
+            if not self._keys.is_fresh:
                 await run_in_threadpool(self._keys.refresh, serving.store)
-            except StoreUnavailable as error:
-                return store_unavailable(error)
-        refusal = (
-            self._key_refusal(serving, scope) if self._keys else _keyless_refusal(scope, serving.config.allowed_origins)
-        )
+            if self._keys:
+                refusal = await self._key_refusal(serving, scope)
+            else:
+                refusal = _keyless_refusal(scope, serving.config.allowed_origins)
+        except StoreUnavailable as error:
+            return store_unavailable(error)
         if refusal is None and serving.draining:
             message = "the server is stopping; try another or later"
             return error_response(503, message, "draining", headers={"Retry-After": "1"})
         return refusal
 
-    def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
+    async def _key_refusal(self, serving: Serving, scope: Scope) -> JSONResponse | None:
         key = self._keys.find(_header(scope, b"authorization"))
         if key is None:
             message = "Authorization: missing or unknown key; send 'Authorization: Bearer KEY'"
             return error_response(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         scope["api_key"], scope["api_key_user"] = key, f"key:{key.digest[:USER_DIGITS]}"
         limit = key.requests_per_minute or serving.config.requests_per_minute
-        if seconds := self._rate_limit.wait(key, limit):
+        if seconds := await self._rate_limit.wait(serving.store, key, limit):
             message = f"more than {limit} requests a minute with this key; try again in {seconds} s"
             return error_response(429, message, "rate_limit_exceeded", headers={"Retry-After": str(seconds)})
         method, path = scope["method"], scope["path"]
@@ -210,10 +198,13 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 class _ResponseFormatter:
-    """Sends a response on; an error in another format is replaced by one in OpenAI's."""
+    """Sends a response on; an error in another format is replaced by one in OpenAI's.
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
+    The `is_last` of its connection closes it: a balancer that reuses connections leaves a server that is stopping.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, is_last: bool) -> None:
+        self._scope, self._receive, self._send, self._is_last = scope, receive, send, is_last
         self._replacement: JSONResponse | None = None
         self.status = 500
         """The response's status; 500 when the app fails before it responds."""
@@ -221,6 +212,8 @@ class _ResponseFormatter:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+            if self._is_last:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
             media_type = next((value for name, value in message["headers"] if name.lower() == b"content-type"), b"")
             if self.status >= 400 and not media_type.startswith(b"application/json"):
                 reason = REASONS.get(self.status, "the request failed")
@@ -298,88 +291,3 @@ def _is_loopback(host: str) -> bool | None:
         return None
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
-
-
-def environment_keys(variable: str) -> list[ApiKey]:
-    """The keys of LOOPWRIGHT_API_KEYS, comma-separated, each in plain text or as `sha256:DIGEST`; all have scope admin.
-
-    Raises: InputError for an invalid digest.
-    """
-    digests = []
-    for entry in filter(None, (entry.strip() for entry in variable.split(","))):
-        digest = entry.removeprefix(HASHED).lower() if entry.startswith(HASHED) else key_digest(entry)
-        if len(digest) != DIGEST_CHARACTERS or set(digest) - set("0123456789abcdef"):
-            raise InputError(
-                f"LOOPWRIGHT_API_KEYS: {HASHED}... must be followed by {DIGEST_CHARACTERS} hexadecimal digits"
-            )
-        digests.append(digest)
-    names = {digest: f"environment-{digest[:12]}" for digest in digests}
-    return [ApiKey(name, digest, frozenset({"admin"}), owner=name) for digest, name in names.items()]
-
-
-def has_keys(variable: str, home: Path) -> bool:
-    """Whether any key exists; the state folder's store is opened only where LOOPWRIGHT_API_KEYS has none."""
-    if environment_keys(variable):
-        return True
-    if not has_store(home):
-        return False
-    with closing(Store.of(home)) as store:
-        return bool(store.open_keys())
-
-
-class Keyring:
-    """All active keys, looked up by digest: what its timing leaks reveals nothing of a key."""
-
-    def __init__(self, variable: str) -> None:
-        self._environment = environment_keys(variable)
-        self._by_digest = {key.digest: key for key in self._environment}
-        self._refreshed: float | None = None
-        self._refreshing = threading.Lock()
-
-    def __bool__(self) -> bool:
-        return bool(self._by_digest)
-
-    @property
-    def is_fresh(self) -> bool:
-        return self._refreshed is not None and time.monotonic() - self._refreshed < REFRESH_SECONDS
-
-    def refresh(self, store: Store) -> None:
-        """Read the store's keys, unless another thread just did.
-
-        Raises: StoreUnavailable the first time: the valid keys are unknown then.
-        """
-        with self._refreshing:
-            if self.is_fresh:
-                return
-            try:
-                stored = store.open_keys()
-            except StoreUnavailable as error:
-                if self._refreshed is None:
-                    raise
-                logger.warning("keys not refreshed: %s", error)
-                return
-            self._by_digest = {key.digest: key for key in (*stored, *self._environment)}
-            self._refreshed = time.monotonic()
-
-    def find(self, authorization: bytes) -> ApiKey | None:
-        scheme, _, token = authorization.partition(b" ")
-        key = self._by_digest.get(key_digest(token.strip())) if scheme.lower() == b"bearer" else None
-        return None if key is None or (key.expires is not None and key.expires <= time.time()) else key
-
-
-class TokenBucket:
-    """Rate limit per key: a bucket that holds a minute's requests and refills continuously."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}
-        """By key: requests left, and the time of that count."""
-
-    def wait(self, key: ApiKey, per_minute: int) -> int:
-        """0 where the request is allowed, and counts it; else whole seconds until the next is allowed."""
-        now = self._clock()
-        left, then = self._buckets.get(key.id, (float(per_minute), now))
-        left = min(per_minute, left + (now - then) * per_minute / 60)
-        allowed = left >= 1
-        self._buckets[key.id] = (left - 1 if allowed else left, now)
-        return 0 if allowed else max(1, math.ceil((1 - left) * 60 / per_minute))

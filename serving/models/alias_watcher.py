@@ -1,45 +1,39 @@
 """Alias watcher: loads the versions that a source's aliases point at, and swaps them when an alias moves.
 
 A new model is loaded, warmed up and smoke-tested beside the old one, then one reference changes. A request keeps the
-model it began with. The old model stays loaded until the new one passes its smoke test in service, else it is restored;
-then it is retired and closes with its last request.
+model it began with. The old model stays loaded until the new one passes its smoke test in service, else it is restored.
+After a promotion it goes on with the conversations that it began, and takes new ones until every replica has the new
+model; then it is retired and closes with its last request.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import queue
+import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
-from components.config.params import InputError
-from components.models.devices import threads_for, use_threads
-from serving.engine.backend import (
-    Backend,
-    BackendNotReady,
-    BackendRetired,
-    BackendUnavailable,
-    Completion,
-    Event,
-    Failure,
-    GenerationRequest,
-)
+from components.config.errors import InputError, Unavailable
+from serving.engine.backend import Backend, BackendNotReady
 from serving.engine.classifier_worker import ClassifierWorker
+from serving.models.replica import Replica, refused
+from serving.models.smoke_test import Fault, smoke_fault
 from serving.models.versions import Source, Version
 
 CLOSE_SECONDS = 2.0
 """Longest wait for a load in progress when the server stops; its thread is a daemon."""
 FULL_CHECK_SECONDS = 30.0
 """Interval at which the source is resolved again even if its version token has not changed."""
-QUESTION = "Hello"
-"""Smoke question of a version that has none of its own."""
-SMOKE_SECONDS = 60.0
-"""Longest wait for a smoke test's answer and the slot it needs."""
+LONGEST_PAUSE_SECONDS = 60.0
+"""Longest interval of polls while the source does not answer."""
+AGREEMENT_SECONDS = 600.0
+"""Longest wait for the other replicas to load a new champion; those that take longer are left behind."""
 Role = Literal["champion", "challenger", "former"]
 
 logger = logging.getLogger("loopwright.follow")
@@ -54,21 +48,19 @@ class ModelRejected(InputError):
 
 
 @dataclass(frozen=True)
-class Fault:
-    """Why a version fails its smoke test."""
-
-    reason: str
-    temporary: bool = False
-    """The server that runs it cannot answer now, which says nothing of the version."""
-
-
-@dataclass(frozen=True)
 class ServingModels(Generic[M]):
     """The models that answer; replaced as a whole, so that each request sees one consistent pair."""
 
     champion: M | None = None
     """None until the first load is complete."""
     challenger: M | None = None
+    former: M | None = None
+    """The champion before a promotion, while it still answers its conversations."""
+    agreed: bool = True
+    """Whether all replicas have the champion; else new conversations begin with the former one."""
+
+    def __iter__(self) -> Iterator[M]:
+        return (model for model in (self.champion, self.challenger, self.former) if model is not None)
 
 
 class AliasWatcher(Generic[M]):
@@ -81,18 +73,25 @@ class AliasWatcher(Generic[M]):
         load: Callable[[Path, str], M],
         seconds: float | None,
         share: float = 0.0,
+        handover_seconds: float = 0.0,
+        replica: Replica | None = None,
     ) -> None:
         self.spec = spec
         """`NAME@ALIAS` or `NAME/VERSION`."""
         self.name = spec.partition("@")[0].partition("/")[0]
         self._source, self._load, self._seconds, self._share = source, load, seconds, share
+        self._handover_seconds, self._replica = handover_seconds, replica
+        self._succeeded = 0.0
+        """By `time.monotonic()`: when the former champion was succeeded here, later everywhere."""
+        self._failures = 0
+        """Polls in a row that the source did not answer."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch_source, name="follow", daemon=True)
         self._rejected: set[str] = set()
         """Versions that are not loaded again."""
         self._retry_challenger = False
         """The challenger failed for a reason that may pass."""
-        self._unreported: dict[str, tuple[Version, str]] = {}
+        self._unreported: dict[str, tuple[Version, Fault]] = {}
         """Failed versions that the registry does not know of yet, with the reason."""
         self._retiring: list[M] = []
         self._etag: object = None
@@ -107,7 +106,7 @@ class AliasWatcher(Generic[M]):
         self.error: Exception | None = None
         """Error of the first load."""
         self.served: set[str] = set()
-        """Every `NAME/VERSION` that has answered since this process started."""
+        """Every `NAME/VERSION` that may have answered, here or in a replica that started earlier."""
 
     @property
     def engine(self) -> M | None:
@@ -117,8 +116,18 @@ class AliasWatcher(Generic[M]):
     @property
     def engines(self) -> list[M]:
         """All models that may still be answering."""
+        return [*self.serving_models, *self._retiring]
+
+    @property
+    def announced(self) -> set[str]:
+        """What the other replicas are told: the spec, and each version that is loaded or refused here."""
+        return {self.spec, *(engine.name for engine in self.serving_models), *map(refused, tuple(self._rejected))}
+
+    @property
+    def has_alternatives(self) -> bool:
+        """Whether another model than the champion may answer a request that names no version."""
         models = self.serving_models
-        return [engine for engine in (models.champion, models.challenger, *self._retiring) if engine is not None]
+        return models.challenger is not None or models.former is not None
 
     def start(self) -> None:
         self._thread.start()
@@ -140,19 +149,25 @@ class AliasWatcher(Generic[M]):
         challenged = self.serving_models.challenger is not None and model == f"{self.name}@challenger"
         return challenged or model in (None, self.name, self.spec) or model in self.served
 
-    def choose(self, model: str | None, user: str) -> M | None:
+    def choose(self, model: str | None, user: str, answered_by: str | None = None) -> M | None:
         """The model that answers a user's request for `model`; None where `answers_to` is false, or none is loaded.
 
-        The challenger gets its share of the users whose requests name no version: the same users for as long as the
+        A request that names no version goes to the model that its conversation was `answered_by`, while that is
+        loaded. The challenger gets its share of the users of other such requests: the same users for as long as the
         challenger stays the same.
         """
         models = self.serving_models
+        version = answered_by if model in (None, self.name, self.spec) else model
+        for former in models:
+            if former.name == version:
+                return former
         if models.challenger is not None:
             if model in (models.challenger.name, f"{self.name}@challenger"):
                 return models.challenger
             if model in (None, self.name) and _bucket(models.challenger.name, user) < self._share:
                 return models.challenger
-        return models.champion if self.answers_to(model) else None
+        first = models.champion if models.agreed else models.former or models.champion
+        return first if self.answers_to(model) else None
 
     def role(self, model: str) -> Role:
         models = self.serving_models
@@ -167,8 +182,9 @@ class AliasWatcher(Generic[M]):
                 self._next_check = time.monotonic() + FULL_CHECK_SECONDS
                 self._etag = etag if self._try_update() else None
             self._drop_retired()
+            self._hand_over()
             self.first.set()
-            if self._seconds is None or self._stop.wait(self._seconds):
+            if self._seconds is None or self._stop.wait(poll_pause(self._seconds, self._failures)):
                 return
 
     def _try_update(self) -> bool:
@@ -178,7 +194,9 @@ class AliasWatcher(Generic[M]):
             self.update()
         except Exception as error:
             # The registry may be unavailable for a while; loaded models go on answering.
-            done = isinstance(error, InputError) and not isinstance(error, BackendNotReady)
+            answered = isinstance(error, InputError) and not isinstance(error, Unavailable)
+            done = answered and not isinstance(error, BackendNotReady)
+            self._failures = 0 if answered else self._failures + 1
             if not isinstance(error, InputError):
                 logger.exception("looking for a new model failed")
             if self.engine is None:
@@ -186,6 +204,8 @@ class AliasWatcher(Generic[M]):
             elif isinstance(error, InputError) and str(error) != self._warned:
                 self._warned = str(error)
                 logger.warning("%s stays: %s", self.engine.name, error)
+        else:
+            self._failures = 0
         return done and not self._unreported and not self._retry_challenger
 
     @property
@@ -196,6 +216,18 @@ class AliasWatcher(Generic[M]):
     def _drop_retired(self) -> None:
         """Drop retired models that have completed their last request."""
         self._retiring = [engine for engine in self._retiring if engine.running or engine.waiting]
+
+    def _hand_over(self) -> None:
+        """Begin new conversations with a new champion once all replicas have it; retire the former one later."""
+        models, now = self.serving_models, time.monotonic()
+        if models.former is None or models.champion is None:
+            return
+        if not models.agreed:
+            is_everywhere = self._replica is None or self._replica.is_everywhere(self.spec, models.champion.name)
+            if is_everywhere or now - self._succeeded > AGREEMENT_SECONDS:
+                self._succeeded, self.serving_models = now, replace(models, agreed=True)
+        elif now - self._succeeded >= self._handover_seconds:
+            self._swap(replace(models, former=None))
 
     def update(self) -> None:
         """Load and switch to the versions that the source names now, where they differ.
@@ -221,21 +253,28 @@ class AliasWatcher(Generic[M]):
         if name in self._rejected or (before.champion is not None and before.champion.name == name):
             return
         version = self._version(name)
-        loaded = before.challenger if before.challenger is not None and before.challenger.name == name else None
+        loaded = next((model for model in (before.challenger, before.former) if model and model.name == name), None)
         engine = loaded or self._load_version(version)
+        challenging = None if engine is before.challenger else before.challenger
         fault = smoke_fault(engine, version.tags)
         if before.champion is None:
             if fault:
                 logger.error("%s is served as the only model although its smoke test failed: %s", name, fault.reason)
-            self._swap(ServingModels(engine))
+            former = self._former_elsewhere(name, challenger)
+            self._succeeded = time.monotonic()
+            self._swap(ServingModels(engine, former=former, agreed=former is None))
             return
         if not fault:
             # The old champion stays loaded where it becomes the challenger.
             other = before.champion if before.champion.name == challenger else None
-            self._swap(ServingModels(engine, other or (None if loaded else before.challenger)), keep=before.champion)
+            # After a rollback nothing goes on with a model that was found bad.
+            former = before.champion if other is None and self._is_promotion(before.champion.name, name) else None
+            self._succeeded = time.monotonic()
+            models = ServingModels(engine, other or challenging, former, agreed=former is None)
+            self._swap(models, keep=before.champion)
             fault = smoke_fault(engine, version.tags)
         if fault:
-            self._swap(replace(before, challenger=None if loaded else before.challenger))
+            self._swap(replace(before, challenger=challenging, former=None, agreed=True))
             self._retire(engine)
             raise self._reject(version, fault)
         self._retire(before.champion)
@@ -265,6 +304,22 @@ class AliasWatcher(Generic[M]):
         if engine is not old:
             self._swap(replace(models, challenger=engine))
 
+    def _former_elsewhere(self, champion: str, challenger: str | None) -> M | None:
+        """The former champion, where the other replicas are just handing over from it."""
+        loaded = self._replica.loaded_elsewhere(self.spec) - {challenger} if self._replica else set()
+        for name in sorted(name for name in loaded if self._is_promotion(name, champion)):
+            try:
+                return self._load_version(self._version(name))
+            except Exception:
+                logger.exception("no former champion: %s cannot be loaded", name)
+        return None
+
+    def _is_promotion(self, before: str, after: str) -> bool:
+        numbers = [version.partition("/")[2] for version in (before, after)]
+        if not self._handover_seconds or not all(number.isdigit() for number in numbers):
+            return False
+        return int(numbers[1]) > int(numbers[0])
+
     def _version(self, name: str) -> Version:
         try:
             return self._source.version(name)
@@ -290,14 +345,14 @@ class AliasWatcher(Generic[M]):
         if fault.temporary:
             return BackendNotReady(f"{version}: {fault.reason}")
         self._rejected.add(str(version))
-        self._unreported[str(version)] = (version, fault.reason)
+        self._unreported[str(version)] = (version, fault)
         return ModelRejected(f"{version}: failed its smoke test: {fault.reason}")
 
     def _report_failures(self) -> None:
         """Mark failed versions in the registry; retried at the next update when it is unavailable."""
         for name, (version, fault) in list(self._unreported.items()):
             try:
-                self._source.mark_failed(version, fault)
+                self._source.mark_failed(version, fault.reason, fault.device)
             except Exception:
                 logger.exception("the registry could not mark %s as failed", name)
             else:
@@ -306,89 +361,30 @@ class AliasWatcher(Generic[M]):
     def _swap(self, models: ServingModels[M], keep: M | None = None) -> None:
         """Replace the serving models, and retire those that no longer answer, except `keep`."""
         before, self.serving_models = self.serving_models, models
-        current = (models.champion, models.challenger)
-        names = [engine.name for engine in current if engine is not None]
+        names = [engine.name for engine in models]
         self.served.update(names)
+        with suppress(Exception):  # a client that pinned an id gets it from the replicas that know it
+            self.served |= self._source.names(self.name)
         self.error = None
         logger.info("%s: %s", " and ".join(names), "answers" if len(names) == 1 else "answer")
-        for engine in (before.champion, before.challenger):
-            if engine is not None and engine is not keep and engine not in current:
+        for engine in before:
+            if engine is not keep:
                 self._retire(engine)
 
     def _retire(self, engine: M) -> None:
         """Retire a model unless it is serving."""
-        models = self.serving_models
-        if engine not in (models.champion, models.challenger):
+        if engine not in tuple(self.serving_models):
             self._retiring.append(engine)
             engine.retire()
+
+
+def poll_pause(seconds: float, failures: int) -> float:
+    """Seconds to the next poll: more after each failure in a row, and never the same for all replicas."""
+    longest = max(seconds, LONGEST_PAUSE_SECONDS)
+    return min(longest, seconds * 2.0 ** min(failures, 16)) * random.uniform(0.75, 1.25)
 
 
 def _bucket(challenger: str, user: str) -> float:
     """A user's position in [0, 1), shuffled anew for each challenger."""
     digest = hashlib.sha256(f"{challenger}\0{user}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
-    """The models of `GET /v1/models`."""
-    models = watcher.serving_models
-    return [
-        {
-            "id": engine.name,
-            "object": "model",
-            "created": engine.loaded,
-            "owned_by": "loopwright",
-            "name": engine.name.partition("/")[0],
-            "version": engine.name.partition("/")[2],
-            "role": role,
-            "task": engine.task,
-            "context_length": engine.context_len,
-            "modalities": ["text", "image", "video"] if getattr(engine, "sees_pictures", False) else ["text"],
-        }
-        for role, engine in (("champion", models.champion), ("challenger", models.challenger))
-        if engine is not None
-    ]
-
-
-def smoke_fault(loaded: ClassifierWorker | Backend, tags: Mapping[str, str]) -> Fault | None:
-    """Why the answer to a version's `smoke_question` is not its `smoke_answer`; None when it is."""
-    question, expected = tags.get("smoke_question") or QUESTION, tags.get("smoke_answer")
-    try:
-        if isinstance(loaded, ClassifierWorker):
-            use_threads(threads_for(loaded.texts.model.num_parameters))
-            answer: str | None = loaded.texts.classify([question])[0].label
-        else:
-            answer = _chat_answer(loaded, question)
-    except BackendRetired:  # the server is stopping
-        raise
-    except Exception as error:
-        temporary = isinstance(error, BackendNotReady) or (isinstance(error, BackendUnavailable) and error.temporary)
-        if not temporary:
-            logger.exception("%s failed its smoke test", loaded.name)
-        return Fault(f"{question!r}: {type(error).__name__}: {error}", temporary)
-    if answer is None:
-        return Fault(f"{question!r}: no answer in {SMOKE_SECONDS:.0f} s")
-    if expected is None:
-        return None if answer.strip() else Fault(f"{question!r}: an empty answer")
-    if answer.strip() != expected.strip():
-        return Fault(f"{question!r}: answered {answer[:200]!r} instead of {expected[:200]!r}")
-    return None
-
-
-def _chat_answer(backend: Backend, question: str) -> str | None:
-    """The answer; None when it takes too long."""
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    deadline = time.monotonic() + SMOKE_SECONDS
-    request = GenerationRequest([{"role": "user", "content": question}])
-    # First in the queue: a long queue is not the model's fault.
-    task = backend.submit(request, events.put, first=True)
-    while True:
-        try:
-            event = events.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            task.cancel()
-            return None
-        if isinstance(event, Failure):
-            raise event.error
-        if isinstance(event, Completion):
-            return event.content

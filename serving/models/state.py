@@ -23,7 +23,7 @@ from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.config.paths import AGENT
 from components.feedback.lineage import VersionMetadata, registry_metadata
-from components.feedback.store import Store
+from components.feedback.store import Store, shared_registry
 from components.runtime.model_tasks import TASKS, Task, task_of
 from components.runtime.process import file_lock
 from components.runtime.service_registry import SERVED
@@ -38,15 +38,12 @@ from serving.engine.remote import RemoteServer
 from serving.engine.summarizer_worker import SummarizerWorker
 from serving.http.errors import ApiError
 from serving.http.media import MediaReader
-from serving.models.alias_watcher import AliasWatcher, M, describe
+from serving.models.alias_watcher import AliasWatcher, M
+from serving.models.replica import Replica
+from serving.models.smoke_test import device_of
 from serving.models.versions import Bundled, NoModel, Registered, Source
 from serving.observability.metrics import Metrics
 from serving.observability.platform import PlatformCollector
-
-NOTICE_SECONDS = 1.0
-"""Time between answering "not ready" and stopping, for load balancers to notice."""
-DRAIN_SECONDS = 60.0
-"""Longest wait for running requests."""
 
 
 @dataclass
@@ -59,6 +56,7 @@ class Serving:
     summarizers: AliasWatcher[Backend]
     """Answer a chat of one message, where the request names them."""
     store: Store
+    replica: Replica
     config: ServeConfig
     metrics: Metrics
     version_metadata: VersionMetadata
@@ -68,6 +66,8 @@ class Serving:
     """None: answers are not traced."""
     pinned: ExitStack = field(default_factory=ExitStack)
     """Locks of versions that are served without an alias."""
+    stopping: bool = False
+    """A signal to stop has come: no longer ready, and still answering while balancers notice."""
     draining: bool = False
     """The server is stopping: running requests are finished, new ones refused."""
 
@@ -77,8 +77,17 @@ class Serving:
 
     @property
     def ready(self) -> bool:
-        """Whether every model that can be loaded is."""
-        return self.served != [] and all(watcher.first.is_set() for watcher in self.watchers) and not self.draining
+        """Whether requests are answered and recorded."""
+        return self.unready == ""
+
+    @property
+    def unready(self) -> str:
+        """Why requests are not answered or not recorded; empty where they are."""
+        if self.stopping or self.draining:
+            return "the server is stopping"
+        if not self.served or not all(watcher.first.is_set() for watcher in self.watchers):
+            return "the model is loading"
+        return "" if self.replica.can_record else "the database cannot be written"
 
     @property
     def served(self) -> list[str]:
@@ -112,12 +121,12 @@ class Serving:
         if not self.served:
             raise next(watcher.error for watcher in self.watchers if watcher.error is not None and watcher.spec)
 
-    def choose(self, watcher: AliasWatcher[M], model: str | None, user: str) -> M:
-        """The model that answers a user's request for `model`.
+    def choose(self, watcher: AliasWatcher[M], model: str | None, user: str, answered_by: str | None = None) -> M:
+        """The model that answers a user's request for `model`, in a conversation that was `answered_by` another.
 
         Raises: ApiError when there is none.
         """
-        chosen = watcher.choose(model, user)
+        chosen = watcher.choose(model, user, answered_by)
         if chosen is not None:
             return chosen
         if watcher.engine is not None:
@@ -153,20 +162,25 @@ class Serving:
         Raises: InputError when the database cannot be opened, two models have the same task, or MCP servers are
         configured without the extra.
         """
+        home.mkdir(parents=True, exist_ok=True)  # whose disk the metrics describe, also where the database is elsewhere
         mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
         registered = ModelTools(Registry(home), config.model_tools, config.follow_seconds)
         sources = [registered.tools] if config.model_tools else []
         sources += [mcp.tools] if config.mcp_servers else []
-        source: Source = bundled or Registered(Registry(home))
+        source: Source = bundled or Registered(shared_registry(home))
         specs = _by_task([str(bundled)] if bundled else model.split(","), source)
         metrics = Metrics()
+        store, announcing = Store.of(home), list[AliasWatcher[Any]]()
+        replica = Replica(store, lambda: {name for watcher in announcing for name in watcher.announced})
 
         def watch(task: Task, load: Callable[[Path, str], Any]) -> AliasWatcher[Any]:
             spec = specs.get(task)
             if spec is None:
                 return AliasWatcher("", NoModel(task, list(specs.values())), load, None)
             seconds = config.follow_seconds if "@" in spec and bundled is None else None
-            return AliasWatcher(spec, source, load, seconds, share)
+            watcher = AliasWatcher[Any](spec, source, load, seconds, share, config.handover_seconds, replica)
+            announcing.append(watcher)
+            return watcher
 
         def external_tools() -> list[Tool]:
             return [tool for tools in sources for tool in tools()]
@@ -185,7 +199,8 @@ class Serving:
             models=watch("chat", load),
             classifiers=watch("classify", partial(ClassifierWorker.load, metrics=metrics)),
             summarizers=watch("summarize", partial(SummarizerWorker.load, config=config)),
-            store=Store.of(home),
+            store=store,
+            replica=replica,
             config=config,
             metrics=metrics,
             version_metadata={str(bundled): bundled.metadata}.get if bundled else registry_metadata(home),
@@ -193,6 +208,7 @@ class Serving:
             media=MediaReader(config),
             traces=_traces(home, config),
         )
+        serving.replica.start()
         for watcher in serving.watchers:
             watcher.start()
         if bundled is None:
@@ -218,6 +234,7 @@ class Serving:
         self.media.close()
         if self.traces is not None:
             self.traces.close()
+        self.replica.close()
         self.store.close()
         self.pinned.close()
 
@@ -249,6 +266,28 @@ def _task(spec: str, source: Source) -> Task:
         return "chat"
 
 
+def describe(watcher: AliasWatcher[Any]) -> list[dict[str, Any]]:
+    """The models of `GET /v1/models`."""
+    models = watcher.serving_models
+    return [
+        {
+            "id": engine.name,
+            "object": "model",
+            "created": engine.loaded,
+            "owned_by": "loopwright",
+            "name": engine.name.partition("/")[0],
+            "version": engine.name.partition("/")[2],
+            "role": role,
+            "task": engine.task,
+            "context_length": engine.context_len,
+            "device": device_of(engine),
+            "modalities": ["text", "image", "video"] if getattr(engine, "sees_pictures", False) else ["text"],
+        }
+        for role, engine in (("champion", models.champion), ("challenger", models.challenger))
+        if engine is not None
+    ]
+
+
 def drain_on_signals(serving: Serving) -> None:
     """Drain before the server's own handling of SIGTERM and SIGINT; a second signal stops at once."""
     if threading.current_thread() is not threading.main_thread():
@@ -263,16 +302,17 @@ def _drain_before(serving: Serving, number: signal.Signals) -> None:
         return
 
     def drain(received: int, frame: FrameType | None) -> None:
-        if serving.draining:
+        if serving.stopping:
             stop(received, frame)
             return
-        serving.draining = True
-        notice = NOTICE_SECONDS if received == signal.SIGTERM else 0.0
+        serving.stopping = True
+        notice = serving.config.notice_seconds if received == signal.SIGTERM else 0.0
         threading.Thread(target=wait_then_stop, args=(notice,), name="drain", daemon=True).start()
 
     def wait_then_stop(notice: float) -> None:
-        deadline = time.monotonic() + DRAIN_SECONDS
         time.sleep(notice)
+        serving.draining = True
+        deadline = time.monotonic() + serving.config.drain_seconds
         while serving.busy and time.monotonic() < deadline:
             time.sleep(0.02)
         stop(number, None)

@@ -43,8 +43,11 @@ class Source(Protocol):
     def version(self, name: str) -> Version:
         """The version `NAME/VERSION`."""
 
-    def mark_failed(self, version: Version, reason: str) -> None:
-        """Mark a version as failed, and undo its promotion."""
+    def names(self, name: str) -> set[str]:
+        """Every version of a model that a replica may have served."""
+
+    def mark_failed(self, version: Version, reason: str, device: str) -> None:
+        """Mark a version as failed on a device, and undo its promotion where that is the device of its release."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ class Bundled:
     def version(self, _name: str) -> Version:
         return self
 
-    def mark_failed(self, version: Version, reason: str) -> None:
+    def names(self, _name: str) -> set[str]:
+        return {str(self)}
+
+    def mark_failed(self, version: Version, reason: str, device: str) -> None:
         """A Bento has no other version to return to."""
 
 
@@ -100,8 +106,15 @@ class Registered:
     def version(self, name: str) -> Version:
         return self._registry.resolve(name)
 
-    def mark_failed(self, version: Version, reason: str) -> None:
-        self._registry.demote(self._registry.resolve(str(version)), reason)
+    def names(self, name: str) -> set[str]:
+        return self._registry.version_names(name)
+
+    def mark_failed(self, version: Version, reason: str, device: str) -> None:
+        failed = self._registry.resolve(str(version))
+        if device == failed.tags.get("smoke_device", device):
+            self._registry.demote(failed, reason)
+        else:  # replicas on other devices go on with it
+            self._registry.tag(failed, {f"smoke_failed {device}": reason})
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,10 @@ class NoModel:
     def version(self, name: str) -> Version:
         raise InputError(f"{name}: not served here")
 
-    def mark_failed(self, version: Version, reason: str) -> None:
+    def names(self, _name: str) -> set[str]:
+        return set()
+
+    def mark_failed(self, version: Version, reason: str, device: str) -> None:
         """Never called: there is no version."""
 
 

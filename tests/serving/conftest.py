@@ -38,7 +38,7 @@ from serving.engine.backend import (
     load_agent,
 )
 from serving.engine.local import LocalEngine
-from serving.http import gateway
+from serving.http import keyring
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
 from serving.models.alias_watcher import ServingModels
@@ -256,7 +256,7 @@ def local_app() -> Callable[..., AbstractContextManager[Local]]:
 @pytest.fixture
 def app(agent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Local]:
     """An app of its own whose keys are read at every request."""
-    monkeypatch.setattr(gateway, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(keyring, "REFRESH_SECONDS", 0.0)
     monkeypatch.delenv("LOOPWRIGHT_API_KEYS", raising=False)
     with open_local(agent_folder, tmp_path) as app:
         yield app

@@ -14,7 +14,8 @@ import torch
 from components.config.params import InputError, load_params
 from serving.engine.backend import BackendRetired, Completion, GenerationRequest, GenerationTask, Notify
 from serving.engine.local import LocalEngine
-from serving.models.alias_watcher import AliasWatcher, ModelRejected, describe
+from serving.models.alias_watcher import LONGEST_PAUSE_SECONDS, AliasWatcher, ModelRejected, poll_pause
+from serving.models.state import describe
 from serving.models.versions import Bundled, Version
 
 USER = {"role": "user", "content": "Hello"}
@@ -52,7 +53,10 @@ class Aliases:
         facts = {"name": "agent", "version": number, "tags": self.tags.get(number, {})}
         return Bundled(self.folders.get(number, self.folder), facts)
 
-    def mark_failed(self, version: Version, reason: str) -> None:
+    def names(self, _name: str) -> set[str]:
+        return set()
+
+    def mark_failed(self, version: Version, reason: str, _device: str) -> None:
         if self.number == 0:
             raise OSError("the registry is away")
         self.demoted.append((str(version), reason))
@@ -302,3 +306,116 @@ def test_what_a_look_left_to_do_is_looked_at_again(alias: Aliases, monkeypatch: 
     watcher._watch_source()
     assert alias.looks == 2, "the registry was away"
     watcher.close()
+
+
+class Others:
+    """What the other replicas have loaded."""
+
+    def __init__(self) -> None:
+        self.loaded = {"agent/1"}
+
+    def is_everywhere(self, spec: str, version: str) -> bool:
+        return spec == "agent@champion" and version in self.loaded
+
+    def loaded_elsewhere(self, spec: str) -> set[str]:
+        return self.loaded
+
+
+@pytest.fixture
+def others() -> Others:
+    return Others()
+
+
+@pytest.fixture
+def handing_over(alias: Aliases, others: Others) -> Iterator[AliasWatcher]:
+    """A watcher that polls, whose former champion stays for an hour."""
+    watcher = AliasWatcher("agent@champion", alias, alias.load, 0.01, 0.0, 3600.0, others)  # type: ignore[arg-type]
+    yield watcher
+    watcher.close()
+
+
+def name_of(chosen: object) -> str:
+    return str(getattr(chosen, "name", None))
+
+
+def test_a_conversation_stays_with_its_model_and_new_ones_wait_for_all_replicas(
+    handing_over: AliasWatcher, alias: Aliases, others: Others
+) -> None:
+    handing_over.start()
+    assert handing_over.first.wait(60)
+    alias.number = 2
+    wait_until(lambda: name_of(handing_over.engine) == "agent/2")
+    assert name_of(handing_over.choose(None, "ada")) == "agent/1", "another replica would answer with it"
+    assert name_of(handing_over.choose("agent/2", "ada")) == "agent/2"
+    assert name_of(handing_over.choose(None, "ada", "agent/2")) == "agent/2", "a conversation of another replica"
+    others.loaded.add("agent/2")
+    wait_until(lambda: name_of(handing_over.choose(None, "ada")) == "agent/2")
+    assert name_of(handing_over.choose(None, "ada", "agent/1")) == "agent/1"
+    assert name_of(handing_over.choose("agent", "ada", "agent/1")) == "agent/1"
+    alias.number = 3
+    wait_until(lambda: name_of(handing_over.engine) == "agent/3")
+    assert name_of(handing_over.choose(None, "ada", "agent/1")) != "agent/1", "the one before the last is retired"
+
+
+def test_a_replica_that_starts_in_a_handover_has_the_former_champion_too(
+    handing_over: AliasWatcher, alias: Aliases
+) -> None:
+    alias.number = 2
+    handing_over.update()
+    assert name_of(handing_over.choose(None, "ada")) == "agent/1"
+    assert name_of(handing_over.choose(None, "ada", "agent/2")) == "agent/2"
+
+
+def test_nothing_goes_on_with_a_model_that_was_rolled_back(handing_over: AliasWatcher, alias: Aliases) -> None:
+    handing_over.update()
+    for alias.number in (2, 1):
+        handing_over.update()
+    assert name_of(handing_over.choose(None, "ada", "agent/2")) == "agent/1"
+    assert [engine.name for engine in handing_over.serving_models] == ["agent/1"]
+
+
+def test_the_former_champion_is_retired_when_its_time_is_over(alias: Aliases) -> None:
+    watcher = AliasWatcher("agent@champion", alias, alias.load, 0.01, handover_seconds=0.05)
+    watcher.start()
+    try:
+        assert watcher.first.wait(60)
+        first, alias.number = watcher.engine, 2
+        wait_until(lambda: [engine.name for engine in watcher.engines] == ["agent/2"])
+        assert first is not None
+        with pytest.raises(BackendRetired):
+            first.submit(GenerationRequest([]), lambda event: None)
+    finally:
+        watcher.close()
+
+
+def test_a_version_that_another_replica_served_is_answered(watcher: AliasWatcher, alias: Aliases) -> None:
+    alias.names = lambda name: {"agent/1", "agent/2"}  # type: ignore[method-assign]
+    alias.number = 2
+    watcher.update()
+    assert watcher.answers_to("agent/1")
+    assert not watcher.answers_to("agent/3")
+
+
+def test_other_words_on_another_device_refuse_nothing(watcher: AliasWatcher, alias: Aliases) -> None:
+    watcher.update()
+    alias.number, alias.tags[2] = 2, {"smoke_answer": "Something else", "smoke_device": "cuda bfloat16"}
+    watcher.update()
+    assert name_of(watcher.engine) == "agent/2"
+    alias.number, alias.tags[3] = 3, {"smoke_answer": "Something else", "smoke_device": "cpu float32"}
+    with pytest.raises(ModelRejected, match="agent/3: failed its smoke test"):
+        watcher.update()
+
+
+def test_polls_of_a_source_that_is_away_become_rare_and_differ() -> None:
+    pauses = [poll_pause(2.0, failures) for failures in range(12)]
+    assert pauses[0] <= 2.5
+    assert 6.0 <= pauses[2] <= 10.0
+    assert 0.75 * LONGEST_PAUSE_SECONDS <= pauses[-1] <= 1.25 * LONGEST_PAUSE_SECONDS
+    assert len({poll_pause(2.0, 3) for _ in range(8)}) > 1
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -139,7 +139,10 @@ class Alias:
         tags = {"smoke_question": "iron", "smoke_answer": self.answers.get(number, "metal")}
         return Bundled(self.folders[number], {"name": "classifier", "version": number, "tags": tags})
 
-    def mark_failed(self, version: Version, reason: str) -> None:
+    def names(self, _name: str) -> set[str]:
+        return set()
+
+    def mark_failed(self, version: Version, reason: str, _device: str) -> None:
         self.withdrawn.append(f"{version}: {reason}")
 
 

@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 
 from components.config.params import InputError
 from components.feedback.keys import ApiKey, key_digest
-from serving.http.gateway import GatewayMiddleware, TokenBucket, environment_keys
+from serving.http.gateway import GatewayMiddleware
+from serving.http.keyring import TokenBucket, environment_keys
 
 ASK = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from components.tracking.mlflow_client import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
 from loopwright.models import import_
+from serving.models.versions import Registered
 
 Register = Callable[..., ModelVersion]
 CALLS = 8
@@ -151,6 +152,50 @@ def test_sole_champion_that_fails_stays(registry: Registry, registered: Register
     assert registry.aliases("agent") == {"champion": 1}
     assert registry.resolve("agent/1").tags["smoke_failed"] == "says nothing"
     assert registry.aliases("nobody") == {}
+
+
+def test_a_promotion_against_another_champion_than_the_one_compared_with_is_refused(
+    registry: Registry, registered: Register
+) -> None:
+    versions = [registered(score) for score in (0.5, 0.6, 0.7)]
+    registry.promote(versions[0], expected="")
+    registry.promote(versions[1], expected="agent/1")
+    message = "agent/3: was compared with agent/1, and agent/2 is the champion now; run it again"
+    with pytest.raises(InputError, match=message):
+        registry.promote(versions[2], expected="agent/1")
+    with pytest.raises(InputError, match="agent/3: was compared with no champion"):
+        registry.promote(versions[2], expected="")
+    assert registry.aliases("agent") == {"champion": 2, "previous": 1}
+
+
+def test_of_two_rollbacks_at_once_one_is_made(registry: Registry, registered: Register) -> None:
+    for score in (0.5, 0.6):
+        registry.promote(registered(score))
+    first = Registry(registry.home)
+
+    @contextmanager
+    def while_another_rolls_back() -> Iterator[None]:
+        first.client.set_registered_model_alias("agent", "champion", "1")
+        yield
+
+    with pytest.raises(InputError, match="agent: agent/1 has become the champion meanwhile"):
+        Registry(registry.home, while_another_rolls_back).rollback("agent")
+    assert registry.aliases("agent")["champion"] == 1
+
+
+def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(
+    registry: Registry, registered: Register
+) -> None:
+    versions = [registered(score) for score in (0.5, 0.6)]
+    registry.tag(versions[1], {"smoke_device": "cuda bfloat16"})
+    for version in versions:
+        registry.promote(version)
+    source = Registered(registry)
+    source.mark_failed(versions[1], "an empty answer", "cpu float32")
+    assert registry.aliases("agent") == {"champion": 2, "previous": 1}
+    assert registry.resolve("agent/2").tags["smoke_failed cpu float32"] == "an empty answer"
+    source.mark_failed(versions[1], "an empty answer", "cuda bfloat16")
+    assert registry.aliases("agent")["champion"] == 1
 
 
 def test_the_stamp_is_another_one_after_each_write(

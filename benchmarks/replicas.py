@@ -1,0 +1,281 @@
+"""Endpoints behind haproxy on one PostgreSQL, while everything happens to them: `python -m benchmarks.replicas`.
+
+Clients hold conversations of three turns, some streamed, through promotions, rollbacks, a replica that is killed, one
+that is stopped in order, and restarts of the database. No request that is not streamed may fail, no stream may name two
+versions, no promotion may change the version of a conversation, and a key's limit has to hold over all replicas. Needs
+the server programs of PostgreSQL and haproxy, and the extra `postgres`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.postgres_server import PostgresServer
+from flows.orchestration.prefect_server import free_port
+
+if TYPE_CHECKING:
+    import httpx
+
+ROOT = Path(__file__).parent.parent
+TURNS = 3
+STREAMED_SHARE = 0.3
+LIMIT = 600
+"""Requests a minute of the key whose limit is measured."""
+SETTINGS = "{follow_seconds: 0.5, handover_seconds: 10.0, notice_seconds: 7.0, max_waiting: 256}"
+
+
+class Endpoint:
+    """One replica: a process of `loopwright serve` on a port that it keeps."""
+
+    def __init__(self, project: Path, database: str) -> None:
+        self._project, self.port = project, free_port()
+        self._environment = {**os.environ, "LOOPWRIGHT_DATABASE_URL": database, "LOOPWRIGHT_HOME": "var"}
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "loopwright", "serve", "--port", str(self.port), "--json"]
+        log = (self._project / f"{self.port}.log").open("ab")
+        self.process = subprocess.Popen(
+            command, cwd=self._project, env=self._environment, stdout=subprocess.PIPE, stderr=log
+        )
+
+    def wait(self) -> None:
+        assert self.process.stdout is not None
+        if not self.process.stdout.readline():
+            raise RuntimeError(f"a replica did not start; see {self._project}/{self.port}.log")
+
+    def restart(self, number: signal.Signals) -> int:
+        """End the process by a signal and start another; returns its exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait()
+        self.start()
+        self.wait()
+        return code
+
+
+@contextmanager
+def balanced(ports: Sequence[int], log: Path) -> Iterator[str]:
+    """The address of haproxy before replicas, with the configuration of `deploy/`."""
+    port = free_port()
+    servers = {f"LOOPWRIGHT_REPLICA_{number}": f"127.0.0.1:{each}" for number, each in enumerate(ports, 1)}
+    lines = (ROOT / "deploy" / "haproxy.cfg").read_text(encoding="utf-8").splitlines()
+    listed = [line for line in lines if "LOOPWRIGHT_REPLICA_" not in line or any(name in line for name in servers)]
+    configuration = log.with_suffix(".cfg")
+    configuration.write_text("\n".join([*listed, ""]), encoding="utf-8")
+    environment = {**os.environ, **servers, "LOOPWRIGHT_BIND": f"127.0.0.1:{port}"}
+    with log.open("wb") as file:
+        command = ["haproxy", "-db", "-f", str(configuration)]
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Load:
+    """Clients, and what they saw."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._url, self._headers = url, {"Authorization": f"Bearer {key}"}
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.texts: dict[str, set[str]] = defaultdict(set)
+        """The answers to the first turn, by the version that gave them: one each."""
+        self.rollbacks: list[float] = []
+        """By `time.monotonic()`."""
+        self.over = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self, clients: int, events: Callable[[], None]) -> None:
+        threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            events()
+        finally:
+            self.over.set()
+            for thread in threads:
+                thread.join()
+
+    def _client(self, number: int) -> None:
+        import httpx
+
+        dice = random.Random(number)
+        with httpx.Client(timeout=120, headers=self._headers) as client:
+            while not self.over.is_set():
+                self._converse(client, dice)
+
+    def _converse(self, client: httpx.Client, dice: random.Random) -> None:
+        messages: list[dict[str, str]] = []
+        began, versions = time.monotonic(), []
+        for turn in range(TURNS):
+            messages.append({"role": "user", "content": f"Hello {dice.randrange(10**6)}" if turn else "Hello"})
+            streamed = dice.random() < STREAMED_SHARE
+            try:
+                models, text = self._ask(client, messages, streamed)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is counted
+                with self._lock:
+                    self.counts["failed streams" if streamed else "failed requests"] += 1
+                    self.failures.append(f"{'stream' if streamed else 'request'}: {type(error).__name__}: {error}")
+                return
+            with self._lock:
+                self.counts["streams" if streamed else "requests"] += 1
+                self.counts["mixed streams"] += len(models) != 1
+                if not turn:
+                    self.texts[models[0]].add(text)
+            versions.append(models[0])
+            messages.append({"role": "assistant", "content": text})
+            time.sleep(dice.uniform(0.0, 1.0))
+        with self._lock:
+            self.counts["conversations"] += 1
+            rolled_back = any(began - 5 < moment for moment in self.rollbacks)
+            changed = len(set(versions)) != 1
+            self.counts["changed by a rollback" if rolled_back else "changed versions"] += changed
+
+    def _ask(self, client: httpx.Client, messages: list[dict[str, str]], streamed: bool) -> tuple[list[str], str]:
+        """The versions that an answer names, and its text."""
+        body = {"model": "agent", "messages": messages, "stream": streamed, "max_tokens": 16}
+        if not streamed:
+            response = client.post(f"{self._url}/v1/chat/completions", json=body)
+            response.raise_for_status()
+            answer = response.json()
+            return [answer["model"]], answer["choices"][0]["message"]["content"]
+        models, text, ended = set(), "", False
+        with client.stream("POST", f"{self._url}/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            for line in response.iter_lines():
+                ended = ended or line == "data: [DONE]"
+                if line.startswith("data: {"):
+                    chunk = json.loads(line.removeprefix("data: "))
+                    models.add(chunk["model"])
+                    text += chunk["choices"][0]["delta"].get("content") or ""
+        if not ended:
+            raise RuntimeError("the stream ended early")
+        return sorted(models), text
+
+
+def count_allowed(url: str, key: str, over: threading.Event) -> Callable[[], dict[str, float]]:
+    """Send requests with a limited key from four threads until `over`; then the returned function compares."""
+    import httpx
+
+    statuses: Counter[int] = Counter()
+    began = time.monotonic()
+
+    def send() -> None:
+        with httpx.Client(timeout=60, headers={"Authorization": f"Bearer {key}"}) as client:
+            while not over.is_set():
+                statuses[client.get(f"{url}/v1/models").status_code] += 1
+                time.sleep(0.04)
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+
+    def result() -> dict[str, float]:
+        for thread in threads:
+            thread.join()
+        due = LIMIT + LIMIT / 60 * (time.monotonic() - began)
+        return {"allowed": statuses[200], "due": round(due, 1), "ratio": round(statuses[200] / due, 4)}
+
+    return result
+
+
+def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, rounds: int) -> dict[str, Any]:
+    """Register two model folders as versions of `agent`, serve them and let everything happen, `rounds` times."""
+    from components.feedback.store import Store
+    from components.tracking.registry import Registry
+
+    for name in ("params.yaml", "dvc.yaml"):
+        (scratch / name).write_bytes((ROOT / name).read_bytes())
+    with (scratch / "params.yaml").open("a") as params:
+        params.write(f"\nserve: {SETTINGS}\n")
+    registry = Registry(scratch / "var")
+    versions = [registry.register(folder, "agent", {}, {}, None) for folder in folders]
+    registry.promote(versions[0])
+    with ExitStack() as stack:
+        database = PostgresServer()
+        stack.callback(database.close)
+        store = Store(database.url)
+        _, key = store.create_key("clients", ["predict"], 10**6)
+        _, limited = store.create_key("limited", ["predict"], LIMIT)
+        endpoints = [Endpoint(scratch, database.url) for _ in range(replicas)]
+        for endpoint in endpoints:
+            stack.callback(endpoint.process.wait)
+            stack.callback(lambda each=endpoint: each.process.send_signal(signal.SIGINT))
+            endpoint.wait()
+        url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
+        time.sleep(3.0)  # haproxy's first checks
+        load = Load(url, key)
+        allowed = count_allowed(url, limited, load.over)
+        codes: list[int] = []
+
+        def events() -> None:
+            for _ in range(rounds):
+                registry.promote(versions[1])
+                time.sleep(5.0)
+                endpoints[0].restart(signal.SIGKILL)
+                database.stop()
+                database.start()
+                time.sleep(2.0)
+                load.rollbacks.append(time.monotonic())
+                registry.rollback("agent")
+                time.sleep(2.0)
+                load.rollbacks.append(time.monotonic())
+                codes.append(endpoints[-1].restart(signal.SIGTERM))
+
+        began = time.monotonic()
+        load.run(clients, events)
+        seconds = time.monotonic() - began
+        limit = allowed()
+        for endpoint in endpoints:
+            endpoint.process.send_signal(signal.SIGINT)
+        codes += [endpoint.process.wait() for endpoint in endpoints]
+        store.close()
+    counts = load.counts
+    return {
+        "replicas": replicas,
+        "clients": clients,
+        "seconds": round(seconds, 1),
+        **{name: counts[name] for name in ("requests", "failed requests", "streams", "failed streams")},
+        **{name: counts[name] for name in ("mixed streams", "conversations", "changed versions")},
+        "changed by a rollback": counts["changed by a rollback"],
+        "texts by version": {model: len(texts) for model, texts in sorted(load.texts.items())},
+        "limit": limit,
+        "exit codes": codes,
+        "failures": load.failures[:10],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replicas", description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("data/models/agent"), help="the first version")
+    parser.add_argument("--second", type=Path, help="the second version; default: the same again")
+    parser.add_argument("--replicas", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=4)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [given.model, given.second or given.model]
+        result = trial(folders, Path(scratch), given.replicas, given.clients, given.rounds)
+    print(json.dumps(result, indent=1))
+    ok = not result["failed requests"] and not result["mixed streams"] and not result["changed versions"]
+    sys.exit(not (ok and abs(result["limit"]["ratio"] - 1) <= 0.02))
+
+
+if __name__ == "__main__":
+    main()
