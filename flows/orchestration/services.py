@@ -14,6 +14,7 @@ from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
+from components.tracking.mlflow_requests import authorization
 from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
@@ -101,7 +102,7 @@ def has_champion(home: Path) -> bool:
     """Whether the agent has a champion; without importing MLflow, and before its server has started."""
     if server := os.environ.get("MLFLOW_TRACKING_URI", ""):
         path = "api/2.0/mlflow/registered-models/alias?name=agent&alias=champion"
-        return not server.startswith("http") or answers(f"{server}/{path}", 1.0)
+        return not server.startswith("http") or answers(f"{server}/{path}", 1.0, authorization())
     try:
         with closing(sqlite3.connect(f"{(home / 'mlflow' / DATABASE).as_uri()}?mode=ro", uri=True)) as tables:
             query = "SELECT 1 FROM registered_model_aliases WHERE name = 'agent' AND alias = 'champion'"

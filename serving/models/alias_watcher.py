@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from components.config.params import InputError
+from components.config.errors import InputError, Unavailable
 from components.models.devices import threads_for, use_threads
 from serving.engine.backend import (
     Backend,
@@ -178,7 +178,7 @@ class AliasWatcher(Generic[M]):
             self.update()
         except Exception as error:
             # The registry may be unavailable for a while; loaded models go on answering.
-            done = isinstance(error, InputError) and not isinstance(error, BackendNotReady)
+            done = isinstance(error, InputError) and not isinstance(error, BackendNotReady | Unavailable)
             if not isinstance(error, InputError):
                 logger.exception("looking for a new model failed")
             if self.engine is None:
@@ -258,7 +258,7 @@ class AliasWatcher(Generic[M]):
                     raise self._reject(version, fault)
         except InputError as error:
             logger.warning("no challenger: %s", error)
-            self._retry_challenger = isinstance(error, BackendNotReady)
+            self._retry_challenger = isinstance(error, BackendNotReady | Unavailable)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
             self._retry_challenger = True
@@ -267,16 +267,20 @@ class AliasWatcher(Generic[M]):
 
     def _version(self, name: str) -> Version:
         try:
-            return self._source.version(name)
+            version = self._source.version(name)
+            _ = version.folder  # which may be a download: one that failed says nothing of the version
+        except Unavailable:
+            raise
         except InputError:
             self._rejected.add(name)
             raise
+        return version
 
     def _load_version(self, version: Version) -> M:
         """Raises: InputError."""
         try:
             return self._load(version.folder, str(version))
-        except BackendNotReady:
+        except (BackendNotReady, Unavailable):
             raise
         except Exception as error:
             # An unreadable folder stays unreadable.
