@@ -22,6 +22,7 @@ from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import UPLOADER, connect
 from components.tracking.registry import ModelVersion, Registry
 from flows.orchestration.prefect_server import AUTH_FILE
+from tests.servers import postgres_server
 
 SOURCE = Path(__file__).parents[1]
 
@@ -148,6 +149,16 @@ def registered(registry: Registry) -> Callable[..., ModelVersion]:
         return registry.register(folder, name, {"score": score, f"{suite}/score": score}, tags, None)
 
     return register
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The address of a PostgreSQL database that may be written to."""
+    if named := os.environ.get("LOOPWRIGHT_TEST_POSTGRES"):
+        yield named
+        return
+    with postgres_server() as address:
+        yield address
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from components.runtime.files import write_text
@@ -77,9 +78,9 @@ def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None =
     return True
 
 
-def answers(url: str, seconds: float = 2.0, auth: tuple[str, str] | None = None) -> bool:
-    """Whether a GET of the address, signed in with user and password, is answered with 200."""
-    return _status(url, seconds, auth) == 200
+def answers(url: str, seconds: float = 2.0, headers: Mapping[str, str] | None = None) -> bool:
+    """Whether a GET of the address is answered with 200."""
+    return _status(url, seconds, headers) == 200
 
 
 def lives(url: str, seconds: float = 2.0) -> bool:
@@ -87,13 +88,13 @@ def lives(url: str, seconds: float = 2.0) -> bool:
     return _status(url, seconds) != 0
 
 
-def _status(url: str, seconds: float, auth: tuple[str, str] | None = None) -> int:
+def _status(url: str, seconds: float, headers: Mapping[str, str] | None = None) -> int:
     """HTTP status of a GET; 0 where nothing answers."""
     import httpx
 
     try:
         # Loading certificates takes thirty times as long as the response.
-        return httpx.get(url, auth=auth, timeout=seconds, verify=url.startswith("https:")).status_code
+        return httpx.get(url, headers=headers, timeout=seconds, verify=url.startswith("https:")).status_code
     except (httpx.HTTPError, httpx.InvalidURL):
         return 0
 

@@ -6,7 +6,7 @@ Run ids are always passed explicitly; MLflow is imported when it is first needed
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -32,6 +32,7 @@ from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
 from components.runtime.process import alive, file_lock
 from components.tracking.event_log import EventLog
+from components.tracking.mlflow_requests import SETTINGS, errors, is_denied, is_missing, transfer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,18 +43,6 @@ DATABASE = "mlflow.db"
 UPLOADER = "LOOPWRIGHT_COURIER"
 """Environment variable with the process that uploads the event logs of all stages."""
 
-_SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "1",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # A server that does not answer must not hold a stage for minutes.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Traces are written from a thread of our own, which must see failures.
-    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
 _REQUIREMENTS = ("jinja2", "numpy", "pandas", "pyarrow", "pydantic", "pyyaml", "safetensors", "tokenizers", "torch")
 _LOADERS: Mapping[Task, str] = {
     "chat": "components.agent.pyfunc",
@@ -80,12 +69,14 @@ def connect(home: Path) -> MlflowClient:
     if "%" in sys.prefix:
         # In the path of MLflow's package its migrations fail.
         raise InputError(f"{sys.prefix}: MLflow cannot have '%' in the path of its environment; move the project")
-    for variable, value in _SETTINGS.items():
+    for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
 
     server = os.environ.get("MLFLOW_TRACKING_URI")
     uri = server or f"sqlite:///{home / 'mlflow' / DATABASE}"
+    if importlib.util.find_spec("psycopg2") is None:  # the driver of MLflow's default; ours is psycopg
+        uri = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", uri)
     client = MlflowClient(uri, uri)
     try:
         if not server and _artifact_location(home) == (home / "mlflow" / "artifacts").as_uri():
@@ -95,15 +86,36 @@ def connect(home: Path) -> MlflowClient:
             if not server:
                 relocate(home)
             if client.get_experiment_by_name(EXPERIMENT) is None:
-                files = None if server else (home / "mlflow" / "artifacts").as_uri()
-                client.create_experiment(EXPERIMENT, artifact_location=files)
+                _create_experiment(client, None if _is_server(uri) else _artifact_root(home, server))
     except errors() as error:
         if not server:
             raise
         reason = " ".join(hidden(str(error)).split())[:200]
+        if is_denied(error):
+            account = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            raise InputError(f"MLFLOW_TRACKING_URI: {hidden(server)}: refused: {reason}; check {account}") from error
         message = f"MLFLOW_TRACKING_URI: {hidden(server)}: {reason}; start that server, or unset the variable"
         raise Unavailable(message) from error
     return client
+
+
+def _is_server(uri: str) -> bool:
+    """Whether the address is a server's, which says where artifacts go, and not a database's."""
+    return uri.partition(":")[0].partition("+")[0] not in ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def _artifact_root(home: Path, database: str | None) -> str:
+    """Where the artifacts of a database's runs go; by default MLflow puts them into the current folder."""
+    root = os.environ.get("MLFLOW_DEFAULT_ARTIFACT_ROOT") if database else None
+    return root or (home / "mlflow" / "artifacts").as_uri()
+
+
+def _create_experiment(client: MlflowClient, artifact_location: str | None) -> None:
+    try:
+        client.create_experiment(EXPERIMENT, artifact_location=artifact_location)
+    except errors():
+        if client.get_experiment_by_name(EXPERIMENT) is None:  # not made by another machine meanwhile
+            raise
 
 
 def _artifact_location(home: Path) -> str:
@@ -156,7 +168,7 @@ def upgrade_database(home: Path) -> None:
         return
     # MLflow has no call for it beside its command.
     command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
-    done = subprocess.run(command, env={**os.environ, **_SETTINGS}, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise InputError(f"{database}: MLflow cannot migrate it: {reason[:300]}")
@@ -238,14 +250,6 @@ class Uploader(threading.Thread):
         except errors() as error:
             return " ".join(hidden(f"MLflow: {error}").split())[:300]
         return ""
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """Exceptions of a failing MLflow client or database."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, OSError, ValueError)
 
 
 def _upload(client: MlflowClient, folder: Path) -> None:
@@ -343,13 +347,15 @@ def _send_event(client: MlflowClient, run_id: str, event: Mapping[str, Any], fol
             import pandas as pd
 
             # As objects: MLflow asks pandas for columns of that type, and pandas warns when it finds text instead.
-            client.log_table(run_id, pd.DataFrame(event["columns"], dtype=object), event["name"])
+            with transfer():
+                client.log_table(run_id, pd.DataFrame(event["columns"], dtype=object), event["name"])
         case "artifact":
             path = folder / event["path"]
-            if path.is_dir():
-                client.log_artifacts(run_id, str(path), path.name)
-            else:
-                client.log_artifact(run_id, str(path))
+            with transfer():
+                if path.is_dir():
+                    client.log_artifacts(run_id, str(path), path.name)
+                else:
+                    client.log_artifact(run_id, str(path))
 
 
 def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, float, int, int]]) -> None:
@@ -391,8 +397,3 @@ def save_pyfunc(folder: Path, path: Path) -> None:
         input_example=[loader.EXAMPLE],
         pip_requirements=[f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS],
     )
-
-
-def is_missing(error: Exception) -> bool:
-    """Whether MLflow's error means that there is no such object, or that the name is invalid."""
-    return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")

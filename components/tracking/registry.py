@@ -26,16 +26,9 @@ from components.config.paths import writing
 from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
 from components.models.weight_files import check_digest, weights_digest
 from components.runtime.process import file_lock
-from components.tracking.mlflow_client import (
-    DATABASE,
-    connect,
-    create_run,
-    errors,
-    is_missing,
-    log_metrics,
-    mlflow_name,
-    save_pyfunc,
-)
+from components.tracking.downloads import local_copy, model_folder
+from components.tracking.mlflow_client import DATABASE, connect, create_run, log_metrics, mlflow_name, save_pyfunc
+from components.tracking.mlflow_requests import create_version, errors, is_missing, transfer
 from components.tracking.model_names import known_names, parse_name
 
 if TYPE_CHECKING:
@@ -75,7 +68,7 @@ class ModelVersion:
     @property
     def stored(self) -> Path:
         """The model folder as it is stored, without any check; of a pruned version, what lineage reads."""
-        return next((self.registry.files(self) / "data").iterdir())
+        return model_folder(self.registry.files(self))
 
     @cached_property
     def folder(self) -> Path:
@@ -87,13 +80,20 @@ class ModelVersion:
         if self.tags.get(PRUNED) == "true":
             raise InputError(f"{self}: its weights were pruned (keep.versions in params.yaml); name a newer version")
         folder = self.stored
+        self.verify(folder)
+        if base := self.tags.get(BASE_SHA256):
+            self.registry.fetch_base(base)
+        return folder
+
+    def verify(self, folder: Path) -> None:
+        """Compare a model folder with the registered digests.
+
+        Raises: InputError where its weights or the source of its tools differ.
+        """
         if sha256 := self.tags.get(WEIGHTS_SHA256) or self.tags.get(ADAPTER_SHA256):
             check_digest(folder, sha256, str(self))
         if sha256 := self.tags.get("tools_sha256"):
             check_source(folder, sha256)
-        if base := self.tags.get(BASE_SHA256):
-            self.registry.fetch_base(base)
-        return folder
 
 
 class Registry:
@@ -186,7 +186,10 @@ class Registry:
         return {alias: version for alias, version in aliases.items() if alias == "champion" or version != champion}
 
     def files(self, version: ModelVersion) -> Path:
-        """The MLflow model (pyfunc) of a version, as a local folder."""
+        """The MLflow model (pyfunc) of a version, as a local folder; of a server's version, a verified copy.
+
+        Raises: Unavailable when it cannot be downloaded, InputError when it is not what was registered.
+        """
         run_id, _, path = version.source.removeprefix("runs:/").partition("/")
         stored = f"{self.client.get_run(run_id).info.artifact_uri}/{path}"
         if stored.startswith("file:"):
@@ -194,13 +197,12 @@ class Registry:
             if not (folder / "data").is_dir():
                 raise InputError(f"{version}: {folder}: its files are missing; restore the state folder as a whole")
             return folder
-        local = self.home / "mlflow" / "downloads" / version.name / str(version.version)
-        if not local.is_dir():
-            with tempfile.TemporaryDirectory(dir=self.home) as scratch:
-                fetched = self.client.download_artifacts(run_id, path, scratch)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(fetched, local)
-        return local
+        return local_copy(
+            self.home / "mlflow" / "downloads" / version.name / str(version.version),
+            str(version),
+            lambda scratch: self.client.download_artifacts(run_id, path, scratch),
+            version.verify,
+        )
 
     def register(
         self, folder: Path, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], parent: str | None
@@ -215,7 +217,8 @@ class Registry:
             self.log_metrics(run_id, metrics)
             with tempfile.TemporaryDirectory(dir=self.home) as scratch:
                 save_pyfunc(folder, Path(scratch) / name)
-                self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
+                with transfer():
+                    self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
         except BaseException:
             # A partial model is of no use, and takes the disk space that was missing.
             shutil.rmtree(self.home / "mlflow" / "artifacts" / run_id, ignore_errors=True)
@@ -223,12 +226,8 @@ class Registry:
                 self.client.set_terminated(run_id, "FAILED")
             raise
         self.client.set_terminated(run_id)
-        if name not in self.names():
-            self.client.create_registered_model(name)
-        row = self.client.create_model_version(
-            name, f"runs:/{run_id}/{name}", run_id, tags={mlflow_name(key): tag for key, tag in tags.items()}
-        )
-        return self.resolve(f"{name}/{row.version}")
+        named = {mlflow_name(key): tag for key, tag in tags.items()}
+        return self.resolve(f"{name}/{create_version(self.client, name, f'runs:/{run_id}/{name}', run_id, named)}")
 
     def _weights_tags(self, folder: Path, name: str, parent: str | None) -> dict[str, str]:
         """Tags by which weights are found again: a model's own, or those of an adapter's base."""
@@ -261,7 +260,8 @@ class Registry:
 
     def store_file(self, version: ModelVersion, path: Path) -> None:
         """Store a file with a version's run."""
-        self.client.log_artifact(version.run_id, str(path))
+        with transfer():
+            self.client.log_artifact(version.run_id, str(path))
 
     def store_text(self, version: ModelVersion, name: str, text: str) -> None:
         """Store a text with a version's run, as a file of this name."""
@@ -269,8 +269,9 @@ class Registry:
 
     def fetch_file(self, version: ModelVersion, name: str, folder: Path) -> None:
         """Download a file that was stored with a version's run into a folder, if there is one of that name."""
-        if any(file.path == name for file in self.client.list_artifacts(version.run_id)):
-            self.client.download_artifacts(version.run_id, name, str(folder))
+        with transfer():
+            if any(file.path == name for file in self.client.list_artifacts(version.run_id)):
+                self.client.download_artifacts(version.run_id, name, str(folder))
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""

@@ -15,6 +15,7 @@ from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
+from components.tracking.mlflow_requests import authorization
 from flows.orchestration.prefect_server import AUTH_FILE, auth_string, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
@@ -137,9 +138,7 @@ def has_champion(home: Path, model: str = "agent") -> bool:
     """Whether a model has a champion; without importing MLflow, and before its server has started."""
     if server := os.environ.get("MLFLOW_TRACKING_URI", ""):
         path = f"api/2.0/mlflow/registered-models/alias?name={model}&alias=champion"
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
-        auth = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
-        return not server.startswith("http") or answers(f"{server}/{path}", 1.0, auth)
+        return not server.startswith("http") or answers(f"{server}/{path}", 1.0, authorization())
     try:
         with closing(sqlite3.connect(f"{(home / 'mlflow' / DATABASE).as_uri()}?mode=ro", uri=True)) as tables:
             query = "SELECT 1 FROM registered_model_aliases WHERE name = ? AND alias = 'champion'"

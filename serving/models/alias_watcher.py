@@ -297,7 +297,7 @@ class AliasWatcher(Generic[M]):
                     raise self._reject(version, fault)
         except InputError as error:
             logger.warning("no challenger: %s", error)
-            self._retry_challenger = isinstance(error, BackendNotReady)
+            self._retry_challenger = isinstance(error, BackendNotReady | Unavailable)
         except Exception:
             logger.exception("no challenger: looking for %s failed", name)
             self._retry_challenger = True
@@ -322,16 +322,20 @@ class AliasWatcher(Generic[M]):
 
     def _version(self, name: str) -> Version:
         try:
-            return self._source.version(name)
+            version = self._source.version(name)
+            _ = version.folder  # which may be a download: one that failed says nothing of the version
+        except Unavailable:
+            raise
         except InputError:
             self._rejected.add(name)
             raise
+        return version
 
     def _load_version(self, version: Version) -> M:
         """Raises: InputError."""
         try:
             return self._load(version.folder, str(version))
-        except BackendNotReady:
+        except (BackendNotReady, Unavailable):
             raise
         except Exception as error:
             # An unreadable folder stays unreadable.

@@ -1,8 +1,7 @@
-"""The store on a real PostgreSQL: `LOOPWRIGHT_TEST_POSTGRES` names one, with a database that may be written to."""
+"""The store on a real PostgreSQL, of this machine or the one that `LOOPWRIGHT_TEST_POSTGRES` names."""
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -24,11 +23,7 @@ from components.feedback.store import AnswerRecord, Store, StoreUnavailable, Unk
 from components.media.pictures import Picture
 from flows.orchestration.flow_run import while_unavailable
 
-ADDRESS = os.environ.get("LOOPWRIGHT_TEST_POSTGRES")
-pytestmark = pytest.mark.skipif(
-    ADDRESS is None,
-    reason="LOOPWRIGHT_TEST_POSTGRES is not set; name a server such as postgresql://user:password@localhost/name",
-)
+pytestmark = pytest.mark.servers
 
 BODY = {"messages": [{"role": "user", "content": "37*12? \N{GREEK SMALL LETTER PI} \0"}]}
 ANSWER = AnswerRecord("444", "stop", 11, 7, 0.25, steps=[{"type": "call", "name": "calculate", "arguments": {}}])
@@ -42,16 +37,15 @@ Store(sys.argv[1]).add_request(sys.argv[2], "agent/1", {})
 
 
 @pytest.fixture
-def address() -> Iterator[str]:
+def address(postgres: str) -> Iterator[str]:
     """A schema of its own, so that tests meet an empty database and leave nothing behind."""
-    assert ADDRESS is not None
     schema = f"test_{uuid.uuid4().hex[:12]}"
-    owner = create_engine(make_url(ADDRESS).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
+    owner = create_engine(make_url(postgres).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
         role = connection.exec_driver_sql("SELECT current_user").scalar()
         connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"')
         connection.exec_driver_sql(f'ALTER ROLE "{role}" SET search_path = "{schema}"')
-    yield ADDRESS
+    yield postgres
     with owner.connect() as connection:
         connection.exec_driver_sql(f'ALTER ROLE "{role}" RESET search_path')
         connection.exec_driver_sql(f'DROP SCHEMA "{schema}" CASCADE')

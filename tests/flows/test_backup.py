@@ -170,10 +170,11 @@ def test_an_object_store_holds_a_backup_too(paths: Paths) -> None:
     assert verify("memory://bucket/backup").files > 5
 
 
-def test_a_postgresql_database_comes_back(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if (server := os.environ.get("LOOPWRIGHT_TEST_POSTGRES")) is None:
-        pytest.skip("LOOPWRIGHT_TEST_POSTGRES is not set")
-    url, name = make_url(server).set(drivername="postgresql+psycopg"), f"backup_{uuid.uuid4().hex[:12]}"
+@pytest.mark.servers
+def test_a_postgresql_database_comes_back(
+    paths: Paths, tmp_path: Path, postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, name = make_url(postgres).set(drivername="postgresql+psycopg"), f"backup_{uuid.uuid4().hex[:12]}"
     owner = create_engine(url, isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
         connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
@@ -196,10 +197,10 @@ def test_a_postgresql_database_comes_back(paths: Paths, tmp_path: Path, monkeypa
 
 
 def test_a_missing_library_is_named(paths: Paths) -> None:
-    if find_spec("s3fs") is not None:
-        pytest.skip("s3fs is installed")
-    with pytest.raises(InputError, match=r"s3://bucket/backup: Install s3fs"):
-        backup(paths, "s3://bucket/backup")
+    if find_spec("gcsfs") is not None:
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(InputError, match=r"gs://bucket/backup: .*install gcsfs"):
+        backup(paths, "gs://bucket/backup")
 
 
 def test_an_upgrade_that_fails_returns_to_the_databases_before(paths: Paths) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from components.config.errors import Unavailable
 from components.config.params import InputError, load_params
 from serving.engine.backend import BackendRetired, Completion, GenerationRequest, GenerationTask, Notify
 from serving.engine.local import LocalEngine
@@ -115,6 +116,24 @@ def test_version_that_does_not_load_leaves_the_old_one(watcher: AliasWatcher, al
     alias.folder, alias.number = good, 3
     watcher.update()
     assert watcher.engine.name == "agent/3"
+
+
+def test_version_that_cannot_be_downloaded_is_tried_again(
+    watcher: AliasWatcher, alias: Aliases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(name: str) -> Bundled:
+        raise Unavailable(f"{name}: cannot be downloaded")
+
+    watcher.update()
+    alias.number = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(alias, "version", away)
+        with pytest.raises(Unavailable):
+            watcher.update()
+    assert watcher.engine is not None
+    assert (watcher.engine.name, watcher.rejected) == ("agent/1", 0)
+    watcher.update()
+    assert watcher.engine.name == "agent/2"
 
 
 def test_registry_that_is_away_leaves_the_old_one(

@@ -16,7 +16,15 @@ from matplotlib.figure import Figure
 from components.config.params import InputError
 from components.tracking import mlflow_client as tracking
 from components.tracking.event_log import PARENT_RUN, EventLog
-from components.tracking.mlflow_client import UPLOADER, Uploader, connect, create_run, end_killed_runs, open_tracker
+from components.tracking.mlflow_client import (
+    DATABASE,
+    UPLOADER,
+    Uploader,
+    connect,
+    create_run,
+    end_killed_runs,
+    open_tracker,
+)
 from components.tracking.registry import ModelVersion, Registry, is_empty, resolve
 
 SOURCE = Path(__file__).parents[2]
@@ -67,7 +75,6 @@ def test_everything_a_stage_says_is_in_mlflow(home: Path, tmp_path: Path) -> Non
     table = json.loads((Path(client.download_artifacts(run.info.run_id, "answers.json"))).read_text())
     assert (table["columns"], table["data"]) == (["question", "correct"], [["q1", True], ["q2", False]])
     assert not list((home / "tracking").glob("*/lines.jsonl")), "what was delivered is removed"
-    assert list((home / "mlflow/artifacts").iterdir()), "artifacts lie in the state folder"
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning_that_names_it(
@@ -302,3 +309,18 @@ def test_an_environment_that_mlflow_cannot_run_in_is_named(home: Path, monkeypat
     monkeypatch.setattr(sys, "prefix", "/home/100%/.venv")
     with pytest.raises(InputError, match=r"/home/100%/.venv: MLflow cannot have '%' in the path"):
         connect(home)
+
+
+def test_a_databases_artifacts_go_into_the_state_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a database's address without a server, MLflow would put them into the current folder."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow' / DATABASE}")
+    client = connect(home)
+    client.rename_experiment(client.get_experiment_by_name("loopwright").experiment_id, "earlier")
+    other = tmp_path / "other"
+    artifacts = (other / "mlflow" / "artifacts").as_uri()
+    assert connect(other).get_experiment_by_name("loopwright").artifact_location == artifacts
+    monkeypatch.setenv("MLFLOW_DEFAULT_ARTIFACT_ROOT", "s3://bucket/artifacts")
+    client.rename_experiment(client.get_experiment_by_name("loopwright").experiment_id, "second")
+    assert connect(other).get_experiment_by_name("loopwright").artifact_location == "s3://bucket/artifacts"

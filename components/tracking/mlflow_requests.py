@@ -1,0 +1,112 @@
+"""Requests to an MLflow server: settings, time limits, credentials and errors."""
+
+from __future__ import annotations
+
+import base64
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from components.config.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TIME_LIMIT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+"""MLflow's environment variable: seconds without a byte from the server after which a request fails."""
+REQUEST_SECONDS, TRANSFER_SECONDS = "5", "600"
+"""A server that does not answer must not hold a stage for minutes. One that stores or fetches a file of some gigabytes
+is silent for as long; that it has died meanwhile is found by TCP's keepalive, within a minute."""
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    TIME_LIMIT: REQUEST_SECONDS,
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Traces are written from a thread of our own, which must see failures.
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+_transfers = 0
+"""Transfers of this process that are running."""
+_counting = threading.Lock()
+
+
+@contextmanager
+def transfer() -> Iterator[None]:
+    """Give requests of this process the time that uploads and downloads take, for the length of the block.
+
+    MLflow has one limit for all requests, which it reads from the environment at each. A limit that the user has set
+    stays.
+    """
+    global _transfers
+    with _counting:
+        _transfers += 1
+        _replace_limit(REQUEST_SECONDS, TRANSFER_SECONDS)
+    try:
+        yield
+    finally:
+        with _counting:
+            _transfers -= 1
+            if not _transfers:
+                _replace_limit(TRANSFER_SECONDS, REQUEST_SECONDS)
+
+
+def _replace_limit(before: str, after: str) -> None:
+    if os.environ.get(TIME_LIMIT) == before:
+        os.environ[TIME_LIMIT] = after
+
+
+def authorization() -> dict[str, str]:
+    """The header by which MLflow's client signs in, from the environment variables that it reads."""
+    user, password = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD")
+    if user and password:
+        return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def create_version(client: MlflowClient, name: str, source: str, run_id: str, tags: dict[str, str]) -> int:
+    """Create the version of a run and return its number.
+
+    Exactly one, also where the response to a request is lost, which MLflow's client then sends again.
+    """
+    failure: Exception | None = None
+    try:
+        if not client.search_registered_models(f"name = '{name}'"):
+            with suppress(*errors()):  # another process may be first
+                client.create_registered_model(name)
+        client.create_model_version(name, source, run_id, tags=tags)
+    except errors() as error:
+        failure = error
+    numbers = sorted(int(row.version) for row in client.search_model_versions(f"run_id = '{run_id}'"))
+    if not numbers:
+        raise failure or InputError(f"{name}: the registry has no version of the run {run_id}; register it again")
+    for number in numbers[1:]:
+        client.delete_model_version(name, str(number))
+    return numbers[0]
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """Exceptions of a failing MLflow client, database or object store."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # The client of S3 raises its own; where its module is not imported, none of them is on its way.
+    storage = sys.modules.get("botocore.exceptions")
+    of_storage = (storage.BotoCoreError, storage.ClientError) if storage else ()
+    return (MlflowException, SQLAlchemyError, OSError, ValueError, *of_storage)
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether MLflow's error means that there is no such object, or that the name is invalid."""
+    return getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def is_denied(error: Exception) -> bool:
+    """Whether the server does not accept the account, or it may not do this."""
+    return getattr(error, "error_code", "") in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
