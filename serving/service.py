@@ -7,15 +7,21 @@ the backends have their own limits.
 
 from __future__ import annotations
 
+import asyncio
+from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 import bentoml
 from pydantic import BaseModel, Field
+from uvicorn.config import HTTP_PROTOCOLS
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.http.app import new_api
+from serving.http.connections import Connections
 from serving.http.gateway import GatewayMiddleware
 from serving.models.state import Serving, drain_on_signals
 from serving.models.versions import DEFAULT, Bundled
@@ -76,3 +82,17 @@ endpoint = bentoml.service(
 )
 endpoint.add_asgi_middleware(AccessLogMiddleware, api=api)  # the first is the outermost
 endpoint.add_asgi_middleware(GatewayMiddleware, api=api)
+
+
+@cache
+def _connections() -> Connections:
+    return Connections(api.state.serving.config)
+
+
+def _connection(**arguments: Any) -> asyncio.Protocol:
+    """A new connection of `bentoml serve`, within the limits of `serve`."""
+    return _connections().protocol(**arguments) if hasattr(api.state, "serving") else HttpToolsProtocol(**arguments)
+
+
+# BentoML's worker leaves the choice of the protocol to uvicorn, which looks it up here.
+cast(dict[str, Any], HTTP_PROTOCOLS)["auto"] = _connection

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from components.config.paths import Paths, writing
 
+_SECONDS_TO_WRITE = 600.0
+"""Age from which on the new file of an interrupted replacement is a leftover."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -39,6 +44,11 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object], mode: int = 0
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+    # Of writers that were killed; a process of another container, whose id says nothing here, may be writing one now.
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _SECONDS_TO_WRITE:
+                left.unlink()
     sync(target.parent)
 
 

@@ -31,6 +31,17 @@ def test_a_text_replaces_the_content_and_nothing_else(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
+def test_leftovers_of_killed_writers_go_with_the_next_write(tmp_path: Path) -> None:
+    file = tmp_path / "[a].yaml"
+    left, recent, other = (tmp_path / name for name in (".[a].yaml.7.tmp", ".[a].yaml.8.tmp", ".a.yaml.7.tmp"))
+    for path in (left, recent, other):
+        path.write_text("half")
+    os.utime(left, (0, 0))
+    os.utime(other, (0, 0))
+    write_text(file, "whole")
+    assert sorted(tmp_path.iterdir()) == sorted([file, recent, other])
+
+
 def test_a_write_that_fails_leaves_the_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_text("before")

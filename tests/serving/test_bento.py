@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+
+from components.runtime.process import start, stop
+from components.runtime.service_registry import wait_for
 
 pytestmark = pytest.mark.platform
 
@@ -19,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def packable(project: Any) -> Any:
-    """The project, with the code that goes into its Bentos."""
+    """The project, with the code that goes into its Bentos and a short time limit of heads."""
+    params = (project.root / "params.yaml").read_text()
+    short = params.replace("follow_seconds: 0.1", "follow_seconds: 0.1, header_seconds: 1.0")
+    (project.root / "params.yaml").write_text(short)
     for name in ("components", "serving", "loopwright"):
         shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bentofile.yaml", "requirements-serve.lock"):
@@ -27,6 +35,7 @@ def packable(project: Any) -> Any:
     yield project
     for name in ("components", "serving", "loopwright"):
         shutil.rmtree(project.root / name)
+    (project.root / "params.yaml").write_text(params)
 
 
 def test_packaged_agent_answers_from_its_own_weights(packable: Any) -> None:
@@ -50,3 +59,20 @@ def test_packaged_agent_answers_from_its_own_weights(packable: Any) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_bentoml_serve_has_the_limits_of_connections(packable: Any) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bentoml", "serve", "agent:v1", "--host", "127.0.0.1", "--port", str(port)]
+    environment = {"BENTOML_HOME": str(packable.home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
+    with (packable.home / "bentoml.log").open("wb") as log:
+        process = start(command, log, environment)
+        try:
+            assert wait_for(f"http://127.0.0.1:{port}/readyz", 120, process)
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
+                slow.sendall(b"GET /livez HTTP/1.1\r\nHost")
+                assert slow.recv(65536).startswith(b"HTTP/1.1 408")
+        finally:
+            stop(process)
