@@ -27,6 +27,8 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     TIME_LIMIT: REQUEST_SECONDS,
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # The address of a run that has ended, which a server's client prints into the JSON of a command.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # Traces are written from a thread of our own, which must see failures.
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet",

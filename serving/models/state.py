@@ -19,8 +19,8 @@ from typing import Any
 
 from components.agent.mcp_servers import McpServers
 from components.agent.tools import Tool
+from components.config.errors import InputError, Unavailable
 from components.config.loop_settings import ServeConfig
-from components.config.params import InputError
 from components.config.paths import AGENT
 from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store, shared_registry
@@ -262,6 +262,8 @@ def _task(spec: str, source: Source) -> Task:
         return TASKS[name]
     try:
         return task_of(source.version(source.resolve(spec)[0]).folder)
+    except Unavailable:
+        raise
     except InputError:
         return "chat"
 
