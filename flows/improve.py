@@ -20,8 +20,10 @@ from components.feedback.store import Store
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT
+from components.tracking.event_log import warn_on_failure
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations
+from flows.orchestration.dvc_remote import push_to_remote
 from flows.orchestration.dvc_repo import stage_states
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import RunOptions, RunReport, bring_up_to_date
@@ -47,15 +49,17 @@ class Improvement:
     """The outcome of an improvement."""
 
     outcome: str
-    """promoted, or nothing new; a refusal is raised."""
+    """promoted, nothing new, or would train (of a dry run); a refusal is raised."""
     champion: str
     """`NAME/VERSION` of the champion after it."""
     reason: str
     release: Release | None = None
 
 
-def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
+def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool = False) -> Improvement:
     """Train on the feedback that no model is trained on yet; with `force`, also where there is none.
+
+    With `dry_run`, only the outcome that it would begin with is returned, and nothing is changed.
 
     Raises: InputError without a champion or earlier data; StageFailed; Refused by the gate.
     """
@@ -65,9 +69,12 @@ def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
     store = Store.of(paths.home)
+    job = _Job(paths, Registry(paths.home), store, champion, echo, force)
     try:
+        if dry_run:
+            return job.plan()
         with file_lock(paths.home / "stages", "run"):
-            job = _Job(paths, Registry(paths.home), store, champion, echo, force)
+            job.record_interrupted()
             if (reason := job.skip_reason()) is not None:
                 return Improvement("nothing new", str(champion), reason)
             return run_flow("improve", paths.home, echo, job.run, champion=str(champion))
@@ -86,12 +93,18 @@ class _Job:
 
     def skip_reason(self) -> str | None:
         """Why there is nothing to do; None where there is something."""
-        self._record_interrupted()
         if self.force or FEEDBACK not in load_params(self.paths.params).align.datasets:
             return None
         if self.store.waiting() or self._start().version != self.champion.version:
             return None
         return "no accepted feedback waits to be trained on"
+
+    def plan(self) -> Improvement:
+        """What `run` would begin with."""
+        if (reason := self.skip_reason()) is not None:
+            return Improvement("nothing new", str(self.champion), reason)
+        items = f"{self.store.waiting()} accepted items of feedback wait"
+        return Improvement("would train", str(self.champion), f"{items}, and training starts from {self._start()}")
 
     def run(self, run: FlowRun) -> Improvement:
         """The flow run: fetch, three stages, register, gate, publish."""
@@ -115,6 +128,8 @@ class _Job:
         effect(store_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
+        with warn_on_failure("Prefect artifact gate"):
+            _show_decision(f"{version}: {judged['reason']}\n\n{page}")
         gate_report = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
         try:
             reason = effect(apply_gate, self.registry, version, gate_report)
@@ -122,6 +137,7 @@ class _Job:
             self.store.add_improvement(sequence, str(version), "refused", str(refusal))
             raise
         release = publish(self.registry, version, reason, self.paths, self.echo)
+        push_to_remote(self.paths.root, self.echo)
         return self._done(sequence, version, "promoted", reason, release)
 
     def fetch(self, start: ModelVersion) -> None:
@@ -151,7 +167,7 @@ class _Job:
             ' "loopwright run"'
         )
 
-    def _record_interrupted(self) -> None:
+    def record_interrupted(self) -> None:
         """Record an improvement whose process was killed after the gate's decision."""
         recorded = {row["candidate"] for row in self.store.improvements()}
         for version in self.registry.versions(NAME):
@@ -168,3 +184,10 @@ class _Job:
     ) -> Improvement:
         self.store.add_improvement(sequence, str(version), outcome, reason)
         return Improvement(outcome, str(version), reason, release)
+
+
+def _show_decision(page: str) -> None:
+    """Create a page of the gate's decision in Prefect."""
+    from prefect.artifacts import create_markdown_artifact
+
+    create_markdown_artifact(page, key="gate", description="Candidate and champion on the same held-out questions")
