@@ -164,7 +164,6 @@ def line(registry: Registry, registered: Register, store: Store, paths: Paths) -
     return items
 
 
-@pytest.mark.parametrize("revoked", [{3: 4, 2: 3, 1: 2, 0: 1}, {0: 1}])
 def test_a_dry_run_states_what_an_improvement_begins_with(
     paths: Paths, registry: Registry, store: Store, improved: Callable[..., Improvement]
 ) -> None:
@@ -177,6 +176,7 @@ def test_a_dry_run_states_what_an_improvement_begins_with(
     assert (store.waiting(), len(registry.versions("agent"))) == (8, 1)
 
 
+@pytest.mark.parametrize("revoked", [{3: 4, 2: 3, 1: 2, 0: 1}, {0: 1}])
 def test_it_starts_from_the_nearest_ancestor_that_learned_nothing_revoked(
     revoked: dict[int, int],
     line: list[str],
