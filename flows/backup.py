@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ from components.config.paths import Paths, writing
 from components.config.secrets import hidden
 from components.feedback.store import Store, database_url, has_store, leased_in
 from components.runtime.files import remove
-from components.runtime.process import file_lock
+from components.runtime.process import file_lock, git
 from components.runtime.service_registry import record_success
 from components.tracking.mlflow_client import upgrade_database
 from flows.orchestration.dvc_repo import cache_folder
@@ -346,11 +346,18 @@ def _occupied(paths: Paths, manifest: Mapping[str, Any]) -> str:
         if name == POSTGRESQL or name.startswith(f"{_CACHE}/"):  # objects have the same content under the same name
             continue
         target = _target(paths, name)
-        if target.is_file():
+        if target.is_file() and not (target.name == "dvc.lock" and _is_committed(paths.root, target)):
             with target.open("rb") as file:
                 if _copy(file, None)[0] != entry["sha256"]:
                     return str(target)
     return ""
+
+
+def _is_committed(root: Path, file: Path) -> bool:
+    """Whether git has a file as it is here."""
+    with suppress(InputError):
+        return not git(root, "status", "--porcelain", "--", str(file))
+    return False
 
 
 def _fetch(address: str, manifest: Mapping[str, Any], scratch: Path) -> None:

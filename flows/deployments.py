@@ -1,127 +1,149 @@
-"""The scheduled deployments: which flow runs when, by which event, and how many at a time.
+"""The flows of prefect.yaml: what a worker calls, with the parameters that "Custom run" on Prefect's page asks for.
 
-The functions with `@flow` below are what a worker calls; each joins the work itself to the flow run it is in.
+Each joins the work itself to the flow run it is in, and ends in a state whose message says what came out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, State
-from prefect.client.schemas.schedules import CronSchedule
-from prefect.events import DeploymentEventTrigger
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed
-from prefect.types.entrypoint import EntrypointType
+from pydantic import PositiveInt
 
-from components.config.params import InputError, Refused
+from components.config.params import InputError
 from components.config.paths import Paths, find_root
+from components.runtime.params_file import write_params
 from components.runtime.process import end_with_parent, lock_owner
 from components.runtime.service_registry import record_success
 from components.tracking.event_log import warn_on_failure
-from flows.feedback import ENOUGH, RESOURCE
 from flows.feedback import ingest as run_ingestion
-from flows.orchestration.flow_run import while_unavailable
-from flows.orchestration.prefect_server import home_tag
+from flows.orchestration.flow_run import Echo, while_unavailable
+from flows.orchestration.run_stage import is_refusal
 from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
-POOL = "loopwright"
-_JOB_TEMPLATE = {
-    # Where the worker runs: a moved or copied project must not work in its old folder.
-    "job_configuration": {"working_dir": ".", "stream_output": True},
-    # A flow run chooses nothing: with Prefect's own template, it names a command and an environment for the worker.
-    "variables": {"type": "object", "properties": {}, "additionalProperties": False},
-}
+NOT_SET_BY_A_RUN = ("project", "project_path", "serve")
+"""Sections that name code or commands to run: who may start a flow run may not choose them."""
+
+Scale = Literal["smoke", "laptop", "gpu", "cluster"]
+Settings = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """The cron schedule of a flow, and the event that triggers it besides."""
+@flow(name="pipeline")
+def pipeline(scale: Scale | None = None, settings: Settings | None = None, until: str | None = None) -> Any:
+    """Bring every stage up to date, then release.
 
-    flow: Any
-    cron: str
-    event: str = ""
+    Args:
+        scale: Written to params.yaml; without a value, what it has.
+        settings: Written to params.yaml, such as {"tune.learning_rate": 0.001}.
+        until: Stop after this stage of dvc.yaml, without a release.
+    """
+
+    def body(root: Path, echo: Echo) -> str:
+        write_params(Paths(root).params, overrides_of(scale, settings), echo)
+        report = run_pipeline(RunOptions(root, until, echo=echo))
+        ran = [stage.name for stage in report.stages if stage.outcome != "up to date"]
+        champions = [f"{release.version} ({release.outcome})" for release in report.releases]
+        return "; ".join([f"{len(ran)} of {len(report.stages)} stages ran", *champions])
+
+    return _run_exclusively("" if until else "pipeline", body)
 
 
-@flow(name="pipeline", validate_parameters=False)
-def pipeline() -> Any:
-    """Bring every stage up to date, then release."""
-    return _run_exclusively("pipeline", lambda root, echo: run_pipeline(RunOptions(root, echo=echo)))
+def overrides_of(scale: str | None, settings: Settings | None) -> Settings:
+    """`section.key` → value of what a flow run writes into params.yaml.
+
+    Raises: InputError for what names code or commands.
+    """
+    for name in settings or ():
+        if name.partition(".")[0] in NOT_SET_BY_A_RUN:
+            raise InputError(
+                f"settings: {name}: names code or commands, which no flow run chooses; use"
+                f' "loopwright run --set {name}=..."'
+            )
+    return ({"scale": scale} if scale else {}) | (settings or {})
 
 
-@flow(name="ingest", validate_parameters=False)
-def ingest() -> Any:
-    """Ingest user feedback."""
+@flow(name="ingest")
+def ingest(limit: PositiveInt | None = None) -> Any:
+    """Ingest user feedback.
+
+    Args:
+        limit: Most votes of this run; without a value, feedback.max_items.
+    """
     end_with_parent()
     echo = get_run_logger().info
-    while_unavailable(lambda: run_ingestion(find_root(), echo), echo)
+    report = while_unavailable(lambda: run_ingestion(find_root(), echo, limit), echo)
     record_success(Paths(find_root()).home, "ingest")
+    quarantined = sum(report.quarantined.values())
+    counts = f"{report.accepted} accepted, {quarantined} quarantined, {report.waiting} wait to be trained on"
+    return Completed(message=counts if report.partition else f"no new votes, {report.waiting} wait to be trained on")
 
 
-@flow(name="improve", validate_parameters=False)
-def improve() -> Any:
-    """Train on user feedback once; skipped, not failed, while there is no champion."""
+@flow(name="improve")
+def improve(force: bool = False, dry_run: bool = False) -> Any:
+    """Train on user feedback once; skipped, not failed, while there is no champion.
+
+    Args:
+        force: Also without new feedback, and every stage from the start.
+        dry_run: State what it would train on, and change nothing.
+    """
     if not has_champion(Paths(find_root()).home):
         return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
     from flows.improve import improve as run_improvement
 
-    return _run_exclusively("improve", lambda root, echo: run_improvement(root, echo=echo))
+    def body(root: Path, echo: Echo) -> str:
+        improvement = run_improvement(root, force, echo, dry_run)
+        return f"{improvement.outcome}: {improvement.reason}; the champion is {improvement.champion}"
+
+    return _run_exclusively("" if dry_run else "improve", body)
 
 
-@flow(name="monitor", validate_parameters=False)
-def monitor() -> Any:
-    """Check prompts and votes for drift."""
+@flow(name="monitor")
+def monitor(days: PositiveInt = 1) -> Any:
+    """Check prompts and votes for drift.
+
+    Args:
+        days: The last days, whose prompts and votes are compared with earlier ones.
+    """
     end_with_parent()
     from flows.monitor import monitor as run_monitor
 
     echo = get_run_logger().info
-    while_unavailable(lambda: run_monitor(find_root(), echo), echo)
+    measures = while_unavailable(lambda: run_monitor(find_root(), echo, days), echo)
     record_success(Paths(find_root()).home, "monitor")
     _prune(find_root())
+    drifted = [measure.name for measure in measures if measure.drifted]
+    if drifted:
+        return Completed(name="Drifted", message=f"drifted: {', '.join(drifted)}")
+    return Completed(message=f"{len(measures)} measures, none drifted")
 
 
-SCHEDULES = (
-    Schedule(pipeline, "0 3 * * 0"),
-    Schedule(ingest, "*/15 * * * *"),
-    Schedule(improve, "0 5 * * 1", ENOUGH),
-    Schedule(monitor, "0 6 * * *"),
-)
+@flow(name="notify")
+async def notify(subject: str, body: str = "", block: str = "") -> Any:
+    """Log what an automation reports, and send it by a notification block where one is named.
 
+    Args:
+        subject: What happened, in a few words.
+        body: The reason.
+        block: A notification block, such as slack-webhook/NAME; without a value, it is only logged.
+    """
+    end_with_parent()
+    line = f"{subject}: {body}"
+    get_run_logger().warning("%s", line)
+    print(line, file=sys.stderr, flush=True)  # to the worker's log, beside Prefect's
+    if not block:
+        return Completed(name="Logged", message=line)
+    import prefect.blocks.notifications  # noqa: F401 - the blocks that Prefect has
+    from prefect.blocks.abstract import NotificationBlock
 
-def register(root: Path) -> list[dict[str, str]]:
-    """Register the work pool and the deployments on the server that PREFECT_API_URL names."""
-    # One at a time for those that train: `_run_exclusively` sees to it between the two of them.
-    limit = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW)
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_work_pool(POOL)
-            client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=_JOB_TEMPLATE))
-        except ObjectNotFound:
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=_JOB_TEMPLATE))
-        for entry in SCHEDULES:
-            triggers = []
-            if entry.event:
-                match: dict[str, str | list[str]] = {"prefect.resource.id": RESOURCE}
-                triggers = [DeploymentEventTrigger(name=entry.event, expect={entry.event}, match=match)]
-            deployment = entry.flow.to_deployment(
-                name="scheduled",
-                schedule=CronSchedule(cron=entry.cron),
-                triggers=triggers,
-                concurrency_limit=limit,
-                tags=[home_tag(Paths(root).home)],
-                work_pool_name=POOL,
-                entrypoint_type=EntrypointType.MODULE_PATH,
-            )
-            deployment.apply()
-    return [
-        {"deployment": f"{entry.flow.name}/scheduled", "cron": entry.cron, "event": entry.event} for entry in SCHEDULES
-    ]
+    loaded: Any = await NotificationBlock.aload(block)
+    await loaded.notify(body, subject)
+    return Completed(name="Sent", message=f"{line} (by {block})")
 
 
 def _prune(root: Path) -> None:
@@ -134,22 +156,28 @@ def _prune(root: Path) -> None:
                 get_run_logger().info("pruned %s %s, %.1f MB", removal.count, removal.kind, removal.size / 1e6)
 
 
-def _run_exclusively(name: str, body: Any) -> State[Any] | None:
-    """Run a flow that trains and writes `data/`; skipped, not failed, while another such run goes on."""
+def _run_exclusively(name: str, body: Callable[[Path, Echo], str]) -> Any:
+    """The state in which a flow that trains and writes `data/` ends; skipped while another such run goes on.
+
+    `body` returns the state's message. `name` is recorded as a success, if it is one; empty: part of the work is none.
+    """
     end_with_parent()
     root = find_root()
-    if pid := lock_owner(Paths(root).home / "stages", "run"):
+    home = Paths(root).home
+    if pid := lock_owner(home / "stages", "run"):
         return Cancelled(name="Skipped", message=f"process {pid} is training; the next schedule tries again")
     try:
         echo = get_run_logger().info
-        while_unavailable(lambda: body(root, echo), echo)
-        record_success(Paths(root).home, name)
-        _prune(root)
-    except Refused as error:
-        record_success(Paths(root).home, name)  # a refusal is an outcome
-        return Completed(name="Refused", message=str(error))
-    except InputError as error:
+        message = while_unavailable(lambda: body(root, echo), echo)
+    except Exception as error:
         if str(error).startswith((f"{name}: already running", "run: already running")):
             return Cancelled(name="Skipped", message=str(error))
-        raise
-    return None
+        if not is_refusal(error):
+            raise
+        state: State[Any] = Completed(name="Refused", message=str(error))  # a refusal is an outcome
+    else:
+        state = Completed(message=message)
+        _prune(root)
+    if name:
+        record_success(home, name)
+    return state

@@ -20,7 +20,8 @@ from components.feedback.leases import leased
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
 from components.tracking.event_log import warn_on_failure
-from flows.orchestration.dvc_repo import fetch_version, push_data, version_data
+from flows.orchestration.dvc_remote import push_to_remote
+from flows.orchestration.dvc_repo import fetch_version, push_folder, version_data
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 
 ENOUGH = "loopwright.feedback.enough"
@@ -54,8 +55,8 @@ class IngestReport:
     seconds: float = 0.0
 
 
-def ingest(root: Path, echo: Echo = print) -> IngestReport:
-    """Ingest the feedback since the last ingestion.
+def ingest(root: Path, echo: Echo = print, limit: int | None = None) -> IngestReport:
+    """Ingest the feedback since the last ingestion, at most `limit` votes.
 
     Raises: InputError while another ingestion goes on; StoreUnavailable; Refused by the suite `feedback`.
     """
@@ -63,11 +64,12 @@ def ingest(root: Path, echo: Echo = print) -> IngestReport:
     paths, report = Paths(root), IngestReport()
     if not has_store(paths.home):
         return report
+    overrides = {"feedback.max_items": limit} if limit else {}
     store = Store.of(paths.home)
     try:
         with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest"):
             fetch_partitions(paths, store)
-            job = _Job(paths, load_params(paths.params), store, echo, report)
+            job = _Job(paths, load_params(paths.params, overrides), store, echo, report)
             if job.is_needed():
                 run_flow("ingest", paths.home, echo, job.run)
             job.forget()
@@ -98,6 +100,8 @@ class _Job:
         self.report.partition, self.report.accepted = result.partition, result.accepted
         self.report.quarantined = result.quarantined
         self.report.version = effect(self.version)
+        if self.report.version:
+            push_to_remote(self.paths.root, self.echo)
         counts = {"accepted": result.accepted, "quarantined": sum(result.quarantined.values())}
         run.note({f"feedback.{name}": str(count) for name, count in counts.items()})
         with warn_on_failure("Prefect artifact feedback"):
@@ -120,7 +124,7 @@ class _Job:
             return None
         version = _version_when_unlocked(self.paths.root, self.paths.feedback)
         if self.store.is_shared:
-            push_data(self.paths.root, self.paths.feedback)
+            push_folder(self.paths.root, self.paths.feedback)
         self.store.mark_versioned(names, version)
         _mark(self.paths).unlink(missing_ok=True)
         return version

@@ -21,8 +21,10 @@ from components.feedback.store import Store, leased_in, shared_registry
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT
+from components.tracking.event_log import warn_on_failure
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations, fetch_partitions
+from flows.orchestration.dvc_remote import push_to_remote
 from flows.orchestration.dvc_repo import fetch_missing, stage_states
 from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
 from flows.pipeline import RunOptions, RunReport, bring_up_to_date
@@ -49,36 +51,45 @@ class Improvement:
     """The outcome of an improvement."""
 
     outcome: str
-    """promoted, or nothing new; a refusal is raised."""
+    """promoted, nothing new, or would train (of a dry run); a refusal is raised."""
     champion: str
     """`NAME/VERSION` of the champion after it."""
     reason: str
     release: Release | None = None
 
 
-def improve(root: Path, force: bool = False, echo: Echo = print) -> Improvement:
+def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool = False) -> Improvement:
     """Train on the feedback that no model is trained on yet; with `force`, also where there is none.
+
+    With `dry_run`, only the outcome that it would begin with is returned, and nothing is changed.
 
     Raises: InputError without a champion or earlier data; StageFailed; Refused by the gate.
     """
     paths = Paths(root)
     if is_empty(paths.home):
         raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
-    fetch_missing(root, IMPROVEMENT)
+    if not dry_run:
+        fetch_missing(root, IMPROVEMENT)
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
-    store = Store.of(paths.home)
+    store, registry = Store.of(paths.home), shared_registry(paths.home)
     try:
+        if dry_run:
+            return _Job(paths, registry, store, _champion(registry), echo, force, Lease(store, "improve")).plan()
         with file_lock(paths.home / "stages", "run"), leased(store, "improve") as lease:
-            registry = shared_registry(paths.home)
-            if (champion := registry.find(f"{NAME}@champion")) is None:
-                raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
-            job = _Job(paths, registry, store, champion, echo, force, lease)
+            job = _Job(paths, registry, store, _champion(registry), echo, force, lease)
+            job.record_interrupted()
             if (reason := job.skip_reason()) is not None:
-                return Improvement("nothing new", str(champion), reason)
-            return run_flow("improve", paths.home, echo, job.run, champion=str(champion))
+                return Improvement("nothing new", str(job.champion), reason)
+            return run_flow("improve", paths.home, echo, job.run, champion=str(job.champion))
     finally:
         store.close()
+
+
+def _champion(registry: Registry) -> ModelVersion:
+    if (champion := registry.find(f"{NAME}@champion")) is None:
+        raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
+    return champion
 
 
 @dataclass
@@ -93,12 +104,18 @@ class _Job:
 
     def skip_reason(self) -> str | None:
         """Why there is nothing to do; None where there is something."""
-        self._record_interrupted()
         if self.force or FEEDBACK not in load_params(self.paths.params).align.datasets:
             return None
         if self.store.waiting() or self._start().version != self.champion.version:
             return None
         return "no accepted feedback waits to be trained on"
+
+    def plan(self) -> Improvement:
+        """What `run` would begin with."""
+        if (reason := self.skip_reason()) is not None:
+            return Improvement("nothing new", str(self.champion), reason)
+        items = f"{self.store.waiting()} accepted items of feedback wait"
+        return Improvement("would train", str(self.champion), f"{items}, and training starts from {self._start()}")
 
     def run(self, run: FlowRun) -> Improvement:
         """The flow run: fetch, three stages, register, gate, publish."""
@@ -126,6 +143,8 @@ class _Job:
         effect(store_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
+        with warn_on_failure("Prefect artifact gate"):
+            _show_decision(f"{version}: {judged['reason']}\n\n{page}")
         decision = f"against {self.champion}: {judged['reason']}"
         gate_report = GateReport(judged["promote"], decision, page, str(self.champion))
         try:
@@ -135,6 +154,7 @@ class _Job:
             raise
         self.lease.check()
         release = publish(self.registry, version, reason, self.paths, self.echo, gate_report.champion)
+        push_to_remote(self.paths.root, self.echo)
         return self._done(sequence, version, "promoted", reason, release)
 
     def fetch(self, start: ModelVersion) -> None:
@@ -168,7 +188,7 @@ class _Job:
             ' "loopwright run"'
         )
 
-    def _record_interrupted(self) -> None:
+    def record_interrupted(self) -> None:
         """Record an improvement whose process was killed after the gate's decision."""
         recorded = {row["candidate"] for row in self.store.improvements()}
         for version in self.registry.versions(NAME):
@@ -185,3 +205,10 @@ class _Job:
     ) -> Improvement:
         self.store.add_improvement(sequence, str(version), outcome, reason)
         return Improvement(outcome, str(version), reason, release)
+
+
+def _show_decision(page: str) -> None:
+    """Create a page of the gate's decision in Prefect."""
+    from prefect.artifacts import create_markdown_artifact
+
+    create_markdown_artifact(page, key="gate", description="Candidate and champion on the same held-out questions")

@@ -23,12 +23,12 @@ EVENT = "loopwright.drift"
 _MAX_REQUESTS = 10_000
 
 
-def monitor(root: Path, echo: Echo = print) -> list[Measure]:
-    """Compare a day's prompts with the training conversations and its votes with the thirty days before."""
+def monitor(root: Path, echo: Echo = print, days: int = 1) -> list[Measure]:
+    """Compare the last days' prompts with the training conversations and their votes with the thirty days before."""
     paths = Paths(root)
 
     def body(run: FlowRun) -> list[Measure]:
-        measures = _measures(paths)
+        measures = _measures(paths, days)
         for measure in measures:
             figures = f"{measure.value:.3f}, threshold {measure.threshold:.3f}, {measure.samples} samples"
             echo(f"monitor: {measure.name} {figures}")
@@ -37,18 +37,19 @@ def monitor(root: Path, echo: Echo = print) -> list[Measure]:
             effect(_emit_event, drifted)
         return measures
 
-    return run_flow("monitor", paths.home, echo, body)
+    return run_flow("monitor", paths.home, echo, body, days=days)
 
 
-def _measures(paths: Paths) -> list[Measure]:
+def _measures(paths: Paths, days: int) -> list[Measure]:
     if not has_store(paths.home):
         return []
     store = Store.of(paths.home)
     now = time.time()
+    since = now - days * DAY_SECONDS
     try:
         # Each with a limit of its own: a busy day leaves the days before in.
-        periods = (now - DAY_SECONDS, now), (now - 31 * DAY_SECONDS, now - DAY_SECONDS)
-        recent = [store.recent(since, until, _MAX_REQUESTS) for since, until in periods]
+        periods = (since, now), (since - 30 * DAY_SECONDS, since)
+        recent = [store.recent(*period, _MAX_REQUESTS) for period in periods]
     finally:
         store.close()
     today, past = ([row for row in rows if is_chat(row["model"])] for rows in recent)
@@ -93,7 +94,7 @@ def _report(paths: Paths, measures: list[Measure]) -> Path:
         figures = f"{measure.value:.4f} | {measure.threshold:.4f} | {measure.samples}"
         lines.append(f"| {measure.name} | {figures} | {'DRIFTED' if measure.drifted else ''} |")
     if not measures:
-        lines += ["", "No requests in the last day, or nothing to compare them with."]
+        lines += ["", "No recent requests, or nothing to compare them with."]
     folder = paths.home / "reports"
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"drift-{time.strftime('%Y-%m-%d')}.md"

@@ -21,6 +21,7 @@ from components.runtime.process import file_lock, git
 from components.runtime.stage import PROGRESS
 from components.tracking.event_log import warn_on_failure
 from flows.orchestration.base_models import fetch_base_models
+from flows.orchestration.dvc_remote import push_to_remote
 from flows.orchestration.dvc_repo import StageState, stage_states
 from flows.orchestration.flow_run import FlowRun, run_flow
 from flows.orchestration.run_stage import StageResult, reproduce
@@ -117,7 +118,22 @@ def _update_and_release(options: RunOptions, states: list[StageState], report: R
     if options.until is None:
         releases = release(options.paths, options.echo, run.id)
         report.releases, report.refusals = releases.champions, releases.refusals
+        with warn_on_failure("Prefect artifact release"):
+            _show_releases(report)
+        push_to_remote(options.root, options.echo)
         _end(report)
+
+
+def _show_releases(report: RunReport) -> None:
+    """Create a table of the models' releases in Prefect."""
+    from prefect.artifacts import create_table_artifact
+
+    rows = [
+        {"champion": release.version, "outcome": release.outcome, "score": release.score, "bento": release.bento}
+        for release in report.releases
+    ]
+    rows += [{"champion": "", "outcome": refusal, "score": None, "bento": ""} for refusal in report.refusals]
+    create_table_artifact(table=rows, key="release", description="Outcome of each model's release")
 
 
 def bring_up_to_date(options: RunOptions, states: list[StageState], report: RunReport, run: FlowRun) -> None:

@@ -361,8 +361,9 @@ def _commit(root: Path) -> dict[str, str]:
     """The commit of the working tree, and whether files differ from it."""
     try:
         commit = git(root, "rev-parse", "HEAD")
-        # Runs themselves write dvc.lock, and ingestion the version of the feedback.
-        changed = git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
+        # Runs themselves write dvc.lock and metrics, and ingestion the version of the feedback.
+        written = (":!*dvc.lock", ":!data/metrics", ":!data/feedback.dvc")
+        changed = git(root, "status", "--porcelain", "--", ".", *written)
         return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
     except InputError:  # the run warned of it when it began
         return {"git_commit": "none"}

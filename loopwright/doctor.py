@@ -46,7 +46,8 @@ def doctor(as_json: Json = False) -> None:
 def _python(paths: Paths) -> tuple[str, str]:
     state = f"{sys.version.split()[0]} at {sys.executable}"
     metrics = paths.metrics / "collect.json"
-    collected = json.loads(metrics.read_text(encoding="utf-8")).get("python") if metrics.is_file() else None
+    is_collected = metrics.is_file() and paths.collected.is_dir()  # the metrics alone come with a clone
+    collected = json.loads(metrics.read_text(encoding="utf-8")).get("python") if is_collected else None
     if collected not in (None, sys.version):
         state += f', data collected under {collected.split()[0]}: "loopwright run --until collect --force" renews it'
     return state, "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer, then make setup"

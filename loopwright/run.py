@@ -111,6 +111,7 @@ def improve(
     force: Annotated[
         bool, typer.Option("--force", help="Also without new feedback, and every stage from the start.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained on; change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Curate user feedback, train from the champion, compare the two, promote or refuse (exit 3)."""
@@ -119,7 +120,7 @@ def improve(
 
     try:
         with interruptible('improve: stopped; "loopwright improve" goes on from the last checkpoint'):
-            improvement = run_improvement(find_root(), force, Terminal(as_json))
+            improvement = run_improvement(find_root(), force, Terminal(as_json), dry_run)
     except StageFailed as failure:
         raise stage_error(failure) from failure
     if as_json:

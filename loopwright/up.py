@@ -73,7 +73,7 @@ def up(
 
 
 def deploy(as_json: Json = False) -> None:
-    """Register pipeline, ingest, improve and monitor on the server of `up`, or the one PREFECT_API_URL names."""
+    """Register the deployments of prefect.yaml on the server of `up`, or the one PREFECT_API_URL names."""
     paths = Paths(find_root())
     from components.runtime.service_registry import running
     from flows.orchestration.prefect_server import Api, client_settings
@@ -85,13 +85,13 @@ def deploy(as_json: Json = False) -> None:
     for variable, value in client_settings(paths.home, url).items():
         os.environ.setdefault(variable, value)
     Api(url, paths.home / "logs" / "prefect.log", None, None).wait()
-    from flows.deployments import register
+    from flows.orchestration.deploy import register
 
     rows = register(paths.root)
     if as_json:
         print_json({"server": url, "deployments": rows})
     else:
-        print_table(("deployment", "cron", "event"), [tuple(row.values()) for row in rows])
+        print_table(("deployment", "pool", "cron", "event"), [tuple(row.values()) for row in rows])
 
 
 def _supervise(supervisor: Supervisor, stop_requested: threading.Event, as_json: bool) -> None:

@@ -11,19 +11,21 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from flows.orchestration.prefect_server import client_settings, prefect_api
 from tests.conftest import Project, Released
 from tests.pages import ROOT, SPAN
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
-TOOLS = ("DVC",)
+TOOLS = ("DVC", "Prefect")
 """Those that must have rows."""
+ROLES = ("AUTHOR", "COMMITTER")
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ ROWS = read_rows()
 
 @dataclass(frozen=True)
 class Checkout:
-    """A released project and the shell in it."""
+    """A released project whose results are committed, and the shell in it."""
 
     project: Project
+    addresses: dict[str, str]
+    """Variables that name its servers."""
 
-    def shell(self, command: str, root: Path | None = None, **environment: str) -> str:
+    def shell(self, command: str, root: Path | None = None) -> str:
         """Output of a command that must succeed, run in `root` or the project."""
         root = root or self.project.root
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -59,7 +63,7 @@ class Checkout:
             ["/bin/sh", "-c", command],
             cwd=root,
             # The sources of the checkout, as its own editable install has them.
-            env={**self.project.environment, "PATH": path, "PYTHONPATH": str(root), **environment},
+            env={**self.project.environment, **self.addresses, "PATH": path, "PYTHONPATH": str(root)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -69,11 +73,20 @@ class Checkout:
 
 
 @pytest.fixture(scope="module")
-def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A copy of the released project, so that other tests find theirs as it was."""
+def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+    """A copy of the released project, so that other tests find theirs as it was, and a Prefect server."""
     root = tmp_path_factory.mktemp("conventions") / "project"
     shutil.copytree(released.project.root, root, symlinks=True)
-    return Checkout(Project(root))
+    project = Project(root)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(project.environment):
+            patch.delenv(name)
+        with prefect_api(project.home) as api:
+            addresses = {**client_settings(project.home, api.wait()), "COLUMNS": "300"}
+            addresses |= {f"GIT_{role}_{what}": "t@example.com" for role in ROLES for what in ("NAME", "EMAIL")}
+            checkout = Checkout(project, addresses)
+            checkout.shell("git add --all && git commit --quiet --message Results")
+            yield checkout
 
 
 Check = Callable[[Checkout, str], str]
@@ -96,6 +109,25 @@ def test_a_command_does_what_its_users_expect(row: Row, checkout: Checkout) -> N
     output = CHECKS.get(row.command, Checkout.shell)(checkout, row.command)
     missing = [text for text in row.prints if text not in re.sub(r"\s+", " ", output)]
     assert not missing, output
+
+
+@check("dvc pull --allow-missing")
+def pull(checkout: Checkout, command: str) -> str:
+    """In a clone on a machine that has the remote and nothing else."""
+    clone = checkout.project.root.parent / "clone"
+    checkout.shell(f"git clone --quiet . {clone}")
+    assert "\n0 of " not in checkout.shell("loopwright run --dry-run", clone)
+    checkout.shell(f"dvc remote modify --local local url {checkout.project.home}/dvc-remote && {command}", clone)
+    assert "\n0 of " in checkout.shell("loopwright run --dry-run", clone)
+    return checkout.shell("dvc status dvc.yaml", clone)
+
+
+@check("prefect deploy --all")
+def deploy(checkout: Checkout, command: str) -> str:
+    """Behind the work pools, which Prefect wants to exist."""
+    for name in ("cpu", "gpu"):
+        checkout.shell(f"prefect work-pool create {name} --type process --base-job-template deploy/work-pool.json")
+    return checkout.shell(command)
 
 
 def test_every_tool_has_rows_and_every_check_a_row() -> None:

@@ -23,6 +23,9 @@ from components.runtime.process import alive, has_git
 from components.runtime.stage import PIPELINE, outs, read_stages
 from flows.orchestration.dvc_command import write_in_one_step
 
+LOCAL_REMOTE = "local"
+"""The remote in the state folder."""
+
 
 @dataclass(frozen=True)
 class StageState:
@@ -77,7 +80,7 @@ def configure(root: Path) -> None:
     before = local.dict()
     local.setdefault("core", {})["no_scm"] = str(not has_git(root)).lower()
     local["core"].pop("site_cache_dir", None)  # absolute, by versions before this one
-    local.setdefault('remote "local"', {})["url"] = url
+    local.setdefault(f'remote "{LOCAL_REMOTE}"', {})["url"] = url
     if local.dict() != before:
         content = BytesIO()
         local.write(content)  # by itself it writes in place
@@ -194,7 +197,7 @@ def version_data(root: Path, folder: Path) -> str:
         return str(added[0].outs[0].hash_info.value)
 
 
-def push_data(root: Path, folder: Path) -> None:
+def push_folder(root: Path, folder: Path) -> None:
     """Send a versioned folder to DVC's remote, from where other hosts fetch it.
 
     Raises: InputError when DVC cannot.
@@ -249,6 +252,9 @@ def prune_cache(root: Path, retained: Collection[str], days: float, dry_run: boo
         is_git = has_git(root)
         found = repo.used_objs(all_branches=is_git, all_tags=is_git, skip_failed=True)
         used = {info.value for infos in found.values() for info in infos} | set(retained)
+        # Metrics are in git; DVC restores an earlier result of a stage only where the cache has them too.
+        for _ in repo.brancher(all_branches=is_git, all_tags=is_git):
+            used |= {out.hash_info.value for out in repo.index.outs if not out.use_cache}
         objects = Path(repo.cache.local.path)
         for name in [name for name in used if name and name.endswith(".dir")]:
             with suppress(FileNotFoundError):  # in a remote alone

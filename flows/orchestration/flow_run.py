@@ -17,6 +17,7 @@ from components.config.params import InputError, Refused
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import Uploader, connect, create_run, end_killed_runs, mlflow_name
 from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api, send_logs
+from flows.orchestration.run_stage import StageFailed, is_refusal
 
 Note = Callable[[Mapping[str, str]], None]
 Echo = Callable[[str], None]
@@ -51,12 +52,21 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
     with prefect_api(home) as api, _tracked(name, home) as note:
         from prefect import flow, tags
         from prefect.settings import temporary_settings
+        from prefect.states import Completed
+
+        refusals: list[Exception] = []
 
         @flow(name=name, validate_parameters=False)
-        def started(**parameters: Any) -> T:  # shown in Prefect
+        def started(**parameters: Any) -> Any:  # shown in Prefect
             flow_run = _current()
             with heartbeat(home, flow_run):
-                return _noted(FlowRun(flow_run, note), body)
+                try:
+                    return _noted(FlowRun(flow_run, note), body)
+                except (Refused, StageFailed) as error:
+                    if not is_refusal(error):
+                        raise
+                    refusals.append(error)
+                    return Completed(name="Refused", message=str(error))  # an outcome, as of a deployment
 
         api.wait()
         with temporary_settings(api.client), tags(home_tag(home)):
@@ -65,6 +75,8 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
             try:
                 result: T = started(**parameters)
+                if refusals:
+                    raise refusals[0]
                 return result
             finally:
                 send_logs()

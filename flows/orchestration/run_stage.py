@@ -19,6 +19,7 @@ from typing import Literal
 
 import psutil
 
+from components.config.params import Refused
 from components.config.paths import Paths
 from components.runtime.checkpoint_folders import remove_committed
 from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
@@ -54,6 +55,11 @@ class StageFailed(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether data validation or the promotion gate ended what was done, in this process or in that of a stage."""
+    return isinstance(error, Refused) or (isinstance(error, StageFailed) and error.exit_code == 3)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.config.paths import Paths, find_root
 from components.runtime.files import keep_private, write_text
@@ -13,6 +15,9 @@ from components.runtime.process import RUN_PID, end_with_parent
 from components.runtime.service_registry import bypass_proxies_for_loopback, running
 from flows.orchestration.prefect_server import Api, client_settings, mark_crashed_runs
 from flows.orchestration.services import HEALTH_FILE
+
+if TYPE_CHECKING:
+    from prefect.workers.process import ProcessWorker
 
 
 def main() -> None:
@@ -33,21 +38,20 @@ def main() -> None:
     os.environ[RUN_PID] = str(os.getpid())
     from prefect.workers.process import ProcessWorker
 
-    from flows.deployments import POOL, register
+    from flows.orchestration.deploy import POOLS, has_cuda_device, register
 
     url = Api(os.environ["PREFECT_API_URL"], home / "logs" / "prefect.log", None, None).wait(seconds=180)
     mark_crashed_runs(home, own_server=running(home).get("prefect") == url)
     if not options.no_deploy:
         register(root)
-    asyncio.run(_work(ProcessWorker(work_pool_name=POOL, name="loopwright"), home / HEALTH_FILE))
+    pools = POOLS if has_cuda_device() else POOLS[:1]
+    workers = [ProcessWorker(work_pool_name=pool, name=f"loopwright-{pool}") for pool in pools]
+    asyncio.run(_work(workers, home / HEALTH_FILE))
 
 
-async def _work(worker: object, ready: Path) -> None:
-    from prefect.workers.base import BaseWorker
-
-    assert isinstance(worker, BaseWorker)
+async def _work(workers: Sequence[ProcessWorker], ready: Path) -> None:
     write_text(ready, str(os.getpid()))
-    await worker.start()
+    await asyncio.gather(*(worker.start() for worker in workers))
 
 
 if __name__ == "__main__":

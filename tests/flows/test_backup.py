@@ -162,6 +162,24 @@ def test_state_is_replaced_by_force_alone_and_while_nothing_runs(paths: Paths, t
         assert store.counts()["requests"] == 1
 
 
+def test_a_clone_takes_a_backup_whose_dvc_lock_differs_from_that_of_git(paths: Paths, tmp_path: Path) -> None:
+    lock = paths.root / "dvc.lock"
+    lock.write_text("schema: '2.0'\nstages: {}\n")
+    address = str(tmp_path / "backup")
+    backup(paths, address)
+    ours = lock.read_text()
+    lock.write_text("schema: '2.0'\n")
+    git = ["git", "-C", str(paths.root), "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for words in (["init", "--quiet"], ["add", "dvc.lock"], ["commit", "--quiet", "--message", "Clone"]):
+        subprocess.run([*git, *words], check=True)
+    lose(paths)
+    restore(paths, address)
+    assert lock.read_text() == ours
+    lock.write_text("schema: '2.0' # edited\n")
+    with pytest.raises(InputError, match=r"dvc\.lock: is there already"):
+        restore(paths, address)
+
+
 def test_an_object_store_holds_a_backup_too(paths: Paths) -> None:
     backup(paths, "memory://bucket/backup")
     assert fsspec.filesystem("memory").exists(f"/bucket/backup/{MLFLOW}")

@@ -145,15 +145,15 @@ def mlflow_auth(services: Services) -> httpx.BasicAuth:
 
 def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:
     """Registered as the worker does; also where the pool was of Prefect's own template."""
-    program = "from pathlib import Path; from flows.deployments import register; register(Path.cwd())"
+    program = "from pathlib import Path; from flows.orchestration.deploy import register; register(Path.cwd())"
     with prefect_client(services.home, services.prefect) as client:
         variables = {"type": "object", "properties": {"command": {"type": "string"}}}
         template = {"job_configuration": {"command": "{{ command }}"}, "variables": variables}
-        pool = {"name": "loopwright", "type": "process", "base_job_template": template}
+        pool = {"name": "cpu", "type": "process", "base_job_template": template}
         assert client.post("/work_pools/", json=pool).is_success
         environment = {**client_settings(services.home, services.prefect), "PATH": "/usr/bin"}
         subprocess.run([sys.executable, "-c", program], cwd=SOURCE, env=environment, check=True)
-        template = client.get("/work_pools/loopwright").json()["base_job_template"]
+        template = client.get("/work_pools/cpu").json()["base_job_template"]
         assert "command" not in str(template)
         deployment = client.get("/deployments/name/monitor/scheduled").json()
         assert deployment["job_variables"] == {}

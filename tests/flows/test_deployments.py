@@ -24,8 +24,9 @@ import yaml
 from components.config.params import InputError, Refused
 from components.feedback.store import AnswerRecord, Store
 from components.runtime.supervisor import Supervisor, process_tree
+from flows.deployments import overrides_of
 from flows.orchestration import flow_run
-from flows.orchestration.flow_run import effect
+from flows.orchestration.flow_run import FlowRun, effect, run_flow
 from flows.orchestration.prefect_server import client_settings, free_port, heartbeat, home_tag, send_logs
 from flows.orchestration.run_stage import DVC
 from flows.orchestration.services import platform as services
@@ -35,6 +36,12 @@ pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
 ENDS = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 ENOUGH_ITEMS = 3
+PARAMETERS = {
+    "pipeline": ["scale", "settings", "until"],
+    "ingest": ["limit"],
+    "improve": ["force", "dry_run"],
+    "monitor": ["days"],
+}
 
 
 @dataclass(frozen=True)
@@ -60,13 +67,13 @@ class Platform:
     def ask(self, path: str, **body: Any) -> Any:
         return self.send("POST", path, body)
 
-    def deployment(self, flow: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.send("GET", f"deployments/name/{flow}/scheduled")
+    def deployment(self, flow: str, name: str = "scheduled") -> dict[str, Any]:
+        found: dict[str, Any] = self.send("GET", f"deployments/name/{flow}/{name}")
         return found
 
-    def runs(self, flow: str, *, auto_scheduled: bool | None = None) -> list[dict[str, Any]]:
+    def runs(self, flow: str, name: str = "scheduled", *, auto_scheduled: bool | None = None) -> list[dict[str, Any]]:
         """Flow runs of a deployment, by the time they started."""
-        asked = {"deployments": {"id": {"any_": [self.deployment(flow)["id"]]}}, "sort": "START_TIME_ASC"}
+        asked = {"deployments": {"id": {"any_": [self.deployment(flow, name)["id"]]}}, "sort": "START_TIME_ASC"}
         found = self.ask("flow_runs/filter", **asked)
         return [run for run in found if auto_scheduled is None or run["auto_scheduled"] == auto_scheduled]
 
@@ -74,8 +81,9 @@ class Platform:
         found: dict[str, Any] = self.send("GET", f"flow_runs/{flow_run}")
         return found
 
-    def start(self, flow: str) -> str:
-        return str(self.ask(f"deployments/{self.deployment(flow)['id']}/create_flow_run")["id"])
+    def start(self, flow: str, **parameters: Any) -> str:
+        path = f"deployments/{self.deployment(flow)['id']}/create_flow_run"
+        return str(self.ask(path, parameters=parameters)["id"])
 
     def said(self, flow_run: str) -> list[str]:
         rows = self.ask("logs/filter", logs={"flow_run_id": {"any_": [flow_run]}}, sort="TIMESTAMP_ASC")
@@ -160,13 +168,52 @@ def test_every_deployment_is_registered_and_gets_runs_from_its_schedule(at: Plat
 def test_deploy_registers_them_on_a_named_server(at: Platform) -> None:
     before = at.deployment("improve")["id"]
     told = at.project.ask("deploy", PREFECT_API_URL=at.api)
-    assert {row["deployment"] for row in told["deployments"]} == {
-        f"{flow}/scheduled" for flow in ("pipeline", "ingest", "improve", "monitor")
+    assert {(row["deployment"], row["pool"]) for row in told["deployments"]} == {
+        *((f"{flow}/scheduled", "cpu") for flow in ("pipeline", "ingest", "improve", "monitor")),
+        *((f"{flow}/gpu", "gpu") for flow in ("pipeline", "improve")),
+        ("notify/log", "cpu"),
     }
     assert at.deployment("improve")["id"] == before, "twice is once"
     alone = at.project.loopwright("deploy")
     assert (alone.returncode, alone.stderr.count("\n")) == (1, 1)
     assert "PREFECT_API_URL: not set" in alone.stderr
+
+
+def test_a_custom_run_has_typed_parameters(at: Platform) -> None:
+    schemas = {flow: at.deployment(flow)["parameter_openapi_schema"]["properties"] for flow in PARAMETERS}
+    assert {flow: list(schema) for flow, schema in schemas.items()} == PARAMETERS
+    assert schemas["pipeline"]["scale"]["anyOf"][0]["enum"] == ["smoke", "laptop", "gpu", "cluster"]
+    assert schemas["improve"]["dry_run"]["type"] == "boolean"
+    assert all(value["description"] for schema in schemas.values() for value in schema.values())
+    with prefect_client(at.project.home, at.api) as client:
+        path = f"/deployments/{at.deployment('monitor')['id']}/create_flow_run"
+        refused = client.post(path, json={"parameters": {"days": 0}})
+    assert refused.status_code == HTTPStatus.CONFLICT, refused.text
+
+
+def test_a_failure_and_a_refusal_are_reported(at: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = at.ended(at.start("pipeline", until="trian"))
+    assert failed["type"] == "FAILED"
+    assert "'trian' is no stage of dvc.yaml" in failed["message"]
+    monkeypatch.setenv("PREFECT_API_URL", at.api)
+
+    def body(run: FlowRun) -> None:
+        raise Refused("agent/2: refused against agent/1: no gain")
+
+    with pytest.raises(Refused):
+        run_flow("improve", at.project.home, print, body)
+    reports = at.until(lambda: len(found := at.runs("notify", "log")) >= 2 and found)
+    messages = [at.ended(run["id"])["message"] for run in reports]
+    assert any("pipeline" in message and "'trian' is no stage" in message for message in messages), messages
+    assert any(message.endswith("Refused: agent/2: refused against agent/1: no gain") for message in messages), messages
+    log = (at.project.home / "logs/worker.log").read_text()
+    assert all(message in log for message in messages)
+
+
+@pytest.mark.parametrize("name", ["project", "serve.mcp_servers"])
+def test_a_flow_run_chooses_no_code_and_no_command(name: str) -> None:
+    with pytest.raises(InputError, match=f"settings: {name}: names code or commands"):
+        overrides_of(None, {name: "x"})
 
 
 def test_a_schedule_fires_and_the_event_of_its_run_fires_an_improvement(at: Platform) -> None:

@@ -22,6 +22,10 @@ from tests.conftest import Project, clone, prefect_client
 
 pytestmark = pytest.mark.platform
 
+STORAGE = """['remote "storage"']
+    url = ../storage
+"""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,6 +69,8 @@ def test_feedback_is_taken_in_versioned_withdrawn_and_told(place: Place) -> None
     assert project.ask("feedback", "ingest")["flow_run"] is None
     ids = place.say(0, 25)
     bad = ids[-1]
+    config = root / ".dvc/config"
+    config.write_text(config.read_text().replace("remote = local", "remote = storage") + STORAGE)
 
     report = project.ask("feedback", "ingest", **place.environment)
     assert (report["accepted"], report["quarantined"], report["waiting"]) == (25, {}, 25)
@@ -72,6 +78,7 @@ def test_feedback_is_taken_in_versioned_withdrawn_and_told(place: Place) -> None
     assert json.loads((root / "data/feedback/withdrawn.json").read_text()) == {}
     pointer = yaml.safe_load((root / "data/feedback.dvc").read_text())["outs"][0]
     assert report["version"] == pointer["md5"]
+    assert (root / "storage/files/md5" / pointer["md5"][:2] / pointer["md5"][2:]).is_file(), "pushed"
     assert (
         "data/feedback"
         not in subprocess.run(

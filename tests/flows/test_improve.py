@@ -85,6 +85,7 @@ def improved(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Imp
     monkeypatch.setattr(flow, "stage_states", lambda *_, **__: [])
     monkeypatch.setattr(flow, "bring_up_to_date", stages)
     monkeypatch.setattr(flow, "publish", publish)
+    monkeypatch.setattr(flow, "push_to_remote", lambda *_: None)
     return lambda **options: improve(paths.root, echo=lambda _: None, **options)
 
 
@@ -161,6 +162,18 @@ def line(registry: Registry, registered: Register, store: Store, paths: Paths) -
         registry.promote(registered(0.5, **parent))
     store.add_improvement(4, "agent/4", "promoted", "better")
     return items
+
+
+def test_a_dry_run_states_what_an_improvement_begins_with(
+    paths: Paths, registry: Registry, store: Store, improved: Callable[..., Improvement]
+) -> None:
+    registry.promote(registry.register(paths.start, "agent", {"score": 0.0}, {}, None))
+    assert improved(dry_run=True).outcome == "nothing new"
+    correct(store, paths, 0, 8)
+    plan = improved(dry_run=True)
+    assert (plan.outcome, plan.champion) == ("would train", "agent/1")
+    assert plan.reason == "8 accepted items of feedback wait, and training starts from agent/1"
+    assert (store.waiting(), len(registry.versions("agent"))) == (8, 1)
 
 
 @pytest.mark.parametrize("revoked", [{3: 4, 2: 3, 1: 2, 0: 1}, {0: 1}])

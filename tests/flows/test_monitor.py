@@ -24,7 +24,7 @@ DAY = 86_400
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     """A project whose agent was trained on questions of four words, and a flow run without Prefect."""
     monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
-    monkeypatch.setattr(flow, "run_flow", lambda name, home, echo, body: body(FlowRun("flow run", lambda _: None)))
+    monkeypatch.setattr(flow, "run_flow", lambda name, home, echo, body, **_: body(FlowRun("flow run", lambda _: None)))
     monkeypatch.setattr(flow, "effect", lambda function, *values: function(*values))
     monkeypatch.setattr("prefect.artifacts.create_markdown_artifact", lambda *_, **__: None)
     paths = Paths(tmp_path)
@@ -65,7 +65,7 @@ def test_without_a_store_nothing_is_compared(paths: Paths) -> None:
     assert monitor(paths.root, print) == []
     assert not has_store(paths.home)
     (report,) = (paths.home / "reports").iterdir()
-    assert "No requests in the last day" in report.read_text()
+    assert "No recent requests" in report.read_text()
 
 
 def test_a_day_is_compared_with_training_and_with_the_month_before_it(paths: Paths, store: Store) -> None:
@@ -81,6 +81,16 @@ def test_a_day_is_compared_with_training_and_with_the_month_before_it(paths: Pat
     }
     assert measures["rating (p value)"].value == pytest.approx(0.51, abs=0.01), "30 up, 0 down after 40 up, 2 down"
     assert not any(one.drifted for one in measures.values())
+
+
+def test_several_days_are_compared_with_the_month_before_them(paths: Paths, store: Store) -> None:
+    ask(store, 0.9, 30, "up")
+    ask(store, 2.9, 30, "up")
+    ask(store, 3.1, 40, "up")
+    ask(store, 33.1, 100, "down")
+    measures = {measure.name: measure for measure in monitor(paths.root, lambda _: None, days=3)}
+    assert measures["prompt length"].samples == 60
+    assert not measures["rating (p value)"].drifted
 
 
 def test_a_busy_day_leaves_the_days_before_in(paths: Paths, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.deployments import SCHEDULES
+from flows.orchestration.deploy import read_deployments
 from tests.pages import ROOT
 from tests.serving.conftest import open_local
 
@@ -44,7 +44,8 @@ def test_every_alert_has_a_section_of_the_runbook_and_every_section_an_alert() -
 def test_every_schedule_has_an_alert() -> None:
     (rule,) = (rule for rule in RULES if rule["alert"] == "ScheduleLate")
     named = {flow for group in re.findall(r'flow=~?"([\w|]+)"', rule["expr"]) for flow in group.split("|")}
-    assert named == {entry.flow.name for entry in SCHEDULES}
+    scheduled = [entry for entry in read_deployments(ROOT) if entry["schedules"]]
+    assert named == {entry["entrypoint"].rpartition(".")[2] for entry in scheduled}
 
 
 @pytest.mark.parametrize("words", [["check", "rules", "alerts.yaml"], ["test", "rules", "alerts.test.yaml"]])
