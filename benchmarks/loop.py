@@ -12,31 +12,33 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
+import resource
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.agent.agent import Agent, Answer
+from components.agent.agent import Answer
 from components.agent.batch_rollout import answer_all
-from components.config.params import load_params
+from components.config.params import Params, load_params
 from components.config.paths import Paths, find_root
 from components.datasets.formats import Row, read_rows
 from components.datasets.images import complete_messages
 from components.evaluation.compare_agents import judge
 from components.evaluation.evaluate import ANSWERS, ANSWERS_OF
+from components.evaluation.parallel_rollout import load_agent
 from components.feedback.curate import curate
 from components.feedback.items import NO_CALL, PICTURES, PICTURES_SCHEMA, SCHEMA
-from components.inference.cache_plan import context_len
 from components.inference.sampling import Sampling
 from components.media.messages import pictures_of
-from components.models.checkpoint import load_decoder
 from components.runtime.stage import StageRun
 from components.training.align import align
 
@@ -62,8 +64,7 @@ def question(row: Row) -> list[Row]:
 
 
 def answers(folder: Path, rows: Sequence[Row]) -> list[Answer | None]:
-    model = load_decoder(folder)
-    agent = Agent.load(folder, context_len(model))
+    model, agent = load_agent(folder)
     sampling = Sampling(max_new_tokens=96, stop_ids=(agent.tokenizer.end_id,))
     return answer_all(model, agent, [(question(row), None) for row in rows], sampling, 64)
 
@@ -126,15 +127,27 @@ def write_feedback(paths: Paths, items: Sequence[Row], rows: Sequence[Row]) -> N
         pq.write_table(table, paths.feedback / f"pictures-{numbers}.parquet")
 
 
+def run_stage(stage: Callable[[StageRun], None], params: Params, paths: Paths) -> None:
+    """A stage in this process, which the pipeline gives each of them too."""
+    started = time.monotonic()
+    state = paths.root / "state" / stage.__name__
+    shutil.rmtree(state, ignore_errors=True)
+    state.mkdir(parents=True)
+    stage(StageRun(stage.__name__, params, paths, state, Silent()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{stage.__name__}: {time.monotonic() - started:.0f} s, at most {peak:.1f} GiB", flush=True)
+
+
 def improve(paths: Paths, seed: int, questions: int) -> Row:
     """Curate, align and judge; returns the verdict."""
     limits = {"judge.max_questions": questions, "evaluate.max_questions": questions} if questions else {}
     params = load_params(paths.params, {"seed": seed, **limits})
     for stage in (curate, align, judge):
-        state = paths.root / "state" / stage.__name__
-        shutil.rmtree(state, ignore_errors=True)
-        state.mkdir(parents=True)
-        stage(StageRun(stage.__name__, params, paths, state, Silent()))
+        process = multiprocessing.get_context("spawn").Process(target=run_stage, args=(stage, params, paths))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(f"benchmarks.loop: {stage.__name__} ended with status {process.exitcode}")
     verdict: Row = json.loads((paths.metrics / "judge.json").read_text(encoding="utf-8"))
     return verdict
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from components.config.model_settings import QuantizeBase, Section, TrainConfig
+from components.config.model_settings import FromBaseConfig, Section
 
 
 class FeedbackConfig(Section):
@@ -57,15 +57,14 @@ class CurateConfig(Section):
     """Corrections of a skill from which its earlier wording is superseded and no longer replayed."""
 
 
-class AlignConfig(TrainConfig):
-    """Training on feedback: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO."""
+class AlignConfig(FromBaseConfig):
+    """Training on feedback: corrections by instruction tuning, preferences by DPO, unpaired labels by KTO.
+
+    Settings follow from the base of a champion that is an adapter.
+    """
 
     lora_rank: int = Field(ge=0)
     """Rank of the new adapter of a champion that is none, whose own weights are trained at 0; an adapter goes on."""
-    lora_alpha: float = Field(gt=0)
-    """The adapter's output is scaled by lora_alpha / lora_rank."""
-    quantize_base: QuantizeBase
-    """The frozen weights beside an adapter in 8 or 4 bits, on a CUDA device."""
     trained_share: float = Field(gt=0, le=1)
     """Share of the blocks that are trained, the last ones; below 1 the embeddings are frozen too. Fewer forget less."""
     beta: float = Field(gt=0)

@@ -295,11 +295,9 @@ Follower = Literal[
 ]
 
 
-class FineTuneConfig(TrainConfig):
-    """Settings of the stages that fine-tune a model: the base, and which weights are trained."""
+class FromBaseConfig(TrainConfig):
+    """Settings of the stages that start from a model: which weights are trained, and what follows from a base."""
 
-    base: str
-    """A registered model (NAME@ALIAS, NAME/VERSION) or a model folder to start from; empty: the pretrained model."""
     lora_rank: int = Field(ge=0)
     """Rank of the LoRA adapters of every linear layer of the blocks, all else frozen; 0: all weights are trained."""
     lora_alpha: float = Field(gt=0)
@@ -307,11 +305,18 @@ class FineTuneConfig(TrainConfig):
     quantize_base: QuantizeBase
     """The frozen base of an adapter in 8 or 4 bits, on a CUDA device."""
     follow_base: list[Follower]
-    """With a `base`: settings that follow from its size and the rows, unless params.yaml sets them."""
+    """With a base: settings that follow from its size and the rows, unless params.yaml sets them."""
     base_epochs: float = Field(gt=0)
     """Passes over the rows where `max_steps` follows."""
     base_steps: int = Field(ge=1)
     """Most steps where `max_steps` follows."""
+
+
+class FineTuneConfig(FromBaseConfig):
+    """Settings of the stages that fine-tune a model."""
+
+    base: str
+    """A registered model (NAME@ALIAS, NAME/VERSION) or a model folder to start from; empty: the pretrained model."""
 
 
 class PretrainConfig(Section):

@@ -148,6 +148,9 @@ def load_params(path: Path, overrides: dict[str, Any] | None = None) -> Params:
     values = _merge(values, raw, where=path.name)
     for section in FAMILY_OF_SECTION:
         values[section] = _following(values[section], raw.get(section) or {})
+    written = raw.get("align") or {}
+    follow = [name for name in values["align"]["follow_base"] if written.get(name) is None]
+    values["align"] = values["align"] | {"follow_base": follow}
     try:
         return Params.model_validate(values)
     except ValidationError as error:

@@ -31,13 +31,11 @@ from components.evaluation.evaluate import (
 )
 from components.evaluation.gate import GateDecision, Mode, Slice, decide, report
 from components.evaluation.metrics import masked_bytes, piece_bits
+from components.evaluation.parallel_rollout import load_agent
 from components.evaluation.questions import answer_questions, correctness, read_questions
 from components.feedback.items import NO_CALL, PICTURES, Reworded
-from components.inference.cache_plan import context_len
 from components.media.messages import IMAGE
-from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
-from components.models.devices import best_device
 from components.runtime.stage import StageRun, warn_on_failure
 from components.token_rows.preference_rows import Answer, Role, encode_preferences
 
@@ -165,8 +163,7 @@ def _scores(
 ) -> tuple[Scores, list[Row]]:
     """The scores, and the answers to the suites that they came from."""
     torch.manual_seed(params.seed)
-    model = load_decoder(agent_folder.folder, device=best_device())
-    agent = Agent.load(agent_folder.folder, context_len(model))
+    model, agent = load_agent(agent_folder.folder)
     most = _most(params)
     folders = [collected / name for name in params.tune.datasets]
     answers = _saved_answers(agent_folder.answers, collected, params) if agent_folder.answers else None

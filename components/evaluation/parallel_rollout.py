@@ -40,7 +40,7 @@ class ParallelRollout:
 
     def __init__(self, folder: Path, config: EvaluateConfig, cores: int | None = None) -> None:
         """Raises: InputError when the folder is not a readable agent."""
-        self.model, self.agent = _load(folder)
+        self.model, self.agent = load_agent(folder)
         self._folder, self._config = folder, config
         parallel = self.model.embed.weight.device.type == "cpu" and self.model.num_parameters <= SMALL_MODEL
         self._most = min(MAX_PROCESSES, cores or os.cpu_count() or 1) - 1 if parallel else 0
@@ -97,7 +97,11 @@ class ParallelRollout:
         return rows
 
 
-def _load(folder: Path) -> tuple[Decoder, Agent]:
+def load_agent(folder: Path) -> tuple[Decoder, Agent]:
+    """A model folder as it is served, for answers alone.
+
+    Raises: InputError when the folder is not a readable agent.
+    """
     if sum(weight.numel() for weight in check_model(folder).parameters()) > SMALL_MODEL:
         model = load_served(folder, load_chat_tokenizer(folder))
     else:
@@ -120,7 +124,7 @@ def _work(connection: Connection, folder: Path, config: EvaluateConfig) -> None:
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     torch.set_num_threads(1)
-    model, agent = _load(folder)
+    model, agent = load_agent(folder)
     while True:
         try:
             questions = connection.recv()

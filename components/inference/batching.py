@@ -8,6 +8,8 @@ through other products (`decode_step.py`) and is prefilled again.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,7 +120,11 @@ class SlotCache(KVCache):
         self.length = 0  # not one for all rows: positions and masks are given with each pass
         self.span = _up(context_len + 1, SEEN)
         shape = (c.num_layers, 2, slots, c.num_kv_heads, self.span, c.head_dim)
-        self.whole = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        if weight.device.type == "cpu":  # pages of the system, which take memory once they are written
+            size = math.prod(shape) * weight.element_size()
+            self.whole = torch.frombuffer(mmap.mmap(-1, size), dtype=weight.dtype).view(shape)
+        else:
+            self.whole = weight.new_zeros(shape)
         self.passes = [_Layer(layer[0], layer[1]) for layer in self.whole]
         self.layers = list[LayerCache](self.passes)
         self._heads = torch.arange(c.num_kv_heads, device=weight.device)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from components.config.loop_settings import AlignConfig
 from components.config.paths import AGENT, CURATED, ORIGIN, TOOLS, TRAINED_ON_FILE
-from components.models.base_store import store_base
+from components.models.base_store import is_adapter, store_base
 from components.models.checkpoint import check_model, load_decoder, save_decoder, sharing
 from components.models.decoder import Decoder
 from components.models.devices import best_device, compute_dtype, configure_cpu
@@ -25,6 +25,7 @@ from components.models.vision import VisionLanguageModel
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
+from components.training.defaults import fit_to_base
 from components.training.from_base import quantize_frozen
 from components.training.loop import refuse_bad_masks, train
 from components.training.objectives import Loss, Objective, hidden_rows, linear_cross_entropy
@@ -50,8 +51,11 @@ def align(run: StageRun) -> None:
     reference.requires_grad_(False)
     model = _trained_model(run, reference)
     preferences = PreferenceRows(curated / "preferences-rows", "train")
-    reference_log_probs(reference, preferences, config.micro_batch_size)
     rows = AlignRows(TokenRows(curated / "sft", "train"), replay, preferences)
+    if is_adapter(start) and (adapter := lora_of(reference)) is not None:
+        config = config.model_copy(update={"lora_rank": adapter.rank})
+        config = fit_to_base(run, config, reference, rows, _parent(run))
+    reference_log_probs(reference, preferences, config.micro_batch_size)
     torch.manual_seed(run.params.seed)
     describe(run, model, model.config.max_seq_len, rows)
     measured = train(run, config, model, rows, align_objective(config, reference))
@@ -90,9 +94,14 @@ def freeze(model: Decoder, trained_share: float) -> None:
 def _origin(run: StageRun) -> str:
     """The candidate's parent version and the feedback it is trained on, as JSON."""
     curated = json.loads((run.paths.curated / CURATED).read_text(encoding="utf-8"))
-    origin = json.loads((run.paths.start / ORIGIN).read_text(encoding="utf-8"))
-    lineage = {"parent": origin["version"], "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
+    lineage = {"parent": _parent(run), "feedback": curated["feedback"], "curated": digest(run.paths.curated)}
     return json.dumps(lineage, indent=2) + "\n"
+
+
+def _parent(run: StageRun) -> str:
+    """The version that training starts from."""
+    origin = json.loads((run.paths.start / ORIGIN).read_text(encoding="utf-8"))
+    return str(origin["version"])
 
 
 def dpo_losses(

@@ -68,7 +68,8 @@ class ClassifierTraining:
         self.rows, self.validation = (LabelledRows(folder, split) for split in ("train", "validation"))
         self.tokenizer = TextTokenizer.load(self.base)
         self.encoder = _load_encoder(self.base, self.rows)
-        config = fit_to_base(run, run.params.classifier, self.encoder, self.rows)
+        config = run.params.classifier
+        config = fit_to_base(run, config, self.encoder, self.rows, config.base)
         epoch_steps = math.ceil(config.min_epochs * len(self.rows) / config.global_batch_size)
         self.config = config = config.model_copy(update={"max_steps": max(config.max_steps, epoch_steps)})
         if config.fresh and not config.base and not config.lora_rank:

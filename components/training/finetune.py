@@ -34,7 +34,7 @@ def finetune_summarizer(run: StageRun) -> None:
     if not isinstance(model, EncoderDecoder):
         raise InputError(f"{base}: a {type(model).__name__.lower()} cannot summarize; give an encoder-decoder's folder")
     refuse_other_vocabulary(run, "encoder_decoder", model.config.vocab_size, rows)
-    config = fit_to_base(run, config, model, rows)
+    config = fit_to_base(run, config, model, rows, config.base)
     measured = train_from_base(run, config, model, base, rows, sequence_to_sequence)
     generation = {"no_repeat_ngram_size": config.no_repeat_ngram_size}
     save_model(model, run.paths.summarizer, base, generation=generation)

@@ -40,7 +40,7 @@ def tune(run: StageRun) -> None:
     if run.params.tune.base and run.params.tune.replay_share:
         rows = with_replay(run, conversations, base, run.params.tune.replay_share)
     shape = check_model(base)
-    config = fit_to_base(run, run.params.tune, shape, rows)
+    config = fit_to_base(run, run.params.tune, shape, rows, run.params.tune.base)
     # A frozen base is read in the dtype of the training, so that there is no second copy in fp32.
     low_rank = config.lora_rank or is_adapter(base)
     dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32

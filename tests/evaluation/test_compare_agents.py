@@ -16,11 +16,14 @@ import torch
 
 from components.config.paths import Paths
 from components.datasets.formats import Row
+from components.evaluation import parallel_rollout
 from components.evaluation.compare_agents import Scores, _mixed, _skill, _slices, judge
 from components.evaluation.evaluate import held_out_digest
 from components.evaluation.questions import COLUMNS
 from components.feedback.curate import curate
 from components.feedback.items import NO_CALL
+from components.inference.served_model import load_served
+from components.models.decoder import Decoder
 from tests.feedback.project import correction, item, new_run, write_model, write_partition, write_project
 
 KEPT = ("answers.parquet", "answers.json")
@@ -80,6 +83,20 @@ def tell_right(paths: Paths) -> None:
     rows = pq.read_table(paths.champion / KEPT[0]).to_pylist()
     told = [row | {"correct": True, "right_calls": True} for row in rows]
     pq.write_table(pa.Table.from_pylist(told), paths.champion / KEPT[0])
+
+
+def test_a_large_model_is_asked_as_it_is_served(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(folder: Path, *arguments: Any) -> Decoder:
+        asked.append(folder)
+        return load_served(folder, *arguments)
+
+    monkeypatch.setattr(parallel_rollout, "SMALL_MODEL", 0)
+    monkeypatch.setattr(parallel_rollout, "load_served", load)
+    judge(new_run(paths, "judge"))
+    assert asked == [paths.candidate, paths.champion]
+    assert decision(paths)["findings"]
 
 
 def test_a_model_is_no_better_than_itself(paths: Paths) -> None:

@@ -4,9 +4,11 @@ waits or shares a beginning.
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,21 @@ def test_long_prompts_are_read_in_parts_while_others_write(model: Decoder, monke
     long.limit = 2
     if not isinstance(model.blocks[0].attention.out, RoundedLinear):
         assert long.generated == uncached(model, long)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is read from /proc")
+def test_slots_take_memory_as_they_are_used(grouped: Decoder) -> None:
+    """Eight times the context of a base of today is more than the machine has."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    long = Decoder(replace(grouped.config, max_seq_len=65_536)).eval()
+    before = resident()
+    slots = ContinuousBatch(long, 32)
+    assert slots._cache.whole.nbytes > 1 << 29
+    run(slots, [Row([number + 1] * 40, 4) for number in range(20)])
+    assert resident() - before < slots._cache.whole.nbytes / 8
 
 
 def test_what_is_kept_is_bounded(model: Decoder) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from components.config.params import InputError
-from components.inference.packed_weights import PackedLinear, RoundedLinear, pack, round_checked
+from components.inference import packed_weights
+from components.inference.packed_weights import PackedLinear, RoundedLinear, pack, packs_int8, round_checked
 from components.models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 32, 2, 4, 2, 8, 48, 64, qk_norm=True)
@@ -52,9 +53,48 @@ def test_packed_in_bf16_a_row_has_its_bits_alone_and_beside_others(shape: tuple[
     assert torch.equal(torch.cat([part.view(-1, 576) for part in alone]), product.view(-1, 576))
 
 
+@pytest.mark.parametrize("fine", [False, True])
+@torch.inference_mode()
+def test_rounded_a_row_has_its_bits_alone_and_beside_others(fine: bool) -> None:
+    rounded, x = RoundedLinear(torch.randn(48, 96)), torch.randn(9, 96)
+    rounded.fine = fine
+    product = rounded(x)
+    assert all(torch.equal(rounded(part), product[start : start + len(part)]) for start, part in parts_of(x))
+
+
+def parts_of(x: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    return [(start, x[start : start + size]) for size in (1, 2, 3, 5) for start in range(len(x) - size + 1)]
+
+
+@torch.inference_mode()
+def test_inputs_of_15_bits_leave_the_error_of_the_weights() -> None:
+    weight, x = torch.randn(48, 96), torch.randn(8, 96) * torch.logspace(0, 2, 96)
+    rounded = RoundedLinear(weight)
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    of_weights = F.linear(x, (weight / scale).round() * scale)
+    assert (rounded(x) - of_weights).norm() > 5e-3 * of_weights.norm()
+    rounded.fine = True
+    assert (rounded(x) - of_weights).norm() < 5e-4 * of_weights.norm()
+
+
+@pytest.mark.skipif(not packs_int8(), reason="oneDNN's int8 products are not exact here")
+@torch.inference_mode()
+def test_int8_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of processors without VNNI, whose products saturate."""
+    weight, bias, x = torch.randn(48, 96), torch.randn(48), torch.randn(8, 96)
+    packed = RoundedLinear(weight, bias)
+    monkeypatch.setattr(packed_weights, "packs_int8", lambda: False)
+    plain = RoundedLinear(weight, bias)
+    for packed.fine in (False, True):
+        plain.fine = packed.fine
+        torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
 @torch.inference_mode()
 def test_zeros_round_to_zeros() -> None:
-    assert torch.equal(RoundedLinear(torch.zeros(8, 8))(torch.zeros(4, 8)), torch.zeros(4, 8))
+    for rounded in (RoundedLinear(torch.zeros(8, 8)), RoundedLinear(torch.randn(8, 8))):
+        for rounded.fine in (False, True):
+            assert torch.equal(rounded(torch.zeros(4, 8)), torch.zeros(4, 8))
 
 
 @torch.inference_mode()

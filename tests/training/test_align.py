@@ -98,6 +98,22 @@ def test_align_moves_towards_what_people_want(paths: Paths) -> None:
     assert moved[Role.LIKED] > moved[Role.DISLIKED]
 
 
+def test_settings_follow_from_a_champion_that_is_an_adapter_alone(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(paths.root)
+    monkeypatch.setenv("LOOPWRIGHT_HOME", "var")
+    unset = {f"align__{name}": None for name in ("max_steps", "global_batch_size", "micro_batch_size", "warmup_steps")}
+    align(new_run(paths, "align", align__lora_rank=4, **unset | {"align__max_steps": 2}))
+    assert "params.yaml overrides each" not in capsys.readouterr().out
+    (paths.candidate / "origin.json").write_text(json.dumps({"version": "agent/2"}))
+    shutil.rmtree(paths.start)
+    shutil.move(paths.candidate, paths.start)
+    shutil.rmtree(paths.root / "state" / "align")
+    align(new_run(paths, "align", **unset))
+    assert "agent/2, 33 rows: learning_rate 0.005, global_batch_size 16" in capsys.readouterr().out
+
+
 def test_an_adapter_is_trained_beside_the_champion_from_one_copy_of_its_weights(
     paths: Paths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +144,7 @@ def test_an_adapter_is_trained_beside_the_champion_from_one_copy_of_its_weights(
     shutil.rmtree(paths.start)
     paths.candidate.rename(paths.start)
     (paths.start / "origin.json").write_text('{"version": "agent/2"}')
+    shutil.rmtree(paths.root / "state" / "align")  # of other inputs
     align(new_run(paths, "align", **LONG))
     assert read_base(paths.candidate) == first
     again = gains(paths)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.config.loop_settings import AlignConfig
 from components.config.model_settings import Follower, TuneConfig
 from components.config.params import InputError, load_params
 from components.models.checkpoint import save_decoder
@@ -92,6 +93,23 @@ def test_few_rows_are_passed_over_a_few_times_and_not_for_all_the_steps() -> Non
     assert many["global_batch_size"] > few["global_batch_size"]
 
 
+def align_config(**written: Any) -> AlignConfig:
+    overrides = {"scale": "laptop"} | {f"align.{name}": value for name, value in written.items()}
+    return load_params(PARAMS, overrides).align.model_copy(update={"lora_rank": 16})
+
+
+def test_feedback_moves_a_trained_adapter_in_smaller_steps_than_tuning_did() -> None:
+    assert following(align_config(), SMOLLM2, 2_350, 256.0) == {
+        "learning_rate": 0.0005,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "max_steps": 60,
+        "warmup_steps": 3,
+    }
+    written = following(align_config(learning_rate=0.5, max_steps=7), SMOLLM2, 2_350, 256.0)
+    assert written == {"global_batch_size": 8, "micro_batch_size": 4, "warmup_steps": 1}
+
+
 def test_without_a_base_nothing_follows() -> None:
     for config in load_params(PARAMS, {"scale": "laptop"}).fine_tuned.values():
         assert config.follow_base == []
@@ -125,7 +143,7 @@ def rows_of(run: StageRun) -> TokenRows:
 
 
 def test_the_values_are_printed_and_used(based: StageRun, capsys: pytest.CaptureFixture[str]) -> None:
-    config = fit_to_base(based, based.params.tune, adapted(based), rows_of(based))
+    config = fit_to_base(based, based.params.tune, adapted(based), rows_of(based), based.params.tune.base)
     assert capsys.readouterr().out.startswith(
         "tune  theirs@champion, 20 rows: optimizer adamw, lora_rank 0, learning_rate 0.005"
     )
