@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Project, Released
+from tests.convention_servers import SERVERS
 from tests.pages import ROOT, SPAN
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
-TOOLS = ("DVC",)
+TOOLS = ("DVC", "MLflow", "BentoML")
 """Those that must have rows."""
 
 
@@ -51,7 +52,7 @@ class Checkout:
 
     project: Project
 
-    def shell(self, command: str, root: Path | None = None, **environment: str) -> str:
+    def shell(self, command: str, root: Path | None = None) -> str:
         """Output of a command that must succeed, run in `root` or the project."""
         root = root or self.project.root
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -59,7 +60,7 @@ class Checkout:
             ["/bin/sh", "-c", command],
             cwd=root,
             # The sources of the checkout, as its own editable install has them.
-            env={**self.project.environment, "PATH": path, "PYTHONPATH": str(root), **environment},
+            env={**self.project.environment, "PATH": path, "PYTHONPATH": str(root)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -77,7 +78,7 @@ def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> Ch
 
 
 Check = Callable[[Checkout, str], str]
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = {**SERVERS}
 """By command: runs it its own way and returns its output."""
 
 

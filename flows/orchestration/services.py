@@ -10,13 +10,16 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from components.config.paths import find_root
 from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
-from components.tracking.mlflow_client import DATABASE, relocate
+from components.tracking.mlflow_client import DATABASE, database_uri, relocate
 from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
+MLFLOW_SETTINGS = Path("mlflow", "server.env")
+"""In the project: settings of MLflow's server, whoever starts it."""
 
 
 def platform(home: Path, ports: Mapping[str, int], deploy: bool) -> list[Service]:
@@ -51,20 +54,17 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     relocate(home)
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
+    command = ["mlflow", "--env-file", str(find_root() / MLFLOW_SETTINGS), "server"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", database_uri(home)]
     # The same files, under the same address, as for commands that run beside the server.
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
     # A page of another site that was rebound to this machine by DNS names another host.
     names = [f"{host}:{port}" for host in ("127.0.0.1", "localhost")]
     command += ["--allowed-hosts", ",".join(names)]
     command += ["--cors-allowed-origins", ",".join(f"http://{name}" for name in names)]
-    environment = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
-        "GIT_PYTHON_REFRESH": "quiet",
-    }
+    # MLflow reads these as it is imported, before its file of settings.
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "GIT_PYTHON_REFRESH": "quiet"}
     health, command = f"{url}/health", _python(*command)
     return Service(
         "mlflow", command, url, partial(answers, health, 1.0), environment=environment, lives=partial(lives, health)
