@@ -116,6 +116,12 @@ def test_services_of_compose_are_closed_and_wait_for_what_exists() -> None:
         assert not [port for port in service.get("ports", ()) if not port.startswith("127.0.0.1:")], name
 
 
+def test_compose_fits_its_specification() -> None:
+    reader = pytest.importorskip("compose_spec").PyOptions()
+    merged = {name: part for name, part in COMPOSE.items() if not name.startswith("x-")}
+    reader.from_yaml(yaml.safe_dump(merged))  # refuses what the specification does not have
+
+
 def variables(manifests: list[dict[str, Any]]) -> Iterator[str]:
     """Names of the environment variables of compose, Kubernetes and mlflow/server.env."""
     for service in SERVICES.values():
