@@ -65,11 +65,13 @@ bench-base: setup  ## a real base (extra bases) beside transformers and peft
 bench-gpu: setup  ## training and decoding on a CUDA device, some eight minutes
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/$$(date +%F)-gpu.md
 
-lock: setup  ## requirements.lock and requirements-serve.lock from pyproject.toml, and the versions that stages declare
+lock: setup  ## the three locks from pyproject.toml, and the versions that stages declare
 	$(BIN)/$(COMPILE) pyproject.toml --group dev | $(TORCH_ANYWHERE) > requirements.lock.new
 	@mv requirements.lock.new requirements.lock
 	$(BIN)/$(COMPILE) --group serve --constraint requirements.lock | $(TORCH_ANYWHERE) > requirements-serve.lock.new
 	@mv requirements-serve.lock.new requirements-serve.lock
+	$(BIN)/$(COMPILE) pyproject.toml --extra mcp --extra otel --group worker --constraint requirements.lock | $(TORCH_ANYWHERE) > requirements-worker.lock.new
+	@mv requirements-worker.lock.new requirements-worker.lock
 	$(BIN)/python -m components.config.versions
 COMPILE := uv pip compile --universal --python-version 3.11 --quiet --no-header --no-annotate --generate-hashes
 # torch pins its CUDA packages itself, and a CPU build wants none: leave them to the installing machine. Its own hash

@@ -39,7 +39,7 @@ def package(paths: Paths, model: str) -> str:
         raise InputError(
             f"{version}: BentoML ignores case, and {twins[0]} is registered too; import the model under another name"
         )
-    os.environ.update(_bento_environment(paths.home))
+    os.environ.update(bento_environment(paths.home))
     import bentoml
 
     tag = _tag(version)
@@ -106,7 +106,7 @@ def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> tuple[str
     # A state folder of its own: this question is no user's.
     with tempfile.TemporaryDirectory() as scratch, log.open("wb") as file:
         command = [sys.executable, "-m", "bentoml", "serve", tag, "--host", "127.0.0.1", "--port", str(port)]
-        environment = {**_bento_environment(paths.home), "LOOPWRIGHT_HOME": scratch, "LOOPWRIGHT_API_KEYS": ""}
+        environment = {**bento_environment(paths.home), "LOOPWRIGHT_HOME": scratch, "LOOPWRIGHT_API_KEYS": ""}
         process = start(command, file, environment)
         try:
             if not wait_for(f"{address}/readyz", _SECONDS_TO_SERVE, process):
@@ -120,7 +120,8 @@ def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> tuple[str
     return probe.answer(response), served[0]["device"]
 
 
-def _bento_environment(home: Path) -> dict[str, str]:
+def bento_environment(home: Path) -> dict[str, str]:
+    """Environment in which BentoML finds the state folder's Bentos and models."""
     (home / "bento").mkdir(parents=True, exist_ok=True)
     return {"BENTOML_HOME": str(home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
 
@@ -132,7 +133,7 @@ def prune_bentos(home: Path, retained: Iterable[ModelVersion], newest: int, dry_
     """
     if not (home / "bento" / "bentos").is_dir():
         return []
-    os.environ.update(_bento_environment(home))
+    os.environ.update(bento_environment(home))
     import bentoml
 
     tags = {_tag(version) for version in retained}

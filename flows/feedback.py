@@ -14,6 +14,7 @@ from pathlib import Path
 from components.config.params import InputError, Params, load_params
 from components.config.paths import REVOKED, Paths
 from components.datasets.formats import Row
+from components.feedback.assessments import exchange
 from components.feedback.ingest import IngestResult, erase_items, revocations_are_written, write_revocations
 from components.feedback.ingest import ingest as ingest_partition
 from components.feedback.leases import leased
@@ -48,6 +49,8 @@ class IngestReport:
     """Accepted items that no model is trained on yet."""
     forgotten: int = 0
     """Requests without feedback that were deleted for their age."""
+    entered: int = 0
+    """Corrections that people entered in MLflow since the last ingestion."""
     version: str | None = None
     """DVC's hash of data/feedback; null when it did not change."""
     flow_run: str | None = None
@@ -70,6 +73,7 @@ def ingest(root: Path, echo: Echo = print, limit: int | None = None) -> IngestRe
         with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest"):
             fetch_partitions(paths, store)
             job = _Job(paths, load_params(paths.params, overrides), store, echo, report)
+            job.exchange_assessments()
             if job.is_needed():
                 run_flow("ingest", paths.home, echo, job.run)
             job.forget()
@@ -87,6 +91,12 @@ class _Job:
     store: Store
     echo: Echo
     report: IngestReport
+
+    def exchange_assessments(self) -> None:
+        """Show votes as assessments of MLflow's traces; corrections that were entered there become votes."""
+        if self.params.serve.traces == "mlflow":
+            with warn_on_failure("MLflow assessments"):
+                self.report.entered = exchange(self.store, self.paths.home)
 
     def is_needed(self) -> bool:
         """Whether there are new votes, new revocations, or changes that a killed run left unversioned."""

@@ -23,6 +23,7 @@ from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import environment_secrets, hidden
 from components.runtime.files import keep_private
 from components.runtime.service_registry import bypass_proxies_for_loopback
+from loopwright.env import forget_exports
 from loopwright.output import print_json, say
 
 COMMANDS = {
@@ -51,6 +52,7 @@ COMMANDS = {
     "doctor": "doctor",
     "plan": "plan",
     "bench-machine": "plan",
+    "env": "env",
     "up": "up",
     "deploy": "up",
 }
@@ -83,6 +85,7 @@ app = typer.Typer(
 @app.callback()
 def loopwright() -> None:
     """Raw text in, a served language-model agent out, and back again: every step versioned, tracked, gated."""
+    forget_exports()
     bypass_proxies_for_loopback()
     os.umask(0o077)
     with suppress(InputError):  # no project here, as its command will say

@@ -19,11 +19,12 @@ import pytest
 
 from flows.orchestration.prefect_server import client_settings, prefect_api
 from tests.conftest import Project, Released
+from tests.convention_servers import SERVERS
 from tests.pages import ROOT, SPAN
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
-TOOLS = ("DVC", "Prefect")
+TOOLS = ("DVC", "Prefect", "MLflow", "BentoML")
 """Those that must have rows."""
 ROLES = ("AUTHOR", "COMMITTER")
 
@@ -90,7 +91,7 @@ def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 Check = Callable[[Checkout, str], str]
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Check] = {**SERVERS}
 """By command: runs it its own way and returns its output."""
 
 

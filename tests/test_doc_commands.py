@@ -29,9 +29,9 @@ from loopwright.cli import app
 from serving.http.app import new_api
 from tests.pages import ROOT, SPAN, Text, fences, is_parameter, prose
 
-TOOLS = ("dvc", "mlflow", "prefect")
+TOOLS = ("bentoml", "dvc", "mlflow", "prefect")
 """Their own help is asked for subcommands and options."""
-OTHERS = ("git", "vllm", "pre-commit", "export")
+OTHERS = ("git", "vllm", "pre-commit", "export", "eval")
 """Taken as they are."""
 
 

@@ -155,6 +155,11 @@ class Ledger(Audit):
             self._add_audit(connection, "revoke", feedback_id, reason)
             return True
 
+    def revoked(self) -> set[str]:
+        """The ids of all revoked votes."""
+        with self._read() as connection:
+            return set(connection.scalars(select(REVOCATIONS.c.feedback_id)))
+
     def withdrawn(self) -> dict[str, str]:
         """Accepted votes that are no longer valid, and why: `revoked`, or `replaced` by a later vote."""
         votes = select(OUTCOMES.c.feedback_id, OUTCOMES.c.status)

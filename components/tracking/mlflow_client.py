@@ -64,6 +64,11 @@ _MAX_PARAM = 500
 _DATABASE_SECONDS = 120.0
 
 
+def database_uri(home: Path) -> str:
+    """MLflow's address of the state folder's database."""
+    return f"sqlite:///{home / 'mlflow' / DATABASE}"
+
+
 def connect(home: Path) -> MlflowClient:
     """A client for the state folder's database, created on first use, or for MLFLOW_TRACKING_URI."""
     if "%" in sys.prefix:
@@ -73,8 +78,9 @@ def connect(home: Path) -> MlflowClient:
         os.environ.setdefault(variable, value)
     from mlflow import MlflowClient
 
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = server or f"sqlite:///{home / 'mlflow' / DATABASE}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or database_uri(home)
+    # `loopwright env` names the state folder's own database.
+    server = None if uri == database_uri(home) else uri
     if importlib.util.find_spec("psycopg2") is None:  # the driver of MLflow's default; ours is psycopg
         uri = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", uri)
     client = MlflowClient(uri, uri)
@@ -167,7 +173,7 @@ def upgrade_database(home: Path) -> None:
     if not database.is_file():
         return
     # MLflow has no call for it beside its command.
-    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{database}"]
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(home)]
     done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -89,16 +89,11 @@ def _write(client: MlflowClient, trace: Trace) -> None:
     """Write the trace of one answer."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of types in MLflow's own code, while it is imported
-        import mlflow.pyfunc  # which starting a trace imports
+        import mlflow.pyfunc  # noqa: F401 - which starting a trace imports
 
     whole, parts, fields = trace
     tags = {name: str(value) for name, value in fields.items()}
-    # Traces go where the process's own address says, whatever the client's.
-    if mlflow.get_tracking_uri() != client.tracking_uri:
-        variable = os.environ.get("MLFLOW_TRACKING_URI")
-        mlflow.set_tracking_uri(client.tracking_uri)
-        if variable is None:  # MLflow sets it too, for every process we start and for other state folders
-            os.environ.pop("MLFLOW_TRACKING_URI", None)
+    use_address_of(client)
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     root = client.start_trace(
         whole.name, whole.kind, whole.inputs, tags=tags, experiment_id=experiment, start_time_ns=_ns(whole.start)
@@ -109,6 +104,17 @@ def _write(client: MlflowClient, trace: Trace) -> None:
         )
         client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
     client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
+
+
+def use_address_of(client: MlflowClient) -> None:
+    """Let MLflow's functions without a client, those of traces, use the address of this one in this process."""
+    import mlflow
+
+    if mlflow.get_tracking_uri() != client.tracking_uri:
+        variable = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(client.tracking_uri)
+        if variable is None:  # MLflow sets it too, for every process we start and for other state folders
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def _ns(seconds: float) -> int:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import sys
 from collections.abc import Mapping
+from configparser import ConfigParser
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from components.config.paths import find_root
 from components.runtime.files import write_text
 from components.runtime.process import alive
 from components.runtime.service_registry import answers, lives
 from components.runtime.supervisor import Service
-from components.tracking.mlflow_client import DATABASE, relocate
+from components.tracking.mlflow_client import DATABASE, database_uri, relocate
 from components.tracking.mlflow_requests import authorization
 from flows.orchestration.prefect_server import AUTH_FILE, auth_string, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
+MLFLOW_FOLDER = "mlflow"
+"""In the project: settings of MLflow's server, whoever starts it."""
 MLFLOW_AUTH_FILE = "mlflow-auth"
 """In the state folder: what MLflow's page and clients sign in with, `admin:PASSWORD`."""
 
@@ -55,8 +60,9 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     folder = home / "mlflow"
     folder.mkdir(parents=True, exist_ok=True)
     relocate(home)
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / DATABASE}"]
+    command = ["mlflow", "--env-file", str(find_root() / MLFLOW_FOLDER / "server.env"), "server"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--backend-store-uri", database_uri(home)]
     # The same files, under the same address, as for commands that run beside the server.
     command += ["--default-artifact-root", (folder / "artifacts").as_uri(), "--no-serve-artifacts"]
     # A page of another site that was rebound to this machine by DNS names another host.
@@ -64,13 +70,8 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
     command += ["--app-name", "basic-auth"]
     command += ["--allowed-hosts", ",".join(names)]
     command += ["--cors-allowed-origins", ",".join(f"http://{name}" for name in names)]
-    environment = {
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "1",
-        "GIT_PYTHON_REFRESH": "quiet",
-        **_mlflow_users(home),
-    }
+    # MLflow reads these as it is imported, before its file of settings.
+    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1", "GIT_PYTHON_REFRESH": "quiet"}
     health = f"{url}/health"
     return Service(
         "mlflow",
@@ -78,7 +79,7 @@ def _mlflow(home: Path, port: int, url: str) -> Service:
         url,
         partial(answers, health, 1.0),
         hint=f"  (sign in with the line in {home / MLFLOW_AUTH_FILE})",
-        environment=environment,
+        environment={**environment, **_mlflow_users(home)},
         lives=partial(lives, health),
     )
 
@@ -92,14 +93,12 @@ def _mlflow_users(home: Path) -> Mapping[str, str]:
     if not (home / MLFLOW_AUTH_FILE).exists():
         users.unlink(missing_ok=True)
     user, _, password = auth_string(home, MLFLOW_AUTH_FILE).partition(":")
-    values = {
-        "default_permission": "READ",
-        "database_uri": f"sqlite:///{users}",
-        "authorization_function": "mlflow.server.auth:authenticate_request_basic_auth",
-        "auth_cache_ttl_seconds": "60",  # else each request computes the slow digest of its password
-    }
-    lines = [f"{name} = {value.replace('%', '%%')}" for name, value in values.items()]
-    write_text(settings, "\n".join(["[mlflow]", *lines]) + "\n")
+    parser = ConfigParser(interpolation=None)
+    parser.read(find_root() / MLFLOW_FOLDER / "auth.ini", encoding="utf-8")
+    parser["mlflow"]["database_uri"] = f"sqlite:///{users}".replace("%", "%%")
+    with io.StringIO() as text:
+        parser.write(text)
+        write_text(settings, text.getvalue())
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(settings),
         "MLFLOW_AUTH_ADMIN_USERNAME": user,
