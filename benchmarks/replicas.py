@@ -195,15 +195,20 @@ def count_allowed(url: str, key: str, over: threading.Event) -> Callable[[], dic
     return result
 
 
+def write_settings(folder: Path) -> None:
+    """Make a folder the project of endpoints with `SETTINGS`."""
+    for name in ("params.yaml", "dvc.yaml"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    with (folder / "params.yaml").open("a") as params:
+        params.write(f"\nserve: {SETTINGS}\n")
+
+
 def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, rounds: int) -> dict[str, Any]:
     """Register two model folders as versions of `agent`, serve them and let everything happen, `rounds` times."""
     from components.feedback.store import Store
     from components.tracking.registry import Registry
 
-    for name in ("params.yaml", "dvc.yaml"):
-        (scratch / name).write_bytes((ROOT / name).read_bytes())
-    with (scratch / "params.yaml").open("a") as params:
-        params.write(f"\nserve: {SETTINGS}\n")
+    write_settings(scratch)
     registry = Registry(scratch / "var")
     versions = [registry.register(folder, "agent", {}, {}, None) for folder in folders]
     registry.promote(versions[0])

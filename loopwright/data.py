@@ -22,7 +22,7 @@ from loopwright.output import Json, print_json, print_table, say
 from loopwright.user_data import erase_user, export_user
 
 if TYPE_CHECKING:
-    from components.datasets.formats import Kind
+    from components.datasets.formats import DatasetInfo, Kind
     from components.validation.report import ValidationReport
     from components.validation.validate import Validator
 
@@ -133,12 +133,15 @@ def add(
     with is_adding, writing(paths.added), limited, left_out_rows as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
         info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out)
-    pointer = f"data/added/{name}.dvc"
     if as_json:
-        print_json({**asdict(info), "folder": str(paths.added / name), "version": pointer})
-        return
+        print_json({**asdict(info), "folder": str(paths.added / name), "version": f"data/added/{name}.dvc"})
+    else:
+        _print_added(name, info, quarantine)
+
+
+def _print_added(name: str, info: DatasetInfo, quarantine: Path | None) -> None:
     dropped = f" ({_counted(info.dropped)} dropped)" if info.dropped else ""
-    print(f"{name}: {_counted(info.rows)} rows of kind {kind}{dropped}; valid")
+    print(f"{name}: {_counted(info.rows)} rows of kind {info.kind}{dropped}; valid")
     if info.dropped.get("quarantined"):
         print(f"left out, with reasons: {quarantine}")
     print(f"train on it: {_TRAIN_ON[info.kind].format(name)}")

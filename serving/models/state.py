@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -182,21 +182,8 @@ class Serving:
             announcing.append(watcher)
             return watcher
 
-        def external_tools() -> list[Tool]:
-            return [tool for tools in sources for tool in tools()]
-
-        def load(folder: Path, name: str) -> Backend:
-            own = [] if (folder / AGENT).is_file() else project_tools()
-
-            def tools() -> list[Tool]:
-                return [*own, *external_tools()]
-
-            if config.backend == "openai":
-                return RemoteServer.load(folder, name, config, tools, home)
-            return LocalEngine.load(folder, name, config, tools, metrics.chat_batch.observe)
-
         serving = cls(
-            models=watch("chat", load),
+            models=watch("chat", _chat_loader(home, config, metrics, sources, project_tools)),
             classifiers=watch("classify", partial(ClassifierWorker.load, metrics=metrics)),
             summarizers=watch("summarize", partial(SummarizerWorker.load, config=config)),
             store=store,
@@ -237,6 +224,28 @@ class Serving:
         self.replica.close()
         self.store.close()
         self.pinned.close()
+
+
+def _chat_loader(
+    home: Path,
+    config: ServeConfig,
+    metrics: Metrics,
+    sources: Sequence[Callable[[], list[Tool]]],
+    project_tools: Callable[[], list[Tool]],
+) -> Callable[[Path, str], Backend]:
+    """What loads a chat model of a name from its folder, with the tools that the `sources` have at each request."""
+
+    def load(folder: Path, name: str) -> Backend:
+        own = [] if (folder / AGENT).is_file() else project_tools()
+
+        def tools() -> list[Tool]:
+            return [*own, *(tool for source in sources for tool in source())]
+
+        if config.backend == "openai":
+            return RemoteServer.load(folder, name, config, tools, home)
+        return LocalEngine.load(folder, name, config, tools, metrics.chat_batch.observe)
+
+    return load
 
 
 def _traces(home: Path, config: ServeConfig) -> Traces | OtlpTraces | None:
