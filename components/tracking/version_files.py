@@ -16,6 +16,7 @@ from components.config.params import InputError
 from components.runtime.files import write_text
 from components.runtime.model_tasks import task_of
 from components.tracking.event_log import warn_on_failure
+from components.tracking.mlflow_client import EXPERIMENT
 from components.tracking.model_card import (
     CARD,
     ModelCard,
@@ -26,7 +27,7 @@ from components.tracking.model_card import (
     lineage_section,
     usage_section,
 )
-from components.tracking.registry import BASE_VERSION, LINEAGE, ModelVersion
+from components.tracking.registry import BASE_VERSION, LINEAGE, ModelVersion, Registry
 
 MAX_DESCRIPTION = 5000
 """Characters of a version's description in MLflow's database."""
@@ -111,6 +112,14 @@ def card(version: ModelVersion) -> str:
         return body(path.read_text(encoding="utf-8")) if path.is_file() else version.description
     except InputError:  # its files are missing
         return version.description
+
+
+def latest_run(registry: Registry, stage: str) -> tuple[str, str] | None:
+    """Ids of the experiment and of the newest run of a stage; None before its first."""
+    client = registry.client
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    runs = client.search_runs([experiment], f"tags.stage = '{stage}'", max_results=1, order_by=["start_time DESC"])
+    return (experiment, runs[0].info.run_id) if runs else None
 
 
 def describe_model(version: ModelVersion, description: str, tags: Mapping[str, str]) -> None:

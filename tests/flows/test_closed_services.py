@@ -20,9 +20,10 @@ import httpx
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from components.runtime.service_registry import AUTH_FILE
 from components.runtime.supervisor import Supervisor
 from components.tracking.mlflow_client import connect
-from flows.orchestration.prefect_server import AUTH_FILE, client_settings, free_port, prefect_api
+from flows.orchestration.prefect_server import client_settings, free_port, prefect_api
 from flows.orchestration.services import platform
 from tests.conftest import SOURCE, prefect_client
 from tests.serving.browsing import ARGUMENTS, chromium
