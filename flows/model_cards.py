@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from components.agent.saved_tools import tool_tags
-from components.evaluation.saved_outputs import intervals, mistakes, read_outputs
+from components.evaluation.saved_outputs import Output, intervals, mistakes, read_outputs
+from components.evaluation.suite_plot import draw_suites
 from components.runtime.model_tasks import task_of
 from components.tracking.event_log import warn_on_failure
 from components.tracking.model_card import (
@@ -27,19 +29,25 @@ from components.tracking.model_card import (
     weaknesses_section,
 )
 from components.tracking.registry import ModelVersion, Registry
+from components.tracking.traces import store_held_out_traces
 from components.tracking.version_files import (
     MAX_DESCRIPTION,
     describe_model,
     fetch_file,
     lineage,
     store_card,
+    store_figure,
     store_imported_card,
+    store_table,
 )
 from flows.release_targets import release_target
 
 _WRONG_EACH = 2
 """Wrong answers shown of each of the worst suites."""
 FAMILIES_BY_TASK = {"chat": "decoder", "classify": "encoder", "summarize": "encoder-decoder"}
+TABLE = "held_out_answers.json"
+"""Name of the table of a version's outputs in its run."""
+_TRACES = 5
 _NOT_JUDGED = "not compared with a champion yet"
 _METRICS = {"macro_f1": ("macro-F1", "f1"), "rougeL": ("ROUGE-L", "rouge")}
 """Name and Hugging Face's name of the metric that a suite is scored by."""
@@ -53,30 +61,34 @@ def write_card(
 
     A card that cannot be written is reported, and ends no release.
     """
-    with warn_on_failure(f"model card of {version}"):
-        card = model_card(registry, version, verdict, findings)
+    with warn_on_failure(f"model card of {version}"), tempfile.TemporaryDirectory() as scratch:
+        for name in release_target(version.name).answer_files:
+            fetch_file(version, name, Path(scratch))
+        outputs = read_outputs(Path(scratch))
+        card = model_card(registry, version, verdict, findings, outputs)
         store_card(version, card.readme(), card.description(MAX_DESCRIPTION))
         if (name := version.tags.get("base_version")) and not (base := registry.resolve(name)).description:
             store_imported_card(base)
+        _store_evidence(version, card, outputs)
         task = task_of(version.stored)
-        project = card.summary.partition("\n\n")[2]
+        about = card.summary.partition("\n\n")[2]
         describe_model(
             version,
-            f"{_KINDS[task].capitalize()}. {project}\n\n`@champion` is served; each version has its model card.",
+            f"{_KINDS[task].capitalize()}. {about}\n\n`@champion` is served; each version has its model card.",
             {"task": task, "family": str(card.metadata["tags"][1])},
         )
 
 
 def model_card(
-    registry: Registry, version: ModelVersion, verdict: str, findings: Sequence[Mapping[str, Any]]
+    registry: Registry,
+    version: ModelVersion,
+    verdict: str,
+    findings: Sequence[Mapping[str, Any]],
+    outputs: Sequence[Output],
 ) -> ModelCard:
-    """The card of a version of a model that a run or an improvement trains."""
+    """The card of a version of a model that a run or an improvement trains, with its outputs for held-out rows."""
     target, tags, folder = release_target(version.name), lineage(version), version.stored
     task = task_of(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in target.answer_files:
-            fetch_file(version, name, Path(scratch))
-        outputs = read_outputs(Path(scratch))
     champion = registry.find(f"{version.name}@champion")
     figures = _figures(version, champion, intervals(outputs, task == "classify"), target.baseline, findings)
     parent = tags.get("parent")
@@ -94,9 +106,25 @@ def model_card(
         usage_section(version.name, task, _project(tags).get("smoke_questions", {}).get(version.name, "")),
         lineage_section(version.run_id, tags),
     ]
-    return ModelCard(
-        str(version), _summary(version, tags, folder), sections, _metadata(version, tags, figures, metric_type)
-    )
+    score = f"Score {version.metrics['score']:.4g}; " if "score" in version.metrics else ""
+    headline = f"{score}{verdict[:1].lower()}{verdict[1:].rstrip('.')}."
+    about = _metadata(version, tags, figures, metric_type)
+    return ModelCard(str(version), headline, _summary(version, tags, folder), sections, about, figures)
+
+
+def _store_evidence(version: ModelVersion, card: ModelCard, outputs: Sequence[Output]) -> None:
+    """Store a plot of the suites, a table of the outputs and traces of some of them with a version's run."""
+    scores = {row.suite: row.score for row in card.figures}
+    bounds = {row.suite: row.interval for row in card.figures if row.interval is not None}
+    others = {"champion": [row.champion for row in card.figures], "baseline": [row.baseline for row in card.figures]}
+    present = {name: points for name, points in others.items() if any(point is not None for point in points)}
+    store_figure(version, "suites.png", draw_suites(scores, bounds, present, "score (95 % interval)"))
+    if not outputs:
+        return
+    columns = ("suite", "question", "expected", "answer", "score")
+    store_table(version, TABLE, {column: [getattr(output, column) for output in outputs] for column in columns})
+    first = {output.suite: output for output in reversed(outputs)}
+    store_held_out_traces(version, [asdict(output) for output in list(first.values())[:_TRACES]])
 
 
 def _figures(

@@ -51,14 +51,17 @@ class ModelCard:
     """A card: a title, Hugging Face's metadata and sections."""
 
     title: str
+    headline: str
+    """What one reads in MLflow's list of versions: the score and the verdict."""
     summary: str
     sections: Sequence[Section]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    figures: Sequence[SuiteFigure] = ()
 
     def readme(self) -> str:
         """The card as README.md of a model folder."""
         front = yaml.safe_dump(dict(self.metadata), sort_keys=False, allow_unicode=True, width=1000)
-        return f"---\n{front}---\n\n{self._markdown([section.text for section in self.sections])}"
+        return f"---\n{front}---\n\n# {self.title}\n\n{self._markdown([section.text for section in self.sections])}"
 
     def description(self, limit: int) -> str:
         """The card in at most `limit` characters: briefs of the longest sections, then without the last sections."""
@@ -79,7 +82,7 @@ class ModelCard:
         sections = [
             f"## {section.title}\n\n{text}\n" for section, text in zip(self.sections, texts, strict=False) if text
         ]
-        return "\n".join([f"# {self.title}\n\n{self.summary}\n", *sections])
+        return "\n".join([f"{self.headline}\n\n{self.summary}\n", *sections])
 
 
 def body(readme: str) -> str:
@@ -210,7 +213,7 @@ def training_section(lineage: Mapping[str, str]) -> Section:
     stages: dict[str, dict[str, float]] = json.loads(lineage.get("stages", "{}"))
     params: dict[str, Any] = json.loads(lineage.get("params", "{}"))
     rows = []
-    for name, report in stages.items():
+    for name, report in reversed(stages.items()):  # in the order in which they ran
         values = _settings(params, name)
         if "max_steps" in values:
             keys = ("max_steps", "global_batch_size", "learning_rate", "optimizer", "lora_rank")

@@ -128,8 +128,8 @@ class Registry:
         """Registered models, in order of name."""
         return sorted(model.name for model in self.client.search_registered_models())
 
-    def versions(self, name: str) -> list[ModelVersion]:
-        """All versions, newest first.
+    def versions(self, name: str, newest: int | None = None) -> list[ModelVersion]:
+        """The `newest` versions, or all, newest first.
 
         Raises: InputError for an unknown name.
         """
@@ -137,7 +137,7 @@ class Registry:
             raise InputError(f"{name}: no such model in the registry; {_known(names)}")
         rows = self.client.search_model_versions(f"name = '{name}'")
         aliases = self.aliases(name)
-        return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))]
+        return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))[:newest]]
 
     def resolve(self, name: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
@@ -212,8 +212,7 @@ class Registry:
     ) -> ModelVersion:
         """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts.
 
-        `lineage` is stored with the run (components/tracking/version_files.py). Of an adapter whose base is not
-        registered, the base becomes a version of `NAME-base`.
+        `lineage` is stored with the run. An adapter's base that is not registered becomes a version of `NAME-base`.
         """
         tags = {**tool_tags(folder), **self._weights_tags(folder, name, parent), **tags}
         run_id = create_run(self.client, f"register {name}", {}, parent, _now())

@@ -44,9 +44,17 @@ def store_text(version: ModelVersion, name: str, text: str) -> None:
 
 
 def store_table(version: ModelVersion, name: str, columns: Mapping[str, list[Any]]) -> None:
-    """Store a table with a version's run, for MLflow's evaluation page; a stored table is replaced."""
-    text = json.dumps({"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]})
-    version.registry.client.log_text(version.run_id, text, name)
+    """Store a table with a version's run, for MLflow's pages; one of that name stays, as MLflow would add to it."""
+    import pandas as pd
+
+    client = version.registry.client
+    if not any(file.path == name for file in client.list_artifacts(version.run_id)):
+        client.log_table(version.run_id, pd.DataFrame(dict(columns), dtype=object), name)
+
+
+def store_figure(version: ModelVersion, name: str, figure: Any) -> None:
+    """Store a matplotlib figure with a version's run."""
+    version.registry.client.log_figure(version.run_id, figure, name)
 
 
 def fetch_file(version: ModelVersion, name: str, folder: Path) -> None:
@@ -91,14 +99,14 @@ def store_imported_card(version: ModelVersion, source: Path | None = None) -> No
         readme = source / CARD if source is not None else None
         stated = front_matter(readme.read_text(encoding="utf-8")) if readme is not None and readme.is_file() else {}
         about = {key: stated[key] for key in ("license", "license_name", "license_link", "language") if key in stated}
-        lines = [f"{version} was imported{f' from `{origin}`' if origin else ''} and not evaluated here."]
-        lines += [f"{architecture(version.stored)}.", f"Licence: {about.get('license', 'not stated')}."]
+        headline = f"Imported{f' from `{origin}`' if origin else ''} and not evaluated here."
+        lines = [f"{architecture(version.stored)}.", f"Licence: {about.get('license', 'not stated')}."]
         sections = [usage_section(version.name, task, ""), lineage_section(version.run_id, version.tags)]
         metadata = {
             **about,
             **hugging_face_metadata(str(version), task, (), "", (), version.tags.get("base_version", "")),
         }
-        written = ModelCard(str(version), " ".join(lines), sections, metadata)
+        written = ModelCard(str(version), headline, " ".join(lines), sections, metadata)
         store_card(version, written.readme(), written.description(MAX_DESCRIPTION))
         describe_model(
             version, "Imported; `loopwright run --set SECTION.base=NAME@ALIAS` trains from it.", {"task": task}

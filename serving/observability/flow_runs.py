@@ -13,8 +13,10 @@ import httpx
 
 from components.runtime.service_registry import AUTH_FILE, AUTH_STRING, LOOPBACK, running
 
-RECENT, NEXT = 8, 5
+RECENT = 8
 """Flow runs that are listed."""
+_SCHEDULED = 200
+"""Flow runs that one answer of Prefect's lists, and so up to which the next of each flow is looked for."""
 _SECONDS = 3.0
 
 
@@ -54,9 +56,11 @@ def _listed(api: httpx.Client, home: Path, page: str) -> dict[str, Any]:
         return [_run(row, flows, page) for row in _post(api, "/flow_runs/filter", chosen)]
 
     ended = ["COMPLETED", "FAILED", "CRASHED", "CANCELLED", "RUNNING", "CANCELLING", "PENDING", "PAUSED"]
+    scheduled = runs(["SCHEDULED"], "EXPECTED_START_TIME_ASC", _SCHEDULED)
+    first = {run["flow"]: run for run in reversed(scheduled)}  # of each flow
     return {
         "recent": runs(ended, "START_TIME_DESC", RECENT),
-        "scheduled": runs(["SCHEDULED"], "EXPECTED_START_TIME_ASC", NEXT),
+        "scheduled": sorted(first.values(), key=lambda run: str(run["time"])),
     }
 
 

@@ -13,6 +13,8 @@ from components.tracking.registry import ModelVersion, Registry, is_empty
 from components.tracking.version_files import card, latest_run
 from serving.observability.flow_runs import flow_runs, prefect_address
 
+_NEWEST = 20
+"""Versions of a model that are listed."""
 _REPORT = "index.html"
 """The validation report's name among the artifacts of its run."""
 
@@ -44,9 +46,9 @@ def version_card(home: Path, model: str) -> dict[str, Any]:
 
 
 def _model(registry: Registry, name: str, mlflow: str, share: float, served: list[str]) -> dict[str, Any]:
-    """A registered model: the versions that its aliases name, and all versions, newest first."""
-    versions = registry.versions(name)
-    by_alias = {alias: _version(version, mlflow) for version in versions for alias in version.aliases}
+    """A registered model: the versions that its aliases name, and the newest versions."""
+    versions = registry.versions(name, _NEWEST)
+    by_alias = {alias: _version(registry.resolve(f"{name}@{alias}"), mlflow) for alias in registry.aliases(name)}
     return {
         "name": name,
         "champion": by_alias.get("champion"),
@@ -54,7 +56,7 @@ def _model(registry: Registry, name: str, mlflow: str, share: float, served: lis
         "challenger_share": share if "challenger" in by_alias else 0.0,
         "previous": by_alias.get("previous"),
         "served": any(entry.partition("/")[0] == name for entry in served),
-        "versions": [_version(version, mlflow) for version in versions[:20]],
+        "versions": [_version(version, mlflow) for version in versions],
         "url": f"{mlflow}/#/models/{name}" if mlflow else None,
     }
 

@@ -33,6 +33,7 @@ function fill({ models, served, runs, successes, feedback, drift, links }) {
   put("next", runs ? rows(runs.scheduled, scheduled) : faint("Schedules run while “loopwright up” runs."));
   put("feedback", votes(feedback));
   put("drift", drift ? markdown(`Checked on ${drift.date}\n\n${drift.report.replace(/^# .*\n/, "")}`) : faint("No check yet; the flow “monitor” runs daily."));
+  byId("content").hidden = false;
   put("links", make("ul", { class: "links" }, ...links.map((/** @type {any} */ { name, url }) => make("li", {}, link(name, url)))));
 }
 
@@ -71,7 +72,7 @@ function model({ name, champion, challenger, challenger_share: share, previous, 
   const others = make(
     "details",
     {},
-    make("summary", {}, counted(versions.length, "version")),
+    make("summary", {}, versions.length === 1 ? "One version" : `The newest ${versions.length} versions`),
     make("ul", { class: "versions" }, ...versions.map(version)),
   );
   return make("article", { "aria-label": name }, heading, ...about, others);
