@@ -146,7 +146,7 @@ class _Job:
         with warn_on_failure("Prefect artifact gate"):
             _show_decision(f"{version}: {judged['reason']}\n\n{page}")
         decision = f"against {self.champion}: {judged['reason']}"
-        gate_report = GateReport(judged["promote"], decision, page, str(self.champion))
+        gate_report = GateReport(judged["promote"], decision, page, str(self.champion), judged["findings"])
         try:
             reason = effect(apply_gate, self.registry, version, gate_report)
         except Refused as refusal:

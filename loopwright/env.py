@@ -19,8 +19,7 @@ def env(as_json: Json = False) -> None:
     `eval "$(loopwright env)"` sets them. What the environment sets stays; passwords are read from their files by the
     shell, and not printed.
     """
-    from components.runtime.service_registry import running
-    from flows.orchestration.prefect_server import AUTH_FILE, AUTH_STRING
+    from components.runtime.service_registry import AUTH_FILE, AUTH_STRING, running
 
     home = Paths(find_root()).home
     values = _stores(home)

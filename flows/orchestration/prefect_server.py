@@ -25,14 +25,10 @@ from components.feedback.leases import LeaseHolder
 from components.feedback.store import Store, is_shared, leased_in
 from components.runtime.files import replace_file
 from components.runtime.process import file_lock, lock_owner, start, stop
-from components.runtime.service_registry import LOOPBACK, running, wait_for
+from components.runtime.service_registry import AUTH_FILE, AUTH_STRING, LOOPBACK, running, wait_for
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
-
-AUTH_FILE = "prefect-auth"
-"""In the state folder: what Prefect's page and clients sign in with, `admin:PASSWORD`."""
-AUTH_STRING = "PREFECT_API_AUTH_STRING"
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0

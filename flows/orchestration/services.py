@@ -15,11 +15,11 @@ from pathlib import Path
 from components.config.paths import find_root
 from components.runtime.files import write_text
 from components.runtime.process import alive
-from components.runtime.service_registry import answers, lives
+from components.runtime.service_registry import AUTH_FILE, answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, database_uri, relocate
 from components.tracking.mlflow_requests import authorization
-from flows.orchestration.prefect_server import AUTH_FILE, auth_string, client_settings, server_settings
+from flows.orchestration.prefect_server import auth_string, client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
 MLFLOW_FOLDER = "mlflow"
@@ -128,6 +128,7 @@ def _endpoint(home: Path, port: int) -> Service:
         url,
         partial(answers, f"{url}/readyz", 1.0),
         lives=partial(lives, f"{url}/livez"),
+        hint=f"  (champions, runs and feedback: {url}/registry)",
         may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
     )

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from components.runtime.process import file_lock
-from components.runtime.service_registry import LOCK, publish
+from components.runtime.service_registry import AUTH_FILE, LOCK, publish
 from components.tracking.mlflow_client import EXPERIMENT, connect, database_uri
-from flows.orchestration.prefect_server import AUTH_FILE
 from loopwright.env import EXPORTED, forget_exports
 
 ROOT = Path(__file__).parents[2]
