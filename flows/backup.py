@@ -29,7 +29,7 @@ from components.feedback.store import Store, database_url, has_store, leased_in
 from components.runtime.files import remove
 from components.runtime.process import file_lock, git
 from components.runtime.service_registry import record_success
-from components.tracking.mlflow_client import upgrade_database
+from components.tracking.mlflow_database import upgrade_database
 from flows.orchestration.dvc_repo import cache_folder
 
 MANIFEST = "manifest.json"

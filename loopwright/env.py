@@ -42,7 +42,7 @@ def env(as_json: Json = False) -> None:
 
 def _stores(home: Path) -> dict[str, str]:
     """Addresses of the state folder's stores, by the variable in which each tool takes them."""
-    from components.tracking.mlflow_client import database_uri
+    from components.tracking.mlflow_database import database_uri
     from flows.bento import bento_environment
     from flows.orchestration.prefect_server import settings
 

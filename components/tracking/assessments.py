@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.tracking.mlflow_client import EXPERIMENT, connect
+from components.tracking.mlflow_client import connect
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.traces import use_address_of
 
 if TYPE_CHECKING:

@@ -13,17 +13,14 @@ import os
 import re
 import shutil
 import socket
-import sqlite3
-import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlparse
 
 from components.config.errors import Unavailable
 from components.config.params import InputError
@@ -32,14 +29,12 @@ from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
 from components.runtime.process import alive, file_lock
 from components.tracking.event_log import EventLog
+from components.tracking.mlflow_database import EXPERIMENT, LOCK_SECONDS, artifact_location, database_uri, relocate
 from components.tracking.mlflow_requests import SETTINGS, errors, is_denied, is_missing, transfer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "loopwright"
-DATABASE = "mlflow.db"
-"""In the folder `mlflow` of the state folder."""
 UPLOADER = "LOOPWRIGHT_COURIER"
 """Environment variable with the process that uploads the event logs of all stages."""
 
@@ -50,23 +45,8 @@ _LOADERS: Mapping[Task, str] = {
     "summarize": "components.inference.pyfunc",
 }
 """The module that loads a model folder for MLflow, by the model's task."""
-_ARTIFACT_COLUMNS = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-    ("trace_tags", "value"),
-)
-"""Columns of MLflow's tables with absolute addresses of artifacts."""
 _MAX_BATCH = 1000
 _MAX_PARAM = 500
-_DATABASE_SECONDS = 120.0
-
-
-def database_uri(home: Path) -> str:
-    """MLflow's address of the state folder's database."""
-    return f"sqlite:///{home / 'mlflow' / DATABASE}"
 
 
 def connect(home: Path) -> MlflowClient:
@@ -85,10 +65,10 @@ def connect(home: Path) -> MlflowClient:
         uri = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", uri)
     client = MlflowClient(uri, uri)
     try:
-        if not server and _artifact_location(home) == (home / "mlflow" / "artifacts").as_uri():
+        if not server and artifact_location(home) == (home / "mlflow" / "artifacts").as_uri():
             return client
         # Two processes must not create the tables at the same time.
-        with file_lock(home / "mlflow", "database", patience=_DATABASE_SECONDS):
+        with file_lock(home / "mlflow", "database", patience=LOCK_SECONDS):
             if not server:
                 relocate(home)
             if client.get_experiment_by_name(EXPERIMENT) is None:
@@ -122,62 +102,6 @@ def _create_experiment(client: MlflowClient, artifact_location: str | None) -> N
     except errors():
         if client.get_experiment_by_name(EXPERIMENT) is None:  # not made by another machine meanwhile
             raise
-
-
-def _artifact_location(home: Path) -> str:
-    """The address of the artifacts in the state folder's database; empty where MLflow has not made its tables yet."""
-    database = home / "mlflow" / DATABASE
-    if not database.is_file():
-        return ""
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", timeout=_DATABASE_SECONDS, uri=True)) as tables:
-        try:
-            row = tables.execute("SELECT artifact_location FROM experiments WHERE name = ?", [EXPERIMENT]).fetchone()
-        except sqlite3.OperationalError:
-            return ""
-    return row[0] if row else ""
-
-
-def relocate(home: Path) -> None:
-    """Correct the artifact addresses in the state folder's database after the folder was moved, copied or restored.
-
-    MLflow stores them absolute, reads and writes where they point, and has no call that changes those of a run.
-    """
-    database, artifacts = home / "mlflow" / DATABASE, home / "mlflow" / "artifacts"
-    stored, current = _artifact_location(home), artifacts.as_uri()
-    before = Path(unquote(urlparse(stored).path))
-    if not stored or stored == current or (before.exists() and artifacts.exists() and before.samefile(artifacts)):
-        return
-    with closing(sqlite3.connect(database, timeout=_DATABASE_SECONDS)) as tables, tables:
-        # Of a copied state folder, earlier versions wrote artifacts into the original.
-        for (run_id,) in tables.execute("SELECT run_uuid FROM runs").fetchall():
-            if (before / run_id).is_dir() and not (artifacts / run_id).exists():
-                shutil.copytree(before / run_id, artifacts / run_id)
-        for table, column in _ARTIFACT_COLUMNS:
-            tables.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?",
-                [current, len(stored) + 1, len(stored) + 1, f"{stored}/"],
-            )
-        # MLflow's own default experiment lies where the first command was run.
-        default = "experiment_id = 0 AND artifact_location LIKE '%/mlruns/0'"
-        tables.execute(f"UPDATE experiments SET artifact_location = ? WHERE {default}", [f"{current}/0"])
-        moved = [str(home), str(before.parents[1])]
-        tables.execute("UPDATE tags SET value = ? WHERE key = 'home' AND value = ?", moved)
-
-
-def upgrade_database(home: Path) -> None:
-    """Migrate the state folder's database to the schema of the installed MLflow, if there is one.
-
-    Raises: InputError with MLflow's reason.
-    """
-    database = home / "mlflow" / DATABASE
-    if not database.is_file():
-        return
-    # MLflow has no call for it beside its command.
-    command = [sys.executable, "-m", "mlflow", "db", "upgrade", database_uri(home)]
-    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"{database}: MLflow cannot migrate it: {reason[:300]}")
 
 
 def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent: str | None, start_ms: int) -> str:

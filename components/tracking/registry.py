@@ -27,15 +27,8 @@ from components.models.base_store import base_folder, is_adapter, read_base, sto
 from components.models.weight_files import check_digest, weights_digest
 from components.runtime.process import file_lock
 from components.tracking.downloads import local_copy, model_folder
-from components.tracking.mlflow_client import (
-    DATABASE,
-    connect,
-    create_run,
-    log_metrics,
-    log_params,
-    mlflow_name,
-    save_pyfunc,
-)
+from components.tracking.mlflow_client import connect, create_run, log_metrics, log_params, mlflow_name, save_pyfunc
+from components.tracking.mlflow_database import DATABASE
 from components.tracking.mlflow_requests import create_version, errors, is_missing, transfer
 from components.tracking.model_names import known_names, parse_name
 

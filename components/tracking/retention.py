@@ -17,7 +17,7 @@ from components.config.params import InputError
 from components.config.paths import AGENT, CONFIG, TRAINED_ON_FILE
 from components.models.base_store import STORE
 from components.runtime.files import remove
-from components.tracking.mlflow_client import DATABASE, EXPERIMENT
+from components.tracking.mlflow_database import DATABASE, EXPERIMENT
 from components.tracking.model_card import CARD
 from components.tracking.registry import BASE_SHA256, BASE_VERSION, PRUNED, ModelVersion, Registry
 

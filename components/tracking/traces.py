@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.tracking.mlflow_client import EXPERIMENT, connect
+from components.tracking.mlflow_client import connect
+from components.tracking.mlflow_database import EXPERIMENT
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -16,7 +16,7 @@ from components.config.params import InputError
 from components.runtime.files import write_text
 from components.runtime.model_tasks import task_of
 from components.tracking.event_log import warn_on_failure
-from components.tracking.mlflow_client import EXPERIMENT
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.mlflow_requests import transfer
 from components.tracking.model_card import (
     CARD,

@@ -17,7 +17,7 @@ from components.runtime.files import write_text
 from components.runtime.process import alive
 from components.runtime.service_registry import AUTH_FILE, answers, lives
 from components.runtime.supervisor import Service
-from components.tracking.mlflow_client import DATABASE, database_uri, relocate
+from components.tracking.mlflow_database import DATABASE, database_uri, relocate
 from components.tracking.mlflow_requests import authorization
 from flows.orchestration.prefect_server import auth_string, client_settings, server_settings
 

@@ -14,7 +14,8 @@ from mlflow.entities import AssessmentSource, Expectation
 from components.feedback.assessments import exchange
 from components.feedback.store import AnswerRecord, Store
 from components.tracking.assessments import EXPECTED, RATING
-from components.tracking.mlflow_client import EXPERIMENT, connect
+from components.tracking.mlflow_client import connect
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.traces import Span, Traces
 
 ALICE = AssessmentSource("HUMAN", "alice")

@@ -12,7 +12,8 @@ import pytest
 
 from components.runtime.process import file_lock
 from components.runtime.service_registry import AUTH_FILE, LOCK, publish
-from components.tracking.mlflow_client import EXPERIMENT, connect, database_uri
+from components.tracking.mlflow_client import connect
+from components.tracking.mlflow_database import EXPERIMENT, database_uri
 from loopwright.env import EXPORTED, forget_exports
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from components.tracking.mlflow_client import EXPERIMENT, connect
+from components.tracking.mlflow_client import connect
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.traces import Span, Traces
 from serving.engine.backend import AgentStep, Completion, Start, TextDelta
 from serving.observability.logs import FIELDS, JsonLines

@@ -16,15 +16,8 @@ from matplotlib.figure import Figure
 from components.config.params import InputError
 from components.tracking import mlflow_client as tracking
 from components.tracking.event_log import PARENT_RUN, EventLog
-from components.tracking.mlflow_client import (
-    DATABASE,
-    UPLOADER,
-    Uploader,
-    connect,
-    create_run,
-    end_killed_runs,
-    open_tracker,
-)
+from components.tracking.mlflow_client import UPLOADER, Uploader, connect, create_run, end_killed_runs, open_tracker
+from components.tracking.mlflow_database import DATABASE
 from components.tracking.registry import ModelVersion, Registry, is_empty, resolve
 
 SOURCE = Path(__file__).parents[2]

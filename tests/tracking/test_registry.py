@@ -13,7 +13,7 @@ import pytest
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from components.tracking.mlflow_client import EXPERIMENT
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
 from loopwright.models import import_
