@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.postgres_server import PostgresServer
+from components.runtime.service_registry import wait_for
 from flows.orchestration.prefect_server import free_port
 
 if TYPE_CHECKING:
@@ -219,7 +220,8 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
             stack.callback(lambda each=endpoint: each.process.send_signal(signal.SIGINT))
             endpoint.wait()
         url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
-        time.sleep(3.0)  # haproxy's first checks
+        if not wait_for(f"{url}/readyz", 20.0):
+            raise RuntimeError(f"haproxy does not answer: {(scratch / 'haproxy.log').read_text()}")
         load = Load(url, key)
         allowed = count_allowed(url, limited, load.over)
         codes: list[int] = []
