@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.postgres_server import PostgresServer
+from components.runtime.service_registry import wait_for
 from flows.orchestration.prefect_server import free_port
 
 if TYPE_CHECKING:
@@ -59,12 +60,16 @@ class Endpoint:
             raise RuntimeError(f"a replica did not start; see {self._project}/{self.port}.log")
 
     def restart(self, number: signal.Signals) -> int:
-        """End the process by a signal and start another; returns its exit code."""
+        """End the process by a signal and start another, which `wait` waits for; returns its exit code."""
         self.process.send_signal(number)
         code = self.process.wait()
         self.start()
-        self.wait()
         return code
+
+    def stop(self) -> int:
+        """End the process in order; returns its exit code."""
+        self.process.send_signal(signal.SIGINT)  # without effect on one that has ended
+        return self.process.wait()
 
 
 @contextmanager
@@ -220,11 +225,12 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
         _, limited = store.create_key("limited", ["predict"], LIMIT)
         endpoints = [Endpoint(scratch, database.url) for _ in range(replicas)]
         for endpoint in endpoints:
-            stack.callback(endpoint.process.wait)
-            stack.callback(lambda each=endpoint: each.process.send_signal(signal.SIGINT))
+            stack.callback(endpoint.stop)
+        for endpoint in endpoints:
             endpoint.wait()
         url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
-        time.sleep(3.0)  # haproxy's first checks
+        if not wait_for(f"{url}/readyz", 20.0):
+            raise RuntimeError(f"haproxy does not answer: {(scratch / 'haproxy.log').read_text()}")
         load = Load(url, key)
         allowed = count_allowed(url, limited, load.over)
         codes: list[int] = []
@@ -241,15 +247,15 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
                 registry.rollback("agent")
                 time.sleep(2.0)
                 load.rollbacks.append(time.monotonic())
+                endpoints[0].wait()
                 codes.append(endpoints[-1].restart(signal.SIGTERM))
+                endpoints[-1].wait()
 
         began = time.monotonic()
         load.run(clients, events)
         seconds = time.monotonic() - began
         limit = allowed()
-        for endpoint in endpoints:
-            endpoint.process.send_signal(signal.SIGINT)
-        codes += [endpoint.process.wait() for endpoint in endpoints]
+        codes += [endpoint.stop() for endpoint in endpoints]
         store.close()
     counts = load.counts
     return {

@@ -231,7 +231,7 @@ class Store(Ledger, Keys, Pictures, People, Replicas, Leases):
             votes = select(FEEDBACK).where(FEEDBACK.c.completion_id == completion_id).order_by(FEEDBACK.c.sequence)
             feedback = [dict(row) for row in connection.execute(votes).mappings()]
         if answer:
-            del answer["request_id"]
+            del answer["request_id"], answer["conversation"]
         body = request.pop("body")
         return {**request, "request": body, "answer": answer, "feedback": feedback}
 

@@ -158,9 +158,9 @@ class AliasWatcher(Generic[M]):
         """
         models = self.serving_models
         version = answered_by if model in (None, self.name, self.spec) else model
-        for former in models:
-            if former.name == version:
-                return former
+        for engine in models:
+            if engine.name == version and not (model == self.spec and engine is models.challenger):
+                return engine
         if models.challenger is not None:
             if model in (models.challenger.name, f"{self.name}@challenger"):
                 return models.challenger

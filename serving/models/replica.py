@@ -76,6 +76,11 @@ class Replica:
                 logger.error("not ready: %s", error)
             self._failed = True
             return
+        except Exception:  # an error of ours: said once, and not ready until the next success
+            if not self._failed:
+                logger.exception("not ready: the database cannot be written")
+            self._failed = True
+            return
         if self._failed:
             logger.info("the database can be written again")
         self._others = [models for name, models in replicas.items() if name != self.id]
