@@ -24,6 +24,7 @@ from components.runtime.process import file_lock
 
 MAX_FOLDERS = 2
 _SUFFIX = ".history.json"
+_LOCK_FILES = ("dvc.lock", "data/improve/dvc.lock")
 
 
 @dataclass
@@ -122,11 +123,45 @@ def remove_committed(paths: Paths, committed: str = "") -> None:
             History.read(name, paths).remove_committed(last=name == committed)
 
 
+def copy_lock_files(paths: Paths) -> None:
+    """Copy DVC's lock files into the state folder while a stage runs, and so while DVC writes none.
+
+    `dvc repro` by hand writes them in place, and tears them when it is killed meanwhile.
+    """
+    for name in _LOCK_FILES:
+        if (paths.root / name).is_file():
+            copy = _copy_of(name, paths)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_text(copy, (paths.root / name).read_text(encoding="utf-8"))
+
+
+def restore_lock_files(paths: Paths) -> list[str]:
+    """Replace torn lock files by their copies; returns their names. The caller holds DVC's lock."""
+    restored = []
+    for name in _LOCK_FILES:
+        file, copy = paths.root / name, _copy_of(name, paths)
+        if not copy.is_file() or not file.is_file():
+            continue
+        try:
+            is_torn = not yaml.load(file.read_text(encoding="utf-8"), yaml.CSafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            is_torn = True
+        if is_torn:
+            write_text(file, copy.read_text(encoding="utf-8"))
+            restored.append(name)
+    return restored
+
+
+def _copy_of(name: str, paths: Paths) -> Path:
+    return paths.home / "stages" / name.replace("/", "-")
+
+
 def _locked(name: str, paths: Paths) -> dict[str, Any]:
     """The stage's entry in dvc.lock; empty where there is none, or where the file cannot be read."""
-    for file in (paths.root / "dvc.lock", paths.root / "data/improve/dvc.lock"):
+    for file in _LOCK_FILES:
         with suppress(FileNotFoundError, yaml.YAMLError):
-            stages = (yaml.load(file.read_text(encoding="utf-8"), yaml.CSafeLoader) or {}).get("stages", {})
+            text = (paths.root / file).read_text(encoding="utf-8")
+            stages = (yaml.load(text, yaml.CSafeLoader) or {}).get("stages", {})
             if name in stages:
                 entry: dict[str, Any] = stages[name]
                 return entry

@@ -29,7 +29,7 @@ from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Pa
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import redacted
 from components.config.versions import VERSIONS_FILE
-from components.runtime.checkpoint_folders import History, remove_committed
+from components.runtime.checkpoint_folders import History, copy_lock_files, remove_committed
 from components.runtime.files import keep_private, remove, replace_file
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import EventLog
@@ -295,6 +295,7 @@ def _run_locked(name: str, paths: Paths) -> None:
     # Partial outs of a killed run; and nothing may be written through a link into DVC's cache.
     for out in outs(read_stages(paths.root)[name]):
         remove(paths.root / out)
+    copy_lock_files(paths)
     with open_tracker(name, inputs.key, paths.home) as tracker:
         tracker.params(flat(redacted(inputs.values)))
         for dep, content in inputs.deps.items():

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, chdir, contextmanager, suppress
@@ -18,6 +19,7 @@ from typing import Any
 
 from components.config.params import InputError
 from components.config.paths import Paths, disk_trouble, writing
+from components.runtime.checkpoint_folders import restore_lock_files
 from components.runtime.files import replace_file, write_text
 from components.runtime.process import alive, has_git
 from components.runtime.stage import PIPELINE, outs, read_stages
@@ -101,6 +103,9 @@ def stage_states(
     with chdir(root), open_repo(root, read_only=read_only) as repo:
         if not read_only:
             _remove_broken_lock(repo)
+            with repo.lock:
+                for file in restore_lock_files(Paths(root)):
+                    print(f"{file}: was torn; restored as it was when the last stage began", file=sys.stderr)
         needs = _graph(repo, root, pipeline)
         changed = {name.rpartition(":")[2]: why for name, why in repo.status(pipeline).items()}
     states: dict[str, StageState] = {}

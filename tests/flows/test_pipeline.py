@@ -20,6 +20,7 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from components.runtime.checkpoint_folders import copy_lock_files
 from flows.orchestration.dvc_repo import StageState, configure, stage_states, version_data
 from flows.orchestration.run_stage import StageFailed, reproduce
 from loopwright.doctor import CHECKS
@@ -301,6 +302,20 @@ def test_a_killed_dvc_that_nobody_waited_for_holds_no_lock(project: Path) -> Non
         written = {str(project / "first.txt"): owner}
         (project / ".dvc/tmp/rwlock").write_text(json.dumps({"write": written, "read": {}}))
         assert reasons(project) == {"first": (), "side": (), "last": ()}
+
+
+def test_a_lock_file_that_a_kill_tore_is_restored(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`dvc repro` by hand writes it in place."""
+    run("first", project)
+    copy_lock_files(Paths(project))
+    run_all(project)
+    written = (project / "dvc.lock").read_text()
+    for torn in ("", written[: written.index("outs:") + 3]):
+        (project / "dvc.lock").write_text(torn)
+        assert reasons(project)["first"] == ()
+        assert capsys.readouterr().err == "dvc.lock: was torn; restored as it was when the last stage began\n"
+        assert run_all(project)[0] == "up to date"
+        assert (project / "dvc.lock").read_text() == written
 
 
 def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None:
