@@ -83,7 +83,7 @@ def checkout(released: Released, tmp_path_factory: pytest.TempPathFactory) -> It
         for name in set(os.environ) - set(project.environment):
             patch.delenv(name)
         with prefect_api(project.home) as api:
-            addresses = {**client_settings(project.home, api.wait()), "COLUMNS": "300"}
+            addresses = {**client_settings(project.home, api.wait()), "COLUMNS": "300", "NO_PROXY": "127.0.0.1"}
             addresses |= {f"GIT_{role}_{what}": "t@example.com" for role in ROLES for what in ("NAME", "EMAIL")}
             checkout = Checkout(project, addresses)
             checkout.shell("git add --all && git commit --quiet --message Results")
