@@ -65,7 +65,7 @@ def bentoml_build_with_weights(checkout: Any, command: str) -> str:
     elsewhere.mkdir()
     checkout.shell(f'eval "$(loopwright env)" && bentoml export {tag} {elsewhere}/agent.bento')
     store = {"BENTOML_HOME": str(elsewhere / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
-    checkout.shell(f"BENTOML_HOME={store['BENTOML_HOME']} bentoml import agent.bento", elsewhere)
+    checkout.shell(f"BENTOML_HOME={store['BENTOML_HOME']} bentoml import {elsewhere}/agent.bento", elsewhere)
     database = elsewhere / "other.db"
     own = {**store, "LOOPWRIGHT_DATABASE_URL": f"sqlite:///{database}", "LOOPWRIGHT_HOME": str(elsewhere / "state")}
     with served(checkout, f"true && bentoml serve {tag}", elsewhere, "/readyz", **own) as address:
