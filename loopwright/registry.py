@@ -49,10 +49,12 @@ def show(
         else:
             _print_versions(versions)
         return
+    from components.tracking.registry import PRUNED
     from components.tracking.version_files import card, lineage
 
     version = registry.resolve(model)
-    details = {**_summary(version), "folder": str(version.folder)}
+    folder = version.stored if version.tags.get(PRUNED) == "true" else version.folder
+    details = {**_summary(version), "folder": str(folder)}
     text = card(version)
     if as_json:
         print_json({**details, "card": text, "metrics": version.metrics, "tags": lineage(version)})

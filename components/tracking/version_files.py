@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from components.config.params import InputError
 from components.runtime.files import write_text
 from components.runtime.model_tasks import task_of
 from components.tracking.event_log import warn_on_failure
@@ -84,10 +83,10 @@ def store_card(version: ModelVersion, readme: str, description: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CARD
         path.write_text(readme, encoding="utf-8")
-        artifact_path = version.source.removeprefix(f"runs:/{version.run_id}/")
-        client.log_artifact(version.run_id, str(path), f"{artifact_path}/data/{stored.name}")
+        client.log_artifact(version.run_id, str(path), f"{_artifact_path(version)}/data/{stored.name}")
     write_text(stored / CARD, readme)  # of a server's version, a copy
     client.update_model_version(version.name, str(version.version), description[:MAX_DESCRIPTION])
+    client.update_run(version.run_id, name=f"register {version}")  # so that two are told apart where they are compared
 
 
 def store_imported_card(version: ModelVersion, source: Path | None = None) -> None:
@@ -117,12 +116,22 @@ def store_imported_card(version: ModelVersion, source: Path | None = None) -> No
 
 
 def card(version: ModelVersion) -> str:
-    """A version's model card without its metadata; empty for a version of earlier releases."""
-    try:
-        path = version.stored / CARD
-        return body(path.read_text(encoding="utf-8")) if path.is_file() else version.description
-    except InputError:  # its files are missing
+    """A version's model card without its metadata; empty for a version of earlier releases.
+
+    Of a server's version the card alone is downloaded.
+    """
+    client, run_id = version.registry.client, version.run_id
+    (folder, *_) = [file.path for file in client.list_artifacts(run_id, f"{_artifact_path(version)}/data")] or [""]
+    path = f"{folder}/{CARD}"
+    if not folder or not any(file.path == path for file in client.list_artifacts(run_id, folder)):
         return version.description
+    with tempfile.TemporaryDirectory() as scratch:
+        return body(Path(client.download_artifacts(run_id, path, scratch)).read_text(encoding="utf-8"))
+
+
+def _artifact_path(version: ModelVersion) -> str:
+    """The path of a version's MLflow model among the artifacts of its run."""
+    return version.source.removeprefix(f"runs:/{version.run_id}/")
 
 
 def latest_run(registry: Registry, stage: str) -> tuple[str, str] | None:
