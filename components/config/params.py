@@ -267,6 +267,17 @@ def _decoder_keys(section: str) -> Collection[str]:
     return keys
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted names."""
+    flattened: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[f"{prefix}{key}"] = value
+    return flattened
+
+
 def _first_error(error: ValidationError, values: Any) -> str:
     """`section.key: value: reason`, from the first of pydantic's errors, or from an error in a part of that value."""
     located = [(_dotted_key(details, values), details) for details in error.errors()]

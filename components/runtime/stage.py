@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import yaml
 
 from components.config.model_settings import Family
-from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, load_params
+from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, flat, load_params
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import redacted
 from components.config.versions import VERSIONS_FILE
@@ -261,17 +262,6 @@ def _look_up(values: Any, dotted: str) -> Any:
     return values
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted names."""
-    flattened: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flattened |= flat(value, f"{prefix}{key}.")
-        else:
-            flattened[f"{prefix}{key}"] = value
-    return flattened
-
-
 def stage_function(name: str) -> Any:
     stage = name.partition("@")[0]
     return getattr(importlib.import_module(STAGE_MODULES[stage]), stage)
@@ -323,8 +313,21 @@ def _run_locked(name: str, paths: Paths) -> None:
 def _write_report(paths: Paths, name: str, started: float, code: int, message: str) -> None:
     """Write how the stage ended, for the orchestrator."""
     report = {"exit_code": code, "message": message, "started": started, "seconds": max(0.0, time.time() - started)}
+    report |= {"cpu_seconds": _cpu_seconds(), "gpus": _gpus()}
     with suppress(OSError):  # a full disk; the message went to stderr
         replace_file(paths.home / "stages" / f"{name}.json", lambda file: file.write(json.dumps(report).encode()))
+
+
+def _cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _gpus() -> int:
+    """Number of GPUs that the stage computed on, its other ranks' among them."""
+    torch = sys.modules.get("torch")
+    return int(os.environ.get("WORLD_SIZE", "1")) if torch is not None and torch.cuda.is_initialized() else 0
 
 
 def main() -> None:

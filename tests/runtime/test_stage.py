@@ -18,12 +18,12 @@ import psutil
 import pytest
 import yaml
 
-from components.config.params import InputError, Refused, load_params
+from components.config.params import InputError, Refused, flat, load_params
 from components.config.paths import Paths
 from components.runtime import stage
 from components.runtime.checkpoint_folders import remove_committed
 from components.runtime.process import RUN_PID, file_lock, lock_owner
-from components.runtime.stage import StageRun, digest, flat, run_stage, stage_inputs
+from components.runtime.stage import StageRun, digest, run_stage, stage_inputs
 from components.tracking.event_log import EventLog
 from components.tracking.mlflow_client import UPLOADER
 
