@@ -23,6 +23,7 @@ from components.evaluation.few_shot import few_shot
 from components.evaluation.metrics import Encoded, bits_per_byte, wilson_interval
 from components.evaluation.parallel_rollout import ParallelRollout
 from components.evaluation.questions import COLUMNS, HELD_OUT, captions_in, correctness, read_questions
+from components.evaluation.suite_plot import draw_suites
 from components.models.decoder import Decoder
 from components.runtime.stage import StageRun, warn_on_failure
 
@@ -44,7 +45,10 @@ def evaluate(run: StageRun) -> None:
     run.tracker.metrics(flat_metrics(figures))
     run.tracker.table("evaluation_answers.json", _columns(table))
     with warn_on_failure("evaluation_suites.png"):
-        run.tracker.figure(_draw(figures["suites"]), "evaluation_suites.png")
+        shown = {name: values for name, values in figures["suites"].items() if "exact_match" in values}
+        bounds = {name: (values["ci95_low"], values["ci95_high"]) for name, values in shown.items()}
+        exact = {name: values["exact_match"] for name, values in shown.items()}
+        run.tracker.figure(draw_suites(exact, bounds), "evaluation_suites.png")
 
 
 def _measure(
@@ -206,20 +210,3 @@ def _write_plot(path: Path, suites: dict[str, Figures]) -> None:
         for name, figures in suites.items():
             if "exact_match" in figures:
                 writer.writerow([name, figures["exact_match"], figures["ci95_low"], figures["ci95_high"]])
-
-
-def _draw(suites: dict[str, Figures]) -> Any:
-    """Exact match per suite with its interval, as a matplotlib figure."""
-    from matplotlib.figure import Figure
-
-    shown = {name: figures for name, figures in reversed(suites.items()) if "exact_match" in figures}
-    figure = Figure(figsize=(8, 0.4 * len(shown) + 1), layout="constrained")
-    axes = figure.add_subplot()
-    values = [row["exact_match"] for row in shown.values()]
-    below = [max(0.0, row["exact_match"] - row["ci95_low"]) for row in shown.values()]
-    above = [max(0.0, row["ci95_high"] - row["exact_match"]) for row in shown.values()]
-    axes.barh(range(len(shown)), values, xerr=[below, above], color="#4477aa")
-    axes.set_yticks(range(len(shown)), list(shown), parse_math=False)
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("final answer exactly right (95 % interval)")
-    return figure

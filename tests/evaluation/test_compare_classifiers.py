@@ -26,8 +26,8 @@ from components.evaluation.compare_classifiers import (
     measure,
     reliability,
 )
-from components.evaluation.evaluate import _draw
 from components.evaluation.held_out import flat_metrics, held_out_digest, read_held_out, suites
+from components.evaluation.suite_plot import draw_suites
 from components.runtime.stage import StageRun
 
 SOURCE = Path(__file__).parents[2]
@@ -97,8 +97,8 @@ def test_labels_are_drawn_as_they_are() -> None:
     for figure in figures:
         figure.draw_without_rendering()
         assert {*PRICES} <= {label.get_text() for label in figure.axes[0].get_yticklabels()}
-    suites = {name: {"exact_match": 0.5, "ci95_low": 0.4, "ci95_high": 0.6} for name in PRICES}
-    _draw(suites).draw_without_rendering()
+    bounds = dict.fromkeys(PRICES, (0.4, 0.6))
+    draw_suites(dict.fromkeys(PRICES, 0.5), bounds, {"champion": [0.4] * len(PRICES)}).draw_without_rendering()
 
 
 def test_thousands_of_labels_fit_a_figure() -> None:
