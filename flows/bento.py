@@ -20,6 +20,7 @@ from components.models.base_store import copy_base, is_adapter
 from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
 from components.tracking.registry import ModelVersion, Registry
+from components.tracking.version_files import lineage
 from flows.orchestration.prefect_server import free_port
 from flows.release_targets import SmokeProbe
 
@@ -56,7 +57,7 @@ def package(paths: Paths, model: str) -> str:
             store.delete(tag)
     metadata = {"name": version.name, "version": version.version, "run_id": version.run_id}
     with bentoml.models.create(
-        tag, metadata={**metadata, "tags": redacted_tags(version.tags), "metrics": version.metrics}
+        tag, metadata={**metadata, "tags": redacted_tags(lineage(version)), "metrics": version.metrics}
     ) as weights:
         shutil.copytree(version.folder, weights.path, dirs_exist_ok=True)
         if is_adapter(version.folder):

@@ -115,7 +115,9 @@ class _Job:
         effect(store_answers, self.registry, version, self.paths.judged)
         report = self.paths.judged / "report.md"
         page = report.read_text(encoding="utf-8") if report.is_file() else ""
-        gate_report = GateReport(judged["promote"], f"against {self.champion}: {judged['reason']}", page)
+        gate_report = GateReport(
+            judged["promote"], f"against {self.champion}: {judged['reason']}", page, judged["findings"]
+        )
         try:
             reason = effect(apply_gate, self.registry, version, gate_report)
         except Refused as refusal:

@@ -7,27 +7,24 @@ the others.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from components.config.params import InputError, Refused, load_params
+from components.config.params import InputError, Refused
 from components.config.paths import Paths
-from components.config.secrets import redacted
 from components.feedback.store import audit
-from components.runtime.process import git
-from components.runtime.stage import PIPELINES
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
+from components.tracking.model_card import compute
 from components.tracking.registry import ModelVersion, Registry, is_empty
+from components.tracking.version_files import fetch_file, store_file, store_text
 from flows.bento import has_bento, package, smoke
+from flows.model_cards import write_card
 from flows.orchestration.flow_run import Echo, effect
 from flows.release_targets import RELEASE_TARGETS, ModelUnderRelease, ReleaseTarget, release_target, smoke_question
+from flows.version_lineage import commit_tags, outs, version_lineage
 
 if TYPE_CHECKING:
     from components.evaluation.gate import GateDecision
@@ -180,37 +177,29 @@ def register(
 ) -> ModelVersion:
     """Register a model folder with its lineage, unless an interrupted release has registered the same files."""
     out = folder.relative_to(paths.root).as_posix()
-    hashes = made_from(paths, out)
-    digest = hashes[out]
+    digest = outs(paths)[out]
     if registered := find_digest(registry, name, digest):
         return registered
-    # No stage reads how models are served.
-    params = load_params(paths.params).model_dump(mode="json", by_alias=True, exclude={"serve"})
-    validation = paths.metrics / "validate.json"
-    tags = {
-        "model_digest": digest,
-        "prefect_flow_run": flow_run,
-        "python": sys.version.split()[0],
-        "params": json.dumps(redacted(params)),
-        "validation": json.dumps(json.loads(validation.read_text(encoding="utf-8"))) if validation.exists() else "",
-        **_commit(paths.root),
-        **{f"dvc.{path}": md5 for path, md5 in hashes.items()},
-        **about,
-    }
-    return registry.register(folder, name, metrics, tags, os.environ.get(PARENT_RUN))
+    lineage = version_lineage(paths, out)
+    tags = {"model_digest": digest, "prefect_flow_run": flow_run, **commit_tags(paths.root), **about}
+    version = registry.register(
+        folder, name, {**metrics, **compute(lineage["stages"])}, tags, os.environ.get(PARENT_RUN), lineage
+    )
+    write_card(registry, version)
+    return version
 
 
 def store_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
     """Store a version's answers to the held-out rows with it, so that the gate need not generate them again."""
     for name in release_target(version.name).answer_files:
         if (folder / name).is_file():
-            registry.store_file(version, folder / name)
+            store_file(version, folder / name)
 
 
 def fetch_answers(registry: Registry, version: ModelVersion, folder: Path) -> None:
     """Put what `store_answers` stored into a folder."""
     for name in release_target(version.name).answer_files:
-        registry.fetch_file(version, name, folder)
+        fetch_file(version, name, folder)
 
 
 @dataclass(frozen=True)
@@ -220,6 +209,8 @@ class GateReport:
     promote: bool
     reason: str
     page: str = ""
+    findings: Sequence[Mapping[str, Any]] = ()
+    """The outcome of the tests for each skill, as `SkillResult` has it."""
 
 
 def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) -> GateReport:
@@ -234,7 +225,8 @@ def gate(registry: Registry, version: ModelVersion, paths: Paths, echo: Echo) ->
     echo(f"release: the champion {champion} answers the same questions")
     decision = compare(registry, version, champion, paths)
     page = report(decision, str(version), str(champion))
-    return GateReport(decision.promote, f"against {champion}: {decision.reason}", page)
+    findings = decision.to_json()["findings"]
+    return GateReport(decision.promote, f"against {champion}: {decision.reason}", page, findings)
 
 
 def compare(registry: Registry, candidate: ModelVersion, champion: ModelVersion, paths: Paths) -> GateDecision:
@@ -285,9 +277,11 @@ def apply_gate(registry: Registry, version: ModelVersion, report: GateReport) ->
     """
     from prefect.artifacts import create_markdown_artifact
 
+    verdict = f"{'Passed' if report.promote else 'Refused'}: {report.reason}"
+    write_card(registry, version, verdict, report.findings)
     if report.page:
         with warn_on_failure(f"gate.md of {version}"):
-            registry.store_text(version, "gate.md", report.page)
+            store_text(version, "gate.md", report.page)
             create_markdown_artifact(report.page, key="gate", description=f"Why {version} was promoted or refused")
     if report.promote:
         return report.reason
@@ -303,55 +297,3 @@ def _released(champion: ModelVersion, outcome: str) -> Release:
     scores, baselines = _scores(champion, "score"), _baselines(champion)
     smoke_test = [champion.tags.get(key, "") for key in ("bento", "smoke_question", "smoke_answer")]
     return Release(str(champion), outcome, champion.metrics.get("score", 0.0), scores, baselines, *smoke_test)
-
-
-def made_from(paths: Paths, out: str) -> dict[str, str]:
-    """DVC's hash of an out and of all its upstream dependencies.
-
-    Datasets are those that its stages name, each with its own digest.
-    """
-    stages = _locked(paths)
-    hashes, queue = {out: outs(paths)[out]}, [out]
-    while queue:
-        path = Path(queue.pop())
-        # A stage may read a part of an out, or a folder that holds several.
-        producers = [
-            name
-            for name, stage in stages.items()
-            if any(path.is_relative_to(out) or Path(out).is_relative_to(path) for out in _hashes(stage, "outs"))
-        ]
-        for deps in [_hashes(stages.pop(name), "deps") for name in producers]:
-            hashes |= deps
-            queue += deps
-    for file in [paths.root / path for path in hashes]:
-        if file.parent == paths.validated("").parent and file.is_file():
-            datasets = json.loads(file.read_text(encoding="utf-8"))
-            hashes |= {f"data/collected/{name}": digest for name, digest in datasets.items()}
-    # Of these folders a model reads the datasets that it names.
-    return {path: digest for path, digest in hashes.items() if path not in ("data/collected", "data/added")}
-
-
-def outs(paths: Paths) -> dict[str, str]:
-    """DVC's hash of every output of every stage that ran."""
-    return {path: digest for stage in _locked(paths).values() for path, digest in _hashes(stage, "outs").items()}
-
-
-def _locked(paths: Paths) -> dict[str, Any]:
-    locks = [lock for pipeline in PIPELINES if (lock := (paths.root / pipeline).with_suffix(".lock")).exists()]
-    contents = [yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] for lock in locks]
-    return {name: stage for stages in contents for name, stage in stages.items()}
-
-
-def _hashes(stage: Mapping[str, Any], kind: str) -> dict[str, str]:
-    return {entry["path"]: entry["md5"] for entry in stage.get(kind, []) if "md5" in entry}
-
-
-def _commit(root: Path) -> dict[str, str]:
-    """The commit of the working tree, and whether files differ from it."""
-    try:
-        commit = git(root, "rev-parse", "HEAD")
-        # Runs themselves write dvc.lock, and ingestion the version of the feedback.
-        changed = git(root, "status", "--porcelain", "--", ".", ":!*dvc.lock", ":!data/feedback.dvc")
-        return {"git_commit": commit, "git_dirty": str(bool(changed)).lower()}
-    except InputError:  # the run warned of it when it began
-        return {"git_commit": "none"}

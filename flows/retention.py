@@ -15,6 +15,7 @@ from components.runtime.process import file_lock, lock_owner
 from components.runtime.service_registry import SERVED, running
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from components.tracking.retention import Size, prune_runs, prune_versions, retained_versions
+from components.tracking.version_files import lineage
 from flows.backup import RETENTION_LOCK
 from flows.bento import prune_bentos
 from flows.orchestration.dvc_repo import prune_cache
@@ -83,7 +84,7 @@ def _removal(kind: str, sizes: Iterable[Size]) -> Removal:
 
 def _data(retained: Collection[ModelVersion]) -> set[str]:
     """DVC's hashes of all data that kept versions were made from."""
-    return {md5 for version in retained for key, md5 in version.tags.items() if key.startswith("dvc.")}
+    return {md5 for version in retained for key, md5 in lineage(version).items() if key.startswith("dvc.")}
 
 
 def _trim_logs(folder: Path, limit: int, dry_run: bool) -> Iterator[Size]:

@@ -71,6 +71,10 @@ class Project:
     """Writes the files that the tools read into `Collecting.files`."""
     response_formats: bool = False
     """Whether its conversations train the response format that a system message asks for."""
+    description: str = ""
+    """What its models are for, in their model cards; else the first paragraph of the module's docstring."""
+    licences: Mapping[str, str] = field(default_factory=dict)
+    """Licence of each dataset by name, as an SPDX identifier where there is one; stated in model cards."""
 
 
 def load_project(name: str, root: Path | None = None) -> Project:
@@ -87,6 +91,7 @@ def load_project(name: str, root: Path | None = None) -> Project:
             raise InputError(f"params.yaml: project: {name!r}: no module {error.name!r} here") from None
         raise InputError(f"params.yaml: project: {name!r} imports {error.name!r}, which is not installed") from error
     parts = {part.name: getattr(module, part.name) for part in fields(Project)[1:] if hasattr(module, part.name)}
+    parts.setdefault("description", " ".join((module.__doc__ or "").partition("\n\n")[0].split()))
     needed = [part.name for part in fields(Project)[1:] if part.default is part.default_factory is MISSING]
     if missing := [part for part in needed if part not in parts]:
         raise InputError(

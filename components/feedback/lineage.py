@@ -16,6 +16,7 @@ from components.config.secrets import redacted_tags
 from components.feedback.pictures import marked_content
 from components.feedback.store import Store
 from components.tracking.registry import ModelVersion, Registry
+from components.tracking.version_files import lineage as lineage_tags
 
 VersionMetadata = Callable[[str], Mapping[str, Any] | None]
 """Metadata of a `NAME/VERSION` (run, tags, metrics, ...); None for an unknown version."""
@@ -58,7 +59,7 @@ def registry_metadata(home: Path) -> VersionMetadata:
             "run_id": version.run_id,
             "created": version.created,
             "aliases": list(version.aliases),
-            "tags": version.tags,
+            "tags": lineage_tags(version),
             "metrics": version.metrics,
             "taught_by": [
                 {"version": str(each), "run_id": each.run_id, "feedback": feedback_ids(each)}

@@ -323,13 +323,11 @@ def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folde
 
 
 def _send_event(client: MlflowClient, run_id: str, event: Mapping[str, Any], folder: Path) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     match event["kind"]:
         case "params":
-            values = [Param(mlflow_name(key), str(value)[:_MAX_PARAM]) for key, value in event["values"].items()]
-            for first in range(0, len(values), 100):
-                client.log_batch(run_id, params=values[first : first + 100])
+            log_params(client, run_id, event["values"])
         case "dataset":
             source = json.dumps({"uri": event["source"]})
             data = Dataset(event["name"], event["digest"][:36], source_type="local", source=source)
@@ -354,6 +352,15 @@ def log_metrics(client: MlflowClient, run_id: str, entries: Sequence[tuple[str, 
     metrics = [Metric(mlflow_name(key), *rest) for key, *rest in entries]
     for first in range(0, len(metrics), _MAX_BATCH):
         client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
+
+
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+    """Log parameters in as few requests as MLflow allows; long values are cut."""
+    from mlflow.entities import Param
+
+    params = [Param(mlflow_name(key), str(value)[:_MAX_PARAM]) for key, value in values.items()]
+    for first in range(0, len(params), 100):
+        client.log_batch(run_id, params=params[first : first + 100])
 
 
 def mlflow_name(key: str) -> str:

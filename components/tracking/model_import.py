@@ -42,6 +42,7 @@ from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
 from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
 from components.tracking.registry import WEIGHTS_SHA256, ModelVersion, Registry, is_empty
+from components.tracking.version_files import store_imported_card
 
 GATED = tuple(TASKS)
 """Models whose champion the promotion gate chooses."""
@@ -217,6 +218,7 @@ def import_model(
                 tags["tools_left_out"] = ", ".join(left_out)
             metrics = {"parameters": float(info.parameters)}
             version = registry.register(clean, name, metrics, tags, None)
+    store_imported_card(version, folder)
     if digest := version.tags.get(WEIGHTS_SHA256):
         with writing(registry.home):  # for adapters of it
             store_base(version.folder, registry.home, str(version), digest)

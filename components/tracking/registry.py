@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
 from components.agent.saved_tools import check_source, tool_tags
-from components.config.params import InputError
+from components.config.params import InputError, flat
 from components.config.paths import writing
 from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
 from components.models.weight_files import check_digest, weights_digest
@@ -33,6 +33,7 @@ from components.tracking.mlflow_client import (
     errors,
     is_missing,
     log_metrics,
+    log_params,
     mlflow_name,
     save_pyfunc,
 )
@@ -46,6 +47,8 @@ PREVIOUS = "previous"
 WEIGHTS_SHA256, ADAPTER_SHA256 = "weights_sha256", "adapter_sha256"
 BASE_SHA256, BASE_VERSION = "base_sha256", "base_version"
 """Tags: the digest of a version's weights or adapter; that of an adapter's base, and the version that has it."""
+LINEAGE = "lineage.json"
+"""File of a version's run: what the version was made from (components/tracking/version_files.py)."""
 PRUNED = "pruned"
 """Tag of a version whose weights were removed (components/tracking/retention.py)."""
 _LOCK_SECONDS = 60.0
@@ -66,6 +69,8 @@ class ModelVersion:
     metrics: dict[str, float]
     created: float
     """Seconds since the epoch."""
+    description: str
+    """Its model card in Markdown, without what only its files have; empty for a version of earlier releases."""
     registry: Registry = field(repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -123,8 +128,8 @@ class Registry:
         """Registered models, in order of name."""
         return sorted(model.name for model in self.client.search_registered_models())
 
-    def versions(self, name: str) -> list[ModelVersion]:
-        """All versions, newest first.
+    def versions(self, name: str, newest: int | None = None) -> list[ModelVersion]:
+        """The `newest` versions, or all, newest first.
 
         Raises: InputError for an unknown name.
         """
@@ -132,7 +137,7 @@ class Registry:
             raise InputError(f"{name}: no such model in the registry; {_known(names)}")
         rows = self.client.search_model_versions(f"name = '{name}'")
         aliases = self.aliases(name)
-        return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))]
+        return [self._version(row, aliases) for row in sorted(rows, key=lambda row: -int(row.version))[:newest]]
 
     def resolve(self, name: str) -> ModelVersion:
         """The version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names.
@@ -197,16 +202,25 @@ class Registry:
         return local
 
     def register(
-        self, folder: Path, name: str, metrics: Mapping[str, float], tags: Mapping[str, str], parent: str | None
+        self,
+        folder: Path,
+        name: str,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        parent: str | None,
+        lineage: Mapping[str, Any] | None = None,
     ) -> ModelVersion:
         """Store a model folder as a new version of `name`: a run with the metrics, and a pyfunc that predicts.
 
-        Of an adapter whose base is not registered, the base becomes a version of `NAME-base`.
+        `lineage` is stored with the run. An adapter's base that is not registered becomes a version of `NAME-base`.
         """
         tags = {**tool_tags(folder), **self._weights_tags(folder, name, parent), **tags}
         run_id = create_run(self.client, f"register {name}", {}, parent, _now())
         try:
             self.log_metrics(run_id, metrics)
+            if lineage:
+                self.client.log_dict(run_id, dict(lineage), LINEAGE)
+                log_params(self.client, run_id, flat(lineage.get("params", {})))
             with tempfile.TemporaryDirectory(dir=self.home) as scratch:
                 save_pyfunc(folder, Path(scratch) / name)
                 self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
@@ -252,19 +266,6 @@ class Registry:
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Add metrics to a version's run."""
         log_metrics(self.client, run_id, [(key, float(value), _now(), 0) for key, value in metrics.items()])
-
-    def store_file(self, version: ModelVersion, path: Path) -> None:
-        """Store a file with a version's run."""
-        self.client.log_artifact(version.run_id, str(path))
-
-    def store_text(self, version: ModelVersion, name: str, text: str) -> None:
-        """Store a text with a version's run, as a file of this name."""
-        self.client.log_text(version.run_id, text, name)
-
-    def fetch_file(self, version: ModelVersion, name: str, folder: Path) -> None:
-        """Download a file that was stored with a version's run into a folder, if there is one of that name."""
-        if any(file.path == name for file in self.client.list_artifacts(version.run_id)):
-            self.client.download_artifacts(version.run_id, name, str(folder))
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""
@@ -366,9 +367,9 @@ class Registry:
         tags = dict(row.tags)
         if "champion" in aliases and "rolled_back" in tags:
             tags["rolled_back"] = "false"
-        created = row.creation_timestamp / 1000
+        created, text = row.creation_timestamp / 1000, row.description or ""
         return ModelVersion(
-            row.name, int(row.version), row.run_id, row.source, aliases, tags, dict(metrics), created, self
+            row.name, int(row.version), row.run_id, row.source, aliases, tags, dict(metrics), created, text, self
         )
 
 

@@ -18,11 +18,12 @@ from components.config.paths import AGENT, CONFIG, TRAINED_ON_FILE
 from components.models.base_store import STORE
 from components.runtime.files import remove
 from components.tracking.mlflow_client import DATABASE, EXPERIMENT
+from components.tracking.model_card import CARD
 from components.tracking.registry import BASE_SHA256, BASE_VERSION, PRUNED, ModelVersion, Registry
 
 Size = tuple[str, int]
 """What is removed: its name, and its bytes on this disk."""
-_STAYS = (CONFIG, AGENT, TRAINED_ON_FILE)
+_STAYS = (CONFIG, AGENT, TRAINED_ON_FILE, CARD)
 _PARENT = "mlflow.parentRunId"
 _MAX_RUNS = 200
 """Ids in one call of MLflow's command."""

@@ -12,6 +12,7 @@ import os
 import queue
 import random
 import threading
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ from components.tracking.mlflow_client import EXPERIMENT, connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from components.tracking.registry import ModelVersion
 
 QUEUE_SIZE = 256
 """Traces that may wait to be written."""
@@ -109,6 +112,26 @@ def _write(client: MlflowClient, trace: Trace) -> None:
         )
         client.end_span(root.trace_id, span.span_id, part.outputs, end_time_ns=_ns(part.end))
     client.end_trace(root.trace_id, whole.outputs, end_time_ns=_ns(whole.end))
+
+
+def store_held_out_traces(version: ModelVersion, outputs: Sequence[Mapping[str, Any]]) -> None:
+    """Write a trace for each output of a version for a held-out row, unless it has such traces.
+
+    An output has `suite`, `question`, `expected`, `answer` and `score`. MLflow's page finds its traces by the tags
+    `model` and `held_out`; their times are those of writing.
+    """
+    client, model = version.registry.client, str(version)
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    written = f"tags.model = '{model}' AND tags.held_out = 'true'"
+    if client.search_traces(locations=[experiment], filter_string=written, max_results=1):
+        return
+    for output in outputs:
+        now = time.time()
+        tags = {"model": model, "held_out": "true", "suite": output["suite"], "score": output["score"]}
+        answer = {"answer": output["answer"], "expected": output["expected"]}
+        _write(
+            client, (Span("held-out question", "AGENT", now, now, {"question": output["question"]}, answer), (), tags)
+        )
 
 
 def _ns(seconds: float) -> int:

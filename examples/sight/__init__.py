@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 PICTURES = ("sight-vqa", "sight-digits", "sight-captions", "sight-clips")
 datasets: dict[str, Kind] = {**stdlib_agent.datasets, **dict.fromkeys(PICTURES, "images")}
+licences = {
+    **stdlib_agent.licences,
+    **dict.fromkeys(PICTURES, "MIT"),  # easy-vqa, animal-shape-mnist
+    "sight-digits": "CC-BY-4.0",  # of the UCI repository, as scikit-learn ships them
+}
 scales: dict[str, dict[str, Any]] = deepcopy(stdlib_agent.scales)
 scales["all"]["tune"]["dataset"] = ["stdlib-conversations", *PICTURES]
 # More rows than the agent that reads text alone, and a tower from nothing.

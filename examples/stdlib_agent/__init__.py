@@ -19,6 +19,7 @@ datasets: dict[str, Kind] = {
     "stdlib-areas": "labelled_texts",
     "stdlib-summaries": "text_pairs",
 }
+licences = dict.fromkeys(datasets, "PSF-2.0")
 smoke_questions = {
     "agent": "What does json.dumps do?",
     "classifier": "Serialize obj to a JSON formatted str.",

@@ -13,6 +13,7 @@ import yaml
 from components.config.params import Refused
 from components.config.paths import Paths
 from components.tracking.registry import ModelVersion, Registry
+from components.tracking.version_files import lineage
 from flows.release import GateReport, apply_gate, current_release, gate, register, release_states
 
 Register = Callable[..., ModelVersion]
@@ -137,7 +138,9 @@ def test_a_version_names_what_it_was_made_from_and_nothing_else(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").touch()
-    tags = register(registry, paths, name, folder, {"score": 0.5}, {}, "run").tags
+    version = register(registry, paths, name, folder, {"score": 0.5}, {}, "run")
+    assert not [key for key in version.tags if key.startswith("dvc.")], "a dozen tags for people to read"
+    tags = lineage(version)
     behind += [f"data/collected/{DATASETS[Path(path).stem]}" for path in behind if path.startswith(VALIDATED)]
     assert {key for key in tags if key.startswith("dvc.")} == {f"dvc.{one}" for one in [*behind, f"data/models/{out}"]}
     assert all(tags[f"dvc.{one}"] == f"digest of {one}" for one in behind)
