@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from dataclasses import asdict
 from functools import partial
@@ -105,6 +106,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: is not an empty folder; choose another, or empty it first")
     folder = folder.resolve()  # behind a link the folder is replaced, not the link
+    from components.tracking.model_card import CARD
     from components.tracking.registry import resolve
 
     version = resolve(model, Paths(find_root()).home)
@@ -127,6 +129,8 @@ def export(
                 copy_folder(whole, folder)
             else:
                 _write_gguf(whole, folder, f"{version.name}-{quantization}.gguf", quantization)
+            if (version.folder / CARD).is_file():
+                shutil.copyfile(version.folder / CARD, folder / CARD)
     files = sorted(file.name for file in folder.iterdir())
     if as_json:
         print_json({"model": str(version), "folder": str(folder), "files": files})

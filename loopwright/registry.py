@@ -9,7 +9,7 @@ import typer
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
-from loopwright.output import Json, print_json, print_table
+from loopwright.output import Json, print_indented, print_json, print_markdown, print_table
 
 if TYPE_CHECKING:
     from components.feedback.audit import Action
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
-    help="The model registry: list, show, compare, promote and roll back.",
+    help="The model registry: list, show, history, compare, promote and roll back.",
     rich_markup_mode=None,
 )
 Name = Annotated[str, typer.Argument(help="A registered model, such as agent.")]
@@ -32,8 +32,7 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        columns = ("model", "aliases", "score", "created", "gate")
-        print_table(columns, [[_cell(row[column]) for column in columns] for row in rows])
+        _print_versions(rows)
 
 
 @app.command()
@@ -41,25 +40,47 @@ def show(
     model: Annotated[str, typer.Argument(metavar="NAME[@ALIAS or /VERSION]", help="Without either: all versions.")],
     as_json: Json = False,
 ) -> None:
-    """Show a version: its files, metrics and everything it came from."""
+    """Show a version: its model card. --json has its files, metrics and everything it came from."""
     registry = _registry()
     if "@" not in model and "/" not in model:
         versions = [_summary(version) for version in registry.versions(model)]
         if as_json:
             print_json({"name": model, "versions": versions})
         else:
-            print_table(tuple(versions[0]), [[_cell(value) for value in row.values()] for row in versions])
+            _print_versions(versions)
         return
+    from components.tracking.registry import PRUNED
+    from components.tracking.version_files import card, lineage
+
     version = registry.resolve(model)
-    details = {**_summary(version), "folder": str(version.folder), "metrics": version.metrics, "tags": version.tags}
+    folder = version.stored if version.tags.get(PRUNED) == "true" else version.folder
+    details = {**_summary(version), "folder": str(folder)}
+    text = card(version)
     if as_json:
-        print_json(details)
+        print_json({**details, "card": text, "metrics": version.metrics, "tags": lineage(version)})
         return
-    print_table(("", str(version)), [(key, _cell(details[key])) for key in ("aliases", "created", "run_id", "folder")])
-    print()
-    print_table(("metric", "value"), sorted(version.metrics.items()))
-    print()
-    print_table(("lineage", "value"), sorted(version.tags.items()))
+    aliases = _cell(details["aliases"]) or "no alias"
+    print(f"{version}, {aliases}, registered {details['created'][:16].replace('T', ' ')} UTC\n")
+    if text:
+        print_markdown(text)
+    else:  # of an earlier release
+        scores = [(name, value) for name, value in sorted(version.metrics.items()) if name.endswith("score")]
+        print_table(("metric", "value"), scores)
+        print(f'\n{version} has no model card; everything about it: "loopwright registry show {version} --json"')
+    print(f"\nFiles: {details['folder']}")
+
+
+@app.command()
+def history(name: Name, as_json: Json = False) -> None:
+    """What became of each version of a model, oldest first, and why."""
+    rows = [_event(version) for version in reversed(_registry().versions(name))]
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            score = "" if row["score"] is None else f", score {row['score']:.4g}"
+            print(f"{row['version']:>3}  {row['created']}  {row['outcome']}, from {row['from']}{score}")
+            print_indented(row["reason"], 5)
 
 
 @app.command()
@@ -70,6 +91,7 @@ def compare(
     gate: Annotated[
         bool, typer.Option("--gate", help="Both answer this project's held-out rows; B is tested as the candidate.")
     ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every metric; without it, the scores.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare the metrics of two versions, or by the promotion gate's paired tests."""
@@ -90,7 +112,10 @@ def compare(
     if as_json:
         print_json({"a": str(first), "b": str(second), "same_held_out_sets": same, "metrics": rows})
         return
-    print_table(("metric", str(first), str(second), "difference"), [tuple(row.values()) for row in rows])
+    shown = [row for row in rows if every or row["metric"].rpartition("/")[2] == "score"]
+    print_table(("metric", str(first), str(second), "difference"), [tuple(row.values()) for row in shown], fit=True)
+    if len(shown) < len(rows):
+        print(f"\n{len(rows) - len(shown)} more metrics: --all")
     if not same:
         print("\nmeasured on different held-out sets: the figures are not comparable")
 
@@ -147,6 +172,27 @@ def _summary(version: ModelVersion) -> dict[str, Any]:
         "created": datetime.fromtimestamp(version.created, UTC).isoformat(timespec="seconds"),
         "gate": version.tags.get("gate"),
         "run_id": version.run_id,
+    }
+
+
+def _print_versions(rows: list[dict[str, Any]]) -> None:
+    columns = ("model", "aliases", "score", "created", "gate")
+    shown = [{**row, "created": row["created"][:16].replace("T", " ")} for row in rows]
+    print_table(columns, [[_cell(row[column]) for column in columns] for row in shown], fit=True)
+
+
+def _event(version: ModelVersion) -> dict[str, Any]:
+    """A version in its model's history."""
+    tags = version.tags
+    is_back = tags.get("rolled_back") == "true"
+    outcome = (tags.get("smoke_failed") and "failed") or (is_back and "rolled back") or tags.get("gate", "not judged")
+    return {
+        "version": version.version,
+        "created": datetime.fromtimestamp(version.created, UTC).strftime("%Y-%m-%d %H:%M"),
+        "from": (tags.get("parent") or tags.get("base_version") or "scratch").removeprefix(f"{version.name}/"),
+        "score": version.metrics.get("score"),
+        "outcome": ", ".join([outcome, *version.aliases]),
+        "reason": tags.get("smoke_failed") or tags.get("gate_reason", ""),
     }
 
 

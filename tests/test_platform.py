@@ -156,6 +156,21 @@ def test_status_agrees_with_the_run(here: Command) -> None:
     assert [champion["model"] for champion in status["champions"]] == [f"{name}/1" for name in MODELS]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_each_version_has_a_card_that_fits_a_terminal(name: str, released: Released, here: Command) -> None:
+    shown = here("registry", "show", f"{name}@champion")
+    for title in ("Held-out suites", "Promotion gate", "Known weaknesses", "Data", "Training", "Lineage"):
+        assert f"## {title}\n" in shown["card"]
+    readme = (Path(shown["folder"]) / "README.md").read_text()
+    assert readme.endswith(shown["card"])
+    assert shown["metrics"]["cpu_hours"] > 0
+    commands = (["show", f"{name}@champion"], ["list"], ["history", name], ["compare", name, "1", "champion", "--all"])
+    for command in commands:
+        lines = released.project.loopwright("registry", *command, COLUMNS="80").stdout.splitlines()
+        assert lines
+        assert [line for line in lines if len(line) > 80 and not line.startswith("Files: ")] == []
+
+
 def test_the_version_carries_its_lineage(released: Released, here: Command) -> None:
     shown = here("registry", "show", "agent@champion")
     tags = shown["tags"]
