@@ -18,10 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from components.runtime.service_registry import AUTH_FILE
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import UPLOADER, connect
 from components.tracking.registry import ModelVersion, Registry
-from flows.orchestration.prefect_server import AUTH_FILE
 
 SOURCE = Path(__file__).parents[1]
 

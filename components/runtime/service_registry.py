@@ -18,6 +18,10 @@ from components.runtime.process import alive, lock_owner
 LOCK = "up"
 FILE = "services.json"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "0.0.0.0")
+AUTH_FILE = "prefect-auth"
+"""In the state folder: what Prefect's page and clients sign in with, `admin:PASSWORD`."""
+AUTH_STRING = "PREFECT_API_AUTH_STRING"
+"""Environment variable with it, for a server that is not of this state folder."""
 SERVED = "served"
 """Folder of the state folder with a lock for each version that a server was started with, `NAME@VERSION-PID.NUMBER`."""
 _SUCCESSES = "successes"

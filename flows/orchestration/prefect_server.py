@@ -22,11 +22,7 @@ from components.config.params import InputError
 from components.config.secrets import hidden
 from components.runtime.files import replace_file
 from components.runtime.process import file_lock, lock_owner, start, stop
-from components.runtime.service_registry import LOOPBACK, running, wait_for
-
-AUTH_FILE = "prefect-auth"
-"""In the state folder: what Prefect's page and clients sign in with, `admin:PASSWORD`."""
-AUTH_STRING = "PREFECT_API_AUTH_STRING"
+from components.runtime.service_registry import AUTH_FILE, AUTH_STRING, LOOPBACK, running, wait_for
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from components.runtime.process import alive
-from components.runtime.service_registry import answers, lives
+from components.runtime.service_registry import AUTH_FILE, answers, lives
 from components.runtime.supervisor import Service
 from components.tracking.mlflow_client import DATABASE, relocate
-from flows.orchestration.prefect_server import AUTH_FILE, client_settings, server_settings
+from flows.orchestration.prefect_server import client_settings, server_settings
 
 HEALTH_FILE = "worker.ready"
 
@@ -92,6 +92,7 @@ def _endpoint(home: Path, port: int) -> Service:
         url,
         partial(answers, f"{url}/readyz", 1.0),
         lives=partial(lives, f"{url}/livez"),
+        hint=f"  (champions, runs and feedback: {url}/registry)",
         may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
     )

@@ -1,6 +1,7 @@
 """The FastAPI app, and its routes for models, feedback, lineage with its pictures, health and metrics.
 
-The other routes: `chat_handler` (chat completions), `classify` (labels and embeddings), `page_files` (the chat page).
+The other routes: `chat_handler` (chat completions), `classify` (labels and embeddings), `page_files` and
+`registry_page` (the pages).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 
 from components.feedback.lineage import lineage
 from components.feedback.store import UnknownCompletion
-from serving.http import chat_handler, classify, page_files
+from serving.http import chat_handler, classify, page_files, registry_page
 from serving.http.errors import ERRORS, ApiError, handle_errors
 from serving.http.routes import Running, StrictRoute, record_owner, record_viewer
 from serving.http.schemas import FeedbackRequest
@@ -32,7 +33,7 @@ router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 def new_api() -> FastAPI:
     """The app, whose server sets `state.serving` before the first request. `/docs` works offline."""
     api = FastAPIOffline(title="Loopwright", version="1", redoc_url=None, static_url="/docs/assets")
-    for each in (chat_handler.router, router, classify.router, page_files.router):
+    for each in (chat_handler.router, router, classify.router, page_files.router, registry_page.router):
         api.router.routes.extend(each.routes)  # copied: an included router is matched again at each request
     handle_errors(api)
     return api

@@ -44,6 +44,7 @@ DISCARDED_BYTES = 64 * 1024 * 1024
 USER_DIGITS = 16
 """Digits of a key's digest that identify whose feedback an item is; the key itself is never stored."""
 CHAT = "/v1/chat/completions"
+OVERVIEW = "/v1/registry"
 OTHER = "other"
 """Metrics label of a path that matches no route."""
 REASONS = {400: "bad request", 404: "no such path; see /docs", 405: "method not allowed", 503: "not ready"}
@@ -165,6 +166,8 @@ class GatewayMiddleware:
         required: KeyScope = "predict"
         if path.rstrip("/") == "/v1/feedback":
             required = "feedback" if method == "POST" else "admin"
+        elif path == OVERVIEW or path.startswith(f"{OVERVIEW}/"):
+            required = "admin"  # it tells of the records of all owners
         if key.opens(required):
             return None
         message = f"this key has the scopes {', '.join(sorted(key.scopes))}; {method} {path} requires {required}"

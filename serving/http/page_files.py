@@ -1,4 +1,4 @@
-"""The chat page: the static files of `page/`, with a content security policy that allows nothing else."""
+"""The pages: the static files of `page/`, with a content security policy that allows nothing else."""
 
 from __future__ import annotations
 
@@ -57,16 +57,21 @@ def assets() -> dict[str, Asset]:
 @router.get("/", response_class=HTMLResponse)
 def home(request: Request) -> Response:
     """The chat page."""
-    return _answer(request, assets()[INDEX])
+    return page(INDEX, request)
 
 
 @router.get("/page/{name}", include_in_schema=False)
 def asset(name: str, request: Request) -> Response:
     """A script, style sheet or image of the page."""
     found = assets().get(name)
-    if found is None or name == INDEX:
-        raise ApiError(404, f"GET /page/{name}: no such file; the page is at /")
+    if found is None or name.endswith(".html"):
+        raise ApiError(404, f"GET /page/{name}: no such file; the pages are at / and /registry")
     return _answer(request, found)
+
+
+def page(name: str, request: Request) -> Response:
+    """One of the pages, with its policy."""
+    return _answer(request, assets()[name])
 
 
 def _answer(request: Request, asset: Asset) -> Response:

@@ -64,6 +64,9 @@ class Serving:
     version_metadata: VersionMetadata
     mcp: McpServers
     media: MediaReader
+    home: Path
+    challenger_share: float = 0.0
+    """Share of the requests that go to challengers, where there are any."""
     traces: Traces | OtlpTraces | None = None
     """None: answers are not traced."""
     pinned: ExitStack = field(default_factory=ExitStack)
@@ -191,6 +194,8 @@ class Serving:
             version_metadata={str(bundled): bundled.metadata}.get if bundled else registry_metadata(home),
             mcp=mcp,
             media=MediaReader(config),
+            home=home,
+            challenger_share=share,
             traces=_traces(home, config),
         )
         for watcher in serving.watchers:

@@ -86,6 +86,19 @@ export async function lineage(completionId) {
   return (await call(`v1/lineage/${encodeURIComponent(completionId)}`)).json();
 }
 
+/** @returns {Promise<any>} champions, runs, feedback, drift and links */
+export async function overview() {
+  return (await call("v1/registry")).json();
+}
+
+/**
+ * @param {string} model such as "agent/3"
+ * @returns {Promise<any>} the version with its model card
+ */
+export async function modelCard(model) {
+  return (await call(`v1/registry/${model}`)).json();
+}
+
 /**
  * @param {string} path of a picture, as the lineage gives it
  * @returns {Promise<Blob>}

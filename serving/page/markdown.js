@@ -5,6 +5,8 @@ import { iconButton, make } from "./dom.js";
 
 const FENCE = /^\s*```(.*)$/;
 const HEADING = /^#{1,6}\s+(.*)$/;
+const TABLE = /^\|.*\|\s*$/;
+const DASHES = /^\|(\s*:?-+:?\s*\|)+\s*$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
 /** An indented line goes on with its item; an indented block of code does not. */
 const MORE = /^\s+(?!```)\S/;
@@ -13,7 +15,7 @@ const INLINE =
 
 /**
  * A piece of text that is shown as one element. `source` tells two of them apart.
- * @typedef {{kind: "code" | "heading" | "list" | "text", source: string}} Block
+ * @typedef {{kind: "code" | "heading" | "list" | "table" | "text", source: string}} Block
  */
 
 /**
@@ -53,6 +55,8 @@ export function blocks(text) {
     if (!lines[0].trim()) lines.shift();
     else if (FENCE.test(lines[0])) found.push({ kind: "code", source: fenced(lines) });
     else if (HEADING.test(lines[0])) found.push({ kind: "heading", source: /** @type {string} */ (lines.shift()) });
+    else if (DASHES.test(lines[1] ?? "") && TABLE.test(lines[0]))
+      found.push({ kind: "table", source: taken(lines, (line) => TABLE.test(line)) });
     else if (ITEM.test(lines[0]))
       found.push({ kind: "list", source: taken(lines, (line) => ITEM.test(line) || MORE.test(line)) });
     else
@@ -97,6 +101,7 @@ function elementOf({ kind, source }, copy) {
   if (kind === "code") return codeBlock(source, copy);
   if (kind === "heading") return make("p", { class: "heading" }, ...inline(source.replace(HEADING, "$1")));
   if (kind === "list") return list(source.split("\n"));
+  if (kind === "table") return table(source.split("\n"));
   return make("p", {}, ...inline(source.trim()));
 }
 
@@ -117,6 +122,28 @@ function codeBlock(source, copy) {
     ),
     iconButton("Copy code", "copy", () => copy(code)),
   );
+}
+
+/**
+ * A table with its heads; on a narrow screen it scrolls by itself.
+ *
+ * @param {string[]} lines
+ * @returns {HTMLElement}
+ */
+function table([head, , ...lines]) {
+  const heads = cells(head).map((text) => make("th", { scope: "col" }, ...inline(text)));
+  const rows = lines.map((line) => make("tr", {}, ...cells(line).map((text) => make("td", {}, ...inline(text)))));
+  return make(
+    "div",
+    { class: "table", tabindex: "0", role: "group", "aria-label": "Table" },
+    make("table", {}, make("thead", {}, make("tr", {}, ...heads)), make("tbody", {}, ...rows)),
+  );
+}
+
+/** @param {string} line of a table */
+function cells(line) {
+  const inner = line.trim().replace(/^\||\|$/g, "");
+  return inner.split(/(?<!\\)\|/).map((text) => text.replaceAll("\\|", "|").trim());
 }
 
 /**

@@ -20,10 +20,12 @@ import httpx
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
+from components.runtime.service_registry import AUTH_FILE
 from components.runtime.supervisor import Supervisor
 from components.tracking.mlflow_client import connect
-from flows.orchestration.prefect_server import AUTH_FILE, client_settings, free_port, prefect_api
+from flows.orchestration.prefect_server import client_settings, free_port, prefect_api
 from flows.orchestration.services import platform
+from serving.observability.flow_runs import flow_runs
 from tests.conftest import SOURCE, prefect_client
 from tests.serving.browsing import ARGUMENTS, chromium
 
@@ -90,6 +92,33 @@ def test_with_the_secret_alone_a_page_changes_nothing(services: Services) -> Non
     auth = httpx.BasicAuth(*(services.home / AUTH_FILE).read_text().strip().split(":"))
     refused = httpx.post(f"{services.prefect}/flows/", json={"name": "malice"}, auth=auth)
     assert (refused.status_code, refused.json()["detail"]) == (403, "Missing CSRF token.")
+
+
+def test_the_registrys_page_reads_the_runs_of_its_state_folder(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect import flow, tags
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+    from prefect.states import Completed, State
+
+    @flow(name="improve", validate_parameters=False)
+    def improve() -> State[None]:
+        return Completed(name="Refused", message="no significant gain")
+
+    monkeypatch.setenv("PREFECT_API_URL", services.prefect)
+    secret = (services.home / AUTH_FILE).read_text().strip()
+    with temporary_settings({PREFECT_API_URL: services.prefect, PREFECT_API_AUTH_STRING: secret}):
+        for home in (services.home, services.home / "another"):
+            with tags(f"home:{home}"):
+                improve(return_state=True)
+    found = flow_runs(services.home)
+    assert found is not None
+    assert [(run["flow"], run["state"], run["message"]) for run in found["recent"]] == [
+        ("improve", "Refused", "no significant gain")
+    ]
+    assert found["scheduled"] == []
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:another")
+    assert flow_runs(services.home) is None
 
 
 @pytest.mark.parametrize("service", ["prefect", "mlflow"])
