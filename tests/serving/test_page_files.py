@@ -9,10 +9,11 @@ import pytest
 
 from serving.http.page_files import FOLDER, POLICY, assets
 
-NAMES = sorted(name for name in assets() if name != "index.html")
+PAGES = {"/": "index.html", "/registry": "registry.html"}
+NAMES = sorted(assets().keys() - set(PAGES.values()))
 
 
-@pytest.mark.parametrize("path", ["/", *(f"/page/{name}" for name in NAMES)])
+@pytest.mark.parametrize("path", [*PAGES, *(f"/page/{name}" for name in NAMES)])
 def test_every_file_comes_with_the_policy_and_its_type(local: Any, path: str) -> None:
     response = local.client.get(path)
     assert response.status_code == 200
@@ -20,7 +21,9 @@ def test_every_file_comes_with_the_policy_and_its_type(local: Any, path: str) ->
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Referrer-Policy"] == "no-referrer"
     assert response.headers["Cache-Control"] == "no-cache"
-    kind = {"/": "text/html", "js": "text/javascript", "ss": "text/css", "vg": "image/svg+xml"}[path[-2:]]
+    kind = {"/": "text/html", "ry": "text/html", "js": "text/javascript", "ss": "text/css", "vg": "image/svg+xml"}[
+        path[-2:]
+    ]
     assert response.headers["Content-Type"].startswith(kind)
 
 
@@ -31,7 +34,7 @@ def test_policy_allows_nothing_from_elsewhere_and_nothing_inline() -> None:
 
 
 def test_a_file_that_is_known_is_not_sent_again(local: Any) -> None:
-    for path in ("/", "/page/chat.js"):
+    for path in (*PAGES, "/page/chat.js"):
         tag = local.client.get(path).headers["ETag"]
         for known in (tag, f"W/{tag}", f'"other", {tag}'):
             again = local.client.get(path, headers={"If-None-Match": known})
@@ -40,7 +43,7 @@ def test_a_file_that_is_known_is_not_sent_again(local: Any) -> None:
         assert local.client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
 
 
-@pytest.mark.parametrize("name", ["nope.js", "index.html", "..%2Fapi.py", "%2e%2e/api.py", "chat.js/x"])
+@pytest.mark.parametrize("name", ["nope.js", *PAGES.values(), "..%2Fapi.py", "%2e%2e/api.py", "chat.js/x"])
 def test_no_other_file_is_served(local: Any, name: str) -> None:
     response = local.client.get(f"/page/{name}")
     assert response.status_code == 404
@@ -56,8 +59,8 @@ def test_files_are_counted_as_one_route(local: Any) -> None:
 
 
 def test_everything_that_a_file_names_is_served() -> None:
-    index = assets()["index.html"].body.decode()
-    named = set(re.findall(r'(?:href|src)="page/([^"]+)"', index))
+    index, registry = (assets()[page].body.decode() for page in PAGES.values())
+    named = set(re.findall(r'(?:href|src)="page/([^"]+)"', index + registry))
     for name in NAMES:
         named |= set(re.findall(r'from "\./([^"]+)"', assets()[name].body.decode()))
     assert named == set(NAMES)
@@ -66,11 +69,16 @@ def test_everything_that_a_file_names_is_served() -> None:
     used = set(re.findall(r'#icon-([a-z]+)"', scripts)) | set(re.findall(r'icon\("([a-z]+)"\)', scripts))
     used |= set(re.findall(r'iconButton\((?:"[^"]*"|`[^`]*`), "([a-z]+)"', scripts))
     assert used == icons
+    assert set(re.findall(r'#icon-([a-z]+)"', registry)) | {"copy"} == set(
+        re.findall(r'<symbol id="icon-([^"]+)"', registry)
+    ), "what it shows, and what markdown.js shows there"
 
 
 def test_links_to_the_other_pages_lead_somewhere(local: Any) -> None:
-    links = re.findall(r'<a href="([^"#]+)"', assets()["index.html"].body.decode())
-    assert {"docs", "openapi.json", "metrics"} <= set(links)
+    links = [
+        link for page in PAGES.values() for link in re.findall(r'<a href="([^"#]+)"', assets()[page].body.decode())
+    ]
+    assert {"docs", "openapi.json", "metrics", "registry", "./"} <= set(links)
     for link in links:
         assert local.client.get(f"/{link}").status_code == 200
 
