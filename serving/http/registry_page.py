@@ -8,11 +8,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse
 
-from components.config.params import InputError
+from components.config.errors import InputError, Unavailable
+from components.config.secrets import hidden
+from components.tracking.mlflow_client import errors
 from serving.http.errors import ERRORS, ApiError
 from serving.http.page_files import page
 from serving.http.routes import Running, StrictRoute
 from serving.observability.overview import overview, version_card
+
+_RETRY = {"Retry-After": "5"}
 
 router = APIRouter(route_class=StrictRoute, responses=ERRORS)
 
@@ -26,7 +30,10 @@ def registry(request: Request) -> Response:
 @router.get("/v1/registry")
 async def registry_overview(serving: Running) -> dict[str, Any]:
     """What the page shows; with API keys, requires the scope `admin`."""
-    return await run_in_threadpool(overview, serving.home, serving.store, serving.challenger_share, serving.served)
+    try:
+        return await run_in_threadpool(overview, serving.home, serving.store, serving.challenger_share, serving.served)
+    except (Unavailable, *errors()) as error:
+        raise _unavailable(error) from error
 
 
 @router.get("/v1/registry/{model}/{version}")
@@ -34,5 +41,14 @@ async def registered_version(model: str, version: str, serving: Running) -> dict
     """A version with its model card; with API keys, requires the scope `admin`."""
     try:
         return await run_in_threadpool(version_card, serving.home, f"{model}/{version}")
+    except Unavailable as error:
+        raise _unavailable(error) from error
     except InputError as error:
         raise ApiError(404, f"model: {error}", "model_not_found", "model") from None
+    except errors() as error:
+        raise _unavailable(error) from error
+
+
+def _unavailable(error: Exception) -> ApiError:
+    reason = " ".join(hidden(str(error)).split())[:200]
+    return ApiError(503, f"the registry does not answer: {reason}; try again in 5 s", "unavailable", headers=_RETRY)
