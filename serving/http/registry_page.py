@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 
 from components.config.errors import InputError, Unavailable
 from components.config.secrets import hidden
-from components.tracking.mlflow_client import errors
+from components.tracking.mlflow_requests import errors
 from serving.http.errors import ERRORS, ApiError
 from serving.http.page_files import page
 from serving.http.routes import Running, StrictRoute
@@ -32,7 +32,9 @@ async def registry_overview(serving: Running) -> dict[str, Any]:
     """What the page shows; with API keys, requires the scope `admin`."""
     try:
         return await run_in_threadpool(overview, serving.home, serving.store, serving.challenger_share, serving.served)
-    except (Unavailable, *errors()) as error:
+    except Unavailable as error:
+        raise _unavailable(error) from error
+    except errors() as error:
         raise _unavailable(error) from error
 
 
