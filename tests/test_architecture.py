@@ -232,8 +232,8 @@ def test_the_shape_stays_within_its_bounds() -> None:
     figures = shape.figures()
     assert figures["modules outside a package in components"] == 0
     assert figures["function length, longest"] <= 80
-    assert figures["files"] <= 270
-    assert figures["source lines"] <= 46_000
+    assert figures["files"] <= 300
+    assert figures["source lines"] <= 52_000
 
 
 def test_no_package_is_reached_into_behind_its_public_names() -> None:
