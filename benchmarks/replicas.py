@@ -154,9 +154,16 @@ class Load:
 
     def _ask(self, client: httpx.Client, messages: list[dict[str, str]], streamed: bool) -> tuple[list[str], str]:
         """The versions that an answer names, and its text."""
+        import httpx
+
         body = {"model": "agent", "messages": messages, "stream": streamed, "max_tokens": 16}
         if not streamed:
-            response = client.post(f"{self._url}/v1/chat/completions", json=body)
+            try:
+                response = client.post(f"{self._url}/v1/chat/completions", json=body)
+            except httpx.RemoteProtocolError:  # as OpenAI's clients do
+                with self._lock:
+                    self.counts["repeated by the client"] += 1
+                response = client.post(f"{self._url}/v1/chat/completions", json=body)
             response.raise_for_status()
             answer = response.json()
             return [answer["model"]], answer["choices"][0]["message"]["content"]
@@ -264,7 +271,7 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
         "seconds": round(seconds, 1),
         **{name: counts[name] for name in ("requests", "failed requests", "streams", "failed streams")},
         **{name: counts[name] for name in ("mixed streams", "conversations", "changed versions")},
-        "changed by a rollback": counts["changed by a rollback"],
+        **{name: counts[name] for name in ("changed by a rollback", "repeated by the client")},
         "texts by version": {model: len(texts) for model, texts in sorted(load.texts.items())},
         "limit": limit,
         "exit codes": codes,

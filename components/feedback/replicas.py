@@ -53,7 +53,8 @@ class Replicas(Database):
             if allowed is not None:
                 return 0.0
             wait = RATE_LIMITS.c.full_at + interval - 60.0 - now
-            return max(0.0, connection.scalar(select(wait).where(RATE_LIMITS.c.key == key)) or 0.0)
+            # Never 0: that it is allowed by now does not count it.
+            return max(1e-3, connection.scalar(select(wait).where(RATE_LIMITS.c.key == key)) or 0.0)
 
     def announce(self, replica: str, models: Sequence[str]) -> dict[str, frozenset[str]]:
         """Record that a replica runs and which models it has; returns those of each replica that runs.

@@ -74,6 +74,22 @@ def test_replicas_share_the_limit_of_a_key(replicas: list[Any], key: tuple[str, 
     assert refused.headers["Retry-After"] == "1"
 
 
+def test_a_refused_request_is_not_allowed_uncounted_a_moment_later(replicas: list[Any]) -> None:
+    """Of a bucket that is empty, no more is taken than what refills it: 200 a second."""
+    stores = [app.serving.store for app in replicas]
+    assert stores[0].take_request("quick", 12_000) == 0
+    with stores[0]._write() as connection:
+        connection.exec_driver_sql("UPDATE rate_limits SET full_at = full_at + 60 WHERE key = 'quick'")
+    began = time.monotonic()
+
+    def take(number: int) -> int:
+        return int(stores[number % 2].take_request("quick", 12_000) == 0)
+
+    with ThreadPoolExecutor(16) as pool:
+        allowed = sum(pool.map(take, range(600)))
+    assert allowed <= 1 + 200 * (time.monotonic() - began)
+
+
 def test_an_idempotency_key_gives_one_vote_whichever_replica_gets_it(replicas: list[Any]) -> None:
     completion = replicas[0].ask("Hello").json()["id"]
     vote = {"completion_id": completion, "rating": "up"}
