@@ -102,7 +102,9 @@ def add(
         typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
-    time_limit: Annotated[float, typer.Option(metavar="SECONDS", min=1, help="Time that the files may take.")] = 3600,
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", min=1, help="Time that reading and validating may take.")
+    ] = 3600,
     as_json: Json = False,
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
