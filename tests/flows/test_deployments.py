@@ -186,8 +186,8 @@ def test_a_custom_run_has_typed_parameters(at: Platform) -> None:
     assert schemas["pipeline"]["scale"]["anyOf"][0]["enum"] == ["smoke", "laptop", "gpu", "cluster"]
     assert schemas["improve"]["dry_run"]["type"] == "boolean"
     assert all(value["description"] for schema in schemas.values() for value in schema.values())
+    path = f"/deployments/{at.deployment('monitor')['id']}/create_flow_run"
     with prefect_client(at.project.home, at.api) as client:
-        path = f"/deployments/{at.deployment('monitor')['id']}/create_flow_run"
         refused = client.post(path, json={"parameters": {"days": 0}})
     assert refused.status_code == HTTPStatus.CONFLICT, refused.text
 
