@@ -181,12 +181,13 @@ def test_deploy_registers_them_on_a_named_server(at: Platform) -> None:
 
 def test_a_custom_run_has_typed_parameters(at: Platform) -> None:
     schemas = {flow: at.deployment(flow)["parameter_openapi_schema"]["properties"] for flow in PARAMETERS}
-    assert {flow: list(schema) for flow, schema in schemas.items()} == PARAMETERS
+    names = {flow: sorted(schema, key=lambda name: schema[name]["position"]) for flow, schema in schemas.items()}
+    assert names == PARAMETERS
     assert schemas["pipeline"]["scale"]["anyOf"][0]["enum"] == ["smoke", "laptop", "gpu", "cluster"]
     assert schemas["improve"]["dry_run"]["type"] == "boolean"
     assert all(value["description"] for schema in schemas.values() for value in schema.values())
+    path = f"/deployments/{at.deployment('monitor')['id']}/create_flow_run"
     with prefect_client(at.project.home, at.api) as client:
-        path = f"/deployments/{at.deployment('monitor')['id']}/create_flow_run"
         refused = client.post(path, json={"parameters": {"days": 0}})
     assert refused.status_code == HTTPStatus.CONFLICT, refused.text
 
