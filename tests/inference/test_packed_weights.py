@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from components.config.params import InputError
 from components.inference import packed_weights
-from components.inference.packed_weights import PackedLinear, RoundedLinear, pack, packs_int8, round_checked
+from components.inference.packed_weights import PackedLinear, RoundedLinear, pack, packs_fp16, packs_int8, round_checked
 from components.models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(61, 32, 2, 4, 2, 8, 48, 64, qk_norm=True)
@@ -88,6 +88,16 @@ def test_int8_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> No
     for packed.fine in (False, True):
         plain.fine = packed.fine
         torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not packs_fp16(), reason="FBGEMM is not here")
+@torch.inference_mode()
+def test_in_fp16_the_weights_alone_are_rounded() -> None:
+    weight, bias, x = torch.randn(48, 96), torch.randn(48), torch.randn(9, 96)
+    packed = PackedLinear(weight, bias, torch.float16)
+    product = packed(x)
+    torch.testing.assert_close(product, F.linear(x, weight.half().float(), bias), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(packed(part), product[start : start + len(part)]) for start, part in parts_of(x))
 
 
 @torch.inference_mode()
