@@ -24,7 +24,7 @@ from typing import Any
 
 ROWS, PROMPT, STEPS, PREFILL, CONTEXT = (1, 8, 32), 64, 16, 512, 640
 MEASURES = (*(f"decode {rows}" for rows in ROWS), f"prefill {PREFILL}")
-BYTES = {"fp32": 4.0, "bf16": 2.0, "F16": 2.0, "int8": 1.0, "Q8_0": 1.0625}
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "F16": 2.0, "int8": 1.0, "Q8_0": 1.0625}
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}
 """llama.cpp's numbers of the precisions that the file is converted to."""
 Contender = Callable[[str], float]
@@ -59,7 +59,7 @@ class Loopwright:
         model = load_decoder(folder, dtype, torch.device("cpu")).eval()
         if precision == "int8":
             round_weights(model)
-        pack(model)
+        pack(model, torch.float16 if precision == "fp16" else None)
         self.batch = ContinuousBatch(model, max(ROWS), CONTEXT)
         self.first = 0
 
@@ -209,7 +209,7 @@ def bandwidth() -> float:
 
 
 def contenders(folder: Path, llama: LlamaCpp) -> Iterator[tuple[str, str, Contender]]:
-    for precision in ("fp32", "bf16", "int8"):
+    for precision in ("fp32", "bf16", "fp16", "int8"):
         yield "loopwright", precision, Loopwright(folder, precision)
     for precision in ("fp32", "bf16"):
         yield "transformers", precision, Transformers(folder, precision)

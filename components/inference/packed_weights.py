@@ -1,4 +1,4 @@
-"""Decoder weights prepared for serving on a CPU: packed in fp32 or bf16, or quantized to int8.
+"""Decoder weights prepared for serving on a CPU: packed in fp32, bf16 or fp16, or quantized to int8.
 
 A plain product may repack its weight at each call, which for few rows of a large weight costs more than the product;
 whether packing is faster depends on processor and size, so it is measured. Both kinds are bit-identical for a row
@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,10 @@ class Agreement(NamedTuple):
 
 
 class PackedLinear(nn.Module):
-    """x (..., in) to (..., out), with the weight in oneDNN's layout and the product in `dtype`; the rest stays in x's.
+    """x (..., in) to (..., out), with the weight in the layout of a library; the rest stays in x's dtype.
+
+    In fp32 and bf16 (`dtype`) the product is oneDNN's. In fp16 it is FBGEMM's, of inputs in fp32: the weights alone are
+    rounded, and a row has the same bits beside any number of others.
 
     In bf16 the number of rows selects a kernel, and the kernels differ in the last bits. So the products of decode
     steps, x (rows, in), are computed in parts of up to as many rows as were measured to give equal bits; those of
@@ -54,11 +57,19 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = weight.shape[1]
         self.dtype = dtype or weight.dtype
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous(), None)
-        self._bias = bias.detach().to(self.dtype) if bias is not None else None
+        self._packed: Any
+        if self.dtype == torch.float16:
+            bias = bias.detach().float() if bias is not None else None
+            self._packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float().contiguous(), bias)
+        else:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous(), None)
+            self._bias = bias.detach().to(self.dtype) if bias is not None else None
         self._shape = tuple(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.dtype == torch.float16:
+            product: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self._packed)
+            return product.to(x.dtype)
         if self.dtype != torch.bfloat16:
             return self._product(x)
         rows = x.to(self.dtype).reshape(-1, self.in_features)
@@ -151,6 +162,11 @@ def packs_int8() -> bool:
     packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), INT8_MAX, dtype=torch.int8), None)
     sums = _int8_product(rows, 1.0, packed, torch.ones(16), torch.zeros(16, dtype=torch.long))
     return bool((sums == 64 * INT8_MAX**2).all())
+
+
+def packs_fp16() -> bool:
+    """Whether FBGEMM is here, for weights in fp16."""
+    return torch.backends.quantized.engine in ("x86", "fbgemm")
 
 
 def pack(model: Decoder, dtype: torch.dtype | None = None) -> None:

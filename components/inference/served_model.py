@@ -1,4 +1,4 @@
-"""A decoder as it is served, and evaluated: on a CPU quantized or in bf16, where its answers pass, and packed."""
+"""A decoder as it is served, and evaluated: on a CPU quantized, in bf16 or fp16, where its answers pass, and packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from components.inference.batching import Row, generate, rows_are_independent
-from components.inference.packed_weights import agreement, pack, round_checked, should_pack
+from components.inference.packed_weights import agreement, pack, packs_fp16, round_checked, should_pack
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device, compute_dtype, threads_for, use_threads
@@ -38,12 +38,16 @@ def load_served(folder: Path, tokenizer: ChatTokenizer, int8: bool = False) -> D
         return model
     if int8:
         round_checked(model, _samples(model, tokenizer), MIN_AGREEMENT)
-    elif model.num_parameters > SMALL_MODEL and compute_dtype("auto", device, model) == torch.bfloat16:
-        share, cases = agreement(model, _samples(model, tokenizer), partial(pack, dtype=torch.bfloat16))
-        if share >= MIN_AGREEMENT:
-            return model
-        logger.warning("%s: kept in fp32: in bf16 it agrees in %.1f%% of %d cases", folder, 100 * share, cases)
-        model = _merged(folder, full)
+    elif model.num_parameters > SMALL_MODEL:
+        samples = _samples(model, tokenizer)
+        fast = [torch.bfloat16] if compute_dtype("auto", device, model) == torch.bfloat16 else []
+        for dtype in fast + ([torch.float16] if packs_fp16() else []):
+            share, cases = agreement(model, samples, partial(pack, dtype=dtype))
+            if share >= MIN_AGREEMENT:
+                return model
+            name = str(dtype).removeprefix("torch.")
+            logger.warning("%s: not in %s, in which it agrees in %.1f%% of %d cases", folder, name, 100 * share, cases)
+            model = _merged(folder, full)
     if should_pack(model) or not rows_are_independent(model):
         pack(model)
     return model

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
 from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
-from components.inference.packed_weights import RoundedLinear, pack, round_weights
+from components.inference.packed_weights import RoundedLinear, pack, packs_fp16, round_weights
 from components.inference.prefix_cache import MIN_SHARED
 from components.inference.sampling import greedy, sampled
 from components.models.checkpoint import save_decoder
@@ -46,13 +46,17 @@ def grouped() -> Decoder:
     return random_decoder(CONFIGS["grouped"])
 
 
-@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded", "bf16"])
+@pytest.fixture(scope="module", params=[*CONFIGS, "packed", "rounded", "bf16", "fp16"])
 def model(request: pytest.FixtureRequest) -> Decoder:
     made = random_decoder(CONFIGS.get(request.param, CONFIGS["grouped"]))
     if request.param == "packed":
         pack(made)
     elif request.param == "bf16":
         pack(made, torch.bfloat16)
+    elif request.param == "fp16":
+        if not packs_fp16():
+            pytest.skip("FBGEMM is not here")
+        pack(made, torch.float16)
     elif request.param == "rounded":
         round_weights(made)
     elif not rows_are_independent(made):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from components.config.params import InputError
-from components.inference import packed_weights
-from components.inference.packed_weights import PackedLinear, RoundedLinear, pack, packs_int8, round_checked
+from components.inference import packed_weights, served_model
+from components.inference.packed_weights import (
+    PackedLinear,
+    RoundedLinear,
+    agreement,
+    pack,
+    packs_fp16,
+    packs_int8,
+    round_checked,
+    round_weights,
+)
+from components.inference.served_model import load_served
 from components.models.decoder import Decoder, DecoderConfig
+from components.tokenization.hf_tokenizer import load_chat_tokenizer
+from tests.feedback.project import write_project
 
 CONFIG = DecoderConfig(61, 32, 2, 4, 2, 8, 48, 64, qk_norm=True)
 
@@ -90,6 +104,16 @@ def test_int8_products_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not packs_fp16(), reason="FBGEMM is not here")
+@torch.inference_mode()
+def test_in_fp16_the_weights_alone_are_rounded() -> None:
+    weight, bias, x = torch.randn(48, 96), torch.randn(48), torch.randn(9, 96)
+    packed = PackedLinear(weight, bias, torch.float16)
+    product = packed(x)
+    torch.testing.assert_close(product, F.linear(x, weight.half().float(), bias), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(packed(part), product[start : start + len(part)]) for start, part in parts_of(x))
+
+
 @torch.inference_mode()
 def test_zeros_round_to_zeros() -> None:
     for rounded in (RoundedLinear(torch.zeros(8, 8)), RoundedLinear(torch.randn(8, 8))):
@@ -105,8 +129,32 @@ def test_packed_model_is_the_model() -> None:
     torch.testing.assert_close(packed(ids), plain(ids), rtol=1e-4, atol=1e-4)
 
 
+def test_inputs_get_15_bits_where_8_change_too_many_tokens() -> None:
+    sequences = [list(range(1, 40)), list(range(20, 60))]
+    coarse = agreement(model(0.3), sequences, round_weights).share
+    finer = model(0.3)
+    assert round_checked(finer, sequences, coarse + 0.01) > coarse
+    rounded = finer.blocks[0].attention.out
+    assert isinstance(rounded, RoundedLinear)
+    assert rounded.fine
+
+
 def test_rounding_is_refused_where_it_changes_the_answers() -> None:
     sequences = [list(range(1, 40)), list(range(20, 60))]
     assert round_checked(model(0.3), sequences, 0.8) > 0.8
     with pytest.raises(InputError, match=r"serve\.int8: quantized, the model chooses the same token in \d"):
         round_checked(model(0.3), sequences, 1.01)
+
+
+@pytest.mark.skipif(not packs_fp16(), reason="FBGEMM is not here")
+def test_a_base_that_is_not_in_bf16_has_weights_in_fp16_where_its_tokens_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_project(tmp_path).start
+    monkeypatch.setattr(served_model, "SMALL_MODEL", 0)
+    monkeypatch.setattr(served_model, "compute_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(served_model, "threads_for", lambda _: 1)
+    assert getattr(load_served(folder, load_chat_tokenizer(folder)).head, "dtype", None) == torch.float16
+    monkeypatch.setattr(served_model, "MIN_AGREEMENT", 1.01)
+    assert getattr(load_served(folder, load_chat_tokenizer(folder)).head, "dtype", None) != torch.float16
+    assert "not in float16, in which it agrees in " in caplog.text
