@@ -205,10 +205,8 @@ class Serving:
             watcher.start()
         if bundled is None:
             serving._pin(home, specs.values())
-        platform = PlatformCollector(
-            home, serving.store, config.max_waiting, lambda: serving.ready, lambda: serving.rejected
-        )
-        metrics.observe_platform(platform)
+        ready, rejected = (lambda: serving.ready), (lambda: serving.rejected)
+        metrics.observe_platform(PlatformCollector(home, store, config.max_waiting, ready, rejected))
         return serving
 
     def _pin(self, home: Path, specs: Iterable[str]) -> None:
