@@ -1,15 +1,16 @@
 """Honest clients beside half-sent requests or unread answers: `python -m benchmarks.slow_clients --slow 1000`.
 
 A real endpoint in a process of its own serves a tiny random model. Clients ask it in turn, first alone, then while
-another thread keeps so many connections open that never finish their request (with `--unread`: that read no answer),
-and once a second opens a new one for each that the endpoint has closed. Prints the 95th percentile of the answers'
-times in milliseconds and the endpoint's memory in MiB.
+another process keeps so many connections open that never finish their request (with `--unread`: that read no answer),
+and opens new ones for those that the endpoint has closed, at most `--rate` a second. Prints the 95th percentile of the
+answers' times in milliseconds and the endpoint's memory in MiB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import select
 import socket
@@ -22,13 +23,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 CLIENTS = 4
-REOPEN_SECONDS = 1.0
+TICK_SECONDS = 0.1
 HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
-UNREAD = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 300
+UNREAD = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 10
+"""Their answers are larger than the buffers of a socket with RECEIVED_BYTES and of the endpoint's."""
+RECEIVED_BYTES = 4096
 BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
 
 
@@ -59,52 +63,59 @@ def make_model(folder: Path) -> Path:
     return agent
 
 
-def serve(folder: Path, home: Path) -> None:
-    """Serve a model folder in this process until it is killed; prints the address."""
+def serve(folder: Path, home: Path, limit: int | None) -> None:
+    """Serve a model folder in this process until it is killed, with a limit of connections; prints the address."""
     from components.config.params import SCALES_FILE, load_params
     from serving import server
     from serving.models.state import Serving
     from serving.models.versions import Bundled
 
-    config = load_params(SCALES_FILE.parents[2] / "params.yaml").serve
+    limits = {f"serve.{name}": limit for name in ("max_connections", "max_connections_per_client") if limit}
+    config = load_params(SCALES_FILE.parents[2] / "params.yaml", limits).serve
     serving = Serving.open(home, config, "", Bundled(folder, {"name": "agent", "version": 1}))
     server.serve(serving, server.listen("127.0.0.1", 0), server.announce_json)
 
 
+def hold(address: tuple[str, int], count: int, sent: bytes, rate: float, opened: Any) -> None:
+    """Keep so many connections open that sent this, until the process ends; `opened` counts all that were opened."""
+    allow_open_files()
+    poll, sockets = select.poll(), dict[int, socket.socket]()
+    while True:
+        for _ in range(min(count - len(sockets), round(rate * TICK_SECONDS))):
+            with suppress(OSError):
+                connection = socket.socket()
+                connection.settimeout(10)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
+                connection.connect(address)
+                sockets[connection.fileno()] = connection
+                poll.register(connection, select.POLLIN if sent == HALF else 0)  # else of its end alone
+                connection.sendall(sent)
+                opened.value += 1
+        time.sleep(TICK_SECONDS)
+        for number, _ in poll.poll(0):
+            poll.unregister(number)
+            sockets.pop(number).close()
+
+
 @contextmanager
-def slow(address: tuple[str, int], count: int, sent: bytes) -> Iterator[list[int]]:
-    """Keep connections open that sent this, while the block runs; yields a list whose number counts what was opened."""
-    opened, stop = [0], threading.Event()
-
-    def open_one(poll: select.poll, sockets: dict[int, socket.socket]) -> None:
-        connection = socket.create_connection(address, timeout=10)
-        connection.sendall(sent)
-        sockets[connection.fileno()] = connection
-        poll.register(connection, select.POLLIN if sent == HALF else 0)  # else only of its end
-        opened[0] += 1
-
-    def run() -> None:
-        poll, sockets = select.poll(), dict[int, socket.socket]()
-        while not stop.is_set():
-            for _ in range(count - len(sockets)):
-                with suppress(OSError):
-                    open_one(poll, sockets)
-            stop.wait(REOPEN_SECONDS)
-            for number, _ in poll.poll(0):
-                poll.unregister(number)
-                sockets.pop(number).close()
-        for connection in sockets.values():
-            connection.close()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while opened[0] < count:
-        time.sleep(0.01)
+def slow(address: tuple[str, int], count: int, sent: bytes, rate: float) -> Iterator[Any]:
+    """Keep slow connections open while the block runs, from another process; yields the number of those opened."""
+    context = multiprocessing.get_context("spawn")
+    opened = context.Value("i", 0)
+    process = context.Process(target=hold, args=(address, count, sent, rate, opened), daemon=True)
+    process.start()
     try:
+        while opened.value < count:
+            time.sleep(TICK_SECONDS)
         yield opened
     finally:
-        stop.set()
-        thread.join()
+        process.terminate()
+        process.join()
+
+
+def allow_open_files() -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def ask(address: tuple[str, int]) -> float:
@@ -138,27 +149,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slow_clients", description=__doc__)
     parser.add_argument("--slow", type=int, default=1000, help="half-sent requests that are open at once")
     parser.add_argument("--unread", action="store_true", help="whole requests instead, whose answers are not read")
+    parser.add_argument("--rate", type=float, default=500, help="slow connections that are opened in a second")
+    parser.add_argument("--limit", type=int, help="serve.max_connections and max_connections_per_client")
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.home)
+        serve(arguments.serve, arguments.home, arguments.limit)
         return
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_open_files()
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_model(Path(scratch))
         command = [sys.executable, "-m", "benchmarks.slow_clients", "--serve", str(folder), "--home", f"{scratch}/var"]
+        command += ["--limit", str(arguments.limit)] if arguments.limit else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
             address, server = ("127.0.0.1", port), psutil.Process(process.pid)
             measure(address, server, requests=40)  # warm
             print(json.dumps({"slow": 0, **measure(address, server, arguments.requests)}), flush=True)
-            with slow(address, arguments.slow, UNREAD if arguments.unread else HALF) as opened:
+            sent = UNREAD if arguments.unread else HALF
+            with slow(address, arguments.slow, sent, arguments.rate) as opened:
                 row = measure(address, server, arguments.requests)
-                print(json.dumps({"slow": arguments.slow, "opened": opened[0], **row}), flush=True)
+                held = len(server.net_connections()) - 1
+                print(json.dumps({"slow": arguments.slow, "held": held, "opened": opened.value, **row}), flush=True)
             process.terminate()
 
 
