@@ -17,6 +17,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
 
 from components.runtime.process import request_parent_death_signal, start, stop
 from components.runtime.service_registry import wait_for
@@ -25,7 +28,7 @@ from flows.orchestration.prefect_server import free_port, settings
 USER, PASSWORD = "loopwright", "p@ss:word/of-tests"
 """Of each server; in a URL the password has to be quoted."""
 BUCKETS = ("mlflow", "dvc")
-SECONDS_TO_START = 120.0
+SECONDS_TO_START = 300.0
 
 
 @contextmanager
@@ -55,12 +58,14 @@ def postgres_server(host: str = "127.0.0.1") -> Iterator[str]:
             )
         try:
             address = f"postgresql://{USER}:{quote(PASSWORD, safe='')}@{host}:{port}/postgres"
-            for _ in range(100):
-                with suppress(Exception):
+            for _ in range(600):
+                with suppress(OperationalError):
                     execute(address, "SELECT 1")
                     break
                 assert process.poll() is None, (root / "log").read_text()
                 threading.Event().wait(0.1)
+            else:
+                pytest.fail((root / "log").read_text())
             yield address
         finally:
             process.send_signal(2)  # SIGINT: disconnects its clients
@@ -68,9 +73,6 @@ def postgres_server(host: str = "127.0.0.1") -> Iterator[str]:
 
 
 def execute(address: str, statement: str) -> None:
-    from sqlalchemy import create_engine
-    from sqlalchemy.engine import make_url
-
     engine = create_engine(make_url(address).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.exec_driver_sql(statement)
@@ -99,7 +101,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     for bucket in BUCKETS:
         client.create_bucket(Bucket=bucket)
     client.close()
-    yield {**keys, "AWS_ENDPOINT_URL": url}
+    yield {**keys, "AWS_ENDPOINT_URL": url, "MLFLOW_S3_ENDPOINT_URL": url}
     server.stop()
 
 

@@ -27,6 +27,10 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     TIME_LIMIT: REQUEST_SECONDS,
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Files go through the server, which every client reaches: an address in its object store may be one of another
+    # network, and an upload to it has no time limit.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     # The address of a run that has ended, which a server's client prints into the JSON of a command.
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # Traces are written from a thread of our own, which must see failures.
