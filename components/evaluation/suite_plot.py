@@ -29,8 +29,8 @@ def draw_suites(
     axes.barh(range(len(names)), values, xerr=[below, above], color="#4477aa")
     for (model, points), mark in zip((others or {}).items(), _MARKS, strict=False):
         shown = [(score, row) for row, score in enumerate(reversed(points)) if score is not None]
-        points_x, points_y = ([point[axis] for point in shown] for axis in (0, 1))
-        axes.scatter(points_x, points_y, marker=mark, color="#cc6677", zorder=3, label=model, s=22)
+        values_shown, rows = zip(*shown, strict=True) if shown else ((), ())
+        axes.scatter(values_shown, rows, marker=mark, color="#cc6677", zorder=3, label=model, s=22)
     if others:
         axes.legend(loc="lower right")
     axes.set_yticks(range(len(names)), names, parse_math=False)
