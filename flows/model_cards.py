@@ -67,7 +67,7 @@ def write_card(
         outputs = read_outputs(Path(scratch))
         card = model_card(registry, version, verdict, findings, outputs)
         store_card(version, card.readme(), card.description(MAX_DESCRIPTION))
-        if (name := version.tags.get("base_version")) and not (base := registry.resolve(name)).description:
+        if (base_name := version.tags.get("base_version")) and not (base := registry.resolve(base_name)).description:
             store_imported_card(base)
         _store_evidence(version, card, outputs)
         task = task_of(version.stored)

@@ -19,7 +19,7 @@ def draw_suites(
     """Scores from 0 to 1 with their intervals, as a matplotlib figure; `others` are other models' scores."""
     from matplotlib.figure import Figure
 
-    names = list(reversed(scores))
+    names = list(scores)[::-1]
     figure = Figure(figsize=(8, min(0.4 * len(names) + 1, _MAX_INCHES)), layout="constrained")
     axes = figure.add_subplot()
     values = [scores[name] for name in names]
@@ -29,7 +29,8 @@ def draw_suites(
     axes.barh(range(len(names)), values, xerr=[below, above], color="#4477aa")
     for (model, points), mark in zip((others or {}).items(), _MARKS, strict=False):
         shown = [(score, row) for row, score in enumerate(reversed(points)) if score is not None]
-        axes.scatter(*zip(*shown, strict=True), marker=mark, color="#cc6677", zorder=3, label=model, s=22)
+        values_shown, rows = zip(*shown, strict=True) if shown else ((), ())
+        axes.scatter(values_shown, rows, marker=mark, color="#cc6677", zorder=3, label=model, s=22)
     if others:
         axes.legend(loc="lower right")
     axes.set_yticks(range(len(names)), names, parse_math=False)

@@ -97,11 +97,13 @@ def store_imported_card(version: ModelVersion, source: Path | None = None) -> No
         task, origin = task_of(version.stored), version.tags.get("imported_from", "")
         readme = source / CARD if source is not None else None
         stated = front_matter(readme.read_text(encoding="utf-8")) if readme is not None and readme.is_file() else {}
-        about = {key: stated[key] for key in ("license", "license_name", "license_link", "language") if key in stated}
+        about: dict[str, Any] = {
+            key: stated[key] for key in ("license", "license_name", "license_link", "language") if key in stated
+        }
         headline = f"Imported{f' from `{origin}`' if origin else ''} and not evaluated here."
         lines = [f"{architecture(version.stored)}.", f"Licence: {about.get('license', 'not stated')}."]
         sections = [usage_section(version.name, task, ""), lineage_section(version.run_id, version.tags)]
-        metadata = {
+        metadata: dict[str, Any] = {
             **about,
             **hugging_face_metadata(str(version), task, (), "", (), version.tags.get("base_version", "")),
         }

@@ -32,7 +32,9 @@ async def registry_overview(serving: Running) -> dict[str, Any]:
     """What the page shows; with API keys, requires the scope `admin`."""
     try:
         return await run_in_threadpool(overview, serving.home, serving.store, serving.challenger_share, serving.served)
-    except (Unavailable, *errors()) as error:
+    except Unavailable as error:
+        raise _unavailable(error) from error
+    except errors() as error:
         raise _unavailable(error) from error
 
 

@@ -72,7 +72,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
     """Opens a page in a browser that knows nothing yet; nothing may be complained of, nor fetched from elsewhere."""
     visitors: list[tuple[str, Visitor]] = []
 
-    def open_page(url: str, script: str = "", **options: Any) -> Visitor:
+    def open_page(url: str, script: str = "", path: str = "", **options: Any) -> Visitor:
         page = browser.new_context(**options).new_page()
         page.add_init_script(script)
         visitor = Visitor(page)
@@ -80,7 +80,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
         page.on("console", lambda said: visitor.complaints.append(said.text) if said.type != "log" else None)
         page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
         page.on("request", lambda request: visitor.addresses.append(request.url))
-        page.goto(url)
+        page.goto(f"{url}{path}")
         return visitor
 
     yield open_page

@@ -72,7 +72,7 @@ def site(agent_folder: Path, database: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("look", LOOKS)
 def test_page_names_champion_and_reason_and_passes_axe(site: str, visit: Visit, look: str) -> None:
-    page = visit(f"{site}/registry", **LOOKS[look]).page
+    page = visit(site, path="/registry", **LOOKS[look]).page
     expect(page.locator("#state")).to_contain_text("As of")
     agent = page.get_by_role("article", name="agent")
     champion, previous, challenger = agent.locator(".fact").all()
@@ -93,7 +93,7 @@ def test_page_names_champion_and_reason_and_passes_axe(site: str, visit: Visit, 
 
 
 def test_keyboard_alone_opens_a_card_and_leads_on(site: str, visit: Visit) -> None:
-    page = visit(f"{site}/registry").page
+    page = visit(site, path="/registry").page
     expect(page.locator("#state")).to_contain_text("As of")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -109,7 +109,7 @@ def test_nothing_jumps_while_the_page_fills(site: str, visit: Visit) -> None:
     script = """window.shifts = [];
       new PerformanceObserver((list) => window.shifts.push(...list.getEntries().map((entry) => entry.value)))
         .observe({ type: "layout-shift", buffered: true });"""
-    page = visit(f"{site}/registry", script=script, **LOOKS["phone"]).page
+    page = visit(site, script, "/registry", **LOOKS["phone"]).page
     expect(page.locator("#state")).to_contain_text("As of")
     assert sum(page.evaluate("window.shifts")) < 0.1
 
@@ -131,7 +131,7 @@ def test_keys_without_the_scope_admin_read_no_registry(app: Any) -> None:
 
 def test_page_asks_for_a_key_and_says_what_it_lacks(site: str, visit: Visit) -> None:
     """A key that may not read the registry is named in one line."""
-    visitor = visit(f"{site}/registry")
+    visitor = visit(site, path="/registry")
     visitor.page.route(
         "**/v1/registry", lambda route: route.fulfill(status=403, json={"error": {"message": "no admin"}})
     )
