@@ -17,7 +17,7 @@ from components.feedback.ingest import clear_orphans
 from components.feedback.items import partitions
 from components.feedback.leases import Lease, leased
 from components.feedback.lineage import ancestry, feedback_ids
-from components.feedback.store import Store, leased_in, shared_registry
+from components.feedback.store import Store, is_shared, leased_in, shared_registry
 from components.runtime.files import copy_folder
 from components.runtime.process import file_lock
 from components.runtime.stage import IMPROVEMENT
@@ -68,7 +68,7 @@ def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool =
     paths = Paths(root)
     if is_empty(paths.home):
         raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
-    if not dry_run:
+    if is_shared(paths.home) and not dry_run:  # on a host of its own, what is missing was removed
         fetch_missing(root, IMPROVEMENT)
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
