@@ -1,9 +1,9 @@
-"""Honest clients beside half-sent requests or unread answers: `python -m benchmarks.slow_clients --slow 1000`.
+"""Honest clients beside half-sent requests: `python -m benchmarks.slow_clients --slow 1000`.
 
 A real endpoint in a process of its own serves a tiny random model. Clients ask it in turn, first alone, then while
-another process keeps so many connections open that never finish their request (with `--unread`: that read no answer),
-and opens new ones for those that the endpoint has closed, at most `--rate` a second. Prints the 95th percentile of the
-answers' times in milliseconds and the endpoint's memory in MiB.
+another process keeps so many connections open that never finish their request, and opens new ones for those that the
+endpoint has closed, at most `--rate` a second. Prints the 95th percentile of the answers' times in milliseconds and the
+endpoint's memory in MiB.
 """
 
 from __future__ import annotations
@@ -30,9 +30,6 @@ import psutil
 CLIENTS = 4
 TICK_SECONDS = 0.1
 HALF = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
-UNREAD = b"GET /openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 10
-"""Their answers are larger than the buffers of a socket with RECEIVED_BYTES and of the endpoint's."""
-RECEIVED_BYTES = 4096
 BODY = json.dumps({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
 
 
@@ -76,20 +73,17 @@ def serve(folder: Path, home: Path, limit: int | None) -> None:
     server.serve(serving, server.listen("127.0.0.1", 0), server.announce_json)
 
 
-def hold(address: tuple[str, int], count: int, sent: bytes, rate: float, opened: Any) -> None:
-    """Keep so many connections open that sent this, until the process ends; `opened` counts all that were opened."""
+def hold(address: tuple[str, int], count: int, rate: float, opened: Any) -> None:
+    """Keep so many half-sent requests open until the process ends; `opened` counts all that were opened."""
     allow_open_files()
     poll, sockets = select.poll(), dict[int, socket.socket]()
     while True:
         for _ in range(min(count - len(sockets), round(rate * TICK_SECONDS))):
             with suppress(OSError):
-                connection = socket.socket()
-                connection.settimeout(10)
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED_BYTES)
-                connection.connect(address)
+                connection = socket.create_connection(address, timeout=10)
                 sockets[connection.fileno()] = connection
-                poll.register(connection, select.POLLIN if sent == HALF else 0)  # else of its end alone
-                connection.sendall(sent)
+                poll.register(connection, select.POLLIN)
+                connection.sendall(HALF)
                 opened.value += 1
         time.sleep(TICK_SECONDS)
         for number, _ in poll.poll(0):
@@ -98,11 +92,11 @@ def hold(address: tuple[str, int], count: int, sent: bytes, rate: float, opened:
 
 
 @contextmanager
-def slow(address: tuple[str, int], count: int, sent: bytes, rate: float) -> Iterator[Any]:
+def slow(address: tuple[str, int], count: int, rate: float) -> Iterator[Any]:
     """Keep slow connections open while the block runs, from another process; yields the number of those opened."""
     context = multiprocessing.get_context("spawn")
     opened = context.Value("i", 0)
-    process = context.Process(target=hold, args=(address, count, sent, rate, opened), daemon=True)
+    process = context.Process(target=hold, args=(address, count, rate, opened), daemon=True)
     process.start()
     try:
         while opened.value < count:
@@ -148,7 +142,6 @@ def measure(address: tuple[str, int], process: psutil.Process, requests: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slow_clients", description=__doc__)
     parser.add_argument("--slow", type=int, default=1000, help="half-sent requests that are open at once")
-    parser.add_argument("--unread", action="store_true", help="whole requests instead, whose answers are not read")
     parser.add_argument("--rate", type=float, default=500, help="slow connections that are opened in a second")
     parser.add_argument("--limit", type=int, help="serve.max_connections and max_connections_per_client")
     parser.add_argument("--requests", type=int, default=400)
@@ -169,8 +162,7 @@ def main() -> None:
             address, server = ("127.0.0.1", port), psutil.Process(process.pid)
             measure(address, server, requests=40)  # warm
             print(json.dumps({"slow": 0, **measure(address, server, arguments.requests)}), flush=True)
-            sent = UNREAD if arguments.unread else HALF
-            with slow(address, arguments.slow, sent, arguments.rate) as opened:
+            with slow(address, arguments.slow, arguments.rate) as opened:
                 row = measure(address, server, arguments.requests)
                 held = len(server.net_connections()) - 1
                 print(json.dumps({"slow": arguments.slow, "held": held, "opened": opened.value, **row}), flush=True)
