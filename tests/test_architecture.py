@@ -80,8 +80,8 @@ DOORS = {
     ),
     "dvc": ("flows/",),
     "optuna": ("components/training/search.py", "components/training/classifier.py"),
-    # tracking.py catches what MLflow lets through from its database.
-    "sqlalchemy": ("components/feedback/", "components/tracking/mlflow_client.py"),
+    # mlflow_requests.py catches what MLflow lets through from its database.
+    "sqlalchemy": ("components/feedback/", "components/tracking/mlflow_requests.py"),
     "alembic": ("components/feedback/",),
     "mcp": ("components/agent/mcp_servers.py", "loopwright/mcp.py"),
     "llguidance": ("components/inference/grammar.py",),

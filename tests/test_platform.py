@@ -128,7 +128,7 @@ def test_prefect_has_a_task_per_stage_and_effect_with_artifacts(released: Releas
 def test_mlflow_has_a_child_run_per_stage_with_params_metrics_and_inputs(released: Released) -> None:
     database = released.project.home / "mlflow/mlflow.db"
     runs = dict(rows(database, "SELECT name, run_uuid FROM runs"))
-    assert set(runs) >= {"pipeline", *(f"register {name}" for name in MODELS), *STAGES}
+    assert set(runs) >= {"pipeline", *(f"register {name}/1" for name in MODELS), *STAGES}
     parents = dict(rows(database, "SELECT run_uuid, value FROM tags WHERE key = 'mlflow.parentRunId'"))
     trials = {name for name in runs if name.startswith("trial-")}
     assert trials

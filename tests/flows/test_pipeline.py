@@ -154,6 +154,7 @@ def test_a_state_fits_a_line_and_says_how_much_it_leaves_out() -> None:
 def test_doctor_says_that_data_was_collected_under_another_python(project: Path) -> None:
     metrics = Paths(project).metrics / "collect.json"
     metrics.parent.mkdir(parents=True)
+    Paths(project).collected.mkdir(parents=True)
     for version, shown in ((sys.version, False), ("3.99.1 (main)", True)):
         metrics.write_text(json.dumps({"python": version}))
         found, remedy = CHECKS["python"](Paths(project))
