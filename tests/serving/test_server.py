@@ -275,7 +275,7 @@ def test_moving_the_alias_swaps_the_model_and_drops_nobody(
     second = registry.register(agent_maker(tmp_path / "agent", "I am the second."), "other", {}, {}, None)
     process, url = project.serve("--model", "other@champion", LOOPWRIGHT_API_KEYS="secret")
     headers = {"Authorization": "Bearer secret"}
-    body = {"model": "other/1", "messages": [{"role": "user", "content": "Hello"}]}
+    body = {"model": "other", "messages": [{"role": "user", "content": "Hello"}]}
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 401
     answers: list[tuple[int, str, str]] = []
 
