@@ -17,8 +17,8 @@ ACCOUNT = "postgres"
 
 def programs() -> Path | None:
     """The folder with initdb and pg_ctl; None where PostgreSQL's server is not installed."""
-    if found := shutil.which("initdb"):
-        return Path(found).parent
+    if initdb := shutil.which("initdb"):
+        return Path(initdb).parent
     return max(Path("/usr/lib/postgresql").glob("*/bin"), default=None, key=lambda path: int(path.parent.name))
 
 

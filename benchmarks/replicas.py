@@ -215,6 +215,14 @@ def write_settings(folder: Path) -> None:
         params.write(f"\nserve: {SETTINGS}\n")
 
 
+def restart_in_turn(endpoints: Sequence[Endpoint]) -> int:
+    """Stop and start the last endpoint once the first answers again; returns the exit code of the stopped one."""
+    endpoints[0].wait()
+    code = endpoints[-1].restart(signal.SIGTERM)
+    endpoints[-1].wait()
+    return code
+
+
 def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, rounds: int) -> dict[str, Any]:
     """Register two model folders as versions of `agent`, serve them and let everything happen, `rounds` times."""
     from components.feedback.store import Store
@@ -254,9 +262,7 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
                 registry.rollback("agent")
                 time.sleep(2.0)
                 load.rollbacks.append(time.monotonic())
-                endpoints[0].wait()
-                codes.append(endpoints[-1].restart(signal.SIGTERM))
-                endpoints[-1].wait()
+                codes.append(restart_in_turn(endpoints))
 
         began = time.monotonic()
         load.run(clients, events)
@@ -286,10 +292,10 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folders = [given.model, given.second or given.model]
-        result = trial(folders, Path(scratch), given.replicas, given.clients, given.rounds)
+        folders = [arguments.model, arguments.second or arguments.model]
+        result = trial(folders, Path(scratch), arguments.replicas, arguments.clients, arguments.rounds)
     print(json.dumps(result, indent=1))
     ok = not result["failed requests"] and not result["mixed streams"] and not result["changed versions"]
     sys.exit(not (ok and abs(result["limit"]["ratio"] - 1) <= 0.02))

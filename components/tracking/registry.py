@@ -223,7 +223,7 @@ class Registry:
         `lineage` is stored with the run. An adapter's base that is not registered becomes a version of `NAME-base`.
         """
         tags = {**tool_tags(folder), **self._weights_tags(folder, name, parent), **tags}
-        run_id = create_run(self.client, f"register {name}", {}, parent, _now())
+        run_id = create_run(self.client, f"register {name}", {}, parent, int(time.time() * 1000))
         try:
             self.log_metrics(run_id, metrics)
             if lineage:
@@ -270,7 +270,8 @@ class Registry:
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
         """Add metrics to a version's run."""
-        log_metrics(self.client, run_id, [(key, float(value), _now(), 0) for key, value in metrics.items()])
+        now = int(time.time() * 1000)
+        log_metrics(self.client, run_id, [(key, float(value), now, 0) for key, value in metrics.items()])
 
     def tag(self, version: ModelVersion, tags: Mapping[str, str]) -> None:
         """Set tags on a version."""
@@ -395,7 +396,3 @@ def is_empty(home: Path) -> bool:
 def resolve(name: str, home: Path) -> ModelVersion:
     """The registered version that `NAME@ALIAS`, `NAME/VERSION` or `NAME` (its champion) names."""
     return Registry(home).resolve(name)
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -96,8 +96,8 @@ def _fetch(section: str, family: Family, base: str, template: _Template | None, 
             clear(folder)
             echo(f"{section}.base: none; {section} starts from the pretrained model again")
         return
-    source, found = _find(f"params.yaml: {section}.base: {base}", base, paths)
-    origin = {**found, **(template.origin if template else {})}
+    source, identity = _find(f"params.yaml: {section}.base: {base}", base, paths)
+    origin = {**identity, **(template.origin if template else {})}
     written = folder / ORIGIN
     current = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
     if (folder / CONFIG).is_file() and current == origin:

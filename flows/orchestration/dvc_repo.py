@@ -255,8 +255,8 @@ def prune_cache(root: Path, retained: Collection[str], days: float, dry_run: boo
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of each out that was never made
     with chdir(root), open_repo(root) as repo, repo.lock:
         is_git = has_git(root)
-        found = repo.used_objs(all_branches=is_git, all_tags=is_git, skip_failed=True)
-        used = {info.value for infos in found.values() for info in infos} | set(retained)
+        by_remote = repo.used_objs(all_branches=is_git, all_tags=is_git, skip_failed=True)
+        used = {info.value for infos in by_remote.values() for info in infos} | set(retained)
         # Metrics are in git; DVC restores an earlier result of a stage only where the cache has them too.
         for _ in repo.brancher(all_branches=is_git, all_tags=is_git):
             used |= {out.hash_info.value for out in repo.index.outs if not out.use_cache}
