@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from components.config.errors import InputError, Unavailable
+from components.runtime.stage import PIPELINES
 from components.tracking import downloads, mlflow_requests
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import EXPERIMENT, UPLOADER, connect
@@ -304,8 +305,10 @@ def project(
     """A clone with the lock files and DVC's cache of the released project, and the environment of its commands."""
     project = clone(tmp_path / "project")
     shutil.copy(released.project.root / "params.yaml", project.root)
-    for lock in released.project.root.rglob("dvc.lock"):
-        shutil.copy(lock, project.root / lock.relative_to(released.project.root))
+    for pipeline in PIPELINES:
+        lock = Path(pipeline).with_suffix(".lock")
+        if (released.project.root / lock).is_file():
+            shutil.copy(released.project.root / lock, project.root / lock)
     shutil.copytree(released.project.root / ".dvc/cache", project.root / ".dvc/cache", copy_function=os.link)
     with prefect_server(tmp_path_factory.mktemp("prefect"), servers.postgres) as prefect:
         database = new_database(servers.postgres, "store")

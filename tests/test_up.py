@@ -68,10 +68,13 @@ def test_everything_becomes_healthy(up: Up) -> None:
     told = json.loads(up.out.read_text())
     states = {service["name"]: service["state"] for service in told["services"]}
     assert states == dict.fromkeys(("prefect", "mlflow", "worker", "endpoint"), "healthy")
+    account = (up.project.home / "mlflow-auth").read_text().strip().split(":")
     for service in told["services"]:
         assert Path(service["log"]).is_file()
         if service["address"]:
-            assert httpx.get(service["address"].removesuffix("/api"), timeout=30, follow_redirects=True).is_success
+            auth = httpx.BasicAuth(*account) if service["name"] == "mlflow" else None
+            address = service["address"].removesuffix("/api")
+            assert httpx.get(address, auth=auth, timeout=30, follow_redirects=True).is_success
     assert up.endpoint() == 200
     assert up.project.ask("status")["scale"] == "smoke", "commands find their way beside it"
 

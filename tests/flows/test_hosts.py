@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -33,7 +34,18 @@ def hosts(tmp_path_factory: pytest.TempPathFactory, database: PostgresServer) ->
     projects = [clone(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
     remote = tmp_path_factory.mktemp("remote")
     for project in projects:
-        command = ["dvc", "remote", "add", "--quiet", "--local", "--default", "shared", str(remote)]
+        command = [
+            sys.executable,
+            "-m",
+            "dvc",
+            "remote",
+            "add",
+            "--quiet",
+            "--local",
+            "--default",
+            "shared",
+            str(remote),
+        ]
         subprocess.run(command, cwd=project.root, check=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)

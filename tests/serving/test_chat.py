@@ -92,9 +92,9 @@ def test_interrupt_stops_the_reply_and_not_the_conversation(
     deltas = client._deltas
     asked: list[int] = []
 
-    def interrupted(address: str, messages: Any) -> Iterator[dict[str, Any]]:
+    def interrupted(address: str, messages: Any, confirmed: Any) -> Iterator[dict[str, Any]]:
         asked.append(len(messages))
-        for delta in deltas(address, messages):
+        for delta in deltas(address, messages, confirmed):
             yield delta
             if len(asked) == 1 and delta.get("content"):
                 raise KeyboardInterrupt

@@ -119,6 +119,9 @@ def test_streams_neither_fail_nor_mix_during_five_swaps_and_a_rollback(
     for champion in (2, 1, 2, 1, 2):
         registry.promote(registry.resolve(f"crew/{champion}"))
         waits.append(await_models(url, [f"crew/{champion}"]))
+        begun = len(told)
+        while not failed and not any(models == {f"crew/{champion}"} for models, _ in told[begun:]):
+            ended.wait(0.05)
     registry.rollback("crew")
     waits.append(await_models(url, ["crew/1"]))
     ended.set()
