@@ -327,6 +327,7 @@ def endpoint(project: Project, environment: dict[str, str]) -> Iterator[httpx.Cl
             server.send_signal(signal.SIGINT)
 
 
+@pytest.mark.skipif("LOOPWRIGHT_TEST_LOOP" not in os.environ, reason="takes minutes; set LOOPWRIGHT_TEST_LOOP=1")
 @pytest.mark.platform
 @pytest.mark.timeout(1800)
 def test_the_loop_with_nothing_embedded(project: tuple[Project, dict[str, str]], servers: Servers) -> None:
