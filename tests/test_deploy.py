@@ -119,6 +119,7 @@ def test_services_of_compose_are_closed_and_wait_for_what_exists() -> None:
 def test_compose_fits_its_specification() -> None:
     reader = pytest.importorskip("compose_spec").PyOptions()
     merged = {name: part for name, part in COMPOSE.items() if not name.startswith("x-")}
+    assert {"services", "volumes"} <= merged.keys()
     reader.from_yaml(yaml.safe_dump(merged))  # refuses what the specification does not have
 
 
@@ -196,6 +197,7 @@ def test_workloads_are_restricted_probed_and_refer_to_what_exists(manifests: lis
 
 def test_manifests_fit_the_schemas_of_kubernetes(manifests: list[dict[str, Any]]) -> None:
     validator = pytest.importorskip("kubernetes_validate")
+    assert manifests
     for manifest in manifests:
         validator.validate(manifest, "1.31", strict=True)
 

@@ -395,7 +395,6 @@ class TuneConfig(FineTuneConfig):
     """Chat template of an imported base: `own`; `auto`: its own, with a syntax for tools where it knows none; or the
     path of a Jinja template."""
     replay_share: float = Field(ge=0, lt=1)
-    """Share of the rows that are an imported base's own answers to data/replay_requests.txt, against forgetting; 0:
-    none."""
+    """Share of the rows that are an imported base's own answers to data/replay_requests.txt; 0: none."""
     train_vision: bool
     """Whether the vision tower learns too, where `dataset` has pictures; the projector does."""

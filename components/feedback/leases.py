@@ -57,10 +57,10 @@ class Leases(Database):
             held = insertion(connection, LEASES).values(name=name, token=1, **row)
             # A repetition whose first commit was not acknowledged finds itself as the owner.
             is_free = (LEASES.c.expires < now) | (LEASES.c.owner == owner)
-            taken = held.on_conflict_do_update(
+            upsert = held.on_conflict_do_update(
                 index_elements=["name"], set_={**row, "token": LEASES.c.token + 1}, where=is_free
             )
-            token: int | None = connection.scalar(taken.returning(LEASES.c.token))
+            token: int | None = connection.scalar(upsert.returning(LEASES.c.token))
             connection.execute(LEASES.delete().where(LEASES.c.expires < now - FORGOTTEN_SECONDS))
             return token
 

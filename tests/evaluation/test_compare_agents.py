@@ -86,16 +86,16 @@ def tell_right(paths: Paths) -> None:
 
 
 def test_a_large_model_is_asked_as_it_is_served(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    loaded = []
 
     def load(folder: Path, *arguments: Any) -> Decoder:
-        asked.append(folder)
+        loaded.append(folder)
         return load_served(folder, *arguments)
 
     monkeypatch.setattr(parallel_rollout, "SMALL_MODEL", 0)
     monkeypatch.setattr(parallel_rollout, "load_served", load)
     judge(new_run(paths, "judge"))
-    assert asked == [paths.candidate, paths.champion]
+    assert loaded == [paths.candidate, paths.champion]
     assert decision(paths)["findings"]
 
 

@@ -41,11 +41,11 @@ class Traced:
         return trace.info
 
     def assessments(self) -> list[tuple[str, Any, str, str | None]]:
-        found = [
-            (one.name, (one.feedback or one.expectation).value, one.source.source_id, one.rationale)
-            for one in self.trace.assessments
+        assessments = [
+            (each.name, (each.feedback or each.expectation).value, each.source.source_id, each.rationale)
+            for each in self.trace.assessments
         ]
-        return sorted(found, key=lambda one: one[0])
+        return sorted(assessments, key=lambda row: row[0])
 
     def votes(self) -> list[tuple[str, str | None, str, bool]]:
         """Rating, correction, owner and whether it is the current one."""
@@ -82,10 +82,10 @@ def test_a_vote_is_on_its_trace_once_and_goes_with_it(traced: Traced) -> None:
 def test_a_vote_that_was_half_written_is_completed(traced: Traced) -> None:
     vote = traced.store.add_feedback(traced.id, "down", "42")
     exchange(traced.store, traced.home)
-    (rating,) = [one.assessment_id for one in traced.trace.assessments if one.name == RATING]
+    (rating,) = [each.assessment_id for each in traced.trace.assessments if each.name == RATING]
     mlflow.delete_assessment(traced.trace.trace_id, rating)
     exchange(traced.store, traced.home)
-    assert [one[:2] for one in traced.assessments()] == [(EXPECTED, "42"), (RATING, False)]
+    assert [row[:2] for row in traced.assessments()] == [(EXPECTED, "42"), (RATING, False)]
     assert vote
 
 

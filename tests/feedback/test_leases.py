@@ -1,4 +1,4 @@
-"""Leases on a real PostgreSQL: one owner at a time, whatever happens to the one before."""
+"""Leases on a real PostgreSQL: one owner at a time, whatever happens to the previous owner."""
 
 from __future__ import annotations
 

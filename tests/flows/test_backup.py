@@ -167,14 +167,14 @@ def test_a_clone_takes_a_backup_whose_dvc_lock_differs_from_that_of_git(paths: P
     lock.write_text("schema: '2.0'\nstages: {}\n")
     address = str(tmp_path / "backup")
     backup(paths, address)
-    ours = lock.read_text()
+    committed = lock.read_text()
     lock.write_text("schema: '2.0'\n")
     git = ["git", "-C", str(paths.root), "-c", "user.name=t", "-c", "user.email=t@example.com"]
     for words in (["init", "--quiet"], ["add", "dvc.lock"], ["commit", "--quiet", "--message", "Clone"]):
         subprocess.run([*git, *words], check=True)
     lose(paths)
     restore(paths, address)
-    assert lock.read_text() == ours
+    assert lock.read_text() == committed
     lock.write_text("schema: '2.0' # edited\n")
     with pytest.raises(InputError, match=r"dvc\.lock: is there already"):
         restore(paths, address)

@@ -113,12 +113,12 @@ def test_the_registrys_page_reads_the_runs_of_its_state_folder(
         for home in (services.home, services.home / "another"):
             with tags(f"home:{home}"):
                 improve(return_state=True)
-    found = flow_runs(services.home)
-    assert found is not None
-    assert [(run["flow"], run["state"], run["message"]) for run in found["recent"]] == [
+    flow_run_states = flow_runs(services.home)
+    assert flow_run_states is not None
+    assert [(run["flow"], run["state"], run["message"]) for run in flow_run_states["recent"]] == [
         ("improve", "Refused", "no significant gain")
     ]
-    assert found["scheduled"] == []
+    assert flow_run_states["scheduled"] == []
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "admin:another")
     assert flow_runs(services.home) is None
 

@@ -68,22 +68,22 @@ def correct(url: str, first: int, count: int) -> list[str]:
 def test_each_host_ingests_what_is_new_and_has_what_the_other_ingested(
     hosts: tuple[list[Project], str], database: PostgresServer
 ) -> None:
-    (one, two), api = hosts
-    auth = (one.home / "prefect-auth").read_text().strip()
+    (first_host, second_host), api = hosts
+    auth = (first_host.home / "prefect-auth").read_text().strip()
     environment = {
         "PREFECT_API_URL": api,
         "PREFECT_API_AUTH_STRING": auth,
         "LOOPWRIGHT_DATABASE_URL": database.url,
     }
     first = correct(database.url, 0, 3)
-    assert one.ask("feedback", "ingest", **environment)["accepted"] == 3
+    assert first_host.ask("feedback", "ingest", **environment)["accepted"] == 3
     second = correct(database.url, 3, 2)
-    assert not (two.root / "data/feedback").exists(), "an empty disk"
-    assert two.ask("feedback", "ingest", **environment)["accepted"] == 2
-    assert [item.feedback_id for item in read_items(two.root / "data/feedback")] == [*first, *second]
-    again = one.ask("feedback", "ingest", **environment)
+    assert not (second_host.root / "data/feedback").exists(), "an empty disk"
+    assert second_host.ask("feedback", "ingest", **environment)["accepted"] == 2
+    assert [item.feedback_id for item in read_items(second_host.root / "data/feedback")] == [*first, *second]
+    again = first_host.ask("feedback", "ingest", **environment)
     assert (again["partition"], again["accepted"]) == (None, 0)
-    assert [item.feedback_id for item in read_items(one.root / "data/feedback")] == [*first, *second]
+    assert [item.feedback_id for item in read_items(first_host.root / "data/feedback")] == [*first, *second]
 
 
 def test_a_start_marks_no_run_of_another_host_as_crashed(

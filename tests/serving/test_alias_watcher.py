@@ -373,7 +373,7 @@ def test_a_conversation_stays_with_its_model_and_new_ones_wait_for_all_replicas(
     assert name_of(handing_over.choose("agent", "ada", "agent/1")) == "agent/1"
     alias.number = 3
     wait_until(lambda: name_of(handing_over.engine) == "agent/3")
-    assert name_of(handing_over.choose(None, "ada", "agent/1")) != "agent/1", "the one before the last is retired"
+    assert name_of(handing_over.choose(None, "ada", "agent/1")) != "agent/1", "only the last champion is kept"
 
 
 def test_a_replica_that_starts_in_a_handover_has_the_former_champion_too(
