@@ -49,10 +49,10 @@ class Endpoint:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "loopwright", "serve", "--port", str(self.port), "--json"]
-        log = (self._project / f"{self.port}.log").open("ab")
-        self.process = subprocess.Popen(
-            command, cwd=self._project, env=self._environment, stdout=subprocess.PIPE, stderr=log
-        )
+        with (self._project / f"{self.port}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self._project, env=self._environment, stdout=subprocess.PIPE, stderr=log
+            )
 
     def wait(self) -> None:
         assert self.process.stdout is not None
@@ -61,15 +61,17 @@ class Endpoint:
 
     def restart(self, number: signal.Signals) -> int:
         """End the process by a signal and start another, which `wait` waits for; returns its exit code."""
-        self.process.send_signal(number)
-        code = self.process.wait()
+        code = self.stop(number)
         self.start()
         return code
 
-    def stop(self) -> int:
-        """End the process in order; returns its exit code."""
-        self.process.send_signal(signal.SIGINT)  # without effect on one that has ended
-        return self.process.wait()
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """End the process by a signal, by default in order; returns its exit code."""
+        self.process.send_signal(number)  # without effect on one that has ended
+        code = self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
 
 
 @contextmanager
