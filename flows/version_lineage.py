@@ -42,16 +42,16 @@ def version_lineage(paths: Paths, out: str) -> dict[str, Any]:
             "description": project.description,
             "smoke_questions": dict(project.smoke_questions),
         },
-        "datasets": {name: _dataset(paths, name, project.licences.get(name, "")) for name in names},
+        "datasets": {name: _dataset(paths, name) for name in names},
         "stages": {name: report for name in stages if (report := _stage_report(paths, name))},
         "validation": _json(validation),
         "trained_on_feedback": len(_json(trained_on).get("feedback", [])),
     }
 
 
-def _dataset(paths: Paths, name: str, licence: str) -> dict[str, Any]:
+def _dataset(paths: Paths, name: str) -> dict[str, Any]:
     info = _json(paths.collected / name / "dataset.json")
-    return {key: info.get(key) for key in ("kind", "rows", "sources")} | {"licence": licence}
+    return {key: info.get(key) for key in ("kind", "rows", "sources", "licence")}
 
 
 def _stage_report(paths: Paths, name: str) -> dict[str, float]:

@@ -101,6 +101,7 @@ def add(
         Path | None,
         typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
     ] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the data, as an SPDX identifier; stated in model cards.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Time that reading and validating may take.")
@@ -134,7 +135,7 @@ def add(
     left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
     with is_adding, writing(paths.added), limited, left_out_rows as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
-        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out)
+        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out, licence)
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": f"data/added/{name}.dvc"})
     else:
@@ -245,7 +246,7 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
         folder = _folder(paths, name)
     except InputError as error:
         missing = str(error).removeprefix(f"{name}: ")
-        return {**summary, "rows": {}, "dropped": {}, "sources": [], "folder": None, "validation": missing}
+        return {**summary, "rows": {}, "dropped": {}, "sources": [], "licence": "", "folder": None, "validation": missing}
     info = read_info(folder)
     collected = paths.collected / name / "dataset.json"
     split = {} if name in own or not collected.is_file() else {"collected": read_info(collected.parent).rows}
@@ -256,6 +257,7 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
         **split,
         "dropped": info.dropped,
         "sources": info.sources,
+        "licence": info.licence,
         "folder": str(folder.relative_to(paths.root)),
         "validation": _validation(paths, folder),
     }

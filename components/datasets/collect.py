@@ -69,8 +69,11 @@ def _write(
             folder = run.paths.collected / name
             shutil.rmtree(folder, ignore_errors=True)
             writer = stack.enter_context(DatasetWriter(folder, name, kind))
-            rows = project.rows(name, collecting) if name in project.datasets else _added(run, name, kind)
-            writer.info.sources = list(rows.sources)
+            if name in project.datasets:
+                rows, licence = project.rows(name, collecting), ""
+            else:
+                rows, licence = _added(run, name, kind), read_info(run.paths.added / name).licence
+            writer.info.sources, writer.info.licence = list(rows.sources), project.licences.get(name, licence)
             for reason, count in rows.dropped.items():
                 writer.drop(reason, count)
             splits[kind].write_held_out("test", rows.test, writer)

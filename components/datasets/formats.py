@@ -115,6 +115,8 @@ class DatasetInfo:
     """Rows dropped, by reason: `exact_duplicate`, `near_duplicate`, `in_test`."""
     sources: list[dict[str, str]] = field(default_factory=list)
     """Where the rows came from: `{"name", "sha256"}`."""
+    licence: str = ""
+    """As an SPDX identifier where there is one; empty: not stated."""
 
 
 class DatasetWriter:

@@ -62,6 +62,7 @@ def add(
     built_in: Collection[str] = (),
     version: Callable[[], object] = lambda: None,
     quarantine: Quarantine | None = None,
+    licence: str = "",
 ) -> DatasetInfo:
     """Import files as the dataset `folder/name`; exact duplicates are counted and dropped.
 
@@ -80,7 +81,9 @@ def add(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
     try:
-        info = _write(reader, files, columns, DatasetWriter(temporary / name, name, _known_kind(kind)), quarantine)
+        writer = DatasetWriter(temporary / name, name, _known_kind(kind))
+        writer.info.licence = licence
+        info = _write(reader, files, columns, writer, quarantine)
         report = check(temporary / name) if check else None
         if report and not report.success:
             leave_out = (lambda *_: None) if quarantine else None

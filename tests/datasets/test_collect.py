@@ -99,6 +99,7 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
     add(tmp_path, "notes", "documents", 50)
     add(tmp_path, "chats", "conversations", 50)
     with DatasetWriter(tmp_path / "data/added/many", "many", "documents") as writer:
+        writer.info.licence = "CC0-1.0"
         for number in range(1000):
             writer.write("train", {"id": f"many-{number}", "text": f"note {number}", "source": "here"})
     run = stage_run(tmp_path, pretrain__decoder__dataset=[DOCUMENTS, "notes", "many"], tune__dataset="chats")
@@ -116,6 +117,8 @@ def test_an_added_dataset_enters_by_the_same_door(tmp_path: Path) -> None:
         assert info.sources[0]["name"] == f"{name}.txt"
         train, test = ({row["id"] for row in read_rows(folder / name, split)} for split in ("train", "test"))
         assert not train & test
+    licences = [read_info(folder / name).licence for name in (DOCUMENTS, "many", "notes")]
+    assert licences == ["PSF-2.0", "CC0-1.0", ""]
     assert (tmp_path / "data/agent/tools/files/knowledge.sqlite").is_file()
 
 

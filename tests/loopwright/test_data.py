@@ -84,7 +84,7 @@ def conversations(tmp_path: Path) -> Path:
 def test_added_dataset_is_listed_shown_validated_and_versioned(
     loopwright: Loopwright, project: Path, documents: Path
 ) -> None:
-    code, out, err = loopwright("add", "documents", documents, "--name", "notes")
+    code, out, err = loopwright("add", "documents", documents, "--name", "notes", "--licence", "CC-BY-4.0")
     assert code == 0
     assert out.splitlines() == [
         "notes: 2 train rows of kind documents (1 exact_duplicate dropped); valid",
@@ -112,6 +112,7 @@ def test_added_dataset_is_listed_shown_validated_and_versioned(
     assert "rows         2 train" in out
     assert "dropped      1 exact_duplicate" in out
     assert "source       notes.jsonl  sha256 " in out
+    assert "licence      CC-BY-4.0" in out
     assert "  text     One." in out
     assert "Two." not in out
 
