@@ -101,7 +101,9 @@ def add(
         Path | None,
         typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
     ] = None,
-    licence: Annotated[str, typer.Option(help="Licence of the data, as an SPDX identifier; stated in model cards.")] = "",
+    licence: Annotated[
+        str, typer.Option(help="Licence of the data, as an SPDX identifier; stated in model cards.")
+    ] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Time that reading and validating may take.")
@@ -246,7 +248,8 @@ def _summary(paths: Paths, name: str) -> dict[str, Any]:
         folder = _folder(paths, name)
     except InputError as error:
         missing = str(error).removeprefix(f"{name}: ")
-        return {**summary, "rows": {}, "dropped": {}, "sources": [], "licence": "", "folder": None, "validation": missing}
+        nothing: dict[str, Any] = {"rows": {}, "dropped": {}, "sources": [], "licence": "", "folder": None}
+        return {**summary, **nothing, "validation": missing}
     info = read_info(folder)
     collected = paths.collected / name / "dataset.json"
     split = {} if name in own or not collected.is_file() else {"collected": read_info(collected.parent).rows}
