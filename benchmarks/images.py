@@ -1,0 +1,183 @@
+"""The images of deploy/Containerfile as they run: `python -m benchmarks.images --state var`, with podman.
+
+Builds the three images and starts Prefect's server, MLflow, a worker and an endpoint from them as deploy/compose.yaml
+does: uid 1000, a read-only root, no capabilities. They share one network namespace, which has no way out. Prints each
+image's size, the packages that its lock does not name, the seconds until its health check passes, and its memory, then
+the endpoint's answer, which comes from a copy of the state folder. Words after `--` go to `podman build`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+LOCKS = {
+    "endpoint": "requirements-serve.lock",
+    "worker": "requirements-worker.lock",
+    "mlflow": "requirements-worker.lock",
+}
+KEY = "images-benchmark-key"
+LIMITS = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+SERVER = ("prefect", "server", "start", "--host", "0.0.0.0", "--port", "4200")
+PREFECT_HEALTH = "import urllib.request as u; u.urlopen('http://127.0.0.1:4200/api/health', timeout=4)"
+DISTRIBUTIONS = "import importlib.metadata as m; print(*sorted({d.name for d in m.distributions()}))"
+QUESTION = f"""
+import json, urllib.request
+body = json.dumps({{"model": "agent", "messages": [{{"role": "user", "content": "Hello"}}]}}).encode()
+headers = {{"Authorization": "Bearer {KEY}", "Content-Type": "application/json"}}
+request = urllib.request.Request("http://127.0.0.1:3000/v1/chat/completions", body, headers)
+answer = json.load(urllib.request.urlopen(request, timeout=60))
+print(answer["model"] + ": " + answer["choices"][0]["message"]["content"])
+"""
+PROBE = "import os; print(os.getuid()); open('/app/written', 'w')"
+
+
+class Engine:
+    """podman with the user's own options, such as the folder of its images."""
+
+    def __init__(self, options: list[str]) -> None:
+        self._command = ["podman", *options]
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self._command, *words], capture_output=True, text=True)
+
+    def __call__(self, *words: str) -> str:
+        """What a command prints. RuntimeError: it failed."""
+        ended = self.run(*words)
+        if ended.returncode:
+            raise RuntimeError(f"podman {' '.join(words[:4])}: {ended.stderr.strip()[-2000:]}")
+        return ended.stdout.strip()
+
+    def build(self, target: str, options: list[str]) -> None:
+        file = str(ROOT / "deploy" / "Containerfile")
+        words = [
+            "build",
+            "--format",
+            "docker",
+            *options,
+            "--target",
+            target,
+            "--tag",
+            f"loopwright-{target}",
+            "--file",
+            file,
+            str(ROOT),
+        ]
+        if (code := subprocess.run([*self._command, *words], stdout=sys.stderr).returncode) != 0:
+            raise RuntimeError(f"podman build --target {target} ended with {code}")
+
+    def healthy_after(self, name: str, check: tuple[str, ...], limit: float = 180.0) -> float:
+        """Seconds until a command passes in a container."""
+        began = time.monotonic()
+        while self.run("exec", name, *check).returncode:
+            if time.monotonic() - began > limit:
+                raise RuntimeError(f"{name} is not healthy after {limit:.0f} s: {self('logs', '--tail', '20', name)}")
+            time.sleep(0.2)
+        return round(time.monotonic() - began, 1)
+
+
+def health_check(target: str) -> tuple[str, ...]:
+    """The command of HEALTHCHECK in a stage of the Containerfile."""
+    text = (ROOT / "deploy" / "Containerfile").read_text(encoding="utf-8")
+    stage = re.split(rf"^FROM \S+ AS {target}$", text, flags=re.MULTILINE)[1]
+    command: list[str] = json.loads(re.findall(r"^HEALTHCHECK [^[]*CMD (\[.*\])$", stage, re.MULTILINE)[0])
+    return tuple(command)
+
+
+def unlisted(engine: Engine, target: str) -> list[str]:
+    """Installed packages that the image's lock does not name."""
+    lock = (ROOT / LOCKS[target]).read_text(encoding="utf-8")
+    listed = {re.sub("[-_.]+", "-", name) for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
+    installed = engine("run", "--rm", "--network", "none", f"loopwright-{target}", "python", "-c", DISTRIBUTIONS)
+    return [name for name in installed.split() if re.sub("[-_.]+", "-", name.lower()) not in listed]
+
+
+def trial(engine: Engine, state: Path, options: list[str]) -> dict[str, Any]:
+    """Start the four services beside a copy of a state folder, and ask the endpoint."""
+    prefect = ["--env", "PREFECT_HOME=/var/lib/loopwright/prefect", "--env", "PREFECT_SERVER_ANALYTICS_ENABLED=false"]
+    services: dict[str, tuple[str, list[str], tuple[str, ...], tuple[str, ...]]] = {
+        "prefect": ("worker", prefect, SERVER, ("python", "-c", PREFECT_HEALTH)),
+        "mlflow": (
+            "mlflow",
+            [
+                *("--env", "MLFLOW_BACKEND_STORE_URI=sqlite:////var/lib/loopwright/mlflow.db"),
+                *("--env", "MLFLOW_ARTIFACTS_DESTINATION=/var/lib/loopwright/artifacts"),
+                *("--env", f"MLFLOW_AUTH_ADMIN_PASSWORD={KEY}", "--env", f"MLFLOW_FLASK_SERVER_SECRET_KEY={KEY}"),
+            ],
+            (),
+            health_check("mlflow"),
+        ),
+        "worker": (
+            "worker",
+            [*prefect, "--env", "PREFECT_API_URL=http://127.0.0.1:4200/api"],
+            (),
+            health_check("worker"),
+        ),
+        "endpoint": (
+            "endpoint",
+            ["--env", f"LOOPWRIGHT_API_KEYS={KEY}", "--volume", f"{state}:/var/lib/loopwright:U"],
+            (),
+            health_check("endpoint"),
+        ),
+    }
+    network, result = "none", {}
+    try:
+        for name, (target, settings, command, check) in services.items():
+            words = ["run", "--detach", "--name", f"images-{name}", "--network", network, *LIMITS, *options, *settings]
+            engine(*words, f"loopwright-{target}", *command)
+            network = "container:images-prefect"
+            result[name] = {"healthy after": engine.healthy_after(f"images-{name}", check)}
+        answer = engine("exec", "images-endpoint", "python", "-c", QUESTION)
+        probe = engine.run("exec", "images-endpoint", "python", "-c", PROBE)
+        for name in services:
+            result[name]["memory"] = engine("stats", "--no-stream", "--format", "{{.MemUsage}}", f"images-{name}")
+        engine("stop", "--time", "60", "images-endpoint")
+        code = engine("inspect", "--format", "{{.State.ExitCode}}", "images-endpoint")
+    finally:
+        for name in reversed(services):
+            engine.run("rm", "--force", "--time", "5", "--volumes", f"images-{name}")
+    return {
+        "services": result,
+        "answer": answer,
+        "uid": probe.stdout.strip(),
+        "written to the root": probe.returncode == 0,
+        "exit code": int(code),
+    }
+
+
+def main() -> None:
+    own, _, build = " ".join(sys.argv[1:]).partition(" -- ")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
+    parser.add_argument("--state", type=Path, default=Path("var"), help="a state folder with a champion agent")
+    parser.add_argument("--podman", default="", help="options of podman itself")
+    parser.add_argument("--run", default="", help="more options of podman run")
+    arguments = parser.parse_args(own.split())
+    engine = Engine(arguments.podman.split())
+    for target in LOCKS:
+        engine.build(target, build.split())
+    images = {
+        target: {
+            "GB": round(int(engine("image", "inspect", "--format", "{{.Size}}", f"loopwright-{target}")) / 1e9, 3),
+            "packages beyond the lock": unlisted(engine, target),
+        }
+        for target in LOCKS
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        state = Path(scratch) / "state"
+        shutil.copytree(arguments.state, state)
+        result = {"images": images, **trial(engine, state, arguments.run.split())}
+    print(json.dumps(result, indent=1))
+    sys.exit(result["uid"] != "1000" or result["written to the root"] or result["exit code"] != 0)
+
+
+if __name__ == "__main__":
+    main()
