@@ -158,8 +158,8 @@ def postgres() -> Iterator[str]:
     if named := os.environ.get("LOOPWRIGHT_TEST_POSTGRES"):
         yield named
         return
-    with postgres_server() as address:
-        yield address
+    with postgres_server() as server:
+        yield server.url
 
 
 @pytest.fixture
