@@ -27,6 +27,11 @@ from tests.servers import postgres_server
 SOURCE = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Services and pipelines first: at the end, one of pytest-xdist's workers would run them alone."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("platform", "servers"))))
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of this project in a folder of its own, with a state folder of its own."""
@@ -43,7 +48,7 @@ class Project:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         # Dead ones: nothing that a project does on this machine may go by a proxy.
         proxies = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9", "ALL_PROXY": "socks://127.0.0.1:9"}
-        return {**inherited, **proxies, "OMP_NUM_THREADS": "2"}
+        return {**inherited, **proxies, "OMP_NUM_THREADS": "1"}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "loopwright", *words]
