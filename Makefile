@@ -40,8 +40,10 @@ run: setup  ## the reference pipeline: from the standard library's documentation
 up: setup  ## the platform in the foreground: MLflow, Prefect, worker, endpoint
 	@$(BIN)/loopwright up
 
+# Two workers with two torch threads each on two cores: threads spin while they wait, for some files three quarters of
+# the processor time.
 test: setup  ## the whole suite
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: setup  ## lint and types
 	$(BIN)/ruff check .

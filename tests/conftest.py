@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -9,8 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,35 @@ from components.tracking.registry import ModelVersion, Registry
 from tests.servers import postgres_server
 
 SOURCE = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Services and pipelines first: at the end, one of pytest-xdist's workers would run them alone."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("platform", "servers"))))
+
+
+def command_output(root: Path, environment: Mapping[str, str], *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `loopwright WORDS` in `root`, run in this process: that spares its imports."""
+    from loopwright.cli import main
+
+    out, err = io.StringIO(), io.StringIO()
+    mask, variables = os.umask(0o077), dict(os.environ)
+    with ExitStack() as stack:
+        stack.callback(os.umask, mask)
+        stack.callback(os.environ.update, variables)
+        stack.callback(os.environ.clear)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(sys, "argv", ["loopwright", *words])
+        patch.chdir(root)
+        os.environ.clear()
+        os.environ.update(environment)
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0), out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
 
 @dataclass(frozen=True)
@@ -43,7 +73,7 @@ class Project:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         # Dead ones: nothing that a project does on this machine may go by a proxy.
         proxies = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9", "ALL_PROXY": "socks://127.0.0.1:9"}
-        return {**inherited, **proxies, "OMP_NUM_THREADS": "2"}
+        return {**inherited, **proxies, "OMP_NUM_THREADS": "1"}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "loopwright", *words]
@@ -59,6 +89,12 @@ class Project:
         ended = self.loopwright(*words, "--json", **environment)
         assert ended.returncode == 0, f"{words}: exit {ended.returncode}\n{ended.stderr}"
         return json.loads(ended.stdout)
+
+    def answer(self, *words: str) -> Any:
+        """As `ask`, in this process: for commands that read or write the stores alone."""
+        code, out, err = command_output(self.root, self.environment, *words, "--json")
+        assert code == 0, f"{words}: exit {code}\n{err}"
+        return json.loads(out)
 
 
 def clone(root: Path) -> Project:
@@ -158,8 +194,8 @@ def postgres() -> Iterator[str]:
     if named := os.environ.get("LOOPWRIGHT_TEST_POSTGRES"):
         yield named
         return
-    with postgres_server() as address:
-        yield address
+    with postgres_server() as server:
+        yield server.url
 
 
 @pytest.fixture

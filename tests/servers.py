@@ -3,73 +3,35 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from urllib.parse import quote
 
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
 
-from components.runtime.process import request_parent_death_signal, start, stop
+from benchmarks.postgres_server import PASSWORD, USER, PostgresServer, programs
+from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
 from flows.orchestration.prefect_server import free_port, settings
 
-USER, PASSWORD = "loopwright", "p@ss:word/of-tests"
-"""Of each server; in a URL the password has to be quoted."""
 BUCKETS = ("mlflow", "dvc")
 SECONDS_TO_START = 300.0
 
 
 @contextmanager
-def postgres_server(host: str = "127.0.0.1") -> Iterator[str]:
-    """A PostgreSQL server with a password; yields the address of its database `postgres`."""
-    initdb = shutil.which("initdb") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if initdb is None:
+def postgres_server(host: str = "127.0.0.1") -> Iterator[PostgresServer]:
+    """A PostgreSQL server of the test's own."""
+    if programs() is None:
         pytest.skip("PostgreSQL is not installed; apt-get install postgresql, or set LOOPWRIGHT_TEST_POSTGRES")
-    programs = Path(initdb).resolve().parent
-    # It refuses to run as root, and another user cannot read pytest's folders.
-    owner = {"user": "postgres"} if os.geteuid() == 0 else {}
-    with tempfile.TemporaryDirectory(prefix="loopwright-postgres-") as name:
-        root = Path(name)
-        (root / "password").write_text(PASSWORD)
-        if owner:
-            for path in (root / "password", root):
-                shutil.chown(path, "postgres")
-        options = ["-U", USER, "-A", "scram-sha-256", "--pwfile", str(root / "password"), "-E", "UTF8", "--no-sync"]
-        subprocess.run([programs / "initdb", "-D", root / "data", *options], check=True, capture_output=True, **owner)
-        port = free_port()
-        command = [programs / "postgres", "-D", root / "data", "-p", str(port), "-h", host, "-k", "", "-F"]
-        with (root / "data/pg_hba.conf").open("a") as file:
-            file.write("host all all all scram-sha-256\n")
-        with (root / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=root, preexec_fn=request_parent_death_signal, **owner
-            )
-        try:
-            address = f"postgresql://{USER}:{quote(PASSWORD, safe='')}@{host}:{port}/postgres"
-            for _ in range(600):
-                with suppress(OperationalError):
-                    execute(address, "SELECT 1")
-                    break
-                assert process.poll() is None, (root / "log").read_text()
-                threading.Event().wait(0.1)
-            else:
-                pytest.fail((root / "log").read_text())
-            yield address
-        finally:
-            process.send_signal(2)  # SIGINT: disconnects its clients
-            process.wait(30)
+    pytest.importorskip("psycopg", reason='PostgreSQL\'s driver is not installed; pip install "loopwright[postgres]"')
+    with closing(PostgresServer(host)) as server:
+        yield server
 
 
 def execute(address: str, statement: str) -> None:

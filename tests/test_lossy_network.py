@@ -100,14 +100,14 @@ def environment(link: None, tmp_path: Path) -> Iterator[dict[str, str]]:
     with (
         postgres_server(HERE) as postgres,
         s3_server() as s3,
-        mlflow_server(tmp_path, postgres, s3, HERE) as mlflow,
+        mlflow_server(tmp_path, postgres.url, s3, HERE) as mlflow,
     ):
         yield {
             **os.environ,
             "MLFLOW_TRACKING_URI": mlflow,
             "MLFLOW_TRACKING_USERNAME": USER,
             "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-            "LOOPWRIGHT_DATABASE_URL": new_database(postgres, "store"),
+            "LOOPWRIGHT_DATABASE_URL": new_database(postgres.url, "store"),
             "LOOPWRIGHT_API_KEYS": KEY,
         }
 

@@ -140,18 +140,20 @@ def test_corrections_become_the_answers_of_the_next_model(
     taken = done(loop("feedback", "ingest"))
     assert taken["accepted"] == 40
     assert taken["quarantined"] == {"Replaced by a later vote before ingestion": 1}
-    (vote,) = done(loop("feedback", "list", "--quarantined"))
+    (vote,) = released.project.answer("feedback", "list", "--quarantined")
     assert vote["id"] == replaced
 
-    versions = len(done(loop("registry", "list")))
+    versions = len(released.project.answer("registry", "list"))
     for seconds in moments(int(os.environ.get("LOOPWRIGHT_TEST_KILLS", "2"))):
         kill_after(seconds, released.project, prefect)
     improved = done(loop("improve"))
     # A kill may come when all was promoted and only the command's last words were missing.
     assert improved["outcome"] in ("promoted", "nothing new"), improved
     assert improved["champion"] != before["model"]
-    assert len(done(loop("registry", "list"))) == versions + 1, "one candidate, however often its making was killed"
-    counted = [row["candidate"] for row in done(loop("feedback", "stats"))["improvements"]]
+    assert len(released.project.answer("registry", "list")) == versions + 1, (
+        "one candidate, however often its making was killed"
+    )
+    counted = [row["candidate"] for row in released.project.answer("feedback", "stats")["improvements"]]
     assert counted.count(improved["champion"]) == 1
     await_model(endpoint, improved["champion"])
     answers = [ask(endpoint, f"Please greet visitor number {number}.") for number in range(40, 60)]
@@ -162,7 +164,7 @@ def test_corrections_become_the_answers_of_the_next_model(
 
     # From the answer back to what people said, by command and over HTTP; the answer of before knows nothing of it.
     after = learned[0]["id"]
-    traced = done(loop("trace", after))
+    traced = released.project.answer("trace", after)
     assert traced == endpoint.get(f"/v1/lineage/{after}").json()
     newest, *older = traced["version"]["taught_by"]
     assert newest["version"] == improved["champion"]
@@ -170,12 +172,12 @@ def test_corrections_become_the_answers_of_the_next_model(
     assert len(lessons) == 30, "a quarter of the prompts was kept to judge by"
     assert [one["feedback"] for one in older] == [[]]
     assert traced["version"]["tags"]["parent"] == before["model"]
-    assert not done(loop("trace", before["id"]))["version"]["taught_by"][0]["feedback"]
+    assert not released.project.answer("trace", before["id"])["version"]["taught_by"][0]["feedback"]
 
     # And forward: a withdrawn item names the model that learned it.
-    revoked = done(loop("feedback", "revoke", next(iter(lessons)), "--reason", "poisoned"))
+    revoked = released.project.answer("feedback", "revoke", next(iter(lessons)), "--reason", "poisoned")
     assert improved["champion"] in json.dumps(revoked)
-    assert done(loop("registry", "rollback", "agent"))["champion"] == before["model"]
+    assert released.project.answer("registry", "rollback", "agent")["champion"] == before["model"]
     await_model(endpoint, before["model"])
     again = ask(endpoint, "Please greet visitor number 1000.")
     assert again["choices"][0]["message"]["content"] == before["choices"][0]["message"]["content"]

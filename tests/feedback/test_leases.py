@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,13 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.postgres_server import PostgresServer, programs
 from components.config.params import InputError
 from components.feedback import leases
 from components.feedback.leases import Lease, leased
 from components.feedback.store import Store
-
-pytestmark = pytest.mark.skipif(programs() is None, reason="initdb is not installed; apt-get install postgresql")
+from tests.servers import new_database
 
 HOLDER = """
 import sys, time
@@ -33,10 +32,8 @@ with leased(Store(sys.argv[1]), "improve"):
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    pytest.importorskip("psycopg", reason='PostgreSQL\'s driver is not installed; pip install "loopwright[postgres]"')
-    with closing(PostgresServer()) as server:
-        yield server.url
+def url(postgres: str) -> str:
+    return new_database(postgres, f"leases_{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture

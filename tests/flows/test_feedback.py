@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 def test_feedback_is_taken_in_versioned_withdrawn_and_told(place: Place) -> None:
     project, root = place.project, place.project.root
-    assert project.ask("feedback", "stats")["models"] == []
+    assert project.answer("feedback", "stats")["models"] == []
     assert project.ask("feedback", "ingest")["flow_run"] is None
     ids = place.say(0, 25)
     bad = ids[-1]
@@ -92,16 +92,16 @@ def test_feedback_is_taken_in_versioned_withdrawn_and_told(place: Place) -> None
     again = project.ask("feedback", "ingest", **place.environment)
     assert (again["partition"], again["flow_run"]) == (None, None)
 
-    withdrawn = project.ask("feedback", "revoke", bad, "--reason", "poison")
+    withdrawn = project.answer("feedback", "revoke", bad, "--reason", "poison")
     assert withdrawn == {"id": bad, "revoked": True, "new": True, "models": []}
     report = project.ask("feedback", "ingest", **place.environment)
     assert report["partition"] is None
     assert report["flow_run"] is not None
     assert report["version"] not in (None, pointer["md5"])
     assert json.loads((root / "data/feedback/withdrawn.json").read_text()) == {bad: "revoked"}
-    newest = project.ask("feedback", "list", "--limit", "1")[0]
+    newest = project.answer("feedback", "list", "--limit", "1")[0]
     assert (newest["id"], newest["status"]) == (bad, "revoked")
-    status = project.ask("feedback", "stats")
+    status = project.answer("feedback", "stats")
     assert (status["waiting"], status["fresh"]) == (24, 0)
     unknown = project.loopwright("feedback", "revoke", "fb-nope")
     assert unknown.returncode == 1
@@ -144,6 +144,6 @@ def test_a_flow_killed_between_record_and_version_is_caught_up(place: Place) -> 
 
 def test_commands_without_a_store_make_none(tmp_path: Path) -> None:
     project = clone(tmp_path)
-    assert project.ask("feedback", "list") == []
+    assert project.answer("feedback", "list") == []
     assert project.loopwright("feedback", "revoke", "fb-1").returncode == 1
     assert not project.home.exists()

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 
-from benchmarks.postgres_server import PostgresServer, programs
 from components.feedback.items import read_items
 from components.feedback.store import AnswerRecord, Store
 from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api
 from tests.conftest import Project, clone
+from tests.servers import new_database
 
-pytestmark = [
-    pytest.mark.platform,
-    pytest.mark.skipif(programs() is None, reason="initdb is not installed; apt-get install postgresql"),
-]
+pytestmark = pytest.mark.platform
 
 
 @pytest.fixture(scope="module")
-def database() -> Iterator[PostgresServer]:
-    pytest.importorskip("psycopg", reason='PostgreSQL\'s driver is not installed; pip install "loopwright[postgres]"')
-    with closing(PostgresServer()) as server:
-        yield server
+def database(postgres: str) -> str:
+    return new_database(postgres, f"hosts_{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory, database: PostgresServer) -> Iterator[tuple[list[Project], str]]:
+def hosts(tmp_path_factory: pytest.TempPathFactory, database: str) -> Iterator[tuple[list[Project], str]]:
     """Two clones with a DVC remote in common, and a Prefect server."""
     projects = [clone(tmp_path_factory.mktemp(name)) for name in ("one", "two")]
     remote = tmp_path_factory.mktemp("remote")
@@ -66,18 +62,18 @@ def correct(url: str, first: int, count: int) -> list[str]:
 
 
 def test_each_host_ingests_what_is_new_and_has_what_the_other_ingested(
-    hosts: tuple[list[Project], str], database: PostgresServer
+    hosts: tuple[list[Project], str], database: str
 ) -> None:
     (first_host, second_host), api = hosts
     auth = (first_host.home / "prefect-auth").read_text().strip()
     environment = {
         "PREFECT_API_URL": api,
         "PREFECT_API_AUTH_STRING": auth,
-        "LOOPWRIGHT_DATABASE_URL": database.url,
+        "LOOPWRIGHT_DATABASE_URL": database,
     }
-    first = correct(database.url, 0, 3)
+    first = correct(database, 0, 3)
     assert first_host.ask("feedback", "ingest", **environment)["accepted"] == 3
-    second = correct(database.url, 3, 2)
+    second = correct(database, 3, 2)
     assert not (second_host.root / "data/feedback").exists(), "an empty disk"
     assert second_host.ask("feedback", "ingest", **environment)["accepted"] == 2
     assert [item.feedback_id for item in read_items(second_host.root / "data/feedback")] == [*first, *second]
@@ -87,7 +83,7 @@ def test_each_host_ingests_what_is_new_and_has_what_the_other_ingested(
 
 
 def test_a_start_marks_no_run_of_another_host_as_crashed(
-    hosts: tuple[list[Project], str], database: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    hosts: tuple[list[Project], str], database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import flow
     from prefect.client.orchestration import get_client
@@ -98,14 +94,14 @@ def test_a_start_marks_no_run_of_another_host_as_crashed(
 
     (project, _), url = hosts
     home = project.home
-    monkeypatch.setenv("LOOPWRIGHT_DATABASE_URL", database.url)
+    monkeypatch.setenv("LOOPWRIGHT_DATABASE_URL", database)
     api = Api(url, home / "logs" / "prefect.log", None, client_settings(home, url)["PREFECT_API_AUTH_STRING"])
 
     @flow(name="improve")
     def improve() -> None:
         """Never called."""
 
-    with temporary_settings(api.client), get_client(sync_client=True) as client, closing(Store(database.url)) as store:
+    with temporary_settings(api.client), get_client(sync_client=True) as client, closing(Store(database)) as store:
         runs = [client.create_flow_run(improve, tags=[home_tag(home)], state=Running()).id for _ in range(3)]
         runs.append(client.create_flow_run(improve, tags=[home_tag(home)], state=Pending()).id)
         living, killed, own, beginning = (str(run) for run in runs)

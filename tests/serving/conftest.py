@@ -44,6 +44,7 @@ from serving.http.gateway import GatewayMiddleware
 from serving.models.alias_watcher import ServingModels
 from serving.models.state import Serving
 from serving.models.versions import Bundled
+from tests.conftest import command_output
 from tests.serving.browsing import browser as browser
 from tests.serving.browsing import visit as visit
 
@@ -292,6 +293,10 @@ class Project:
         process = self.start(*words, **environment)
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
+
+    def call(self, *words: str) -> tuple[int, str, str]:
+        """As `run`, in this process: for commands that are clients of the endpoint or of the stores."""
+        return command_output(self.root, self.environment, *words)
 
     def serve(self, *words: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
         """A running server and its address."""

@@ -12,20 +12,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.postgres_server import PostgresServer, programs
+from benchmarks.postgres_server import PostgresServer
 from components.feedback.store import Store
 from serving.http import keyring
 from serving.models import replica
-
-pytestmark = pytest.mark.skipif(programs() is None, reason="initdb is not installed; apt-get install postgresql")
+from tests.servers import postgres_server
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[PostgresServer]:
-    pytest.importorskip("psycopg", reason='PostgreSQL\'s driver is not installed; pip install "loopwright[postgres]"')
-    server = PostgresServer()
-    yield server
-    server.close()
+    with postgres_server() as server:
+        yield server
 
 
 @pytest.fixture

@@ -199,34 +199,34 @@ def test_trace_prints_everything_behind_an_answer(client: openai.OpenAI, url: st
     answer = asked(client, "What is 6*7?")
     vote = httpx.post(f"{url}/v1/feedback", json={"completion_id": answer.id, "rating": "up", "comment": "nice"})
     assert vote.status_code == 202
-    code, out, _ = project.run("trace", answer.id)
+    code, out, _ = project.call("trace", answer.id)
     assert code == 0
     for part in ("What is 6*7?", "That is 42.", "calculate", "nice", vote.json()["id"], "agent/1", "c0ffee"):
         assert part in out
-    code, out, _ = project.run("trace", answer.id, "--json")
+    code, out, _ = project.call("trace", answer.id, "--json")
     assert json.loads(out) == httpx.get(f"{url}/v1/lineage/{answer.id}").json()
-    code, out, err = project.run("trace", "chatcmpl-nope")
+    code, out, err = project.call("trace", "chatcmpl-nope")
     assert (code, out) == (1, "")
     assert err.startswith("chatcmpl-nope: no such completion in sqlite:///")
 
 
 def test_chat_streams_from_the_running_endpoint(url: str, project: Any) -> None:
-    code, out, err = project.run("chat", "What is 6*7?", "--url", url)
+    code, out, err = project.call("chat", "What is 6*7?", "--url", url)
     assert (code, out) == (0, "That is 42.\n")
     assert err.splitlines() == ["→ calculate(expression='6*7')", "← 42"]
-    code, out, _ = project.run("chat", "What is 6*7?", "--url", url, "--json")
+    code, out, _ = project.call("chat", "What is 6*7?", "--url", url, "--json")
     assert json.loads(out)["choices"][0]["message"]["content"] == "That is 42."
 
 
 def test_classify_asks_the_running_endpoint(url: str, project: Any) -> None:
-    code, out, err = project.run("classify", "iron", "cow", "--url", url, "--json")
+    code, out, err = project.call("classify", "iron", "cow", "--url", url, "--json")
     assert (code, err) == (0, "")
     answer = json.loads(out)
     assert (answer["model"], [one["label"] for one in answer["results"]]) == ("classifier/1", ["metal", "animal"])
 
 
 def test_chat_names_an_address_where_nothing_answers(project: Any) -> None:
-    code, _, err = project.run("chat", "Hello", "--url", "http://127.0.0.1:9")
+    code, _, err = project.call("chat", "Hello", "--url", "http://127.0.0.1:9")
     assert code == 1
     assert err.startswith("--url: nothing answers on http://127.0.0.1:9; start it with")
 
