@@ -28,7 +28,7 @@ licences = {
 scales: dict[str, dict[str, Any]] = deepcopy(stdlib_agent.scales)
 scales["all"]["tune"]["dataset"] = ["stdlib-conversations", *PICTURES]
 # More rows than the agent that reads text alone, and a tower from nothing.
-scales["laptop"] = {"pretrain_vision": {"max_steps": 2000}, "connect": {"max_steps": 150}, "tune": {"max_steps": 3400}}
+scales["laptop"] = {"pretrain_vision": {"max_steps": 2400}, "connect": {"max_steps": 150}, "tune": {"max_steps": 3400}}
 
 
 # What draws pictures is imported when they are drawn: a project's module is imported wherever params.yaml is.

@@ -41,6 +41,9 @@ SHAPE = "shape"
 """The name of every shape without one."""
 SHAPE_SHARE = 0.5
 """Of the training clips of an object, those of such a shape."""
+STILL_SHARE = 0.5
+"""Of the training clips of a count, those of one frame: it tells the count for a third of the tokens, and the tower,
+which is pretrained on single pictures, sees several objects at once."""
 Pair = tuple[str, str]
 """An object and a direction, change or count; or two objects, in the order of OBJECTS."""
 Stamps = dict[str, list[Grey]]
@@ -55,7 +58,7 @@ class Scene:
 
 
 def clip_rows(collecting: Collecting) -> Rows:
-    """A third as many training conversations as the settings name, and held-out questions about held-out pairs."""
+    """Half as many training conversations as the settings name, and held-out questions about held-out pairs."""
     settings, seed = collecting.settings, collecting.seed
     sources = (digits(settings.held_out_share, seed), silhouettes(settings.held_out_share, seed))
     train, test = ({**sources[0].train, **sources[1].train}, {**sources[0].test, **sources[1].test})
@@ -64,7 +67,7 @@ def clip_rows(collecting: Collecting) -> Rows:
     suites = [(task, f"clips/{task}") for task in SCENES for _ in range(settings.questions)]
     suites += [(rng.choice(list(SCENES)), "clips/new_wordings") for _ in range(settings.questions)]
     tests = (_row(rng, task, rng.choice(held_out[task]), test, suite) for task, suite in suites)
-    count = min(settings.conversations // 3, MOST)
+    count = min(settings.conversations // 2, MOST)
     rng = random.Random(f"{seed}:clips")
     training = _training(rng, count, held_out, with_turned(train, rng))
     return Rows(training, tests, sources=[source.source for source in sources])
@@ -97,10 +100,12 @@ def _training(rng: random.Random, count: int, held_out: dict[str, list[Pair]], s
 
 
 def _row(rng: random.Random, task: str, pair: Pair, stamps: Stamps, suite: str | None = None) -> Row:
-    """A clip of a pair, and all questions about it in a random order; held out, that of its task alone."""
+    """A clip of a pair and the question of its task, then, in training, the others about it in a random order."""
     scene = SCENES[task](rng, pair, stamps, suite is not None and suite.endswith("new_wordings"))
-    frames = decode_clip(write_clip(scene.frames), "clip")
-    exchanges = scene.exchanges[:1] if suite else rng.sample(scene.exchanges, len(scene.exchanges))
+    is_still = suite is None and task == "count" and rng.random() < STILL_SHARE
+    frames = decode_clip(write_clip(scene.frames[:1] if is_still else scene.frames), "clip")
+    first, *others = scene.exchanges
+    exchanges = [first] if suite else [first, *rng.sample(others, len(others))]
     return conversation([frame.picture.png() for frame in frames], exchanges, suite, clip_content(frames))
 
 
@@ -185,8 +190,9 @@ def _drawn(rng: random.Random, frames: Sequence[Sequence[Mark]]) -> list[Pixels]
 
 VALUES: dict[str, Sequence[str]] = {"direction": list(STEPS), "size": CHANGES, "count": COUNTS}
 """By task, what an object does; the other task is about two objects."""
-WEIGHTS = (2, 1, 1, 1)
-"""Of the tasks in training: a direction is told by places in several frames, the hardest of them."""
+WEIGHTS = (5, 1, 3, 3)
+"""Of the tasks in training, in the order of SCENES: a direction, told by places in several frames, is the hardest of
+them, growing and shrinking the easiest."""
 SCENES: dict[str, Callable[[random.Random, Pair, Stamps, bool], Scene]] = {
     "direction": _direction,
     "size": _size,

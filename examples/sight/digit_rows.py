@@ -22,7 +22,7 @@ DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def digit_rows(collecting: Collecting) -> Rows:
-    """Half as many training conversations as the settings name, and held-out questions about held-out digits."""
+    """As many training conversations as the settings name, and held-out questions about held-out digits."""
     settings, seed = collecting.settings, collecting.seed
     stamps = digits(settings.held_out_share, seed)
     rng = random.Random(f"{seed}:digits:test")
@@ -35,7 +35,7 @@ def digit_rows(collecting: Collecting) -> Rows:
         _question(rng, rng.choice(("which", "parity", "larger")), "digits/new_wordings", stamps.test)
         for _ in range(settings.questions)
     ]
-    count = min(settings.conversations // 2, MOST)
+    count = min(settings.conversations, MOST)
     rng = random.Random(f"{seed}:digits")
     return Rows(_training(rng, count, with_turned(stamps.train, rng)), tests, sources=[stamps.source])
 
@@ -52,17 +52,14 @@ def _training(rng: random.Random, count: int, stamps: dict[str, list[Grey]]) -> 
     for _ in range(count):
         if rng.random() < PAIR_SHARE:
             first, second = rng.sample(DIGITS, 2)
-            exchanges = [
-                (wording(rng, "larger"), larger(first, second)),
-                (wording(rng, "first_digit"), first),
-                (wording(rng, "second_digit"), second),
-            ]
+            names = [(wording(rng, "first_digit"), first), (wording(rng, "second_digit"), second)]
+            # First: behind the digits' names it is answered without the pictures.
+            exchanges = [(wording(rng, "larger"), larger(first, second)), *rng.sample(names, 2)]
             images = [_drawn(rng, digit, stamps) for digit in (first, second)]
         else:
             digit = rng.choice(DIGITS)
-            exchanges = [(wording(rng, "which"), digit), (wording(rng, "parity"), parity(digit))]
+            exchanges = rng.sample([(wording(rng, "which"), digit), (wording(rng, "parity"), parity(digit))], 2)
             images = [_drawn(rng, digit, stamps)]
-        rng.shuffle(exchanges)
         yield conversation(images, exchanges)
 
 

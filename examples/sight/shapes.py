@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,15 @@ import numpy as np
 from components.config.project import Collecting, Rows
 from components.datasets.formats import Row
 from components.media.pictures import decode_picture
-from examples.sight.dialogue import conversation
+from examples.sight.dialogue import Exchange, conversation
 from examples.sight.drawing import COLORS, SIDE
 from examples.sight.picture_files import VqaPicture, easy_vqa, easy_vqa_source
 
-QUESTIONS_PER_CONVERSATION = 6
-"""Of the same picture, which is then encoded once for all; some 120 tokens, so that they fit one row of training."""
+CONVERSATIONS_PER_PICTURE, MOST_QUESTIONS = 5, 3
+"""Training conversations about a picture, and the questions of each."""
+SHOWN_SHARE = 0.4
+"""Of the yes-no questions in training, those that name what the picture shows. One in three shapes and one in eight
+colors do by chance: without the picture a model would then be right so often that it learns little from it."""
 SHAPES = ("circle", "rectangle", "triangle")
 YES_NO = ("yes", "no")
 DISTANCE = 60
@@ -45,7 +48,7 @@ class ShapeCaption(NamedTuple):
 def vqa(collecting: Collecting) -> Rows:
     """Every question of the official test split, and as many training conversations as settings and pictures allow."""
     rng = random.Random(f"{collecting.seed}:vqa")
-    training = list(_conversations(rng))
+    training = list({row["id"]: row for row in _conversations(rng)}.values())
     rng.shuffle(training)
     tests = [
         conversation([picture.content], [exchange], vqa_suite(exchange[1]))
@@ -63,15 +66,49 @@ def vqa_suite(answer: str) -> str:
 
 
 def _conversations(rng: random.Random) -> Iterator[Row]:
+    """Of a picture, a conversation of questions that name color or shape, and some of two that are yes or no and one.
+
+    The two are about a color and about a shape and come first, so that no earlier answer tells theirs.
+    """
     for picture in easy_vqa("train"):
-        exchanges = list(dict.fromkeys(picture.questions))
-        rng.shuffle(exchanges)
-        # Its questions are in lower case alone, people's are not.
-        exchanges = [(rng.choice((question, question.capitalize())), answer) for question, answer in exchanges]
-        # In parts of equal length: a conversation of one question would encode a picture for little.
-        parts = -(-len(exchanges) // QUESTIONS_PER_CONVERSATION)
-        for part in range(parts):
-            yield conversation([picture.content], exchanges[part::parts])
+        questions = list(dict.fromkeys(picture.questions))
+        rng.shuffle(questions)
+        yes_no = [exchange for exchange in questions if exchange[1] in YES_NO]
+        kinds = [[exchange for exchange in yes_no if _named(exchange[0], names)] for names in (COLORS, SHAPES)]
+        naming = [exchange for exchange in questions if exchange[1] not in YES_NO]
+        words, conversations = _true_words(picture), [naming[:MOST_QUESTIONS]]
+        for number in range(1, CONVERSATIONS_PER_PICTURE):
+            exchanges = [_renamed(rng, words, kind[number % len(kind)]) for kind in kinds if kind]
+            rng.shuffle(exchanges)
+            conversations.append(exchanges + ([naming[number % len(naming)]] if naming else []))
+        for exchanges in conversations:
+            # Its questions are in lower case alone, people's are not.
+            exchanges = [(rng.choice((question, question.capitalize())), answer) for question, answer in exchanges]
+            if exchanges:
+                yield conversation([picture.content], exchanges)
+
+
+def _renamed(rng: random.Random, words: set[str], exchange: Exchange) -> Exchange:
+    """A yes-no question with a color or shape drawn anew, and its answer; as it is where `words` name none of the kind.
+
+    `words`: the color and shape that the picture shows.
+    """
+    question = exchange[0]
+    names = COLORS if _named(question, COLORS) else SHAPES
+    shown = next((name for name in names if name in words), "")
+    if not shown:
+        return exchange
+    name = shown if rng.random() < SHOWN_SHARE else rng.choice([name for name in names if name != shown])
+    return question.replace(_named(question, names), name), "yes" if (name == shown) != _denies(question) else "no"
+
+
+def _named(question: str, names: Collection[str]) -> str:
+    """The color or shape that a question names, "" where there is none."""
+    return next((word for word in question.rstrip("?").split() if word in names), "")
+
+
+def _denies(question: str) -> bool:
+    return not {"no", "not"}.isdisjoint(question.split())
 
 
 def shape_captions(split: str) -> list[ShapeCaption]:
@@ -113,9 +150,8 @@ def _true_words(picture: VqaPicture) -> set[str]:
     words: set[str] = set()
     for question, answer in picture.questions:
         question_words = question.rstrip("?").split()
-        denies = "no" in question_words or "not" in question_words
         if answer not in YES_NO:
             words |= {answer, *question_words}
-        elif (answer == "yes") != denies:
+        elif (answer == "yes") != _denies(question):
             words |= set(question_words)
     return words
