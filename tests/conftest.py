@@ -27,6 +27,14 @@ from tests.servers import postgres_server
 SOURCE = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked `distributed`, which take both cores for minutes, unless `-m` names them."""
+    if "distributed" not in config.getoption("-m"):
+        left_out = [item for item in items if item.get_closest_marker("distributed")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @dataclass(frozen=True)
 class Project:
     """A copy of this project in a folder of its own, with a state folder of its own."""

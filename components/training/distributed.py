@@ -204,7 +204,7 @@ def _rows(height: int, number: int) -> tuple[int, int]:
 def apply_to_whole(
     shards: Sequence[Tensor], shapes: Sequence[tuple[int, int]], function: Callable[[int, Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """This rank's rows of `function(number, matrix)` of each matrix (fp32), of which each rank has its rows in `shards`.
+    """This rank's rows of `function(number, matrix)` of each matrix; `shards` are its rows of the matrices.
 
     As many matrices at a time as there are ranks: each goes whole to one of them, which owns it, and its result back.
     """
