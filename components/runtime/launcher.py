@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from components.config.params import InputError, load_params
 
@@ -52,15 +54,16 @@ def refuse_ranks(name: str) -> None:
 
 def launch(name: str, processes: int) -> int:
     """Run a stage on processes of this machine and return its exit code: that of rank 0, where it failed."""
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
 
+    parse, run = (cast(Callable[..., Any], function) for function in (torchrun.parse_args, torchrun.run))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
     words = ["--standalone", "--nproc-per-node", str(processes), "-m", "components.runtime.stage", name]
     try:
-        run(parse_args(words))
+        run(parse(words))
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:

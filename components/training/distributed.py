@@ -99,9 +99,12 @@ def dealt(rows: Indices, micro_batch_size: int) -> list[Indices]:
     Neighbours go to different ranks, so that these take as long. Micro-batches are those of one process where their
     number is a multiple of the ranks', smaller ones elsewhere.
     """
-    size = world_size()
-    count = -(-len(rows) // (size * micro_batch_size)) * size
-    return np.array_split(rows, count)[rank() :: size]
+    return np.array_split(rows, _micro_batch_count(len(rows), micro_batch_size))[rank() :: world_size()]
+
+
+def _micro_batch_count(rows: int, micro_batch_size: int) -> int:
+    """Micro-batches of a step on all ranks: as many on each."""
+    return -(-rows // (world_size() * micro_batch_size)) * world_size()
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -128,9 +131,9 @@ def shard(run: StageRun, model: M, config: LoopConfig, device: torch.device, dty
     size = world_size()
     if getattr(model, "sees_pictures", False):
         raise InputError(f"{run.name}: a model that sees pictures trains as one process, not {size}; set run.launcher")
-    if config.global_batch_size < size:
-        where = f"params.yaml: {run.section}.global_batch_size: {config.global_batch_size}"
-        raise InputError(f"{where} rows are too few for {size} processes; set it to {size} or more")
+    if _micro_batch_count(config.global_batch_size, config.micro_batch_size) > config.global_batch_size:
+        where = f"params.yaml: {run.section}.global_batch_size: {config.global_batch_size} rows"
+        raise InputError(f"{where} leave some of {size} processes without any; set it to a multiple of {size}")
     copies = {id(weight): _copied(weight, dtype) for weight in model.parameters()}
     sharded = copy.deepcopy(model, cast(dict[int, Any], copies))
     for buffer in sharded.buffers():
@@ -180,13 +183,14 @@ def as_sharded(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
         return dict(tensors)
     from torch.distributed.tensor import DTensor
 
-    sharded = {}
+    sharded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        weight = cast(DTensor, weights[name.split(".", 1 if name.startswith("weights.") else 2)[-1]])
-        layout = {"shape": weight.shape, "stride": weight.stride(), "run_check": False}
-        mesh, placements = weight.device_mesh, weight.placements
-        sharded[name] = DTensor.from_local(tensor, mesh, placements, **layout) if tensor.dim() else tensor
-    return cast(dict[str, Tensor], sharded)
+        like = cast(DTensor, weights[name.split(".", 1 if name.startswith("weights.") else 2)[-1]])
+        if tensor.dim():
+            mesh, placements, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
+            tensor = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)
+        sharded[name] = tensor
+    return sharded
 
 
 def own_rows(whole: Tensor) -> Tensor:

@@ -142,8 +142,10 @@ def test_what_ranks_cannot_do_is_refused_in_one_line(launched: Paths) -> None:
     with start("pretrain@decoder", launched.root) as stage:
         _, errors = stage.communicate()
     assert stage.returncode == 1
-    refused = "params.yaml: pretrain.decoder.global_batch_size: 1 rows are too few for 2 processes; set it to 2 or more"
-    assert errors.splitlines() == [refused]
+    refused = (
+        "pretrain.decoder.global_batch_size: 1 rows leave some of 2 processes without any; set it to a multiple of 2"
+    )
+    assert errors.splitlines() == [f"params.yaml: {refused}"]
     with start("collect", launched.root, RANK="0", WORLD_SIZE="2") as stage:
         _, errors = stage.communicate()
     assert stage.returncode == 1
