@@ -182,8 +182,8 @@ def run_ranks(ranks: int, name: str, folder: Path) -> list[int]:
     processes = [context.Process(target=run_rank, args=(each, ranks, port, name, folder)) for each in range(ranks)]
     for process in processes:
         process.start()
-    while any(process.is_alive() for process in processes):
-        multiprocessing.connection.wait([process.sentinel for process in processes if process.is_alive()])
+    while alive := [process.sentinel for process in processes if process.is_alive()]:
+        multiprocessing.connection.wait(alive)
         if any(process.exitcode for process in processes):
             for process in processes:
                 process.join(10)  # a stop ends all of them by itself
