@@ -47,11 +47,11 @@ class CheckpointState:
                 target = local(tensor) if world_size() > 1 and tensor.dim() else tensor
                 target.copy_(own_rows(self.tensors[name]))
             return
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process may read it
-            dcp.load(dict(tensors), checkpoint_id=self.folder)
+            load(dict(tensors), checkpoint_id=self.folder)
 
 
 class Checkpoints:
@@ -83,15 +83,16 @@ class Checkpoints:
 
     def _save_shards(self, state: CheckpointState) -> None:
         """Each rank writes its rows, then rank 0 the values."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         folder = self.folder / f"step-{state.step:08d}-shards"
         if rank() == 0:
             _remove(folder)
         wait_for_all()
         try:
-            dcp.save(state.tensors, checkpoint_id=folder)
-        except dcp.CheckpointException as error:
+            save(state.tensors, checkpoint_id=folder)
+        except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise InputError(
                 f"{folder}: cannot be written: {reason}; free space and run again, the last one is kept"

@@ -141,7 +141,8 @@ def shard(run: StageRun, model: M, config: LoopConfig, device: torch.device, dty
     compile_blocks(sharded, config, device)
     mesh = init_device_mesh(device.type, (size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*cast(Iterable[nn.Module], sharded.blocks), sharded):
+    modules: list[nn.Module] = [*cast(Iterable[nn.Module], sharded.blocks), sharded]
+    for module in modules:
         fully_shard(module, mesh=mesh, mp_policy=policy)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # losses are sums: so are gradients

@@ -119,7 +119,7 @@ class Muon:
         weights, buffers = list(self.weights.values()), list(self.buffers.values())
         grads = _grads(self.weights, names)
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        updates = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov's look ahead
+        updates = list(torch._foreach_lerp(grads, buffers, self.momentum))  # Nesterov's look ahead
         if self.weight_decay:
             torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
         if world_size() == 1:
