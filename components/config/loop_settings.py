@@ -42,6 +42,15 @@ class KeepConfig(Section):
     """Newest ended flow runs of each flow in Prefect."""
 
 
+class RunConfig(Section):
+    """How stages are started; it changes no result and makes none out of date."""
+
+    launcher: Literal["local", "torchrun"]
+    """torchrun: stages that train run as `processes` ranks; local: each stage is one process."""
+    processes: int = Field(ge=1, le=1024)
+    """Ranks of a training on this machine: one for each GPU."""
+
+
 class CurateConfig(Section):
     """Curation of user feedback into training rows."""
 

@@ -24,6 +24,7 @@ from components.config.loop_settings import (
     FeedbackConfig,
     JudgeConfig,
     KeepConfig,
+    RunConfig,
     ServeConfig,
 )
 from components.config.model_settings import (
@@ -97,6 +98,7 @@ class Params(Section):
     evaluate: EvaluateConfig
     feedback: FeedbackConfig
     keep: KeepConfig
+    run: RunConfig
     curate: CurateConfig
     align: AlignConfig
     judge: JudgeConfig

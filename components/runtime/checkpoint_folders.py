@@ -109,7 +109,12 @@ class History:
         self.write()
 
     def _folder(self, key: str) -> Path:
-        return self.paths.home / "checkpoints" / self.name / key
+        return checkpoint_folder(self.name, key, self.paths)
+
+
+def checkpoint_folder(name: str, key: str, paths: Paths) -> Path:
+    """The folder of one stage and digest of inputs."""
+    return paths.home / "checkpoints" / name / key
 
 
 def remove_committed(paths: Paths, committed: str = "") -> None:

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,10 +29,11 @@ from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Pa
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import redacted
 from components.config.versions import VERSIONS_FILE
-from components.runtime.checkpoint_folders import History, copy_lock_files, remove_committed
+from components.runtime.checkpoint_folders import History, checkpoint_folder, copy_lock_files, remove_committed
 from components.runtime.files import keep_private, remove, replace_file
+from components.runtime.launcher import launch, processes_of, rank, refuse_ranks, report_behind_rank_0
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
-from components.tracking.event_log import EventLog
+from components.tracking.event_log import EventLog, NoTracker
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
 from components.tracking.mlflow_client import open_tracker
 
@@ -289,7 +290,23 @@ def run_stage(name: str, root: Path) -> int:
     return code
 
 
+def run_beside_rank_0(name: str, root: Path) -> int:
+    """Run a rank other than 0 of a stage: it trains, and writes nothing but its rows of checkpoints."""
+    paths = Paths(root)
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+            refuse_ranks(name)
+            params = load_params(paths.params)
+            folder = checkpoint_folder(name, stage_inputs(name, paths, params).key, paths)
+            stage_function(name)(StageRun(name, params, paths, folder, NoTracker()))
+    except (InputError, Refused) as error:
+        report_behind_rank_0(str(error))
+        return 3 if isinstance(error, Refused) else 1
+    return 0
+
+
 def _run_locked(name: str, paths: Paths) -> None:
+    refuse_ranks(name)
     params = load_params(paths.params)
     inputs = stage_inputs(name, paths, params)
     # Partial outs of a killed run; and nothing may be written through a link into DVC's cache.
@@ -342,7 +359,9 @@ def main() -> None:
         print(f"components.runtime.stage: {name!r} is no stage; one of {', '.join(stages)}", file=sys.stderr)
         sys.exit(2)
     keep_private(Paths(root))
-    sys.exit(run_stage(name, root))
+    if (processes := processes_of(name, root)) > 1:
+        sys.exit(launch(name, processes))
+    sys.exit(run_beside_rank_0(name, root) if rank() else run_stage(name, root))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,19 @@ class EventLog:
         self._lines.append(line)
 
 
+class NoTracker(EventLog):
+    """A tracker that records nothing: that of a rank beside rank 0, which records for all."""
+
+    def __init__(self) -> None: ...
+
+    def child(self, name: str) -> EventLog:
+        return self
+
+    def _file(self, kind: str, name: str, write: Callable[[Path], Any]) -> None: ...
+
+    def _record(self, kind: str, **fields: Any) -> None: ...
+
+
 class _Lines:
     """The file that an event log and its children write."""
 

@@ -26,6 +26,7 @@ from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import IGNORED, Batch, TokenRows
 from components.token_rows.preference_rows import AlignRows, PreferenceRows, Role, trimmed
 from components.training.defaults import fit_to_base
+from components.training.distributed import agreed, join
 from components.training.from_base import quantize_frozen
 from components.training.loop import refuse_bad_masks, train
 from components.training.objectives import Loss, Objective, hidden_rows, linear_cross_entropy
@@ -38,11 +39,12 @@ def align(run: StageRun) -> None:
     Raises: InputError when model and rows do not fit, when there is nothing to learn, or when saving fails.
     """
     configure_cpu()
+    join()
     config, curated, start = run.params.align, run.paths.curated, run.paths.start
     replay = TokenRows(curated / "replay", "train")
     refuse_bad_masks(replay, tuning=True)
     device = best_device()
-    dtype = compute_dtype(config.precision, device, check_model(start))
+    dtype = agreed(compute_dtype(config.precision, device, check_model(start)))
     reference = load_decoder(start, dtype, device).eval()
     torch.manual_seed(run.params.seed)
     if config.lora_rank and lora_of(reference) is None:  # pairs that add nothing at first

@@ -1,7 +1,8 @@
-"""Resumable checkpoints of a run: one file each, written atomically.
+"""Resumable checkpoints of a run: one file each, written atomically; of several processes a folder each.
 
-A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. The last two
-are kept, also after the last step: the stage runner removes them when DVC has stored the result.
+A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. In a folder,
+which `torch.distributed.checkpoint` writes and which any number of processes reads, `commit.json` is written last. The
+last two are kept, also after the last step: the stage runner removes them when DVC has stored the result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,13 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from components.config.params import InputError
-from components.runtime.files import replace_file
+from components.runtime.files import remove, replace_file, write_text
+from components.training.distributed import local, own_rows, rank, wait_for_all, world_size
 
 MAX_CHECKPOINTS = 2
+COMMIT = "commit.json"
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
+_FOLDER = re.compile(r"step-(\d{8})-shards")
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,21 @@ class CheckpointState:
     step: int
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+    folder: Path | None = None
+    """Where the tensors are, if they are not here: a checkpoint of several processes."""
+
+    def copy_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite tensors with those of the same names, or with this rank's rows of them where they are sharded."""
+        if self.folder is None:
+            for name, tensor in tensors.items():
+                target = local(tensor) if world_size() > 1 and tensor.dim() else tensor
+                target.copy_(own_rows(self.tensors[name]))
+            return
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process may read it
+            load(dict(tensors), checkpoint_id=self.folder)
 
 
 class Checkpoints:
@@ -44,6 +65,9 @@ class Checkpoints:
 
         Raises: InputError when it cannot be written; earlier checkpoints stay.
         """
+        if world_size() > 1:
+            self._save_shards(state)
+            return
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
         content = tensors_to_bytes(tensors, {"facts": json.dumps(state.values)})
         try:
@@ -55,13 +79,40 @@ class Checkpoints:
                 f"{self.folder}: checkpoint of step {state.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
                 f" {error.strerror}; free space and run again, the last one is kept"
             ) from error
-        for old in self._files()[:-MAX_CHECKPOINTS]:
-            old.unlink(missing_ok=True)
+        self._remove_old()
+
+    def _save_shards(self, state: CheckpointState) -> None:
+        """Each rank writes its rows, then rank 0 the values."""
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        folder = self.folder / f"step-{state.step:08d}-shards"
+        if rank() == 0:
+            _remove(folder)
+        wait_for_all()
+        try:
+            save(state.tensors, checkpoint_id=folder)
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise InputError(
+                f"{folder}: cannot be written: {reason}; free space and run again, the last one is kept"
+            ) from error
+        if rank() == 0:
+            write_text(folder / COMMIT, json.dumps(state.values))
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        files = self._files()
+        for path in {*files[:-MAX_CHECKPOINTS], *self.folder.glob("step-*-shards")} - {*files[-MAX_CHECKPOINTS:]}:
+            _remove(path)
 
     def load(self) -> CheckpointState | None:
         """The newest valid checkpoint; None when there is none."""
         files = self._files()
         for path in reversed(files):
+            if in_folder := _FOLDER.fullmatch(path.name):
+                values = json.loads((path / COMMIT).read_text(encoding="utf-8"))
+                return CheckpointState(int(in_folder[1]), {}, values, path)
             content = path.read_bytes()
             name = _NAME.fullmatch(path.name)
             if name and _digest(content) == name[2]:
@@ -73,11 +124,21 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove every checkpoint, and what a killed process left of one."""
-        for path in (*self._files(), *self.folder.glob(".step-*.tmp")):
-            path.unlink(missing_ok=True)
+        for path in (*self._files(), *self.folder.glob(".step-*.tmp"), *self.folder.glob("step-*-shards")):
+            _remove(path)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name))
+        """The checkpoints in the order of their steps; folders that were not finished are none."""
+        folders = [path.parent for path in self.folder.glob(f"step-*-shards/{COMMIT}")]
+        files = [path for path in self.folder.glob("step-*.safetensors") if _NAME.fullmatch(path.name)]
+        return sorted(folders + files)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; half a folder is none."""
+    if path.is_dir():
+        (path / COMMIT).unlink(missing_ok=True)
+    remove(path)
 
 
 def _digest(content: bytes) -> str:

@@ -10,6 +10,7 @@ from components.runtime.stage import StageRun
 from components.token_rows.variable_length import TextPairRows
 from components.training.classifier import finetune_classifier
 from components.training.defaults import fit_to_base
+from components.training.distributed import join
 from components.training.from_base import refuse_other_vocabulary, train_from_base
 from components.training.loop import measure_loss
 from components.training.objectives import sequence_to_sequence
@@ -22,6 +23,7 @@ def finetune(run: StageRun) -> None:
     Raises: InputError when base and rows do not fit, when there is nothing to learn, or when saving fails.
     """
     configure_cpu()
+    join()
     {"classifier": finetune_classifier, "summarizer": finetune_summarizer}[run.item](run)
 
 

@@ -15,6 +15,7 @@ from components.models.devices import best_device
 from components.models.lora import add_lora, lora_of, quantize_base
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows
+from components.training.distributed import world_size
 from components.training.loop import Measured, train
 from components.training.objectives import M, Objective
 from components.training.report import describe
@@ -37,11 +38,13 @@ def refuse_other_vocabulary(run: StageRun, family: Family, vocab_size: int, rows
 def quantize_frozen(run: StageRun, kind: QuantizeBase, model: nn.Module) -> None:
     """Quantize the weights that an adapter leaves as they are, if params.yaml says so.
 
-    Raises: InputError without a CUDA device or an adapter.
+    Raises: InputError without a CUDA device or an adapter, or with several processes.
     """
     if kind == "none":
         return
     where = f"params.yaml: {run.section}.quantize_base: {kind}"
+    if world_size() > 1:
+        raise InputError(f"{where}: needs one process, not {world_size()}; set it to none")
     if best_device().type != "cuda":
         raise InputError(f"{where}: needs a CUDA device, and this machine has none; set it to none")
     if lora_of(model) is None:

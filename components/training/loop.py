@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, cast
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -28,6 +28,20 @@ from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
 from components.training.budget import announce
 from components.training.checkpoints import Checkpoints, CheckpointState
+from components.training.distributed import (
+    agreed,
+    as_sharded,
+    compile_blocks,
+    dealt,
+    gather_weights,
+    leave,
+    rank,
+    seed_step,
+    shard,
+    summed,
+    wait_for_all,
+    world_size,
+)
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 
@@ -107,11 +121,13 @@ class Training(Generic[M]):
         config: LoopConfig,
         seed: int,
         early_stopping: EarlyStopping | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        """`dtype` of the passes; that of the weights unless given."""
         self.model, self.objective, self.config, self.seed = model, objective, config, seed
         self.early_stopping = early_stopping
         first = next(model.parameters())
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype = first.device, dtype or first.dtype
         self.masters = Masters(model)
         self.optimizers = build_optimizers(model, self.masters, config, self.dtype)
         self.trained = list(self.masters.trained().values())
@@ -128,15 +144,16 @@ class Training(Generic[M]):
         return stopped or self.step >= self.config.max_steps
 
     def train_step(self, micro_batches: list[Batch]) -> None:
-        """One optimizer step over the targets of all micro-batches."""
+        """One optimizer step over the targets of all micro-batches, of all ranks."""
         targets: float = 0
         for batch in micro_batches:
             loss = self.objective(self.model, batch)
-            if loss.targets:
+            if loss.targets or world_size() > 1:  # the ranks add up their gradients within the backward pass
                 torch.autograd.backward(loss.total)
                 self.masters.collect()
             self._loss += loss.total.detach()
             targets += loss.targets
+        (targets,) = summed(targets)
         self.measured.window_targets += targets
         self.measured.targets += targets
         if targets:
@@ -169,16 +186,18 @@ class Training(Generic[M]):
         return loss
 
     def _flush_loss(self) -> None:
-        self.measured.window_loss += float(self._loss)
+        self.measured.window_loss += summed(float(self._loss))[0]
         self._loss.zero_()
 
     def state(self) -> CheckpointState:
         """Everything the next step depends on."""
         self._flush_loss()
-        tensors = {name: tensor.detach().cpu() for name, tensor in self._tensors().items()}
-        tensors["random.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors = self._tensors()
+        if world_size() == 1:
+            tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+            tensors["random.cpu"] = torch.get_rng_state()
+            if self.device.type == "cuda":
+                tensors["random.cuda"] = torch.cuda.get_rng_state()
         dtype = str(self.dtype).removeprefix("torch.")
         values = {"measured": vars(self.measured), "inputs": self.inputs(), "dtype": dtype}
         if self.early_stopping is not None:
@@ -191,19 +210,21 @@ class Training(Generic[M]):
         for optimizer in self.optimizers:
             kind = type(optimizer).__name__.lower()
             tensors |= {f"{kind}.{name}": tensor for name, tensor in optimizer.state().items()}
-        return tensors
+        return as_sharded(tensors, self.masters.weights)
 
     @torch.no_grad()
     def restore(self, saved: CheckpointState) -> bool:
         """Resume from a checkpoint; false when it is of a run with other inputs."""
         if saved.values["inputs"] != self.inputs():
             return False
-        for name, tensor in self._tensors().items():
-            tensor.copy_(saved.tensors[name])
+        saved.copy_into(self._tensors())
         self.masters.publish()
-        torch.set_rng_state(saved.tensors["random.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(saved.tensors["random.cuda"])
+        if saved.folder is not None:
+            torch.manual_seed(self.seed + saved.step)  # ranks save no random state
+        else:
+            torch.set_rng_state(saved.tensors["random.cpu"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(saved.tensors["random.cuda"])
         self.step = saved.step
         measured = saved.values["measured"]
         self.measured = Measured(**measured | {"losses": [(int(step), loss) for step, loss in measured["losses"]]})
@@ -215,7 +236,7 @@ class Training(Generic[M]):
     def inputs(self) -> str:
         """A digest of the settings, shapes and seed that decide the result."""
         config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
-        shapes = {name: list(weight.shape) for name, weight in self.masters.trained().items()}
+        shapes = {name: list(shape) for name, shape in self.masters.shapes.items()}
         inputs = [config, shapes, str(self.dtype), self.device.type, self.seed]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -234,25 +255,36 @@ def train(
     """
     device, checkpoints = best_device(), Checkpoints(run.state)
     saved = checkpoints.load()
-    dtype = _compute_dtype(config, device, model, saved)
+    dtype = agreed(_compute_dtype(config, device, model, saved))
     frozen = {name: weight.data for name, weight in model.named_parameters() if not weight.requires_grad}
-    compute_in(model, config, device, dtype)
-    training = Training(model.train(), objective, config, run.params.seed, early_stopping)
+    computed = model
+    if world_size() > 1:
+        computed = shard(run, model, config, device, dtype)
+    else:
+        compute_in(model, config, device, dtype)
+    training = Training(computed.train(), objective, config, run.params.seed, early_stopping, dtype)
     if saved:
         resumed = training.restore(saved)
         verb = "resumed at" if resumed else "starts over: other settings made the checkpoint of"
-        if not resumed:
+        wait_for_all()
+        if not resumed and rank() == 0:
             checkpoints.clear()
         print(f"{run.name}  {verb} step {saved.step}", flush=True)
-    copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
-    announce(run, config, model, rows, objective, copies, training.step)
+    if world_size() == 1:
+        copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
+        announce(run, config, model, rows, objective, copies, training.step)
     with _stop_signals() as stopped:
         _run_steps(run, training, rows, checkpoints, stopped)
-    best = early_stopping.best_weights if early_stopping is not None else {}
-    weights = frozen | training.masters.trained() | best  # without the rounding of the training's dtype
-    for name, parameter in model.named_parameters():
-        parameter.data = weights[name].detach()
-    if all(weight.dtype == torch.float32 for weight in weights.values()):
+    if world_size() > 1:
+        gather_weights(computed, model)
+        leave()
+        model.to(device)
+    else:
+        best = early_stopping.best_weights if early_stopping is not None else {}
+        weights = frozen | training.masters.trained() | best  # without the rounding of the training's dtype
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name].detach()
+    if all(weight.dtype == torch.float32 for weight in model.parameters()):
         model.float()  # what is no weight
     model.eval()
     return training.measured
@@ -261,9 +293,7 @@ def train(
 def compute_in(model: nn.Module, config: LoopConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Move a model to where and to what it is trained in; compile its blocks where told to."""
     model.to(device=device, dtype=dtype)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        for block in cast(Iterable[nn.Module], model.blocks):
-            block.compile()
+    compile_blocks(model, config, device)
 
 
 def _compute_dtype(
@@ -281,33 +311,36 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
     tokens_before = measured.tokens
     while not training.over:
         batches = _micro_batches(rows, sampler, training.step, config)
-        measured.tokens += sum(count_tokens(batch) for batch in batches)
+        seed_step(run.params.seed, training.step)
         training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
         last, loss = training.over, None
+        due = rank() == 0 and time.monotonic() - saved_at >= config.checkpoint_seconds
+        tokens, stopping, saving = summed(sum(map(count_tokens, batches)), bool(stopped), due)
+        measured.tokens += int(tokens)
         if training.step % config.log_steps == 0 or last:
             loss = training.read_loss()
             if not math.isfinite(loss):
                 where = f"params.yaml: {run.section}.learning_rate"
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
-        if stopped or last or time.monotonic() - saved_at >= config.checkpoint_seconds:
+        if stopping or last or saving:
             checkpoints.save(training.state())
             saved_at = time.monotonic()
         if loss is not None:  # behind the checkpoint: a last step that is reported is never repeated
             now = time.monotonic()
             _report(run, training, loss, (measured.tokens - tokens_before) / max(1e-9, now - clock))
             clock, tokens_before = now, measured.tokens
-        if stopped and not last:
+        if stopping and not last:
             print(
                 f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to resume", flush=True
             )
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
 
 def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: LoopConfig) -> list[Batch]:
     """The rows of one step: grouping by length changes no gradient, and needs little padding."""
     drawn = sampler.step(step, config.global_batch_size)
-    order = drawn[np.argsort(rows.lengths(drawn), kind="stable")].reshape(-1, config.micro_batch_size)
-    return [rows.batch(part, step) for part in order]
+    order = drawn[np.argsort(rows.lengths(drawn), kind="stable")]
+    return [rows.batch(part, step) for part in dealt(order, config.micro_batch_size)]
 
 
 def _report(run: StageRun, training: Training[M], loss: float, speed: float) -> None:

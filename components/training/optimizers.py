@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from components.config.model_settings import LoopConfig
 from components.models.attention import FusedLinear
+from components.training.distributed import apply_to_whole, local, total_norm, world_size
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -94,6 +95,7 @@ class Muon:
     """Muon on matrices; `parts` names the heights of those that are several products fused into one.
 
     Parts of one shape are orthogonalised as one batch. Equal to `torch.optim.Muon` on the parts one by one.
+    `shapes`: of the whole matrices, where the weights are this rank's rows of them.
     """
 
     def __init__(
@@ -104,9 +106,10 @@ class Muon:
         weight_decay: float = 0.0,
         parts: Mapping[str, tuple[int, ...]] | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.learning_rate, self.momentum, self.weight_decay, self.dtype = learning_rate, momentum, weight_decay, dtype
-        self.weights = dict(weights)
+        self.weights, self.shapes = dict(weights), dict(shapes or {})
         self.buffers = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         self.parts = {name: list((parts or {}).get(name, weight.shape[:1])) for name, weight in weights.items()}
 
@@ -116,9 +119,25 @@ class Muon:
         weights, buffers = list(self.weights.values()), list(self.buffers.values())
         grads = _grads(self.weights, names)
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        updates = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov's look ahead
+        updates = list(torch._foreach_lerp(grads, buffers, self.momentum))  # Nesterov's look ahead
         if self.weight_decay:
             torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
+        if world_size() == 1:
+            self._add_orthogonal(names, weights, updates, rate)
+            return
+        # Orthogonal rows of a shard are not those of the matrix: its owner has all of them.
+        shapes = [(self.shapes[name][0], self.shapes[name][1]) for name in names]
+        changes = apply_to_whole(updates, shapes, lambda number, update: self._change(names[number], update, rate))
+        for weight, change in zip(weights, changes, strict=True):
+            weight.add_(change)
+
+    def _change(self, name: str, update: Tensor, rate: float) -> Tensor:
+        change = torch.zeros_like(update)
+        self._add_orthogonal([name], [change], [update], rate)
+        return change
+
+    def _add_orthogonal(self, names: list[str], weights: list[Tensor], updates: list[Tensor], rate: float) -> None:
+        """Add the orthogonal directions of whole matrices' updates to the weights."""
         alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
         for name, weight, update in zip(names, weights, updates, strict=True):
             heights = self.parts[name]
@@ -174,12 +193,19 @@ def _grads(weights: Weights, names: list[str]) -> list[Tensor]:
 
 
 class Masters:
-    """The weights that the optimizers update: the model's own in fp32, or fp32 copies of bf16 weights."""
+    """The weights that the optimizers update: the model's own in fp32, fp32 copies of bf16 weights, or this rank's rows
+    of sharded weights, which are fp32."""
 
     def __init__(self, model: nn.Module) -> None:
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        self.sharded = world_size() > 1
         low = any(weight.dtype != torch.float32 for weight in self.weights.values())
-        self.copies = {name: weight.detach().float().clone() for name, weight in self.weights.items()} if low else {}
+        self.copies: dict[str, Tensor] = {}
+        if self.sharded:
+            self.copies = {name: local(weight) for name, weight in self.weights.items()}
+        elif low:
+            self.copies = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
 
     def trained(self) -> dict[str, Tensor]:
         """The fp32 weights by name; their `grad` is what the optimizers see."""
@@ -190,12 +216,13 @@ class Masters:
         for name, copy in self.copies.items():
             grad, self.weights[name].grad = self.weights[name].grad, None
             if grad is not None:
+                grad = local(grad) if self.sharded else grad
                 copy.grad = grad.float() if copy.grad is None else copy.grad.add_(grad)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters into the model's weights."""
-        if self.copies:
+        if self.copies and not self.sharded:
             torch._foreach_copy_(list(self.weights.values()), list(self.copies.values()))
 
 
@@ -218,15 +245,15 @@ def build_optimizers(model: nn.Module, masters: Masters, config: LoopConfig, dty
     if not by_muon:
         return [rest]
     heights = {name: parts[name] for name in in_blocks}
-    muon = Muon(by_muon, config.muon_learning_rate, weight_decay=config.weight_decay, parts=heights, dtype=dtype)
-    return [muon, rest]
+    rate, decay, shapes = config.muon_learning_rate, config.weight_decay, masters.shapes
+    return [Muon(by_muon, rate, weight_decay=decay, parts=heights, dtype=dtype, shapes=shapes), rest]
 
 
 @torch.no_grad()
 def scale_and_clip(weights: list[Tensor], factor: float, max_norm: float) -> None:
     """Multiply all gradients by `factor`, then clip them to a global norm, in one pass."""
     grads = [weight.grad for weight in weights if weight.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) * factor
+    norm = total_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))) * factor
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_(max=1.0) * factor)
 
 

@@ -20,6 +20,7 @@ from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
 from components.token_rows.variable_length import Chunks, SentencePairs
 from components.tokenization.text_tokenizer import TextTokenizer
+from components.training.distributed import join
 from components.training.loop import measure_loss, refuse_bad_masks, train
 from components.training.objectives import M, Objective, causal_lm, masked_lm_next_sentence, sequence_to_sequence
 from components.training.report import TEST_ROWS, describe, report
@@ -32,6 +33,7 @@ def pretrain(run: StageRun) -> None:
     Raises: InputError when there is nothing to learn, or when saving fails.
     """
     configure_cpu()
+    join()
     {"decoder": _decoder, "encoder": _encoder, "encoder_decoder": _encoder_decoder}[run.family](run)
 
 

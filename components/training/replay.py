@@ -22,6 +22,7 @@ from components.token_rows.augmentation import Piece
 from components.token_rows.batches import PIXELS, Batch, Indices, Rows, TokenRows
 from components.token_rows.packing import RowWriter, id_type, pack_rows, write_rows_file
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
+from components.training.distributed import rank, wait_for_all
 
 MAX_ANSWER = 128
 """Tokens of an answer; of a longer one the beginning is learned."""
@@ -74,8 +75,9 @@ def with_replay(run: StageRun, rows: TokenRows, base: Path, share: float) -> Row
     Raises: InputError when there is no such file, or it has no request that fits a row.
     """
     folder = run.state / "replay"
-    if not (folder / "rows.json").is_file():
+    if rank() == 0 and not (folder / "rows.json").is_file():
         _write_answers(run, folder, base, rows.seq_len)
+    wait_for_all()
     return ReplayedRows(rows, TokenRows(folder, "train"), share)
 
 

@@ -16,6 +16,7 @@ from components.models.vision import VisionLanguageModel
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Rows, TokenRows
 from components.training.defaults import fit_to_base
+from components.training.distributed import agreed, join, world_size
 from components.training.from_base import refuse_other_vocabulary, train_from_base
 from components.training.loop import measure_loss, refuse_bad_masks
 from components.training.objectives import causal_lm
@@ -32,6 +33,7 @@ def tune(run: StageRun) -> None:
     Raises: InputError when the mask is empty or full, when base and rows do not fit, or when saving fails.
     """
     configure_cpu()
+    join()
     conversations = TokenRows(run.paths.tokens("decoder") / "tune", "train")
     refuse_bad_masks(conversations, tuning=True)
     base, rows = run.paths.start_of("decoder"), cast(Rows, conversations)
@@ -43,8 +45,8 @@ def tune(run: StageRun) -> None:
     config = fit_to_base(run, run.params.tune, shape, rows, run.params.tune.base)
     # A frozen base is read in the dtype of the training, so that there is no second copy in fp32.
     low_rank = config.lora_rank or is_adapter(base)
-    dtype = compute_dtype(config.precision, best_device(), shape) if low_rank else torch.float32
-    model = load_decoder(base, dtype, best_device() if low_rank else None)
+    dtype = agreed(compute_dtype(config.precision, best_device(), shape)) if low_rank else torch.float32
+    model = load_decoder(base, dtype, best_device() if low_rank and world_size() == 1 else None)
     refuse_other_vocabulary(run, "decoder", model.config.vocab_size, rows)
     if isinstance(model, VisionLanguageModel):
         model.train_vision(config.train_vision)

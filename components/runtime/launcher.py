@@ -1,0 +1,82 @@
+"""A stage on several processes: torchrun starts them, and rank 0 alone locks, reports, tracks and writes.
+
+torchrun's environment is the interface: a process that has it, as under `torchrun -m components.runtime.stage NAME`, is
+one rank. The launcher only starts torchrun and passes on how it ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from components.config.params import InputError, load_params
+
+DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
+"""Stages, or items of their matrix, that train on several processes."""
+RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+_SECONDS_FOR_RANK_0 = 60.0
+
+
+def rank() -> int:
+    """This process's number among those of torchrun; 0 without."""
+    return int(os.environ.get(RANK, "0"))
+
+
+def processes_of(name: str, root: Path) -> int:
+    """How many processes this one has to start for a stage; 1 where it runs the stage itself."""
+    if WORLD_SIZE in os.environ or not is_distributed(name):
+        return 1
+    try:
+        settings = load_params(root / "params.yaml").run
+    except InputError:
+        return 1  # which the stage says itself
+    return settings.processes if settings.launcher == "torchrun" else 1
+
+
+def is_distributed(name: str) -> bool:
+    return name in DISTRIBUTED or name.partition("@")[0] in DISTRIBUTED
+
+
+def refuse_ranks(name: str) -> None:
+    """Refuse several processes for a stage that is one.
+
+    Raises: InputError.
+    """
+    size = int(os.environ.get(WORLD_SIZE, "1"))
+    if size > 1 and not is_distributed(name):
+        raise InputError(f"{name}: runs as one process, not {size}; start it without torchrun")
+
+
+def launch(name: str, processes: int) -> int:
+    """Run a stage on processes of this machine and return its exit code: that of rank 0, where it failed."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    parse, run = (cast(Callable[..., Any], function) for function in (torchrun.parse_args, torchrun.run))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
+    words = ["--standalone", "--nproc-per-node", str(processes), "-m", "components.runtime.stage", name]
+    try:
+        run(parse(words))
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        number = 0 if 0 in error.failures else error.get_first_failure()[0]
+        code = error.failures[number].exitcode
+        if code < 0 or number:
+            ending = f"signal {-code}" if code < 0 else f"exit code {code}"
+            print(f"{name}: process {number} of {processes} ended with {ending}", file=sys.stderr, flush=True)
+        return code if code >= 0 else 128 - code
+    return 0
+
+
+def report_behind_rank_0(message: str) -> None:
+    """Print what a rank other than 0 refuses, unless rank 0 refuses too: torchrun then ends this process first."""
+    time.sleep(_SECONDS_FOR_RANK_0)
+    print(f"process {rank()}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,149 @@
+"""Several gloo ranks against one process: the same curves, the same weights after a kill, other numbers of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from components.config.paths import Paths
+from tests.training import distributed_cases
+from tests.training.distributed_cases import STEPS
+
+SOURCE = Path(__file__).parents[2]
+KINDS = ("decoder", "encoder", "encoder_decoder", "align")
+CASES = [f"{kind}-{optimizer}" for kind in KINDS for optimizer in ("adamw", "muon")] + ["lora-adamw"]
+KILLED, STOPPED = "encoder-muon+9@23", "decoder-muon+15@17"
+ITEMS = [f"{ranks}:{name}" for name in CASES for ranks in (1, 2)]
+ITEMS += [f"2:{KILLED}", "2:encoder-muon+", f"2:{STOPPED}", "1:decoder-muon+15@34", "3:decoder-muon+"]
+"""The latter ones go on from the checkpoints of those before."""
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `ITEMS`."""
+    folder = tmp_path_factory.mktemp("trained")
+    command = [sys.executable, distributed_cases.__file__, str(folder), *ITEMS]
+    ended = subprocess.run(
+        command, cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
+    )
+    (folder / "stderr").write_text(ended.stderr)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def saved(folder: Path, name: str, ranks: int) -> Any:
+    codes = json.loads((folder / "exit_codes.json").read_text())
+    assert codes[f"{ranks}:{name}"] == [0] * ranks, (folder / "stderr").read_text()
+    return torch.load(folder / f"{name}-{ranks}.pt")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
+    """Also where rows of one rank have no targets, and its gradients are none."""
+    one, two = saved(trained, name, 1), saved(trained, name, 2)
+    assert [step for step, _ in two["losses"]] == list(range(1, STEPS + 1))
+    assert two["losses"][-1][1] < two["losses"][0][1]
+    assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], abs=1e-5)
+    assert two["tokens"] == one["tokens"]
+    assert two["weights"].keys() == one["weights"].keys()
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][weight], value, rtol=1e-3, atol=1e-3)
+
+
+def test_a_killed_rank_changes_no_bit(trained: Path) -> None:
+    codes = json.loads((trained / "exit_codes.json").read_text())[f"2:{KILLED}"]
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    resumed, unbroken = saved(trained, "encoder-muon+", 2), saved(trained, "encoder-muon", 2)
+    assert resumed["losses"] == unbroken["losses"]
+    for name, weight in unbroken["weights"].items():
+        assert torch.equal(resumed["weights"][name], weight), name
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(trained: Path) -> None:
+    """Two ranks, stopped by a signal that one of them got; one process, stopped too; three ranks."""
+    codes = json.loads((trained / "exit_codes.json").read_text())
+    assert codes[f"2:{STOPPED}"] == [128 + signal.SIGTERM] * 2
+    assert codes["1:decoder-muon+15@34"] == [128 + signal.SIGTERM]
+    kept = sorted(path.name for path in (trained / "decoder-muon+").iterdir())
+    assert kept == ["step-00000049-shards", "step-00000050-shards"]
+    resumed, unbroken = saved(trained, "decoder-muon+", 3), saved(trained, "decoder-muon", 2)
+    assert resumed["losses"][:18] == unbroken["losses"][:18]
+    assert [loss for _, loss in resumed["losses"]] == pytest.approx([loss for _, loss in unbroken["losses"]], abs=1e-4)
+    assert resumed["losses"][18:] != unbroken["losses"][18:], "it was resumed by others"
+
+
+@pytest.fixture
+def launched(project: Paths, tiny_settings: dict[str, Any]) -> Paths:
+    """A project whose trainings run on two processes."""
+    shutil.copytree(SOURCE / "components", project.root / "components", ignore=shutil.ignore_patterns("__pycache__"))
+    params: dict[str, Any] = {}
+    settings = {"run.launcher": "torchrun", "run.processes": 2, "pretrain.decoder.max_steps": 400}
+    for dotted, value in (tiny_settings | settings).items():
+        *sections, key = dotted.split(".")
+        section = params
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = value
+    project.params.write_text(yaml.safe_dump(params))
+    return project
+
+
+def start(stage: str, root: Path, **environment: str) -> subprocess.Popen[str]:
+    own = {"LOOPWRIGHT_COURIER": str(os.getpid()), "PYTHONPATH": str(SOURCE), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "components.runtime.stage", stage]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=root, env=os.environ | own | environment, **pipes)
+
+
+def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None:
+    """Rank 0 alone reports and writes; SIGTERM saves a checkpoint, from which the ranks go on."""
+    with start("pretrain@decoder", launched.root) as stage:
+        assert stage.stdout is not None
+        assert stage.stderr is not None
+        for line in stage.stdout:
+            if " 5/400 " in line:
+                stage.terminate()
+                break
+        rest, errors = stage.stdout.read(), stage.stderr.read()
+    assert stage.returncode == 128 + signal.SIGTERM, errors
+    assert rest.count("stopped at step") == 1
+    assert "Traceback" not in errors
+    step = int(rest.partition("stopped at step ")[2].partition(";")[0])
+    with start("pretrain@decoder", launched.root) as stage:
+        output, errors = stage.communicate()
+    assert stage.returncode == 0, errors
+    assert output.count(f"resumed at step {step}") == 1
+    assert output.count(" 400/400 ") == 1
+    metrics = json.loads((launched.metrics / "pretrain@decoder.json").read_text())
+    assert (metrics["steps"], metrics["tokens"]) == (400, 400 * 4 * 30)
+    report = json.loads((launched.root / "var/stages/pretrain@decoder.json").read_text())
+    assert report["exit_code"] == 0
+
+
+def test_what_ranks_cannot_do_is_refused_in_one_line(launched: Paths) -> None:
+    settings = yaml.safe_load(launched.params.read_text())
+    settings["pretrain"]["decoder"] |= {"global_batch_size": 1, "micro_batch_size": 1}
+    launched.params.write_text(yaml.safe_dump(settings))
+    with start("pretrain@decoder", launched.root) as stage:
+        _, errors = stage.communicate()
+    assert stage.returncode == 1
+    refused = (
+        "pretrain.decoder.global_batch_size: 1 rows leave some of 2 processes without any; set it to a multiple of 2"
+    )
+    assert errors.splitlines() == [f"params.yaml: {refused}"]
+    with start("collect", launched.root, RANK="0", WORLD_SIZE="2") as stage:
+        _, errors = stage.communicate()
+    assert stage.returncode == 1
+    assert errors.splitlines()[-1] == "collect: runs as one process, not 2; start it without torchrun"
