@@ -155,15 +155,16 @@ def trial(engine: Engine, state: Path, options: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    own, _, build = " ".join(sys.argv[1:]).partition(" -- ")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.images", description=__doc__)
     parser.add_argument("--state", type=Path, default=Path("var"), help="a state folder with a champion agent")
     parser.add_argument("--podman", default="", help="options of podman itself")
     parser.add_argument("--run", default="", help="more options of podman run")
-    arguments = parser.parse_args(own.split())
+    arguments = parser.parse_args(words[:end])
     engine = Engine(arguments.podman.split())
     for target in LOCKS:
-        engine.build(target, build.split())
+        engine.build(target, words[end + 1 :])
     images = {
         target: {
             "GB": round(int(engine("image", "inspect", "--format", "{{.Size}}", f"loopwright-{target}")) / 1e9, 3),
