@@ -26,7 +26,16 @@ LOCKS = {
     "mlflow": "requirements-worker.lock",
 }
 KEY = "images-benchmark-key"
-LIMITS = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+LIMITS = (
+    "--no-healthcheck",
+    "--read-only",
+    "--tmpfs",
+    "/tmp",
+    "--cap-drop",
+    "ALL",
+    "--security-opt",
+    "no-new-privileges",
+)
 SERVER = ("prefect", "server", "start", "--host", "0.0.0.0", "--port", "4200")
 PREFECT_HEALTH = "import urllib.request as u; u.urlopen('http://127.0.0.1:4200/api/health', timeout=4)"
 DISTRIBUTIONS = "import importlib.metadata as m; print(*sorted({d.name for d in m.distributions()}))"
@@ -93,11 +102,12 @@ def health_check(target: str) -> tuple[str, ...]:
     return tuple(command)
 
 
-def unlisted(engine: Engine, target: str) -> list[str]:
+def unlisted(engine: Engine, target: str, options: list[str]) -> list[str]:
     """Installed packages that the image's lock does not name."""
     lock = (ROOT / LOCKS[target]).read_text(encoding="utf-8")
     listed = {re.sub("[-_.]+", "-", name) for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
-    installed = engine("run", "--rm", "--network", "none", f"loopwright-{target}", "python", "-c", DISTRIBUTIONS)
+    words = ["run", "--rm", "--network", "none", "--no-healthcheck", *options, f"loopwright-{target}"]
+    installed = engine(*words, "python", "-c", DISTRIBUTIONS)
     return [name for name in installed.split() if re.sub("[-_.]+", "-", name.lower()) not in listed]
 
 
@@ -168,14 +178,20 @@ def main() -> None:
     images = {
         target: {
             "GB": round(int(engine("image", "inspect", "--format", "{{.Size}}", f"loopwright-{target}")) / 1e9, 3),
-            "packages beyond the lock": unlisted(engine, target),
+            "packages beyond the lock": unlisted(engine, target, arguments.run.split()),
         }
         for target in LOCKS
     }
     with tempfile.TemporaryDirectory() as scratch:
         state = Path(scratch) / "state"
         shutil.copytree(arguments.state, state)
-        result = {"images": images, **trial(engine, state, arguments.run.split())}
+        try:
+            result = {"images": images, **trial(engine, state, arguments.run.split())}
+        finally:  # its files are those of the container's user, which without root another container has to remove
+            mount = ("--network", "none", "--no-healthcheck", "--user", "0", "--volume", f"{scratch}:/scratch")
+            engine.run(
+                "run", "--rm", *mount, *arguments.run.split(), "loopwright-endpoint", "rm", "-rf", "/scratch/state"
+            )
     print(json.dumps(result, indent=1))
     sys.exit(result["uid"] != "1000" or result["written to the root"] or result["exit code"] != 0)
 

@@ -43,7 +43,7 @@ class KeepConfig(Section):
 
 
 class RunConfig(Section):
-    """How stages are started; it changes no result and makes none out of date."""
+    """How stages are started; no result becomes out of date, though rounding and dropout are others."""
 
     launcher: Literal["local", "torchrun"]
     """torchrun: stages that train run as `processes` ranks; local: each stage is one process."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
 """Stages, or items of their matrix, that train on several processes."""
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 _SECONDS_FOR_RANK_0 = 60.0
+_SECONDS_TO_END = 90
+"""For a step and its checkpoint after a signal, as the orchestrator allows; torchrun's own are 30."""
 
 
 def rank() -> int:
@@ -53,7 +56,7 @@ def refuse_ranks(name: str) -> None:
 
 
 def launch(name: str, processes: int) -> int:
-    """Run a stage on processes of this machine and return its exit code: that of rank 0, where it failed."""
+    """Run a stage on processes of this machine and return its exit code: that of the rank that failed first."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,14 +64,20 @@ def launch(name: str, processes: int) -> int:
     parse, run = (cast(Callable[..., Any], function) for function in (torchrun.parse_args, torchrun.run))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
-    words = ["--standalone", "--nproc-per-node", str(processes), "-m", "components.runtime.stage", name]
+    words = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(_SECONDS_TO_END)]
+    words += ["-m", "components.runtime.stage", name]
     try:
         run(parse(words))
     except SignalException as error:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
-        number = 0 if 0 in error.failures else error.get_first_failure()[0]
-        code = error.failures[number].exitcode
+        # torchrun ends the others, whose codes are here too; its times are whole seconds, so a kill goes first.
+        def order(item: Any) -> tuple[int, bool, int]:
+            failure = item[1]
+            return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, item[0]
+
+        number, failure = min(error.failures.items(), key=order)
+        code = failure.exitcode
         if code < 0 or number:
             ending = f"signal {-code}" if code < 0 else f"exit code {code}"
             print(f"{name}: process {number} of {processes} ended with {ending}", file=sys.stderr, flush=True)

@@ -337,7 +337,7 @@ def _write_report(paths: Paths, name: str, started: float, code: int, message: s
 
 
 def _cpu_seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """Processor time of this process and of its children that have ended; that of other ranks is not in it."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

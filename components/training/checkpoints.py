@@ -1,8 +1,9 @@
 """Resumable checkpoints of a run: one file each, written atomically; of several processes a folder each.
 
 A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. In a folder,
-which `torch.distributed.checkpoint` writes and which any number of processes reads, `commit.json` is written last. The
-last two are kept, also after the last step: the stage runner removes them when DVC has stored the result.
+which `torch.distributed.checkpoint` writes and which any number of processes reads, `commit.json` is written last;
+its shards have no digest. The last two are kept, also after the last step: the stage runner removes them when DVC has
+stored the result.
 """
 
 from __future__ import annotations
@@ -41,17 +42,27 @@ class CheckpointState:
     """Where the tensors are, if they are not here: a checkpoint of several processes."""
 
     def copy_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors with those of the same names, or with this rank's rows of them where they are sharded."""
+        """Overwrite tensors with those of the same names, or with this rank's rows of them where they are sharded.
+
+        Raises: InputError when a folder cannot be read.
+        """
         if self.folder is None:
             for name, tensor in tensors.items():
                 target = local(tensor) if world_size() > 1 and tensor.dim() else tensor
                 target.copy_(own_rows(self.tensors[name]))
             return
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_loader import load
 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process may read it
-            load(dict(tensors), checkpoint_id=self.folder)
+            try:
+                load(dict(tensors), checkpoint_id=self.folder)
+            except CheckpointException as error:
+                reason = next(iter(error.failures.values()))[0]
+                raise InputError(
+                    f"{self.folder}: cannot be read: {reason}; remove it and run again, from the one before"
+                ) from error
 
 
 class Checkpoints:

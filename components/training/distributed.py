@@ -2,7 +2,8 @@
 
 Weights, gradients and optimizer states are sharded by FSDP2 (Zhao et al. 2023, arXiv 2304.11277; torch's
 `fully_shard`): rank r of W has rows r * ceil(N / W) and on of a weight of N rows. A step is that of one process on the
-same batch: gradients, counts and norms are sums over all ranks.
+same batch, up to rounding and the draws of dropout: gradients, counts and norms are sums over all ranks. Unpaired
+labels of `align` have their reference point from a micro-batch, and so differ where micro-batches do.
 """
 
 from __future__ import annotations
@@ -41,10 +42,18 @@ def rank() -> int:
 
 
 def join() -> None:
-    """Join the ranks of torchrun's environment, if there is one; gloo on CPUs, NCCL between GPUs."""
+    """Join the ranks of torchrun's environment, if there is one; gloo on CPUs, NCCL between GPUs.
+
+    Raises: InputError for more ranks than GPUs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or world_size() > 1:
         return
     if torch.cuda.is_available():
+        size, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if size > devices:
+            raise InputError(
+                f"params.yaml: run.processes: {size}: this machine has {devices} GPUs; set it to {devices}"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=MAX_WAIT)
     wait_for_all()

@@ -132,9 +132,9 @@ def case(name: str) -> Case:
 
 def run_case(name: str, folder: Path, at_step: dict[int, Callable[[], None]] | None = None, **changes: Any) -> Any:
     """Train a case with its checkpoints in `folder`; returns losses and weights, on rank 0 alone."""
-    of = case(name)
-    of.rows.at_step = at_step or {}
-    settings = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": STEPS, "optimizer": of.optimizer}
+    trained_case = case(name)
+    trained_case.rows.at_step = at_step or {}
+    settings = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": STEPS, "optimizer": trained_case.optimizer}
     # A frozen random model amplifies the last bits of a sum within some thirty steps at a higher rate.
     settings |= {
         "learning_rate": 1e-3 if name.startswith("lora") else 0.01,
@@ -146,8 +146,8 @@ def run_case(name: str, folder: Path, at_step: dict[int, Callable[[], None]] | N
     overrides = {f"pretrain.decoder.{key}": value for key, value in (settings | changes).items()}
     params = load_params(Paths(Path.cwd()).params, {"scale": "smoke"} | overrides)
     run = StageRun("pretrain@decoder", params, Paths(folder), folder, NoTracker())
-    measured = train(run, params.pretrain.decoder, of.model, of.rows, of.objective)
-    return {"losses": measured.losses, "tokens": measured.tokens, "weights": of.model.state_dict()}
+    measured = train(run, params.pretrain.decoder, trained_case.model, trained_case.rows, trained_case.objective)
+    return {"losses": measured.losses, "tokens": measured.tokens, "weights": trained_case.model.state_dict()}
 
 
 def end(number: signal.Signals) -> Callable[[], None]:
@@ -166,8 +166,8 @@ def run_rank(number: int, ranks: int, port: int, name: str, folder: Path) -> Non
     at_step = {int(step): end(signal.Signals(int(sent)))} if step and is_last else None
     join()
     checkpoints = folder / (f"{plain}+" if plus else f"{plain}-{ranks}")
-    done = run_case(plain, checkpoints, at_step, **({"checkpoint_seconds": 1e-6} if plus else {}))
-    torch.save(done, folder / f"{name}-{ranks}.pt")  # rank 0's alone comes here
+    result = run_case(plain, checkpoints, at_step, **({"checkpoint_seconds": 1e-6} if plus else {}))
+    torch.save(result, folder / f"{name}-{ranks}.pt")  # rank 0's alone comes here
 
 
 def run_ranks(ranks: int, name: str, folder: Path) -> list[int]:
@@ -179,7 +179,7 @@ def run_ranks(ranks: int, name: str, folder: Path) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run_rank, args=(each, ranks, port, name, folder)) for each in range(ranks)]
+    processes = [context.Process(target=run_rank, args=(number, ranks, port, name, folder)) for number in range(ranks)]
     for process in processes:
         process.start()
     while alive := [process.sentinel for process in processes if process.is_alive()]:

@@ -51,14 +51,14 @@ def saved(folder: Path, name: str, ranks: int) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
     """Also where rows of one rank have no targets, and its gradients are none."""
-    one, two = saved(trained, name, 1), saved(trained, name, 2)
-    assert [step for step, _ in two["losses"]] == list(range(1, STEPS + 1))
-    assert two["losses"][-1][1] < two["losses"][0][1]
-    assert [loss for _, loss in two["losses"]] == pytest.approx([loss for _, loss in one["losses"]], abs=1e-5)
-    assert two["tokens"] == one["tokens"]
-    assert two["weights"].keys() == one["weights"].keys()
-    for weight, value in one["weights"].items():
-        torch.testing.assert_close(two["weights"][weight], value, rtol=1e-3, atol=1e-3)
+    single, sharded = saved(trained, name, 1), saved(trained, name, 2)
+    assert [step for step, _ in sharded["losses"]] == list(range(1, STEPS + 1))
+    assert sharded["losses"][-1][1] < sharded["losses"][0][1]
+    assert [loss for _, loss in sharded["losses"]] == pytest.approx([loss for _, loss in single["losses"]], abs=1e-5)
+    assert sharded["tokens"] == single["tokens"]
+    assert sharded["weights"].keys() == single["weights"].keys()
+    for weight, value in single["weights"].items():
+        torch.testing.assert_close(sharded["weights"][weight], value, rtol=1e-3, atol=1e-3)
 
 
 def test_a_killed_rank_changes_no_bit(trained: Path) -> None:

@@ -30,13 +30,13 @@ NewRun = Callable[..., StageRun]
 )
 def test_every_row_is_dealt_once(ranks: int, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In as many micro-batches on each rank, or the ranks would wait for one another."""
-    rows, hands = np.arange(8), []
+    rows, shares = np.arange(8), []
     monkeypatch.setattr(distributed, "world_size", lambda: ranks)
     for rank in range(ranks):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        hands.append(dealt(rows, micro_batch_size))
-    assert len({len(hand) for hand in hands}) == 1
-    parts = [part.tolist() for hand in hands for part in hand]
+        shares.append(dealt(rows, micro_batch_size))
+    assert len({len(share) for share in shares}) == 1
+    parts = [part.tolist() for share in shares for part in share]
     assert sorted(row for part in parts for row in part) == rows.tolist()
     assert all(1 <= len(part) <= micro_batch_size for part in parts)
     if (8 // micro_batch_size) % ranks == 0:
