@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parent.parent
 LOCKS = {
     "endpoint": "requirements-serve.lock",
@@ -36,8 +38,20 @@ LIMITS = (
     "--security-opt",
     "no-new-privileges",
 )
-SERVER = ("prefect", "server", "start", "--host", "0.0.0.0", "--port", "4200")
-PREFECT_HEALTH = "import urllib.request as u; u.urlopen('http://127.0.0.1:4200/api/health', timeout=4)"
+SETTINGS = {
+    "prefect": {},
+    "mlflow": {
+        "MLFLOW_BACKEND_STORE_URI": "sqlite:////var/lib/loopwright/mlflow.db",
+        "MLFLOW_ARTIFACTS_DESTINATION": "/var/lib/loopwright/artifacts",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": KEY,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": KEY,
+    },
+    "worker": {"PREFECT_API_URL": "http://127.0.0.1:4200/api"},
+    "endpoint-a": {"LOOPWRIGHT_API_KEYS": KEY},
+}
+"""By service of deploy/compose.yaml, what differs from it: one machine, no PostgreSQL and no S3."""
+PREFECT_PAGE = "import urllib.request as u; u.urlopen('http://127.0.0.1:4200/', timeout=4)"
+"""Not its health, which is as good without a page."""
 DISTRIBUTIONS = "import importlib.metadata as m; print(*sorted({d.name for d in m.distributions()}))"
 QUESTION = f"""
 import json, urllib.request
@@ -113,47 +127,29 @@ def unlisted(engine: Engine, target: str, options: list[str]) -> list[str]:
 
 def trial(engine: Engine, state: Path, options: list[str]) -> dict[str, Any]:
     """Start the four services beside a copy of a state folder, and ask the endpoint."""
-    prefect = ["--env", "PREFECT_HOME=/var/lib/loopwright/prefect", "--env", "PREFECT_SERVER_ANALYTICS_ENABLED=false"]
-    services: dict[str, tuple[str, list[str], tuple[str, ...], tuple[str, ...]]] = {
-        "prefect": ("worker", prefect, SERVER, ("python", "-c", PREFECT_HEALTH)),
-        "mlflow": (
-            "mlflow",
-            [
-                *("--env", "MLFLOW_BACKEND_STORE_URI=sqlite:////var/lib/loopwright/mlflow.db"),
-                *("--env", "MLFLOW_ARTIFACTS_DESTINATION=/var/lib/loopwright/artifacts"),
-                *("--env", f"MLFLOW_AUTH_ADMIN_PASSWORD={KEY}", "--env", f"MLFLOW_FLASK_SERVER_SECRET_KEY={KEY}"),
-            ],
-            (),
-            health_check("mlflow"),
-        ),
-        "worker": (
-            "worker",
-            [*prefect, "--env", "PREFECT_API_URL=http://127.0.0.1:4200/api"],
-            (),
-            health_check("worker"),
-        ),
-        "endpoint": (
-            "endpoint",
-            ["--env", f"LOOPWRIGHT_API_KEYS={KEY}", "--volume", f"{state}:/var/lib/loopwright:U"],
-            (),
-            health_check("endpoint"),
-        ),
-    }
-    network, result = "none", {}
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))["services"]
+    network, result = "none", dict[str, dict[str, Any]]()
     try:
-        for name, (target, settings, command, check) in services.items():
+        for name, own in SETTINGS.items():
+            service = compose[name]
+            target = service["build"]["target"]
+            # Without compose's addresses and passwords.
+            fixed = {key: value for key, value in service["environment"].items() if not re.search(r"\$\{|://\w", value)}
+            settings = [word for key, value in (fixed | own).items() for word in ("--env", f"{key}={value}")]
+            volumes = ["--volume", f"{state}:/var/lib/loopwright:U"] if name == "endpoint-a" else []
             words = ["run", "--detach", "--name", f"images-{name}", "--network", network, *LIMITS, *options, *settings]
-            engine(*words, f"loopwright-{target}", *command)
+            engine(*words, *volumes, f"loopwright-{target}", *service.get("command", ()))
             network = "container:images-prefect"
+            check = ("python", "-c", PREFECT_PAGE) if name == "prefect" else health_check(target)
             result[name] = {"healthy after": engine.healthy_after(f"images-{name}", check)}
-        answer = engine("exec", "images-endpoint", "python", "-c", QUESTION)
-        probe = engine.run("exec", "images-endpoint", "python", "-c", PROBE)
-        for name in services:
+        answer = engine("exec", "images-endpoint-a", "python", "-c", QUESTION)
+        probe = engine.run("exec", "images-endpoint-a", "python", "-c", PROBE)
+        for name in SETTINGS:
             result[name]["memory"] = engine("stats", "--no-stream", "--format", "{{.MemUsage}}", f"images-{name}")
-        engine("stop", "--time", "60", "images-endpoint")
-        code = engine("inspect", "--format", "{{.State.ExitCode}}", "images-endpoint")
+        engine("stop", "--time", "60", "images-endpoint-a")
+        code = engine("inspect", "--format", "{{.State.ExitCode}}", "images-endpoint-a")
     finally:
-        for name in reversed(services):
+        for name in reversed(SETTINGS):
             engine.run("rm", "--force", "--time", "5", "--volumes", f"images-{name}")
     return {
         "services": result,
