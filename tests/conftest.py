@@ -80,7 +80,7 @@ class Project:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         # Dead ones: nothing that a project does on this machine may go by a proxy.
         proxies = {"http_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "127.0.0.1:9", "ALL_PROXY": "socks://127.0.0.1:9"}
-        return {**inherited, **proxies, "OMP_NUM_THREADS": "1"}
+        return {**inherited, **proxies, "OMP_NUM_THREADS": "2"}
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "loopwright", *words]
