@@ -51,9 +51,11 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             return _noted(FlowRun(flow_run, note), body)
     with prefect_api(home) as api, _tracked(name, home) as note:
         from prefect import flow, tags
+        from prefect.exceptions import MissingResult
         from prefect.settings import temporary_settings
         from prefect.states import Completed
 
+        results: list[T] = []
         refusals: list[Exception] = []
 
         @flow(name=name, validate_parameters=False)
@@ -61,7 +63,8 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
             flow_run = _current()
             with heartbeat(home, flow_run):
                 try:
-                    return _noted(FlowRun(flow_run, note), body)
+                    results.append(_noted(FlowRun(flow_run, note), body))
+                    return results[0]
                 except (Refused, StageFailed) as error:
                     if not is_refusal(error):
                         raise
@@ -74,10 +77,14 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
                 mark_crashed_runs(home, own_server=True)
                 echo(f"Prefect answers at {api.url.removesuffix('/api')} while this runs")
             try:
-                result: T = started(**parameters)
+                try:
+                    started(**parameters)
+                except MissingResult:  # seen on a busy machine: the server's copy of the last state, without the result
+                    if not (results or refusals):
+                        raise
                 if refusals:
                     raise refusals[0]
-                return result
+                return results[0]
             finally:
                 send_logs()
 
