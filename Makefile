@@ -45,6 +45,9 @@ up: setup  ## the platform in the foreground: MLflow, Prefect, worker, endpoint
 test: setup  ## the whole suite
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+test-distributed: setup  ## trainings on several processes
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m distributed
+
 check: setup  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,4 +86,4 @@ TORCH_ANYWHERE := awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch 
 sbom: setup  ## sbom.cdx.json: every package of requirements.lock, with licences and hashes, in CycloneDX
 	$(BIN)/uvx --quiet --from "cyclonedx-bom>=7,<8" cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON --output-file sbom.cdx.json
 
-.PHONY: help setup run up test check bench bench-base bench-gpu lock sbom
+.PHONY: help setup run up test test-distributed check bench bench-base bench-gpu lock sbom
