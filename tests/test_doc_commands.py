@@ -63,12 +63,17 @@ def check_command(line: str) -> str:
     if name == "loopwright":
         return check_loopwright(rest)
     if name == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return "; ".join(f"the Makefile has no target {one}" for one in rest if one not in targets)
     if name == "python" and rest[0] == "-m":
         return check_module(rest[1], rest[2:])
     if name == "curl":
         return check_curl(rest)
+    if name == "torchrun":
+        from torch.distributed.run import parse_args
+
+        asked = parse_args(rest)
+        return check_module(asked.training_script, asked.training_script_args) if asked.module else f"no module: {asked.training_script}"
     if name in TOOLS:
         return check_tool(name, rest)
     if name == "pytest":
