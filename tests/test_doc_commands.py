@@ -72,8 +72,9 @@ def check_command(line: str) -> str:
     if name == "torchrun":
         from torch.distributed.run import parse_args
 
-        asked = parse_args(rest)
-        return check_module(asked.training_script, asked.training_script_args) if asked.module else f"no module: {asked.training_script}"
+        parsed = parse_args(rest)
+        module, words = parsed.training_script, parsed.training_script_args
+        return check_module(module, words) if parsed.module else f"{module} is a file; start it by -m"
     if name in TOOLS:
         return check_tool(name, rest)
     if name == "pytest":
