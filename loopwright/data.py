@@ -101,9 +101,7 @@ def add(
         Path | None,
         typer.Option(metavar="FILE", help="Of images: leave out rows that break a rule, and write them here with why."),
     ] = None,
-    licence: Annotated[
-        str, typer.Option(help="Licence of the data, as an SPDX identifier; stated in model cards.")
-    ] = "",
+    licence: Annotated[str, typer.Option(help="Licence, as an SPDX identifier; stated in model cards.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of that name.")] = False,
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", min=1, help="Time that reading and validating may take.")
@@ -133,9 +131,8 @@ def add(
     check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
     is_adding = file_lock(paths.home / "stages", f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
-    limited = limited_to(time_limit, ", ".join(map(str, files)))
     left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
-    with is_adding, writing(paths.added), limited, left_out_rows as left_out:
+    with is_adding, writing(paths.added), limited_to(time_limit, ", ".join(map(str, files))), left_out_rows as left_out:
         names, version = built_in(paths), partial(_version, paths, name)
         info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out, licence)
     if as_json:

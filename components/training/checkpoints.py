@@ -61,7 +61,7 @@ class CheckpointState:
             except CheckpointException as error:
                 reason = next(iter(error.failures.values()))[0]
                 raise InputError(
-                    f"{self.folder}: cannot be read: {reason}; remove it and run again, from the one before"
+                    f"{self.folder}: cannot be read: {reason}; remove it and run again; an earlier checkpoint is used"
                 ) from error
 
 

@@ -165,8 +165,8 @@ def shard(run: StageRun, model: M, config: LoopConfig, device: torch.device, dty
 
 def _copied(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     """A parameter of its own, which shares memory where no dtype changes."""
-    kept = torch.float32 if weight.requires_grad else dtype
-    return nn.Parameter(weight.detach().to(kept), weight.requires_grad)
+    shard_dtype = torch.float32 if weight.requires_grad else dtype
+    return nn.Parameter(weight.detach().to(shard_dtype), weight.requires_grad)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -167,18 +167,18 @@ def test_answers_about_trained_pictures_of_easy_vqa_agree_with_the_official_ones
 
 def test_only_the_picture_tells_a_trained_yes_no_answer_of_easy_vqa(datasets: dict[str, Rows]) -> None:
     """43 % of them were told by earlier answers once, and the model learned to read those instead of the picture."""
-    told, shown = [], []
+    answerable, names_shown = [], []
     for row in datasets["sight-vqa"].train:
         assert len(exchanges(row)) <= 3
         states = set(itertools.product(COLORS, SHAPES))
         for question, answer in exchanges(row):
             if answer in ("yes", "no"):
-                told.append(not all(consistent(states, question, other) for other in ("yes", "no")))
-                shown.append((answer == "yes") == {"no", "not"}.isdisjoint(question.lower().split()))
+                answerable.append(not all(consistent(states, question, other) for other in ("yes", "no")))
+                names_shown.append((answer == "yes") == {"no", "not"}.isdisjoint(question.lower().split()))
             states = consistent(states, question, answer)
-    assert len(told) > 700
-    assert np.mean(told) <= 0.01
-    assert 0.3 < np.mean(shown) < 0.45, "a model that guesses without the picture is wrong in a third"
+    assert len(answerable) > 700
+    assert np.mean(answerable) <= 0.01
+    assert 0.3 < np.mean(names_shown) < 0.45, "a model that guesses without the picture is wrong in a third"
 
 
 def test_the_question_of_a_clips_task_comes_before_those_whose_answers_tell_it(datasets: dict[str, Rows]) -> None:
