@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from components.config.paths import Paths
+from components.runtime.params_file import write_params
 from tests.training import distributed_cases
 from tests.training.distributed_cases import STEPS
 
@@ -88,15 +89,8 @@ def test_a_run_goes_on_on_another_number_of_ranks(trained: Path) -> None:
 def launched(project: Paths, tiny_settings: dict[str, Any]) -> Paths:
     """A project whose trainings run on two processes."""
     shutil.copytree(SOURCE / "components", project.root / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    params: dict[str, Any] = {}
     settings = {"run.launcher": "torchrun", "run.processes": 2, "pretrain.decoder.max_steps": 400}
-    for dotted, value in (tiny_settings | settings).items():
-        *sections, key = dotted.split(".")
-        section = params
-        for name in sections:
-            section = section.setdefault(name, {})
-        section[key] = value
-    project.params.write_text(yaml.safe_dump(params))
+    write_params(project.params, tiny_settings | settings, echo=lambda _: None)
     return project
 
 
