@@ -11,15 +11,22 @@ const LOOPBACK = ["localhost", "127.0.0.1", "[::1]"];
 /** States of Prefect's that ask for attention. */
 const BAD = ["Failed", "Crashed", "Refused", "TimedOut", "Late"];
 
+/** Loads begun: an answer that a later load overtook is not shown. */
+let loads = 0;
+
 /** Read everything anew and show it. */
 async function load() {
   const state = byId("state");
+  const turn = (loads += 1);
   state.textContent = "Looking it up …";
   try {
-    fill(await overview());
+    const answer = await overview();
+    if (turn !== loads) return;
+    fill(answer);
     state.textContent = `As of ${new Date().toLocaleTimeString()}`;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
+    if (turn !== loads) return;
     state.textContent = error.message;
     if (error.status === 401 && (await askForKey())) await load();
   }

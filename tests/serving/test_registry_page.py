@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from components.config.params import load_params
 from components.feedback.store import AnswerRecord
@@ -129,7 +129,7 @@ def test_keys_without_the_scope_admin_read_no_registry(app: Any) -> None:
     assert app.client.get("/registry").status_code == 200, "the page itself holds nothing"
 
 
-def test_page_asks_for_a_key_and_says_what_it_lacks(site: str, visit: Visit) -> None:
+def test_page_says_what_a_key_lacks(site: str, visit: Visit) -> None:
     """A key that may not read the registry is named in one line."""
     visitor = visit(site, path="/registry")
     visitor.page.route(
@@ -140,3 +140,19 @@ def test_page_asks_for_a_key_and_says_what_it_lacks(site: str, visit: Visit) -> 
     refused = [text for text in visitor.complaints if "403" in text]
     assert refused, "the browser's console names the status"
     visitor.complaints[:] = [text for text in visitor.complaints if text not in refused]
+
+
+def test_page_shows_the_last_load_whichever_answer_comes_last(site: str, visit: Visit) -> None:
+    page = visit(site, path="/registry").page
+    expect(page.locator("#state")).to_contain_text("As of")
+    slow: list[Route] = []
+    page.route("**/v1/registry", lambda route: slow.append(route), times=1)
+    with page.expect_request("**/v1/registry"):
+        page.get_by_label("Reload").click()
+    page.get_by_label("Reload").click()
+    expect(page.locator("#state")).to_contain_text("As of")
+    empty = {"models": [], "served": [], "runs": None, "successes": {}, "feedback": {}, "drift": None, "links": []}
+    with page.expect_response("**/v1/registry"):
+        slow[0].fulfill(json=empty)
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert page.get_by_role("article", name="agent").count() == 1
