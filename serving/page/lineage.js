@@ -27,8 +27,9 @@ let opener = null;
 export async function openLineage(completionId) {
   const panel = dialog();
   if (!panel.open) opener = /** @type {HTMLElement | null} */ (document.activeElement);
-  const content = byId("lineage-content");
-  content.replaceChildren(faint("Looking it up …"));
+  // Of this answer alone: what comes late for another one goes where nobody sees it.
+  const content = make("div", {}, faint("Looking it up …"));
+  byId("lineage-content").replaceChildren(content);
   reveal();
   try {
     content.replaceChildren(...sections(await lineage(completionId)));

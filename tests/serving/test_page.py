@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from components.config.params import load_params
 from components.feedback.store import Store
@@ -209,6 +209,25 @@ def test_lineage_is_laid_open_for_a_person(site: Site, visit: Visit) -> None:
     visitor.page.keyboard.press("Escape")
     expect(panel).to_be_hidden()
     expect(visitor.page.locator(".model")).to_be_focused()
+
+
+def test_lineage_that_comes_late_is_not_shown(site: Site, visit: Visit) -> None:
+    visitor = visit(site.url)
+    page = visitor.page
+    visitor.ask("What is 6*7?")
+    visitor.answered("That is 42.")
+    slow: list[Route] = []
+    page.route("**/v1/lineage/*", lambda route: slow.append(route), times=1)
+    with page.expect_request("**/v1/lineage/*"):
+        page.locator(".model").click()
+    page.locator(".model").click()
+    panel = page.get_by_role("dialog", name="Behind this answer")
+    expect(panel.locator("h3").last).to_have_text("In a terminal")
+    late = slow[0].fetch()
+    with page.expect_response("**/v1/lineage/*"):
+        slow[0].fulfill(response=late, body=late.text().replace("That is 42.", "Of another answer."))
+    page.evaluate("new Promise(requestAnimationFrame)")
+    expect(panel).to_contain_text("That is 42.")
 
 
 def test_past_conversations_survive_and_are_deleted_only_here(site: Site, visit: Visit) -> None:
