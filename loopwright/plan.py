@@ -19,10 +19,11 @@ def plan(
     scale: Annotated[str | None, typer.Option(help="smoke, laptop, gpu or cluster; instead of params.yaml's.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="SECTION.KEY=VALUE; params.yaml stays.")] = None,
     device: Annotated[str, typer.Option(help="h200, h100, a100, l40s or l4; else the machine of bench-machine.")] = "",
-    price: Annotated[float, typer.Option(min=0, help="Of an hour of the device.")] = 0.0,
+    devices: Annotated[int | None, typer.Option(min=1, help="How many; else run.processes.")] = None,
+    price: Annotated[float, typer.Option(min=0, help="Of an hour of one device.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Print what each training of params.yaml takes on one device, and run nothing."""
+    """Print what each training of params.yaml takes on each of its devices, and run nothing."""
     from components.training import plan as planning
 
     paths = Paths(find_root())
@@ -31,15 +32,17 @@ def plan(
         raise InputError(f"--device: {device!r} is not one of {', '.join(planning.PUBLISHED)}")
     measured = paths.home / _MACHINE
     machine = planning.PUBLISHED.get(device) or (planning.Machine.read(measured) if measured.is_file() else None)
-    stages = planning.plan(params, machine)
+    count = devices or (params.run.processes if params.run.launcher != "local" else 1)
+    stages = planning.plan(params, machine, count)
     seconds = sum(stage.seconds or 0.0 for stage in stages)
-    cost = seconds / 3600 * price
+    cost = seconds / 3600 * price * count
     if as_json:
         stage_rows = [asdict(stage) for stage in stages]
-        print_json({"device": machine and machine.name, "stages": stage_rows, "seconds": seconds, "cost": cost})
+        about = {"device": machine and machine.name, "devices": count}
+        print_json({**about, "stages": stage_rows, "seconds": seconds, "cost": cost})
         return
     print_table(
-        ("stage", "parameters", "tokens", "FLOPs", "memory", "disk", "time"),
+        ("stage", "parameters", "tokens", "FLOPs", "memory" if count == 1 else "memory each", "disk", "time"),
         [
             (
                 stage.stage,
@@ -59,7 +62,7 @@ def plan(
         return
     source = "as measured here" if machine.measured else f"at {planning.ASSUMED_SHARE:.0%} of the published peak"
     bill = f", {cost:,.2f} at {price:g} an hour" if price else ""
-    print(f"{_duration(seconds)} of training on one {machine.name}, {source}{bill}")
+    print(f"{_duration(seconds)} of training on {'one' if count == 1 else count} {machine.name}, {source}{bill}")
     for section in (name for name, config in params.fine_tuned.items() if config.base):
         print(f"{section}: on {getattr(params, section).base}; its stage says what it takes before its first step")
 

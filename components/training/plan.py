@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -26,8 +26,9 @@ from components.models.devices import best_device, compute_dtype, configure_cpu,
 from components.models.encoder import EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.runtime.files import replace_file
+from components.runtime.launcher import is_distributed
 from components.token_rows.batches import Batch
-from components.training.budget import LOGIT_BYTES, Budget
+from components.training.budget import LOGIT_BYTES, STATE_BYTES, Budget
 from components.training.defaults import count_parameters
 from components.training.loop import Training, compute_in
 from components.training.objectives import CHUNK, CUDA_CHUNK, causal_lm
@@ -39,6 +40,8 @@ MEASURED_TOKENS = {"cpu": 2048, "cuda": 65_536}
 """Of a measured step."""
 MEASURED_SECONDS = 5.0
 """Of the steps of one size, at least."""
+SHARD_BYTES = 4 + STATE_BYTES
+"""Of a trained weight over all of several devices: in fp32, with its gradient and AdamW's two moments."""
 CHECKPOINT_BYTES = 12
 """Of a trained weight in a checkpoint: itself and two moments."""
 
@@ -115,7 +118,7 @@ Parts = tuple[nn.Module, int, int, Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one training stage takes on one device."""
+    """What one training stage takes on each of its devices."""
 
     stage: str
     parameters: int
@@ -123,11 +126,11 @@ class StagePlan:
     """Read in training, at most: rows shorter than the longest are counted as the longest."""
     flops: float
     memory: int
-    """Bytes at the peak."""
+    """Bytes at the peak, of each device."""
     disk: int
     """Bytes of the model, its copy in DVC's cache and two checkpoints while it trains."""
     seconds: float | None
-    """None without a machine."""
+    """None without a machine. Of several devices as many times less: what they exchange is not counted."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,14 @@ class RowCost:
     """Bytes that the forward pass keeps for the backward pass, in fp32."""
 
 
-def plan(params: Params, machine: Machine | None = None) -> list[StagePlan]:
-    """What each training stage takes that begins with a model of params.yaml; one on a base says so when it starts."""
-    return [_stage(*training, machine) for training in _trainings(params)]
+def plan(params: Params, machine: Machine | None = None, devices: int = 1) -> list[StagePlan]:
+    """What each training stage takes that begins with a model of params.yaml; one on a base says so when it starts.
+
+    The stages of `DISTRIBUTED` share `devices` alike, the others take one.
+    """
+    return [
+        _stage(*training, machine, devices if is_distributed(training[0]) else 1) for training in _trainings(params)
+    ]
 
 
 def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
@@ -192,7 +200,9 @@ def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
         yield "finetune@summarizer", params.summarizer, params.summarizer.max_steps, translated
 
 
-def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None) -> StagePlan:
+def _stage(
+    name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None, devices: int
+) -> StagePlan:
     model, tokens, targets, forward = parts
     parameters, head = count_parameters(model), cast(nn.Linear, model.head)
     cost = row_cost(model, tokens, targets, forward)
@@ -202,16 +212,26 @@ def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Mac
     logits = chunk * head.weight.shape[0] * (LOGIT_BYTES + itemsize)
     saved = cost.saved * itemsize // 4
     budget = Budget(parameters * itemsize, parameters, itemsize, saved, config.micro_batch_size, logits)
+    memory = budget.total
+    if devices > 1:
+        memory -= budget.weights + budget.states
+        memory += parameters * SHARD_BYTES // devices + _gathered(model, itemsize)
     flops = rows * cost.flops
     return StagePlan(
         name,
         parameters,
         rows * cost.tokens,
         flops,
-        budget.total,
+        memory,
         parameters * (2 * 4 + 2 * CHECKPOINT_BYTES),
-        flops / machine.rate(parameters) if machine is not None else None,
+        flops / machine.rate(parameters) / devices if machine is not None else None,
     )
+
+
+def _gathered(model: nn.Module, itemsize: int) -> int:
+    """Bytes that FSDP2 holds whole at once: what belongs to no block, two blocks, and a block's fp32 gradients."""
+    blocks = [count_parameters(block) for block in cast(Iterable[nn.Module], model.blocks)]
+    return itemsize * (count_parameters(model) - sum(blocks) + 2 * max(blocks)) + 4 * max(blocks)
 
 
 def row_cost(model: nn.Module, tokens: int, targets: int, forward: Callable[[], Tensor]) -> RowCost:

@@ -60,6 +60,18 @@ def test_time_is_operations_over_the_rate() -> None:
     assert all(stage.seconds == pytest.approx(stage.flops / (0.4 * 989e12)) for stage in stages)
 
 
+def test_devices_share_weights_states_and_time() -> None:
+    """Of each weight 16 bytes over all devices, beside what is gathered of the model and saved of the rows."""
+    params = load_params(PARAMS, {"scale": "cluster"})
+    single, pair, four = (
+        {stage.stage: stage for stage in plan(params, PUBLISHED["h200"], devices)} for devices in (1, 2, 4)
+    )
+    decoder = pair["pretrain@decoder"]
+    assert decoder.memory - four["pretrain@decoder"].memory == 16 * decoder.parameters * (1 / 2 - 1 / 4)
+    assert decoder.seconds == single["pretrain@decoder"].seconds / 2
+    assert pair["finetune@classifier"] == single["finetune@classifier"], "trains as one process"
+
+
 def test_stages_on_a_base_are_left_out() -> None:
     names = [stage.stage for stage in plan(load_params(PARAMS, {"tune.base": "theirs@champion"}))]
     assert "tune" not in names
