@@ -358,6 +358,8 @@ def test_the_loop_with_nothing_embedded(project: tuple[Project, dict[str, str]],
             vote = {"completion_id": answer["id"], "rating": "down", "correction": "Welcome, friend."}
             client.post("/v1/feedback", json=vote).raise_for_status()
         assert ask("feedback", "ingest")["accepted"] == 8
+        for folder in ("data", ".dvc/cache"):  # as on another host, whose disk is empty
+            subprocess.run(["git", "clean", "-fdxq", folder], cwd=here.root, check=True)
         improved = here.loopwright("improve", "--json", **environment)
         assert improved.returncode == 3, improved.stderr  # of so few steps and votes
         ask("registry", "promote", "agent", "2")
