@@ -207,19 +207,22 @@ class ContinuousBatch:
         """
         if not (rows := self.prefilling):
             return []
-        width = _up(min(max(len(row.ids) - row.cached for row in rows), self._widest))
+        unread = [len(row.ids) - row.cached for row in rows]
+        width = _up(min(max(unread), self._widest))
+        is_last = max(unread) <= width
         seen = min(max(row.cached for row in rows) + width, self.context)
         tokens = np.zeros((len(rows), width), dtype=np.int64)
-        counts = [min(width, len(row.ids) - row.cached) for row in rows]
+        # Every row keeps its last token for the last pass, whose stream its first new token comes from.
+        counts = [min(width, count if is_last else count - 1) for count in unread]
         for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
             tokens[index, :count] = row.ids[row.cached : row.cached + count]
-        newest = [index * width + count - 1 for index, count in enumerate(counts)]
+        newest = [index * width + max(count - 1, 0) for index, count in enumerate(counts)]
         if self._bank is not None:
             self._bank.select([row.adapter for row in rows])
         hidden = self._pass(rows, tokens, counts, seen, newest)
         for row, count in zip(rows, counts, strict=True):
             row.cached += count
-        if any(row.cached < len(row.ids) for row in rows):
+        if not is_last:
             return []
         self.prefilling, self.decoding = [], self.decoding + rows
         self._pick(rows, hidden)

@@ -258,6 +258,22 @@ def test_long_prompts_are_read_in_parts_while_others_write(model: Decoder, monke
         assert long.generated == uncached(model, long)
 
 
+@pytest.mark.parametrize("lengths", [(40, 3, 17), (3, 40, 17), (17, 16, 1)])
+def test_prompts_of_other_lengths_are_read_in_the_same_parts(
+    model: Decoder, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long context a pass reads little, and a group takes several passes."""
+    monkeypatch.setattr("components.inference.batching.SHORT", 16 * model.config.max_seq_len)
+    rows, alone = ([Row([place % 50 for place in range(length)], 4) for length in lengths] for _ in range(2))
+    slots = Watched(model, 3)
+    assert slots.group(rows) == len(rows)
+    run(slots, rows)
+    for row, same in zip(rows, alone, strict=True):
+        single = Watched(model, 3)
+        run(single, [same])
+        assert all(map(torch.equal, slots.logits[row], single.logits[same]))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is read from /proc")
 def test_slots_take_memory_as_they_are_used(grouped: Decoder) -> None:
     """Eight times the context of a base of today is more than the machine has."""
