@@ -42,8 +42,8 @@ def test_a_base_of_135_million_gets_what_was_measured_to_suit_it() -> None:
         "learning_rate": 0.001,
         "global_batch_size": 8,
         "micro_batch_size": 4,
-        "max_steps": 400,
-        "warmup_steps": 20,
+        "max_steps": 800,
+        "warmup_steps": 40,
     }
 
 
