@@ -200,9 +200,7 @@ def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
         yield "finetune@summarizer", params.summarizer, params.summarizer.max_steps, translated
 
 
-def _stage(
-    name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None, devices: int
-) -> StagePlan:
+def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None, devices: int) -> StagePlan:
     model, tokens, targets, forward = parts
     parameters, head = count_parameters(model), cast(nn.Linear, model.head)
     cost = row_cost(model, tokens, targets, forward)
