@@ -69,7 +69,7 @@ def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool =
     if is_empty(paths.home):
         raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
     if is_shared(paths.home) and not dry_run:  # on a host of its own, what is missing was removed
-        fetch_missing(root, IMPROVEMENT)
+        fetch_missing(root, IMPROVEMENT, paths.collected)
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
     store, registry = Store.of(paths.home), shared_registry(paths.home)

@@ -302,13 +302,17 @@ def test_a_databases_artifacts_go_where_they_should(
 def project(
     released: Released, servers: Servers, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Project, dict[str, str]]]:
-    """A clone with the lock files and DVC's cache of the released project, and the environment of its commands."""
+    """A clone with what the released project has in git and in DVC's cache, and the environment of its commands."""
     project = clone(tmp_path / "project")
     shutil.copy(released.project.root / "params.yaml", project.root)
     for pipeline in PIPELINES:
         lock = Path(pipeline).with_suffix(".lock")
         if (released.project.root / lock).is_file():
             shutil.copy(released.project.root / lock, project.root / lock)
+    shutil.copytree(released.project.root / "data/metrics", project.root / "data/metrics", dirs_exist_ok=True)
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.com"]
+    for words in (["add", "--all"], ["commit", "--quiet", "--message", "The release"]):
+        subprocess.run([*git, *words], cwd=project.root, check=True)
     shutil.copytree(released.project.root / ".dvc/cache", project.root / ".dvc/cache", copy_function=os.link)
     with prefect_server(tmp_path_factory.mktemp("prefect"), servers.postgres) as prefect:
         database = new_database(servers.postgres, "store")

@@ -223,13 +223,16 @@ def fetch_version(root: Path, folder: Path, version: str) -> None:
         repo.pull(targets=[f"{folder.relative_to(root)}.dvc"], force=True)
 
 
-def fetch_missing(root: Path, pipeline: str) -> None:
+def fetch_missing(root: Path, pipeline: str, collected: Path) -> None:
     """Bring what the stages of a pipeline read and other stages wrote, where it is not on this disk, from the remote.
+
+    Their dependencies name the validations of datasets; what they read is in `collected`.
 
     Raises: InputError when the remote lacks something.
     """
     written = {out for stage in read_stages(root, PIPELINE).values() for out in outs(stage)}
     read = {dep for stage in read_stages(root, pipeline).values() for dep in stage.get("deps", [])}
+    read.add(str(collected.relative_to(root)))
     targets = sorted(
         dep for dep in read if not (root / dep).exists() and any(Path(dep).is_relative_to(out) for out in written)
     )

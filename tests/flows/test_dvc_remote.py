@@ -13,7 +13,7 @@ import yaml
 from components.config.errors import InputError
 from components.config.paths import Paths
 from flows.orchestration.dvc_remote import push_data
-from flows.orchestration.dvc_repo import open_repo, prune_cache
+from flows.orchestration.dvc_repo import fetch_missing, open_repo, prune_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
 
@@ -59,6 +59,18 @@ def test_versions_go_to_the_named_remote_and_not_twice_to_the_same_disk(root: Pa
     locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"]["copy"]["outs"]
     (md5,) = (out["md5"] for out in locked if out["path"] == "data")
     assert (tmp_path / "remote/files/md5" / md5[:2] / md5[2:]).is_file()
+
+
+def test_a_later_pipelines_data_comes_from_the_remote(root: Path, tmp_path: Path) -> None:
+    """Also what its stages read behind a dependency of another name."""
+    name_remote(root, url=tmp_path / "remote")
+    push_data(root)
+    for folder in ("data", ".dvc/cache"):
+        shutil.rmtree(root / folder)
+    (root / "later").mkdir()
+    (root / "later/dvc.yaml").write_text(yaml.safe_dump({"stages": {"read": {"cmd": "true", "deps": ["in.txt"]}}}))
+    fetch_missing(root, "later/dvc.yaml", root / "data")
+    assert (root / "data/out.txt").read_text() == "text"
 
 
 def test_a_remote_that_takes_nothing_is_reported(root: Path, tmp_path: Path) -> None:
