@@ -25,7 +25,14 @@ KINDS = ("decoder", "encoder", "encoder_decoder", "align")
 CASES = [f"{kind}-{optimizer}" for kind in KINDS for optimizer in ("adamw", "muon")] + ["lora-adamw"]
 KILLED, STOPPED = "encoder-muon+9@23", "decoder-muon+15@17"
 ITEMS = [f"{ranks}:{name}" for name in CASES for ranks in (1, 2)]
-ITEMS += [f"2:{KILLED}", "2:encoder-muon+", f"2:{STOPPED}", "1:decoder-muon+15@34", "3:decoder-muon+"]
+ITEMS += [
+    f"2:{KILLED}",
+    "flip:encoder-muon+",
+    "2:encoder-muon+",
+    f"2:{STOPPED}",
+    "1:decoder-muon+15@34",
+    "3:decoder-muon+",
+]
 """The latter ones go on from the checkpoints of those before."""
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command, cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
     )
     (folder / "stderr").write_text(ended.stderr)
+    (folder / "stdout").write_text(ended.stdout)
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -63,9 +71,13 @@ def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
 
 
 def test_a_killed_rank_changes_no_bit(trained: Path) -> None:
+    """Nor does a shard of the last checkpoint that is altered afterwards: the one before is used."""
     codes = json.loads((trained / "exit_codes.json").read_text())[f"2:{KILLED}"]
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
+    altered, _, rest = (trained / "stdout").read_text().partition("altered step-")[2].partition("\n")
+    assert f"step-{altered}: torn checkpoint (its digest differs); skipped\n" in rest
+    assert f"resumed at step {int(altered[:8]) - 1}\n" in rest
     resumed, unbroken = saved(trained, "encoder-muon+", 2), saved(trained, "encoder-muon", 2)
     assert resumed["losses"] == unbroken["losses"]
     for name, weight in unbroken["weights"].items():
