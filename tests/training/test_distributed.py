@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -113,6 +114,16 @@ def start(stage: str, root: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=root, env=os.environ | own | environment, **pipes)
 
 
+def ranks_of(root: Path) -> list[psutil.Process]:
+    """The running ranks of a project, in their order."""
+    ranks: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
+        environment = process.info["environ"] or {}
+        if process.info["cwd"] == str(root) and "RANK" in environment and process.info["cmdline"][1:2] == ["-m"]:
+            ranks[int(environment["RANK"])] = process
+    return [ranks[number] for number in sorted(ranks)]
+
+
 def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None:
     """Rank 0 alone reports and writes; SIGTERM saves a checkpoint, from which the ranks go on."""
     with start("pretrain@decoder", launched.root) as stage:
@@ -136,6 +147,21 @@ def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None
     assert (metrics["steps"], metrics["tokens"]) == (400, 400 * 4 * 30)
     report = json.loads((launched.root / "var/stages/pretrain@decoder.json").read_text())
     assert report["exit_code"] == 0
+
+
+def test_ranks_start_again_when_one_was_killed(launched: Paths) -> None:
+    with start("pretrain@decoder", launched.root) as stage:
+        assert stage.stdout is not None
+        for line in stage.stdout:
+            if " 5/400 " in line:
+                ranks_of(launched.root)[1].kill()
+                break
+        output, errors = stage.communicate()
+    assert stage.returncode == 0, errors
+    restart = "pretrain@decoder: process 1 of 2 ended with signal 9; 2 start again from the last checkpoint"
+    assert errors.splitlines().count(restart) == 1, errors
+    assert output.count("resumed at step") == 1
+    assert output.count(" 400/400 ") == 1
 
 
 def test_what_ranks_cannot_do_is_refused_in_one_line(launched: Paths) -> None:

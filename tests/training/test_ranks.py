@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from components.config.params import InputError
 from components.models.decoder import Decoder, DecoderConfig
-from components.runtime.launcher import processes_of, refuse_ranks
+from components.runtime.launcher import launcher_settings, refuse_ranks
 from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import TokenRows
 from components.training import checkpoints as checkpoints_module
@@ -120,13 +120,14 @@ def test_training_goes_on_while_its_checkpoint_is_written(new_run: NewRun, monke
 def test_stages_that_train_start_ranks(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     root = new_run().paths.root
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert processes_of("tune", root) == 1
+    assert launcher_settings("tune", root) is None
     (root / "params.yaml").write_text("scale: smoke\nrun: {launcher: torchrun, processes: 3}\n")
     trainings = ("tune", "pretrain@encoder", "finetune@summarizer", "align")
-    assert [processes_of(name, root) for name in trainings] == [3, 3, 3, 3]
-    assert [processes_of(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision")] == [1, 1, 1]
+    found = [launcher_settings(name, root) for name in trainings]
+    assert [settings and settings.processes for settings in found] == [3, 3, 3, 3]
+    assert not any(launcher_settings(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes_of("tune", root) == 1, "it is a rank itself"
+    assert launcher_settings("tune", root) is None, "it is a rank itself"
     refuse_ranks("tune")
     with pytest.raises(InputError, match="finetune@classifier: runs as one process, not 2; start it without torchrun"):
         refuse_ranks("finetune@classifier")
