@@ -123,12 +123,20 @@ def _submit(client: Any, name: str, key: str, processes: int, root: Path, home: 
     command = [sys.executable, "-m", "components.runtime.ray_job", name, str(processes), str(file)]
     prefix = _prefix(name, key)
     count = sum((job.submission_id or "").startswith(prefix) for job in client.list_jobs())
-    job: str = client.submit_job(
-        entrypoint=f"cd {shlex.quote(str(root))} && exec {shlex.join(command)}",
-        submission_id=f"{prefix}{count}",
-        runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END)}},
-    )
-    return job
+    deadline = time.monotonic() + _SECONDS_TO_ANSWER
+    while True:
+        try:
+            job: str = client.submit_job(
+                entrypoint=f"cd {shlex.quote(str(root))} && exec {shlex.join(command)}",
+                submission_id=f"{prefix}{count}",
+                runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END)}},
+            )
+        except RuntimeError as error:  # a cluster that was just started has no agent yet
+            if time.monotonic() > deadline:
+                raise InputError(f"params.yaml: run.address: the Ray cluster takes no job: {_reason(error)}") from error
+            time.sleep(1.0)
+        else:
+            return job
 
 
 def _prefix(name: str, key: str) -> str:

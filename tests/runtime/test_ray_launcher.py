@@ -37,7 +37,7 @@ class Client:
     parts: list[str]
     ending: tuple[Status, int | None]
     words: dict[str, Any]
-    is_interrupted = False
+    is_starting = is_interrupted = False
 
     def __init__(self, address: str) -> None:
         assert address == "http://head:8265"
@@ -46,6 +46,9 @@ class Client:
         return [SimpleNamespace(submission_id=job, status=status) for job, status in self.jobs.items()]
 
     def submit_job(self, submission_id: str, **words: Any) -> str:
+        if Client.is_starting:
+            Client.is_starting = False
+            raise RuntimeError("No available agent to submit job, please try again later")
         assert submission_id not in self.jobs
         Client.jobs = {**self.jobs, submission_id: Status.RUNNING}
         Client.words = words
@@ -102,7 +105,7 @@ def test_a_job_of_the_same_inputs_is_followed_while_it_runs(client: type[Client]
     before = client.jobs
     assert launch("tune", "0123", SETTINGS, tmp_path, tmp_path) == 0
     assert client.jobs == before
-    client.jobs = {"tune-0123-0": Status.FAILED, "tune-0123-1": Status.SUCCEEDED}
+    client.jobs, client.is_starting = {"tune-0123-0": Status.FAILED, "tune-0123-1": Status.SUCCEEDED}, True
     assert launch("tune", "0123", SETTINGS, tmp_path, tmp_path) == 0
     assert list(client.jobs) == ["tune-0123-0", "tune-0123-1", "tune-0123-2"], "Ray takes an id once"
 

@@ -79,7 +79,8 @@ def read_until(stage: subprocess.Popen[str], part: str) -> list[str]:
         lines.append(line)
         if part in line:
             return lines
-    raise AssertionError(f"{part!r} is not in {lines}")
+    assert stage.stderr is not None
+    raise AssertionError(f"{part!r} is not in {lines}\n{stage.stderr.read()}")
 
 
 def test_a_killed_rank_and_a_killed_launcher_end_no_job(project_on_ray: Paths) -> None:
