@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ _SECONDS_TO_ANSWER = 120.0
 """How long a cluster that was there may be away, as while its head is restarted."""
 _TOKENS, _TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
 """Where Ray looks for the cluster's token."""
+_SECONDS_TO_STOP = 10.0
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
@@ -52,8 +53,9 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
         except SystemExit as stopped:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # more of them change nothing
-            client.stop_job(job)
-            _follow(client, job, log)
+            with suppress(Exception):  # a Ray of this machine may be ending by the same signal
+                client.stop_job(job)
+                _follow(client, job, log, patience=_SECONDS_TO_STOP)
             raise stopped from None
 
 
@@ -133,7 +135,10 @@ def _submit(client: Any, name: str, key: str, processes: int, root: Path, home: 
             )
         except RuntimeError as error:  # a cluster that was just started has no agent yet
             if time.monotonic() > deadline:
-                raise InputError(f"params.yaml: run.address: the Ray cluster takes no job: {_reason(error)}") from error
+                raise InputError(
+                    f"params.yaml: run.address: the Ray cluster takes no job: {_reason(error)}; where another Ray runs"
+                    " on this machine, write its dashboard, such as http://127.0.0.1:8265"
+                ) from error
             time.sleep(1.0)
         else:
             return job
@@ -143,10 +148,10 @@ def _prefix(name: str, key: str) -> str:
     return f"{name.replace('@', '-')}-{key}-"
 
 
-def _follow(client: Any, job: str, log: _Log) -> int:
+def _follow(client: Any, job: str, log: _Log, patience: float = _SECONDS_TO_ANSWER) -> int:
     """Pass on a job's lines until it ends, and return its exit code.
 
-    Raises: InputError for what the job refuses, and when the cluster no longer answers.
+    Raises: InputError for what the job refuses, and when the cluster has not answered for `patience` seconds.
     """
     answered = time.monotonic()
     while True:
@@ -154,7 +159,7 @@ def _follow(client: Any, job: str, log: _Log) -> int:
             asyncio.run(log.follow(client, job))
             info = client.get_job_info(job)
         except Exception as error:
-            if time.monotonic() - answered > _SECONDS_TO_ANSWER:
+            if time.monotonic() - answered > patience:
                 raise InputError(
                     f"params.yaml: run.address: the Ray cluster does not answer ({_reason(error)}); the job {job} may"
                     " still run: run again to follow it"

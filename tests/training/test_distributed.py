@@ -119,7 +119,7 @@ def ranks_of(root: Path) -> list[psutil.Process]:
     ranks: dict[int, psutil.Process] = {}
     for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
         environment = process.info["environ"] or {}
-        if process.info["cwd"] == str(root) and "RANK" in environment and process.info["cmdline"][1:2] == ["-m"]:
+        if process.info["cwd"] == str(root) and "RANK" in environment and "-m" in process.info["cmdline"][1:3]:
             ranks[int(environment["RANK"])] = process
     return [ranks[number] for number in sorted(ranks)]
 

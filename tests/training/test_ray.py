@@ -54,12 +54,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def project_on_ray(project: Paths, tiny_settings: dict[str, Any], cluster: str) -> Paths:
-    """A project whose trainings run on two processes of the cluster."""
+def ray_project(project: Paths, tiny_settings: dict[str, Any]) -> Paths:
+    """A project whose trainings run on two processes of a Ray of their own."""
     shutil.copytree(SOURCE / "components", project.root / "components", ignore=shutil.ignore_patterns("__pycache__"))
-    settings = {"run.launcher": "ray", "run.processes": 2, "run.address": cluster, "pretrain.decoder.max_steps": STEPS}
+    settings = {"run.launcher": "ray", "run.processes": 2, "pretrain.decoder.max_steps": STEPS}
     write_params(project.params, tiny_settings | settings, echo=lambda _: None)
     return project
+
+
+@pytest.fixture
+def project_on_ray(ray_project: Paths, cluster: str) -> Paths:
+    """A project whose trainings run on two processes of the cluster."""
+    write_params(ray_project.params, {"run.address": cluster}, echo=lambda _: None)
+    return ray_project
 
 
 def losses(project: Paths) -> list[float]:
@@ -81,6 +88,26 @@ def read_until(stage: subprocess.Popen[str], part: str) -> list[str]:
             return lines
     assert stage.stderr is not None
     raise AssertionError(f"{part!r} is not in {lines}\n{stage.stderr.read()}")
+
+
+def test_without_an_address_a_stage_has_a_ray_of_its_own(ray_project: Paths) -> None:
+    """Before there is the cluster of the other tests: a machine has room for one Ray that takes jobs.
+
+    SIGTERM to all its processes, as `loopwright run` sends it, ends it behind a checkpoint.
+    """
+    root = ray_project.root
+    with start(root) as stage:
+        read_until(stage, f" 5/{STEPS} ")
+        members = psutil.Process(stage.pid).children(recursive=True)
+        for process in (*members, psutil.Process(stage.pid)):
+            process.terminate()
+        output, errors = stage.communicate()
+    assert stage.returncode == 128 + signal.SIGTERM, output + errors
+    assert not psutil.wait_procs(members, 60)[1]
+    with start(root) as stage:
+        output, errors = stage.communicate()
+    assert stage.returncode == 0, output + errors
+    assert output.count("resumed at step") == 1
 
 
 def test_a_killed_rank_and_a_killed_launcher_end_no_job(project_on_ray: Paths) -> None:
@@ -152,21 +179,3 @@ def test_what_a_cluster_cannot_do_is_refused_in_one_line(project_on_ray: Paths, 
         report = json.loads((project_on_ray.root / "var/stages/pretrain@decoder.json").read_text())
         assert (report["exit_code"], report["message"]) == (1, refusal)
         project_on_ray.params.write_text(text)
-
-
-def test_without_an_address_a_stage_has_a_ray_of_its_own(project_on_ray: Paths) -> None:
-    """Which SIGTERM to all its processes, as `loopwright run` sends it, ends behind a checkpoint."""
-    root = project_on_ray.root
-    write_params(project_on_ray.params, {"run.address": None}, echo=lambda _: None)
-    with start(root) as stage:
-        read_until(stage, f" 5/{STEPS} ")
-        members = psutil.Process(stage.pid).children(recursive=True)
-        for process in (*members, psutil.Process(stage.pid)):
-            process.terminate()
-        output, errors = stage.communicate()
-    assert stage.returncode == 128 + signal.SIGTERM, output + errors
-    assert not psutil.wait_procs(members, 60)[1]
-    with start(root) as stage:
-        output, errors = stage.communicate()
-    assert stage.returncode == 0, output + errors
-    assert output.count("resumed at step") == 1
