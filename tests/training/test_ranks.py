@@ -100,8 +100,8 @@ def test_one_process_goes_on_from_the_checkpoint_of_several(
 def test_training_goes_on_while_its_checkpoint_is_written(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is the state of the step that it was saved at."""
     run, may_write = new_run(), Event()
-    write = checkpoints_module.replace_file
-    monkeypatch.setattr(checkpoints_module, "replace_file", lambda *words: may_write.wait(60) and write(*words))
+    write = checkpoints_module.tensors_to_bytes
+    monkeypatch.setattr(checkpoints_module, "tensors_to_bytes", lambda *words: may_write.wait(60) and write(*words))
     training = new_training(run)
     state = training.state()
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
