@@ -48,6 +48,10 @@ test: setup  ## the whole suite
 test-distributed: setup  ## trainings on several processes
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m distributed
 
+test-cluster: setup  ## trainings on a Ray of this machine (extra cluster)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[cluster]"
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m cluster
+
 check: setup  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -86,4 +90,4 @@ TORCH_ANYWHERE := awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch 
 sbom: setup  ## sbom.cdx.json: every package of requirements.lock, with licences and hashes, in CycloneDX
 	$(BIN)/uvx --quiet --from "cyclonedx-bom>=7,<8" cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON --output-file sbom.cdx.json
 
-.PHONY: help setup run up test test-distributed check bench bench-base bench-gpu lock sbom
+.PHONY: help setup run up test test-distributed test-cluster check bench bench-base bench-gpu lock sbom

@@ -29,14 +29,15 @@ SOURCE = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests marked `distributed`, which take both cores for minutes, unless `-m` names them.
+    """Leave out the tests marked `distributed` or `cluster`, which take both cores for minutes, unless `-m` names them.
 
     Services and pipelines come first: at the end, one of pytest-xdist's workers would run them alone.
     """
-    if "distributed" not in config.getoption("-m"):
-        left_out = [item for item in items if item.get_closest_marker("distributed")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    for marker in ("distributed", "cluster"):
+        if marker not in config.getoption("-m"):
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("platform", "servers"))))
 
 

@@ -33,7 +33,7 @@ from tests.pages import ROOT, SPAN, Text, fences, is_parameter, prose
 
 TOOLS = ("bentoml", "dvc", "mlflow", "prefect")
 """Their own help is asked for subcommands and options."""
-OTHERS = ("git", "vllm", "pre-commit", "export", "eval")
+OTHERS = ("git", "vllm", "ray", "pre-commit", "export", "eval")
 """Taken as they are."""
 
 

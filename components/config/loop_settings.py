@@ -45,10 +45,13 @@ class KeepConfig(Section):
 class RunConfig(Section):
     """How stages are started; no result becomes out of date, though rounding and dropout are others."""
 
-    launcher: Literal["local", "torchrun"]
-    """torchrun: stages that train run as `processes` ranks; local: each stage is one process."""
+    launcher: Literal["local", "torchrun", "ray"]
+    """torchrun: stages that train run as `processes` ranks of this machine; ray: of a Ray cluster; local: each stage is
+    one process."""
     processes: int = Field(ge=1, le=1024)
-    """Ranks of a training on this machine: one for each GPU."""
+    """Ranks of a training: one for each GPU."""
+    address: str | None = Field(min_length=1)
+    """ray: the dashboard of the cluster's head, `http://HOST:8265`; null: a Ray on this machine for the stage alone."""
 
 
 class CurateConfig(Section):

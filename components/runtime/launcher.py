@@ -1,7 +1,7 @@
-"""A stage on several processes: torchrun starts them, and rank 0 alone locks, reports, tracks and writes.
+"""A stage on several processes: torchrun or Ray starts them, and rank 0 alone locks, reports, tracks and writes.
 
 torchrun's environment is the interface: a process that has it, as under `torchrun -m components.runtime.stage NAME`, is
-one rank. The launcher only starts torchrun and passes on how it ended.
+one rank. The launcher only starts torchrun and passes on how it ended; `components/runtime/ray_launcher.py` is Ray's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from components.config.loop_settings import RunConfig
 from components.config.params import InputError, load_params
 
 DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
 """Stages, or items of their matrix, that train on several processes."""
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+MAX_RESTARTS = 3
+"""How often the ranks start again from their last checkpoint after one was killed."""
 _SECONDS_FOR_RANK_0 = 60.0
 _SECONDS_TO_END = 90
 """For a step and its checkpoint after a signal, as the orchestrator allows; torchrun's own are 30."""
@@ -30,15 +33,16 @@ def rank() -> int:
     return int(os.environ.get(RANK, "0"))
 
 
-def processes_of(name: str, root: Path) -> int:
-    """How many processes this one has to start for a stage; 1 where it runs the stage itself."""
+def launcher_settings(name: str, root: Path) -> RunConfig | None:
+    """How this process has to start a stage's ranks; None where it runs the stage itself."""
     if WORLD_SIZE in os.environ or not is_distributed(name):
-        return 1
+        return None
     try:
         settings = load_params(root / "params.yaml").run
     except InputError:
-        return 1  # which the stage says itself
-    return settings.processes if settings.launcher == "torchrun" else 1
+        return None  # which the stage says itself
+    is_one = settings.launcher == "local" or (settings.launcher == "torchrun" and settings.processes == 1)
+    return None if is_one else settings
 
 
 def is_distributed(name: str) -> bool:
@@ -56,7 +60,11 @@ def refuse_ranks(name: str) -> None:
 
 
 def launch(name: str, processes: int) -> int:
-    """Run a stage on processes of this machine and return its exit code: that of the rank that failed first."""
+    """Run a stage on processes of this machine and return its exit code: that of the rank that failed first.
+
+    After a kill of one all start again from their last checkpoint, `MAX_RESTARTS` times. torchrun's own restarts would
+    repeat a refusal.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -66,23 +74,39 @@ def launch(name: str, processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
     words = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(_SECONDS_TO_END)]
     words += ["-m", "components.runtime.stage", name]
-    try:
-        run(parse(words))
-    except SignalException as error:
-        return 128 + int(error.sigval)
-    except ChildFailedError as error:
-        # torchrun ends the others, whose codes are here too; its times are whole seconds, so a kill goes first.
-        def order(item: Any) -> tuple[int, bool, int]:
-            failure = item[1]
-            return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, item[0]
-
-        number, failure = min(error.failures.items(), key=order)
-        code = failure.exitcode
-        if code < 0 or number:
-            ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-            print(f"{name}: process {number} of {processes} ended with {ending}", file=sys.stderr, flush=True)
-        return code if code >= 0 else 128 - code
+    for restart in range(MAX_RESTARTS + 1):
+        try:
+            run(parse(words))
+        except SignalException as error:
+            return 128 + int(error.sigval)
+        except ChildFailedError as error:
+            number, code = _first_failure(error)
+            is_last = code >= 0 or restart == MAX_RESTARTS
+            if code < 0 or number:
+                ending = f"signal {-code}" if code < 0 else f"exit code {code}"
+                again = "" if is_last else f"; {processes} start again from the last checkpoint"
+                print(
+                    f"{name}: process {number} of {processes} ended with {ending}{again}", file=sys.stderr, flush=True
+                )
+            if is_last:
+                return code if code >= 0 else 128 - code
+        else:
+            break
     return 0
+
+
+def _first_failure(error: Any) -> tuple[int, int]:
+    """Number and exit code of the rank that failed first, of those in torchrun's error.
+
+    torchrun ends the others, whose codes are there too; its times are whole seconds, so a kill goes first.
+    """
+
+    def order(item: Any) -> tuple[int, bool, int]:
+        failure = item[1]
+        return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, item[0]
+
+    number, failure = min(error.failures.items(), key=order)
+    return number, failure.exitcode
 
 
 def report_behind_rank_0(message: str) -> None:

@@ -24,14 +24,16 @@ from typing import Any
 
 import yaml
 
+from components.config.loop_settings import RunConfig
 from components.config.model_settings import Family
 from components.config.params import FAMILIES, FAMILY_OF_SECTION, InputError, Params, Refused, flat, load_params
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import redacted
 from components.config.versions import VERSIONS_FILE
+from components.runtime import ray_launcher
 from components.runtime.checkpoint_folders import History, checkpoint_folder, copy_lock_files, remove_committed
 from components.runtime.files import keep_private, remove, replace_file
-from components.runtime.launcher import launch, processes_of, rank, refuse_ranks, report_behind_rank_0
+from components.runtime.launcher import launch, launcher_settings, rank, refuse_ranks, report_behind_rank_0
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import EventLog, NoTracker
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
@@ -66,6 +68,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "DO_NOT_TRACK": "1",
     "GX_ANALYTICS_ENABLED": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Set before a stage imports its libraries, unless its caller set them."""
 
@@ -290,6 +293,20 @@ def run_stage(name: str, root: Path) -> int:
     return code
 
 
+def start_ranks(name: str, root: Path, settings: RunConfig) -> int:
+    """Start the ranks of a stage by the launcher of the settings, and return the exit code."""
+    if settings.launcher == "torchrun":
+        return launch(name, settings.processes)
+    paths, started = Paths(root), time.time()
+    try:
+        key = stage_inputs(name, paths, load_params(paths.params)).key
+        return ray_launcher.launch(name, key, settings, root, paths.home)
+    except InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        _write_report(paths, name, started, 1, str(error))
+        return 1
+
+
 def run_beside_rank_0(name: str, root: Path) -> int:
     """Run a rank other than 0 of a stage: it trains, and writes nothing but its rows of checkpoints."""
     paths = Paths(root)
@@ -359,8 +376,8 @@ def main() -> None:
         print(f"components.runtime.stage: {name!r} is no stage; one of {', '.join(stages)}", file=sys.stderr)
         sys.exit(2)
     keep_private(Paths(root))
-    if (processes := processes_of(name, root)) > 1:
-        sys.exit(launch(name, processes))
+    if settings := launcher_settings(name, root):
+        sys.exit(start_ranks(name, root, settings))
     sys.exit(run_beside_rank_0(name, root) if rank() else run_stage(name, root))
 
 

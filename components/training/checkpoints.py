@@ -1,9 +1,9 @@
 """Resumable checkpoints of a run: one file each, written atomically; of several processes a folder each.
 
-A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. In a folder,
-which `torch.distributed.checkpoint` writes and which any number of processes reads, `commit.json` is written last;
-its shards have no digest. The last two are kept, also after the last step: the stage runner removes them when DVC has
-stored the result.
+Training waits for a copy of the tensors alone, which a thread then writes. A file's name has the digest of its
+content, so that a torn or altered file is recognized and skipped. In a folder, which `torch.distributed.checkpoint`
+writes and which any number of processes reads, `commit.json` is written last, with the digest of every other file.
+The last two are kept, also after the last step: the stage runner removes them when DVC has stored the result.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from components.config.params import InputError
 from components.runtime.files import remove, replace_file, write_text
-from components.training.distributed import local, own_rows, rank, wait_for_all, world_size
+from components.runtime.stage import digest
+from components.training.distributed import MAX_WAIT, agreed, local, own_rows, rank, summed, world_size
 
 MAX_CHECKPOINTS = 2
-COMMIT = "commit.json"
+COMMIT, VALUES = "commit.json", "values.json"
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
 _FOLDER = re.compile(r"step-(\d{8})-shards")
 
@@ -70,46 +73,81 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._writing: Future[None] | None = None
+        self._stager: Any = None
+        self._group: dist.ProcessGroup | None = None
 
     def save(self, state: CheckpointState) -> None:
-        """Write a checkpoint.
+        """Copy a checkpoint and let a thread write it, once the checkpoint before is written.
 
-        Raises: InputError when it cannot be written; earlier checkpoints stay.
+        The copies keep their memory until `wait`, so that the next checkpoint takes no new one.
+
+        Raises: InputError when the checkpoint before could not be written; earlier checkpoints stay.
         """
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        self._finish()
+        self._stager = self._stager or DefaultStager(StagingOptions(False, False, False, False))
+        tensors, values = self._stager.stage(state.tensors), json.dumps(state.values)
+        write: Callable[[int, dict[str, Tensor], str], None] = self._write_file
         if world_size() > 1:
-            self._save_shards(state)
-            return
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors.items()}
-        content = tensors_to_bytes(tensors, {"facts": json.dumps(state.values)})
+            # Of its own: training goes on in that of all ranks, in another order.
+            self._group = self._group or dist.new_group(backend="gloo", timeout=MAX_WAIT)
+            write = self._write_shards
+        thread = ThreadPoolExecutor(1)
+        self._writing = thread.submit(write, state.step, tensors, values)
+        thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written.
+
+        Raises: InputError when it cannot be; earlier checkpoints stay.
+        """
+        self._finish()
+        self._stager = None
+
+    def _finish(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write_file(self, step: int, tensors: dict[str, Tensor], values: str) -> None:
+        content = tensors_to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, {"facts": values})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"step-{state.step:08d}-{_digest(content)}.safetensors"
+            path = self.folder / f"step-{step:08d}-{_digest(content)}.safetensors"
             replace_file(path, lambda file: file.write(content))
         except OSError as error:
             raise InputError(
-                f"{self.folder}: checkpoint of step {state.step} ({len(content) / 1e6:.1f} MB) cannot be written:"
+                f"{self.folder}: checkpoint of step {step} ({len(content) / 1e6:.1f} MB) cannot be written:"
                 f" {error.strerror}; free space and run again, the last one is kept"
             ) from error
         self._remove_old()
 
-    def _save_shards(self, state: CheckpointState) -> None:
-        """Each rank writes its rows, then rank 0 the values."""
+    def _write_shards(self, step: int, tensors: dict[str, Tensor], values: str) -> None:
+        """Each rank writes its rows, then rank 0 the values and the digests of all files."""
         from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        folder = self.folder / f"step-{state.step:08d}-shards"
+        folder = self.folder / f"step-{step:08d}-shards"
         if rank() == 0:
             _remove(folder)
-        wait_for_all()
+        dist.barrier(self._group)
         try:
-            save(state.tensors, checkpoint_id=folder)
+            save(tensors, checkpoint_id=folder, process_group=self._group)
         except CheckpointException as error:
             reason = next(iter(error.failures.values()))[0]
             raise InputError(
                 f"{folder}: cannot be written: {reason}; free space and run again, the last one is kept"
             ) from error
+        written = [*folder.glob(f"__{rank()}_*")]
         if rank() == 0:
-            write_text(folder / COMMIT, json.dumps(state.values))
+            write_text(folder / VALUES, values)
+            written += [folder / ".metadata", folder / VALUES]
+        digests: list[Any] = [{}] * world_size()
+        dist.all_gather_object(digests, {path.name: digest(path) for path in written}, self._group)
+        if rank() == 0:
+            write_text(folder / COMMIT, json.dumps({name: digest for part in digests for name, digest in part.items()}))
             self._remove_old()
 
     def _remove_old(self) -> None:
@@ -119,15 +157,17 @@ class Checkpoints:
 
     def load(self) -> CheckpointState | None:
         """The newest valid checkpoint; None when there is none."""
-        files = self._files()
+        files = agreed(self._files())
         for path in reversed(files):
             if in_folder := _FOLDER.fullmatch(path.name):
-                values = json.loads((path / COMMIT).read_text(encoding="utf-8"))
-                return CheckpointState(int(in_folder[1]), {}, values, path)
-            content = path.read_bytes()
-            name = _NAME.fullmatch(path.name)
-            if name and _digest(content) == name[2]:
-                return CheckpointState(int(name[1]), tensors_from_bytes(content), _values(content))
+                if _is_whole(path):
+                    values = json.loads((path / VALUES).read_text(encoding="utf-8"))
+                    return CheckpointState(int(in_folder[1]), {}, values, path)
+            else:
+                content = path.read_bytes()
+                name = _NAME.fullmatch(path.name)
+                if name and _digest(content) == name[2]:
+                    return CheckpointState(int(name[1]), tensors_from_bytes(content), _values(content))
             print(f"warning: {path}: torn checkpoint (its digest differs); skipped", flush=True)
         if files:
             print(f"warning: {self.folder}: no valid checkpoint is left; starting over", flush=True)
@@ -150,6 +190,17 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         (path / COMMIT).unlink(missing_ok=True)
     remove(path)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file of a folder has its digest; each rank reads its share of them."""
+    try:
+        digests = json.loads((folder / COMMIT).read_text(encoding="utf-8"))
+        share = sorted(digests)[rank() :: world_size()]
+        differing = sum(digest(folder / name) != digests[name] for name in share)
+    except (OSError, ValueError):
+        differing = 1
+    return not summed(differing)[0]
 
 
 def _digest(content: bytes) -> str:

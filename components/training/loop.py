@@ -190,11 +190,10 @@ class Training(Generic[M]):
         self._loss.zero_()
 
     def state(self) -> CheckpointState:
-        """Everything the next step depends on."""
+        """Everything the next step depends on; the tensors are those that it changes."""
         self._flush_loss()
-        tensors = self._tensors()
+        tensors = {name: tensor.detach() for name, tensor in self._tensors().items()}
         if world_size() == 1:
-            tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
             tensors["random.cpu"] = torch.get_rng_state()
             if self.device.type == "cuda":
                 tensors["random.cuda"] = torch.cuda.get_rng_state()
@@ -202,7 +201,7 @@ class Training(Generic[M]):
         values = {"measured": vars(self.measured), "inputs": self.inputs(), "dtype": dtype}
         if self.early_stopping is not None:
             values["watch"] = self.early_stopping.state()
-            tensors |= {f"best.{name}": weight.cpu() for name, weight in self.early_stopping.best_weights.items()}
+            tensors |= {f"best.{name}": weight for name, weight in self.early_stopping.best_weights.items()}
         return CheckpointState(self.step, tensors, values)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -324,6 +323,8 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
                 raise InputError(f"{where}: the loss is {loss} at step {training.step}; lower the learning rates")
         if stopping or last or saving:
             checkpoints.save(training.state())
+            if stopping or last:
+                checkpoints.wait()
             saved_at = time.monotonic()
         if loss is not None:  # behind the checkpoint: a last step that is reported is never repeated
             now = time.monotonic()

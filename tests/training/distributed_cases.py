@@ -191,14 +191,29 @@ def run_ranks(ranks: int, name: str, folder: Path) -> list[int]:
     return [process.exitcode or 0 for process in processes]
 
 
+def flip(checkpoints: Path) -> None:
+    """Alter the last byte of a shard of the newest checkpoint."""
+    newest = max(path.parent for path in checkpoints.glob("step-*-shards/commit.json"))
+    print(f"altered {newest.name}", flush=True)
+    with max(newest.glob("*.distcp")).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
 def main(folder: Path, items: list[str]) -> None:
     """Train each RANKS:CASE and write FOLDER/CASE-RANKS.pt; FOLDER/exit_codes.json has the exit codes of each item.
 
-    CASE+ writes a checkpoint after each step, CASE+NUMBER@STEP sends the last rank that signal before that step.
+    CASE+ writes a checkpoint after each step, CASE+NUMBER@STEP sends the last rank that signal before that step,
+    flip:CASE+ alters the last of these checkpoints.
     """
     codes = {}
     for item in items:
         ranks, _, name = item.partition(":")
+        if ranks == "flip":
+            flip(folder / name)
+            continue
         codes[item] = run_ranks(int(ranks), name, folder)
         (folder / "exit_codes.json").write_text(json.dumps(codes))
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -25,7 +26,14 @@ KINDS = ("decoder", "encoder", "encoder_decoder", "align")
 CASES = [f"{kind}-{optimizer}" for kind in KINDS for optimizer in ("adamw", "muon")] + ["lora-adamw"]
 KILLED, STOPPED = "encoder-muon+9@23", "decoder-muon+15@17"
 ITEMS = [f"{ranks}:{name}" for name in CASES for ranks in (1, 2)]
-ITEMS += [f"2:{KILLED}", "2:encoder-muon+", f"2:{STOPPED}", "1:decoder-muon+15@34", "3:decoder-muon+"]
+ITEMS += [
+    f"2:{KILLED}",
+    "flip:encoder-muon+",
+    "2:encoder-muon+",
+    f"2:{STOPPED}",
+    "1:decoder-muon+15@34",
+    "3:decoder-muon+",
+]
 """The latter ones go on from the checkpoints of those before."""
 pytestmark = pytest.mark.distributed
 
@@ -39,6 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command, cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
     )
     (folder / "stderr").write_text(ended.stderr)
+    (folder / "stdout").write_text(ended.stdout)
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -63,9 +72,13 @@ def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
 
 
 def test_a_killed_rank_changes_no_bit(trained: Path) -> None:
+    """Nor does a shard of the last checkpoint that is altered afterwards: the one before is used."""
     codes = json.loads((trained / "exit_codes.json").read_text())[f"2:{KILLED}"]
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
+    altered, _, rest = (trained / "stdout").read_text().partition("altered step-")[2].partition("\n")
+    assert f"step-{altered}: torn checkpoint (its digest differs); skipped\n" in rest
+    assert f"resumed at step {int(altered[:8]) - 1}\n" in rest
     resumed, unbroken = saved(trained, "encoder-muon+", 2), saved(trained, "encoder-muon", 2)
     assert resumed["losses"] == unbroken["losses"]
     for name, weight in unbroken["weights"].items():
@@ -101,6 +114,16 @@ def start(stage: str, root: Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=root, env=os.environ | own | environment, **pipes)
 
 
+def ranks_of(root: Path) -> list[psutil.Process]:
+    """The running ranks of a project, in their order."""
+    ranks: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter(["cmdline", "cwd", "environ"]):
+        environment = process.info["environ"] or {}
+        if process.info["cwd"] == str(root) and "RANK" in environment and "-m" in process.info["cmdline"][1:3]:
+            ranks[int(environment["RANK"])] = process
+    return [ranks[number] for number in sorted(ranks)]
+
+
 def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None:
     """Rank 0 alone reports and writes; SIGTERM saves a checkpoint, from which the ranks go on."""
     with start("pretrain@decoder", launched.root) as stage:
@@ -124,6 +147,21 @@ def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None
     assert (metrics["steps"], metrics["tokens"]) == (400, 400 * 4 * 30)
     report = json.loads((launched.root / "var/stages/pretrain@decoder.json").read_text())
     assert report["exit_code"] == 0
+
+
+def test_ranks_start_again_when_one_was_killed(launched: Paths) -> None:
+    with start("pretrain@decoder", launched.root) as stage:
+        assert stage.stdout is not None
+        for line in stage.stdout:
+            if " 5/400 " in line:
+                ranks_of(launched.root)[1].kill()
+                break
+        output, errors = stage.communicate()
+    assert stage.returncode == 0, errors
+    restart = "pretrain@decoder: process 1 of 2 ended with signal 9; 2 start again from the last checkpoint"
+    assert errors.splitlines().count(restart) == 1, errors
+    assert output.count("resumed at step") == 1
+    assert output.count(" 400/400 ") == 1
 
 
 def test_what_ranks_cannot_do_is_refused_in_one_line(launched: Paths) -> None:

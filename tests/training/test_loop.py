@@ -108,7 +108,9 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(optimizer: str, precision: str, 
     steps(unbroken, 12)
     broken = Training(new_model(run).to(dtype), causal_lm, run.params.pretrain.decoder, 0)
     steps(broken, 7)
-    Checkpoints(run.state).save(broken.state())
+    checkpoints = Checkpoints(run.state)
+    checkpoints.save(broken.state())
+    checkpoints.wait()
     torch.manual_seed(99)
     saved = Checkpoints(run.state).load()
     assert saved is not None
@@ -125,7 +127,9 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(optimizer: str, precision: str, 
 def test_a_checkpoint_of_other_settings_is_not_resumed(new_run: NewRun) -> None:
     run = new_run()
     training = Training(new_model(run), causal_lm, run.params.pretrain.decoder, 0)
-    Checkpoints(run.state).save(training.state())
+    checkpoints = Checkpoints(run.state)
+    checkpoints.save(training.state())
+    checkpoints.wait()
     saved = Checkpoints(run.state).load()
     assert saved is not None
     for other in (new_run(learning_rate=0.1), new_run(max_steps=99)):

@@ -61,7 +61,9 @@ def test_lora_resumes_bit_for_bit(new_run: NewRun, write_rows: Callable[..., obj
     steps(unbroken, 8)
     broken = Training(adapted(), causal_lm, run.params.pretrain.decoder, 0)
     steps(broken, 5)
-    Checkpoints(run.state).save(broken.state())
+    checkpoints = Checkpoints(run.state)
+    checkpoints.save(broken.state())
+    checkpoints.wait()
     saved = Checkpoints(run.state).load()
     assert saved is not None
     assert all("lora" in name for name in saved.tensors if name.startswith(("weights.", "adamw.first.")))

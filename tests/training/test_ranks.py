@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -12,11 +14,12 @@ import torch.distributed.checkpoint as dcp
 
 from components.config.params import InputError
 from components.models.decoder import Decoder, DecoderConfig
-from components.runtime.launcher import processes_of, refuse_ranks
-from components.runtime.stage import StageRun
+from components.runtime.launcher import launcher_settings, refuse_ranks
+from components.runtime.stage import StageRun, digest
 from components.token_rows.batches import TokenRows
+from components.training import checkpoints as checkpoints_module
 from components.training import distributed
-from components.training.checkpoints import COMMIT, Checkpoints
+from components.training.checkpoints import COMMIT, VALUES, Checkpoints, CheckpointState
 from components.training.distributed import dealt
 from components.training.loop import Training
 from components.training.objectives import causal_lm
@@ -49,41 +52,82 @@ def new_training(run: StageRun) -> Training[Decoder]:
     return Training(model, causal_lm, run.params.pretrain.decoder, 0)
 
 
+def write_shards(folder: Path, state: CheckpointState) -> None:
+    """A checkpoint as several ranks write it, here in one shard."""
+    dcp.save({name: value for name, value in state.tensors.items() if "random" not in name}, checkpoint_id=folder)
+    (folder / VALUES).write_text(json.dumps(state.values))
+    (folder / COMMIT).write_text(json.dumps({path.name: digest(path) for path in folder.iterdir()}))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_process_goes_on_from_the_checkpoint_of_several(new_run: NewRun) -> None:
+def test_one_process_goes_on_from_the_checkpoint_of_several(
+    new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the one before, where the last is not finished or a byte of it differs."""
     run = new_run(max_steps=4)
     rows = TokenRows(run.paths.tokens("decoder") / "pretrain", "train")
     trained = new_training(run)
     trained.train_step([rows.batch(np.array([0, 1]))])
-    state = trained.state()
-    folder = run.state / "step-00000001-shards"
-    dcp.save({name: value for name, value in state.tensors.items() if "random" not in name}, checkpoint_id=folder)
-    assert Checkpoints(run.state).load() is None, "not finished"
-    (folder / COMMIT).write_text(json.dumps(state.values))
+    folder, later = run.state / "step-00000001-shards", run.state / "step-00000009-shards"
+    for path in (folder, later):
+        write_shards(path, trained.state())
+    for name in (VALUES, ".metadata", "__0_0.distcp"):
+        content = (later / name).read_bytes()
+        (later / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        saved = Checkpoints(run.state).load()
+        assert saved is not None
+        assert saved.step == 1
+        assert capsys.readouterr().out == f"warning: {later}: torn checkpoint (its digest differs); skipped\n"
+        (later / name).write_bytes(content)
+    (later / COMMIT).unlink()
     saved = Checkpoints(run.state).load()
     assert saved is not None
+    assert saved.step == 1
     resumed = new_training(run)
     assert resumed.restore(saved)
     for training in (trained, resumed):
         training.train_step([rows.batch(np.array([2, 3]))])
     for name, value in trained.state().tensors.items():
         assert "random" in name or torch.equal(value, resumed.state().tensors[name]), name
+    checkpoints = Checkpoints(run.state)
     for step in (2, 3):
         resumed.step = step
-        Checkpoints(run.state).save(resumed.state())
-    assert not folder.exists(), "the last two are kept"
+        checkpoints.save(resumed.state())
+    checkpoints.wait()
+    assert sorted(path.suffix for path in run.state.iterdir()) == [".safetensors"] * 2, "the last two are kept"
+
+
+def test_training_goes_on_while_its_checkpoint_is_written(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state of the step that it was saved at."""
+    run, may_write = new_run(), Event()
+    write = checkpoints_module.tensors_to_bytes
+    monkeypatch.setattr(checkpoints_module, "tensors_to_bytes", lambda *words: may_write.wait(60) and write(*words))
+    training = new_training(run)
+    state = training.state()
+    before = {name: tensor.clone() for name, tensor in state.tensors.items()}
+    checkpoints = Checkpoints(run.state)
+    checkpoints.save(state)
+    for weight in training.trained:
+        weight.data += 1.0
+    assert checkpoints.load() is None
+    may_write.set()
+    checkpoints.wait()
+    saved = checkpoints.load()
+    assert saved is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in saved.tensors.items())
 
 
 def test_stages_that_train_start_ranks(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     root = new_run().paths.root
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert processes_of("tune", root) == 1
+    assert launcher_settings("tune", root) is None
     (root / "params.yaml").write_text("scale: smoke\nrun: {launcher: torchrun, processes: 3}\n")
     trainings = ("tune", "pretrain@encoder", "finetune@summarizer", "align")
-    assert [processes_of(name, root) for name in trainings] == [3, 3, 3, 3]
-    assert [processes_of(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision")] == [1, 1, 1]
+    found = [launcher_settings(name, root) for name in trainings]
+    assert [settings and settings.processes for settings in found] == [3, 3, 3, 3]
+    assert not any(launcher_settings(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert processes_of("tune", root) == 1, "it is a rank itself"
+    assert launcher_settings("tune", root) is None, "it is a rank itself"
     refuse_ranks("tune")
     with pytest.raises(InputError, match="finetune@classifier: runs as one process, not 2; start it without torchrun"):
         refuse_ranks("finetune@classifier")

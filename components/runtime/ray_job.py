@@ -1,0 +1,224 @@
+"""The driver of a Ray job: `python -m components.runtime.ray_job STAGE RANKS ENVIRONMENT_FILE` runs a stage's ranks.
+
+Each rank is a process like those of torchrun, which an actor starts on the node where Ray placed it. Where one is
+killed, or its node dies, all start again from their last checkpoint, on as many devices as the cluster still has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from components.runtime.launcher import MAX_RESTARTS
+from components.runtime.ray_launcher import REFUSED, SECONDS_TO_END, STDERR
+
+_SECONDS_FOR_OTHERS = 5.0
+"""For other ranks to end after one failed: which one was killed, and which lost its peer, shows then."""
+_SECONDS_TO_KILL = 10.0
+
+
+class Rank:
+    """An actor with the process of one rank."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def place(self) -> tuple[str, str, int, list[str]]:
+        """This node's id and address, a free port on it, and the GPUs of this rank."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        gpus = [str(number) for number in ray.get_gpu_ids()]
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), port, gpus
+
+    def run(self, name: str, folder: str, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
+        """Run the rank; yields stream and line of what it prints, at last `exit` and its exit code."""
+        threads = max(1, (os.cpu_count() or 1) // int(environment["LOCAL_WORLD_SIZE"]))
+        self.process = process = subprocess.Popen(
+            [sys.executable, "-m", "components.runtime.stage", name],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+
+        def read(stream: str, pipe: Any) -> None:
+            for line in pipe:
+                lines.put((stream, line.rstrip("\n")))
+            lines.put((stream, "\n"))
+
+        pipes = {"stdout": process.stdout, "stderr": process.stderr}
+        for stream, pipe in pipes.items():
+            threading.Thread(target=read, args=(stream, pipe), daemon=True).start()
+        while pipes:
+            stream, line = lines.get()
+            if line == "\n":
+                del pipes[stream]
+            else:
+                yield stream, line
+        yield "exit", str(process.wait())
+
+    def send(self, number: int) -> None:
+        """Send the process a signal, unless it has ended."""
+        if self.process is not None:
+            self.process.send_signal(number)
+
+
+def main() -> None:
+    """The command line."""
+    name, processes, file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    environment: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()  # it has secrets
+    ray.init(log_to_driver=False, logging_level="error")
+    stops: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda caught, _: stops.append(caught))
+    if processes > devices():
+        unit = "GPUs" if device() == "GPU" else "CPUs"
+        message = f"params.yaml: run.processes: {processes}: the Ray cluster has {devices()} {unit}"
+        print(f"{REFUSED}{message}; set it to {devices()}", flush=True)
+        sys.exit(1)
+    for restart in range(MAX_RESTARTS + 1):
+        codes = run_ranks(name, processes, environment, stops)
+        if len(codes) == processes and not any(codes.values()):
+            sys.exit(0)
+        if stops:
+            sys.exit(128 + stops[0])
+        # What ends with an exit code of its own refuses, or has a bug, and would again.
+        killed = {number: code for number, code in codes.items() if code < 0 or code > 128}
+        if not killed:
+            sys.exit(next(code for _, code in sorted(codes.items()) if code))
+        first = min(killed, key=lambda rank: (killed[rank], rank))
+        ending = f"{STDERR}{name}: process {first} of {processes} ended with {describe(killed[first])}"
+        if restart == MAX_RESTARTS:
+            print(ending, flush=True)
+            sys.exit(128 + signal.SIGKILL)
+        processes = max(1, min(processes, devices()))
+        print(f"{ending}; {processes} start again from the last checkpoint", flush=True)
+
+
+def describe(code: int) -> str:
+    """How a process ended, as its exit code says."""
+    return {LOST: "its node"}.get(code, f"signal {-code}" if code < 0 else f"exit code {code}")
+
+
+LOST = -1000
+"""In place of an exit code, for a rank whose actor died."""
+
+
+def device() -> str:
+    """What a rank has of its own: a GPU, where the cluster has any, or a CPU."""
+    return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
+
+
+def devices() -> int:
+    return int(ray.cluster_resources().get(device(), 0))
+
+
+def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: list[int]) -> dict[int, int]:
+    """Run every rank to its end, or all until one fails; returns the exit codes of those that ended by themselves.
+
+    A signal in `stops` goes to rank 0, which stops all at the same step.
+    """
+    bundle = {"CPU": 1} | ({"GPU": 1} if device() == "GPU" else {})
+    group = placement_group([bundle] * processes, strategy="PACK")
+    actors: list[Any] = []
+    try:
+        if not wait_for(group, f"{name}  waits for {processes} {device()}s of the Ray cluster", stops):
+            return {}
+        for index in range(processes):
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+            options = {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "max_concurrency": 2}
+            actors.append(ray.remote(Rank).options(scheduling_strategy=strategy, **options).remote())
+        try:
+            places = ray.get([actor.place.remote() for actor in actors])
+        except RayError:
+            return {0: LOST}
+        order = sorted(range(processes), key=lambda number: (places[number][0] != places[0][0], places[number][0]))
+        actors, places = [actors[number] for number in order], [places[number] for number in order]
+        streams = {
+            actor.run.options(num_returns="streaming").remote(name, os.getcwd(), {**environment, **own}): number
+            for number, (actor, own) in enumerate(zip(actors, environments(places), strict=True))
+        }
+        return read_all(streams, actors[0], stops)
+    finally:
+        for actor in actors:
+            with suppress(RayError):
+                ray.get(actor.send.remote(signal.SIGKILL), timeout=_SECONDS_TO_KILL)
+            ray.kill(actor)
+        remove_placement_group(group)
+
+
+def wait_for(group: Any, message: str, stops: list[int]) -> bool:
+    """Wait until Ray has reserved a placement group; false if stopped meanwhile."""
+    if not group.wait(timeout_seconds=5):
+        print(message, flush=True)
+        while not group.wait(timeout_seconds=1):
+            if stops:
+                return False
+    return not stops
+
+
+def environments(places: Sequence[tuple[str, str, int, list[str]]]) -> list[dict[str, str]]:
+    """torchrun's environment for ranks at these places; those of a node are neighbours, and see its GPUs together."""
+    nodes = [place[0] for place in places]
+    _, address, port, _ = places[0]
+    all_ranks = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    found = []
+    for number, node in enumerate(nodes):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number - nodes.index(node))}
+        own["LOCAL_WORLD_SIZE"] = str(nodes.count(node))
+        if gpus := [gpu for place in places if place[0] == node for gpu in place[3]]:
+            own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        found.append(all_ranks | own)
+    return found
+
+
+def read_all(streams: dict[Any, int], first: Any, stops: list[int]) -> dict[int, int]:
+    """Print the ranks' lines until all have ended, or a while after one failed or was stopped; returns exit codes."""
+    codes: dict[int, int] = {}
+    deadline, is_told = float("inf"), False
+    while streams and time.monotonic() < deadline:
+        if stops and not is_told:
+            first.send.remote(signal.SIGTERM)
+            deadline, is_told = time.monotonic() + SECONDS_TO_END, True
+        ready, _ = ray.wait(list(streams), timeout=1.0)
+        for stream in ready:
+            number = streams[stream]
+            try:
+                kind, text = ray.get(next(stream))
+            except (RayError, StopIteration) as error:
+                del streams[stream]
+                if isinstance(error, RayError):
+                    codes[number] = LOST
+            else:
+                if kind == "exit":
+                    codes[number] = int(text)
+                elif kind == "stderr" or number == 0:
+                    print(f"{STDERR if kind == 'stderr' else ''}{text}", flush=True)
+        if any(codes.values()) and not is_told:
+            deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
+    return codes
+
+
+if __name__ == "__main__":
+    main()
