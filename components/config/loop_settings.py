@@ -49,6 +49,8 @@ class RunConfig(Section):
     """torchrun: stages that train run as `processes` ranks; local: each stage is one process."""
     processes: int = Field(ge=1, le=1024)
     """Ranks of a training on this machine: one for each GPU."""
+    workers: int = Field(ge=1, le=1024)
+    """Processes that stages of data divide their shards among; with launcher ray, its tasks at a time."""
 
 
 class CurateConfig(Section):
