@@ -167,7 +167,10 @@ def _start_worker(threads: int) -> None:
 
 
 def _on_ray(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
-    """As tasks of the Ray cluster that RAY_ADDRESS names, or of one started here; its hosts share the state folder."""
+    """As tasks of the cluster that RAY_ADDRESS names (`auto`: this host's), or of a Ray started here.
+
+    Its hosts share the project's folder and the state folder.
+    """
     try:
         import ray
     except ModuleNotFoundError:
