@@ -27,6 +27,7 @@ from components.config.paths import Paths, writing
 from components.config.secrets import hidden
 from components.feedback.store import Store, database_url, has_store, leased_in
 from components.runtime.files import remove
+from components.runtime.object_store import filesystem
 from components.runtime.process import file_lock, git
 from components.runtime.service_registry import record_success
 from components.tracking.mlflow_database import upgrade_database
@@ -91,7 +92,7 @@ def verify(address: str) -> Backup:
 
     Raises: InputError naming the first files that are missing or differ.
     """
-    fs, root = _filesystem(address)
+    fs, root = filesystem(address)
     manifest = _manifest(address)
     faults = []
     for name, entry in manifest["files"].items():
@@ -241,7 +242,7 @@ class _Writer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self._fs, self._root = _filesystem(address)
+        self._fs, self._root = filesystem(address)
         if self._fs.exists(self._root) and self._fs.ls(self._root):
             raise InputError(f"{address}: is not empty; name a new folder for each backup")
         if "file" in self._fs.protocol:
@@ -283,24 +284,8 @@ class _Writer:
         return _summary(self.address, manifest)
 
 
-def _filesystem(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it.
-
-    Raises: InputError where its library is missing.
-    """
-    from fsspec.core import url_to_fs
-
-    try:
-        fs, path = url_to_fs(address if "://" in address else str(Path(address).resolve()))
-    except ImportError as error:
-        raise InputError(f'{address}: {error}; run "pip install" for it first') from None
-    except ValueError as error:
-        raise InputError(f"{address}: {error}; name a folder, or an address such as s3://BUCKET/NAME") from None
-    return fs, str(path).rstrip("/")
-
-
 def _manifest(address: str) -> dict[str, Any]:
-    fs, root = _filesystem(address)
+    fs, root = filesystem(address)
     try:
         with fs.open(f"{root}/{MANIFEST}", "rb") as file:
             manifest: dict[str, Any] = json.loads(file.read())
@@ -362,7 +347,7 @@ def _is_committed(root: Path, file: Path) -> bool:
 
 def _fetch(address: str, manifest: Mapping[str, Any], scratch: Path) -> None:
     """Copy a backup's files to this disk. Raises: InputError for one that is damaged."""
-    fs, root = _filesystem(address)
+    fs, root = filesystem(address)
     for name, entry in manifest["files"].items():
         (scratch / name).parent.mkdir(parents=True, exist_ok=True)
         try:

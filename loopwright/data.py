@@ -17,6 +17,7 @@ import typer
 from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
+from components.runtime.object_store import local_files
 from components.runtime.process import file_lock, has_git, limited_to
 from loopwright.output import Json, print_json, print_table, say
 from loopwright.user_data import erase_user, export_user
@@ -83,7 +84,10 @@ def add(
     kind: Annotated[
         str, typer.Argument(help="documents, conversations, preferences, labelled_texts, text_pairs or images.")
     ],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md, or s3://BUCKET/NAME."),
+    ],
     name: Annotated[str, typer.Option(help="Name of the new dataset.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column that holds the label.")] = None,
@@ -132,9 +136,10 @@ def add(
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
     is_adding = file_lock(paths.home / "stages", f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
     left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
-    with is_adding, writing(paths.added), limited_to(time_limit, ", ".join(map(str, files))), left_out_rows as left_out:
-        names, version = built_in(paths), partial(_version, paths, name)
-        info = add_files(kind, files, name, paths.added, columns, replace, check, names, version, left_out, licence)
+    names, version = built_in(paths), partial(_version, paths, name)
+    limited = limited_to(time_limit, ", ".join(files))
+    with is_adding, writing(paths.added), limited, left_out_rows as left_out, local_files(files) as local:
+        info = add_files(kind, local, name, paths.added, columns, replace, check, names, version, left_out, licence)
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": f"data/added/{name}.dvc"})
     else:

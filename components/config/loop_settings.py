@@ -52,6 +52,8 @@ class RunConfig(Section):
     """Ranks of a training: one for each GPU."""
     address: str | None = Field(min_length=1)
     """ray: the dashboard of the cluster's head, `http://HOST:8265`; null: a Ray on this machine for the stage alone."""
+    workers: int = Field(ge=1, le=1024)
+    """Processes that stages of data divide their shards among; with launcher ray, its tasks at a time."""
 
 
 class CurateConfig(Section):

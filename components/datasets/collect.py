@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from components.agent.saved_tools import TOOL_FILES, save_agent
 from components.config.params import InputError
 from components.config.project import Collecting, Project, Rows, load_project
 from components.datasets.deduplication import Splits, split
+from components.datasets.disk_splits import DiskSplits
 from components.datasets.formats import (
     DatasetInfo,
     DatasetWriter,
@@ -33,6 +37,8 @@ from components.datasets.formats import (
 )
 from components.runtime.stage import StageRun
 
+MAX_ROWS_IN_MEMORY = 200_000
+"""Rows of added datasets of a kind up to which hashes of all are in memory, 2 KB each."""
 MIN_ROWS = 3
 """Rows of a label from which on it is in every split."""
 
@@ -62,7 +68,11 @@ def _write(
 ) -> tuple[list[DatasetInfo], dict[str, Any]]:
     """Write the held-out rows of every dataset, then the training rows: none may equal another's test row."""
     similarity, seed = run.params.collect.near_duplicate_similarity, run.params.seed
-    splits = {kind: Splits(kind, similarity, seed) for kind in kinds.values()}
+    on_disk = {kind for kind in set(kinds.values()) - {"images"} if _added_rows(run, kinds, kind) > MAX_ROWS_IN_MEMORY}
+    splits = {
+        kind: (DiskSplits(run, kind, similarity, seed) if kind in on_disk else Splits(kind, similarity, seed))
+        for kind in kinds.values()
+    }
     writers: list[tuple[DatasetWriter, Rows]] = []
     with ExitStack() as stack:
         for name, kind in kinds.items():
@@ -84,8 +94,17 @@ def _write(
             splits[writer.info.kind].write_train(rows.train, writer)
             counts = {key: str(count) for key, count in writer.info.rows.items()}
             run.progress(done, len(kinds) + 1, dataset=writer.info.name, **counts)
+        for kind in splits:
+            splits[kind].finish()
     metrics = {name: value for _, rows in writers for name, value in rows.metrics.items()}
     return [writer.info for writer, _ in writers], metrics
+
+
+def _added_rows(run: StageRun, kinds: Mapping[str, Kind], kind: Kind) -> int:
+    """Rows of a kind in the datasets to write that a user added; what a project makes itself is not known before."""
+    named = [run.paths.added / name for name, of_dataset in kinds.items() if of_dataset == kind]
+    infos = [read_info(folder) for folder in named if (folder / "dataset.json").is_file()]
+    return sum(info.rows.get("train", 0) for info in infos)
 
 
 def _kinds(run: StageRun, project: Project) -> dict[str, Kind]:
@@ -143,20 +162,30 @@ def stratified(
     """The split of each row: of each label the rows with the smallest hashes of their ids are held out, as many as the
     shares require and, from MIN_ROWS on, at least one; of two rows one is tested, a single row is trained on.
 
-    Rows without labels count as of one label. Raises: InputError for a repeated id.
+    Rows without labels count as of one label. Memory holds 8 bytes a row. Raises: InputError for a repeated id.
     """
-    by_label: dict[str, list[tuple[bytes, str]]] = defaultdict(list)
+
+    def hash_of(row: Row) -> int:
+        return int.from_bytes(hashlib.blake2b(f"{seed}:{row['id']}".encode(), digest_size=8).digest())
+
+    by_label: dict[str, array[int]] = defaultdict(lambda: array("Q"))
     for row in rows():
-        digest = hashlib.blake2b(f"{seed}:{row['id']}".encode(), digest_size=8).digest()
-        by_label[row.get("label", "")].append((digest, row["id"]))
-    splits: dict[str, Split] = {}
-    for label, ids in by_label.items():
-        ids.sort()
-        tested = max(1, round(len(ids) * test_share)) if len(ids) > 1 else 0
-        validated = max(1, round(len(ids) * validation_share)) if len(ids) >= MIN_ROWS else 0
-        validated = min(validated, len(ids) - tested - 1) if validated else 0
-        for number, (_, identity) in enumerate(ids[: tested + validated]):
-            if identity in splits:
-                raise InputError(f"{label!r}: id {identity!r} is there twice; give every row an id of its own")
-            splits[identity] = "test" if number < tested else "validation"
-    return lambda row: splits.get(row["id"], "train")
+        by_label[row.get("label", "")].append(hash_of(row))
+    limits: dict[str, tuple[int, int]] = {}
+    for label, numbers in by_label.items():
+        hashes = np.sort(np.frombuffer(numbers, np.uint64))
+        tested = max(1, round(len(hashes) * test_share)) if len(hashes) > 1 else 0
+        validated = max(1, round(len(hashes) * validation_share)) if len(hashes) >= MIN_ROWS else 0
+        validated = min(validated, len(hashes) - tested - 1) if validated else 0
+        held_out = hashes[: tested + validated]
+        if len(repeated := held_out[1:][held_out[1:] == held_out[:-1]]):
+            identity = next(row["id"] for row in rows() if hash_of(row) == repeated[0])
+            raise InputError(f"{label!r}: id {identity!r} is there twice; give every row an id of its own")
+        ends = [int(hashes[count]) if count < len(hashes) else 2**64 for count in (tested, tested + validated)]
+        limits[label] = ends[0], ends[1]
+
+    def split_of(row: Row) -> Split:
+        number, (tested, held_out) = hash_of(row), limits[row.get("label", "")]
+        return "test" if number < tested else "validation" if number < held_out else "train"
+
+    return split_of

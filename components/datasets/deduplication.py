@@ -1,7 +1,8 @@
 """Exact and near-duplicate removal, and the split that keeps every evaluation row out of training.
 
 Near-duplicates are found by MinHash over word 5-grams (Broder 1997) with locality-sensitive
-hashing (Indyk and Motwani 1998). Memory holds only hashes: about 2 KB a document, never its text.
+hashing (Indyk and Motwani 1998). Memory holds only hashes: about 2 KB a document, never its text. Data beyond that
+goes by disk_splits.py, which decides the same.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from components.media.similarity import PictureIndex, Thumbnails, thumbnails
 SHINGLE_WORDS = 5
 MAX_SHINGLES = 4096  # of a longer document, those with the smallest hashes: the same choice in every near-copy
 PERMUTATIONS = 128
+EXACT_KINDS = ("conversations", "images")
+"""Kinds that are compared exactly alone."""
 _BLOCK = 256  # shingles permuted at once, so that the work stays in the processor's cache
 _MAX_CANDIDATES = 32  # compared per band; bounds the cost of boilerplate that a whole corpus shares
 
@@ -39,13 +42,10 @@ class Duplicates:
     def __init__(self, similarity: float, seed: int = 0, exact_only: bool = False) -> None:
         self.similarity = similarity
         self.exact_only = exact_only
-        self._rows_per_band, self._bands = _banding(similarity)
-        random = np.random.default_rng(seed)
-        self._multipliers = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
-        self._offsets = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64)
+        self._min_hash = MinHash(similarity, seed)
         self._exact: dict[int, bool] = {}  # digest -> whether it is held out
         self._signatures: list[Signature] = []
-        self._buckets: dict[int, int | list[int]] = {}  # band -> documents, a list only where there are several
+        self._buckets = Buckets()
         self._held_out = 0
         self._sealed = False
 
@@ -58,14 +58,14 @@ class Duplicates:
 
     def reason(self, text: str) -> str | None:
         """None for a new text, which is added to the index; else `exact_duplicate`, `near_duplicate` or `in_test`."""
-        normal = " ".join(text.split()) if self.exact_only else " ".join(text.casefold().split())
+        normal = normalized(text, self.exact_only)
         digest = hash_text(normal)
         known = self._exact.get(digest)
         if known is not None:
             return "in_test" if known and self._sealed else "exact_duplicate"
-        shingles = None if self.exact_only else _shingles(normal)
-        if shingles is not None:
-            reason = self._near(self._signature(shingles))
+        signature = None if self.exact_only else self._min_hash.signature(normal)
+        if signature is not None:
+            reason = self._near(signature)
             if reason:
                 return reason
         self._exact[digest] = not self._sealed
@@ -73,37 +73,64 @@ class Duplicates:
 
     def _near(self, signature: Signature) -> str | None:
         """`near_duplicate` or `in_test`; None for a new signature, which is added to the index."""
-        keys = self._band_keys(signature)
+        keys = self._min_hash.band_keys(signature)
         close = [
             index
-            for index in self._candidates(keys)
-            if np.count_nonzero(self._signatures[index] == signature) >= self.similarity * PERMUTATIONS
+            for index in self._buckets.candidates(keys)
+            if are_close(self._signatures[index], signature, self.similarity)
         ]
         if close:
             return "in_test" if min(close) < self._held_out else "near_duplicate"
         index = len(self._signatures)
         self._signatures.append(signature)
-        for key in keys:
-            self._add(key, index)
+        self._buckets.add(keys, index)
         return None
 
-    def _candidates(self, keys: list[int]) -> set[int]:
+
+class Buckets:
+    """Documents by the keys of their bands."""
+
+    def __init__(self) -> None:
+        self._documents: dict[int, int | list[int]] = {}  # a list only where there are several
+
+    def candidates(self, keys: Iterable[int]) -> set[int]:
+        """The documents that share a key."""
         candidates: set[int] = set()
         for key in keys:
-            documents = self._buckets.get(key, [])
+            documents = self._documents.get(key, [])
             candidates.update(documents if isinstance(documents, list) else [documents])
         return candidates
 
-    def _add(self, key: int, index: int) -> None:
-        documents = self._buckets.get(key)
-        if documents is None:
-            self._buckets[key] = index
-        elif isinstance(documents, int):
-            self._buckets[key] = [documents, index]
-        elif len(documents) < _MAX_CANDIDATES:
-            documents.append(index)
+    def add(self, keys: Iterable[int], index: int) -> None:
+        for key in keys:
+            documents = self._documents.get(key)
+            if documents is None:
+                self._documents[key] = index
+            elif isinstance(documents, int):
+                self._documents[key] = [documents, index]
+            elif len(documents) < _MAX_CANDIDATES:
+                documents.append(index)
 
-    def _signature(self, shingles: Hashes) -> Signature:
+    def remove(self, key: int) -> None:
+        """Forget a key that no later document has."""
+        self._documents.pop(key, None)
+
+
+class MinHash:
+    """Signatures of texts, and the keys of their bands."""
+
+    def __init__(self, similarity: float, seed: int = 0) -> None:
+        self._rows_per_band, self._bands = _banding(similarity)
+        random = np.random.default_rng(seed)
+        self._multipliers = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
+        self._offsets = random.integers(0, 2**64, PERMUTATIONS, dtype=np.uint64)
+
+    def signature(self, normal: str) -> Signature | None:
+        """Of a normalized text; None of one that is compared exactly alone, because it is short."""
+        shingles = _shingles(normal)
+        return None if shingles is None else self.of_set(shingles)
+
+    def of_set(self, shingles: Hashes) -> Signature:
         """The smallest hash of the set under each permutation: two sets agree in a share equal to their Jaccard."""
         smallest = np.full(PERMUTATIONS, 2**64 - 1, dtype=np.uint64)
         for start in range(0, len(shingles), _BLOCK):
@@ -111,12 +138,21 @@ class Duplicates:
             np.minimum(smallest, block.min(axis=0), out=smallest)
         return (smallest >> np.uint64(32)).astype(np.uint32)
 
-    def _band_keys(self, signature: Signature) -> list[int]:
+    def band_keys(self, signature: Signature) -> list[int]:
         bands = signature[: self._bands * self._rows_per_band].reshape(self._bands, self._rows_per_band)
         return [
             int.from_bytes(hashlib.blake2b(b"%d:" % i + band.tobytes(), digest_size=8).digest())
             for i, band in enumerate(bands)
         ]
+
+
+def are_close(first: Signature, second: Signature, similarity: float) -> bool:
+    return bool(np.count_nonzero(first == second) >= similarity * PERMUTATIONS)
+
+
+def normalized(text: str, exact_only: bool) -> str:
+    """What is equal in exact duplicates."""
+    return " ".join((text if exact_only else text.casefold()).split())
 
 
 class Splits:
@@ -128,7 +164,7 @@ class Splits:
     """
 
     def __init__(self, kind: Kind, similarity: float, seed: int = 0) -> None:
-        self._duplicates = Duplicates(similarity, seed, exact_only=kind in ("conversations", "images"))
+        self._duplicates = Duplicates(similarity, seed, exact_only=kind in EXACT_KINDS)
         self._test_questions: set[int] = set()
         self._test_pictures = PictureQuestions()
 
@@ -137,7 +173,7 @@ class Splits:
         if split == "validation":
             self._duplicates.seal()
         for row in rows:
-            reason = self._duplicates.reason(_content(row))
+            reason = self._duplicates.reason(content(row))
             if reason:
                 writer.drop(reason)
                 continue
@@ -154,13 +190,15 @@ class Splits:
         """
         self._duplicates.seal()
         for row in rows:
-            reason = "in_test" if self._asks_in_test(row) else self._duplicates.reason(_content(row))
+            reason = "in_test" if self._asks_in_test(row) else self._duplicates.reason(content(row))
             if reason:
                 writer.drop(reason)
             else:
                 writer.write("train", row)
-        if not writer.info.rows.get("train"):
-            raise InputError(f"{writer.info.name}: no row left to train on ({_counts(writer)}); add more rows")
+        refuse_without_training_rows(writer)
+
+    def finish(self) -> None:
+        """All rows are written already."""
 
     def _asks_in_test(self, row: Row) -> bool:
         if row.get("images"):
@@ -220,7 +258,7 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _content(row: Row) -> str:
+def content(row: Row) -> str:
     """The content of a row without its id."""
     if "messages" not in row:
         return str(row["source" if "target" in row else "text"])
@@ -250,9 +288,12 @@ def _leave_both(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], boo
     return lambda row: len(ids) == 2 and row["id"] == ids[1]
 
 
-def _counts(writer: DatasetWriter) -> str:
-    counts = {"test": writer.info.rows.get("test", 0), **writer.info.dropped}
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
+def refuse_without_training_rows(writer: DatasetWriter) -> None:
+    """Raises: InputError when nothing is left to train on."""
+    if not writer.info.rows.get("train"):
+        counts = {"test": writer.info.rows.get("test", 0), **writer.info.dropped}
+        shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise InputError(f"{writer.info.name}: no row left to train on ({shown}); add more rows")
 
 
 def _shingles(normal: str) -> Hashes | None:

@@ -134,7 +134,8 @@ def hold_out(examples: Sequence[TrainingExample], share: float, seed: int) -> se
     for skill, keys in by_skill.items():
         for start in range(0, len(keys), block):
             digest = hashlib.blake2b(f"{seed}:{skill}:{start}".encode(), digest_size=8).digest()
-            chosen.update(keys[start + int.from_bytes(digest, "big") % block :][:1])
+            index = start + int.from_bytes(digest, "big") % block
+            chosen.update(keys[index : index + 1])
     return chosen
 
 
@@ -310,7 +311,7 @@ class _Rows:
         too_long = pack_rows((pieces[number] for number in random.permutation(len(pieces))), writer)
         writer.close()
         pictures = self.pictures.close() if self.pictures is not None else None
-        write_rows_file(self.folder, self.tokenizer, writer.seq_len, {"train": writer}, pictures)
+        write_rows_file(self.folder, self.tokenizer, writer.seq_len, {"train": writer.rows}, pictures)
         return too_long
 
 

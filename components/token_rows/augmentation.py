@@ -23,7 +23,7 @@ REPLACEMENT_RATE = 0.35
 
 
 def copy_augmented_rows(
-    names: Sequence[str], tokenizer: ChatTokenizer, count: int, seq_len: int, seed: int
+    names: Sequence[str], tokenizer: ChatTokenizer, count: int, seq_len: int, seed: int | Sequence[int]
 ) -> Iterator[list[Piece]]:
     """Rows of spans that are repeated in another order.
 

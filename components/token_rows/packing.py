@@ -11,17 +11,23 @@ the repetition (not the first occurrence) of a span of copy augmentation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from components.datasets.formats import write_json
+from components.datasets.formats import batched, write_json
+from components.runtime.shards import Output, concatenate
 from components.token_rows.augmentation import Piece
-from components.token_rows.picture_rows import PictureWriter
+from components.token_rows.picture_rows import ENDS, FILE, PictureWriter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 
 OPEN_ROWS = 64
+DOCUMENTS_AT_ONCE = 512
+COUNTS = ("rows", "tokens", "learned")
+"""What a writer counts: `learned` are the tokens that are trained on."""
 
 
 class RowWriter:
@@ -58,9 +64,39 @@ class RowWriter:
         self.tokens += start
         self.learned += int(row["mask"].sum())
 
-    def close(self) -> None:
+    def add_documents(self, rows: npt.NDArray[np.int64]) -> None:
+        """Rows (3, N, T) of ids, numbers of documents and mask, filled from their start; a shorter T is padded."""
+        ids, documents, mask = rows
+        padding = ((0, 0), (0, self.seq_len - rows.shape[2]))
+        segments = documents - documents[:, :1] + 1
+        for name, values in (("ids", ids), ("segments", segments), ("mask", mask)):
+            self._files[name].write(np.pad(values, padding).astype(self._types[name]).tobytes())
+        self.rows += len(ids)
+        self.tokens += ids.size
+        self.learned += int(mask.sum())
+
+    def close(self) -> dict[str, int]:
+        """Finish the files; `COUNTS` of the split."""
         for file in self._files.values():
             file.close()
+        return {name: getattr(self, name) for name in COUNTS}
+
+
+def join_rows(
+    folder: Path, splits: Sequence[str], outputs: Sequence[Output], with_pictures: bool = False
+) -> dict[str, int]:
+    """Write the arrays of a folder of rows from those of shards, one behind the other; SPLIT_COUNT for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    for split in splits:
+        parts = [output for output in outputs if split in output.result["splits"]]
+        for name in ("ids", "segments", "mask", *(["pictures"] if with_pictures else [])):
+            file = f"{split}.{name}.bin"
+            concatenate(folder / file, [part.folder / file for part in parts])
+        counts |= {f"{split}_{name}": sum(part.result["splits"][split][name] for part in parts) for name in COUNTS}
+    for file in (FILE, ENDS) if with_pictures else ():
+        concatenate(folder / file, [output.folder / file for output in outputs])  # of one shard
+    return counts
 
 
 def id_type(tokenizer: ChatTokenizer) -> str:
@@ -72,28 +108,33 @@ def write_rows_file(
     folder: Path,
     tokenizer: ChatTokenizer,
     seq_len: int,
-    writers: Mapping[str, RowWriter],
+    rows: Mapping[str, int],
     pictures: Mapping[str, int] | None = None,
 ) -> None:
     """Write `rows.json`: shape and type of the splits' arrays, and what `PictureWriter` says of pictures."""
-    rows = {split: writer.rows for split, writer in writers.items()}
     info = {"seq_len": seq_len, "vocab_size": tokenizer.vocab_size, "dtype": id_type(tokenizer)}
-    write_json(folder / "rows.json", {**info, **(pictures or {}), "rows": rows})
+    write_json(folder / "rows.json", {**info, **(pictures or {}), "rows": dict(rows)})
 
 
-def fill_rows(pieces: Iterable[Piece], writer: RowWriter) -> None:
-    """Fill rows completely: a document that does not fit continues in the next row as a new segment."""
-    row: list[Piece] = []
-    free = writer.seq_len
-    for ids, mask in pieces:
-        while ids:
-            row.append((ids[:free], mask[:free]))
-            ids, mask, free = ids[free:], mask[free:], free - len(row[-1][0])
-            if not free:
-                writer.add(row)
-                row, free = [], writer.seq_len
-    if row:
-        writer.add(row)
+def fill_rows(documents: Iterable[Sequence[int]], writer: RowWriter) -> None:
+    """Fill rows completely: a document that does not fit continues in the next row as a new segment.
+
+    Of each document all tokens are trained on but the first.
+    """
+    left, count = np.zeros((3, 0), np.int64), 0
+    for group in batched(documents, DOCUMENTS_AT_ONCE):
+        lengths = np.fromiter(map(len, group), np.int64, len(group))
+        ends = np.cumsum(lengths)
+        tokens = np.ones((3, ends[-1]), np.int64)  # ids, numbers of documents, mask
+        tokens[0] = np.fromiter(chain.from_iterable(group), np.int64, ends[-1])
+        tokens[1] = np.repeat(np.arange(count, count + len(group)), lengths)
+        tokens[2, ends - lengths] = 0
+        tokens = np.concatenate([left, tokens], axis=1)
+        stop = tokens.shape[1] // writer.seq_len * writer.seq_len
+        writer.add_documents(tokens[:, :stop].reshape(3, -1, writer.seq_len))
+        left, count = tokens[:, stop:], count + len(group)
+    if left.shape[1]:
+        writer.add_documents(left[:, None])
 
 
 def pack_rows(pieces: Iterable[Piece], writer: RowWriter) -> int:

@@ -82,7 +82,9 @@ def write_preferences(
             roles.append(Role.MISMATCHED)
     writer.close()
     np.array(roles, "uint8").tofile(folder / f"{split}.roles.bin")
-    write_rows_file(folder, tokenizer, seq_len, {split: writer}, pictures.close() if pictures is not None else None)
+    write_rows_file(
+        folder, tokenizer, seq_len, {split: writer.rows}, pictures.close() if pictures is not None else None
+    )
     return counts
 
 

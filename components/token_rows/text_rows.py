@@ -8,21 +8,27 @@ another document; the sentences that would have followed begin a later pair.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from tokenizers import Encoding
 
 from components.config.params import InputError
-from components.datasets.formats import Row, batched, read_rows, shards, write_json
+from components.datasets.formats import ROWS_PER_SHARD, Row, batched, read_rows, read_shard, shards, write_json
+from components.runtime.shards import Output, Result, Shard, Work, run_shards
 from components.runtime.stage import StageRun
-from components.token_rows.variable_length import NO_PAIR, SPECIAL, VariableLengthWriter
-from components.tokenization.text_tokenizer import CLS, SEP, TextTokenizer
+from components.token_rows.variable_length import NO_PAIR, SPECIAL, VariableLengthWriter, join_variable_length
+from components.tokenization.text_tokenizer import CLS, MASK, SEP, TextTokenizer
 
 BATCH = 512
+SPLITS = ("train", "test")
+"""Of documents."""
 Counts = dict[str, int]
 Folders = list[Path]
 BUFFERED_DOCUMENTS = 512
@@ -39,23 +45,39 @@ Sentence = list[tuple[int, int]]
 
 def prepare_encoder(run: StageRun, documents: Folders, labelled: Folders) -> dict[str, Counts]:
     """Write `pretrain` (pairs of sentences) and `classifier` (texts and labels); return the counts of each."""
-    tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
-    seq_len = run.params.prepare.encoder.seq_len
-    counts = {"pretrain": _sentence_pairs(run, tokenizer, documents, seq_len)}
-    run.progress(1, 2, rows=counts["pretrain"]["train_rows"])
-    counts["classifier"] = _labelled(run, TextTokenizer.load(tuned_tokenizer(run)), labelled, seq_len)
-    run.progress(2, 2, rows=counts["classifier"]["train_rows"])
-    return counts
+    seq_len, own, tuned = run.params.prepare.encoder.seq_len, run.paths.tokenizer(run.family), tuned_tokenizer(run)
+    labels = sorted({row["label"] for folder in labelled for row in read_rows(folder, "train", ["label"])})
+    pretrain = _shards(documents, SPLITS, tokenize_sentences, own, seed=run.params.seed, seq_len=seq_len)
+    tune = _shards(labelled, _splits(labelled), tokenize_labelled, tuned, labels=labels, seq_len=seq_len)
+    outputs = run_shards(run, [*pretrain, *tune])
+    tokenizer = TextTokenizer.load(own)
+    special = {name: tokenizer.id_of(token) for name, token in (("cls", CLS), ("sep", SEP), ("mask", MASK))}
+    regular = {"first": tokenizer.regular.start, "last": tokenizer.regular.stop - 1}
+    documents_rows = _Objective(run, "pretrain", tokenizer, SPLITS, outputs[: len(pretrain)])
+    labelled_rows = _Objective(
+        run, "classifier", TextTokenizer.load(tuned), _splits(labelled), outputs[len(pretrain) :]
+    )
+    return {
+        "pretrain": documents_rows.join(_PAIR_FIELDS, seq_len, special, regular=regular),
+        "classifier": labelled_rows.join(_LABELLED_FIELDS, seq_len, {}, labels=labels),
+    }
 
 
 def prepare_encoder_decoder(run: StageRun, documents: Folders, text_pairs: Folders) -> dict[str, Counts]:
     """Write `pretrain` (running text) and `summarizer` (sources and targets); return the counts of each."""
-    tokenizer = TextTokenizer.load(run.paths.tokenizer(run.family))
-    counts = {"pretrain": _chunks(run, tokenizer, documents)}
-    run.progress(1, 2, rows=counts["pretrain"]["train_rows"])
-    counts["summarizer"] = _text_pairs(run, TextTokenizer.load(tuned_tokenizer(run)), text_pairs)
-    run.progress(2, 2, rows=counts["summarizer"]["train_rows"])
-    return counts
+    config, own, tuned = run.params.prepare.encoder_decoder, run.paths.tokenizer(run.family), tuned_tokenizer(run)
+    lengths = {"seq_len": config.seq_len, "target_len": config.target_len}
+    pretrain = _shards(documents, SPLITS, tokenize_chunks, own, seq_len=config.seq_len)
+    tune = _shards(text_pairs, _splits(text_pairs), tokenize_pairs, tuned, **lengths)
+    outputs = run_shards(run, [*pretrain, *tune])
+    tokenizer, of_pairs = TextTokenizer.load(own), TextTokenizer.load(tuned)
+    ends = [{"end": each.id_of("</s>")} for each in (tokenizer, of_pairs)]
+    chunks = _Objective(run, "pretrain", tokenizer, SPLITS, outputs[: len(pretrain)])
+    sides = _Objective(run, "summarizer", of_pairs, _splits(text_pairs), outputs[len(pretrain) :])
+    return {
+        "pretrain": chunks.join(_CHUNK_FIELDS, config.seq_len, ends[0], sentinels=tokenizer.sentinels),
+        "summarizer": sides.join(_SIDES_FIELDS, config.seq_len, ends[1], target_len=config.target_len),
+    }
 
 
 def tuned_tokenizer(run: StageRun) -> Path:
@@ -64,31 +86,93 @@ def tuned_tokenizer(run: StageRun) -> Path:
     return imported if (imported / "config.json").is_file() else run.paths.tokenizer(run.family)
 
 
-def _sentence_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders, seq_len: int) -> Counts:
-    tokens, numbers = {"ids": _id_type(tokenizer), "ids.segments": "u1", "ids.starts": "u1"}, {"random": "u1"}
-    rows = _Rows(run, tokenizer, "pretrain", tokens, numbers)
-    cls, sep = tokenizer.id_of(CLS), tokenizer.id_of(SEP)
-    for split in ("train", "test"):
-        writer = rows.writer(split)
-        random = np.random.default_rng([run.params.seed, split == "test"])
-        documents = chain.from_iterable(_split(tokenizer, folder, split) for folder in folders)
-        for pair in pairs(documents, seq_len - 3, random):
-            first = [(cls, SPECIAL), *pair.first, (sep, SPECIAL)]
-            second = [*pair.second, (sep, SPECIAL)] if pair.second else []
-            writer.add(
-                ids=[number for number, _ in first + second],
-                ids__starts=[start for _, start in first + second],
-                ids__segments=[0] * len(first) + [1] * len(second),
-                random=int(pair.random) if second else NO_PAIR,
-            )
-    special = {"cls": cls, "sep": sep, "mask": tokenizer.id_of("[MASK]")}
-    regular = {"first": tokenizer.regular.start, "last": tokenizer.regular.stop - 1}
-    return rows.close(seq_len, {}, special, regular=regular)
+def section_of(run: StageRun, objective: str) -> str:
+    """The section of params.yaml that names the datasets of an objective's rows."""
+    return f"pretrain.{run.family}" if objective == "pretrain" else objective
 
 
-def _split(tokenizer: TextTokenizer, folder: Path, split: str) -> Iterator[list[Sentence]]:
+def _splits(folders: Folders) -> list[str]:
+    return ["train", *(name for name in ("validation", "test") if any(shards(folder, name) for folder in folders))]
+
+
+def _shards(folders: Folders, splits: Sequence[str], work: Work, tokenizer: Path, **arguments: Any) -> list[Shard]:
+    """Shards of these splits, numbered in each: a Parquet file each, or as many small ones as are of its size."""
+    common = {**arguments, "tokenizer": str(tokenizer)}
+    return [
+        Shard(
+            f"{work.__name__}-{split}-{number:05d}",
+            work,
+            [*files, tokenizer],
+            {**common, "split": split, "number": number, "files": [str(file) for file in files]},
+        )
+        for split in splits
+        for number, files in enumerate(_groups([file for folder in folders for file in shards(folder, split)]))
+    ]
+
+
+def _groups(files: Sequence[Path]) -> list[list[Path]]:
+    groups: list[list[Path]] = []
+    rows = 0
+    for file in files:
+        count = pq.read_metadata(file).num_rows
+        if not groups or rows + count > ROWS_PER_SHARD:
+            groups.append([])
+            rows = 0
+        groups[-1].append(file)
+        rows += count
+    return groups
+
+
+def _rows(files: Sequence[str], columns: list[str]) -> Iterator[Row]:
+    return chain.from_iterable(read_shard(Path(file), columns) for file in files)
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of rows: types of those with a number per token, and of those with one per row."""
+
+    ids: tuple[str, ...]
+    marks: tuple[str, ...] = ()
+    """Small numbers of tokens."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+
+    def tokens(self, tokenizer: TextTokenizer) -> dict[str, str]:
+        kind = "u2" if tokenizer.vocab_size <= 2**16 else "u4"
+        return {**dict.fromkeys(self.ids, kind), **dict.fromkeys(self.marks, "u1")}
+
+    def writer(self, out: Path, split: str, tokenizer: TextTokenizer) -> VariableLengthWriter:
+        return VariableLengthWriter(out, split, self.tokens(tokenizer), self.numbers)
+
+
+_PAIR_FIELDS = _Fields(("ids",), ("ids.segments", "ids.starts"), {"random": "u1"})
+_LABELLED_FIELDS = _Fields(("ids",), numbers={"label": "u2"})
+_CHUNK_FIELDS = _Fields(("ids",))
+_SIDES_FIELDS = _Fields(("source", "target"))
+
+
+def tokenize_sentences(
+    out: Path, tokenizer: str, files: Sequence[str], split: str, number: int, seed: int, seq_len: int
+) -> Result:
+    """Write pairs of sentences of a Parquet file of documents."""
+    loaded = TextTokenizer.load(Path(tokenizer))
+    cls, sep = loaded.id_of(CLS), loaded.id_of(SEP)
+    writer = _PAIR_FIELDS.writer(out, split, loaded)
+    random = np.random.default_rng([seed, split == "test", number])
+    for pair in pairs(_documents(loaded, files), seq_len - 3, random):
+        first = [(cls, SPECIAL), *pair.first, (sep, SPECIAL)]
+        second = [*pair.second, (sep, SPECIAL)] if pair.second else []
+        writer.add(
+            ids=[token for token, _ in first + second],
+            ids__starts=[start for _, start in first + second],
+            ids__segments=[0] * len(first) + [1] * len(second),
+            random=int(pair.random) if second else NO_PAIR,
+        )
+    return {"splits": {split: writer.close()}}
+
+
+def _documents(tokenizer: TextTokenizer, files: Sequence[str]) -> Iterator[list[Sentence]]:
     """The sentences of each document, in tokens."""
-    texts = (sentences(row["text"]) for row in read_rows(folder, split, ["text"]))
+    texts = (sentences(row["text"]) for row in _rows(files, ["text"]))
     for batch in batched(texts, BATCH):
         encoded = iter(tokenizer.encodings([sentence for document in batch for sentence in document]))
         for document in batch:
@@ -101,125 +185,98 @@ def _tokens(encoding: Encoding) -> Sentence:
     return list(zip(encoding.ids, starts, strict=True))
 
 
-def _labelled(run: StageRun, tokenizer: TextTokenizer, folders: Folders, seq_len: int) -> Counts:
-    labels = sorted({row["label"] for folder in folders for row in read_rows(folder, "train", ["label"])})
-    numbers = {label: number for number, label in enumerate(labels)}
-    rows = _Rows(run, tokenizer, "classifier", {"ids": _id_type(tokenizer)}, {"label": "u2"})
-    cut: Counts = {}
-    end = tokenizer.id_of(SEP)
-    for split in _splits(folders):
-        writer = rows.writer(split)
-        for batch in _batches(folders, split, ["id", "text", "label"]):
-            for row, ids in zip(batch, tokenizer.encode_batch([each["text"] for each in batch], True), strict=True):
-                if row["label"] not in numbers:
-                    raise InputError(
-                        f"params.yaml: classifier.dataset: label {row['label']!r} of row {row['id']} ({split}) has no"
-                        " row to train on; add rows with it"
-                    )
-                writer.add(ids=_shortened(ids, seq_len, end, cut, f"{split}_truncated"), label=numbers[row["label"]])
-    return rows.close(seq_len, cut, {}, labels=labels)
+def tokenize_labelled(
+    out: Path, tokenizer: str, files: Sequence[str], split: str, number: int, labels: Sequence[str], seq_len: int
+) -> Result:
+    """Write texts and the numbers of their labels.
 
-
-def _chunks(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Counts:
-    seq_len = run.params.prepare.encoder_decoder.seq_len
-    rows = _Rows(run, tokenizer, "pretrain", {"ids": _id_type(tokenizer)}, {})
-    for split in ("train", "test"):
-        writer, waiting = rows.writer(split), list[int]()
-        for batch in _batches(folders, split, ["text"]):
-            for ids in tokenizer.encode_batch([row["text"] for row in batch], True):
-                waiting += ids
-            for start in range(0, len(waiting) - seq_len + 1, seq_len):
-                writer.add(ids=waiting[start : start + seq_len])
-            waiting = waiting[len(waiting) // seq_len * seq_len :]
-    return rows.close(seq_len, {}, {"end": tokenizer.id_of("</s>")}, sentinels=tokenizer.sentinels)
-
-
-def _text_pairs(run: StageRun, tokenizer: TextTokenizer, folders: Folders) -> Counts:
-    config, end = run.params.prepare.encoder_decoder, tokenizer.id_of("</s>")
-    kind = _id_type(tokenizer)
-    rows = _Rows(run, tokenizer, "summarizer", {"source": kind, "target": kind}, {})
-    cut: Counts = {}
-    for split in _splits(folders):
-        writer = rows.writer(split)
-        for batch in _batches(folders, split, ["source", "target"]):
-            sources = tokenizer.encode_batch([row["source"] for row in batch], True)
-            targets = tokenizer.encode_batch([row["target"] for row in batch], True)
-            for source, target in zip(sources, targets, strict=True):
-                writer.add(
-                    source=_shortened(source, config.seq_len, end, cut, f"{split}_sources_truncated"),
-                    target=_shortened(target, config.target_len, end, cut, f"{split}_targets_truncated"),
+    Raises: InputError for a label that no row is trained on with.
+    """
+    loaded = TextTokenizer.load(Path(tokenizer))
+    numbers, end = {label: index for index, label in enumerate(labels)}, loaded.id_of(SEP)
+    writer = _LABELLED_FIELDS.writer(out, split, loaded)
+    cut = {f"{split}_truncated": 0}
+    for batch in batched(_rows(files, ["id", "text", "label"]), BATCH):
+        for row, ids in zip(batch, loaded.encode_batch([each["text"] for each in batch], True), strict=True):
+            if row["label"] not in numbers:
+                raise InputError(
+                    f"params.yaml: classifier.dataset: label {row['label']!r} of row {row['id']} ({split}) has no"
+                    " row to train on; add rows with it"
                 )
-    return rows.close(config.seq_len, cut, {"end": end}, target_len=config.target_len)
+            writer.add(ids=_shortened(ids, seq_len, end, cut, f"{split}_truncated"), label=numbers[row["label"]])
+    return {"splits": {split: writer.close()}, "cut": cut}
 
 
-def section_of(run: StageRun, objective: str) -> str:
-    """The section of params.yaml that names the datasets of an objective's rows."""
-    return f"pretrain.{run.family}" if objective == "pretrain" else objective
+def tokenize_chunks(out: Path, tokenizer: str, files: Sequence[str], split: str, number: int, seq_len: int) -> Result:
+    """Write the running text of documents in rows of equal length; what is left of the last one is dropped."""
+    loaded = TextTokenizer.load(Path(tokenizer))
+    writer, waiting = _CHUNK_FIELDS.writer(out, split, loaded), list[int]()
+    for batch in batched(_rows(files, ["text"]), BATCH):
+        for ids in loaded.encode_batch([row["text"] for row in batch], True):
+            waiting += ids
+        for start in range(0, len(waiting) - seq_len + 1, seq_len):
+            writer.add(ids=waiting[start : start + seq_len])
+        waiting = waiting[len(waiting) // seq_len * seq_len :]
+    return {"splits": {split: writer.close()}}
+
+
+def tokenize_pairs(
+    out: Path, tokenizer: str, files: Sequence[str], split: str, number: int, seq_len: int, target_len: int
+) -> Result:
+    """Write sources and targets."""
+    loaded = TextTokenizer.load(Path(tokenizer))
+    end, writer = loaded.id_of("</s>"), _SIDES_FIELDS.writer(out, split, loaded)
+    limits = {"source": seq_len, "target": target_len}
+    cut = {f"{split}_{side}s_truncated": 0 for side in limits}
+    for batch in batched(_rows(files, ["source", "target"]), BATCH):
+        ids = {side: loaded.encode_batch([row[side] for row in batch], True) for side in limits}
+        for source, target in zip(ids["source"], ids["target"], strict=True):
+            writer.add(
+                source=_shortened(source, seq_len, end, cut, f"{split}_sources_truncated"),
+                target=_shortened(target, target_len, end, cut, f"{split}_targets_truncated"),
+            )
+    return {"splits": {split: writer.close()}, "cut": cut}
 
 
 def _shortened(ids: list[int], limit: int, end: int, cut: Counts, name: str) -> list[int]:
     """The ids, or their beginning with the token that ends a text; `cut` counts it."""
-    cut.setdefault(name, 0)
     if len(ids) <= limit:
         return ids
     cut[name] += 1
     return [*ids[: limit - 1], end]
 
 
-def _splits(folders: Folders) -> list[str]:
-    return ["train", *(name for name in ("validation", "test") if any(shards(folder, name) for folder in folders))]
+@dataclass(frozen=True)
+class _Objective:
+    """What the rows of a folder are for."""
 
+    run: StageRun
+    name: str
+    tokenizer: TextTokenizer
+    splits: Sequence[str]
+    outputs: Sequence[Output]
 
-def _batches(folders: Folders, split: str, columns: list[str]) -> Iterator[list[Row]]:
-    return batched(chain.from_iterable(read_rows(folder, split, columns) for folder in folders), BATCH)
-
-
-def _id_type(tokenizer: TextTokenizer) -> str:
-    return "u2" if tokenizer.vocab_size <= 2**16 else "u4"
-
-
-class _Rows:
-    """The writers of one objective's folder and, at the end, its `rows.json`."""
-
-    def __init__(
-        self,
-        run: StageRun,
-        tokenizer: TextTokenizer,
-        objective: str,
-        tokens: Mapping[str, str],
-        numbers: Mapping[str, str],
-    ) -> None:
-        self._folder = run.paths.tokens(run.family) / objective
-        self._section = section_of(run, objective)
-        self._tokenizer, self._tokens, self._numbers = tokenizer, tokens, numbers
-        self._writers: dict[str, VariableLengthWriter] = {}
-
-    def writer(self, split: str) -> VariableLengthWriter:
-        self._writers[split] = VariableLengthWriter(self._folder, split, self._tokens, self._numbers)
-        return self._writers[split]
-
-    def close(self, seq_len: int, counts: Counts, special: Mapping[str, int], **info: object) -> Counts:
-        """Write `rows.json`; return rows and tokens of each split, and `counts`."""
-        for writer in self._writers.values():
-            writer.close()
-        if not self._writers["train"].rows:
-            raise InputError(f"params.yaml: {self._section}.dataset: not one row of {seq_len} tokens; add rows")
+    def join(self, fields: _Fields, seq_len: int, special: Mapping[str, int], **info: object) -> Counts:
+        """Write the folder from its shards, `rows.json` last; returns rows and tokens of each split, and cut texts."""
+        folder, tokens = self.run.paths.tokens(self.run.family) / self.name, fields.tokens(self.tokenizer)
+        counts = join_variable_length(folder, self.splits, self.outputs, tokens, fields.numbers)
+        if not counts["train_rows"]:
+            section = section_of(self.run, self.name)
+            raise InputError(f"params.yaml: {section}.dataset: not one row of {seq_len} tokens; add rows")
+        cut: Counter[str] = Counter()
+        for output in self.outputs:
+            cut.update(output.result.get("cut", {}))
         info |= {
-            "special": {"pad": self._tokenizer.pad_id, **special},
+            "special": {"pad": self.tokenizer.pad_id, **special},
             "seq_len": seq_len,
-            "vocab_size": self._tokenizer.vocab_size,
-            "rows": {split: writer.rows for split, writer in self._writers.items()},
-            "fields": {**self._tokens, **self._numbers},
-            "ragged": [name for name in self._tokens if "." not in name],
-            "truncated": counts,
+            "vocab_size": self.tokenizer.vocab_size,
+            "rows": {split: counts[f"{split}_rows"] for split in self.splits},
+            "fields": {**tokens, **fields.numbers},
+            "ragged": [name for name in tokens if "." not in name],
+            "truncated": dict(cut),
         }
-        write_json(self._folder / "rows.json", info)
-        sizes = {
-            f"{split}_{name}": getattr(writer, name)
-            for split, writer in self._writers.items()
-            for name in ("rows", "tokens")
-        }
-        return sizes | counts
+        write_json(folder / "rows.json", info)
+        return counts | dict(cut)
 
 
 @dataclass(frozen=True)
@@ -241,11 +298,13 @@ def pairs(documents: Iterable[list[Sentence]], tokens: int, random: np.random.Ge
     """Pairs of at most `tokens` tokens together, document by document; a pair that would be longer is cut."""
     buffer: list[list[Sentence]] = []
     for document in documents:
-        left = [sentence for sentence in document if sentence]
-        while left:
-            pair, used = _pair(left, buffer, _target(tokens, random), random)
+        filled, start = [sentence for sentence in document if sentence], 0
+        while start < len(filled):
+            target = _target(tokens, random)
+            left = filled[start : start + _fitting(filled, start, target)]
+            pair, used = _pair(left, buffer, target, random)
             yield _cut(pair, tokens)
-            left = left[used:]
+            start += used
         if len(buffer) < BUFFERED_DOCUMENTS:
             buffer.append(document)
         else:
@@ -260,8 +319,8 @@ def _target(tokens: int, random: np.random.Generator) -> int:
 def _pair(
     left: list[Sentence], buffer: list[list[Sentence]], target: int, random: np.random.Generator
 ) -> tuple[Pair, int]:
-    """The next pair of a document, and the number of its sentences in the pair."""
-    count = _fitting(left, target)
+    """The next pair, of the sentences that fill it, and the number of those in the pair."""
+    count = len(left)
     if count == 1:
         if len(left[0]) < 2 * MIN_TOKENS:
             return Pair(left[0], [], False), 1
@@ -277,14 +336,13 @@ def _pair(
     return Pair(first, [token for sentence in left[cut:count] for token in sentence], False), count
 
 
-def _fitting(left: list[Sentence], target: int) -> int:
-    """The number of sentences that fill a pair; the last one may exceed it."""
-    length = 0
-    for count, sentence in enumerate(left, 1):
-        length += len(sentence)
-        if length >= target:
-            return count
-    return len(left)
+def _fitting(sentences: list[Sentence], start: int, target: int) -> int:
+    """The number of sentences from `start` on that fill a pair; the last one may exceed it."""
+    length, stop = 0, start
+    while stop < len(sentences) and length < target:
+        length += len(sentences[stop])
+        stop += 1
+    return stop - start
 
 
 def _passage(buffer: list[list[Sentence]], length: int, random: np.random.Generator) -> Sentence:

@@ -1,7 +1,7 @@
 """Token rows of variable length on disk, and as batches padded to the longest row.
 
     train.ids.bin  train.segments.bin ...   raw little-endian arrays, one number per token, row after row
-    train.ids.ends.bin                      where each row ends in that array (uint64); fields of a group share it
+    train.ids.ends.bin                      where each row ends in that array (int64); fields of a group share it
     train.label.bin                         one number per row
     rows.json                               rows per split, vocab_size, ids of special tokens
 
@@ -19,10 +19,13 @@ import numpy.typing as npt
 import torch
 
 from components.config.params import InputError
+from components.runtime.shards import Output, concatenate
 from components.token_rows.batches import IGNORED, Batch, Indices, read_rows_file
 
 Numbers = npt.NDArray[np.int64]
-_ENDS = np.dtype("<u8")
+_ENDS = np.dtype("<i8")
+COUNTS = ("rows", "tokens")
+"""What a writer counts."""
 SPECIAL = 2
 """`starts` of a special token; else 1 where a word starts, and 0 within."""
 NO_PAIR = 2
@@ -51,13 +54,41 @@ class VariableLengthWriter:
             self._files[name].write(np.asarray(value, self._types[name]).tobytes())
             if f"{name}.ends" in self._ends and not isinstance(value, int):
                 self._ends[f"{name}.ends"] += len(value)
-                self._files[f"{name}.ends"].write(np.uint64(self._ends[f"{name}.ends"]).astype(_ENDS).tobytes())
+                self._files[f"{name}.ends"].write(_ENDS.type(self._ends[f"{name}.ends"]).astype(_ENDS).tobytes())
                 self.tokens += len(value)
         self.rows += 1
 
-    def close(self) -> None:
+    def close(self) -> dict[str, int]:
+        """Finish the files; `COUNTS` of the split."""
         for file in self._files.values():
             file.close()
+        return {name: getattr(self, name) for name in COUNTS}
+
+
+def join_variable_length(
+    folder: Path,
+    splits: Sequence[str],
+    outputs: Sequence[Output],
+    tokens: Mapping[str, str],
+    numbers: Mapping[str, str],
+) -> dict[str, int]:
+    """Write the arrays of a folder from those of shards, one behind the other; SPLIT_COUNT for each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    for split in splits:
+        parts = [output for output in outputs if split in output.result["splits"]]
+        for name in (*tokens, *numbers):
+            file = f"{split}.{name}.bin"
+            concatenate(folder / file, [part.folder / file for part in parts])
+        for name in (name for name in tokens if "." not in name):
+            file, end = f"{split}.{name}.ends.bin", 0
+            with (folder / file).open("wb") as out:
+                for part in parts:
+                    ends = np.fromfile(part.folder / file, _ENDS) + end
+                    out.write(ends.tobytes())
+                    end = int(ends[-1]) if len(ends) else end
+        counts |= {f"{split}_{name}": sum(part.result["splits"][split][name] for part in parts) for name in COUNTS}
+    return counts
 
 
 class VariableLengthRows:
@@ -77,8 +108,7 @@ class VariableLengthRows:
         for name, kind in self.info["fields"].items() if self.count else ():
             self._arrays[name] = self._map(name, np.dtype(kind).newbyteorder("<"))
         for name in self.info["ragged"] if self.count else ():
-            ends = self._map(f"{name}.ends", _ENDS).astype(np.int64)
-            self._ends[name] = np.concatenate([np.zeros(1, np.int64), ends])
+            ends = self._ends[name] = self._map(f"{name}.ends", _ENDS)
             if len(ends) != self.count or ends[-1] != len(self._arrays[name]):
                 raise InputError(f'{folder}: rows of {split} are incomplete; run "loopwright run --until prepare"')
 
@@ -88,7 +118,8 @@ class VariableLengthRows:
     def field(self, name: str, index: int) -> Numbers:
         """The numbers of one row."""
         ends = self._ends[name.partition(".")[0]]
-        numbers: Numbers = np.asarray(self._arrays[name][ends[index] : ends[index + 1]]).astype(np.int64)
+        start = ends[index - 1] if index else 0
+        numbers: Numbers = np.asarray(self._arrays[name][start : ends[index]]).astype(np.int64)
         return numbers
 
     def ids(self, index: int) -> Numbers:
@@ -107,7 +138,10 @@ class VariableLengthRows:
         if not self.count:
             return np.zeros(0, np.int64)
         ends = self._ends[self.measured]
-        return np.diff(ends) if indices is None else ends[indices + 1] - ends[indices]
+        if indices is None:
+            return np.diff(ends, prepend=0)
+        order = np.asarray(indices)
+        return np.asarray(ends[order] - np.where(order > 0, ends[order - 1], 0))
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         path = self.folder / f"{self.split}.{name}.bin"

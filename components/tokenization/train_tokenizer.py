@@ -9,7 +9,7 @@ from pathlib import Path
 
 from components.config.model_settings import Family
 from components.config.params import InputError
-from components.datasets.formats import Row, in_test_split, read_info, read_rows, write_json
+from components.datasets.formats import SCHEMAS, Row, in_test_split, read_info, read_rows, write_json
 from components.runtime.stage import StageRun
 from components.tokenization import chat_tokenizer as bpe
 from components.tokenization import text_tokenizer
@@ -50,8 +50,11 @@ def _sample(run: StageRun, limit: int) -> Iterator[str]:
     """At most `limit` training texts of each dataset, a seeded sample."""
     for name in run.params.datasets_of(run.family):
         folder = run.paths.collected / name
-        share = min(1.0, 1.2 * limit / max(1, read_info(folder).rows.get("train", 0)))
-        chosen = (row for row in read_rows(folder, "train") if in_test_split(row["id"], share, run.params.seed))
+        info = read_info(folder)
+        share = min(1.0, 1.2 * limit / max(1, info.rows.get("train", 0)))
+        columns = [name for name in SCHEMAS[info.kind].names if name != "images"]
+        rows = read_rows(folder, "train", columns)
+        chosen = (row for row in rows if in_test_split(row["id"], share, run.params.seed))
         yield from (_text(row) for row in islice(chosen, limit))
 
 

@@ -104,4 +104,4 @@ def _write_answers(run: StageRun, folder: Path, base: Path, seq_len: int) -> Non
     writer = RowWriter(folder, "train", seq_len, id_type(tokenizer))
     pack_rows(iter(pieces), writer)
     writer.close()
-    write_rows_file(folder, tokenizer, seq_len, {"train": writer})
+    write_rows_file(folder, tokenizer, seq_len, {"train": writer.rows})

@@ -12,12 +12,14 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.config.params import InputError, Refused
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
+from components.runtime.shards import Output, Result, Shard, run_shards
 from components.runtime.stage import StageRun, digest, warn_on_failure
 from components.validation.cross_shard import cross_shard_checks
 from components.validation.report import (
@@ -50,12 +52,7 @@ def validate(run: StageRun) -> None:
     sections = run.params.datasets
     for name in sorted({name for names in sections.values() for name in names} - {folder.name for folder in folders}):
         raise InputError(f'{run.paths.collected / name}: no dataset; run "loopwright run --until collect"')
-    validator = Validator(run.paths.expectations, run.params.validate_.max_failed_share)
-    reports = []
-    for done, folder in enumerate(folders, 1):
-        report = validator.check(folder, docs=run.paths.home / "docs" / "validation")
-        reports.append(report)
-        run.progress(done, len(folders), dataset=report.dataset, **report.counts())
+    reports = _check_by_shards(run, folders, run.paths.home / "docs" / "validation")
     run.paths.validation.mkdir(parents=True, exist_ok=True)
     write_json(run.paths.validation / "result.json", [report.to_json() for report in reports])
     page = run.paths.validation / "docs" / "index.html"
@@ -70,6 +67,78 @@ def validate(run: StageRun) -> None:
     digests = {folder.name: digest(folder) for folder in folders}
     for section, names in sections.items():
         write_json(run.paths.validated(section), {name: digests[name] for name in names})
+
+
+def _check_by_shards(run: StageRun, folders: Sequence[Path], docs: Path) -> list[ValidationReport]:
+    suites, share = run.paths.expectations, run.params.validate_.max_failed_share
+    work = []
+    for folder in folders:
+        kind = read_info(folder).kind
+        for file in _files(folder):
+            values = {"expectations": str(suites), "max_failed_share": share, "file": str(file), "kind": kind}
+            work.append(Shard(f"{folder.name}-{file.stem}", check_file, [file, suites], values))
+    outputs, reports = iter(run_shards(run, work)), []
+    for done, folder in enumerate(folders, 1):
+        reports.append(_report(folder, [_stored(next(outputs)) for _ in _files(folder)], docs))
+        run.progress(done, len(folders), dataset=folder.name, **reports[-1].counts())
+    return reports
+
+
+def check_file(out: Path, expectations: str, max_failed_share: float, file: str, kind: Kind) -> Result:
+    """The checks of a shard; its page is written as `page.html`."""
+    validator = _validator(suites := Path(expectations), max_failed_share, digest(suites))
+    checked = validator.check_shard(Path(file), kind, with_page=True)
+    if checked.page:
+        (out / "page.html").write_text(checked.page, encoding="utf-8")
+    return {"checks": [asdict(check) for check in checked.checks]}
+
+
+@cache
+def _validator(expectations: Path, max_failed_share: float, version: str) -> Validator:
+    return Validator(expectations, max_failed_share)
+
+
+def _stored(output: Output) -> ShardChecks:
+    entries = output.result["checks"]
+    checks = [Check(**{**entry, "examples": [Example(**row) for row in entry["examples"]]}) for entry in entries]
+    page = output.folder / "page.html"
+    return ShardChecks(checks, page.read_text("utf-8") if page.is_file() else None)
+
+
+@dataclass(frozen=True)
+class ShardChecks:
+    """The checks of one shard."""
+
+    checks: list[Check]
+    page: str | None = None
+    """Great Expectations' page, where one was asked for."""
+
+
+def _report(folder: Path, checked: Sequence[ShardChecks], docs: Path | None) -> ValidationReport:
+    """The report of a dataset; Data Docs go to `docs/NAME`."""
+    info, files = read_info(folder), _files(folder)
+    checks = [check for each in checked for check in each.checks]
+    report = ValidationReport(info.name, info.kind, dict(info.rows), checks)
+    if all(each.checks[0].success for each in checked):  # the first is that of the columns
+        report.checks += cross_shard_checks(files, info)
+        if info.kind == "images":
+            report.pictures = _pictures(files, report)
+    if docs is not None:
+        with warn_on_failure(f"{docs / info.name}: Data Docs"):
+            _write_docs(docs, report, {file.stem: each.page for file, each in zip(files, checked, strict=True)})
+    return report
+
+
+def _write_docs(docs: Path, report: ValidationReport, pages: Mapping[str, str | None]) -> None:
+    """Great Expectations' page of each shard; it contains the time of the run, so it is no out of the stage."""
+    shutil.rmtree(docs / report.dataset, ignore_errors=True)
+    for stem, page in pages.items():
+        if page is not None:
+            path = docs / report.dataset / f"{stem}.html"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures = [row for row in report.pictures if Path(row.shard).stem == stem]
+            path.write_text(offline(page, pictures), encoding="utf-8")
+    write_docs_index(docs)
 
 
 def validate_dataset(
@@ -100,23 +169,23 @@ class Validator:
 
         Raises: InputError when the folder holds no dataset, or its kind has no readable suite.
         """
-        info = read_info(folder)
-        files = [shard for split in SPLITS for shard in shards(folder, split)]
-        report = ValidationReport(info.name, info.kind, dict(info.rows))
-        results = []
-        for shard in files:
-            report.checks.append(_schema_check(shard, info.kind))
-            if report.checks[-1].success:
-                results.append(self._run(shard, info.kind))
-                report.checks += results[-1].checks.values()
-        if len(results) == len(files):
-            report.checks += cross_shard_checks(files, info)
-            if info.kind == "images":
-                report.pictures = _pictures(files, report)
-        if docs is not None:
-            with warn_on_failure(f"{docs / info.name}: Data Docs"):
-                self._write_docs(docs, report, results)
-        return report
+        kind = read_info(folder).kind
+        return _report(folder, [self.check_shard(file, kind, docs is not None) for file in _files(folder)], docs)
+
+    def check_shard(self, shard: Path, kind: Kind, with_page: bool = False) -> ShardChecks:
+        """Check one shard by the suite of its kind: its columns, and then its rows."""
+        columns = _schema_check(shard, kind)
+        if not columns.success:
+            return ShardChecks([columns])
+        result = self._run(shard, kind)
+        page = None
+        if with_page and result.page is not None:
+            with warn_on_failure(f"{shard}: Data Docs"), _quiet():
+                from great_expectations.render.renderer import ValidationResultsPageRenderer
+                from great_expectations.render.view import DefaultJinjaPageView
+
+                page = str(DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result.page)))
+        return ShardChecks([columns, *result.checks.values()], page)
 
     def failing_rows(self, rows: Sequence[Row], kind: Kind) -> dict[int, str]:
         """The expectation that each failing row breaks, by the row's index."""
@@ -160,22 +229,9 @@ class Validator:
                 self._suites[kind] = self._context.suites.add(_read_suite(path))
         return self._suites[kind]
 
-    def _write_docs(self, docs: Path, report: ValidationReport, results: list[_ShardResult]) -> None:
-        """Great Expectations' page of each shard; it contains the time of the run, so it is no out of the stage."""
-        name = report.dataset
-        shutil.rmtree(docs / name, ignore_errors=True)
-        with _quiet():
-            from great_expectations.render.renderer import ValidationResultsPageRenderer
-            from great_expectations.render.view import DefaultJinjaPageView
 
-            for result in results:
-                if result.page is not None:
-                    html = DefaultJinjaPageView().render(ValidationResultsPageRenderer().render(result.page))
-                    path = docs / name / f"{Path(result.shard).stem}.html"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    pictures = [row for row in report.pictures if row.shard == result.shard]
-                    path.write_text(offline(str(html), pictures), encoding="utf-8")
-        write_docs_index(docs)
+def _files(folder: Path) -> list[Path]:
+    return [shard for split in SPLITS for shard in shards(folder, split)]
 
 
 def _pictures(files: Sequence[Path], report: ValidationReport) -> list[PictureRow]:

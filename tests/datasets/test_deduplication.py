@@ -12,7 +12,7 @@ import pytest
 
 from components.config.params import InputError, load_params
 from components.datasets import deduplication as duplicates
-from components.datasets.deduplication import Duplicates, Splits, question, split
+from components.datasets.deduplication import Duplicates, MinHash, Splits, question, split
 from components.datasets.formats import DatasetWriter, Row, read_rows, row_id
 from tests.conftest import SOURCE
 
@@ -91,7 +91,7 @@ def test_exact_only_keeps_case_and_near_copies() -> None:
 
 
 def test_signatures_estimate_the_jaccard_similarity() -> None:
-    seen = Duplicates(0.85)
+    min_hash = MinHash(0.85)
     errors = []
     for seed in range(60):
         one, other = text_of(300, seed), changed(text_of(300, seed), seed % 20)
@@ -99,7 +99,7 @@ def test_signatures_estimate_the_jaccard_similarity() -> None:
         assert first is not None
         assert second is not None
         exact = len(np.intersect1d(first, second)) / len(np.union1d(first, second))
-        errors.append(float(np.mean(seen._signature(first) == seen._signature(second))) - exact)
+        errors.append(float(np.mean(min_hash.of_set(first) == min_hash.of_set(second))) - exact)
     assert abs(np.mean(errors)) < 0.02
     assert np.std(errors) < 0.05
 

@@ -122,7 +122,7 @@ def packed(folder: Path, tokenizer: ChatTokenizer, count: int) -> TokenRows:
     chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "straight on " * 12}]
     pack_rows([tokenizer.encode_chat(chat)] * count, writer)
     writer.close()
-    write_rows_file(folder, tokenizer, SEQ_LEN, {"train": writer})
+    write_rows_file(folder, tokenizer, SEQ_LEN, {"train": writer.rows})
     return TokenRows(folder, "train")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
+from components.datasets import formats
 from components.datasets.formats import DatasetWriter, Row
-from components.runtime.stage import StageRun
+from components.runtime.stage import StageRun, digest
 from components.token_rows.augmentation import FIRST_ID, copy_augmented_rows, with_token_noise
 from components.token_rows.packing import RowWriter, fill_rows, pack_rows
 from components.token_rows.prepare import prepare
@@ -118,10 +120,11 @@ def test_rows_too_short_for_every_conversation_are_refused(run: StageRun) -> Non
 
 def test_a_long_document_goes_on_in_the_next_row(tmp_path: Path) -> None:
     writer = RowWriter(tmp_path, "train", seq_len=4, dtype="uint16")
-    fill_rows([([1, 2, 3], [0, 1, 1]), ([4, 5, 6, 7, 8], [0, 1, 1, 1, 1])], writer)
-    writer.close()
-    assert np.fromfile(tmp_path / "train.ids.bin", "uint16").tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert np.fromfile(tmp_path / "train.segments.bin", "uint16").tolist() == [1, 1, 1, 2, 1, 1, 1, 1]
+    fill_rows([[1, 2, 3], [4, 5, 6, 7, 8, 9]], writer)
+    assert writer.close() == {"rows": 3, "tokens": 9, "learned": 7}
+    assert np.fromfile(tmp_path / "train.ids.bin", "uint16").tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]
+    assert np.fromfile(tmp_path / "train.segments.bin", "uint16").tolist() == [1, 1, 1, 2, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert np.fromfile(tmp_path / "train.mask.bin", "uint8").tolist() == [0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0]
 
 
 def test_packing_wastes_little(tmp_path: Path) -> None:
@@ -170,3 +173,37 @@ def test_a_conversation_that_copies_nothing_has_no_noisy_twin(run: StageRun) -> 
     tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
     ids, _ = tokenizer.encode_chat(chat("how are you?", "fine")["messages"])
     assert with_token_noise(ids, np.random.default_rng(0), tokenizer) is None
+
+
+def test_shards_hold_what_one_file_holds_and_a_killed_stage_goes_on(
+    run: StageRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two stages, one of them broken off at its third shard, write the same bytes; every document is there once."""
+    monkeypatch.setattr(formats, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(formats, "ROWS_PER_GROUP", 10)
+    with DatasetWriter(run.paths.collected / "docs", "docs", "documents") as writer:
+        for number, text in enumerate(TEXTS):
+            writer.write("test" if number % 8 == 0 else "train", {"id": str(number), "text": text, "source": "here"})
+    loads = []
+
+    def load(folder: Path) -> bpe.ChatTokenizer:
+        loads.append(folder)
+        if len(loads) == 4:  # the first is the stage's own
+            raise KeyboardInterrupt
+        return load_chat_tokenizer(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("components.token_rows.prepare.load_chat_tokenizer", load)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(run)
+        loads.clear()
+        loads.extend([Path()] * 10)
+        prepare(run)
+    assert len(loads) == 10 + 8, "for five of seven shards, and the stage's own three"
+    broken = digest(run.paths.tokens("decoder"))
+    prepare(replace(run, state=tmp_path / "other-state"))
+    assert digest(run.paths.tokens("decoder")) == broken
+    tokenizer = load_chat_tokenizer(run.paths.tokenizer("decoder"))
+    rows = read(run.paths.tokens("decoder") / "pretrain", "train")
+    documents = tokenizer.decode(rows["ids"][rows["segments"] > 0].tolist())
+    assert documents.startswith("".join(text for number, text in enumerate(TEXTS) if number % 8))

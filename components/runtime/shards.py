@@ -1,0 +1,191 @@
+"""Shards of a stage: each becomes files and one line of a manifest, so that a killed stage goes on where it was.
+
+    STATE/manifest.jsonl   one line per finished shard: its key, digests of inputs and outputs, its result
+    STATE/KEY/             the files of a shard
+
+STATE is the stage's folder of checkpoints, which outlives DVC's removal of outs. Results are functions of the shard
+alone, and in its order: executors and numbers of workers change no byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from shutil import copyfileobj
+from typing import Any
+
+from components.config.params import InputError
+from components.runtime.files import remove, sync
+from components.runtime.process import end_with_parent
+from components.runtime.stage import StageRun, digest
+
+MANIFEST = "manifest.jsonl"
+RAYON_THREADS = "RAYON_NUM_THREADS"
+"""Environment variable: the threads of tokenizers' batch encoding."""
+_COPY_BYTES = 1 << 20
+
+Result = dict[str, Any]
+"""Counts and the like, as JSON."""
+Work = Callable[..., Result]
+"""A function of a module: given the folder for its files and a shard's arguments, it writes them."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work."""
+
+    key: str
+    """Its name, unique in the stage; of a folder."""
+    work: Work
+    inputs: Sequence[Path]
+    """Files and folders that it reads."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `work`, as JSON: with the inputs, everything that its output depends on."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a shard became."""
+
+    folder: Path
+    result: Result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A shard to do, as it goes to a worker."""
+
+    shard: Shard
+    folder: Path
+    inputs: str
+    """Digest of inputs and arguments."""
+
+    def run(self) -> dict[str, Any]:
+        """Do the work; its line of the manifest, its files being on disk."""
+        remove(self.folder)
+        self.folder.mkdir(parents=True)
+        result = self.shard.work(self.folder, **self.shard.arguments)
+        sync(*(path for path in self.folder.rglob("*") if path.is_file()), self.folder)
+        return {"key": self.shard.key, "inputs": self.inputs, "outputs": digest(self.folder), "result": result}
+
+
+def run_shards(run: StageRun, shards: Sequence[Shard], done: int = 0, total: int = 0) -> list[Output]:
+    """Do what the manifest lacks, on `run.workers` processes; the outputs in the order of the shards.
+
+    Progress counts from `done`, of `total` shards where there are more than these.
+
+    Raises: InputError of a shard, or when a worker is killed; what is finished stays.
+    """
+    settings, folder = run.params.run, run.state
+    folder.mkdir(parents=True, exist_ok=True)
+    content = cache(digest)
+    jobs = {shard.key: _Job(shard, folder / shard.key, _inputs(shard, content)) for shard in shards}
+    lines = {key: line for key, line in _finished(folder / MANIFEST).items() if key in jobs and _fits(line, jobs[key])}
+    todo = [job for key, job in jobs.items() if key not in lines]
+    done, total = done + len(lines), total or len(shards)
+    with (folder / MANIFEST).open("ab") as manifest:
+        for line in _execute(run.name, todo, min(settings.workers, len(todo)), settings.launcher):
+            manifest.write(json.dumps(line).encode() + b"\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
+            lines[line["key"]] = line
+            done += 1
+            run.progress(done, total, shard=line["key"])
+    return [Output(job.folder, lines[key]["result"]) for key, job in jobs.items()]
+
+
+def concatenate(target: Path, parts: Iterable[Path]) -> None:
+    """Write a file that has the bytes of others, one behind the other."""
+    with target.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as file:
+                copyfileobj(file, out, _COPY_BYTES)
+
+
+def _inputs(shard: Shard, content: Callable[[Path], str]) -> str:
+    work = f"{shard.work.__module__}.{shard.work.__qualname__}"
+    text = json.dumps([work, shard.arguments, {str(path): content(path) for path in shard.inputs}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(manifest: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a manifest by key; one that a kill tore is none, and is cut off."""
+    lines: dict[str, dict[str, Any]] = {}
+    if manifest.is_file():
+        whole, _, torn = manifest.read_bytes().rpartition(b"\n")
+        if torn:
+            os.truncate(manifest, len(whole) + 1 if whole else 0)
+        lines = {line["key"]: line for line in map(json.loads, whole.splitlines())}
+    return lines
+
+
+def _fits(line: Mapping[str, Any], job: _Job) -> bool:
+    """Whether a finished shard is of the same inputs, and its files are as it left them."""
+    return line["inputs"] == job.inputs and job.folder.is_dir() and line["outputs"] == digest(job.folder)
+
+
+def _execute(name: str, jobs: Sequence[_Job], workers: int, launcher: str) -> Iterator[dict[str, Any]]:
+    """The line of each job, as it is finished."""
+    if workers < 2:
+        return map(_Job.run, jobs)
+    return _on_ray(jobs, workers) if launcher == "ray" else _in_processes(name, jobs, workers)
+
+
+def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    others = active_children()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
+    try:
+        for future in as_completed([pool.submit(job.run) for job in jobs]):
+            yield future.result()
+    except BrokenProcessPool:
+        remedy = "finished shards stay; run it again, with fewer run.workers if memory was short"
+        raise InputError(f"{name}: a worker process was killed; {remedy}") from None
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(active_children()) - set(others):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+
+
+def _start_worker(threads: int) -> None:
+    """Let a worker end with the stage, and its libraries use its share of the cores."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the stage gets it too, and ends this process
+    os.environ[RAYON_THREADS] = str(threads)
+
+
+def _on_ray(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+    """As tasks of the cluster that RAY_ADDRESS names (`auto`: this host's), or of a Ray started here.
+
+    Its hosts share the project's folder and the state folder.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise InputError("params.yaml: run.launcher: 'ray' is not installed; install the extra cluster") from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    task = ray.remote(max_retries=0)(_Job.run)
+    waiting, running = iter(jobs), [task.remote(job) for job in jobs[:workers]]
+    for _ in jobs[:workers]:
+        next(waiting)
+    while running:
+        (finished, *_), running = ray.wait(running)
+        running += [task.remote(job) for job in [next(waiting, None)] if job is not None]
+        try:
+            line: dict[str, Any] = ray.get(finished)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, InputError) else error from None
+        yield line

@@ -1,0 +1,105 @@
+"""Splits decided from files are those decided in memory: the same rows in the same order, and the same reasons."""
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from components.config.params import load_params
+from components.config.paths import Paths
+from components.datasets import formats
+from components.datasets.collect import stratified
+from components.datasets.deduplication import Splits
+from components.datasets.disk_splits import DiskSplits
+from components.datasets.formats import DatasetWriter, Kind, Row, Split, row_id
+from components.runtime.stage import StageRun, digest
+
+ROOT = Path(__file__).parents[2]
+WORDS = [f"word{number}" for number in range(3000)]
+SIMILARITY = 0.7
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def documents(count: int, seed: int) -> list[Row]:
+    """New texts, exact copies, near-copies, short texts, and relatives that share more bands than an index holds."""
+    draw = random.Random(seed)
+    base = random.Random(0).choices(WORDS, k=90)
+    texts: list[str] = []
+    for number in range(count):
+        words = draw.choices(WORDS, k=draw.randrange(3, 60))
+        if texts and number % 4 == 1:
+            words = draw.choice(texts).split()
+            for _ in range(number % 3):
+                words[draw.randrange(len(words))] = draw.choice(WORDS)
+        elif number % 4 == 2:
+            words = [*base[:66], *draw.choices(WORDS, k=24)]
+        texts.append(" ".join(words))
+    return [{"id": row_id(text, str(number)), "text": text, "source": "here"} for number, text in enumerate(texts)]
+
+
+def conversations(count: int, seed: int) -> list[Row]:
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        turns = [("user", f"question {draw.randrange(600)}"), ("assistant", f"answer {draw.randrange(2)}")]
+        messages = [
+            {"role": role, "content": text, "tool_calls": None, "tool_call_id": None, "name": None}
+            for role, text in turns
+        ]
+        rows.append({"id": str(number), "messages": messages, "tools": None, "suite": None})
+    return rows
+
+
+def write(
+    splits: Splits | DiskSplits, folder: Path, kind: Kind, datasets: list[dict[Split, list[Row]]]
+) -> list[object]:
+    """The folder of each dataset, written as `collect` does; what was dropped."""
+    writers = [DatasetWriter(folder / str(number), str(number), kind) for number in range(len(datasets))]
+    for writer in writers:
+        writer.__enter__()
+    held_out: tuple[Split, ...] = ("test", "validation")
+    for split in held_out:
+        for writer, rows in zip(writers, datasets, strict=True):
+            splits.write_held_out(split, rows[split], writer)
+    for writer, rows in zip(writers, datasets, strict=True):
+        splits.write_train(rows["train"], writer)
+    splits.finish()
+    for writer in writers:
+        writer.__exit__(None)
+    return [asdict(writer.info) for writer in writers]
+
+
+@pytest.mark.parametrize(("kind", "rows_of"), [("documents", documents), ("conversations", conversations)])
+def test_files_decide_as_memory_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind, rows_of: Callable[[int, int], list[Row]]
+) -> None:
+    monkeypatch.setattr(formats, "ROWS_PER_GROUP", 20)
+    monkeypatch.setattr(formats, "ROWS_PER_SHARD", 100)
+    rows = [[*rows_of(160, seed), *rows_of(60, 0)] for seed in (1, 2, 3)]  # all share some
+    datasets: list[dict[Split, list[Row]]] = [
+        {"test": each[:40], "validation": each[40:60], "train": each[60:]} for each in rows
+    ]
+    run = StageRun(
+        "collect", load_params(ROOT / "params.yaml", {"scale": "smoke"}), Paths(tmp_path), tmp_path / "state", Silent()
+    )
+    in_memory = write(Splits(kind, SIMILARITY, 3), tmp_path / "memory", kind, datasets)
+    on_disk = write(DiskSplits(run, kind, SIMILARITY, 3), tmp_path / "disk", kind, datasets)
+    assert on_disk == in_memory
+    assert digest(tmp_path / "disk") == digest(tmp_path / "memory")
+    reasons = {reason for info in in_memory for reason in info["dropped"]}  # type: ignore[index]
+    assert reasons == {"in_test", "exact_duplicate"} | ({"near_duplicate"} if kind == "documents" else set())
+    assert not list((run.state / "waiting").iterdir()), "scratch rows are gone"
+
+
+def test_a_repeated_id_among_held_out_rows_is_named() -> None:
+    rows = [{"id": "same", "label": "a"}, {"id": "same", "label": "a"}]
+    with pytest.raises(ValueError, match=r"^'a': id 'same' is there twice; give"):
+        stratified(lambda: [*rows, {"id": "other", "label": "a"}], 0.6, 0.1, 0)

@@ -1,0 +1,109 @@
+"""Shards: the same bytes from any number of workers, and after a kill at most one shard a worker is done again."""
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.config.params import InputError, load_params
+from components.config.paths import Paths
+from components.runtime.shards import MANIFEST, Output, Result, Shard, run_shards
+from components.runtime.stage import StageRun, digest
+
+ROOT = Path(__file__).parents[2]
+
+
+class Silent:
+    """A tracker that keeps nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def upper(out: Path, file: str, log: str, ends_by: str = "") -> Result:
+    """Write a file in upper case; `ends_by`: killed, or refused, where there is no such file yet."""
+    with Path(log).open("a") as lines:
+        lines.write(f"{Path(file).name}\n")
+    if ends_by and not Path(ends_by).exists():
+        Path(ends_by).touch()
+        if ends_by.endswith("killed"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise InputError(f"{file}: refused")
+    text = Path(file).read_text().upper()
+    (out / "text").write_text(text)
+    return {"characters": len(text)}
+
+
+def run_of(folder: Path, workers: int) -> StageRun:
+    params = load_params(ROOT / "params.yaml", {"scale": "smoke", "run.workers": workers})
+    return StageRun("prepare@decoder", params, Paths(folder), folder / "state", Silent())
+
+
+def shards(folder: Path, ends: str = "", **arguments: Any) -> list[Shard]:
+    folder.mkdir(exist_ok=True)
+    made = []
+    for number in range(6):
+        file = folder / f"{number}.txt"
+        file.write_text(f"text {number}" * (number + 1))
+        how = {"ends_by": str(folder / ends)} if ends and number == 3 else {}
+        values = {"file": str(file), "log": str(folder / "log"), **how, **arguments}
+        made.append(Shard(f"text-{number}", upper, [file], values))
+    return made
+
+
+def result(outputs: list[Output]) -> list[tuple[str, int, str]]:
+    return [(each.folder.name, each.result["characters"], (each.folder / "text").read_text()) for each in outputs]
+
+
+def log(folder: Path) -> Counter[str]:
+    return Counter((folder / "log").read_text().split())
+
+
+def test_any_number_of_workers_gives_the_same_bytes_in_the_same_order(tmp_path: Path) -> None:
+    outputs = [
+        result(run_shards(run_of(folder, workers), shards(folder)))
+        for workers, folder in ((1, tmp_path / "one"), (2, tmp_path / "two"))
+    ]
+    assert outputs[0] == outputs[1] == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
+
+
+def test_a_killed_worker_is_reported_and_its_shard_done_again(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^prepare@decoder: a worker process was killed; finished shards stay; run"):
+        run_shards(run_of(tmp_path, 2), shards(tmp_path, "killed"))
+    finished = {json.loads(line)["key"] for line in (tmp_path / "state" / MANIFEST).read_text().splitlines()}
+    outputs = run_shards(run_of(tmp_path, 2), shards(tmp_path, "killed"))
+    assert result(outputs) == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
+    again = {name.removesuffix(".txt") for name, times in log(tmp_path).items() if times > 1}
+    assert "3" in again
+    assert len(again) <= 2, "at most one a worker"
+    assert not {f"text-{number}" for number in again} & finished
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="refused"):
+        run_shards(run_of(tmp_path, 1), shards(tmp_path, "refused"))
+    assert sum(log(tmp_path).values()) == 4
+    run_shards(run_of(tmp_path, 1), shards(tmp_path, "refused"))
+    assert log(tmp_path) == {**{f"{n}.txt": 1 for n in range(6)}, "3.txt": 2}
+    run_shards(run_of(tmp_path, 1), shards(tmp_path, "refused"))
+    assert sum(log(tmp_path).values()) == 7
+
+
+def test_a_torn_line_a_damaged_file_and_another_input_are_done_again(tmp_path: Path) -> None:
+    run = run_of(tmp_path, 1)
+    first = digest(run_shards(run, shards(tmp_path))[0].folder)
+    manifest = run.state / MANIFEST
+    manifest.write_bytes(manifest.read_bytes()[:-9])  # of the last shard
+    (run.state / "text-1/text").write_text("TORN")
+    work = shards(tmp_path)
+    (tmp_path / "2.txt").write_text("other")
+    outputs = run_shards(run, work)
+    assert {name: times for name, times in log(tmp_path).items() if times > 1} == {"1.txt": 2, "2.txt": 2, "5.txt": 2}
+    assert [each.result["characters"] for each in outputs] == [6, 12, 5, 24, 30, 36]
+    assert all(json.loads(line) for line in manifest.read_text().splitlines())
+    assert digest(outputs[0].folder) == first
