@@ -205,7 +205,7 @@ class ContinuousBatch:
 
     def _reserved(self, row: Row) -> int:
         """Positions for which a row may take memory."""
-        return _up(min(len(row.prompt) + row.limit, self.context), self._cache.block)
+        return min(_up(len(row.prompt) + row.limit, self._cache.block), self.context)
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Give slots to rows, while none is prefilled, and what the prefix cache has of their prompts.
