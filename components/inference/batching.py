@@ -1,4 +1,4 @@
-"""Continuous batching: rows that come and go, each with keys and values in a slot of one dense cache.
+"""Continuous batching: rows that come and go, each with keys and values in a slot of one cache.
 
 A row's tokens do not depend on what else is in the batch, bit for bit on a CPU: every product has a multiple of
 `EVEN_ROWS` rows, and then gives each row the same numbers, whichever part of a prompt it is read with. So a later
@@ -9,7 +9,6 @@ through other products (`decode_step.py`) and is prefilled again.
 from __future__ import annotations
 
 import math
-import mmap
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from components.config.params import InputError
 from components.inference.adapter_bank import bank_of
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.decode_step import Step
+from components.inference.paged_memory import PagedMemory, page_positions
 from components.inference.picture_cache import PictureCache
 from components.inference.prefix_cache import MIN_SHARED, Ids, PrefixCache, common
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
@@ -33,6 +33,8 @@ from components.models.vision import VisionLanguageModel
 
 PREFILL_TOKENS = 512
 """Prompt tokens prefilled between two decode steps, padding included."""
+KEPT_BYTES = 1 << 28
+"""Of a whole cache that keeps its memory: in a small model, giving pages back and taking them anew costs 1 to 4 %."""
 PREFIX_BYTES = 1 << 30
 """Of the prefix cache: beyond what the cache itself takes of the memory."""
 SEEN = 16
@@ -113,18 +115,22 @@ class _Layer(LayerCache):
 
 
 class SlotCache(KVCache):
-    """Keys and values (layers, 2, slots, K, span, D); behind the context's end padding is written."""
+    """Keys and values (layers, 2, slots, K, span, D); padding is written behind the context's end of the first slot.
+
+    On a CPU a slot is a range of addresses: it takes memory as its positions are written, until it is released.
+    """
 
     def __init__(self, model: Decoder, slots: int, context_len: int) -> None:
         c, weight = model.config, model.embed.weight
         self.length = 0  # not one for all rows: positions and masks are given with each pass
-        self.span = _up(context_len + 1, SEEN)
+        self.context_len = context_len
+        on_cpu = weight.device.type == "cpu"
+        self.block = math.lcm(SEEN, page_positions(c.head_dim * weight.element_size())) if on_cpu else SEEN
+        """Positions of a slot that take memory together."""
+        self.span = _up(context_len + 1, self.block)
         shape = (c.num_layers, 2, slots, c.num_kv_heads, self.span, c.head_dim)
-        if weight.device.type == "cpu":  # pages of the system, which take memory once they are written
-            size = math.prod(shape) * weight.element_size()
-            self.whole = torch.frombuffer(mmap.mmap(-1, size), dtype=weight.dtype).view(shape)
-        else:
-            self.whole = weight.new_zeros(shape)
+        self._memory = PagedMemory(math.prod(shape) * weight.element_size()) if on_cpu else None
+        self.whole = weight.new_zeros(shape) if self._memory is None else self._memory.tensor(weight.dtype).view(shape)
         self.passes = [_Layer(layer[0], layer[1]) for layer in self.whole]
         self.layers = list[LayerCache](self.passes)
         self._heads = torch.arange(c.num_kv_heads, device=weight.device)
@@ -133,19 +139,29 @@ class SlotCache(KVCache):
         """Prepare for a pass over slots from `first` on: it writes to places (B, T) and sees `seen` positions."""
         slots = torch.arange(first, first + places.shape[0], device=places.device)
         rows = slots.unsqueeze(1) * len(self._heads) + self._heads  # (B, K)
-        index = (rows.unsqueeze(2) * self.span + places.unsqueeze(1)).flatten()  # (B, K, T)
+        places = places.unsqueeze(1)  # (B, 1, T)
+        rows = rows.unsqueeze(2).where(places < self.context_len, self._heads.unsqueeze(1))
+        index = (rows * self.span + places).flatten()  # (B, K, T)
         for layer in self.passes:
             layer.at(slice(first, first + places.shape[0]), index, seen)
 
     def advance(self, count: int) -> None:
         """Rows count their own positions."""
 
+    def release(self, slot: int) -> None:
+        """Give the memory of a slot back, whose keys and values are lost; a cache of at most KEPT_BYTES keeps it."""
+        if self._memory is None or self.whole.nbytes <= KEPT_BYTES:
+            return
+        part = self.whole[0, 0, 0].nbytes
+        for number in range(2 * len(self.whole)):
+            self._memory.release((number * self.whole.shape[2] + slot) * part, part)
+
 
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
     def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
-        """At most `max_rows` rows of `max_context` tokens, fewer where memory is short (`plan_cache`).
+        """At most `max_rows` rows of `max_context` tokens, fewer at once where memory is short (`plan_cache`).
 
         Raises: InputError when memory holds no row of `max_context` tokens.
         """
@@ -158,7 +174,7 @@ class ContinuousBatch:
         self._multiple = 1 if alone else EVEN_ROWS if rows_are_independent(model) else _up(count)
         self._cache = SlotCache(model, _up(count), self.context)
         self._step = Step(model, self._cache.whole, self._bank is None)
-        self._prefix_tokens = min(count * self.context, PREFIX_BYTES // plan.token_bytes)
+        self._prefix_tokens = min(plan.tokens, PREFIX_BYTES // plan.token_bytes)
         self._prefix_cache = PrefixCache(self._prefix_tokens)
         self.pictures = PictureCache(model) if isinstance(model, VisionLanguageModel) else None
         # Longer products of scores would go through another kernel.
@@ -172,14 +188,24 @@ class ContinuousBatch:
         return self.count - len(self.prefilling) - len(self.decoding)
 
     def group(self, waiting: Sequence[Row]) -> int:
-        """How many of the first that wait are prefilled together: in one pass where they fit, else one alone."""
-        size, longest = 0, 0
+        """How many of the first that wait are prefilled together: in one pass where they fit, else one alone.
+
+        Those for whose last token there is no memory wait, and all behind them, until running rows have left.
+        """
+        running = [*self.prefilling, *self.decoding]
+        reserved, size, longest = sum(map(self._reserved, running)), 0, 0
         for row in waiting[: self.free]:
-            longest = max(longest, len(row.ids))
+            longest, reserved = max(longest, len(row.ids)), reserved + self._reserved(row)
             if size and _up(longest) * (size + 1) > PREFILL_TOKENS:
+                break
+            if (size or running) and reserved > self.plan.tokens:
                 break
             size += 1
         return size
+
+    def _reserved(self, row: Row) -> int:
+        """Positions for which a row may take memory."""
+        return min(_up(len(row.prompt) + row.limit, self._cache.block), self.context)
 
     def admit(self, rows: Sequence[Row]) -> None:
         """Give slots to rows, while none is prefilled, and what the prefix cache has of their prompts.
@@ -261,9 +287,12 @@ class ContinuousBatch:
         known = min(row.cached, len(row.prompt))
         if known >= MIN_SHARED:
             self._prefix_cache.keep(row.key[: known + 1], self._cache.whole[:, :, row.slot, :, :known])
+        self._cache.release(row.slot)
 
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
+        for row in [*self.prefilling, *self.decoding]:
+            self._cache.release(row.slot)
         self.prefilling, self.decoding = [], []
         self._prefix_cache = PrefixCache(self._prefix_tokens)
 
@@ -322,6 +351,7 @@ class ContinuousBatch:
             if row.slot >= len(self.decoding):
                 slot = gaps.pop()
                 self._cache.whole[:, :, slot, :, : row.cached] = self._cache.whole[:, :, row.slot, :, : row.cached]
+                self._cache.release(row.slot)
                 row.slot = slot
         self.decoding.sort(key=lambda row: row.slot)
 

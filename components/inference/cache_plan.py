@@ -25,21 +25,24 @@ MIN_CONTEXT = 256
 
 @dataclass(frozen=True)
 class CachePlan:
-    """A cache of `rows` requests of up to `context_len` tokens each, prompt and answer together."""
+    """A cache of at most `rows` requests of up to `context_len` tokens each, prompt and answer together."""
 
     rows: int
     context_len: int
+    tokens: int
+    """Tokens of all requests that run at once."""
     token_bytes: int
     """Keys and values of one token in all layers."""
 
     def note(self, model_len: int, max_rows: int) -> str | None:
         """One line on what the memory does not hold; None where it holds `max_rows` of the model's whole context."""
-        if self.context_len == model_len and self.rows == max_rows:
+        if self.context_len == model_len and self.tokens >= max_rows * model_len:
             return None
         return (
-            f"the key-value cache ({self.token_bytes * self.rows * self.context_len / 2**30:.1f} GiB) holds {self.rows}"
-            f" requests of {self.context_len:,} tokens at once, of serve.max_running {max_rows} and the model's"
-            f" {model_len:,} tokens; serve.max_context_tokens says how long a request may get"
+            f"the key-value cache ({self.token_bytes * self.tokens / 2**30:.1f} GiB) holds {self.tokens:,} tokens:"
+            f" {self.rows} requests at once, each of up to {self.context_len:,} tokens, of serve.max_running {max_rows}"
+            f" and the model's {model_len:,} tokens; others wait; serve.max_context_tokens says how long a request may"
+            " get"
         )
 
 
@@ -53,23 +56,27 @@ def plan_cache(
 ) -> CachePlan:
     """Fit at most `max_rows` requests into CACHE_SHARE of the device's memory (bytes; its own where None).
 
-    The context depends on the model, the machine and `max_context` alone, so that what is evaluated is what is served.
+    On a CPU the memory holds one request of the whole context or many short ones. Elsewhere it is allocated for each
+    row's whole context, and holds EVEN_ROWS rows at least. The context depends on the model, the machine and
+    `max_context` alone, so that what is evaluated is what is served.
 
-    Raises: InputError when the memory does not hold the fewest rows that a cache has, EVEN_ROWS.
+    Raises: InputError when the memory does not hold the fewest rows.
     """
     memory = device_memory(device) if memory is None else memory
     token_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     tokens = int(memory * CACHE_SHARE) // token_bytes
     context = min(config.max_seq_len, max_context or max(tokens // ROOM_FOR, MIN_CONTEXT))
-    rows = tokens // context // EVEN_ROWS * EVEN_ROWS
-    if not rows:
-        fix = "give more memory" if max_context is None else f"set it to at most {tokens // EVEN_ROWS:,}"
+    paged = device.type == "cpu"
+    least = 1 if paged else EVEN_ROWS
+    if tokens < least * context:
+        fix = "give more memory" if max_context is None else f"set it to at most {tokens // least:,}"
         raise InputError(
-            f"serve.max_context_tokens: {context}: the keys and values of {EVEN_ROWS} such requests take"
-            f" {token_bytes * context * EVEN_ROWS / 2**30:.2f} GiB of the {memory * CACHE_SHARE / 2**30:.2f} GiB for"
+            f"serve.max_context_tokens: {context}: the keys and values of {least} such request{'s' * (least > 1)} take"
+            f" {token_bytes * context * least / 2**30:.2f} GiB of the {memory * CACHE_SHARE / 2**30:.2f} GiB for"
             f" them ({CACHE_SHARE:.0%} of the memory); {fix}"
         )
-    return CachePlan(min(max_rows, rows), context, token_bytes)
+    rows = max_rows if paged else min(max_rows, tokens // context // EVEN_ROWS * EVEN_ROWS)
+    return CachePlan(rows, context, min(tokens, rows * context), token_bytes)
 
 
 def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:

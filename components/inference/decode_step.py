@@ -61,7 +61,9 @@ class Step:
         """
         if self.fixed:
             seen = min(graph_span(seen), self._whole.shape[4])
-        where = torch.from_numpy((self._starts[: len(tokens)] + places[:, None]).ravel()).to(self._device)
+        slots = np.arange(len(tokens))
+        slots[real:] = 0  # padding is written behind the context of the first slot
+        where = torch.from_numpy((self._starts[slots] + places[:, None]).ravel()).to(self._device)
         at = torch.from_numpy(positions).to(self._device)
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)

@@ -19,7 +19,7 @@ from components.config.params import InputError
 from components.runtime.process import RUN_PID
 from components.runtime.ray_launcher import launch
 
-SETTINGS = RunConfig(launcher="ray", processes=2, address="head:8265")
+SETTINGS = RunConfig(launcher="ray", processes=2, address="head:8265", workers=1)
 BEGINNING = "INFO Runtime env is setting up.\nRunning entrypoint for job tune-0123-0: cd /\n"
 
 

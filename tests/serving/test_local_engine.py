@@ -165,7 +165,7 @@ def test_prompt_beyond_the_context_is_refused(engine: LocalEngine) -> None:
     assert len(told) == 1
 
 
-def test_memory_that_is_short_bounds_context_and_rows(
+def test_memory_that_is_short_bounds_context_and_tokens(
     agent_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     token_bytes = plan_cache(read_config(agent_folder), torch.float32, torch.device("cpu"), 1).token_bytes
@@ -174,8 +174,8 @@ def test_memory_that_is_short_bounds_context_and_rows(
         agent_folder, "small/1", CONFIG.model_copy(update={"max_context_tokens": 256, "max_running": 8})
     )
     try:
-        assert (engine.context_len, engine.slots) == (256, 4)
-        assert "small/1: the key-value cache (0.0 GiB) holds 4 requests of 256 tokens" in caplog.text
+        assert (engine.context_len, engine.slots) == (256, 8)
+        assert "small/1: the key-value cache (0.0 GiB) holds 1,024 tokens: 8 requests at once" in caplog.text
         (refused,) = events(engine, "x" * 300)
         assert isinstance(refused, Failure)
         assert isinstance(refused.error, ContextTooLong)

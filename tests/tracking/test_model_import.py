@@ -122,9 +122,10 @@ def test_a_context_beyond_memory_is_told_at_import(tmp_path: Path, monkeypatch: 
     folder = decoder(tmp_path)
     assert serving_note(folder, 32, None) is None
     monkeypatch.setattr("components.inference.cache_plan.device_memory", lambda device: 1 << 21)
-    assert "holds 16 requests of 128 tokens at once, of serve.max_running 32" in str(serving_note(folder, 32, None))
+    holds = "holds 2,048 tokens: 32 requests at once, each of up to 128 tokens, of serve.max_running 32"
+    assert holds in str(serving_note(folder, 32, None))
     monkeypatch.setattr("components.inference.cache_plan.device_memory", lambda device: 1 << 14)
-    assert str(serving_note(folder, 32, None)).startswith("serve.max_context_tokens: 128: the keys and values of 4")
+    assert str(serving_note(folder, 32, None)).startswith("serve.max_context_tokens: 128: the keys and values of 1")
 
 
 def test_an_import_moves_no_champion_that_a_gate_chooses(registry: Registry, tmp_path: Path) -> None:
