@@ -135,9 +135,10 @@ def prometheus(port: int, folder: Path) -> Iterator[str]:
     }
     own = f"127.0.0.1:{free_port()}"
     (folder / "prometheus.yml").write_text(json.dumps(configuration), encoding="utf-8")  # JSON is YAML
-    command = ["prometheus", "--config.file=prometheus.yml", f"--web.listen-address={own}"]
+    files = ["--config.file=prometheus.yml", "--storage.tsdb.path=prometheus"]  # Debian's default is one for all
     with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)  # its data is in `data`
+        command = ["prometheus", *files, f"--web.listen-address={own}"]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         if not wait_for(f"http://{own}/-/ready", 60.0):
             raise RuntimeError(f"Prometheus does not start: {(folder / 'prometheus.log').read_text()}")
@@ -385,8 +386,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="alerts-", ignore_cleanup_errors=True) as scratch:
         model = make_model(Path(scratch))
         if arguments.quiet:
-            row = quiet(arguments.quiet, model, Path(scratch) / "quiet")
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row := quiet(arguments.quiet, model, Path(scratch) / "quiet")), flush=True)
             sys.exit(bool(row["alerts"]))
         folders = [Path(scratch) / str(number) for number in range(len(chosen))]
         with ThreadPoolExecutor(arguments.jobs) as pool:
