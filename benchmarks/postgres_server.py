@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import psutil
+
 from components.runtime.process import request_parent_death_signal
 from flows.orchestration.prefect_server import free_port
 
@@ -80,6 +82,19 @@ class PostgresServer:
         """`fast` disconnects the clients and writes what is in memory; `immediate` is as a crash."""
         self._process.send_signal(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
         self._process.wait(60)
+
+    def suspend(self) -> None:
+        """From now on connections are accepted and nothing is answered, as by a machine that hangs."""
+        for process in self._processes():
+            process.suspend()
+
+    def resume(self) -> None:
+        for process in self._processes():
+            process.resume()
+
+    def _processes(self) -> list[psutil.Process]:
+        server = psutil.Process(self._process.pid)
+        return [server, *server.children(recursive=True)]
 
     def close(self) -> None:
         self.stop("immediate")

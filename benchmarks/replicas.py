@@ -42,13 +42,14 @@ SETTINGS = "{follow_seconds: 0.5, handover_seconds: 10.0, notice_seconds: 7.0, m
 class Endpoint:
     """One replica: a process of `loopwright serve` on a port that it keeps."""
 
-    def __init__(self, project: Path, database: str) -> None:
-        self._project, self.port = project, free_port()
+    def __init__(self, project: Path, database: str, wrapper: Sequence[str] = ()) -> None:
+        """`wrapper`: words before the command."""
+        self._project, self.port, self._wrapper = project, free_port(), wrapper
         self._environment = {**os.environ, "LOOPWRIGHT_DATABASE_URL": database, "LOOPWRIGHT_HOME": "var"}
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "loopwright", "serve", "--port", str(self.port), "--json"]
+        command = [*self._wrapper, sys.executable, "-m", "loopwright", "serve", "--port", str(self.port), "--json"]
         with (self._project / f"{self.port}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=self._project, env=self._environment, stdout=subprocess.PIPE, stderr=log

@@ -141,4 +141,4 @@ async def metrics(serving: Running) -> Response:
     for models in (watcher.serving_models for watcher in serving.watchers):
         if models.champion is not None:
             serving.metrics.model(models.champion.name, models.challenger.name if models.challenger else None)
-    return Response(serving.metrics.text(), media_type=CONTENT_TYPE)
+    return Response(await run_in_threadpool(serving.metrics.text), media_type=CONTENT_TYPE)

@@ -206,7 +206,7 @@ class Serving:
         if bundled is None:
             serving._pin(home, specs.values())
         ready, rejected = (lambda: serving.ready), (lambda: serving.rejected)
-        metrics.observe_platform(PlatformCollector(home, store, config.max_waiting, ready, rejected))
+        metrics.observe_platform(PlatformCollector(home, store, replica, config.max_waiting, ready, rejected))
         return serving
 
     def _pin(self, home: Path, specs: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from components.feedback.store import Store, StoreUnavailable
 from components.models.devices import device_memory
 from components.runtime.service_registry import successes
+from serving.models.replica import Replica
 
 REFRESH_SECONDS = 10.0
 """Age up to which what the database said is reported again."""
@@ -27,12 +28,13 @@ class PlatformCollector(Collector):
         self,
         home: Path,
         store: Store,
+        replica: Replica,
         max_waiting: int,
         is_ready: Callable[[], bool],
         rejected: Callable[[], Mapping[str, int]],
     ) -> None:
         """`rejected`: number of versions by task that failed to load or to answer."""
-        self._home, self._store, self._max_waiting = home, store, max_waiting
+        self._home, self._store, self._replica, self._max_waiting = home, store, replica, max_waiting
         self._is_ready, self._rejected = is_ready, rejected
         self._process = psutil.Process()
         self._feedback, self._refreshed = (0, 0.0), float("-inf")
@@ -58,15 +60,16 @@ class PlatformCollector(Collector):
         yield last
 
     def _of_the_store(self) -> Iterator[GaugeMetricFamily]:
-        is_available = 1.0
-        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+        is_available = int(self._replica.can_record)
+        # A database that hangs, and so is not written, would hold each scrape for longer than Prometheus waits.
+        if is_available and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             try:
                 self._feedback = (self._store.fresh(), self._store.oldest_fresh() or 0.0)
                 self._refreshed = time.monotonic()
             except StoreUnavailable:
-                is_available = 0.0
+                is_available = 0
         fresh, oldest = self._feedback
-        yield GaugeMetricFamily("loopwright_store_available", "1 while the database can be read.", is_available)
+        yield GaugeMetricFamily("loopwright_store_available", "1 while the database can be written.", is_available)
         yield GaugeMetricFamily("loopwright_feedback_waiting", "Votes that are not ingested.", fresh)
         lag = max(0.0, time.time() - oldest) if fresh and oldest else 0.0
         yield GaugeMetricFamily("loopwright_ingest_lag_seconds", "Age of the oldest vote that is not ingested.", lag)

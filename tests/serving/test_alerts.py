@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.alerts import FAULTS
 from flows.orchestration.deploy import read_deployments
 from tests.pages import ROOT
 from tests.serving.conftest import open_local
@@ -60,3 +61,8 @@ def test_prometheus_accepts_the_rules_and_their_tests(words: list[str]) -> None:
 def test_every_rule_has_a_unit_test() -> None:
     tests = yaml.safe_load((DEPLOY / "alerts.test.yaml").read_text(encoding="utf-8"))["tests"]
     assert [test["name"] for test in tests] == [*(rule["alert"] for rule in RULES), "a quiet hour"]
+
+
+def test_every_rule_has_a_fault_that_happens_for_real() -> None:
+    """`python -m benchmarks.alerts` lets them happen."""
+    assert {fault.alert for fault in FAULTS} == {rule["alert"] for rule in RULES}

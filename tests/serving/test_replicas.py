@@ -16,6 +16,7 @@ from benchmarks.postgres_server import PostgresServer
 from components.feedback.store import Store
 from serving.http import keyring
 from serving.models import replica
+from serving.observability import platform
 from tests.servers import postgres_server
 
 
@@ -111,6 +112,23 @@ def test_a_replica_is_ready_while_it_can_record(replicas: list[Any], database: P
         assert replicas[0].client.get("/livez").status_code == 200
     finally:
         database.start()
+    await_status(replicas[0], 200)
+
+
+def test_a_database_that_hangs_holds_no_scrape(
+    replicas: list[Any], database: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prometheus would take the endpoint for down."""
+    monkeypatch.setattr(replica, "STALE_SECONDS", 0.5)
+    monkeypatch.setattr(platform, "REFRESH_SECONDS", -1.0)
+    with ThreadPoolExecutor(1) as pool:
+        database.suspend()
+        try:
+            await_status(replicas[0], 503)
+            response = pool.submit(replicas[0].client.get, "/metrics").result(timeout=10)
+        finally:
+            database.resume()
+    assert "loopwright_store_available 0.0" in response.text
     await_status(replicas[0], 200)
 
 
