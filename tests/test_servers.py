@@ -376,7 +376,8 @@ def test_the_loop_with_nothing_embedded(project: tuple[Project, dict[str, str]],
         await_model(client, "agent/2")
         assert ask("registry", "rollback", "agent")["champion"] == "agent/1"
         await_model(client, "agent/1")
-        assert ask("trace", answer["id"])["version"]["version"] == "agent/1"
+        traced = ask("trace", answer["id"])["version"]
+        assert (traced["name"], traced["version"]) == ("agent", "1")
     embedded = ("mlflow/mlflow.db", "mlflow/artifacts", "prefect/prefect.db", "feedback.db")
     assert not [name for name in embedded if (here.home / name).exists()]
 
