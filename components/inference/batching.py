@@ -283,11 +283,17 @@ class ContinuousBatch:
 
     def drop(self, row: Row) -> None:
         """Take a row out; its prompt goes to the prefix cache."""
-        (self.decoding if row in self.decoding else self.prefilling).remove(row)
         known = min(row.cached, len(row.prompt))
         if known >= MIN_SHARED:
             self._prefix_cache.keep(row.key[: known + 1], self._cache.whole[:, :, row.slot, :, :known])
         self._cache.release(row.slot)
+        if row in self.decoding:
+            self.decoding.remove(row)
+            return
+        index = self.prefilling.index(row)
+        del self.prefilling[index]
+        for other in self.prefilling[index:]:  # a pass reads adjoining slots
+            self._move(other, other.slot - 1)
 
     def clear(self) -> None:
         """Take all rows out, and forget what was kept."""
@@ -349,11 +355,13 @@ class ContinuousBatch:
         gaps = [slot for slot in range(len(self.decoding)) if slot not in taken]
         for row in self.decoding:
             if row.slot >= len(self.decoding):
-                slot = gaps.pop()
-                self._cache.whole[:, :, slot, :, : row.cached] = self._cache.whole[:, :, row.slot, :, : row.cached]
-                self._cache.release(row.slot)
-                row.slot = slot
+                self._move(row, gaps.pop())
         self.decoding.sort(key=lambda row: row.slot)
+
+    def _move(self, row: Row, slot: int) -> None:
+        self._cache.whole[:, :, slot, :, : row.cached] = self._cache.whole[:, :, row.slot, :, : row.cached]
+        self._cache.release(row.slot)
+        row.slot = slot
 
 
 def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32, max_context: int | None = None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -33,14 +34,15 @@ class PagedMemory:
                 f" cache ({error.strerror}); set it or serve.max_running lower, or lift `ulimit -v`"
             ) from None
         if sys.platform == "linux":
-            self._map.madvise(mmap.MADV_NOHUGEPAGE)  # else the first token of a row takes 2 MB for each head
+            with suppress(OSError):  # of a kernel that has no huge pages
+                self._map.madvise(mmap.MADV_NOHUGEPAGE)  # else the first token of a row takes 2 MB for each head
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
         """All of it."""
         return torch.frombuffer(self._map, dtype=dtype)
 
     def release(self, start: int, length: int) -> None:
-        """Give `length` bytes from `start` on back, both multiples of the page's size; they are zeros when read."""
+        """Give `length` bytes from `start` on back, both multiples of the page's size; what was there is lost."""
         self._map.madvise(RELEASE, start, length)
 
 

@@ -278,6 +278,8 @@ class LocalTask(GenerationTask):
         self.send_text(self.words.push(text) + self.words.flush() if self.words is not None else text)
         self.stopped = self.speech.stopped
         if self.expired:
+            if not self.written:  # it waited for memory all the time
+                raise DeadlineExceeded
             self._end(self._finish(None))
             return None
         answer = None

@@ -274,6 +274,25 @@ def test_prompts_of_other_lengths_are_read_in_the_same_parts(
         assert all(map(torch.equal, slots.logits[row], single.logits[same]))
 
 
+@pytest.mark.parametrize("leaving", [0, 1, 2])
+def test_a_row_that_leaves_while_prompts_are_read_changes_no_other(
+    model: Decoder, leaving: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.inference.batching.SHORT", 16 * model.config.max_seq_len)
+    rows, alone = ([Row([(place + start) % 50 for place in range(40)], 4) for start in (0, 5, 9)] for _ in range(2))
+    slots = Watched(model, 3)
+    slots.admit(rows)
+    slots.prefill()
+    slots.drop(rows[leaving])
+    while slots.prefilling or slots.decoding:
+        slots.advance()
+    for number, (row, same) in enumerate(zip(rows, alone, strict=True)):
+        if number != leaving:
+            single = Watched(model, 3)
+            run(single, [same])
+            assert all(map(torch.equal, slots.logits[row], single.logits[same]))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="resident memory is read from /proc")
 def test_slots_take_memory_as_they_are_used(grouped: Decoder) -> None:
     """Eight times the context of a base of today is more than the machine has."""
