@@ -15,19 +15,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from components.config.params import InputError
 from components.inference.adapter_bank import bank_of
 from components.inference.cache_plan import EVEN_ROWS, plan_cache
 from components.inference.decode_step import Step
+from components.inference.packed_weights import rows_are_independent
 from components.inference.paged_memory import PagedMemory, page_positions
 from components.inference.picture_cache import PictureCache
 from components.inference.prefix_cache import MIN_SHARED, Ids, PrefixCache, common
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
 from components.media.pictures import Picture
 from components.models.attention import SHORT, KVCache, LayerCache
-from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
 from components.models.vision import VisionLanguageModel
 
@@ -374,30 +374,6 @@ def generate(model: Decoder, rows: Sequence[Row], max_rows: int = 32, max_contex
         if not slots.prefilling:
             slots.admit([waiting.popleft() for _ in range(slots.group(list(waiting)[:max_rows]))])
         slots.advance()
-
-
-def rows_are_independent(model: Decoder, multiple: int = EVEN_ROWS) -> bool:
-    """Whether products of a multiple of so many rows with this model's weights give a row the same bits in each.
-
-    Measured on a CPU; on CUDA they are not, as the number of rows selects the kernel.
-    """
-    if model.embed.weight.is_cuda:
-        return False
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    mlp = block.mlp
-    assert isinstance(mlp, GatedFeedForward)
-    products = (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head)
-    return all(_even(each, model.embed.weight.dtype, multiple) for each in products)
-
-
-@torch.inference_mode()
-def _even(product: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
-    width: int = product.in_features  # type: ignore[assignment]
-    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width).to(dtype)
-    whole = product(rows)
-    parts = ((start, start + count * multiple) for start in (0, 3, 20) for count in (1, 2, 3, 9, 36 // multiple))
-    return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)
 
 
 def _up(count: int, multiple: int = EVEN_ROWS) -> int:

@@ -2,7 +2,7 @@
 
 A plain product may repack its weight at each call, which for few rows of a large weight costs more than the product;
 whether packing is faster depends on processor and size, so it is measured. Both kinds are bit-identical for a row
-whatever the other rows: the packed one as measured (`batching.rows_are_independent` checks it), the quantized one
+whatever the other rows: the packed one as measured (`rows_are_independent` checks it), the quantized one
 because integer sums are exact and each row has its own scale.
 """
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from components.config.params import InputError
 from components.inference.cache_plan import EVEN_ROWS
+from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
 
 TRIED_ROWS, TRIALS = (4, 32), 8
@@ -257,3 +258,27 @@ def _replace(root: nn.Module, kind: Callable[[Tensor, Tensor | None], nn.Module]
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, kind(child.weight, child.bias))
+
+
+def rows_are_independent(model: Decoder, multiple: int = EVEN_ROWS) -> bool:
+    """Whether products of a multiple of so many rows with this model's weights give a row the same bits in each.
+
+    Measured on a CPU; on CUDA they are not, as the number of rows selects the kernel.
+    """
+    if model.embed.weight.is_cuda:
+        return False
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    mlp = block.mlp
+    assert isinstance(mlp, GatedFeedForward)
+    products = (block.attention.qkv, block.attention.out, mlp.gate_up, mlp.down, model.head)
+    return all(_even(each, model.embed.weight.dtype, multiple) for each in products)
+
+
+@torch.inference_mode()
+def _even(product: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
+    width: int = product.in_features  # type: ignore[assignment]
+    rows = torch.linspace(-1, 1, 16 * EVEN_ROWS * width).sin().view(-1, width).to(dtype)
+    whole = product(rows)
+    parts = ((start, start + count * multiple) for start in (0, 3, 20) for count in (1, 2, 3, 9, 36 // multiple))
+    return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)

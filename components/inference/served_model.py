@@ -8,8 +8,15 @@ from pathlib import Path
 
 import torch
 
-from components.inference.batching import Row, generate, rows_are_independent
-from components.inference.packed_weights import agreement, pack, packs_fp16, round_checked, should_pack
+from components.inference.batching import Row, generate
+from components.inference.packed_weights import (
+    agreement,
+    pack,
+    packs_fp16,
+    round_checked,
+    rows_are_independent,
+    should_pack,
+)
 from components.models.checkpoint import load_decoder
 from components.models.decoder import Decoder
 from components.models.devices import SMALL_MODEL, best_device, compute_dtype, threads_for, use_threads

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from components.config.params import InputError
-from components.inference.batching import ContinuousBatch, Row, generate, rows_are_independent
-from components.inference.packed_weights import RoundedLinear, pack, packs_fp16, round_weights
+from components.inference.batching import ContinuousBatch, Row, generate
+from components.inference.packed_weights import RoundedLinear, pack, packs_fp16, round_weights, rows_are_independent
 from components.inference.prefix_cache import MIN_SHARED
 from components.inference.sampling import greedy, sampled
 from components.models.checkpoint import save_decoder
