@@ -176,7 +176,7 @@ def handlers() -> Iterator[None]:
 def ray(monkeypatch: pytest.MonkeyPatch, handlers: None) -> Ray:
     ray = Ray()
     monkeypatch.setitem(sys.modules, "ray", ray)
-    monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
     return ray
 
