@@ -85,12 +85,13 @@ def measure(folder: Path, megabytes: int, stages: Sequence[str], workers: list[i
         if stage == STAGES[-1]:
             prepared[count] = figures
         if stage == "encode_batch":
-            ours = prepared[count]
-            speed, reference = ours["tokens"] / ours["seconds"], figures["tokens"] / seconds
-            of_processor = figures["processor"] / figures["tokens"] * ours["tokens"] / ours["processor"]
+            prepare = prepared[count]
+            speed, reference = prepare["tokens"] / prepare["seconds"], figures["tokens"] / seconds
+            speedup = prepared[workers[0]]["seconds"] / prepare["seconds"]
+            of_processor = figures["processor"] / figures["tokens"] * prepare["tokens"] / prepare["processor"]
             print(
                 f"{megabytes:9}  prepare by {count}: {speed:,.0f} tokens/s, {speed / reference:.2f} x encode_batch"
-                f" ({of_processor:.2f} x a processor second), {prepared[workers[0]]['seconds'] / ours['seconds']:.2f} x"
+                f" ({of_processor:.2f} x a processor second), {speedup:.2f} x"
                 f" of {workers[0]} worker(s)",
                 flush=True,
             )

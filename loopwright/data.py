@@ -120,14 +120,7 @@ def add(
     from flows.orchestration.dvc_repo import check_versioning
 
     paths = Paths(find_root())
-    allowed = load_params(paths.params).validate_.max_failed_share
-
-    def check(folder: Path) -> ValidationReport:
-        from components.validation.validate import validate_dataset
-
-        say("validating; Great Expectations takes some seconds to start")
-        report = validate_dataset(folder, paths.expectations, allowed)
-        return _record_validation(paths, folder, report) if report.success else report
+    check = partial(_check_added, paths, load_params(paths.params).validate_.max_failed_share)
 
     def failing(rows: Sequence[Mapping[str, Any]]) -> Mapping[int, str]:
         return _validator(paths.expectations).failing_rows([dict(row) for row in rows], "images")
@@ -144,6 +137,15 @@ def add(
         print_json({**asdict(info), "folder": str(paths.added / name), "version": f"data/added/{name}.dvc"})
     else:
         _print_added(name, info, quarantine)
+
+
+def _check_added(paths: Paths, max_failed_share: float, folder: Path) -> ValidationReport:
+    """Validate a dataset; the outcome is recorded when it is valid, as else nothing of it stays."""
+    from components.validation.validate import validate_dataset
+
+    say("validating; Great Expectations takes some seconds to start")
+    report = validate_dataset(folder, paths.expectations, max_failed_share)
+    return _record_validation(paths, folder, report) if report.success else report
 
 
 def _print_added(name: str, info: DatasetInfo, quarantine: Path | None) -> None:

@@ -10,10 +10,8 @@ byte: the outcome.
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -138,8 +136,8 @@ class DiskSplits:
             )
             outcomes = np.zeros(starts[-1], np.uint8)
             if self._kind not in EXACT_KINDS:
-                with closing(SignatureFiles([folder / "signatures.bin" for folder in folders], starts)) as signatures:
-                    _mark_near_duplicates(connection, signatures, outcomes, test_rows, self._similarity)
+                signatures = SignatureFiles([folder / "signatures.bin" for folder in folders], starts)
+                _mark_near_duplicates(connection, signatures, outcomes, test_rows, self._similarity)
             _mark_copies(connection, outcomes, test_rows)
             if self._kind == "conversations":
                 _mark_held_out_questions(connection, outcomes, held_out)
@@ -173,19 +171,16 @@ def fingerprint(out: Path, kind: Kind, similarity: float, seed: int, file: str, 
 
 
 class SignatureFiles:
-    """Signatures by the number of their row, each read when it is asked for."""
+    """Signatures by the number of their row; each read opens its file, as a process may open fewer than there are."""
 
     def __init__(self, files: list[Path], starts: list[int]) -> None:
-        self._files, self._starts = [file.open("rb") for file in files], starts
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+        self._files, self._starts = files, starts
 
     def __getitem__(self, row: int) -> Signature:
-        file = bisect_right(self._starts, row) - 1
-        offset = (row - self._starts[file]) * _SIGNATURE_BYTES
-        return np.frombuffer(os.pread(self._files[file].fileno(), _SIGNATURE_BYTES, offset), np.uint32)
+        number = bisect_right(self._starts, row) - 1
+        with self._files[number].open("rb", buffering=0) as file:
+            file.seek((row - self._starts[number]) * _SIGNATURE_BYTES)
+            return np.frombuffer(file.read(_SIGNATURE_BYTES), np.uint32)
 
 
 def _connect(spill: str) -> duckdb.DuckDBPyConnection:

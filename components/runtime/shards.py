@@ -25,13 +25,14 @@ from typing import Any
 
 from components.config.params import InputError
 from components.runtime.files import remove, sync
-from components.runtime.process import end_with_parent
+from components.runtime.process import end_on_signals, end_with_parent
 from components.runtime.stage import StageRun, digest
 
 MANIFEST = "manifest.jsonl"
 RAYON_THREADS = "RAYON_NUM_THREADS"
 """Environment variable: the threads of tokenizers' batch encoding."""
 _COPY_BYTES = 1 << 20
+_REMEDY = "finished shards stay; run it again, with fewer run.workers if memory was short"
 
 Result = dict[str, Any]
 """Counts and the like, as JSON."""
@@ -137,7 +138,7 @@ def _execute(name: str, jobs: Sequence[_Job], workers: int, launcher: str) -> It
     """The line of each job, as it is finished."""
     if workers < 2:
         return map(_Job.run, jobs)
-    return _on_ray(jobs, workers) if launcher == "ray" else _in_processes(name, jobs, workers)
+    return _on_ray(name, jobs, workers) if launcher == "ray" else _in_processes(name, jobs, workers)
 
 
 def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
@@ -148,8 +149,7 @@ def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dic
         for future in as_completed([pool.submit(job.run) for job in jobs]):
             yield future.result()
     except BrokenProcessPool:
-        remedy = "finished shards stay; run it again, with fewer run.workers if memory was short"
-        raise InputError(f"{name}: a worker process was killed; {remedy}") from None
+        raise InputError(f"{name}: a worker process was killed; {_REMEDY}") from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in set(active_children()) - set(others):
@@ -166,26 +166,43 @@ def _start_worker(threads: int) -> None:
     os.environ[RAYON_THREADS] = str(threads)
 
 
-def _on_ray(jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
-    """As tasks of the cluster that RAY_ADDRESS names (`auto`: this host's), or of a Ray started here.
-
-    Its hosts share the project's folder and the state folder.
-    """
+def _on_ray(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+    """As tasks of a Ray cluster whose hosts share the project's folder and the state folder."""
     try:
         import ray
+        from ray.exceptions import RayError, RayTaskError
     except ModuleNotFoundError:
         raise InputError("params.yaml: run.launcher: 'ray' is not installed; install the extra cluster") from None
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        _connect_to_ray()
     task = ray.remote(max_retries=0)(_Job.run)
     waiting, running = iter(jobs), [task.remote(job) for job in jobs[:workers]]
     for _ in jobs[:workers]:
         next(waiting)
-    while running:
-        (finished, *_), running = ray.wait(running)
-        running += [task.remote(job) for job in [next(waiting, None)] if job is not None]
-        try:
-            line: dict[str, Any] = ray.get(finished)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, InputError) else error from None
-        yield line
+    try:
+        while running:
+            (finished, *_), running = ray.wait(running)
+            running += [task.remote(job) for job in [next(waiting, None)] if job is not None]
+            yield ray.get(finished)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, InputError) else error from None
+    except RayError as error:  # of a worker, its memory or its host
+        raise InputError(f"{name}: a worker process was lost (Ray's {type(error).__name__}); {_REMEDY}") from None
+
+
+def _connect_to_ray() -> None:
+    """To the cluster that RAY_ADDRESS names, else to the Ray that was started last on this host, else to a new one.
+
+    Raises: InputError when it does not answer.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.init(log_to_driver=False, logging_level="error")
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        address = f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "run.launcher: ray"
+        reason = " ".join(str(error).split())[:300]
+        remedy = 'start one with "ray start --head", or set RAY_ADDRESS to HOST:6379, or to local for one of this stage'
+        raise InputError(f"{address}: no Ray cluster answers ({reason}); {remedy}") from None
+    end_on_signals()  # Ray has handlers of its own

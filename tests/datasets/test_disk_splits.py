@@ -1,18 +1,21 @@
 """Splits decided from files are those decided in memory: the same rows in the same order, and the same reasons."""
 
+import os
 import random
+import resource
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.datasets import formats
 from components.datasets.collect import stratified
-from components.datasets.deduplication import Splits
-from components.datasets.disk_splits import DiskSplits
+from components.datasets.deduplication import PERMUTATIONS, Splits
+from components.datasets.disk_splits import DiskSplits, SignatureFiles
 from components.datasets.formats import DatasetWriter, Kind, Row, Split, row_id
 from components.runtime.stage import StageRun, digest
 
@@ -97,6 +100,20 @@ def test_files_decide_as_memory_does(
     reasons = {reason for info in in_memory for reason in info["dropped"]}  # type: ignore[index]
     assert reasons == {"in_test", "exact_duplicate"} | ({"near_duplicate"} if kind == "documents" else set())
     assert not list((run.state / "waiting").iterdir()), "scratch rows are gone"
+
+
+def test_there_may_be_more_shards_than_files_that_a_process_may_open(tmp_path: Path) -> None:
+    signatures = np.arange(60 * 2 * PERMUTATIONS, dtype=np.uint32).reshape(120, PERMUTATIONS)
+    files = [tmp_path / str(number) for number in range(60)]
+    for file, rows in zip(files, np.split(signatures, 60), strict=True):
+        file.write_bytes(rows.tobytes())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, hard))
+    try:
+        stored = SignatureFiles(files, list(range(0, 122, 2)))
+        np.testing.assert_array_equal([stored[row] for row in range(120)], signatures)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_repeated_id_among_held_out_rows_is_named() -> None:

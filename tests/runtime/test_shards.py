@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,8 +42,9 @@ def upper(out: Path, file: str, log: str, ends_by: str = "") -> Result:
     return {"characters": len(text)}
 
 
-def run_of(folder: Path, workers: int) -> StageRun:
-    params = load_params(ROOT / "params.yaml", {"scale": "smoke", "run.workers": workers})
+def run_of(folder: Path, workers: int, launcher: str = "local") -> StageRun:
+    values = {"scale": "smoke", "run.workers": workers, "run.launcher": launcher}
+    params = load_params(ROOT / "params.yaml", values)
     return StageRun("prepare@decoder", params, Paths(folder), folder / "state", Silent())
 
 
@@ -107,3 +111,111 @@ def test_a_torn_line_a_damaged_file_and_another_input_are_done_again(tmp_path: P
     assert [each.result["characters"] for each in outputs] == [6, 12, 5, 24, 30, 36]
     assert all(json.loads(line) for line in manifest.read_text().splitlines())
     assert digest(outputs[0].folder) == first
+
+
+class RayError(Exception):
+    """The base of what Ray raises."""
+
+
+class RayTaskError(RayError):
+    """An exception of a task."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class WorkerCrashedError(RayError):
+    """What Ray raises where a worker was killed."""
+
+
+class Ray(ModuleType):
+    """Ray, as far as shards call it: tasks run here, as they are waited for, the newest first."""
+
+    def __init__(self) -> None:
+        super().__init__("ray")
+        self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+        self.refuses: Exception | None = None
+        self.loses: Exception | None = None
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options: Any) -> None:
+        assert options == {"log_to_driver": False, "logging_level": "error"}
+        if self.refuses:
+            raise self.refuses
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def remote(self, max_retries: int) -> Callable[..., Any]:
+        assert max_retries == 0
+        return lambda function: SimpleNamespace(remote=lambda job: lambda: function(job))
+
+    def wait(self, tasks: list[Any]) -> tuple[list[Any], list[Any]]:
+        assert len(tasks) <= 2, "no more than run.workers"
+        return tasks[-1:], tasks[:-1]
+
+    def get(self, task: Callable[[], Any]) -> Any:
+        if self.loses:
+            raise self.loses
+        try:
+            return task()
+        except Exception as error:
+            raise RayTaskError(error) from error
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Handlers of signals are those of before, after a test that connects to Ray."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch, handlers: None) -> Ray:
+    ray = Ray()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", ray.exceptions)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    return ray
+
+
+def test_tasks_of_ray_give_the_same_and_sigterm_still_ends_the_stage(ray: Ray, tmp_path: Path) -> None:
+    outputs = result(run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path)))
+    assert outputs == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
+    with pytest.raises(SystemExit) as stopped:
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 128 + signal.SIGTERM
+
+
+def test_what_ray_loses_or_a_shard_refuses_is_one_line(ray: Ray, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"3\.txt: refused$"):
+        run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "refused"))
+    ray.loses = WorkerCrashedError("The worker died unexpectedly.\nSee its log.")
+    lost = r"^prepare@decoder: a worker process was lost \(Ray's WorkerCrashedError\); finished shards stay; run"
+    with pytest.raises(InputError, match=lost):
+        run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path))
+    ray.refuses = ConnectionError("Failed to connect\nto it")
+    refused = r"^RAY_ADDRESS: head:6379: no Ray cluster answers \(Failed to connect to it\); start one with"
+    with pytest.raises(InputError, match=refused):
+        run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path))
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra cluster is not installed")
+@pytest.mark.timeout(300)
+def test_a_killed_worker_of_ray_is_reported_and_its_shard_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with pytest.raises(InputError, match=r"lost \(Ray's WorkerCrashedError\); finished shards stay"):
+            run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed"))
+        outputs = result(run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed")))
+    finally:
+        ray.shutdown()
+    assert outputs == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
