@@ -98,14 +98,15 @@ class Site:
         messages = [{"role": "user", "content": "Hello"}]
         return self.post("/v1/chat/completions", {"messages": messages, "max_tokens": tokens}, key)
 
-    def repeat(self, pause: float, action: Callable[[], Any]) -> None:
-        """Call it on a thread of its own until the trial is over."""
+    def repeat(self, pause: float, action: Callable[[], Any], threads: int = 1) -> None:
+        """Call it on threads of its own until the trial is over."""
 
         def run() -> None:
             while not self.over.wait(pause):
                 action()
 
-        threading.Thread(target=run, daemon=True).start()
+        for _ in range(threads):
+            threading.Thread(target=run, daemon=True).start()
 
     def query(self, expression: str) -> dict[str, float]:
         """The values of Prometheus' instant query, by their label `alertname`."""
@@ -175,9 +176,11 @@ def lose_model(site: Site) -> None:
 
 
 def freeze_database(site: Site) -> None:
-    """PostgreSQL's machine hangs: connections are accepted and nothing is answered."""
+    """PostgreSQL's machine hangs: connections are accepted, nothing is answered, and people vote on."""
     site.stack.callback(site.postgres.resume)
     site.postgres.suspend()
+    vote = {"completion_id": "chatcmpl-1", "rating": "up"}
+    site.repeat(1.0, lambda: site.post("/v1/feedback", vote), 50)
 
 
 def lose_table(site: Site) -> None:
@@ -190,12 +193,7 @@ def lose_table(site: Site) -> None:
 
 def clients(count: int, pause: float) -> Callable[[Site], None]:
     """So many clients ask for long answers on and on."""
-
-    def inject(site: Site) -> None:
-        for _ in range(count):
-            site.repeat(pause, lambda: site.chat(200))
-
-    return inject
+    return lambda site: site.repeat(pause, lambda: site.chat(200), count)
 
 
 def create_key(site: Site) -> None:

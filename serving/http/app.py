@@ -6,6 +6,7 @@ The other routes: `chat_handler` (chat completions), `classify` (labels and embe
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -141,4 +142,5 @@ async def metrics(serving: Running) -> Response:
     for models in (watcher.serving_models for watcher in serving.watchers):
         if models.champion is not None:
             serving.metrics.model(models.champion.name, models.challenger.name if models.challenger else None)
-    return Response(await run_in_threadpool(serving.metrics.text), media_type=CONTENT_TYPE)
+    # Not on the threads of `run_in_threadpool`, which requests hold while the database is away.
+    return Response(await asyncio.to_thread(serving.metrics.text), media_type=CONTENT_TYPE)
