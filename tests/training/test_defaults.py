@@ -184,6 +184,13 @@ def test_what_cannot_fit_is_refused_with_what_would(based: StageRun, monkeypatch
     with pytest.raises(InputError, match=pattern):
         announce(based, settings, model, rows_of(based), causal_lm)
     announce(based, settings.model_copy(update={"micro_batch_size": 4}), adapted(based), rows_of(based), causal_lm)
+    totals: list[float] = []
+    monkeypatch.setattr(budget, "device_memory", lambda device: 10**12)
+    for copies in (budget.COPY_BYTES, 0):
+        monkeypatch.setattr(budget, "COPY_BYTES", copies)
+        monkeypatch.setattr(based.tracker, "metrics", lambda metrics, step: totals.append(metrics["expected.gib"]))
+        announce(based, settings, model, rows_of(based), causal_lm)
+    assert totals[0] - totals[1] == pytest.approx(24 * count_parameters(model) / budget.GIB), "copies of a checkpoint"
 
 
 @pytest.mark.parametrize(
