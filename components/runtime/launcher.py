@@ -21,6 +21,8 @@ from components.config.params import InputError, load_params
 DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
 """Stages, or items of their matrix, that train on several processes."""
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
+FORCE = "LOOPWRIGHT_FORCE"
+"""Environment variable: start without the checkpoints of an earlier run with the same inputs."""
 MAX_RESTARTS = 3
 """How often the ranks start again from their last checkpoint after one was killed."""
 _SECONDS_FOR_RANK_0 = 60.0
@@ -80,6 +82,7 @@ def launch(name: str, processes: int) -> int:
         except SignalException as error:
             return 128 + int(error.sigval)
         except ChildFailedError as error:
+            os.environ.pop(FORCE, None)  # the checkpoints are this run's now
             number, code = _first_failure(error)
             is_last = code >= 0 or restart == MAX_RESTARTS
             if code < 0 or number:

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from components.runtime.launcher import MAX_RESTARTS
+from components.runtime.launcher import FORCE, MAX_RESTARTS
 from components.runtime.ray_launcher import REFUSED, SECONDS_TO_END, STDERR
 
 _SECONDS_FOR_OTHERS = 5.0
@@ -86,8 +86,12 @@ class Rank:
 def main() -> None:
     """The command line."""
     name, processes, file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    environment: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    file.unlink()  # it has secrets
+    try:
+        environment: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        print(f"{REFUSED}{name}: {file} is gone: its launcher has ended; run the stage again", flush=True)
+        sys.exit(1)
+    file.unlink(missing_ok=True)  # it has secrets
     ray.init(log_to_driver=False, logging_level="error")
     stops: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,15 +107,16 @@ def main() -> None:
             sys.exit(0)
         if stops:
             sys.exit(128 + stops[0])
-        # What ends with an exit code of its own refuses, or has a bug, and would again.
-        killed = {number: code for number, code in codes.items() if code < 0 or code > 128}
+        environment.pop(FORCE, None)  # the checkpoints are this run's now
+        # What ends with an exit code of its own refuses, has a bug and would again, or was told to stop.
+        killed = {number: code for number, code in codes.items() if code < 0}
         if not killed:
-            sys.exit(next(code for _, code in sorted(codes.items()) if code))
+            sys.exit(next(code for code in codes.values() if code))
         first = min(killed, key=lambda rank: (killed[rank], rank))
         ending = f"{STDERR}{name}: process {first} of {processes} ended with {describe(killed[first])}"
         if restart == MAX_RESTARTS:
             print(ending, flush=True)
-            sys.exit(128 + signal.SIGKILL)
+            sys.exit(128 + (signal.SIGKILL if killed[first] == LOST else -killed[first]))
         processes = max(1, min(processes, devices()))
         print(f"{ending}; {processes} start again from the last checkpoint", flush=True)
 
@@ -183,24 +188,24 @@ def environments(places: Sequence[tuple[str, str, int, list[str]]]) -> list[dict
     nodes = [place[0] for place in places]
     _, address, port, _ = places[0]
     all_ranks = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    found = []
+    variables = []
     for number, node in enumerate(nodes):
         own = {"RANK": str(number), "LOCAL_RANK": str(number - nodes.index(node))}
         own["LOCAL_WORLD_SIZE"] = str(nodes.count(node))
         if gpus := [gpu for place in places if place[0] == node for gpu in place[3]]:
             own["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        found.append(all_ranks | own)
-    return found
+        variables.append(all_ranks | own)
+    return variables
 
 
 def read_all(streams: dict[Any, int], first: Any, stops: list[int]) -> dict[int, int]:
     """Print the ranks' lines until all have ended, or a while after one failed or was stopped; returns exit codes."""
     codes: dict[int, int] = {}
-    deadline, is_told = float("inf"), False
+    deadline, is_stopping = float("inf"), False
     while streams and time.monotonic() < deadline:
-        if stops and not is_told:
+        if stops and not is_stopping:
             first.send.remote(signal.SIGTERM)
-            deadline, is_told = time.monotonic() + SECONDS_TO_END, True
+            deadline, is_stopping = time.monotonic() + SECONDS_TO_END, True
         ready, _ = ray.wait(list(streams), timeout=1.0)
         for stream in ready:
             number = streams[stream]
@@ -215,7 +220,7 @@ def read_all(streams: dict[Any, int], first: Any, stops: list[int]) -> dict[int,
                     codes[number] = int(text)
                 elif kind == "stderr" or number == 0:
                     print(f"{STDERR if kind == 'stderr' else ''}{text}", flush=True)
-        if any(codes.values()) and not is_told:
+        if any(codes.values()) and not is_stopping:
             deadline = min(deadline, time.monotonic() + _SECONDS_FOR_OTHERS)
     return codes
 

@@ -45,10 +45,16 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
     Raises: InputError when Ray is not installed, does not answer, or has too few devices.
     """
     with _cluster(settings.address) as address:
-        client = _client(address)
-        job = _running_job(client, name, key) or _submit(client, name, key, settings.processes, root, home)
-        log = _Log()
+        client, jobs = _jobs(address, _prefix(name, key))
+        running = [job for job, has_ended in jobs.items() if not has_ended]
+        job = running[0] if running else f"{_prefix(name, key)}{len(jobs)}"  # Ray takes each id once
+        file, log = home / "stages" / f"{job}.environment.json", _Log()
         try:
+            if running:
+                print(f"{name}  follows the running Ray job {job}", flush=True)
+            else:
+                _write_environment(file)
+                _submit(client, job, [name, str(settings.processes), str(file)], root)
             return _follow(client, job, log)
         except SystemExit as stopped:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,6 +63,8 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
                 client.stop_job(job)
                 _follow(client, job, log, patience=_SECONDS_TO_STOP)
             raise stopped from None
+        finally:
+            file.unlink(missing_ok=True)  # of a job that did not begin; without it none does after all
 
 
 @contextmanager
@@ -75,13 +83,14 @@ def _cluster(address: str | None) -> Iterator[str]:
         yield address if "://" in address else f"http://{address}"
         return
     os.environ |= {"RAY_kill_child_processes_on_worker_exit": "0"}  # ranks save a checkpoint when it is stopped
-    context = ray.init(
-        "local",
-        include_dashboard=True,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
+    words = {"include_dashboard": True, "log_to_driver": False, "logging_level": "error"}
+    try:
+        context = ray.init("local", object_store_memory=_OBJECT_STORE_BYTES, **words)
+    except Exception as error:
+        raise InputError(
+            f"params.yaml: run.launcher: ray: no Ray starts on this machine ({_reason(error)}); set run.address to the"
+            " dashboard of a cluster, or run.launcher to torchrun"
+        ) from error
     end_on_signals()  # Ray has handlers of its own
     try:
         if not context.dashboard_url:
@@ -91,49 +100,49 @@ def _cluster(address: str | None) -> Iterator[str]:
         ray.shutdown()
 
 
-def _client(address: str) -> Any:
+def _jobs(address: str, prefix: str) -> tuple[Any, dict[str, bool]]:
+    """The client of a cluster's jobs, and whether each job whose id begins with `prefix` has ended.
+
+    Raises: InputError when no dashboard answers.
+    """
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
+        client = JobSubmissionClient(address)
+        jobs = {job.submission_id or "": job.status.is_terminal() for job in client.list_jobs()}
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise InputError(
             f"params.yaml: run.address: {address}: no Ray dashboard answers ({_reason(error)}); start the head with"
             ' "ray start --head --dashboard-host 0.0.0.0", and write http://HOST:8265'
         ) from error
+    return client, {job: has_ended for job, has_ended in jobs.items() if job.startswith(prefix)}
 
 
-def _running_job(client: Any, name: str, key: str) -> str | None:
-    """The job of a stage and its inputs that has not ended."""
-    for job in client.list_jobs():
-        if (job.submission_id or "").startswith(_prefix(name, key)) and not job.status.is_terminal():
-            print(f"{name}  follows the running Ray job {job.submission_id}", flush=True)
-            return str(job.submission_id)
-    return None
-
-
-def _submit(client: Any, name: str, key: str, processes: int, root: Path, home: Path) -> str:
-    """Submit a job; its number counts those of the same inputs, as Ray wants each id once."""
-    # In a file, as Ray shows a job's environment to everyone.
+def _write_environment(file: Path) -> None:
+    """Write this process's environment for a job, in a file: what Ray is told of a job, it shows to everyone."""
     environment = {variable: value for variable, value in os.environ.items() if not variable.startswith("RAY_")}
     environment.pop(RUN_PID, None)
-    file = home / "stages" / f"{name}.environment.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, lambda opened: opened.write(json.dumps(environment).encode()), 0o600)
-    command = [sys.executable, "-m", "components.runtime.ray_job", name, str(processes), str(file)]
-    prefix = _prefix(name, key)
-    count = sum((job.submission_id or "").startswith(prefix) for job in client.list_jobs())
+
+
+def _submit(client: Any, job: str, arguments: list[str], root: Path) -> None:
+    """Submit a job, whose driver gets these arguments.
+
+    Raises: InputError when the cluster does not take it.
+    """
+    command = [sys.executable, "-m", "components.runtime.ray_job", *arguments]
     deadline = time.monotonic() + _SECONDS_TO_ANSWER
     while True:
         try:
-            job: str = client.submit_job(
+            client.submit_job(
                 entrypoint=f"cd {shlex.quote(str(root))} && exec {shlex.join(command)}",
-                submission_id=f"{prefix}{count}",
+                submission_id=job,
                 runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_END)}},
             )
-        except RuntimeError as error:  # a cluster that was just started has no agent yet
+        except (OSError, RuntimeError) as error:  # a cluster that was just started has no agent yet
             if time.monotonic() > deadline:
                 raise InputError(
                     f"params.yaml: run.address: the Ray cluster takes no job: {_reason(error)}; where another Ray runs"
@@ -141,7 +150,7 @@ def _submit(client: Any, name: str, key: str, processes: int, root: Path, home: 
                 ) from error
             time.sleep(1.0)
         else:
-            return job
+            return
 
 
 def _prefix(name: str, key: str) -> str:

@@ -33,7 +33,7 @@ from components.config.versions import VERSIONS_FILE
 from components.runtime import ray_launcher
 from components.runtime.checkpoint_folders import History, checkpoint_folder, copy_lock_files, remove_committed
 from components.runtime.files import keep_private, remove, replace_file
-from components.runtime.launcher import launch, launcher_settings, rank, refuse_ranks, report_behind_rank_0
+from components.runtime.launcher import FORCE, launch, launcher_settings, rank, refuse_ranks, report_behind_rank_0
 from components.runtime.process import end_on_signals, end_with_parent, file_lock
 from components.tracking.event_log import EventLog, NoTracker
 from components.tracking.event_log import warn_on_failure as warn_on_failure  # for the stages
@@ -77,8 +77,6 @@ PROJECT_PATH = "${project_path}"
 PROGRESS = re.compile(r"(?P<stage>[\w@]+)  (?P<done>\d+)/(?P<total>\d+)(?:  (?P<figures>.*))?")
 """A line of `StageRun.progress`, as the orchestrator parses it."""
 
-FORCE = "LOOPWRIGHT_FORCE"
-"""Environment variable: start without the checkpoints of an earlier run with the same inputs."""
 _SECONDS_FOR_ENDING_STAGE = 15.0
 
 Tracker = EventLog

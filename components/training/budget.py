@@ -29,6 +29,9 @@ STATE_BYTES = 12
 """Of a trained weight: its fp32 gradient and AdamW's two moments."""
 MASTER_BYTES = 4 + 2
 """Of a trained bf16 weight beyond these: its fp32 master, and the gradient of the passes."""
+COPY_BYTES = 12 + 12
+"""Of a trained weight on a CPU, while a checkpoint is written beside the training: a copy of it and of AdamW's moments,
+and the content of the file."""
 LOGIT_BYTES = 4 + 4
 """Of a logit at a time, beyond the one of the passes: probabilities, and their gradient."""
 
@@ -48,22 +51,29 @@ class Budget:
     rows: int
     """Rows of a forward pass."""
     logits: int
+    checkpoint: int = 0
+    """Bytes of a trained weight that checkpoints take on the device."""
 
     @property
     def states(self) -> int:
         return self.trained * (STATE_BYTES + (MASTER_BYTES if self.itemsize < 4 else 0))
 
     @property
+    def copies(self) -> int:
+        return self.trained * self.checkpoint
+
+    @property
     def total(self) -> int:
-        return LIBRARIES + self.weights + self.states + self.row * self.rows + self.logits
+        return LIBRARIES + self.weights + self.states + self.row * self.rows + self.logits + self.copies
 
     def __str__(self) -> str:
         parts = {
             "weights": self.weights,
             "gradients and optimizer": self.states,
             "activations": self.row * self.rows + self.logits,
+            "checkpoint": self.copies,
         }
-        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
 
 
 def announce(
@@ -91,7 +101,8 @@ def announce(
     size = weight.element_size()
     logits = targets * width * (LOGIT_BYTES + size)
     weights = sum(each.nbytes for each in model.parameters())
-    budget = Budget(weights + copies, trained, size, saved // tried, config.micro_batch_size, logits)
+    checkpoint = 0 if weight.is_cuda else COPY_BYTES
+    budget = Budget(weights + copies, trained, size, saved // tried, config.micro_batch_size, logits, checkpoint)
     memory = device_memory(weight.device)
     if budget.total > memory:
         raise InputError(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors.torch import load as tensors_from_bytes
@@ -28,6 +28,7 @@ from components.runtime.files import remove, replace_file, write_text
 from components.runtime.stage import digest
 from components.training.distributed import MAX_WAIT, agreed, local, own_rows, rank, summed, world_size
 
+T = TypeVar("T")
 MAX_CHECKPOINTS = 2
 COMMIT, VALUES = "commit.json", "values.json"
 _NAME = re.compile(r"step-(\d{8})-([0-9a-f]{32})\.safetensors")
@@ -104,7 +105,9 @@ class Checkpoints:
         Raises: InputError when it cannot be; earlier checkpoints stay.
         """
         self._finish()
-        self._stager = None
+        if self._stager is not None:
+            self._stager.close()  # its copies would stay until garbage is collected, being in a cycle
+            self._stager = None
 
     def _finish(self) -> None:
         writing, self._writing = self._writing, None
@@ -126,29 +129,50 @@ class Checkpoints:
 
     def _write_shards(self, step: int, tensors: dict[str, Tensor], values: str) -> None:
         """Each rank writes its rows, then rank 0 the values and the digests of all files."""
-        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        folder = self.folder / f"step-{step:08d}-shards"
-        if rank() == 0:
-            _remove(folder)
-        dist.barrier(self._group)
-        try:
+        folder, is_first = self.folder / f"step-{step:08d}-shards", rank() == 0
+
+        def write_rows() -> None:
             save(tensors, checkpoint_id=folder, process_group=self._group)
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise InputError(
-                f"{folder}: cannot be written: {reason}; free space and run again, the last one is kept"
-            ) from error
-        written = [*folder.glob(f"__{rank()}_*")]
-        if rank() == 0:
-            write_text(folder / VALUES, values)
-            written += [folder / ".metadata", folder / VALUES]
-        digests: list[Any] = [{}] * world_size()
-        dist.all_gather_object(digests, {path.name: digest(path) for path in written}, self._group)
-        if rank() == 0:
-            write_text(folder / COMMIT, json.dumps({name: digest for part in digests for name, digest in part.items()}))
+
+        def write_values() -> dict[str, str]:
+            """Digest of each file that this rank wrote."""
+            written = [*folder.glob(f"__{rank()}_*")]
+            if is_first:
+                write_text(folder / VALUES, values)
+                written += [folder / ".metadata", folder / VALUES]
+            return {path.name: digest(path) for path in written}
+
+        self._on_all(folder, lambda: _remove(folder) if is_first else None)
+        self._on_all(folder, write_rows)
+        parts = self._on_all(folder, write_values)
+        commit = json.dumps({name: digest for part in parts for name, digest in part.items()})
+        self._on_all(folder, lambda: write_text(folder / COMMIT, commit) if is_first else None)
+        if is_first:
             self._remove_old()
+
+    def _on_all(self, folder: Path, write: Callable[[], T]) -> list[T]:
+        """Run `write` on every rank; returns its results in the order of the ranks.
+
+        Raises: InputError on every rank where the disk refuses on one, as the others would wait for it.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        outcome: tuple[T | None, str]
+        try:
+            outcome = write(), ""
+        except InputError as error:
+            outcome = None, str(error)
+        except (OSError, CheckpointException) as error:
+            reason = error.strerror if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+            outcome = None, f"{folder}: cannot be written: {reason}; free space and run again, the last one is kept"
+        outcomes: list[Any] = [None] * world_size()
+        dist.all_gather_object(outcomes, outcome, self._group)
+        for _, message in outcomes:
+            if message:
+                raise InputError(message)
+        return [result for result, _ in outcomes]
 
     def _remove_old(self) -> None:
         files = self._files()

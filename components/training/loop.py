@@ -64,11 +64,7 @@ class EarlyStopping:
     """Keep the weights with the best validation score, and stop when it no longer improves (Prechelt 1998)."""
 
     def __init__(
-        self,
-        measure: Callable[[], float],
-        interval: int,
-        patience: int,
-        on_score: Callable[[int, float], None],
+        self, measure: Callable[[], float], interval: int, patience: int, on_score: Callable[[int, float], None]
     ) -> None:
         """`measure` scores the model, higher is better, every `interval` steps and behind the last one.
 

@@ -22,8 +22,9 @@ import psutil
 from components.config.params import Refused
 from components.config.paths import Paths
 from components.runtime.checkpoint_folders import remove_committed
+from components.runtime.launcher import FORCE
 from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
-from components.runtime.stage import FORCE, IMPROVEMENT, read_stages
+from components.runtime.stage import IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
 Outcome = Literal["ran", "restored from cache", "up to date"]

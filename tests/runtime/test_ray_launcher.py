@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import stat
 import sys
@@ -16,6 +17,7 @@ import pytest
 
 from components.config.loop_settings import RunConfig
 from components.config.params import InputError
+from components.runtime import ray_launcher
 from components.runtime.process import RUN_PID
 from components.runtime.ray_launcher import launch
 
@@ -34,15 +36,21 @@ class Client:
     """Ray's client of jobs, as far as the launcher calls it; the log of a job comes in parts."""
 
     jobs: dict[str, Status]
+    environment: str
+    """What is in the environment's file when the job is submitted."""
     parts: list[str]
     ending: tuple[Status, int | None]
     words: dict[str, Any]
-    is_starting = is_interrupted = False
+    is_starting = is_interrupted = is_down = False
+    failure: BaseException | None
+    """What is raised once the cluster has the job."""
 
     def __init__(self, address: str) -> None:
         assert address == "http://head:8265"
 
     def list_jobs(self) -> list[SimpleNamespace]:
+        if Client.is_down:
+            raise RuntimeError("Request failed with status code 502")
         return [SimpleNamespace(submission_id=job, status=status) for job, status in self.jobs.items()]
 
     def submit_job(self, submission_id: str, **words: Any) -> str:
@@ -52,7 +60,15 @@ class Client:
         assert submission_id not in self.jobs
         Client.jobs = {**self.jobs, submission_id: Status.RUNNING}
         Client.words = words
+        file = Path(shlex.split(words["entrypoint"])[-1])
+        assert not stat.S_IMODE(file.stat().st_mode) & 0o077
+        Client.environment = file.read_text()
+        if Client.failure is not None:
+            raise Client.failure
         return submission_id
+
+    def stop_job(self, job: str) -> None:
+        Client.jobs = {**self.jobs, job: Status.STOPPED}
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         assert job in self.jobs
@@ -82,6 +98,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> type[Client]:
     monkeypatch.setattr("logging.disable", lambda _: None)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     Client.jobs, Client.parts, Client.ending = {}, [BEGINNING], (Status.SUCCEEDED, 0)
+    Client.is_down, Client.failure = False, None
     return Client
 
 
@@ -119,10 +136,7 @@ def test_no_secret_is_in_what_ray_shows_of_a_job(
     launch("pretrain@decoder", "0123", SETTINGS, tmp_path, tmp_path)
     assert list(client.jobs) == ["pretrain-decoder-0123-0"]
     assert "rosebud" not in json.dumps(client.words)
-    file = tmp_path / "stages/pretrain@decoder.environment.json"
-    assert str(file) in client.words["entrypoint"]
-    assert not stat.S_IMODE(file.stat().st_mode) & 0o077
-    environment = json.loads(file.read_text())
+    environment = json.loads(client.environment)
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "rosebud"
     assert not {RUN_PID, "RAY_ADDRESS"} & set(environment)
 
@@ -142,3 +156,55 @@ def test_what_the_job_refuses_is_refused(client: type[Client], tmp_path: Path) -
     client.parts, client.ending = [BEGINNING, "refused: run.processes: 3: too many\n"], (Status.FAILED, 1)
     with pytest.raises(InputError, match=r"^run.processes: 3: too many$"):
         launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
+
+
+def environment_files(home: Path) -> list[str]:
+    return [path.name for path in (home / "stages").glob("*environment*")]
+
+
+def test_a_signal_right_after_the_submission_stops_the_job(
+    client: type[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    client.failure, client.ending = SystemExit(143), (Status.STOPPED, None)
+    with pytest.raises(SystemExit, match="143"):
+        launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
+    assert client.jobs == {"tune-0123-0": Status.STOPPED}
+    assert not environment_files(tmp_path)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no agent"), ConnectionError("connection\nrefused")])
+def test_a_job_that_is_not_taken_leaves_no_secret(
+    failure: Exception, client: type[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.failure = failure
+    monkeypatch.setattr(ray_launcher, "_SECONDS_TO_ANSWER", -1.0)
+    with pytest.raises(InputError, match=r"^params.yaml: run.address: the Ray cluster takes no job: (no|connection) "):
+        launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
+    assert client.environment
+    assert not environment_files(tmp_path)
+
+
+def test_the_environment_of_a_followed_job_stays_until_it_ends(client: type[Client], tmp_path: Path) -> None:
+    """That of another job of the stage stays: it may be pending."""
+    client.jobs = {"tune-0123-0": Status.RUNNING}
+    (tmp_path / "stages").mkdir()
+    for job in ("tune-0123-0", "tune-4567-0"):
+        (tmp_path / "stages" / f"{job}.environment.json").write_text("{}")
+    assert launch("tune", "0123", SETTINGS, tmp_path, tmp_path) == 0
+    assert environment_files(tmp_path) == ["tune-4567-0.environment.json"]
+
+
+def test_a_ray_that_does_not_answer_or_start_is_one_line(
+    client: type[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.is_down = True
+    with pytest.raises(InputError, match=r"^params.yaml: run.address: http://head:8265: no Ray .* 502\)"):
+        launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise TimeoutError("GCS\ndid not start")
+
+    monkeypatch.setattr(sys.modules["ray"], "init", fail, raising=False)
+    with pytest.raises(InputError, match=r"run.launcher: ray: no Ray starts .* \(GCS did not start\); set"):
+        launch("tune", "0123", SETTINGS.model_copy(update={"address": None}), tmp_path, tmp_path)

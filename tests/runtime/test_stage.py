@@ -22,6 +22,7 @@ from components.config.params import InputError, Refused, flat, load_params
 from components.config.paths import Paths
 from components.runtime import stage
 from components.runtime.checkpoint_folders import remove_committed
+from components.runtime.launcher import FORCE
 from components.runtime.process import RUN_PID, file_lock, lock_owner
 from components.runtime.stage import StageRun, digest, run_stage, stage_inputs
 from components.tracking.event_log import EventLog
@@ -274,7 +275,7 @@ def test_force_starts_without_earlier_checkpoints(
     act(look)
     run_stage("pretrain@decoder", project.root)
     run_stage("pretrain@decoder", project.root)
-    monkeypatch.setenv(stage.FORCE, "1")
+    monkeypatch.setenv(FORCE, "1")
     run_stage("pretrain@decoder", project.root)
     assert [len(files) for files in found] == [0, 1, 0]
 

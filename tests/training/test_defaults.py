@@ -21,7 +21,7 @@ from components.runtime.stage import StageRun
 from components.token_rows.batches import TokenRows
 from components.training import budget
 from components.training.budget import Budget, announce
-from components.training.defaults import fit_to_base, following
+from components.training.defaults import count_parameters, fit_to_base, following
 from components.training.loop import train
 from components.training.objectives import causal_lm
 
@@ -177,11 +177,20 @@ def test_activations_are_those_that_the_backward_pass_reads(based: StageRun) -> 
 
 def test_what_cannot_fit_is_refused_with_what_would(based: StageRun, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = based.params.tune.model_copy(update={"global_batch_size": 8, "micro_batch_size": 8})
-    monkeypatch.setattr(budget, "device_memory", lambda device: budget.LIBRARIES + 600_000)
-    pattern = r"params\.yaml: tune: training takes 0\.5 GiB \(weights .*; set tune\.micro_batch_size to 4$"
+    model = adapted(based, lora=False)
+    memory = budget.LIBRARIES + budget.COPY_BYTES * count_parameters(model) + 600_000
+    monkeypatch.setattr(budget, "device_memory", lambda device: memory)
+    pattern = r"params\.yaml: tune: training takes 0\.5 GiB .*, checkpoint .*; set tune\.micro_batch_size to 4$"
     with pytest.raises(InputError, match=pattern):
-        announce(based, settings, adapted(based, lora=False), rows_of(based), causal_lm)
+        announce(based, settings, model, rows_of(based), causal_lm)
     announce(based, settings.model_copy(update={"micro_batch_size": 4}), adapted(based), rows_of(based), causal_lm)
+    totals: list[float] = []
+    monkeypatch.setattr(budget, "device_memory", lambda device: 10**12)
+    for copies in (budget.COPY_BYTES, 0):
+        monkeypatch.setattr(budget, "COPY_BYTES", copies)
+        monkeypatch.setattr(based.tracker, "metrics", lambda metrics, step: totals.append(metrics["expected.gib"]))
+        announce(based, settings, model, rows_of(based), causal_lm)
+    assert totals[0] - totals[1] == pytest.approx(24 * count_parameters(model) / budget.GIB), "copies of a checkpoint"
 
 
 @pytest.mark.parametrize(

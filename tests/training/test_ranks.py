@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +119,44 @@ def test_training_goes_on_while_its_checkpoint_is_written(new_run: NewRun, monke
     saved = checkpoints.load()
     assert saved is not None
     assert all(torch.equal(tensor, before[name]) for name, tensor in saved.tensors.items())
+
+
+@pytest.mark.parametrize("failing", ["_remove", "write_text", "digest"])
+def test_what_the_disk_refuses_rank_0_alone_is_raised_by_all(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nobody waits for it. Threads stand in for two ranks."""
+    this, barrier, gathered = threading.local(), threading.Barrier(2, timeout=5), [None, None]
+
+    def gather(outcomes: list[object], outcome: Any, _: object) -> None:
+        gathered[this.rank] = outcome
+        barrier.wait()
+        outcomes[:] = gathered
+        barrier.wait()
+
+    def save(*_: object, checkpoint_id: Path, process_group: object) -> None:
+        checkpoint_id.mkdir(parents=True, exist_ok=True)
+        (checkpoint_id / f"__{this.rank}_0.distcp").write_text("rows")
+
+    def refuse(path: Path, *_: object) -> str:
+        if this.rank == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return "digest"
+
+    def write(rank: int) -> None:
+        this.rank = rank
+        Checkpoints(tmp_path)._write_shards(1, {}, "{}")
+
+    monkeypatch.setattr(checkpoints_module, "rank", lambda: this.rank)
+    monkeypatch.setattr(checkpoints_module, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints_module, failing, refuse)
+    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("torch.distributed.checkpoint.state_dict_saver.save", save)
+    with ThreadPoolExecutor(2) as pool:
+        for writing in [pool.submit(write, rank) for rank in range(2)]:
+            with pytest.raises(InputError, match="shards: cannot be written: No space left on device; free"):
+                writing.result()
+    assert not list(tmp_path.glob(f"*/{COMMIT}"))
 
 
 def test_stages_that_train_start_ranks(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
