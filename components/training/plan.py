@@ -28,11 +28,13 @@ from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from components.runtime.files import replace_file
 from components.runtime.launcher import is_distributed
 from components.token_rows.batches import Batch
-from components.training.budget import LOGIT_BYTES, STATE_BYTES, Budget
+from components.training.budget import COPY_BYTES, LOGIT_BYTES, STATE_BYTES, Budget
 from components.training.defaults import count_parameters
 from components.training.loop import Training, compute_in
 from components.training.objectives import CHUNK, CUDA_CHUNK, causal_lm
 
+CPU = "this CPU"
+"""The name of a machine without a GPU."""
 MEASURED_WIDTHS = {"cpu": (64, 192, 512), "cuda": (768, 1280, 2048)}
 """`embed_dim` of the decoders that are measured."""
 MEASURED_LAYERS, MEASURED_VOCAB = 4, 4096
@@ -209,11 +211,12 @@ def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Mac
     chunk = min(CHUNK if itemsize == 4 else CUDA_CHUNK, config.micro_batch_size * targets)
     logits = chunk * head.weight.shape[0] * (LOGIT_BYTES + itemsize)
     saved = cost.saved * itemsize // 4
-    budget = Budget(parameters * itemsize, parameters, itemsize, saved, config.micro_batch_size, logits)
+    checkpoint = COPY_BYTES if machine is None or machine.name == CPU else 0
+    budget = Budget(parameters * itemsize, parameters, itemsize, saved, config.micro_batch_size, logits, checkpoint)
     memory = budget.total
     if devices > 1:
-        memory -= budget.weights + budget.states
-        memory += parameters * SHARD_BYTES // devices + _gathered(model, itemsize)
+        memory -= budget.weights + budget.states + budget.copies
+        memory += parameters * (SHARD_BYTES + checkpoint) // devices + _gathered(model, itemsize)
     flops = rows * cost.flops
     return StagePlan(
         name,
@@ -259,7 +262,7 @@ def measure_machine(config: LoopConfig, report: Callable[[str], None]) -> Machin
         rate = _measured(config, width, device)
         report(f"{rate.parameters / 1e6:,.1f} M parameters: {rate.flops / 1e9:,.1f} GFLOP/s")
         rates.append(rate)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else CPU
     return Machine(name, device_memory(device), tuple(rates), True)
 
 
