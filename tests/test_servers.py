@@ -122,6 +122,7 @@ def test_a_kill_between_two_writes_reads_as_before_or_after(
     registry: Registry, registered: Register, left: int
 ) -> None:
     test_registry.test_kill_between_any_two_writes_reads_as_before_or_after(registry, registered, left)
+    assert set(registry.aliases("agent").values()) == {1, 2}, "on the server too one is champion, the other previous"
 
 
 def test_artifacts_go_through_the_server_into_the_object_store(
