@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import os
 import shutil
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from components.training.checkpoints import Checkpoints
 from components.training.distributed import join, rank, shard, summed, wait_for_all, world_size
 from components.training.loop import Training
 from components.training.objectives import causal_lm
+from flows.orchestration.prefect_server import free_port
 
 VOCABULARY, LENGTH = 50_304, 16
 DECODER = DecoderConfig(VOCABULARY, 768, 12, 12, 12, 64, 2048, LENGTH, qk_norm=True, tie_embeddings=True)
@@ -88,9 +88,7 @@ def main() -> None:
         "--folder", type=Path, help="where to write them; a folder in the system's one for temporary files"
     )
     words = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = Path(tempfile.mkdtemp(dir=words.folder))
     context = multiprocessing.get_context("fork")
     ranks = [

@@ -25,10 +25,10 @@ import psutil
 
 from components.config.paths import find_root
 from components.runtime.service_registry import wait_for
+from flows.bento import bento_environment
 from flows.orchestration.prefect_server import free_port
 
 SECONDS = 300.0
-os.environ["BENTOML_DO_NOT_TRACK"] = "true"
 QUESTION = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -60,11 +60,11 @@ def bento(root: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         file = f"{scratch}/agent.bento"
         bentoml = [sys.executable, "-m", "bentoml"]
-        for store, words in ((home / "bento", ["export", "agent:latest", file]), (scratch, ["import", file])):
-            subprocess.run([*bentoml, *words], env=os.environ | {"BENTOML_HOME": str(store)}, check=True)
+        own = bento_environment(Path(scratch)) | {"LOOPWRIGHT_HOME": f"{scratch}/state"}
+        for store, words in ((bento_environment(home), ["export", "agent:latest", file]), (own, ["import", file])):
+            subprocess.run([*bentoml, *words], env=os.environ | store, check=True)
         port = free_port()
         address = f"http://127.0.0.1:{port}"
-        own = {"BENTOML_HOME": scratch, "LOOPWRIGHT_HOME": f"{scratch}/state"}
         words = ["bentoml", "serve", "agent:latest", "--host", "127.0.0.1", "--port", str(port)]
         begun = time.monotonic()
         with started(words, cwd=scratch, env=os.environ | own) as process:

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from components.config.params import InputError
+from components.config.errors import InputError, reason_of
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
 from components.feedback.store import Store, database_url, has_store, leased_in
@@ -147,7 +147,7 @@ def upgrade(paths: Paths, echo: Callable[[str], None]) -> str:
             with tempfile.TemporaryDirectory(dir=paths.home, prefix="restoring-") as scratch:
                 _fetch(str(folder), _manifest(str(folder)), Path(scratch))
                 _put(paths, Path(scratch))
-            reason = " ".join(str(error).split())[:300]
+            reason = reason_of(error)
             raise InputError(
                 f"upgrade: {reason}; the databases are as before; go on with the former version"
             ) from error

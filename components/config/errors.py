@@ -1,4 +1,4 @@
-"""The two errors that end a command with one line instead of a traceback."""
+"""The two errors that end a command with one line instead of a traceback, and other errors within such a line."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ class Unavailable(InputError):
 
 class Refused(Exception):
     """Data validation or the promotion gate refused. The command exits with 3."""
+
+
+def reason_of(error: object) -> str:
+    """A library's error as part of a line: on one line, and not longer than can be read."""
+    return " ".join(str(error).split())[:300]

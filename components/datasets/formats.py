@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.config.params import InputError
+from components.config.errors import InputError, reason_of
 from components.config.project import Kind as Kind
 from components.runtime.files import write_text
 
@@ -225,7 +225,7 @@ def read_shard(shard: Path, columns: list[str] | None = None) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=size, columns=columns):
                 yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise InputError(f'{shard}: damaged: {reason}; run "dvc checkout --force {shard.parent}"') from None
 
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
-from components.config.params import InputError
+from components.config.errors import InputError, reason_of
 from components.datasets.file_limits import MAX_LINE_CHARACTERS, bounded_lines, check_parquet, repeated_texts
 
 _BLOCK = 1 << 16
@@ -346,7 +346,7 @@ def read_parquet(path: Path, batch_rows: int = 256) -> Iterator[Record]:
         raise
     # pyarrow raises these for damaged files, dates beyond Python's and unknown time zones.
     except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise InputError(f"{location}: not a readable Parquet file: {reason}") from None
 
 

@@ -26,7 +26,7 @@ FORCE = "LOOPWRIGHT_FORCE"
 MAX_RESTARTS = 3
 """How often the ranks start again from their last checkpoint after one was killed."""
 _SECONDS_FOR_RANK_0 = 60.0
-_SECONDS_TO_END = 90
+SECONDS_TO_END = 90
 """For a step and its checkpoint after a signal, as the orchestrator allows; torchrun's own are 30."""
 
 
@@ -74,7 +74,7 @@ def launch(name: str, processes: int) -> int:
     parse, run = (cast(Callable[..., Any], function) for function in (torchrun.parse_args, torchrun.run))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
-    words = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(_SECONDS_TO_END)]
+    words = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(SECONDS_TO_END)]
     words += ["-m", "components.runtime.stage", name]
     for restart in range(MAX_RESTARTS + 1):
         try:

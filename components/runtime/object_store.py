@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from components.config.params import InputError
+from components.config.errors import InputError, reason_of
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -47,7 +47,7 @@ def _copy(address: str, folder: Path) -> Path:
         if is_file:
             fs.get_file(source, str(target))
     except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise InputError(f"{address}: not readable: {reason}; check the address and its credentials") from None
     if not is_file:
         raise InputError(f"{address}: no such file; name one file, such as s3://BUCKET/NAME.jsonl")

@@ -25,8 +25,8 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from components.runtime.launcher import FORCE, MAX_RESTARTS
-from components.runtime.ray_launcher import REFUSED, SECONDS_TO_END, STDERR
+from components.runtime.launcher import FORCE, MAX_RESTARTS, SECONDS_TO_END
+from components.runtime.ray_launcher import REFUSED, STDERR
 
 _SECONDS_FOR_OTHERS = 5.0
 """For other ranks to end after one failed: which one was killed, and which lost its peer, shows then."""

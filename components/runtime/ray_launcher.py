@@ -18,17 +18,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from components.config.errors import InputError, reason_of
 from components.config.loop_settings import RunConfig
-from components.config.params import InputError
 from components.config.paths import writing
 from components.runtime.files import replace_file
+from components.runtime.launcher import SECONDS_TO_END
 from components.runtime.process import RUN_PID, end_on_signals
 
 MISSING = 'params.yaml: run.launcher: ray: ray is not installed; run pip install "loopwright[cluster]"'
 REFUSED, STDERR = "refused: ", "stderr: "
 """How lines of a job's log begin that are a refusal or came from stderr: the log mixes both streams."""
-SECONDS_TO_END = 90
-"""For a step and its checkpoint after a signal."""
 _SECONDS_TO_ANSWER = 120.0
 """How long a cluster that was there may be away, as while its head is restarted."""
 _TOKENS, _TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
@@ -88,8 +87,8 @@ def _cluster(address: str | None) -> Iterator[str]:
         context = ray.init("local", object_store_memory=_OBJECT_STORE_BYTES, **words)
     except Exception as error:
         raise InputError(
-            f"params.yaml: run.launcher: ray: no Ray starts on this machine ({_reason(error)}); set run.address to the"
-            " dashboard of a cluster, or run.launcher to torchrun"
+            f"params.yaml: run.launcher: ray: no Ray starts on this machine ({reason_of(error)}); set run.address to"
+            " the dashboard of a cluster, or run.launcher to torchrun"
         ) from error
     end_on_signals()  # Ray has handlers of its own
     try:
@@ -113,7 +112,7 @@ def _jobs(address: str, prefix: str) -> tuple[Any, dict[str, bool]]:
         jobs = {job.submission_id or "": job.status.is_terminal() for job in client.list_jobs()}
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise InputError(
-            f"params.yaml: run.address: {address}: no Ray dashboard answers ({_reason(error)}); start the head with"
+            f"params.yaml: run.address: {address}: no Ray dashboard answers ({reason_of(error)}); start the head with"
             ' "ray start --head --dashboard-host 0.0.0.0", and write http://HOST:8265'
         ) from error
     return client, {job: has_ended for job, has_ended in jobs.items() if job.startswith(prefix)}
@@ -145,8 +144,8 @@ def _submit(client: Any, job: str, arguments: list[str], root: Path) -> None:
         except (OSError, RuntimeError) as error:  # a cluster that was just started has no agent yet
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"params.yaml: run.address: the Ray cluster takes no job: {_reason(error)}; where another Ray runs"
-                    " on this machine, write its dashboard, such as http://127.0.0.1:8265"
+                    f"params.yaml: run.address: the Ray cluster takes no job: {reason_of(error)}; where another Ray"
+                    " runs on this machine, write its dashboard, such as http://127.0.0.1:8265"
                 ) from error
             time.sleep(1.0)
         else:
@@ -170,7 +169,7 @@ def _follow(client: Any, job: str, log: _Log, patience: float = _SECONDS_TO_ANSW
         except Exception as error:
             if time.monotonic() - answered > patience:
                 raise InputError(
-                    f"params.yaml: run.address: the Ray cluster does not answer ({_reason(error)}); the job {job} may"
+                    f"params.yaml: run.address: the Ray cluster does not answer ({reason_of(error)}); the job {job} may"
                     " still run: run again to follow it"
                 ) from error
             time.sleep(1.0)
@@ -183,7 +182,7 @@ def _follow(client: Any, job: str, log: _Log, patience: float = _SECONDS_TO_ANSW
     if info.status == "STOPPED":
         return 128 + signal.SIGTERM
     if info.driver_exit_code is None:
-        print(f"{job}: {_reason(info.message)}", file=sys.stderr, flush=True)
+        print(f"{job}: {reason_of(info.message)}", file=sys.stderr, flush=True)
     return 1 if info.driver_exit_code is None else int(info.driver_exit_code)
 
 
@@ -218,7 +217,3 @@ class _Log:
             print(line.removeprefix(STDERR), file=sys.stderr, flush=True)
         else:
             print(line, flush=True)
-
-
-def _reason(error: object) -> str:
-    return " ".join(str(error).split())[:300]

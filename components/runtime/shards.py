@@ -23,9 +23,10 @@ from pathlib import Path
 from shutil import copyfileobj
 from typing import Any
 
-from components.config.params import InputError
+from components.config.errors import InputError, reason_of
 from components.runtime.files import remove, sync
 from components.runtime.process import end_on_signals, end_with_parent
+from components.runtime.ray_launcher import MISSING
 from components.runtime.stage import StageRun, digest
 
 MANIFEST = "manifest.jsonl"
@@ -91,10 +92,10 @@ def run_shards(run: StageRun, shards: Sequence[Shard], done: int = 0, total: int
     content = cache(digest)
     jobs = {shard.key: _Job(shard, folder / shard.key, _inputs(shard, content)) for shard in shards}
     lines = {key: line for key, line in _finished(folder / MANIFEST).items() if key in jobs and _fits(line, jobs[key])}
-    todo = [job for key, job in jobs.items() if key not in lines]
+    unfinished = [job for key, job in jobs.items() if key not in lines]
     done, total = done + len(lines), total or len(shards)
     with (folder / MANIFEST).open("ab") as manifest:
-        for line in _execute(run.name, todo, min(settings.workers, len(todo)), settings.launcher):
+        for line in _execute(run.name, unfinished, min(settings.workers, len(unfinished)), settings.launcher):
             manifest.write(json.dumps(line).encode() + b"\n")
             manifest.flush()
             os.fsync(manifest.fileno())
@@ -143,7 +144,7 @@ def _execute(name: str, jobs: Sequence[_Job], workers: int, launcher: str) -> It
 
 def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
     threads = max(1, (os.cpu_count() or 1) // workers)
-    others = active_children()
+    children_before = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
     try:
         for future in as_completed([pool.submit(job.run) for job in jobs]):
@@ -152,7 +153,7 @@ def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dic
         raise InputError(f"{name}: a worker process was killed; {_REMEDY}") from None
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(active_children()) - set(others):
+        for process in set(active_children()) - set(children_before):
             process.terminate()
         raise
     finally:
@@ -172,7 +173,7 @@ def _on_ray(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str,
         import ray
         from ray.exceptions import RayError, RayTaskError
     except ModuleNotFoundError:
-        raise InputError("params.yaml: run.launcher: 'ray' is not installed; install the extra cluster") from None
+        raise InputError(MISSING) from None
     if not ray.is_initialized():
         _connect_to_ray()
     task = ray.remote(max_retries=0)(_Job.run)
@@ -202,7 +203,7 @@ def _connect_to_ray() -> None:
         ray.init(log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError, RayError) as error:
         address = f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "run.launcher: ray"
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         remedy = 'start one with "ray start --head", or set RAY_ADDRESS to HOST:6379, or to local for one of this stage'
         raise InputError(f"{address}: no Ray cluster answers ({reason}); {remedy}") from None
     end_on_signals()  # Ray has handlers of its own

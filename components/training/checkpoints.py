@@ -3,7 +3,7 @@
 Training waits for a copy of the tensors alone, which a thread then writes. A file's name has the digest of its
 content, so that a torn or altered file is recognized and skipped. In a folder, which `torch.distributed.checkpoint`
 writes and which any number of processes reads, `commit.json` is written last, with the digest of every other file.
-The last two are kept, also after the last step: the stage runner removes them when DVC has stored the result.
+The two newest are kept, also when training has ended: the stage runner removes them when DVC has stored the result.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Checkpoints:
     def _on_all(self, folder: Path, write: Callable[[], T]) -> list[T]:
         """Run `write` on every rank; returns its results in the order of the ranks.
 
-        Raises: InputError on every rank where the disk refuses on one, as the others would wait for it.
+        Raises: InputError on every rank where the disk of one refuses: without an answer the others would wait.
         """
         from torch.distributed.checkpoint.api import CheckpointException
 

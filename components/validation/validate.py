@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.config.params import InputError, Refused
+from components.config.errors import InputError, Refused, reason_of
 from components.datasets.formats import SCHEMAS, Kind, Row, read_info, shards, write_json
 from components.runtime.shards import Output, Result, Shard, run_shards
 from components.runtime.stage import StageRun, digest, warn_on_failure
@@ -303,7 +303,7 @@ class _ShardResult:
                 config = result.expectation_config
                 raise InputError(
                     f"data/expectations: {config.type} of {config.kwargs.get('column')}: cannot be run: "
-                    f"{' '.join(str(cause.get('exception_message')).split())[:200]}"
+                    f"{reason_of(cause.get('exception_message'))}"
                 )
 
 
@@ -326,7 +326,7 @@ def _read_suite(path: Path) -> Any:
     except FileNotFoundError:
         raise InputError(f"{path}: not found; every kind of dataset needs its suite") from None
     except (ValueError, TypeError, KeyError, AttributeError, gx.exceptions.GreatExpectationsError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise InputError(f"{path}: not a Great Expectations suite: {reason}") from None
 
 

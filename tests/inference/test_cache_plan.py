@@ -45,10 +45,10 @@ def test_keys_and_values_stay_within_their_share(
 ) -> None:
     planned = plan(QWEN3_0_6B, memory, rows, context, device)
     assert planned.token_bytes == 28 * 2 * 8 * 128 * 4
-    taken = planned.tokens
+    capacity = planned.tokens
     if device == CUDA:  # allocated for each row's whole context
-        taken = -(-planned.rows // EVEN_ROWS) * EVEN_ROWS * planned.context_len
-    assert planned.context_len <= taken <= memory * CACHE_SHARE / planned.token_bytes
+        capacity = -(-planned.rows // EVEN_ROWS) * EVEN_ROWS * planned.context_len
+    assert planned.context_len <= capacity <= memory * CACHE_SHARE / planned.token_bytes
     assert 1 <= planned.rows <= rows
     assert planned.context_len <= (context or QWEN3_0_6B.max_seq_len)
     assert planned.context_len == plan(QWEN3_0_6B, memory, 1, context).context_len, "whatever else runs beside it"

@@ -72,7 +72,7 @@ def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
 
 
 def test_a_killed_rank_changes_no_bit(trained: Path) -> None:
-    """Nor does a shard of the last checkpoint that is altered afterwards: the one before is used."""
+    """Nor does a shard of the last checkpoint that is altered afterwards: the previous checkpoint is used."""
     codes = json.loads((trained / "exit_codes.json").read_text())[f"2:{KILLED}"]
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0

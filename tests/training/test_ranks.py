@@ -67,7 +67,7 @@ def write_shards(folder: Path, state: CheckpointState) -> None:
 def test_one_process_goes_on_from_the_checkpoint_of_several(
     new_run: NewRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the one before, where the last is not finished or a byte of it differs."""
+    """From the previous checkpoint, where the newest is not finished or a byte of it differs."""
     run = new_run(max_steps=4)
     rows = TokenRows(run.paths.tokens("decoder") / "pretrain", "train")
     trained = new_training(run)
@@ -165,8 +165,8 @@ def test_stages_that_train_start_ranks(new_run: NewRun, monkeypatch: pytest.Monk
     assert launcher_settings("tune", root) is None
     (root / "params.yaml").write_text("scale: smoke\nrun: {launcher: torchrun, processes: 3}\n")
     trainings = ("tune", "pretrain@encoder", "finetune@summarizer", "align")
-    found = [launcher_settings(name, root) for name in trainings]
-    assert [settings and settings.processes for settings in found] == [3, 3, 3, 3]
+    settings = [launcher_settings(name, root) for name in trainings]
+    assert [each and each.processes for each in settings] == [3, 3, 3, 3]
     assert not any(launcher_settings(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launcher_settings("tune", root) is None, "it is a rank itself"
