@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,17 +39,11 @@ from components.feedback.items import NO_CALL, PICTURES, PICTURES_SCHEMA, SCHEMA
 from components.inference.sampling import Sampling
 from components.media.messages import pictures_of
 from components.runtime.stage import StageRun
+from components.tracking.event_log import NoTracker
 from components.training.align import align
 
 MAX_UNCORRECTED = 200
 """Questions that nobody corrected."""
-
-
-class Silent:
-    """A tracker that tells nobody."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
 
 
 def styled(row: Row, wording: str) -> str:
@@ -133,7 +126,7 @@ def run_stage(stage: Callable[[StageRun], None], params: Params, paths: Paths) -
     state = paths.root / "state" / stage.__name__
     shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True)
-    stage(StageRun(stage.__name__, params, paths, state, Silent()))
+    stage(StageRun(stage.__name__, params, paths, state, NoTracker()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{stage.__name__}: {time.monotonic() - started:.0f} s, at most {peak:.1f} GiB", flush=True)
 
