@@ -91,7 +91,7 @@ def main() -> None:
         text = YAML()
         params = text.load(root / "params.yaml")
         # Enough for so small a model to learn the words of a round.
-        params["align"] = {"dataset": "feedback", "max_steps": 700, "learning_rate": 0.01, "trained_share": 0.5}
+        params["align"] = {"dataset": "feedback", "max_steps": 200, "learning_rate": 0.01, "trained_share": 0.5}
         text.dump(params, root / "params.yaml")
         os.environ["PREFECT_HOME"] = environment["PREFECT_HOME"] = str(root / "var/prefect")
         totals = []
