@@ -160,13 +160,15 @@ class SlotCache(KVCache):
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
-    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
+    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None, sharers: int = 1) -> None:
         """At most `max_rows` rows of `max_context` tokens, fewer at once where memory is short (`plan_cache`).
+
+        `sharers`: batches that share the device, this one among them.
 
         Raises: InputError when memory holds no row of `max_context` tokens.
         """
         self.model, self.device, self._dtype = model, model.embed.weight.device, model.embed.weight.dtype
-        plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context)
+        plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context, sharers=sharers)
         self.plan, self.context, self._bank = plan, plan.context_len, bank_of(model)
         self.count = count = plan.rows
         # Where the rows of a product do depend on how many there are, every step has all of them.
@@ -220,8 +222,7 @@ class ContinuousBatch:
                 raise InputError(f"prompt: {len(row.ids)} tokens; the model takes 1 to {self.context}")
             row.limit = min(row.limit, 1 + self.context - len(row.ids))
             row.slot = len(self.decoding) + len(self.prefilling)
-            if self.pictures is not None:
-                row.key = (row.adapter, *self.pictures.key(row.prompt, row.pictures))
+            row.key = self._key(row)
             self._reuse_prefix(row)
             self.prefilling.append(row)
 
@@ -337,6 +338,17 @@ class ContinuousBatch:
             tokens[places] = sampled(logits[places], temperature, top_p, numbers)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.take(token)
+
+    def shared(self, row: Row) -> int:
+        """Tokens of a prompt whose keys and values are here, as of a moment ago: any thread may ask."""
+        try:
+            key = self._key(row)
+        except InputError:  # which `admit` raises
+            return 0
+        return max([self._prefix_cache.shared(key), *(common(other.key, key) for other in tuple(self.decoding))])
+
+    def _key(self, row: Row) -> Ids:
+        return row.key if self.pictures is None else (row.adapter, *self.pictures.key(row.prompt, row.pictures))
 
     def _reuse_prefix(self, row: Row) -> None:
         """Copy the longest known prefix of a prompt; its last token is always prefilled, for what follows it."""

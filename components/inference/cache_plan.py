@@ -53,12 +53,14 @@ def plan_cache(
     max_rows: int,
     max_context: int | None = None,
     memory: int | None = None,
+    sharers: int = 1,
 ) -> CachePlan:
     """Fit at most `max_rows` requests into CACHE_SHARE of the device's memory (bytes; its own where None).
 
     On a CPU the memory holds one request of the whole context or many short ones. Elsewhere it is allocated for each
     row's whole context, and holds EVEN_ROWS rows at least. The context depends on the model, the machine and
-    `max_context` alone, so that what is evaluated is what is served.
+    `max_context` alone, so that what is evaluated is what is served. `sharers` caches divide the tokens of a CPU, each
+    with room for a request of that length.
 
     Raises: InputError when the memory does not hold the fewest rows.
     """
@@ -76,7 +78,7 @@ def plan_cache(
             f" them ({CACHE_SHARE:.0%} of the memory); {fix}"
         )
     rows = max_rows if paged else min(max_rows, tokens // context // EVEN_ROWS * EVEN_ROWS)
-    return CachePlan(rows, context, min(tokens, rows * context), token_bytes)
+    return CachePlan(rows, context, min(max(tokens // sharers, context), rows * context), token_bytes)
 
 
 def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:
