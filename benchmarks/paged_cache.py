@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.base import gguf_path
-from components.inference import batching
+from components.inference import slot_cache
 from components.inference.batching import ContinuousBatch, Row
 from components.inference.packed_weights import pack
 from components.inference.paged_memory import PagedMemory
@@ -86,7 +86,7 @@ class Streams:
             made.append(kind(size))
             return made[-1]
 
-        with mock.patch.object(batching, "PagedMemory", make):
+        with mock.patch.object(slot_cache, "PagedMemory", make):
             self.batch = ContinuousBatch(model, STREAMS, CONTEXT)
         (self.memory,) = made
 

@@ -65,7 +65,8 @@ class LocalEngine(Backend):
 
         `shared`: the base with which others share the models, and the number of this engine's adapter.
         """
-        self._shared, self.adapter = shared or (None, 0)
+        self._shared = shared[0] if shared else None
+        self.adapter = shared[1] if shared else 0
         self.router = self._shared.router if self._shared else Router(models, name, config, slots, self._on_step)
         super().__init__(agent, name, config, self.router.count)
         agent.context_len = self.router.context

@@ -148,7 +148,10 @@ class Scheduler:
         turn.ended(error)
 
     def _fail_all(self, error: Exception) -> None:
-        self.slots.clear()
         turns, self._turns = list(self._turns.values()), {}
+        try:
+            self.slots.clear()
+        except Exception:  # a device that answers nothing any more; turns that come fail as well, instead of waiting
+            logger.exception("the memory of a failed step was not released")
         for turn in turns:
             turn.ended(error)
