@@ -2,8 +2,9 @@
 
 Steps of training in bf16, plain and compiled, at 124 M, 350 M and 1.15 B parameters, with their share of the device's
 peak (MFU); LoRA on a base in bf16, int8 and NF4; decode steps as CUDA graphs and without; the engine beside
-transformers; the kernels that attention runs. Weights and tokens are random. Without a CUDA device it says so;
-`--miniature` runs what a CPU can, on models of a few thousand parameters, to show that the script itself works.
+transformers, and with a cache allocated whole beside a paged one; the kernels that attention runs. Weights and tokens
+are random. Without a CUDA device it says so; `--miniature` runs what a CPU can, on models of a few thousand parameters,
+to show that the script itself works.
 """
 
 from __future__ import annotations
@@ -14,14 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 from components.config.errors import InputError
 from components.config.model_settings import TrainConfig
-from components.inference.batching import ContinuousBatch, Row, SlotCache
+from components.inference import cache_plan
+from components.inference.batching import ContinuousBatch, Row
 from components.inference.decode_step import Step
+from components.inference.device_memory import paging_driver
+from components.inference.slot_cache import SlotCache
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import best_device
 from components.models.lora import add_lora, quantize_base
@@ -111,6 +116,7 @@ class Bench:
         first, last = self.sizes[0], self.sizes[-1]
         for size in {first.name: first, last.name: last}.values():
             yield f"decode {size.name}", lambda size=size: self.decode(size)
+            yield f"cache of keys and values {size.name}", lambda size=size: self.cache(size)
         for kind in ("none", "int8", "nf4") if cuda else ("none",):
             yield f"LoRA {last.name}, base {kind}", lambda kind=kind: self.lora(last, kind)
         yield f"train {first.name}, Muon", lambda: self.train(first, "muon", cuda)
@@ -175,7 +181,7 @@ class Bench:
         steps = max(2, min(DECODED, context - 20))
         figures = []
         for rows in DECODED_ROWS:
-            cache = SlotCache(model, max(rows, 4), context)
+            cache = SlotCache(model, max(rows, 4), context, paged=False)
             graphs, plain = (
                 self.stepping(Step(model, cache.whole, captured), rows, steps) for captured in (True, False)
             )
@@ -214,6 +220,45 @@ class Bench:
                 rows * (steps - 1) / _seconds(lambda: [batch.decode() for _ in range(steps - 1)], self.device)
             )
         return max(speeds)
+
+    @torch.inference_mode()
+    def cache(self, size: Size) -> str:
+        """A cache allocated whole and one whose memory is paged: memory in use, tokens a second, and their tokens."""
+        torch.manual_seed(0)
+        model = Decoder(size.shape).to(self.device, torch.bfloat16).eval()
+        driver = paging_driver(self.device)
+        figures, answers, steps = [], [], min(DECODED, size.length // 4)
+        for name, used in (("allocated whole", None), ("paged" if driver else "whole again", driver)):
+            before, least = self.free(), [self.free()]
+            with mock.patch.object(cache_plan, "paging_driver", return_value=used):
+                batch = ContinuousBatch(model, DECODED_ROWS[-1], size.length)
+            answers.append(self.answers(batch, steps, lambda least=least: least.append(self.free())))  # captures graphs
+            batch.clear()
+            seconds = _seconds(lambda batch=batch: self.answers(batch, steps), self.device)
+            taken = (before - min(least)) / 2**30
+            figures.append(f"{name}: {batch.count * steps / seconds:,.0f} tokens/s, {taken:.2f} GiB more in use")
+            del batch
+        return "; ".join([*figures, "the same tokens" if answers[0] == answers[1] else "OTHER TOKENS"])
+
+    def answers(self, batch: ContinuousBatch, steps: int, look: Callable[[], object] = int) -> list[list[int]]:
+        """What a full batch of rows writes; `look` is called after each step."""
+        rows = [Row([3 + (7 * row + place) % 200 for place in range(steps)], steps) for row in range(batch.count)]
+        waiting = list(rows)
+        while waiting or batch.free < batch.count:
+            if waiting and not batch.prefilling:
+                count = batch.group(waiting)
+                batch.admit(waiting[:count])
+                del waiting[:count]
+            batch.advance()
+            look()
+        return [row.generated for row in rows]
+
+    def free(self) -> int:
+        """Bytes of the device that nobody has; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.device)[0])
 
     def transformers(self, size: Size, rows: int, steps: int) -> float:
         from transformers import Qwen3Config, Qwen3ForCausalLM

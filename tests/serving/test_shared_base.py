@@ -14,6 +14,7 @@ import torch
 
 from components.agent.pyfunc import Predictor
 from components.config.params import load_params
+from components.inference.adapter_bank import bank_of
 from components.models.base_store import BASE, STORE, store_base
 from components.models.checkpoint import load_decoder, merge_folder, save_decoder
 from components.models.lora import add_lora
@@ -82,7 +83,7 @@ def test_engines_of_one_base_share_it_and_answer_as_their_own_model(adapters: di
     engines = [LocalEngine.load(folder, f"{name}/1", CONFIG) for name, folder in adapters.items()]
     first, second = engines
     assert first.model is second.model
-    assert first.scheduler is second.scheduler
+    assert first.router is second.router
     assert answers(engines * 2) == list(WORDS.values()) * 2
     first.close()
     assert answers([second]) == [WORDS["second"]]
@@ -91,6 +92,17 @@ def test_engines_of_one_base_share_it_and_answer_as_their_own_model(adapters: di
     assert again.model is not first.model, "with its last adapter a base leaves memory"
     assert answers([again]) == [WORDS["first"]]
     again.close()
+
+
+def test_adapters_answer_alike_on_two_devices(adapters: dict[str, Path]) -> None:
+    config = CONFIG.model_copy(update={"devices": ["cpu", "cpu"], "max_running": 1})
+    engines = [LocalEngine.load(folder, f"{name}/1", config) for name, folder in adapters.items()]
+    assert answers(engines * 2) == list(WORDS.values()) * 2
+    banks = {id(bank_of(model)) for model in engines[0].router.models}
+    assert len(banks) == 2
+    engines[0].close()
+    assert answers(engines[1:] * 4) == [WORDS["second"]] * 4
+    engines[1].close()
 
 
 def test_a_merged_adapter_answers_the_same(adapters: dict[str, Path], tmp_path: Path) -> None:
