@@ -304,8 +304,10 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
     sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
     tokens_before = measured.tokens
+    if not training.over:
+        checkpoints.prepare(training.state().tensors)
     while not training.over:
-        batches = _micro_batches(rows, sampler, training.step, config)
+        batches = micro_batches(rows, sampler, training.step, config)
         seed_step(run.params.seed, training.step)
         training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
         last, loss = training.over, None
@@ -333,7 +335,7 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
             raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
 
-def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: LoopConfig) -> list[Batch]:
+def micro_batches(rows: Rows, sampler: Sampler, step: int, config: LoopConfig) -> list[Batch]:
     """The rows of one step: grouping by length changes no gradient, and needs little padding."""
     drawn = sampler.step(step, config.global_batch_size)
     order = drawn[np.argsort(rows.lengths(drawn), kind="stable")]
