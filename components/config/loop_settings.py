@@ -91,6 +91,15 @@ class AlignConfig(FromBaseConfig):
     """Weight of a preference in the mean loss, in tokens of feedback."""
 
 
+class AssessConfig(Section):
+    """Evaluation of classifier and summarizer."""
+
+    max_texts: int = Field(ge=1)
+    """Most held-out texts per suite."""
+    beams: int = Field(ge=1)
+    """Beams of the summarizer's beam search; 1: greedy."""
+
+
 class EvaluateConfig(Section):
     """Evaluation of the agent."""
 
