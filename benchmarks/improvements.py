@@ -92,6 +92,7 @@ def main() -> None:
         params = text.load(root / "params.yaml")
         # Enough for so small a model to learn the words of a round.
         params["align"] = {"dataset": "feedback", "max_steps": 200, "learning_rate": 0.01, "trained_share": 0.5}
+        params["feedback"] = {"max_items_per_user": 10_000}  # one person corrects all
         text.dump(params, root / "params.yaml")
         os.environ["PREFECT_HOME"] = environment["PREFECT_HOME"] = str(root / "var/prefect")
         totals = []
