@@ -2,7 +2,7 @@
 
 Steps of training in bf16, plain and compiled, at 124 M, 350 M and 1.15 B parameters, with their share of the device's
 peak (MFU); packed documents without a mask and with a dense one; activation checkpointing; LoRA on a base in bf16, int8
-and NF4; decode steps as CUDA graphs and without; the engine beside transformers, and with a cache allocated whole beside
+and NF4; decode steps as CUDA graphs and without; the engine beside transformers; a cache allocated whole beside
 a paged one; the kernels that attention runs. Weights and tokens are random. Without a CUDA device it says so;
 `--miniature` runs what a CPU can, on models of a few thousand parameters, to show that the script itself works.
 """
