@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -66,6 +68,8 @@ class Machine:
     """Bytes."""
     rates: tuple[Rate, ...]
     """By growing number of parameters."""
+    start_seconds: float
+    """From the start of a training stage's process to its code: what it imports; 0 where it was not measured."""
     measured: bool
 
     def rate(self, parameters: int) -> float:
@@ -109,7 +113,7 @@ _PUBLISHED = {
     "l4": (24, 121),
 }
 PUBLISHED = {
-    name: Machine(name, memory * 10**9, (Rate(1, ASSUMED_SHARE * peak * 1e12),), False)
+    name: Machine(name, memory * 10**9, (Rate(1, ASSUMED_SHARE * peak * 1e12),), 0.0, False)
     for name, (memory, peak) in _PUBLISHED.items()
 }
 """Devices by their makers' figures."""
@@ -133,7 +137,8 @@ class StagePlan:
     disk: int
     """Bytes of the model, its copy in DVC's cache and two checkpoints while it trains."""
     seconds: float | None
-    """None without a machine. Of several devices as many times less: what they exchange is not counted."""
+    """Start and steps; None without a machine. Steps of several devices take as many times less: what they exchange is
+    not counted."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,7 @@ def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Mac
         flops,
         memory,
         parameters * (2 * 4 + 2 * CHECKPOINT_BYTES),
-        flops / machine.rate(parameters) / devices if machine is not None else None,
+        machine.start_seconds + flops / machine.rate(parameters) / devices if machine is not None else None,
     )
 
 
@@ -275,8 +280,18 @@ def measure_machine(config: LoopConfig, report: Callable[[str], None]) -> Machin
         rate = _measured(config, width, device)
         report(f"{rate.parameters / 1e6:,.1f} M parameters: {rate.flops / 1e9:,.1f} GFLOP/s")
         rates.append(rate)
+    start = min(_start_seconds() for _ in range(2))  # the first may read from a cold disk
+    report(f"start of a stage: {start:.1f} s")
     name = torch.cuda.get_device_name() if device.type == "cuda" else CPU
-    return Machine(name, device_memory(device), tuple(rates), True)
+    return Machine(name, device_memory(device), tuple(rates), start, True)
+
+
+def _start_seconds() -> float:
+    """Seconds of a process that gets ready to run a training stage."""
+    started = time.perf_counter()
+    line = "from components.runtime.stage import stage_function; stage_function('tune')"
+    subprocess.run([sys.executable, "-c", line], check=True)
+    return time.perf_counter() - started
 
 
 def _measured(config: LoopConfig, width: int, device: torch.device) -> Rate:
