@@ -85,7 +85,7 @@ def _decode(engine: object, numbers: list[int]) -> float:
     from serving.engine.local import LocalEngine
 
     assert isinstance(engine, LocalEngine)
-    batch = engine.scheduler.slots
+    batch = engine.router.schedulers[0].slots
     rows = [
         Row([(7 * row + index) % 1000 + 1 for index in range(PROMPT)], TOKENS + 1, adapter=numbers[row % len(numbers)])
         for row in range(ROWS)

@@ -59,7 +59,7 @@ def ours(folder: Path, precision: str, micro_batch: int) -> Step:
         "dataset": "random", "optimizer": "adamw", "max_steps": 10**6, "global_batch_size": ROWS,
         "micro_batch_size": micro_batch, "learning_rate": 1e-3, "muon_learning_rate": 0.01, "warmup_steps": 10,
         "decay_share": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "precision": precision, "compile": "off",
-        "checkpoint_seconds": 3600, "log_steps": 10,
+        "activation_checkpointing": "none", "checkpoint_seconds": 3600, "log_steps": 10,
     }  # fmt: skip
     config = TrainConfig.model_validate(settings)
     device = best_device()

@@ -2,7 +2,7 @@
 
 Ranks on this machine, gloo on CPUs, train a decoder of 124 M parameters (GPT-2's width and depth, AdamW, fp32) and save
 checkpoints. Printed for each: the seconds that training stopped for it, and those until it was written and committed.
-The first takes memory for the copies, which later ones reuse.
+Each follows some seconds of steps, beside the first of which the memory for the copies is taken, as in a stage.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from components.models.decoder import Decoder, DecoderConfig
 from components.runtime.stage import StageRun
 from components.tracking.event_log import NoTracker
 from components.training.checkpoints import Checkpoints
-from components.training.distributed import join, rank, shard, summed, wait_for_all, world_size
+from components.training.distributed import agreed, join, rank, shard, summed, wait_for_all, world_size
 from components.training.loop import Training
 from components.training.objectives import causal_lm
 from flows.orchestration.prefect_server import free_port
 
 VOCABULARY, LENGTH = 50_304, 16
 DECODER = DecoderConfig(VOCABULARY, 768, 12, 12, 12, 64, 2048, LENGTH, qk_norm=True, tie_embeddings=True)
+SECONDS = 5.0
+"""Of steps before a checkpoint: the least `checkpoint_seconds` of any scale."""
 
 
 def new_training(folder: Path) -> Training[Decoder]:
@@ -60,8 +62,12 @@ def measure(number: int, ranks: int, port: int, folder: Path, count: int) -> Non
             f"{parameters / 1e6:.1f} M parameters, {ranks} ranks\ncheckpoint  stop in s  written after s  MB",
             flush=True,
         )
+    checkpoints.prepare(training.state().tensors)
     for _ in range(count):
-        training.train_step([batch])
+        begin, is_due = time.monotonic(), False
+        while not is_due:
+            training.train_step([batch])
+            is_due = agreed(time.monotonic() > begin + SECONDS)
         wait_for_all()
         started = time.monotonic()
         checkpoints.save(training.state())

@@ -3,7 +3,8 @@
     python -m benchmarks.data --megabytes 50 200
 
 Writes documents of words of the standard library's sources, a twentieth of them near-copies, and runs each stage on
-them in a process of its own: seconds, those of processors, and the peak memory of the stage and of its largest worker.
+them in a process of its own: seconds, those of processors, and the peak memory of the stage and of its largest worker
+(resident pages, with those of libraries and mapped files).
 `prepare` is compared with `encode_batch` of tokenizers on as many cores; without copy augmentation, so that both have
 the same tokens.
 """

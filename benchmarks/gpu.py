@@ -1,8 +1,9 @@
 """What one GPU makes of training and decoding, in some eight minutes: `python -m benchmarks.gpu [--out FILE]`.
 
 Steps of training in bf16, plain and compiled, at 124 M, 350 M and 1.15 B parameters, with their share of the device's
-peak (MFU); LoRA on a base in bf16, int8 and NF4; decode steps as CUDA graphs and without; the engine beside
-transformers; the kernels that attention runs. Weights and tokens are random. Without a CUDA device it says so;
+peak (MFU); packed documents without a mask and with a dense one; activation checkpointing; LoRA on a base in bf16, int8
+and NF4; decode steps as CUDA graphs and without; the engine beside transformers; a cache allocated whole beside
+a paged one; the kernels that attention runs. Weights and tokens are random. Without a CUDA device it says so;
 `--miniature` runs what a CPU can, on models of a few thousand parameters, to show that the script itself works.
 """
 
@@ -12,16 +13,22 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 from components.config.errors import InputError
-from components.config.model_settings import TrainConfig
-from components.inference.batching import ContinuousBatch, Row, SlotCache
+from components.config.model_settings import Checkpointing, TrainConfig
+from components.inference import cache_plan
+from components.inference.batching import ContinuousBatch, Row
 from components.inference.decode_step import Step
+from components.inference.device_memory import paging_driver
+from components.inference.slot_cache import SlotCache
+from components.models import decoder
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import best_device
 from components.models.lora import add_lora, quantize_base
@@ -31,7 +38,11 @@ from components.training.objectives import causal_lm
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 """Dense products in bf16, operations a second, from the vendor's data sheets."""
 TIMED_STEPS, RANK = 8, 16
+DOCUMENTS = 8
+"""Of a packed row."""
+CHECKPOINTING: tuple[Checkpointing, ...] = ("selective", "full")
 DECODED_ROWS, PROMPT, DECODED = (1, 8, 32), 64, 64
+MASKS = {"no mask": False, "dense mask": True}
 ATTENTION_WORDS = ("flash", "fmha", "attention", "sdpa", "softmax")
 """Of a kernel's name."""
 
@@ -109,20 +120,35 @@ class Bench:
                 how = "compiled" if compiled else "plain"
                 yield f"train {size.name}, AdamW, {how}", lambda size=size, on=compiled: self.train(size, "adamw", on)
         first, last = self.sizes[0], self.sizes[-1]
+        for how, dense in MASKS.items():
+            yield f"train {first.name}, {DOCUMENTS} documents a row, {how}", lambda on=dense: self.packed(first, on)
+        for kind in CHECKPOINTING:
+            yield f"train {last.name}, checkpointing {kind}", lambda kind=kind: self.train(last, "adamw", cuda, kind)
         for size in {first.name: first, last.name: last}.values():
             yield f"decode {size.name}", lambda size=size: self.decode(size)
+            yield f"cache of keys and values {size.name}", lambda size=size: self.cache(size)
         for kind in ("none", "int8", "nf4") if cuda else ("none",):
             yield f"LoRA {last.name}, base {kind}", lambda kind=kind: self.lora(last, kind)
         yield f"train {first.name}, Muon", lambda: self.train(first, "muon", cuda)
-        yield f"kernels of attention, {first.name}", lambda: self.kernels(first)
+        for how, dense in MASKS.items():
+            yield f"kernels of attention, {first.name}, {how}", lambda on=dense: self.kernels(first, on)
 
-    def trained(self, size: Size, optimizer: str, compiled: bool, quantized: str | None = None) -> Callable[[], object]:
-        """A step of training on random tokens; with `quantized`, of LoRA over a base so kept."""
+    def trained(
+        self,
+        size: Size,
+        optimizer: str,
+        compiled: bool,
+        quantized: str | None = None,
+        checkpointing: Checkpointing = "none",
+        documents: int = 1,
+    ) -> Callable[[], object]:
+        """A step of training on random tokens, so many documents a row; with `quantized`, LoRA over a base so kept."""
         settings = {
             "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": size.rows,
             "micro_batch_size": size.rows, "learning_rate": 1e-4, "muon_learning_rate": 0.001, "warmup_steps": 100,
             "decay_share": 0.0, "weight_decay": 0.1, "max_grad_norm": 1.0, "precision": "bf16",
             "compile": "on" if compiled else "off", "checkpoint_seconds": 3600, "log_steps": 10,
+            "activation_checkpointing": checkpointing,
         }  # fmt: skip
         config = TrainConfig.model_validate(settings)
         torch.manual_seed(0)
@@ -135,22 +161,31 @@ class Bench:
             quantize_base(model, kind)
         training = Training(model.train(), causal_lm, config, seed=0)
         ids = torch.randint(0, size.shape.vocab_size, (size.rows, size.length + 1), device=self.device)
+        positions = torch.arange(size.length, device=self.device).expand(size.rows, -1)
+        longest = size.length // documents
         batch = {
             "input_ids": ids[:, :-1],
             "labels": ids[:, 1:],
-            "segment_ids": torch.ones_like(ids[:, 1:]),
-            "position_ids": torch.arange(size.length, device=self.device).expand(size.rows, -1).contiguous(),
+            "segment_ids": positions // longest + 1,
+            "position_ids": positions % longest,
         }
         return lambda: training.train_step([batch])
 
-    def train(self, size: Size, optimizer: str, compiled: bool) -> str:
+    def train(self, size: Size, optimizer: str, compiled: bool, checkpointing: Checkpointing = "none") -> str:
         """Tokens a second, MFU by the data sheet and by the measured rate, and peak memory."""
-        speed, memory = self.speed(self.trained(size, optimizer, compiled), size)
+        speed, memory = self.speed(self.trained(size, optimizer, compiled, None, checkpointing), size)
         with torch.device("meta"):  # counted without their memory
             parameters = Decoder(size.shape).num_parameters
         operations = speed * training_flops(size.shape, parameters, size.length)
         sheet = f"{operations / self.peak:.3f}" if self.peak else "unknown peak"
         return f"{speed:,.0f} tokens/s, MFU {sheet} ({operations / self.rate:.3f} of measured products), {memory}"
+
+    def packed(self, size: Size, dense: bool) -> str:
+        """Tokens a second and peak memory with several documents a row, whose mask may be dense."""
+        with masked(dense):
+            step = self.trained(size, "adamw", self.device.type == "cuda", documents=DOCUMENTS)
+            speed, memory = self.speed(step, size)
+        return f"{speed:,.0f} tokens/s, {memory}"
 
     def lora(self, size: Size, quantized: str) -> str:
         speed, memory = self.speed(self.trained(size, "adamw", False, quantized), size)
@@ -175,7 +210,7 @@ class Bench:
         steps = max(2, min(DECODED, context - 20))
         figures = []
         for rows in DECODED_ROWS:
-            cache = SlotCache(model, max(rows, 4), context)
+            cache = SlotCache(model, max(rows, 4), context, paged=False)
             graphs, plain = (
                 self.stepping(Step(model, cache.whole, captured), rows, steps) for captured in (True, False)
             )
@@ -215,6 +250,45 @@ class Bench:
             )
         return max(speeds)
 
+    @torch.inference_mode()
+    def cache(self, size: Size) -> str:
+        """A cache allocated whole and one whose memory is paged: memory in use, tokens a second, and their tokens."""
+        torch.manual_seed(0)
+        model = Decoder(size.shape).to(self.device, torch.bfloat16).eval()
+        driver = paging_driver(self.device)
+        figures, answers, steps = [], [], min(DECODED, size.length // 4)
+        for name, used in (("allocated whole", None), ("paged" if driver else "whole again", driver)):
+            before, least = self.free(), [self.free()]
+            with mock.patch.object(cache_plan, "paging_driver", return_value=used):
+                batch = ContinuousBatch(model, DECODED_ROWS[-1], size.length)
+            answers.append(self.answers(batch, steps, lambda least=least: least.append(self.free())))  # captures graphs
+            batch.clear()
+            seconds = _seconds(lambda batch=batch: self.answers(batch, steps), self.device)
+            taken = (before - min(least)) / 2**30
+            figures.append(f"{name}: {batch.count * steps / seconds:,.0f} tokens/s, {taken:.2f} GiB more in use")
+            del batch
+        return "; ".join([*figures, "the same tokens" if answers[0] == answers[1] else "OTHER TOKENS"])
+
+    def answers(self, batch: ContinuousBatch, steps: int, look: Callable[[], object] = int) -> list[list[int]]:
+        """What a full batch of rows writes; `look` is called after each step."""
+        rows = [Row([3 + (7 * row + place) % 200 for place in range(steps)], steps) for row in range(batch.count)]
+        waiting = list(rows)
+        while waiting or batch.free < batch.count:
+            if waiting and not batch.prefilling:
+                count = batch.group(waiting)
+                batch.admit(waiting[:count])
+                del waiting[:count]
+            batch.advance()
+            look()
+        return [row.generated for row in rows]
+
+    def free(self) -> int:
+        """Bytes of the device that nobody has; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
     def transformers(self, size: Size, rows: int, steps: int) -> float:
         from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -236,9 +310,12 @@ class Bench:
 
         return rows * steps / _seconds(act, self.device)
 
-    def kernels(self, size: Size) -> str:
+    def kernels(self, size: Size, dense: bool) -> str:
         """Names of the kernels of a training step that are attention's, by their time."""
-        step = self.trained(size, "adamw", False)
+        with masked(dense):
+            return self._kernels(self.trained(size, "adamw", False, documents=DOCUMENTS))
+
+    def _kernels(self, step: Callable[[], object]) -> str:
         step()
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -254,6 +331,18 @@ class Bench:
         return "; ".join(f"{event.key[:90]} {getattr(event, time_of) / 1000:.1f} ms" for event in events[:4]) or "none"
 
 
+@contextmanager
+def masked(dense: bool) -> Iterator[None]:
+    """With `dense`, decoders make a dense mask also where they need none."""
+    takes_packed = decoder.takes_packed
+    if dense:
+        decoder.takes_packed = lambda *_: False
+    try:
+        yield
+    finally:
+        decoder.takes_packed = takes_packed
+
+
 def measure(bench: Bench, budget: float) -> list[str]:
     """The rows of the table; what fails says why, and what time does not allow is named."""
     started, lines = time.monotonic(), []
@@ -267,6 +356,7 @@ def measure(bench: Bench, budget: float) -> list[str]:
                 figures = f"not measured: {str(error).splitlines()[0]}"
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.compiler.reset()  # or compiled code of the models before counts against the limit of each function
         lines.append(f"| {name} | {figures} |")
         print(lines[-1], flush=True)
     return lines

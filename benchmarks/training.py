@@ -61,7 +61,7 @@ def ours(optimizer: str) -> Peer:
         "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": ROWS,
         "micro_batch_size": ROWS, "learning_rate": 1e-3, "muon_learning_rate": 0.01, "warmup_steps": 100,
         "decay_share": 0.0, "weight_decay": 0.1, "max_grad_norm": 1.0, "precision": "auto", "compile": "off",
-        "checkpoint_seconds": 3600, "log_steps": 10,
+        "activation_checkpointing": "none", "checkpoint_seconds": 3600, "log_steps": 10,
     }  # fmt: skip
     model = Decoder(shape)
     dtype = compute_dtype("auto", torch.device("cpu"), model)

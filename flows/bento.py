@@ -82,12 +82,14 @@ def _redact_params(path: Path) -> None:
     from ruamel.yaml import YAML
 
     text = path.read_text(encoding="utf-8")
-    serve = yaml.safe_load(text).get("serve") or {}
-    if places := literal_secrets({"serve": serve}):
+    params = yaml.safe_load(text)
+    if places := literal_secrets(params):
         editor = YAML()  # which keeps the rest as it is written
         editor.allow_duplicate_keys = True  # the last counts, as `load_params` reads them
         document = editor.load(text)
-        document["serve"] = redacted(serve)
+        for section, values in redacted(params).items():
+            if values != params[section]:
+                document[section] = values
         with path.open("w", encoding="utf-8") as file:
             editor.dump(document, file)
         advice = "left out of the Bento; write $NAME in params.yaml and set it in the environment where it is served"

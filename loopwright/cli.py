@@ -34,6 +34,7 @@ COMMANDS = {
     "serve": "serve",
     "chat": "client",
     "classify": "client",
+    "predict": "predict",
     "mcp": "mcp",
     "keys": "keys",
     "audit": "audit",

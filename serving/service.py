@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from components.config.params import load_params
 from components.config.paths import Paths
+from components.runtime.files import keep_private
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from serving.http.app import new_api
 from serving.http.connections import Connections
@@ -61,7 +62,9 @@ class Endpoint:
     weights = WEIGHTS  # by which a build puts them into the Bento
 
     def __init__(self) -> None:
-        bypass_proxies_for_loopback()  # under `bentoml serve` no other code of ours runs before this
+        # Under `bentoml serve` no other code of ours runs before this.
+        keep_private(Paths(Path.cwd()))
+        bypass_proxies_for_loopback()
         api.state.serving = self.serving = open_serving()
         drain_on_signals(self.serving)
 

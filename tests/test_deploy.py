@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from components.config.params import load_params
+from serving.server import SHUTDOWN_SECONDS
 from tests.pages import ROOT
 from tests.test_architecture import PACKAGES, imports, normalized
 from tests.test_supply_chain import SERVE, locked
@@ -193,6 +195,32 @@ def test_workloads_are_restricted_probed_and_refer_to_what_exists(manifests: lis
                 assert reference["key"] in keys[reference["name"]], variable
         for reference in container.get("envFrom", ()):
             assert keys[reference["configMapRef"]["name"]], name
+
+
+def test_prefect_and_mlflow_are_closed_wherever_they_run() -> None:
+    closed = {
+        "prefect": {"SERVER_API_AUTH_STRING", "SERVER_CSRF_PROTECTION_ENABLED", "SERVER_CORS_ALLOWED_ORIGINS"},
+        "mlflow": {"AUTH_ADMIN_PASSWORD", "SERVER_ALLOWED_HOSTS", "SERVER_CORS_ALLOWED_ORIGINS"},
+    }
+    for name, settings in closed.items():
+        manifests = yaml.safe_load_all((DEPLOY / f"kubernetes/{name}.yaml").read_text(encoding="utf-8"))
+        in_pods = {variable["name"] for each in manifests for pod in pods(each) for variable in pod["env"]}
+        for given in (in_pods, set(SERVICES[name]["environment"])):
+            assert {f"{name.upper()}_{setting}" for setting in settings} <= given
+
+
+def test_an_endpoint_that_stops_has_the_time_that_it_takes() -> None:
+    serve = load_params(ROOT / "params.yaml").serve
+    needed = serve.notice_seconds + serve.drain_seconds + SHUTDOWN_SECONDS
+    manifests = list(yaml.safe_load_all((DEPLOY / "kubernetes/endpoint.yaml").read_text(encoding="utf-8")))
+    pod = manifests[-1]["spec"]["template"]["spec"]
+    (_, pause) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    unit = (DEPLOY / "systemd/loopwright-endpoint@.service").read_text(encoding="utf-8")
+    (timeout,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    graces = [service["stop_grace_period"] for name, service in SERVICES.items() if name.startswith("endpoint")]
+    given = [pod["terminationGracePeriodSeconds"] - int(pause), int(timeout), *(int(each[:-1]) for each in graces)]
+    assert len(given) == 4
+    assert min(given) >= needed
 
 
 def test_manifests_fit_the_schemas_of_kubernetes(manifests: list[dict[str, Any]]) -> None:

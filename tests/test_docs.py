@@ -191,7 +191,7 @@ def test_the_path_of_a_chat_request_is_what_it_executes(executed: set[str]) -> N
     leaves = {name.replace(".", "/") + ".py" for name in _MODULE.findall(section)}
     # What no path lists, as the page says.
     beside = tuple(f"components/{name}/" for name in ("config", "media", "models", "runtime", "tracking"))
-    names = ("decode_step", "packed_weights", "paged_memory", "prefix_cache", "sampling")
+    names = ("decode_step", "packed_weights", "paged_memory", "prefix_cache", "sampling", "slot_cache")
     arithmetic = {f"components/inference/{name}.py" for name in names}
     told = {file for file in executed if not file.startswith((*beside, "serving/observability/"))} - arithmetic
     assert told == listed | leaves

@@ -91,6 +91,15 @@ class AlignConfig(FromBaseConfig):
     """Weight of a preference in the mean loss, in tokens of feedback."""
 
 
+class AssessConfig(Section):
+    """Evaluation of classifier and summarizer."""
+
+    max_texts: int = Field(ge=1)
+    """Most held-out texts per suite."""
+    beams: int = Field(ge=1)
+    """Beams of the summarizer's beam search; 1: greedy."""
+
+
 class EvaluateConfig(Section):
     """Evaluation of the agent."""
 
@@ -154,6 +163,9 @@ class McpServer(Section):
         return self
 
 
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
+
+
 class ServeConfig(Section):
     """The prediction endpoint."""
 
@@ -196,12 +208,15 @@ class ServeConfig(Section):
     """Tokens per model turn where the request sets no limit."""
     max_steps: int = Field(ge=1)
     """Model turns per answer; the last turn may not call a tool."""
+    devices: Literal["auto"] | Annotated[list[DeviceName], Field(min_length=1)]
+    """Devices with a copy of the chat model and a batch each, all of one kind; auto: each CUDA device that is visible,
+    else the CPU. A CPU that is named twice computes two batches, with its threads divided."""
     max_running: int = Field(ge=1)
-    """Requests that are decoded in one batch."""
+    """Requests that are decoded in one batch, of which each device has one."""
     max_context_tokens: int | None = Field(ge=256)
     """Tokens of a prompt and its answer; as many as the model takes and memory holds where null."""
     max_waiting: int = Field(ge=1)
-    """Requests that may wait for a slot before 429."""
+    """Requests that may wait for a slot, of any device, before 429."""
     request_seconds: float = Field(gt=0)
     """Time limit of an answer: a request without a slot by then gets 503, a running one is cut off."""
     follow_seconds: float = Field(gt=0)

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Family = Literal["decoder", "encoder", "encoder_decoder"]
+Checkpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -237,6 +238,9 @@ class LoopConfig(Section):
     """auto: bf16 weights with fp32 masters where the machine multiplies bf16 faster, else fp32."""
     compile: Literal["auto", "on", "off"]
     """torch.compile; auto: on CUDA only."""
+    activation_checkpointing: Checkpointing
+    """What blocks save for the backward pass, which recomputes the rest: none: everything; selective: the results of
+    linear layers and of attention's kernels; full: their input."""
     checkpoint_seconds: float = Field(gt=0)
     """Wall time between resumable checkpoints."""
     log_steps: int = Field(ge=1)
@@ -377,15 +381,6 @@ class SummarizerConfig(FineTuneConfig):
 
     no_repeat_ngram_size: int = Field(ge=0)
     """Length of n-grams that a generated target may not repeat, also in generation_config.json; 0: no limit."""
-
-
-class AssessConfig(Section):
-    """Evaluation of classifier and summarizer."""
-
-    max_texts: int = Field(ge=1)
-    """Most held-out texts per suite."""
-    beams: int = Field(ge=1)
-    """Beams of the summarizer's beam search; 1: greedy."""
 
 
 class TuneConfig(FineTuneConfig):

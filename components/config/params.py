@@ -19,6 +19,7 @@ from components.config.errors import InputError as InputError
 from components.config.errors import Refused as Refused
 from components.config.loop_settings import (
     AlignConfig,
+    AssessConfig,
     CurateConfig,
     EvaluateConfig,
     FeedbackConfig,
@@ -28,7 +29,6 @@ from components.config.loop_settings import (
     ServeConfig,
 )
 from components.config.model_settings import (
-    AssessConfig,
     ClassifierConfig,
     CollectConfig,
     ConnectConfig,

@@ -37,7 +37,7 @@ from components.datasets.formats import (
 )
 from components.runtime.stage import StageRun
 
-MAX_ROWS_IN_MEMORY = 200_000
+MAX_ROWS_IN_MEMORY = 20_000
 """Rows of added datasets of a kind up to which hashes of all are in memory, 2 KB each."""
 MIN_ROWS = 3
 """Rows of a label from which on it is in every split."""

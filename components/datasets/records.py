@@ -10,11 +10,11 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import UUID
@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from pydantic_core import to_jsonable_python
 
 from components.config.errors import InputError, reason_of
+from components.datasets.csv_dialect import csv_dialect, refuse_repeated
 from components.datasets.file_limits import MAX_LINE_CHARACTERS, bounded_lines, check_parquet, repeated_texts
 
 _BLOCK = 1 << 16
 _MAX_VALUE_CHARS = 1 << 26  # of one value in a JSON array
-_GUESS_ROWS = 100  # of a CSV file, to tell its separator by
 
 
 def _integer(digits: str) -> int | Decimal:
@@ -219,17 +219,12 @@ def read_csv(path: Path) -> Iterator[Record]:
     """Rows of a CSV file with a header; the separator is a tab in a `.tsv`, else the one that fits the first rows."""
     csv.field_size_limit(MAX_LINE_CHARACTERS)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() == ".tsv":
-            separator, quoted = "\t", _quoted(path.name, file)
-        else:
-            separator, quoted = _separator(path.name, file), True
+        separator, quoting = csv_dialect(path.name, file)
         file.seek(0)
-        reader = csv.reader(
-            file, delimiter=separator, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE, strict=True
-        )
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         try:
             names = [field.strip() for field in next(reader, [])]
-            _refuse_repeated(f"{path.name}:1", names)
+            refuse_repeated(f"{path.name}:1", names)
             for row in filter(None, reader):
                 location = f"{path.name}:{reader.line_num}"
                 if len(row) != len(names):
@@ -240,68 +235,6 @@ def read_csv(path: Path) -> Iterator[Record]:
                 yield Record(location, dict(zip(names, row, strict=True)))
         except csv.Error as error:
             raise InputError(f"{path.name}:{reader.line_num}: not valid CSV: {error}") from None
-
-
-def _separator(name: str, file: TextIO) -> str:
-    """The separator of `, ; tab` that splits the first rows into equally many fields; else what splits the header most.
-
-    Raises: InputError when more than one does.
-    """
-    widths: dict[str, int] = {}
-    fitting = []
-    for separator in ",;\t":
-        file.seek(0)
-        rows = list(_readable(csv.reader(file, delimiter=separator, strict=True)))
-        widths[separator] = len(rows[0]) if rows and '"' not in "".join(rows[0]) else 0
-        if rows[-1:] != [[]] and widths[separator] > 1 and len({len(row) for row in rows}) == 1:
-            fitting.append(separator)
-    if len(fitting) > 1:
-        raise InputError(
-            f"{name}:1: {' and '.join(map(repr, fitting))} both separate its rows; "
-            "put fields that hold the one that does not in double quotes"
-        )
-    return fitting[0] if fitting else max(widths, key=lambda separator: widths[separator])
-
-
-def _readable(reader: Iterator[list[str]]) -> Iterator[list[str]]:
-    """The first rows of a CSV file; an unreadable row is empty, and the last."""
-    try:
-        yield from islice(filter(None, reader), _GUESS_ROWS)
-    except csv.Error:
-        yield []
-
-
-def _quoted(name: str, file: TextIO) -> bool:
-    """Whether quotes enclose fields of a `.tsv`: not where each line is a row by itself and quotes do not pair.
-
-    Raises: InputError when quotes join lines of which each is a row by itself.
-    """
-    file.seek(0)
-    tabs = {line.count("\t") for line in bounded_lines(name, file) if line.strip("\r\n")}
-    if len(tabs) != 1 or tabs == {0}:
-        return True
-    file.seek(0)
-    reader = csv.reader(file, delimiter="\t", strict=True)
-    line, joined = 0, 0
-    try:
-        for _ in reader:
-            joined = joined or (line + 1 if reader.line_num > line + 1 else 0)
-            line = reader.line_num
-    except csv.Error:
-        return False
-    if joined:
-        raise InputError(
-            f"{name}:{joined}: a quote joins it to the line below, and each is a row by itself; "
-            "double the quotes that belong to the text, within a field in quotes"
-        )
-    return True
-
-
-def _refuse_repeated(location: str, names: Sequence[str]) -> None:
-    if not any(names) or len(set(names)) < len(names):
-        raise InputError(
-            f"{location}: expected a header of distinct column names, found {', '.join(map(repr, names))[:200]}"
-        )
 
 
 def read_parallel(source: Path, target: Path) -> Iterator[Record]:
@@ -331,7 +264,7 @@ def read_parquet(path: Path, batch_rows: int = 256) -> Iterator[Record]:
         schema, number = pq.read_schema(path), 0
         with pq.ParquetFile(path, read_dictionary=repeated_texts(schema)) as file:
             check_parquet(location, file.metadata, path.stat().st_size)
-            _refuse_repeated(location, schema.names)
+            refuse_repeated(location, schema.names)
             features = _features(schema)
             for batch in file.iter_batches(batch_size=batch_rows):
                 for row in range(batch.num_rows):

@@ -52,6 +52,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from components.config.errors import Unavailable
 from components.config.params import InputError
 from components.config.paths import disk_trouble
+from components.feedback.postgres import OpenSockets, connection_options
 
 BUSY_SECONDS = 30.0
 """Default time that a write waits for another process's write."""
@@ -122,6 +123,9 @@ class Database:
         """Idle SQLite connections of `_insert`."""
         self._lost: float | None = None
         """By `time.monotonic()`: when the present outage began."""
+        self._sockets = OpenSockets(self._engine) if self.is_shared else None
+        self._given_up = False
+        """Whether the server hangs (`Replicas.give_up`)."""
         with self._translated_errors("cannot be opened", "check LOOPWRIGHT_DATABASE_URL"):
             self._prepare()
 
@@ -147,18 +151,19 @@ class Database:
         return time.monotonic() - self._lost < OUTAGE_SECONDS
 
     @contextmanager
-    def _write(self, synced: bool = True) -> Iterator[Connection]:
+    def _write(self, synced: bool = True, probe: bool = False) -> Iterator[Connection]:
         """A transaction that is on disk when the block ends, or is rolled back.
 
         Without `synced`, SQLite syncs it with the next synced transaction: the end of this process loses nothing, a
-        power failure may lose it. (PostgreSQL groups commits by itself.)
+        power failure may lose it. (PostgreSQL groups commits by itself.) A `probe` also asks one that was given up.
         """
         with self._translated_errors("cannot be written", "send it again; nothing was stored"):
-            self._check_file()
+            self._check(probe)
             options = {} if synced else {"loopwright_unsynced": True}
             with self._engine.connect().execution_options(**options) as connection, connection.begin():
                 self._lost = None
                 yield connection
+            self._given_up = self._given_up and not probe
 
     def _insert(self, *rows: tuple[Table, dict[str, Any]]) -> None:
         """Write rows in a transaction that is on disk when this returns.
@@ -172,7 +177,7 @@ class Database:
                     connection.execute(insertion(connection, table).on_conflict_do_nothing(), row)
             return
         with self._translated_errors("cannot be written", "send it again; nothing was stored"):
-            self._check_file()
+            self._check()
             writers = self._writers
             try:
                 writer = writers.pop()
@@ -209,7 +214,7 @@ class Database:
     @contextmanager
     def _read(self) -> Iterator[Connection]:
         with self._translated_errors("cannot be read", "try again"):
-            self._check_file()
+            self._check()
             with self._engine.connect().execution_options(loopwright_read=True) as connection:
                 self._lost = None
                 yield connection
@@ -256,8 +261,10 @@ class Database:
         if self._file is not None:
             self._inode = self._file.stat().st_ino
 
-    def _check_file(self) -> None:
-        """Reopen a replaced SQLite file: SQLite itself goes on writing to a deleted one."""
+    def _check(self, probe: bool = False) -> None:
+        """Ask no server that was given up; reopen a replaced SQLite file: SQLite goes on writing to a deleted one."""
+        if self._given_up and not probe:
+            raise StoreUnavailable(f"{self.address}: the server does not answer; try again when it does")
         if self._file is None:
             return
         try:
@@ -293,9 +300,8 @@ def _open(url: str, busy_seconds: float) -> tuple[Engine, Path | None]:
         if address.drivername in ("postgresql", "postgres"):
             address = address.set(drivername="postgresql+psycopg")
         if address.get_backend_name() == "postgresql":
-            waits = f"-c lock_timeout={max(1, round(busy_seconds * 1000))}"
-            connect = {"connect_timeout": max(2, round(busy_seconds)), "options": waits}
-            engine = create_engine(address, connect_args=connect, pool_pre_ping=True, pool_timeout=busy_seconds)
+            options = connection_options(address, busy_seconds)
+            engine = create_engine(address, connect_args=options, pool_pre_ping=True, pool_timeout=busy_seconds)
         else:
             engine = create_engine(address)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:

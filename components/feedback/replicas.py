@@ -61,7 +61,7 @@ class Replicas(Database):
 
         Raises: StoreUnavailable at once where nothing can be recorded.
         """
-        with self._write(synced=False) as connection:
+        with self._write(synced=False, probe=True) as connection:
             now = self._clock(connection)
             row = {"seen": now, "models": list(models)}
             record = insertion(connection, REPLICAS).values(id=replica, **row)
@@ -69,6 +69,16 @@ class Replicas(Database):
             connection.execute(REPLICAS.delete().where(REPLICAS.c.seen < now - FORGOTTEN_SECONDS))
             live = select(REPLICAS.c.id, REPLICAS.c.models).where(REPLICAS.c.seen > now - LIVE_SECONDS)
             return {str(name): frozenset(loaded) for name, loaded in connection.execute(live)}
+
+    def give_up(self) -> None:
+        """Let all that waits for PostgreSQL's answer fail, and refuse what comes, until `announce` succeeds.
+
+        For a server that hangs; one that is away refuses by itself.
+        """
+        self._given_up = True
+        self._engine.dispose()  # idle connections, which the next operation would ask
+        if self._sockets is not None:
+            self._sockets.shut_down()
 
     def leave(self, replica: str) -> None:
         """Record that a replica has ended."""

@@ -8,7 +8,6 @@ through other products (`decode_step.py`) and is prefilled again.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,26 +18,22 @@ from torch import Tensor
 
 from components.config.params import InputError
 from components.inference.adapter_bank import bank_of
-from components.inference.cache_plan import EVEN_ROWS, plan_cache
+from components.inference.cache_plan import EVEN_ROWS, SEEN, plan_cache
 from components.inference.decode_step import Step
 from components.inference.packed_weights import rows_are_independent
-from components.inference.paged_memory import PagedMemory, page_positions
 from components.inference.picture_cache import PictureCache
 from components.inference.prefix_cache import MIN_SHARED, Ids, PrefixCache, common
 from components.inference.sampling import Constraint, greedy, mask_logits, random_stream, sampled
+from components.inference.slot_cache import SlotCache
 from components.media.pictures import Picture
-from components.models.attention import SHORT, KVCache, LayerCache
+from components.models.attention import SHORT
 from components.models.decoder import Decoder
 from components.models.vision import VisionLanguageModel
 
 PREFILL_TOKENS = 512
 """Prompt tokens prefilled between two decode steps, padding included."""
-KEPT_BYTES = 1 << 28
-"""Of a whole cache that keeps its memory: in a small model, giving pages back and taking them anew costs 1 to 4 %."""
 PREFIX_BYTES = 1 << 30
 """Of the prefix cache: beyond what the cache itself takes of the memory."""
-SEEN = 16
-"""Positions attended in a pass are a multiple of this: the softmax sums by vectors."""
 
 
 @dataclass(eq=False)
@@ -94,85 +89,24 @@ class Row:
         self.finished = ended
 
 
-class _Layer(LayerCache):
-    """One layer's keys and values, as `components.models.attention` extends them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values  # (slots, K, span, D)
-        self._pass: tuple[slice, Tensor, int] | None = None
-
-    def at(self, slots: slice, index: Tensor, span: int) -> None:
-        """Prepare for one pass: which slots, which flat places are written, how many positions are seen."""
-        self._pass = slots, index, span
-
-    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, K, T, D) to their places; the slots' first positions (B, K, S, D)."""
-        assert self._pass is not None
-        slots, index, span = self._pass
-        for whole, new in ((self.keys, keys), (self.values, values)):
-            whole.view(-1, whole.shape[-1]).index_copy_(0, index, new.reshape(-1, new.shape[-1]))
-        return self.keys[slots, :, :span], self.values[slots, :, :span]
-
-
-class SlotCache(KVCache):
-    """Keys and values (layers, 2, slots, K, span, D); padding is written behind the context's end of the first slot.
-
-    On a CPU a slot is a range of addresses: it takes memory as its positions are written, until it is released.
-    """
-
-    def __init__(self, model: Decoder, slots: int, context_len: int) -> None:
-        c, weight = model.config, model.embed.weight
-        self.length = 0  # not one for all rows: positions and masks are given with each pass
-        self.context_len = context_len
-        on_cpu = weight.device.type == "cpu"
-        self.block = math.lcm(SEEN, page_positions(c.head_dim * weight.element_size())) if on_cpu else SEEN
-        """Positions of a slot that take memory together."""
-        self.span = _up(context_len + 1, self.block)
-        shape = (c.num_layers, 2, slots, c.num_kv_heads, self.span, c.head_dim)
-        self._memory = PagedMemory(math.prod(shape) * weight.element_size()) if on_cpu else None
-        self.whole = weight.new_zeros(shape) if self._memory is None else self._memory.tensor(weight.dtype).view(shape)
-        self.passes = [_Layer(layer[0], layer[1]) for layer in self.whole]
-        self.layers = list[LayerCache](self.passes)
-        self._heads = torch.arange(c.num_kv_heads, device=weight.device)
-
-    def at(self, first: int, places: Tensor, seen: int) -> None:
-        """Prepare for a pass over slots from `first` on: it writes to places (B, T) and sees `seen` positions."""
-        slots = torch.arange(first, first + places.shape[0], device=places.device)
-        rows = slots.unsqueeze(1) * len(self._heads) + self._heads  # (B, K)
-        places = places.unsqueeze(1)  # (B, 1, T)
-        rows = rows.unsqueeze(2).where(places < self.context_len, self._heads.unsqueeze(1))
-        index = (rows * self.span + places).flatten()  # (B, K, T)
-        for layer in self.passes:
-            layer.at(slice(first, first + places.shape[0]), index, seen)
-
-    def advance(self, count: int) -> None:
-        """Rows count their own positions."""
-
-    def release(self, slot: int) -> None:
-        """Give the memory of a slot back, whose keys and values are lost; a cache of at most KEPT_BYTES keeps it."""
-        if self._memory is None or self.whole.nbytes <= KEPT_BYTES:
-            return
-        part = self.whole[0, 0, 0].nbytes
-        for number in range(2 * len(self.whole)):
-            self._memory.release((number * self.whole.shape[2] + slot) * part, part)
-
-
 class ContinuousBatch:
     """Rows of one model: `admit` some, `prefill` their prompts, `decode` a token for each, `drop` who is done."""
 
-    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None) -> None:
+    def __init__(self, model: Decoder, max_rows: int, max_context: int | None = None, sharers: int = 1) -> None:
         """At most `max_rows` rows of `max_context` tokens, fewer at once where memory is short (`plan_cache`).
+
+        `sharers`: batches that share the device, this one among them.
 
         Raises: InputError when memory holds no row of `max_context` tokens.
         """
         self.model, self.device, self._dtype = model, model.embed.weight.device, model.embed.weight.dtype
-        plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context)
+        plan = plan_cache(model.config, self._dtype, self.device, max_rows, max_context, sharers=sharers)
         self.plan, self.context, self._bank = plan, plan.context_len, bank_of(model)
         self.count = count = plan.rows
         # Where the rows of a product do depend on how many there are, every step has all of them.
         alone = getattr(model.head, "dtype", None) == torch.float16 and rows_are_independent(model, 1)
         self._multiple = 1 if alone else EVEN_ROWS if rows_are_independent(model) else _up(count)
-        self._cache = SlotCache(model, _up(count), self.context)
+        self._cache = SlotCache(model, _up(count), self.context, plan.paged)
         self._step = Step(model, self._cache.whole, self._bank is None)
         self._prefix_tokens = min(plan.tokens, PREFIX_BYTES // plan.token_bytes)
         self._prefix_cache = PrefixCache(self._prefix_tokens)
@@ -220,8 +154,7 @@ class ContinuousBatch:
                 raise InputError(f"prompt: {len(row.ids)} tokens; the model takes 1 to {self.context}")
             row.limit = min(row.limit, 1 + self.context - len(row.ids))
             row.slot = len(self.decoding) + len(self.prefilling)
-            if self.pictures is not None:
-                row.key = (row.adapter, *self.pictures.key(row.prompt, row.pictures))
+            row.key = self._key(row)
             self._reuse_prefix(row)
             self.prefilling.append(row)
 
@@ -242,6 +175,7 @@ class ContinuousBatch:
         counts = [min(width, count if is_last else count - 1) for count in unread]
         for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
             tokens[index, :count] = row.ids[row.cached : row.cached + count]
+            self._cache.hold(row.slot, row.cached + count)
         newest = [index * width + max(count - 1, 0) for index, count in enumerate(counts)]
         if self._bank is not None:
             self._bank.select([row.adapter for row in rows])
@@ -260,6 +194,8 @@ class ContinuousBatch:
         if not (rows := self.decoding):
             return []
         self._compact()
+        for row in rows:
+            self._cache.hold(row.slot, row.cached + 1)
         padding = [0] * (_up(len(rows), self._multiple) - len(rows))
         tokens = np.array([row.ids[-1] for row in rows] + padding)
         positions = np.array([row.cached for row in rows] + padding)
@@ -338,6 +274,17 @@ class ContinuousBatch:
         for row, token in zip(rows, tokens.tolist(), strict=True):
             row.take(token)
 
+    def shared(self, row: Row) -> int:
+        """Tokens of a prompt whose keys and values are here, as of a moment ago: any thread may ask."""
+        try:
+            key = self._key(row)
+        except InputError:  # which `admit` raises
+            return 0
+        return max([self._prefix_cache.shared(key), *(common(other.key, key) for other in tuple(self.decoding))])
+
+    def _key(self, row: Row) -> Ids:
+        return row.key if self.pictures is None else (row.adapter, *self.pictures.key(row.prompt, row.pictures))
+
     def _reuse_prefix(self, row: Row) -> None:
         """Copy the longest known prefix of a prompt; its last token is always prefilled, for what follows it."""
         length, part = self._prefix_cache.best(row.key)
@@ -346,6 +293,7 @@ class ContinuousBatch:
                 length, part = shared, self._cache.whole[:, :, other.slot]
         length = min(length - 1, len(row.ids) - 1)  # the key begins with the adapter
         if part is not None and length >= MIN_SHARED:
+            self._cache.hold(row.slot, length)
             self._cache.whole[:, :, row.slot, :, :length] = part[:, :, :, :length]
             row.cached = length
 
@@ -359,6 +307,7 @@ class ContinuousBatch:
         self.decoding.sort(key=lambda row: row.slot)
 
     def _move(self, row: Row, slot: int) -> None:
+        self._cache.hold(slot, row.cached)
         self._cache.whole[:, :, slot, :, : row.cached] = self._cache.whole[:, :, row.slot, :, : row.cached]
         self._cache.release(row.slot)
         row.slot = slot

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from components.config.params import InputError
+from components.inference.device_memory import paging_driver
 from components.models.checkpoint import read_config
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import best_device, compute_dtype, device_memory
@@ -16,6 +17,8 @@ from components.models.weight_files import weight_files
 EVEN_ROWS = 4
 """Products of a multiple of so many rows give each row the same bits, whatever the others are; for fewer, kernels are
 chosen whose last bits differ. Measured with MKL, and tried again where it runs (`rows_are_independent`)."""
+SEEN = 16
+"""Positions attended in a pass are a multiple of this: the softmax sums by vectors."""
 CACHE_SHARE = 0.25
 """Of a device's memory for the keys and values of running requests; the prefix cache grows to as much again."""
 ROOM_FOR = 8
@@ -33,6 +36,8 @@ class CachePlan:
     """Tokens of all requests that run at once."""
     token_bytes: int
     """Keys and values of one token in all layers."""
+    paged: bool = True
+    """Memory follows the tokens in use; else it is allocated for each row's whole context."""
 
     def note(self, model_len: int, max_rows: int) -> str | None:
         """One line on what the memory does not hold; None where it holds `max_rows` of the model's whole context."""
@@ -53,20 +58,28 @@ def plan_cache(
     max_rows: int,
     max_context: int | None = None,
     memory: int | None = None,
+    sharers: int = 1,
 ) -> CachePlan:
     """Fit at most `max_rows` requests into CACHE_SHARE of the device's memory (bytes; its own where None).
 
-    On a CPU the memory holds one request of the whole context or many short ones. Elsewhere it is allocated for each
-    row's whole context, and holds EVEN_ROWS rows at least. The context depends on the model, the machine and
-    `max_context` alone, so that what is evaluated is what is served.
+    On a CPU, and on a CUDA device whose driver pages its memory, it holds one request of the whole context or many
+    short ones. Elsewhere it is allocated for each row's whole context, and holds EVEN_ROWS rows at least. The context
+    depends on the model, the machine and `max_context` alone, so that what is evaluated is what is served. `sharers`
+    caches divide the tokens of a CPU, each with room for a request of that length.
 
     Raises: InputError when the memory does not hold the fewest rows.
     """
     memory = device_memory(device) if memory is None else memory
     token_bytes = config.num_layers * 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     tokens = int(memory * CACHE_SHARE) // token_bytes
-    context = min(config.max_seq_len, max_context or max(tokens // ROOM_FOR, MIN_CONTEXT))
+    context = max(tokens // ROOM_FOR, MIN_CONTEXT)
     paged = device.type == "cpu"
+    if not paged and paging_driver(device) is not None:
+        # Attention kernels step from position to position by 32 bits: there over the elements of all layers.
+        reach = (1 << 31) // (token_bytes // dtype.itemsize) - SEEN
+        context = min(context, max(reach, MIN_CONTEXT))
+        paged = min(config.max_seq_len, max_context or context) <= reach
+    context = min(config.max_seq_len, max_context or context)
     least = 1 if paged else EVEN_ROWS
     if tokens < least * context:
         fix = "give more memory" if max_context is None else f"set it to at most {tokens // least:,}"
@@ -76,7 +89,7 @@ def plan_cache(
             f" them ({CACHE_SHARE:.0%} of the memory); {fix}"
         )
     rows = max_rows if paged else min(max_rows, tokens // context // EVEN_ROWS * EVEN_ROWS)
-    return CachePlan(rows, context, min(tokens, rows * context), token_bytes)
+    return CachePlan(rows, context, min(max(tokens // sharers, context), rows * context), token_bytes, paged)
 
 
 def serving_note(folder: Path, max_rows: int, max_context: int | None) -> str | None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.inference.slot_cache import flat, row_strides
 from components.models.blocks import Block
 from components.models.decoder import Decoder
 from components.models.positions import Rotary, rotate, rotate_into
@@ -38,12 +39,12 @@ class Step:
         """`captured`: run CUDA graphs where the model is on a GPU; products must then be the same at every step."""
         c = model.config
         self._model, self._whole = model, whole
-        self._flat = [layer.view(-1, c.head_dim) for layer in whole]
+        self._flat = [flat(layer) for layer in whole]
         self._device = whole.device
-        slots, span = whole.shape[2], whole.shape[4]
-        starts = np.arange(slots * c.num_kv_heads).reshape(slots, c.num_kv_heads) * span
-        self._starts = np.concatenate([starts, starts + slots * c.num_kv_heads * span], axis=1)
-        """(slots, 2K): offset of each head's keys, then values, of a slot within a layer."""
+        both, slot, head, self._position = row_strides(whole[0])
+        keys = np.arange(whole.shape[2])[:, None] * slot + np.arange(c.num_kv_heads) * head
+        self._starts = np.concatenate([keys, keys + both], axis=1)
+        """(slots, 2K): the first vector of each head's keys, then values, of a slot within a layer."""
         blocks = (block for block in model.blocks if isinstance(block, Block))
         self._layers = [_Layer.of(block, whole.dtype, whole.device) for block in blocks]
         self._norm_gain = _norm_gain(model.norm.gain)
@@ -63,7 +64,8 @@ class Step:
             seen = min(graph_span(seen), self._whole.shape[4])
         slots = np.arange(len(tokens))
         slots[real:] = 0  # padding is written behind the context of the first slot
-        where = torch.from_numpy((self._starts[slots] + places[:, None]).ravel()).to(self._device)
+        vectors = self._starts[slots] + places[:, None] * self._position
+        where = torch.from_numpy(vectors.ravel()).to(self._device)
         at = torch.from_numpy(positions).to(self._device)
         hidden = torch.arange(seen, device=self._device) > at[:, None]
         mask = torch.zeros(hidden.shape, dtype=self._whole.dtype, device=self._device)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from components.inference.batching import Row, generate
 from components.inference.packed_weights import (
@@ -31,15 +34,39 @@ SAMPLE_TOKENS = 48
 logger = logging.getLogger("loopwright.engine")
 
 
-def load_served(folder: Path, tokenizer: ChatTokenizer, int8: bool = False) -> Decoder:
+def load_replicas(folder: Path, tokenizer: ChatTokenizer, int8: bool, devices: Sequence[torch.device]) -> list[Decoder]:
+    """`load_served` on each device; on a CPU named again the modules are copied, and share their weights.
+
+    So they have one precision, which a CPU measures anew at each load.
+    """
+    first = load_served(folder, tokenizer, int8, devices[0])
+    others = (
+        load_served(folder, tokenizer, int8, each) if each.type == "cuda" else _copy(first) for each in devices[1:]
+    )
+    return [first, *others]
+
+
+def _copy(model: Decoder) -> Decoder:
+    """The same model in modules of its own, which an adapter bank may replace."""
+    parts = (
+        part
+        for each in model.modules()
+        for part in (*each.parameters(False), *each.buffers(False), *vars(each).values())
+    )
+    return copy.deepcopy(model, {id(part): part for part in parts if not isinstance(part, dict | nn.Module)})
+
+
+def load_served(
+    folder: Path, tokenizer: ChatTokenizer, int8: bool = False, device: torch.device | None = None
+) -> Decoder:
     """The model of a folder, an adapter merged; it can no longer be trained or saved.
 
     Raises: InputError as `load_decoder`, and when `int8` changes too many of its tokens.
     """
-    device = best_device()
+    device = device or best_device()
     # As it was trained: a GPU computes in bf16 twice as fast and more, and reads half as much.
     full = compute_dtype("auto", device) if device.type == "cuda" else torch.float32
-    model = _merged(folder, full)
+    model = _merged(folder, full, device)
     use_threads(threads_for(model.num_parameters))
     if device.type == "cuda":
         return model
@@ -54,14 +81,14 @@ def load_served(folder: Path, tokenizer: ChatTokenizer, int8: bool = False) -> D
                 return model
             name = str(dtype).removeprefix("torch.")
             logger.warning("%s: not in %s, in which it agrees in %.1f%% of %d cases", folder, name, 100 * share, cases)
-            model = _merged(folder, full)
+            model = _merged(folder, full, device)
     if should_pack(model) or not rows_are_independent(model):
         pack(model)
     return model
 
 
-def _merged(folder: Path, dtype: torch.dtype) -> Decoder:
-    model = load_decoder(folder, dtype, best_device()).eval()
+def _merged(folder: Path, dtype: torch.dtype, device: torch.device) -> Decoder:
+    model = load_decoder(folder, dtype, device).eval()
     if lora_of(model) is not None:
         merge_lora(model)
     return model

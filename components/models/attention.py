@@ -6,6 +6,8 @@ The cache of keys and values is an argument and lives outside of the modules.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,17 @@ Pair = tuple[Tensor, Tensor]
 """Keys and values, each (B, K, S, D)."""
 SHORT = 1024 * 1024
 """Scores per head up to which plain batched products beat the fused kernel on a CPU."""
+
+
+class PackedDocuments(NamedTuple):
+    """The documents of packed rows, in place of a mask: a query sees the keys of its document up to its own."""
+
+    bounds: Tensor
+    """(N + 1) int32: where each of the N documents begins among the B * T positions, then B * T."""
+    longest: int
+    """Tokens that no document exceeds: T."""
+    window: int | None = None
+    """Tokens that a query sees at most, its own among them."""
 
 
 class FusedLinear(nn.Linear):
@@ -125,7 +138,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         context: Tensor | Pair | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | PackedDocuments | None = None,
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
     ) -> Tensor:
@@ -136,7 +149,7 @@ class Attention(nn.Module):
         `context` may be the result of `project_context`, so that decoding projects a context once.
         """
         alone = self._fusable and should_fuse(x) and context is None and cache is None
-        if alone and mask is not None and rotary is not None and rotary[0].shape[-1] == self.head_dim:
+        if alone and isinstance(mask, Tensor) and rotary is not None and rotary[0].shape[-1] == self.head_dim:
             return self._train_on_cpu(x, mask, rotary)
         if context is None:
             queries, keys, values = self._project(x, rotary)
@@ -145,7 +158,10 @@ class Attention(nn.Module):
         else:
             queries = self._normed(self._heads(self.qkv.some(x, 0, 1)), self.q_norm).transpose(1, 2)
             keys, values = self.project_context(context) if isinstance(context, Tensor) else context
-        mixed = attend(queries, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
+        if isinstance(mask, PackedDocuments):
+            mixed = attend_within(queries, keys, values, mask, self.scale)
+        else:
+            mixed = attend(queries, keys, values, mask, self.scale, self.dropout if self.training else 0.0)
         added: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return added
 
@@ -203,6 +219,44 @@ def attend(
         weights = F.dropout(weights, dropout)
     mixed: Tensor = (weights.view(batch, kv_heads, -1, span) @ values).view(batch, heads, length, head_dim)
     return mixed
+
+
+def attend_within(queries: Tensor, keys: Tensor, values: Tensor, documents: PackedDocuments, scale: float) -> Tensor:
+    """`attend` causally within packed documents, by flash attention's variable-length kernel: no mask, no scores.
+
+    (FlashAttention-2, arXiv 2307.08691.) For what `takes_packed` allows.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, which takes seconds
+
+    bounds, longest, window = documents
+    q, k, v = (each.transpose(1, 2).flatten(0, 1) for each in (queries, keys, values))  # (B * T, heads, D)
+    span, grouped = (-1 if window is None else window - 1, 0), queries.shape[1] != keys.shape[1]
+    mixed = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=span, enable_gqa=grouped)
+    assert isinstance(mixed, Tensor)
+    return mixed.view(queries.shape[0], -1, *mixed.shape[1:]).transpose(1, 2)
+
+
+def takes_packed(x: Tensor, head_dim: int) -> bool:
+    """Whether `attend_within` takes heads of x: in half precision on a GPU from Ampere on.
+
+    On the meta device, where trainings are planned, half precision stands for such a GPU. Wider heads have no backward
+    pass on each of these GPUs.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > 192:
+        return False
+    return x.is_meta or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
+
+
+def packed_documents(segment_ids: Tensor) -> PackedDocuments:
+    """Those of rows (B, T): a run of equal ids in a row is a document, padding too. On the meta device: one a row."""
+    batch, length = segment_ids.shape
+    if segment_ids.is_meta:
+        starts = torch.arange(0, batch * length, length, device=segment_ids.device)
+    else:
+        begins = torch.ones_like(segment_ids, dtype=torch.bool)
+        begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = begins.flatten().nonzero().squeeze(1)  # waits for the device, as the targets of an objective do
+    return PackedDocuments(F.pad(starts, (0, 1), value=batch * length).int(), length)
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

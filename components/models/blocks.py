@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from components.models.attention import Attention, FusedLinear, LayerCache, Pair
+from components.models.attention import Attention, FusedLinear, LayerCache, PackedDocuments, Pair
 from components.models.fused import RMSNorm, swiglu
 from components.models.positions import Rotary
 
@@ -112,7 +112,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | PackedDocuments | None = None,
         cache: LayerCache | None = None,
         rotary: Rotary | None = None,
         rows: Tensor | None = None,

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S tokens with those in the cache, E embed_dim, V voca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from components.config.model_settings import DecoderModelConfig
-from components.models.attention import Attention, KVCache, additive, causal_mask, segment_mask
+from components.models.attention import (
+    Attention,
+    KVCache,
+    PackedDocuments,
+    additive,
+    causal_mask,
+    packed_documents,
+    segment_mask,
+    takes_packed,
+)
 from components.models.blocks import Block, GatedFeedForward, Norms
 from components.models.fused import RMSNorm
 from components.models.positions import RopeScaling, Rotary, RotaryPositions
@@ -149,20 +158,16 @@ class Decoder(nn.Module):
         feed-forward is skipped for the others.
         `inputs_embeds` (B, T, E): read in place of the embeddings of input_ids.
         """
-        past = cache.length if cache is not None else 0
+        c, past = self.config, cache.length if cache is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         x = self.scaled(self.embed(input_ids)) if inputs_embeds is None else inputs_embeds
-        visible = self._mask(input_ids, past, segment_ids, attention_mask)
-        masks = [additive(visible, x.dtype).unsqueeze(1)]  # (B, 1, T, S)
-        if self.config.windowed_layers:
-            # Keys in an engine's cache lie at their positions; elsewhere queries and keys are as far apart as in x.
-            stored = cache is not None and attention_mask is not None and attention_mask.dim() == 3
-            keys = torch.arange(visible.shape[-1], device=x.device)
-            queries = position_ids if stored else torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
-            if cache is None:
-                keys = queries = position_ids
-            masks.append(self.windowed(masks[0], queries.unsqueeze(1), keys))
+        masks: Sequence[Tensor | PackedDocuments]
+        if cache is None and attention_mask is None and segment_ids is not None and takes_packed(x, c.head_dim):
+            documents = packed_documents(segment_ids)
+            masks = documents, documents._replace(window=c.window)
+        else:
+            masks = self._masks(x, position_ids, cache, segment_ids, attention_mask)
         last = len(self.blocks) - 1
         for index, (block, (rotary, windowed)) in enumerate(zip(self.blocks, self.layers(position_ids), strict=True)):
             layer = cache.layers[index] if cache is not None else None
@@ -196,11 +201,33 @@ class Decoder(nn.Module):
         hidden = queries.unsqueeze(-1) - keys.view(-1, 1, 1, keys.shape[-1]) >= self.config.window
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
-    def _mask(self, input_ids: Tensor, past: int, segment_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    def _masks(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cache: KVCache | None,
+        segment_ids: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> list[Tensor]:
+        """Dense masks (B, 1, T, S) to add to the scores: of layers without a window, and of those with one."""
+        past = cache.length if cache is not None else 0
+        visible = self._mask(x, past, segment_ids, attention_mask)
+        masks = [additive(visible, x.dtype).unsqueeze(1)]
+        if self.config.windowed_layers:
+            # Keys in an engine's cache lie at their positions; elsewhere queries and keys are as far apart as in x.
+            stored = cache is not None and attention_mask is not None and attention_mask.dim() == 3
+            keys = torch.arange(visible.shape[-1], device=x.device)
+            queries = position_ids if stored else torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+            if cache is None:
+                keys = queries = position_ids
+            masks.append(self.windowed(masks[0], queries.unsqueeze(1), keys))
+        return masks
+
+    def _mask(self, x: Tensor, past: int, segment_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None and attention_mask.dim() == 3:
             return attention_mask
-        length = input_ids.shape[1]
-        mask = causal_mask(length, past + length, input_ids.device).unsqueeze(0)
+        length = x.shape[1]
+        mask = causal_mask(length, past + length, x.device).unsqueeze(0)
         if segment_ids is not None:
             mask = mask & segment_mask(segment_ids)
         if attention_mask is not None:

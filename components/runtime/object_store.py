@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copyfileobj
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any, cast
 
 from components.config.errors import InputError, reason_of
+from components.config.paths import writing
+from components.runtime.files import replace_file
+
+_BUFFER_BYTES = 1 << 20
 
 
 def filesystem(address: str) -> tuple[Any, str]:
@@ -38,17 +44,87 @@ def local_files(names: Sequence[str]) -> Iterator[list[Path]]:
         yield [_copy(name, copy) if "://" in name else Path(name) for name, copy in zip(names, copies, strict=True)]
 
 
+def list_files(address: str) -> list[str]:
+    """The file at a path or address, or the files in the folder there, in order of name; hidden ones are left out.
+
+    Raises: InputError where there is none.
+    """
+    fs, path = filesystem(address)
+    with _reaching(address):
+        fs.invalidate_cache()
+        names = [path] if fs.isfile(path) else sorted(fs.find(path))
+    names = [name for name in names if not name.removeprefix(path).rpartition("/")[2].startswith(".")]
+    if not names:
+        raise InputError(f"{address}: no such file, and no folder with files; check the name")
+    return [str(fs.unstrip_protocol(name)) for name in names] if "://" in address else names
+
+
+def open_file(address: str) -> IO[bytes]:
+    """Open a file at a path or address for reading.
+
+    Raises: InputError when it cannot be opened.
+    """
+    fs, path = filesystem(address)
+    with _reaching(address):
+        return cast(IO[bytes], io.BufferedReader(fs.open(path, "rb"), _BUFFER_BYTES))
+
+
+def version_of(address: str) -> str:
+    """A token that changes with the file at an address, from what its store says of it."""
+    fs, path = filesystem(address)
+    with _reaching(address):
+        return str(fs.ukey(path))
+
+
+def size_of(address: str) -> int | None:
+    """Bytes of the file at a path or address; None where there is none."""
+    fs, path = filesystem(address)
+    with _reaching(address):
+        return int(fs.size(path)) if fs.isfile(path) else None
+
+
+def read_bytes(address: str) -> bytes | None:
+    """The content of the file at a path or address; None where there is none."""
+    fs, path = filesystem(address)
+    with _reaching(address):
+        return bytes(fs.cat_file(path)) if fs.isfile(path) else None
+
+
+def write_file(address: str, source: Path | bytes) -> None:
+    """Write bytes, or the content of a file on this machine, to a path or address: as a whole or not at all.
+
+    Raises: InputError when the disk or the store refuses.
+    """
+    if "://" in address:
+        fs, path = filesystem(address)
+        with _reaching(address, "writable"):
+            if isinstance(source, bytes):
+                fs.pipe_file(path, source)
+            else:
+                fs.put_file(str(source), path)
+        return
+    with writing(Path(address)), io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as content:
+        Path(address).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(Path(address), lambda file: copyfileobj(content, file))
+
+
+@contextmanager
+def _reaching(address: str, what: str = "readable") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
+        reason = reason_of(error)
+        raise InputError(f"{address}: not {what}: {reason}; check the address and its credentials") from None
+
+
 def _copy(address: str, folder: Path) -> Path:
     fs, source = filesystem(address)
     target = folder / source.rpartition("/")[2]
     folder.mkdir()
-    try:
+    with _reaching(address):
         is_file = fs.isfile(source)
         if is_file:
             fs.get_file(source, str(target))
-    except Exception as error:  # noqa: BLE001 - each file system has errors of its own
-        reason = reason_of(error)
-        raise InputError(f"{address}: not readable: {reason}; check the address and its credentials") from None
     if not is_file:
         raise InputError(f"{address}: no such file; name one file, such as s3://BUCKET/NAME.jsonl")
     return target

@@ -148,8 +148,8 @@ def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: 
     group = placement_group([bundle] * processes, strategy="PACK")
     actors: list[Any] = []
     try:
-        if not wait_for(group, f"{name}  waits for {processes} {device()}s of the Ray cluster", stops):
-            return {}
+        if not wait_for(group, processes, f"{name}  waits for {processes} {device()}s of the Ray cluster", stops):
+            return {} if stops else {0: LOST}
         for index in range(processes):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             options = {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "max_concurrency": 2}
@@ -173,12 +173,15 @@ def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: 
         remove_placement_group(group)
 
 
-def wait_for(group: Any, message: str, stops: list[int]) -> bool:
-    """Wait until Ray has reserved a placement group; false if stopped meanwhile."""
+def wait_for(group: Any, processes: int, message: str, stops: list[int]) -> bool:
+    """Wait until Ray has reserved a placement group; false if stopped, or if the cluster has too few devices meanwhile.
+
+    Ray notices a dead node up to half a minute after its ranks have ended.
+    """
     if not group.wait(timeout_seconds=5):
         print(message, flush=True)
         while not group.wait(timeout_seconds=1):
-            if stops:
+            if stops or devices() < processes:
                 return False
     return not stops
 

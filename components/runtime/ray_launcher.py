@@ -21,6 +21,7 @@ from typing import Any
 from components.config.errors import InputError, reason_of
 from components.config.loop_settings import RunConfig
 from components.config.paths import writing
+from components.config.secrets import hidden
 from components.runtime.files import replace_file
 from components.runtime.launcher import SECONDS_TO_END
 from components.runtime.process import RUN_PID, end_on_signals
@@ -112,8 +113,8 @@ def _jobs(address: str, prefix: str) -> tuple[Any, dict[str, bool]]:
         jobs = {job.submission_id or "": job.status.is_terminal() for job in client.list_jobs()}
     except (OSError, RuntimeError, ValueError, RayError) as error:
         raise InputError(
-            f"params.yaml: run.address: {address}: no Ray dashboard answers ({reason_of(error)}); start the head with"
-            ' "ray start --head --dashboard-host 0.0.0.0", and write http://HOST:8265'
+            f"params.yaml: run.address: {hidden(address)}: no Ray dashboard answers ({reason_of(error)}); start the"
+            ' head with "ray start --head --dashboard-host 0.0.0.0", and write http://HOST:8265'
         ) from error
     return client, {job: has_ended for job, has_ended in jobs.items() if job.startswith(prefix)}
 

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from components.runtime.files import write_text
@@ -25,7 +26,7 @@ AUTH_STRING = "PREFECT_API_AUTH_STRING"
 """Environment variable with it, for a server that is not of this state folder."""
 SERVED = "served"
 """Folder of the state folder with a lock for each version that a server was started with, `NAME@VERSION-PID.NUMBER`."""
-_SUCCESSES = "successes"
+_SCHEDULES, _SUCCESSES = "schedules", "successes"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -69,7 +70,27 @@ def record_success(home: Path, name: str) -> None:
 
 def successes(home: Path) -> dict[str, float]:
     """Time of the last success of each flow, in seconds since the epoch."""
-    return {path.name: path.stat().st_mtime for path in sorted((home / _SUCCESSES).glob("*"))}
+    return _times(home / _SUCCESSES)
+
+
+def _times(folder: Path) -> dict[str, float]:
+    return {path.name: path.stat().st_mtime for path in sorted(folder.glob("*"))}
+
+
+def record_schedules(home: Path, flows: Collection[str]) -> None:
+    """Remember since when these flows, and no others, are scheduled: what never succeeds is late as well."""
+    folder = home / _SCHEDULES
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in {path.name for path in folder.iterdir()}.difference(flows):
+        (folder / name).unlink(missing_ok=True)
+    for name in flows:
+        with suppress(FileExistsError):
+            (folder / name).touch(exist_ok=False)
+
+
+def schedules(home: Path) -> dict[str, float]:
+    """Time since which each flow is scheduled, in seconds since the epoch."""
+    return _times(home / _SCHEDULES)
 
 
 def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:

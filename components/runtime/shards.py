@@ -21,7 +21,7 @@ from functools import cache
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from shutil import copyfileobj
-from typing import Any
+from typing import Any, Protocol
 
 from components.config.errors import InputError, reason_of
 from components.runtime.files import remove, sync
@@ -39,6 +39,13 @@ Result = dict[str, Any]
 """Counts and the like, as JSON."""
 Work = Callable[..., Result]
 """A function of a module: given the folder for its files and a shard's arguments, it writes them."""
+
+
+class Job(Protocol):
+    """A unit of work as it goes to a worker: data of modules, which are pickled."""
+
+    def run(self) -> dict[str, Any]:
+        """Do the work; its line of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ def run_shards(run: StageRun, shards: Sequence[Shard], done: int = 0, total: int
     unfinished = [job for key, job in jobs.items() if key not in lines]
     done, total = done + len(lines), total or len(shards)
     with (folder / MANIFEST).open("ab") as manifest:
-        for line in _execute(run.name, unfinished, min(settings.workers, len(unfinished)), settings.launcher):
+        for line in execute(run.name, unfinished, min(settings.workers, len(unfinished)), settings.launcher):
             manifest.write(json.dumps(line).encode() + b"\n")
             manifest.flush()
             os.fsync(manifest.fileno())
@@ -135,19 +142,26 @@ def _fits(line: Mapping[str, Any], job: _Job) -> bool:
     return line["inputs"] == job.inputs and job.folder.is_dir() and line["outputs"] == digest(job.folder)
 
 
-def _execute(name: str, jobs: Sequence[_Job], workers: int, launcher: str) -> Iterator[dict[str, Any]]:
-    """The line of each job, as it is finished."""
+def execute(name: str, jobs: Sequence[Job], workers: int, launcher: str) -> Iterator[dict[str, Any]]:
+    """The line of each job, as it is finished; `name` is that of the whole, for errors.
+
+    Raises: InputError of a job, or when a worker is killed.
+    """
     if workers < 2:
-        return map(_Job.run, jobs)
+        return map(_run, jobs)
     return _on_ray(name, jobs, workers) if launcher == "ray" else _in_processes(name, jobs, workers)
 
 
-def _in_processes(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+def _run(job: Job) -> dict[str, Any]:
+    return job.run()
+
+
+def _in_processes(name: str, jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
     threads = max(1, (os.cpu_count() or 1) // workers)
     children_before = active_children()
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (threads,))
     try:
-        for future in as_completed([pool.submit(job.run) for job in jobs]):
+        for future in as_completed([pool.submit(_run, job) for job in jobs]):
             yield future.result()
     except BrokenProcessPool:
         raise InputError(f"{name}: a worker process was killed; {_REMEDY}") from None
@@ -167,7 +181,7 @@ def _start_worker(threads: int) -> None:
     os.environ[RAYON_THREADS] = str(threads)
 
 
-def _on_ray(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str, Any]]:
+def _on_ray(name: str, jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
     """As tasks of a Ray cluster whose hosts share the project's folder and the state folder."""
     try:
         import ray
@@ -176,7 +190,7 @@ def _on_ray(name: str, jobs: Sequence[_Job], workers: int) -> Iterator[dict[str,
         raise InputError(MISSING) from None
     if not ray.is_initialized():
         _connect_to_ray()
-    task = ray.remote(max_retries=0)(_Job.run)
+    task = ray.remote(max_retries=0)(_run)
     waiting, running = iter(jobs), [task.remote(job) for job in jobs[:workers]]
     for _ in jobs[:workers]:
         next(waiting)

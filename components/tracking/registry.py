@@ -261,10 +261,10 @@ class Registry:
         return self.resolve(f"{newest.name}/{newest.version}") if newest is not None else None
 
     def fetch_base(self, weights_sha256: str) -> None:
-        """Put the base with these weights into the state folder, if it is registered and not there yet."""
-        if stored_base(weights_sha256, self.home).is_dir():
-            return
-        if version := self.with_weights(weights_sha256):
+        """Put the base with these weights into the state folder, if it is registered; what is there is checked."""
+        if (stored := stored_base(weights_sha256, self.home)).is_dir():
+            check_digest(stored, weights_sha256, "the base")
+        elif version := self.with_weights(weights_sha256):
             with writing(self.home):
                 store_base(version.folder, self.home, str(version), weights_sha256)
 

@@ -1,4 +1,4 @@
-"""Retention in MLflow: old versions lose their weights, old runs go; what lineage reads of a version stays.
+"""Retention in MLflow: old versions lose weights and held-out answers, old runs go; what lineage reads stays.
 
 A version itself is never removed: answers name it, and its tags, metrics, run and `lessons.json` take kilobytes.
 """
@@ -19,11 +19,13 @@ from components.models.base_store import STORE
 from components.runtime.files import remove
 from components.tracking.mlflow_database import DATABASE, EXPERIMENT
 from components.tracking.model_card import CARD
-from components.tracking.registry import BASE_SHA256, BASE_VERSION, PRUNED, ModelVersion, Registry
+from components.tracking.registry import BASE_SHA256, BASE_VERSION, LINEAGE, PRUNED, ModelVersion, Registry
 
 Size = tuple[str, int]
 """What is removed: its name, and its bytes on this disk."""
-_STAYS = (CONFIG, AGENT, TRAINED_ON_FILE, CARD)
+_STAYS = (CONFIG, AGENT, TRAINED_ON_FILE, CARD, LINEAGE)
+_EVIDENCE = (".parquet", ".json", ".png")
+"""Of a version's run: its held-out answers and their plot; what a person reads of the gate stays."""
 _PARENT = "mlflow.parentRunId"
 _MAX_RUNS = 200
 """Ids in one call of MLflow's command."""
@@ -53,7 +55,9 @@ def prune_versions(registry: Registry, retained: Collection[ModelVersion], dry_r
             continue  # the files of a server's versions are that server's
         if not dry_run:
             registry.tag(version, {PRUNED: "true"})
-        yield str(version), sum(_prune_file(path, dry_run) for path in _files(registry.files(version)))
+        folder = registry.files(version)
+        beside = (path for path in folder.parent.iterdir() if path.is_file() and path.suffix in _EVIDENCE)
+        yield str(version), sum(_prune_file(path, dry_run) for path in (*_files(folder), *beside))
     bases = {version.tags.get(BASE_SHA256) for version in retained}
     for folder in sorted((registry.home / STORE).glob("*")):
         if folder.name not in bases:

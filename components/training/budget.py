@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from components.config.model_settings import FineTuneConfig, LoopConfig
+from components.config.model_settings import Checkpointing, FineTuneConfig, LoopConfig
 from components.config.params import InputError
 from components.models.devices import SMALL_MODEL, device_memory, product_shapes
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Batch, Rows
+from components.training.activations import checkpoint_blocks, watch_saved
 from components.training.defaults import LORA_RANK, count_parameters
-from components.training.objectives import CHUNK, CUDA_CHUNK, M, Objective
+from components.training.objectives import M, Objective, chunk_rows
 
 GIB = 2**30
 TRIED_TOKENS = 512
@@ -32,6 +33,8 @@ MASTER_BYTES = 4 + 2
 COPY_BYTES = 12 + 12
 """Of a trained weight on a CPU, while a checkpoint is written beside the training: a copy of it and of AdamW's moments,
 and the content of the file."""
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+"""By what they save, the most first."""
 LOGIT_BYTES = 4 + 4
 """Of a logit at a time, beyond the one of the passes: probabilities, and their gradient."""
 
@@ -93,11 +96,14 @@ def announce(
     longest = int(lengths.max())
     tried = min(config.micro_batch_size, len(rows), -(-TRIED_TOKENS // longest))
     sample = rows.batch(np.argsort(lengths, kind="stable")[-tried:])
-    saved, seconds = _passes(model, {name: part.to(weight.device) for name, part in sample.items()}, objective)
+    sample = {name: part.to(weight.device) for name, part in sample.items()}
+    saved, seconds = _passes(model, sample, objective)
+    if config.activation_checkpointing != "none":
+        saved = _saved(model, sample, objective, config, config.activation_checkpointing)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     head = getattr(model, "head", None)
     width = head.weight.shape[0] if isinstance(head, nn.Linear) else 0
-    targets = min(CUDA_CHUNK if weight.is_cuda else CHUNK, config.micro_batch_size * longest)
+    targets = min(chunk_rows(width, weight.device.type) if width else 0, config.micro_batch_size * longest)
     size = weight.element_size()
     logits = targets * width * (LOGIT_BYTES + size)
     weights = sum(each.nbytes for each in model.parameters())
@@ -105,9 +111,13 @@ def announce(
     budget = Budget(weights + copies, trained, size, saved // tried, config.micro_batch_size, logits, checkpoint)
     memory = device_memory(weight.device)
     if budget.total > memory:
+        stronger = CHECKPOINTING[CHECKPOINTING.index(config.activation_checkpointing) + 1 :]
+        by_row: dict[Checkpointing, int] = {
+            how: _saved(model, sample, objective, config, how) // tried for how in stronger
+        }
         raise InputError(
             f"params.yaml: {run.section}: training takes {budget.total / GIB:.1f} GiB ({budget}), and this machine has"
-            f" {memory / GIB:.1f}; {_remedy(run.section, config, model, budget, memory)}"
+            f" {memory / GIB:.1f}; {_remedy(run.section, config, model, budget, memory, by_row)}"
         )
     steps = (config.max_steps - done) * config.global_batch_size
     minutes = seconds * steps * float(lengths.mean()) / (tried * longest) / 60
@@ -124,18 +134,17 @@ def _passes(model: M, batch: Batch, objective: Objective[M]) -> tuple[int, float
     storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def watch(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in storages:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     device = next(model.parameters()).device
     seconds = 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for _ in range(2):  # the first also prepares kernels
             started = time.perf_counter()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with watch_saved(watch):
                 loss = objective(model, batch)
             held = sum(saved.values())
             if loss.targets:
@@ -147,8 +156,19 @@ def _passes(model: M, batch: Batch, objective: Objective[M]) -> tuple[int, float
     return held, seconds
 
 
-def _remedy(section: str, config: LoopConfig, model: nn.Module, budget: Budget, memory: int) -> str:
-    """The settings, of few changes, that would fit; else what is too large."""
+def _saved(model: M, batch: Batch, objective: Objective[M], config: LoopConfig, how: Checkpointing) -> int:
+    """Bytes held at the peak with another checkpointing: by all blocks, and by the first as it is recomputed."""
+    checkpoint_blocks(model, how, whole=1)
+    with torch.compiler.set_stance("force_eager"):
+        saved, _ = _passes(model, batch, objective)
+    checkpoint_blocks(model, config.activation_checkpointing)
+    return saved
+
+
+def _remedy(
+    section: str, config: LoopConfig, model: nn.Module, budget: Budget, memory: int, by_row: dict[Checkpointing, int]
+) -> str:
+    """The settings, of few changes, that would fit; else what is too large. `by_row`: saved with checkpointing."""
     tries: list[tuple[dict[str, object], Budget]] = [({}, budget)]
     if isinstance(config, FineTuneConfig) and not config.lora_rank:
         pairs = LORA_RANK * sum(map(sum, product_shapes(model)))
@@ -156,6 +176,10 @@ def _remedy(section: str, config: LoopConfig, model: nn.Module, budget: Budget, 
     if budget.itemsize == 4:
         halved = {"weights": budget.weights // 2, "row": budget.row // 2, "itemsize": 2}
         tries += [(settings | {"precision": "bf16"}, replace(each, **halved)) for settings, each in tries]
+    plain = list(tries)
+    for how, row in by_row.items():
+        shares = [(settings, replace(each, row=row * each.row // max(1, budget.row))) for settings, each in plain]
+        tries += [(settings | {"activation_checkpointing": how}, each) for settings, each in shares]
     for settings, each in tries:
         for rows in (config.micro_batch_size // 2**power for power in range(config.micro_batch_size.bit_length())):
             if config.global_batch_size % rows == 0 and replace(each, rows=rows).total <= memory:

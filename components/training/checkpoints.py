@@ -1,9 +1,10 @@
 """Resumable checkpoints of a run: one file each, written atomically; of several processes a folder each.
 
-Training waits for a copy of the tensors alone, which a thread then writes. A file's name has the digest of its
-content, so that a torn or altered file is recognized and skipped. In a folder, which `torch.distributed.checkpoint`
-writes and which any number of processes reads, `commit.json` is written last, with the digest of every other file.
-The two newest are kept, also when training has ended: the stage runner removes them when DVC has stored the result.
+Training waits for a copy of the tensors alone, which a thread then writes; the copies' memory is taken beside the first
+steps. A file's name has the digest of its content, so that a torn or altered file is recognized and skipped. In a
+folder, which `torch.distributed.checkpoint` writes and which any number of processes reads, `commit.json` is written
+last, with the digest of every other file. The two newest are kept, also when training has ended: the stage runner
+removes them when DVC has stored the result.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from components.config.params import InputError
+from components.models.devices import use_threads
 from components.runtime.files import remove, replace_file, write_text
 from components.runtime.stage import digest
 from components.training.distributed import MAX_WAIT, agreed, local, own_rows, rank, summed, world_size
@@ -74,9 +76,21 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writing: Future[None] | None = None
+        self._running: Future[None] | None = None
         self._stager: Any = None
         self._group: dist.ProcessGroup | None = None
+
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Let a thread take the memory for the copies of these tensors, which may change meanwhile.
+
+        Fresh memory takes several times as long as the copying: the first `save` would stop training for it.
+        """
+
+        def copy() -> None:
+            use_threads(1)  # beside the steps
+            self._stage(tensors)
+
+        self._start(copy)
 
     def save(self, state: CheckpointState) -> None:
         """Copy a checkpoint and let a thread write it, once the checkpoint before is written.
@@ -85,19 +99,14 @@ class Checkpoints:
 
         Raises: InputError when the checkpoint before could not be written; earlier checkpoints stay.
         """
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
         self._finish()
-        self._stager = self._stager or DefaultStager(StagingOptions(False, False, False, False))
-        tensors, values = self._stager.stage(state.tensors), json.dumps(state.values)
+        tensors, values = self._stage(state.tensors), json.dumps(state.values)
         write: Callable[[int, dict[str, Tensor], str], None] = self._write_file
         if world_size() > 1:
             # Of its own: training goes on in that of all ranks, in another order.
             self._group = self._group or dist.new_group(backend="gloo", timeout=MAX_WAIT)
             write = self._write_shards
-        thread = ThreadPoolExecutor(1)
-        self._writing = thread.submit(write, state.step, tensors, values)
-        thread.shutdown(wait=False)
+        self._start(lambda: write(state.step, tensors, values))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
@@ -109,10 +118,23 @@ class Checkpoints:
             self._stager.close()  # its copies would stay until garbage is collected, being in a cycle
             self._stager = None
 
+    def _stage(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors, in the memory of earlier copies of the same tensors."""
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        self._stager = self._stager or DefaultStager(StagingOptions(False, False, False, False))
+        copies: dict[str, Tensor] = self._stager.stage(tensors)
+        return copies
+
+    def _start(self, work: Callable[[], None]) -> None:
+        thread = ThreadPoolExecutor(1)
+        self._running = thread.submit(work)
+        thread.shutdown(wait=False)
+
     def _finish(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
 
     def _write_file(self, step: int, tensors: dict[str, Tensor], values: str) -> None:
         content = tensors_to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, {"facts": values})

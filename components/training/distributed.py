@@ -24,6 +24,7 @@ from components.config.model_settings import LoopConfig
 from components.config.params import InputError
 from components.runtime.stage import StageRun
 from components.token_rows.batches import Indices
+from components.training.activations import checkpoint_blocks
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -122,8 +123,9 @@ def seed_step(seed: int, step: int) -> None:
         torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1, np.uint64)[0] >> 1))
 
 
-def compile_blocks(model: nn.Module, config: LoopConfig, device: torch.device) -> None:
-    """Compile a model's blocks in place, where told to."""
+def configure_blocks(model: nn.Module, config: LoopConfig, device: torch.device) -> None:
+    """Let a model's blocks recompute activations, and compile them in place, as told to."""
+    checkpoint_blocks(model, config.activation_checkpointing)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         for block in cast(Iterable[nn.Module], model.blocks):
             block.compile()
@@ -147,7 +149,7 @@ def shard(run: StageRun, model: M, config: LoopConfig, device: torch.device, dty
     sharded = copy.deepcopy(model, cast(dict[int, Any], copies))
     for buffer in sharded.buffers():
         buffer.data = buffer.to(device, dtype if buffer.is_floating_point() else None)
-    compile_blocks(sharded, config, device)
+    configure_blocks(sharded, config, device)
     mesh = init_device_mesh(device.type, (size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     modules: list[nn.Module] = [*cast(Iterable[nn.Module], sharded.blocks), sharded]

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -25,14 +25,14 @@ from components.config.model_settings import LoopConfig
 from components.config.params import InputError
 from components.models.devices import best_device, compute_dtype
 from components.runtime.stage import StageRun
-from components.token_rows.batches import IGNORED, Batch, Rows, Sampler, TokenRows, count_tokens
+from components.token_rows.batches import IGNORED, Batch, Rows, TokenRows, count_tokens
+from components.training.activations import checkpoint_blocks
 from components.training.budget import announce
 from components.training.checkpoints import Checkpoints, CheckpointState
 from components.training.distributed import (
     agreed,
     as_sharded,
-    compile_blocks,
-    dealt,
+    configure_blocks,
     gather_weights,
     leave,
     rank,
@@ -44,6 +44,7 @@ from components.training.distributed import (
 )
 from components.training.objectives import M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
+from components.training.prefetch import step_batches
 
 
 @dataclass
@@ -230,7 +231,7 @@ class Training(Generic[M]):
 
     def inputs(self) -> str:
         """A digest of the settings, shapes and seed that decide the result."""
-        config = self.config.model_dump(exclude={"checkpoint_seconds", "dataset"})
+        config = self.config.model_dump(exclude={"activation_checkpointing", "checkpoint_seconds", "dataset"})
         shapes = {name: list(shape) for name, shape in self.masters.shapes.items()}
         inputs = [config, shapes, str(self.dtype), self.device.type, self.seed]
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -268,8 +269,9 @@ def train(
     if world_size() == 1:
         copies = sum(weight.nbytes for weight in frozen.values() if weight.dtype != dtype)
         announce(run, config, model, rows, objective, copies, training.step)
-    with _stop_signals() as stopped:
-        _run_steps(run, training, rows, checkpoints, stopped)
+    steps = step_batches(rows, run.params.seed, config, training.step, device)
+    with _stop_signals() as stopped, closing(steps):
+        _run_steps(run, training, steps, checkpoints, stopped)
     if world_size() > 1:
         gather_weights(computed, model)
         leave()
@@ -281,14 +283,14 @@ def train(
             parameter.data = weights[name].detach()
     if all(weight.dtype == torch.float32 for weight in model.parameters()):
         model.float()  # what is no weight
-    model.eval()
+    checkpoint_blocks(model.eval(), "none")
     return training.measured
 
 
 def compute_in(model: nn.Module, config: LoopConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a model to where and to what it is trained in; compile its blocks where told to."""
+    """Move a model to where and to what it is trained in; configure its blocks."""
     model.to(device=device, dtype=dtype)
-    compile_blocks(model, config, device)
+    configure_blocks(model, config, device)
 
 
 def _compute_dtype(
@@ -299,15 +301,18 @@ def _compute_dtype(
     return getattr(torch, begun) if begun else compute_dtype(config.precision, device, model)
 
 
-def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Checkpoints, stopped: list[int]) -> None:
+def _run_steps(
+    run: StageRun, training: Training[M], steps: Iterator[list[Batch]], checkpoints: Checkpoints, stopped: list[int]
+) -> None:
     config, measured = training.config, training.measured
-    sampler = Sampler(len(rows), run.params.seed)
     clock = saved_at = time.monotonic()
     tokens_before = measured.tokens
+    if not training.over:
+        checkpoints.prepare(training.state().tensors)
     while not training.over:
-        batches = _micro_batches(rows, sampler, training.step, config)
+        batches = next(steps)
         seed_step(run.params.seed, training.step)
-        training.train_step([{name: part.to(training.device) for name, part in batch.items()} for batch in batches])
+        training.train_step([_on_device(batch, training.device) for batch in batches])
         last, loss = training.over, None
         due = rank() == 0 and time.monotonic() - saved_at >= config.checkpoint_seconds
         tokens, stopping, saving = summed(sum(map(count_tokens, batches)), bool(stopped), due)
@@ -333,11 +338,8 @@ def _run_steps(run: StageRun, training: Training[M], rows: Rows, checkpoints: Ch
             raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
 
 
-def _micro_batches(rows: Rows, sampler: Sampler, step: int, config: LoopConfig) -> list[Batch]:
-    """The rows of one step: grouping by length changes no gradient, and needs little padding."""
-    drawn = sampler.step(step, config.global_batch_size)
-    order = drawn[np.argsort(rows.lengths(drawn), kind="stable")]
-    return [rows.batch(part, step) for part in dealt(order, config.micro_batch_size)]
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
 
 
 def _report(run: StageRun, training: Training[M], loss: float, speed: float) -> None:

@@ -18,9 +18,11 @@ from components.models.encoder_decoder import EncoderDecoder
 from components.models.vision import VisionLanguageModel, normalized
 from components.token_rows.batches import IGNORED, Batch
 
-CHUNK = 1024
-"""Rows of logits in memory at a time on a CPU; larger products are faster on a GPU."""
-CUDA_CHUNK = 8192
+MAX_ROWS = {"cpu": 1024, "cuda": 8192}
+"""Rows of logits in memory at a time; larger products are faster on a GPU."""
+MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
+"""Logits of these rows: 0.25 and 1 GiB in fp32, to which `budget.py` adds what is made of them."""
+ROW_MULTIPLE = 128
 
 
 class Loss(NamedTuple):
@@ -104,10 +106,16 @@ def classification(weights: Tensor, label_smoothing: float) -> Objective[Classif
     return classify
 
 
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Rows whose logits are made at a time on a device of this type."""
+    fitting = MAX_LOGITS[device] // vocab_size // ROW_MULTIPLE * ROW_MULTIPLE
+    return min(MAX_ROWS[device], max(ROW_MULTIPLE, fitting))
+
+
 def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum of cross-entropies of stream (N, E) against weight (V, E); logits are made a chunk of rows at a time."""
     if not torch.is_grad_enabled():
-        size = CUDA_CHUNK if stream.is_cuda else CHUNK
+        size = chunk_rows(len(weight), stream.device.type)
         chunks = zip(torch.split(stream, size), torch.split(labels, size), strict=True)
         logits = ((F.linear(rows, weight, bias).float(), targets) for rows, targets in chunks)
         parts = [F.cross_entropy(rows, targets, reduction="sum") for rows, targets in logits]
@@ -125,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         stream_grad = torch.empty_like(stream)
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen by LoRA
         bias_grad = torch.zeros_like(bias) if bias is not None else None
-        size = CUDA_CHUNK if stream.is_cuda else CHUNK
+        size = chunk_rows(len(weight), stream.device.type)
         for start in range(0, len(labels), size):
             rows, targets = stream[start : start + size], labels[start : start + size].unsqueeze(1)
             probabilities = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from components.config.model_settings import LoopConfig
+from components.config.model_settings import Checkpointing, LoopConfig
 from components.config.params import InputError, Params
 from components.models.decoder import Decoder, DecoderConfig
 from components.models.devices import best_device, compute_dtype, configure_cpu, device_memory
@@ -28,10 +30,11 @@ from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from components.runtime.files import replace_file
 from components.runtime.launcher import is_distributed
 from components.token_rows.batches import Batch
+from components.training.activations import checkpoint_blocks, watch_saved
 from components.training.budget import COPY_BYTES, LOGIT_BYTES, STATE_BYTES, Budget
 from components.training.defaults import count_parameters
 from components.training.loop import Training, compute_in
-from components.training.objectives import CHUNK, CUDA_CHUNK, causal_lm
+from components.training.objectives import causal_lm, chunk_rows
 
 CPU = "this CPU"
 """The name of a machine without a GPU."""
@@ -65,6 +68,8 @@ class Machine:
     """Bytes."""
     rates: tuple[Rate, ...]
     """By growing number of parameters."""
+    start_seconds: float
+    """From the start of a training stage's process to its code: what it imports; 0 where it was not measured."""
     measured: bool
 
     def rate(self, parameters: int) -> float:
@@ -108,7 +113,7 @@ _PUBLISHED = {
     "l4": (24, 121),
 }
 PUBLISHED = {
-    name: Machine(name, memory * 10**9, (Rate(1, ASSUMED_SHARE * peak * 1e12),), False)
+    name: Machine(name, memory * 10**9, (Rate(1, ASSUMED_SHARE * peak * 1e12),), 0.0, False)
     for name, (memory, peak) in _PUBLISHED.items()
 }
 """Devices by their makers' figures."""
@@ -132,7 +137,8 @@ class StagePlan:
     disk: int
     """Bytes of the model, its copy in DVC's cache and two checkpoints while it trains."""
     seconds: float | None
-    """None without a machine. Of several devices as many times less: what they exchange is not counted."""
+    """Start and steps; None without a machine. Steps of several devices take as many times less: what they exchange is
+    not counted."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ class RowCost:
     flops: float
     """Forward and backward."""
     saved: int
-    """Bytes that the forward pass keeps for the backward pass, in fp32."""
+    """Bytes held at the peak for the backward pass, in the dtype of the weights."""
 
 
 def plan(params: Params, machine: Machine | None = None, devices: int = 1) -> list[StagePlan]:
@@ -204,14 +210,16 @@ def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
 
 def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None, devices: int) -> StagePlan:
     model, tokens, targets, forward = parts
-    parameters, head = count_parameters(model), cast(nn.Linear, model.head)
-    cost = row_cost(model, tokens, targets, forward)
+    parameters, vocab_size = count_parameters(model), len(cast(nn.Linear, model.head).weight)
+    device = "cpu" if machine is None or machine.name == CPU else "cuda"
+    itemsize = 2 if config.precision == "bf16" or (config.precision == "auto" and device == "cuda") else 4
+    model.to(outline_dtype(device, itemsize))
+    cost = row_cost(model, tokens, targets, forward, config.activation_checkpointing)
     rows = steps * config.global_batch_size
-    itemsize = 2 if config.precision == "bf16" or (machine is not None and machine.name in PUBLISHED) else 4
-    chunk = min(CHUNK if itemsize == 4 else CUDA_CHUNK, config.micro_batch_size * targets)
-    logits = chunk * head.weight.shape[0] * (LOGIT_BYTES + itemsize)
-    saved = cost.saved * itemsize // 4
-    checkpoint = COPY_BYTES if machine is None or machine.name == CPU else 0
+    logits = min(chunk_rows(vocab_size, device), config.micro_batch_size * targets) * vocab_size
+    logits *= LOGIT_BYTES + itemsize
+    saved = cost.saved * itemsize // outline_dtype(device, itemsize).itemsize
+    checkpoint = COPY_BYTES if device == "cpu" else 0
     budget = Budget(parameters * itemsize, parameters, itemsize, saved, config.micro_batch_size, logits, checkpoint)
     memory = budget.total
     if devices > 1:
@@ -225,7 +233,7 @@ def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Mac
         flops,
         memory,
         parameters * (2 * 4 + 2 * CHECKPOINT_BYTES),
-        flops / machine.rate(parameters) / devices if machine is not None else None,
+        machine.start_seconds + flops / machine.rate(parameters) / devices if machine is not None else None,
     )
 
 
@@ -235,19 +243,29 @@ def _gathered(model: nn.Module, itemsize: int) -> int:
     return itemsize * (count_parameters(model) - sum(blocks) + 2 * max(blocks)) + 4 * max(blocks)
 
 
-def row_cost(model: nn.Module, tokens: int, targets: int, forward: Callable[[], Tensor]) -> RowCost:
+def outline_dtype(device: str, itemsize: int) -> torch.dtype:
+    """That of a model on the meta device which stands for one trained on a device of this type.
+
+    Half precision there takes the attention of a GPU (`takes_packed`), a CPU's has the tensors of fp32.
+    """
+    return torch.bfloat16 if device == "cuda" and itemsize == 2 else torch.float32
+
+
+def row_cost(
+    model: nn.Module, tokens: int, targets: int, forward: Callable[[], Tensor], checkpointing: Checkpointing = "none"
+) -> RowCost:
     """Pass a row forward and back through a model on the meta device; the head is counted at the targets alone."""
     weights = {weight.untyped_storage() for weight in model.parameters()}
     saved: set[torch.UntypedStorage] = set()
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.add(tensor.untyped_storage())
-        return tensor
-
-    counter = FlopCounterMode(display=False)
     # Off the CPU the model takes the plain functions, of as many operations as those by which a CPU trains.
-    with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    checkpoint_blocks(model, checkpointing, whole=1)  # at the peak one block is recomputed, and so held whole
+    with watch_saved(lambda tensor: saved.add(tensor.untyped_storage())):
+        forward()
+    checkpoint_blocks(model, checkpointing)
+    counter = FlopCounterMode(display=False)
+    with counter:
         torch.autograd.backward(forward().sum())
+    checkpoint_blocks(model, "none")
     head = cast(nn.Linear, model.head)
     logits = 3 * 2 * targets * head.weight.numel()  # forward, and backward to the stream and to the weight
     return RowCost(tokens, counter.get_total_flops() + logits, sum(storage.nbytes() for storage in saved - weights))
@@ -262,8 +280,18 @@ def measure_machine(config: LoopConfig, report: Callable[[str], None]) -> Machin
         rate = _measured(config, width, device)
         report(f"{rate.parameters / 1e6:,.1f} M parameters: {rate.flops / 1e9:,.1f} GFLOP/s")
         rates.append(rate)
+    start = min(_start_seconds() for _ in range(2))  # the first may read from a cold disk
+    report(f"start of a stage: {start:.1f} s")
     name = torch.cuda.get_device_name() if device.type == "cuda" else CPU
-    return Machine(name, device_memory(device), tuple(rates), True)
+    return Machine(name, device_memory(device), tuple(rates), start, True)
+
+
+def _start_seconds() -> float:
+    """Seconds of a process that gets ready to run a training stage."""
+    started = time.perf_counter()
+    line = "from components.runtime.stage import stage_function; stage_function('tune')"
+    subprocess.run([sys.executable, "-c", line], check=True)
+    return time.perf_counter() - started
 
 
 def _measured(config: LoopConfig, width: int, device: torch.device) -> Rate:
@@ -282,9 +310,11 @@ def _measured(config: LoopConfig, width: int, device: torch.device) -> Rate:
     model, length = Decoder(shape), shape.max_seq_len
     with torch.device("meta"):
         outline, row = Decoder(shape), torch.zeros(1, length, dtype=torch.long)
+    dtype = compute_dtype(config.precision, device, model)
+    outline.to(outline_dtype(device.type, dtype.itemsize))
     cost = row_cost(outline, length, length, lambda: outline.hidden(row, torch.ones_like(row), row))
     rows = MEASURED_TOKENS[device.type] // length
-    compute_in(model, config, device, compute_dtype(config.precision, device, model))
+    compute_in(model, config, device, dtype)
     training = Training(model.train(), causal_lm, config, 0)
     ids = torch.randint(MEASURED_VOCAB, (rows, length), device=device)
     positions = torch.arange(length, device=device).expand(rows, -1)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
+from components.runtime.service_registry import record_schedules
 from flows.orchestration.prefect_server import home_tag
 
 POOLS = ("cpu", "gpu")
@@ -57,9 +59,11 @@ def register(root: Path) -> list[dict[str, str]]:
     if ended.returncode:
         lines = (ended.stdout + ended.stderr).strip().splitlines()
         raise InputError(f"prefect.yaml: {lines[-1].strip() if lines else 'prefect deploy failed'}; correct it there")
+    scheduled = [_flow(deployment) for deployment in deployments if deployment.get("schedules")]
+    record_schedules(Paths(root).home, scheduled)
     return [
         {
-            "deployment": f"{deployment['entrypoint'].rpartition('.')[2]}/{deployment['name']}",
+            "deployment": f"{_flow(deployment)}/{deployment['name']}",
             "pool": deployment["work_pool"]["name"],
             "cron": ", ".join(schedule["cron"] for schedule in deployment.get("schedules", ()) if "cron" in schedule),
             "event": ", ".join(event for trigger in deployment.get("triggers", ()) for event in trigger["expect"]),
@@ -80,3 +84,8 @@ def read_deployments(root: Path) -> list[dict[str, Any]]:
     except yaml.YAMLError as error:
         raise InputError(f"prefect.yaml: not valid YAML: {' '.join(str(error).split())}") from None
     return list(declared["deployments"])
+
+
+def _flow(deployment: Mapping[str, Any]) -> str:
+    """The name of a deployment's flow."""
+    return str(deployment["entrypoint"].rpartition(".")[2])

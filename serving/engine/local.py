@@ -1,4 +1,4 @@
-"""A backend whose model runs in this process: one scheduler generates for all requests, a decode step at a time.
+"""A backend whose model runs in this process: a scheduler for each device generates, a decode step at a time.
 
 Prompts, tools and records are processed on other threads, so that they do not block the scheduler.
 """
@@ -6,6 +6,7 @@ Prompts, tools and records are processed on other threads, so that they do not b
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,10 @@ from typing import Any
 from components.agent.agent import Agent, Answer, ContextTooLong, Prompt
 from components.agent.tools import Tool
 from components.config.loop_settings import ServeConfig
-from components.inference.batching import ContinuousBatch, Row
-from components.inference.served_model import load_served
+from components.inference.batching import Row
+from components.inference.served_model import load_replicas
 from components.models.base_store import base_folder, is_adapter
 from components.models.decoder import Decoder
-from components.models.devices import threads_for, use_threads
 from components.tokenization.call_formats import CallTextFilter
 from components.tokenization.chat_tokenizer import ChatTokenizer
 from components.tokenization.tool_calls import ToolCallDeltaParser, new_call_id, openai_call
@@ -36,7 +36,8 @@ from serving.engine.backend import (
     ToolCallDelta,
     load_agent,
 )
-from serving.engine.scheduler import Scheduler, Turn
+from serving.engine.router import Router, serving_devices
+from serving.engine.scheduler import Turn
 from serving.engine.shared_base import SharedBase
 
 COLD = 1e-4
@@ -52,7 +53,7 @@ class LocalEngine(Backend):
 
     def __init__(
         self,
-        model: Decoder,
+        models: Sequence[Decoder],
         agent: Agent,
         name: str,
         config: ServeConfig,
@@ -60,32 +61,26 @@ class LocalEngine(Backend):
         on_step: Callable[[int], None] = lambda rows: None,
         shared: tuple[SharedBase, int] | None = None,
     ) -> None:
-        """`on_step` is called with the number of requests in each decode step.
+        """`models`: the model on each device; `on_step` is called with the number of requests in each decode step.
 
-        `shared`: the base with which others share the model, and the number of this engine's adapter.
+        `shared`: the base with which others share the models, and the number of this engine's adapter.
         """
         self._shared = shared[0] if shared else None
         self.adapter = shared[1] if shared else 0
-        if self._shared is not None:
-            batch = self._shared.batch
-        else:
-            batch = ContinuousBatch(model, slots or config.max_running, config.max_context_tokens)
-        super().__init__(agent, name, config, batch.count)
-        agent.context_len = batch.context
-        if note := batch.plan.note(model.config.max_seq_len, slots or config.max_running):
-            logger.warning("%s: %s", name, note)
-        self.model = model
-        self.sees_pictures = model.sees_pictures
+        self.router = self._shared.router if self._shared else Router(models, name, config, slots, self._on_step)
+        super().__init__(agent, name, config, self.router.count)
+        agent.context_len = self.router.context
+        if self.router.note:
+            logger.warning("%s: %s", name, self.router.note)
+        self.model = self.router.models[0]
+        self.sees_pictures = self.model.sees_pictures
         self.max_new_tokens = config.max_new_tokens
         self._observe_step = on_step
         # As many as there may be requests: every one of them may be waiting for a tool.
         self.pool = ThreadPoolExecutor(self.room, f"{name}-reply")
         self._stopped = threading.Event()
         if self._shared is not None:
-            self.scheduler = self._shared.scheduler
             self._shared.listen(self.adapter, self._on_step)
-        else:
-            self.scheduler = Scheduler(batch, name, self._on_step)
 
     @classmethod
     def load(
@@ -101,24 +96,31 @@ class LocalEngine(Backend):
         Raises: InputError when the folder holds no usable model.
         """
         agent = load_agent(folder, config, external_tools)
+
+        def load(source: Path) -> list[Decoder]:
+            return load_replicas(source, agent.tokenizer, config.int8, serving_devices(config.devices))
+
         if is_adapter(folder):
-            shared = SharedBase.open(
-                folder, config, lambda: load_served(base_folder(folder), agent.tokenizer, config.int8)
-            )
-            use_threads(threads_for(shared[0].model.num_parameters))
-            engine = cls(shared[0].model, agent, name, config, on_step=on_step, shared=shared)
+            shared = SharedBase.open(folder, config, lambda: load(base_folder(folder)))
+            engine = cls((), agent, name, config, on_step=on_step, shared=shared)
         else:
-            engine = cls(load_served(folder, agent.tokenizer, config.int8), agent, name, config, on_step=on_step)
+            engine = cls(load(folder), agent, name, config, on_step=on_step)
         engine.warm()
         return engine
 
     def warm(self) -> None:
-        done = threading.Event()
+        """Answer a request, and a turn on each other device."""
+        done, chat = threading.Semaphore(0), [{"role": "user", "content": "Hello"}]
         self.submit(
-            GenerationRequest([{"role": "user", "content": "Hello"}], rules=self.agent.rules(), max_tokens=2),
-            lambda event: done.set() if isinstance(event, Completion | Failure) else None,
+            GenerationRequest(chat, rules=self.agent.rules(), max_tokens=2),
+            lambda event: done.release() if isinstance(event, Completion | Failure) else None,
         )
-        done.wait()
+        done.acquire()
+        ids = self.agent.tokenizer.encode_chat(chat, None, add_generation_prompt=True)[0]
+        for scheduler in self.router.schedulers[1:]:
+            row = Row(ids, 2, adapter=self.adapter)
+            scheduler.submit(Turn(row, lambda token: True, lambda error: done.release(), math.inf))
+            done.acquire()
 
     @property
     def context_len(self) -> int:
@@ -141,14 +143,14 @@ class LocalEngine(Backend):
         if self._shared is not None:
             self._shared.leave(self.adapter)
         else:
-            self.scheduler.end()
+            self.router.end()
         self.pool.shutdown(wait=False)
         self._stopped.set()
 
     def _join(self) -> None:
         self._stopped.wait()
         if self._shared is None:
-            self.scheduler.join()
+            self.router.join()
         self.pool.shutdown()
 
 
@@ -240,7 +242,7 @@ class LocalTask(GenerationTask):
             pictures=prompt.pictures,
         )
         turn = Turn(self.row, self._push, self._ended, self.deadline, self.cancelled)
-        self.engine.scheduler.submit(turn, first=self.turn > 0)
+        self.engine.router.submit(turn, first=self.turn > 0)
 
     def _push(self, number: int) -> bool:
         """Send the text and calls that a token completes; false when a stop string ends the turn."""

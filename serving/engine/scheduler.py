@@ -18,6 +18,8 @@ import torch
 from components.inference.batching import ContinuousBatch, Row
 from components.models.devices import use_threads
 
+REST_SECONDS = 60.0
+"""For which a device whose step failed gets turns only where all have failed."""
 PREFILLS = 4
 """Prefills in a row while more turns wait than decode: a decode step of few rows costs nearly as much as of many."""
 
@@ -52,10 +54,22 @@ class Scheduler:
         self._waiting: deque[Turn] = deque()
         self._changed = threading.Condition()
         self._ended = False
+        self._failed = -REST_SECONDS
+        """By `time.monotonic()`: the last step that failed."""
         self._threads = torch.get_num_threads()
         """The loading thread's setting: a packed model's size is unknown."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+
+    @property
+    def load(self) -> int:
+        """Turns that wait or have a slot."""
+        with self._changed:
+            return len(self._waiting) + len(self._turns)
+
+    @property
+    def failing(self) -> bool:
+        return time.monotonic() - self._failed < REST_SECONDS
 
     def submit(self, turn: Turn, first: bool = False) -> None:
         """Queue a turn; `first` puts it in front of the queue."""
@@ -74,6 +88,8 @@ class Scheduler:
 
     def _run(self) -> None:
         use_threads(self._threads)
+        if self.slots.device.type == "cuda":
+            torch.cuda.set_device(self.slots.device)  # of this thread: streams and graphs are those of the current one
         while True:
             with self._changed:
                 while not (self._waiting or self._turns or self._ended):
@@ -85,6 +101,7 @@ class Scheduler:
             except Exception as error:
                 # The failing row is unknown: all turns end.
                 logger.exception("a step of the model failed")
+                self._failed = time.monotonic()
                 self._fail_all(error)
 
     def _step(self) -> None:
@@ -108,9 +125,9 @@ class Scheduler:
                 self._waiting.remove(turn)
             count = 0 if self.slots.prefilling else self.slots.group([turn.row for turn in self._waiting])
             turns = [self._waiting.popleft() for _ in range(count)]
+            self._turns |= {turn.row: turn for turn in turns}
         for turn in over:
             turn.ended(None)
-        self._turns |= {turn.row: turn for turn in turns}
         if turns:
             self.slots.admit([turn.row for turn in turns])
 
@@ -131,7 +148,10 @@ class Scheduler:
         turn.ended(error)
 
     def _fail_all(self, error: Exception) -> None:
-        self.slots.clear()
         turns, self._turns = list(self._turns.values()), {}
+        try:
+            self.slots.clear()
+        except Exception:  # a device that answers nothing any more; turns that come fail as well, instead of waiting
+            logger.exception("the memory of a failed step was not released")
         for turn in turns:
             turn.ended(error)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from components.config.loop_settings import ServeConfig
 from components.inference.adapter_bank import AdapterBank
-from components.inference.batching import ContinuousBatch
 from components.models.base_store import read_base
 from components.models.checkpoint import check_model
 from components.models.decoder import Decoder
-from serving.engine.scheduler import Scheduler
+from serving.engine.router import Router
 
 _SHARED: dict[Any, SharedBase] = {}
 """By the digest of the weights and the settings of serving."""
@@ -21,18 +20,16 @@ _OPENING = threading.RLock()
 
 
 class SharedBase:
-    """A base with the adapters of the engines that use it; it ends with the last of them."""
+    """A base with the adapters of the engines that use it, on each device; it ends with the last of them."""
 
-    def __init__(self, model: Decoder, name: str, config: ServeConfig) -> None:
-        self.bank = AdapterBank(model)
-        self.model = model
-        self.batch = ContinuousBatch(model, config.max_running, config.max_context_tokens)
-        self.scheduler = Scheduler(self.batch, name, self._on_step)
+    def __init__(self, models: Sequence[Decoder], name: str, config: ServeConfig) -> None:
+        self._banks = [AdapterBank(model) for model in models]
+        self.router = Router(models, name, config, on_step=self._on_step)
         self._listeners: dict[int, Callable[[int], None]] = {}
         """What each adapter's engine does after a decode step."""
 
     @classmethod
-    def open(cls, folder: Path, config: ServeConfig, load: Callable[[], Decoder]) -> tuple[SharedBase, int]:
+    def open(cls, folder: Path, config: ServeConfig, load: Callable[[], Sequence[Decoder]]) -> tuple[SharedBase, int]:
         """The base of an adapter's folder, from `load` where it is not in memory yet, and the adapter's number there.
 
         Raises: InputError when the adapter does not fit its base.
@@ -44,7 +41,7 @@ class SharedBase:
             if key not in _SHARED:
                 _SHARED[key] = cls(load(), f"base {base.source}", config)
             shared = _SHARED[key]
-            number = shared.bank.add(adapted)
+            number = {bank.add(adapted) for bank in shared._banks}.pop()  # each bank counts alike
             shared._listeners[number] = lambda rows: None
             return shared, number
 
@@ -57,11 +54,12 @@ class SharedBase:
         with _OPENING:
             if self._listeners.pop(number, None) is None:
                 return
-            self.bank.remove(number)
+            for bank in self._banks:
+                bank.remove(number)
             if not self._listeners:
                 for key in [key for key, shared in _SHARED.items() if shared is self]:
                     del _SHARED[key]
-                self.scheduler.end()
+                self.router.end()
 
     def _on_step(self, rows: int) -> None:
         for on_step in list(self._listeners.values()):

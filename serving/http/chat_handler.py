@@ -45,7 +45,7 @@ from serving.engine.backend import (
 )
 from serving.http.errors import ERRORS, ApiError, failed_stream_body
 from serving.http.media import NO_MEDIA, RequestMedia, refuse_media
-from serving.http.routes import DirectRoute, Running, record_owner, requesting_user, tool_policy
+from serving.http.routes import DirectRoute, Running, record_owner, requesting_user, servers_in, tool_policy
 from serving.http.schemas import ChatRequest
 from serving.models.state import Serving
 from serving.observability.metrics import Metrics, RequestMetrics
@@ -325,6 +325,7 @@ class Confirmed:
 
 async def _run_confirmed(body: ChatRequest, agent: Agent, policy: ToolPolicy) -> Confirmed:
     """Run the calls of the last message that a person confirmed."""
+    policy = replace(policy, servers_read=servers_in([message.plain() for message in body.messages], agent.tools))
     if body.confirmed_tool_calls is None:
         return Confirmed(policy)
     session = ToolSession(lambda: agent.tools, policy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import pydantic_core
@@ -13,9 +13,13 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope, Send
 
 from components.agent.tool_policy import ToolPolicy
+from components.agent.tools import Tool
 from components.feedback.keys import ApiKey
 from serving.http.errors import ApiError
 from serving.models.state import Serving
+
+UNKNOWN_SERVER = "?"
+"""Stands for the origin of a result whose tool is none of ours."""
 
 
 async def _serving(request: Request) -> Serving:
@@ -45,6 +49,16 @@ def tool_policy(request: Request, allowed_writes: Sequence[str]) -> ToolPolicy:
     if key is None:
         return ToolPolicy(allowed_writes=writes)
     return ToolPolicy(key.opens("tools"), key.tools, writes)
+
+
+def servers_in(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool]) -> frozenset[str]:
+    """Servers whose results a client sends within a conversation; of a tool that is none of ours, an unknown one."""
+    calls = [each for message in messages for each in message.get("tool_calls") or ()]
+    called = {each["id"]: each["function"]["name"] for each in calls}
+    servers = {tool.name: tool.server for tool in tools}
+    results = [message for message in messages if message["role"] == "tool"]
+    names = [message.get("name") or called.get(message["tool_call_id"], "") for message in results]
+    return frozenset(servers.get(name, UNKNOWN_SERVER) for name in names) - {""}
 
 
 def requesting_user(request: Request, user: str | None) -> str:

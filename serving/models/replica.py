@@ -17,6 +17,8 @@ BEAT_SECONDS = 1.0
 """Interval of the signs of life, and of the check that the database can be written."""
 STALE_SECONDS = 5.0
 """Time without a successful write after which the database counts as away, also where the write has not failed yet."""
+HUNG_SECONDS = 15.0
+"""Time without an answer after which what waits for the database fails, as after an outage of that length."""
 
 logger = logging.getLogger("loopwright.replicas")
 
@@ -35,18 +37,24 @@ class Replica:
         self._store, self._models = store, models
         self._others: list[frozenset[str]] = []
         self._recorded, self._failed = float("-inf"), False
-        self._stop = threading.Event()
+        self._asked: float | None = None
+        """By `time.monotonic()`: when the write began that has not ended."""
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._announce_repeatedly, name="replica", daemon=True)
 
     def start(self) -> None:
+        if self._store.is_shared:
+            threading.Thread(target=self._watch_store, name="replica-watch", daemon=True).start()
         self._announce()
         self._thread.start()
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(BEAT_SECONDS)
+        self._asked = time.monotonic()
         with suppress(StoreUnavailable):
             self._store.leave(self.id)
+        self._ended.set()
 
     @property
     def can_record(self) -> bool:
@@ -68,7 +76,15 @@ class Replica:
         while not self._stop.wait(BEAT_SECONDS):
             self._announce()
 
+    def _watch_store(self) -> None:
+        """A server that hangs answers neither this replica nor those who wait for it: they would wait for ever."""
+        while not self._ended.wait(BEAT_SECONDS):
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > HUNG_SECONDS:
+                self._store.give_up()
+
     def _announce(self) -> None:
+        self._asked = time.monotonic()
         try:
             replicas = self._store.announce(self.id, sorted(self._models()))
         except StoreUnavailable as error:
@@ -81,6 +97,8 @@ class Replica:
                 logger.exception("not ready: the database cannot be written")
             self._failed = True
             return
+        finally:
+            self._asked = None
         if self._failed:
             logger.info("the database can be written again")
         self._others = [models for name, models in replicas.items() if name != self.id]

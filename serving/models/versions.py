@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
-from components.models.base_store import is_adapter, read_base
+from components.feedback.store import audit
+from components.models.base_store import base_folder, is_adapter, read_base
 from components.models.weight_files import cached_digest, check_digest
 from components.runtime.model_tasks import TASKS
-from components.tracking.registry import ADAPTER_SHA256, WEIGHTS_SHA256, Registry
+from components.tracking.registry import ADAPTER_SHA256, BASE_SHA256, WEIGHTS_SHA256, Registry
 from serving.engine.backend import BackendNotReady
 
 DEFAULT = ",".join(f"{name}@champion" for name in TASKS)
@@ -62,6 +63,8 @@ class Bundled:
         """Raises: InputError when the weights are not those that were registered."""
         if sha256 := self.tags.get(WEIGHTS_SHA256) or self.tags.get(ADAPTER_SHA256):
             check_digest(self.folder, sha256, str(self))
+        if sha256 := self.tags.get(BASE_SHA256):
+            check_digest(base_folder(self.folder), sha256, str(self))
 
     def __str__(self) -> str:
         return f"{self.metadata['name']}/{self.metadata['version']}"
@@ -112,7 +115,8 @@ class Registered:
     def mark_failed(self, version: Version, reason: str, device: str) -> None:
         failed = self._registry.resolve(str(version))
         if device == failed.tags.get("smoke_device", device):
-            self._registry.demote(failed, reason)
+            if self._registry.demote(failed, reason):
+                audit(self._registry.home, "rollback", str(failed), f"by the endpoint: {reason}")
         else:  # replicas on other devices go on with it
             self._registry.tag(failed, {f"smoke_failed {device}": reason})
 

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from components.feedback.store import Store, StoreUnavailable
 from components.models.devices import device_memory
-from components.runtime.service_registry import successes
+from components.runtime.service_registry import schedules, successes
 from serving.models.replica import Replica
 
 REFRESH_SECONDS = 10.0
@@ -55,9 +55,11 @@ class PlatformCollector(Collector):
         yield refused
         yield from self._of_the_store()
         last = gauge("loopwright_last_success_timestamp_seconds", "End of the last success.", labels=["flow"])
-        for flow, seconds in successes(self._home).items():
-            last.add_metric([flow], seconds)
-        yield last
+        since = gauge("loopwright_scheduled_timestamp_seconds", "First registration of the schedule.", labels=["flow"])
+        for metric, times in ((last, successes(self._home)), (since, schedules(self._home))):
+            for flow, seconds in times.items():
+                metric.add_metric([flow], seconds)
+            yield metric
 
     def _of_the_store(self) -> Iterator[GaugeMetricFamily]:
         is_available = int(self._replica.can_record)

@@ -21,7 +21,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from components.config.errors import InputError
-from components.runtime.service_registry import AUTH_FILE
+from components.runtime.service_registry import AUTH_FILE, record_schedules, schedules
 from components.runtime.supervisor import Supervisor
 from components.tracking.mlflow_client import connect
 from flows.orchestration.prefect_server import client_settings, free_port, prefect_api
@@ -181,6 +181,7 @@ def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:
         pool = {"name": "cpu", "type": "process", "base_job_template": template}
         assert client.post("/work_pools/", json=pool).is_success
         environment = {**client_settings(services.home, services.prefect), "PATH": "/usr/bin"}
+        environment["LOOPWRIGHT_HOME"] = str(services.home)
         subprocess.run([sys.executable, "-c", program], cwd=SOURCE, env=environment, check=True)
         template = client.get("/work_pools/cpu").json()["base_job_template"]
         assert "command" not in str(template)
@@ -190,6 +191,10 @@ def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:
             f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": {"command": "touch started"}}
         )
         assert started.status_code == 422
+    since = schedules(services.home)
+    assert sorted(since) == ["improve", "ingest", "monitor", "pipeline"], "late as well where they never succeed"
+    record_schedules(services.home, ["ingest"])
+    assert schedules(services.home) == {"ingest": since["ingest"]}
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,8 @@ def improve(paths: Paths, registry: Registry, number: int) -> None:
     tags = {"dvc.data/feedback": hashed, "bento": f"agent:v{number}"}
     tags |= {"parent": f"agent/{number - 1}"} if number > 1 else {}
     version = registry.register(folder, "agent", {"score": 0.5}, tags, flow)
+    for name, text in (("held_out_answers.json", "x" * WEIGHTS), ("lineage.json", "{}"), ("gate.md", "")):
+        registry.client.log_text(version.run_id, text, name)
     registry.promote(version)
     with closing(Store.of(paths.home)) as store:
         body = {"messages": [{"role": "user", "content": "hi"}]}
@@ -112,6 +114,8 @@ def test_the_disk_stays_flat_and_lineage_whole(paths: Paths, monkeypatch: pytest
             chain = [(each["version"], each["feedback"]) for each in version["taught_by"]]
             assert chain == [(f"agent/{each}", [f"fb-{each}"]) for each in range(number, 0, -1)]
             assert version["metrics"] == {"score": 0.5}
+    older = registry.files(registry.resolve("agent/1")).parent
+    assert sorted(path.name for path in older.iterdir() if path.is_file()) == ["gate.md", "lineage.json"]
     kept = [f"agent/{number}" for number in range(ROUNDS - 2, ROUNDS + 1)]
     assert all((registry.resolve(name).folder / "model.safetensors").is_file() for name in kept)
     with pytest.raises(InputError, match=r"agent/1: its weights were pruned \(keep\.versions"):

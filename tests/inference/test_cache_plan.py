@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from components.config.params import InputError
-from components.inference import batching, cache_plan
+from components.inference import cache_plan, slot_cache
 from components.inference.batching import ContinuousBatch, Row, generate
 from components.inference.cache_plan import (
     CACHE_SHARE,
@@ -141,7 +141,7 @@ def pages_in_use(batch: ContinuousBatch) -> int:
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="pages in use are read from /proc")
 def test_memory_follows_the_tokens_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a tenth, rows of unlike lengths beside each other, some gone and some moved; all left, none is taken."""
-    monkeypatch.setattr(batching, "KEPT_BYTES", 0)
+    monkeypatch.setattr(slot_cache, "KEPT_BYTES", 0)
     torch.manual_seed(1)
     batch = ContinuousBatch(Decoder(DecoderConfig(64, 64, 2, 2, 2, 64, 32, 4096)).eval(), 8)
     others = pages_in_use(batch)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,3 +107,15 @@ def test_a_job_whose_launcher_has_ended_is_refused(
     with pytest.raises(SystemExit, match="1"):
         ray_job.main()
     assert capsys.readouterr().out == f"refused: tune: {file} is gone: its launcher has ended; run the stage again\n"
+
+
+def test_ranks_do_not_wait_for_a_node_that_is_dead(ray_job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray notices it only when the group for the restart is already waiting: that start counts as lost."""
+    sizes = iter([2, 2, 1])
+    monkeypatch.setattr(ray_job, "devices", lambda: next(sizes))
+    monkeypatch.setattr(ray_job, "device", lambda: "CPU")
+    group = SimpleNamespace(wait=lambda timeout_seconds: False)
+    monkeypatch.setattr(ray_job, "placement_group", lambda bundles, strategy: group)
+    monkeypatch.setattr(ray_job, "remove_placement_group", lambda _: None)
+    assert ray_job.run_ranks("tune", 2, {}, []) == {0: ray_job.LOST}
+    assert ray_job.run_ranks("tune", 2, {}, [15]) == {}, "stopped"

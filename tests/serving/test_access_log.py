@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from components.runtime.service_registry import record_success
+from components.runtime.service_registry import record_schedules, record_success
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
 from serving.observability.access_log import AccessLogMiddleware
@@ -99,6 +99,8 @@ def test_the_state_of_the_platform_is_measured(app: Local, home: Path, monkeypat
     assert 0 < value(app, "loopwright_ingest_lag_seconds") < 60
     record_success(home, "ingest")
     assert time.time() - value(app, 'loopwright_last_success_timestamp_seconds{flow="ingest"}') < 60
+    record_schedules(home, ["monitor"])
+    assert time.time() - value(app, 'loopwright_scheduled_timestamp_seconds{flow="monitor"}') < 60
     app.client.get("/nope")
     assert value(app, 'loopwright_errors_total{code="not_found"}') >= 1
     (home / "feedback.db").rename(home / "away.db")

@@ -16,11 +16,11 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from components.config.loop_settings import ServeConfig
 from components.config.params import load_params
-from components.models.weight_files import weights_digest
+from components.models.weight_files import weight_files, weights_digest, write_weights
 from components.tracking.registry import ModelVersion, Registry
 from serving.engine.backend import Backend, BackendNotReady, Completion, Event, Failure, GenerationRequest
 from serving.engine.remote import RemoteServer
@@ -325,3 +325,30 @@ def test_whole_model_waits_for_the_server_that_has_its_weights(
     assert watcher.engine is not None
     assert watcher.engine.name == "agent/2"
     assert answer(watcher.engine) == "the base"
+
+
+def test_whole_model_in_shards_is_served_by_a_server_of_several_devices(
+    watcher: AliasWatcher[Backend],
+    vllm: VLLM,
+    config: ServeConfig,
+    registry: Registry,
+    agent_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """With `--tensor-parallel-size` a server has one address and one root, whose shards are compared."""
+    sharded = tmp_path / "sharded"
+    shutil.copytree(agent_folder, sharded, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(agent_folder / "model.safetensors")
+    write_weights(tensors.items(), sharded, shard_bytes=sum(each.nbytes for each in tensors.values()) // 4)
+    assert len(weight_files(sharded)) > 2
+    registry.promote(registry.register(sharded, "agent", {}, {}, None))
+    vllm.root = str(sharded)
+    watcher.update()
+    vllm.open.clear()
+    asked = [submit(watcher.engine) for _ in range(CONFIG.max_running)]
+    vllm.open.set()
+    assert [completion(events) for events in asked] == ["the base"] * CONFIG.max_running
+    first, *others = weight_files(sharded)
+    first.write_bytes(others[0].read_bytes())
+    with pytest.raises(BackendNotReady, match=r"does not have the weights of agent/1"):
+        RemoteServer.load(registry.resolve("agent/1").folder, "agent/1", config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -61,18 +62,25 @@ def test_packaged_agent_answers_from_its_own_weights(packable: Any) -> None:
     assert process.returncode == 0
 
 
-def test_bentoml_serve_has_the_limits_of_connections(packable: Any) -> None:
+def test_bentoml_serve_has_the_limits_of_connections_and_writes_for_its_user_alone(
+    packable: Any, tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "bentoml", "serve", "agent:v1", "--host", "127.0.0.1", "--port", str(port)]
     environment = {"BENTOML_HOME": str(packable.home / "bento"), "BENTOML_DO_NOT_TRACK": "true"}
+    environment["LOOPWRIGHT_HOME"] = str(state := tmp_path / "state")
     with (packable.home / "bentoml.log").open("wb") as log:
+        mask = os.umask(0o022)
         process = start(command, log, environment)
+        os.umask(mask)
         try:
             assert wait_for(f"http://127.0.0.1:{port}/readyz", 120, process)
             with socket.create_connection(("127.0.0.1", port), timeout=20) as slow:
                 slow.sendall(b"GET /livez HTTP/1.1\r\nHost")
                 assert slow.recv(65536).startswith(b"HTTP/1.1 408")
+            assert (state / "feedback.db").is_file()
+            assert not [path for path in state.rglob("*") if path.stat().st_mode & 0o077]
         finally:
             stop(process)

@@ -238,7 +238,7 @@ def test_products_are_in_bf16_if_the_answers_pass(
 def narrow(agent_folder: Path) -> Any:
     """One slot, one place to wait."""
     loaded = LocalEngine.load(agent_folder, "agent/1", CONFIG)
-    engine = LocalEngine(loaded.model, loaded.agent, "agent/1", CONFIG, slots=1)
+    engine = LocalEngine([loaded.model], loaded.agent, "agent/1", CONFIG, slots=1)
     loaded.close()
     yield engine
     engine.close()

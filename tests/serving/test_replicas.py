@@ -132,6 +132,27 @@ def test_a_database_that_hangs_holds_no_scrape(
     await_status(replicas[0], 200)
 
 
+def test_a_database_that_hangs_holds_no_request(
+    replicas: list[Any], database: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it fails as when it is away, and so does what comes later; all goes on when it answers again."""
+    monkeypatch.setattr(replica, "HUNG_SECONDS", 0.5)
+    app, vote = replicas[0], {"completion_id": replicas[0].ask("Hello").json()["id"], "rating": "up"}
+    requests = [lambda: app.ask("Hello"), lambda: app.client.post("/v1/feedback", json=vote)] * 20
+    with ThreadPoolExecutor(len(requests)) as pool:
+        database.suspend()
+        try:
+            asked = [pool.submit(request) for request in requests]
+            refused = [each.result(timeout=60) for each in asked]
+            await_status(app, 503)
+            refused += [request() for request in requests[:2]]
+        finally:
+            database.resume()
+    assert {(each.status_code, each.json()["error"]["code"]) for each in refused} == {(503, "store_unavailable")}
+    await_status(app, 200)
+    assert [request().status_code for request in requests[:2]] == [200, 202]
+
+
 def test_answers_and_votes_wait_for_a_database_that_restarts(replicas: list[Any], database: PostgresServer) -> None:
     completion = replicas[0].ask("Hello").json()["id"]
     ended, statuses = threading.Event(), []

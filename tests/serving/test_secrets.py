@@ -21,6 +21,8 @@ pytestmark = pytest.mark.platform
 
 MARK = "s3cr3t"
 PARAMS = f"""
+run:
+  address: http://user:{MARK}-ray@127.0.0.1:8265
 serve:
   follow_seconds: 0.1
   backend_url: http://user:{MARK}-backend-url@127.0.0.1:9/v1
@@ -53,7 +55,7 @@ def planted(agent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pro
         shutil.copytree(ROOT / name, project.root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bentofile.yaml", "dvc.yaml", "requirements-serve.lock"):
         shutil.copyfile(ROOT / name, project.root / name)
-    written = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("serve: {}\n", PARAMS)
+    written = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("run: {}\n", "").replace("serve: {}\n", PARAMS)
     (project.root / "params.yaml").write_text(written, encoding="utf-8")
     (project.root / ".dvc").mkdir()
     remote = f"['remote \"far\"']\n    url = webdavs://user:{MARK}-dvc-url@example.org/dvc\n    password = {MARK}-dvc\n"
@@ -81,6 +83,7 @@ def test_registry_and_bento_hold_no_secret(planted: Project) -> None:
     code, out, err = planted.run("package", "agent/1", "--json", **ENVIRONMENT)
     assert code == 0, err
     assert "serve.mcp_servers.shop.env.TOKEN" in err
+    assert "run.address" in err
     assert leaks(out + err) == []
     source = planted.home / "bento" / "bentos" / "agent" / "v1" / "src"
     assert "TOKEN: $TOKEN" in (source / "params.yaml").read_text()

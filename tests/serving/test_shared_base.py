@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from components.agent.pyfunc import Predictor
-from components.config.params import load_params
-from components.models.base_store import BASE, STORE, store_base
+from components.config.params import InputError, load_params
+from components.inference.adapter_bank import bank_of
+from components.models.base_store import BASE, STORE, base_folder, store_base
 from components.models.checkpoint import load_decoder, merge_folder, save_decoder
 from components.models.lora import add_lora
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
@@ -22,7 +23,7 @@ from components.tracking.registry import BASE_VERSION, WEIGHTS_SHA256, Registry
 from serving.engine.backend import Completion, Event, Failure, GenerationRequest
 from serving.engine.local import LocalEngine
 from serving.models.alias_watcher import AliasWatcher
-from serving.models.versions import Registered
+from serving.models.versions import Bundled, Registered
 from tests.serving.conftest import EXAMPLES, GREETING, ROOT, learn
 
 CONFIG = load_params(ROOT / "params.yaml").serve.model_copy(update={"max_new_tokens": 64, "max_running": 4})
@@ -82,7 +83,7 @@ def test_engines_of_one_base_share_it_and_answer_as_their_own_model(adapters: di
     engines = [LocalEngine.load(folder, f"{name}/1", CONFIG) for name, folder in adapters.items()]
     first, second = engines
     assert first.model is second.model
-    assert first.scheduler is second.scheduler
+    assert first.router is second.router
     assert answers(engines * 2) == list(WORDS.values()) * 2
     first.close()
     assert answers([second]) == [WORDS["second"]]
@@ -91,6 +92,17 @@ def test_engines_of_one_base_share_it_and_answer_as_their_own_model(adapters: di
     assert again.model is not first.model, "with its last adapter a base leaves memory"
     assert answers([again]) == [WORDS["first"]]
     again.close()
+
+
+def test_adapters_answer_alike_on_two_devices(adapters: dict[str, Path]) -> None:
+    config = CONFIG.model_copy(update={"devices": ["cpu", "cpu"], "max_running": 1})
+    engines = [LocalEngine.load(folder, f"{name}/1", config) for name, folder in adapters.items()]
+    assert answers(engines * 2) == list(WORDS.values()) * 2
+    banks = {id(bank_of(model)) for model in engines[0].router.models}
+    assert len(banks) == 2
+    engines[0].close()
+    assert answers(engines[1:] * 4) == [WORDS["second"]] * 4
+    engines[1].close()
 
 
 def test_a_merged_adapter_answers_the_same(adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -121,6 +133,23 @@ def test_a_promoted_adapter_is_swapped_in_without_its_base(adapters: dict[str, P
         assert watcher.engine.model is champion.model
         assert answers([watcher.engine]) == [words]
     watcher.close()
+
+
+def test_a_base_whose_weights_were_replaced_is_refused(adapters: dict[str, Path], home: Path) -> None:
+    registry = Registry(home)
+    version = registry.register(adapters["first"], "crew", {}, {}, None)
+    weights = base_folder(version.folder) / "model.safetensors"
+    kept = weights.rename(weights.with_suffix(".kept"))
+    weights.write_bytes(b"others")
+    refused = r"its weights have the SHA-256 \w{12}…, and were registered with \w{12}…"
+    try:
+        with pytest.raises(InputError, match=f"the base: .*{refused}"):
+            _ = registry.resolve(str(version)).folder
+        with pytest.raises(InputError, match=f"{version}: .*{refused}"):
+            Bundled(version.stored, {"name": version.name, "version": version.version, "tags": version.tags})
+    finally:
+        kept.replace(weights)
+    assert registry.resolve(str(version)).folder == version.folder
 
 
 def test_the_base_itself_answers_as_before(agent_folder: Path, adapters: dict[str, Path]) -> None:

@@ -72,6 +72,21 @@ def ask(loaded: Any) -> None:
         assert not isinstance(event, Failure), event
 
 
+def test_batches_of_one_cpu_divide_its_threads(agent_folder: Path, loaders: Any, threads: Any) -> None:
+    """Each has computed when the engine is loaded."""
+    before = torch.get_num_threads()
+    config = CONFIG.model_copy(update={"devices": ["cpu", "cpu"]})
+    with ThreadPoolExecutor(1) as follower:
+        engine = follower.submit(LocalEngine.load, agent_folder, "agent/1", config).result()
+    try:
+        first, second = engine.router.models
+        assert threads(second) == {MANY // 2}
+        assert MANY // 2 in threads(first)
+    finally:
+        engine.close()
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("order", list(permutations(["agent", "classifier", "summarizer"])), ids="-".join)
 def test_each_model_keeps_its_threads(order: tuple[str, ...], loaders: Any, threads: Any) -> None:
     """Each is loaded, and asked, on a thread of its own; one of them is large."""

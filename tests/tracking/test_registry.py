@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from components.config.params import InputError
 from components.config.paths import Paths
+from components.feedback.store import Store
 from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
@@ -196,6 +197,9 @@ def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(
     assert registry.resolve("agent/2").tags["smoke_failed cpu float32"] == "an empty answer"
     source.mark_failed(versions[1], "an empty answer", "cuda bfloat16")
     assert registry.aliases("agent")["champion"] == 1
+    with closing(Store.of(registry.home)) as store:
+        (row,) = store.audit_rows("rollback")
+    assert (row["object"], row["detail"]) == ("agent/2", "by the endpoint: an empty answer")
 
 
 def test_the_stamp_is_another_one_after_each_write(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from components.config.loop_settings import AlignConfig
-from components.config.model_settings import Follower, TuneConfig
+from components.config.model_settings import Checkpointing, Follower, TuneConfig
 from components.config.params import InputError, load_params
 from components.models.checkpoint import save_decoder
 from components.models.decoder import Decoder, DecoderConfig
@@ -193,6 +193,9 @@ def test_what_cannot_fit_is_refused_with_what_would(based: StageRun, monkeypatch
     assert totals[0] - totals[1] == pytest.approx(24 * count_parameters(model) / budget.GIB), "copies of a checkpoint"
 
 
+LORA = "set tune.lora_rank to 16"
+
+
 @pytest.mark.parametrize(
     ("gib", "remedy"),
     [
@@ -200,6 +203,11 @@ def test_what_cannot_fit_is_refused_with_what_would(based: StageRun, monkeypatch
         (9, "set tune.lora_rank to 16"),
         (6, "set tune.lora_rank to 16, tune.micro_batch_size to 2"),
         (4, "set tune.lora_rank to 16, tune.precision to bf16, tune.micro_batch_size to 4"),
+        (
+            2.75,
+            f"{LORA}, tune.precision to bf16, tune.activation_checkpointing to selective, tune.micro_batch_size to 1",
+        ),
+        (2.7, f"{LORA}, tune.precision to bf16, tune.activation_checkpointing to full, tune.micro_batch_size to 2"),
         (2, "name a smaller base, or train on a larger machine"),
     ],
 )
@@ -211,4 +219,5 @@ def test_the_remedy_changes_as_little_as_fits(gib: float, remedy: str) -> None:
     billion = budget.GIB // 4 * 4
     asked = Budget(4 * billion, billion, 4, billion // 2, 8, 0)
     assert asked.total > 20 * budget.GIB
-    assert budget._remedy("tune", settings, model, asked, int(gib * budget.GIB)) == remedy
+    by_row: dict[Checkpointing, int] = {"selective": billion // 5, "full": billion // 20}
+    assert budget._remedy("tune", settings, model, asked, int(gib * budget.GIB), by_row) == remedy

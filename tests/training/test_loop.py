@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from components.config.params import InputError
 from components.models import devices
@@ -137,6 +139,24 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(new_run: NewRun) -> None:
     assert not Training(new_model(run), causal_lm, run.params.pretrain.decoder, seed=1).restore(saved)
     same = new_run(checkpoint_seconds=9)
     assert Training(new_model(same), causal_lm, same.params.pretrain.decoder, 0).restore(saved)
+
+
+def test_the_first_checkpoint_takes_no_new_memory(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread has taken that of the copies beside the first steps."""
+    copied: list[tuple[threading.Thread, dict[str, int]]] = []
+    stage = DefaultStager.stage
+
+    def record(stager: DefaultStager, tensors: dict[str, Tensor]) -> Any:
+        copies: Any = stage(stager, tensors)
+        places = {name: copy.data_ptr() for name, copy in copies.items() if not name.startswith("random")}
+        copied.append((threading.current_thread(), places))
+        return copies
+
+    monkeypatch.setattr(DefaultStager, "stage", record)
+    trained(new_run(max_steps=1))
+    (beside, taken), (training, saved) = copied
+    assert beside is not training
+    assert taken == saved
 
 
 def test_a_run_that_starts_over_can_be_resumed(new_run: NewRun) -> None:

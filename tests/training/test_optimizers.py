@@ -34,6 +34,7 @@ def config(**changes: object) -> TrainConfig:
         "max_grad_norm": 1.0,
         "precision": "fp32",
         "compile": "off",
+        "activation_checkpointing": "none",
         "checkpoint_seconds": 1,
         "log_steps": 1,
     }
