@@ -2,7 +2,7 @@
 
 Ranks on this machine, gloo on CPUs, train a decoder of 124 M parameters (GPT-2's width and depth, AdamW, fp32) and save
 checkpoints. Printed for each: the seconds that training stopped for it, and those until it was written and committed.
-Each follows some seconds of steps, beside the first of which the memory for the copies is taken, as in a stage.
+Each follows some seconds of steps, and the first steps run beside the thread that allocates the copies, as in a stage.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Bench:
         checkpointing: Checkpointing = "none",
         documents: int = 1,
     ) -> Callable[[], object]:
-        """A step of training on random tokens, so many documents a row; with `quantized`, LoRA over a base so kept."""
+        """A step of training on random tokens, so many documents a row; with `quantized`, LoRA over such a base."""
         settings = {
             "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": size.rows,
             "micro_batch_size": size.rows, "learning_rate": 1e-4, "muon_learning_rate": 0.001, "warmup_steps": 100,
@@ -264,8 +264,8 @@ class Bench:
             answers.append(self.answers(batch, steps, lambda least=least: least.append(self.free())))  # captures graphs
             batch.clear()
             seconds = _seconds(lambda batch=batch: self.answers(batch, steps), self.device)
-            taken = (before - min(least)) / 2**30
-            figures.append(f"{name}: {batch.count * steps / seconds:,.0f} tokens/s, {taken:.2f} GiB more in use")
+            memory = (before - min(least)) / 2**30
+            figures.append(f"{name}: {batch.count * steps / seconds:,.0f} tokens/s, {memory:.2f} GiB more in use")
             del batch
         return "; ".join([*figures, "the same tokens" if answers[0] == answers[1] else "OTHER TOKENS"])
 

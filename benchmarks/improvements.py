@@ -69,12 +69,12 @@ def correct(client: httpx.Client, verb: str, person: str, count: int) -> None:
 
 def megabytes(path: Path) -> float:
     """What a file or folder takes on disk; a file with several names counts once."""
-    found = {}
+    sizes = {}
     for file in (path, *path.rglob("*")):
         if file.is_file() and not file.is_symlink():
             status = file.stat()
-            found[status.st_ino] = 512 * status.st_blocks
-    return round(sum(found.values()) / 1e6, 1)
+            sizes[status.st_ino] = 512 * status.st_blocks
+    return round(sum(sizes.values()) / 1e6, 1)
 
 
 def main() -> None:

@@ -104,15 +104,15 @@ class Streams:
 
     def shares(self, rows: list[Row]) -> list[float]:
         """Memory over the bytes of the tokens in it, while rows are answered."""
-        found: list[float] = []
+        ratios: list[float] = []
 
         def look() -> None:
             running = [*self.batch.prefilling, *self.batch.decoding]
             if tokens := sum(row.cached for row in running):
-                found.append(self.memory.resident() / (tokens * self.batch.plan.token_bytes))
+                ratios.append(self.memory.resident() / (tokens * self.batch.plan.token_bytes))
 
         self.answer(rows, look)
-        return found
+        return ratios
 
 
 def measure(model: Decoder, rounds: int, count: int) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from components.agent.agent import Agent, Answer, ContextTooLong, Conversation, Prompt
+from components.agent.tool_policy import OPEN, ToolPolicy
 from components.agent.turn_grammar import Rules
 from components.inference.batching import ContinuousBatch, Row
 from components.inference.sampling import Sampling
@@ -29,6 +30,7 @@ def answer_all(
     sampling: Sampling,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
+    policy: ToolPolicy = OPEN,
 ) -> list[Answer | None]:
     """The agent's answers, in order; None where the chat does not fit the context, or has pictures it cannot read.
 
@@ -36,7 +38,7 @@ def answer_all(
     """
     if not chats:
         return []
-    rollout = _Rollout(agent, chats, sampling, progress)
+    rollout = _Rollout(agent, chats, sampling, progress, policy)
     slots = ContinuousBatch(model, batch_size)
     while True:
         rollout.begin(slots.free)
@@ -52,9 +54,15 @@ class _Rollout:
     """The running conversations, and those that have not started."""
 
     def __init__(
-        self, agent: Agent, chats: Sequence[Chat], sampling: Sampling, progress: Callable[[int], None]
+        self,
+        agent: Agent,
+        chats: Sequence[Chat],
+        sampling: Sampling,
+        progress: Callable[[int], None],
+        policy: ToolPolicy,
     ) -> None:
         self._agent, self._chats, self._sampling, self._progress = agent, chats, sampling, progress
+        self._policy = policy
         self._upcoming = iter(range(len(chats)))
         self._waiting: deque[Row] = deque()
         self._done = 0
@@ -66,7 +74,7 @@ class _Rollout:
         """Start conversations for the free slots that no waiting turn will take."""
         while len(self._waiting) < free and (index := next(self._upcoming, None)) is not None:
             messages, tools = self._chats[index]
-            conversation = self._agent.answer(messages, tools, rules=_rules(self._agent, tools))
+            conversation = self._agent.answer(messages, tools, rules=_rules(self._agent, tools), policy=self._policy)
             self._go_on(index, conversation, partial(next, conversation))
 
     def next_rows(self, slots: ContinuousBatch) -> list[Row]:

@@ -132,7 +132,7 @@ class DeviceMemory:
         self._page, self._size, self._total = driver.granularity(), size, parts * size
         self._pages: dict[int, int] = {}
         """The handle of each page with memory of its own, by its number."""
-        self._kept: list[int] = []
+        self._reserve: list[int] = []
         """Handles of pages that were given back."""
         self._held = [0] * parts
         """Pages that have memory, of each part."""
@@ -142,7 +142,7 @@ class DeviceMemory:
             driver.map(address, self._page, self._zeros)
         driver.allow(self._address, self._total)
         driver.zero(self._address, self._page)
-        owned = self._zeros, self._pages, self._kept
+        owned = self._zeros, self._pages, self._reserve
         weakref.finalize(self, _give_back, driver, device, addresses, *owned).atexit = False
         self._spare = frozenset(range(spare.start // self._page, (spare.stop - 1) // self._page + 1))
         self._take(self._spare)
@@ -158,7 +158,7 @@ class DeviceMemory:
     @property
     def resident(self) -> int:
         """Bytes of the device that it takes."""
-        return (1 + len(self._pages) + len(self._kept)) * self._page
+        return (1 + len(self._pages) + len(self._reserve)) * self._page
 
     def hold(self, part: int, length: int) -> None:
         """Let the first `length` bytes of a part have memory; new memory is zero. Raises: DriverError."""
@@ -174,20 +174,20 @@ class DeviceMemory:
         first = part * self._size // self._page
         numbers = set(range(first, first + self._held[part])) - self._spare
         self._held[part] = 0
-        self._kept += [self._pages.pop(number) for number in numbers]
+        self._reserve += [self._pages.pop(number) for number in numbers]
         self._map(dict.fromkeys(numbers, self._zeros))
-        while len(self._kept) * self._page > KEPT_PAGES_BYTES:
-            self._driver.release(self._kept.pop())
+        while len(self._reserve) * self._page > KEPT_PAGES_BYTES:
+            self._driver.release(self._reserve.pop())
 
     def _take(self, numbers: Iterable[int]) -> None:
         """Give memory to pages that have none."""
         missing = [number for number in numbers if number not in self._pages]
-        while len(self._kept) < len(missing):  # before any page changes: memory may be short
-            self._kept.append(self._create())
-        taken = {number: self._kept.pop() for number in missing}
-        self._pages |= taken
-        self._map(taken)
-        for number in taken:
+        while len(self._reserve) < len(missing):  # before any page changes: memory may be short
+            self._reserve.append(self._create())
+        pages = {number: self._reserve.pop() for number in missing}
+        self._pages |= pages
+        self._map(pages)
+        for number in pages:
             self._driver.zero(self._address + number * self._page, self._page)
 
     def _create(self) -> int:
@@ -224,13 +224,13 @@ def _wait(device: torch.device) -> None:
 
 
 def _give_back(
-    driver: Driver, device: torch.device, addresses: range, zeros: int, pages: dict[int, int], kept: list[int]
+    driver: Driver, device: torch.device, addresses: range, zeros: int, pages: dict[int, int], reserve: list[int]
 ) -> None:
     """Free all that a `DeviceMemory` had; `addresses` are those of its pages."""
     _wait(device)
     for address in addresses:
         driver.unmap(address, addresses.step)
-    for handle in (*pages.values(), *kept, zeros):
+    for handle in (*pages.values(), *reserve, zeros):
         driver.release(handle)
     driver.free(addresses.start, addresses.stop - addresses.start)
 

@@ -14,11 +14,10 @@ from typing import Any, Generic, Literal, TypeVar
 
 import pyarrow as pa
 
-from components.agent.agent import Agent, Answer, Conversation, Message, Step
+from components.agent.agent import Agent, Answer
 from components.agent.batch_rollout import Chat, answer_all
 from components.agent.saved_tools import project_tools
-from components.agent.tool_policy import OPEN, ToolPolicy
-from components.agent.turn_grammar import Rules
+from components.agent.tool_policy import OPEN
 from components.config.loop_settings import ServeConfig
 from components.config.params import InputError
 from components.config.paths import AGENT, Paths
@@ -138,24 +137,6 @@ class _Summaries(_Texts):
         return [{"summary": each.text, "finish_reason": "stop" if each.ended else "length"} for each in summaries]
 
 
-class _ConfirmingAgent(Agent):
-    """An agent whose tools that write are not run, as long as nobody confirms their calls; those are returned."""
-
-    allowed_writes: frozenset[str] = frozenset()
-    """Except for these."""
-
-    def answer(
-        self,
-        messages: Sequence[Message],
-        tools: Any = None,
-        steps: list[Step] | None = None,
-        rules: Rules | None = None,
-        policy: ToolPolicy = OPEN,
-    ) -> Conversation:
-        policy = replace(policy, allowed_writes=self.allowed_writes)
-        return super().answer(messages, tools, steps, rules, policy)
-
-
 class _Chats(Predictor[Chat]):
     """Greedy answers of the agent, which calls its own tools where a row brings none."""
 
@@ -175,10 +156,9 @@ class _Chats(Predictor[Chat]):
         except InputError:  # its chat template has no place for tools
             external = []
         steps = min(loaded.max_steps, serve.max_steps)
-        self._agent = _ConfirmingAgent(
-            tokenizer, loaded.own_tools, steps, loaded.context_len, lambda: external, loaded.forms
-        )
-        self._agent.allowed_writes = frozenset(serve.allow_writes)
+        self._agent = Agent(tokenizer, loaded.own_tools, steps, loaded.context_len, lambda: external, loaded.forms)
+        # Nobody confirms a call here: those of tools that write are returned, except for these tools'.
+        self._policy = replace(OPEN, allowed_writes=frozenset(serve.allow_writes))
 
     def read(self, row: Row, column: str) -> Chat:
         value = _value(row, column)
@@ -203,7 +183,7 @@ class _Chats(Predictor[Chat]):
 
     def answer(self, inputs: Sequence[Chat]) -> list[Row]:
         sampling = Sampling(self._serve.max_new_tokens, stop_ids=(self._agent.tokenizer.end_id,))
-        answers = answer_all(self._model, self._agent, inputs, sampling, self._serve.max_running)
+        answers = answer_all(self._model, self._agent, inputs, sampling, self._serve.max_running, policy=self._policy)
         return [{ERROR: _NO_ROOM} if answer is None else _columns(answer) for answer in answers]
 
 

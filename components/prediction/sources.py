@@ -72,10 +72,10 @@ def source_files(source: str) -> list[str]:
 
     Raises: InputError where there is none.
     """
-    found = list_files(source)
-    files = [file for file in found if _suffix(file) in FORMATS]
+    listed = list_files(source)
+    files = [file for file in listed if _suffix(file) in FORMATS]
     if not files:
-        names = ", ".join(sorted({_suffix(file) or "without suffix" for file in found}))
+        names = ", ".join(sorted({_suffix(file) or "without suffix" for file in listed}))
         raise InputError(f"{source}: {names}: not a format of batch inference; allowed: {', '.join(FORMATS)}")
     return files
 
@@ -125,7 +125,7 @@ def parts(file: str, column: str, max_rows: int) -> Iterator[Part]:
         with open_file(file) as opened:
             kinds: dict[str, set[str]] = {}
             cuts = list(_cut(_object_ends(file, opened, kinds), 0, max_rows))
-        types = {name: _merged(found) for name, found in kinds.items()}
+        types = {name: _merged(types) for name, types in kinds.items()}
         yield from (Part(file, kind, first, stop, row, rows, types) for first, stop, row, rows in cuts)
 
 
@@ -211,19 +211,19 @@ def _object_ends(file: str, opened: IO[bytes], kinds: dict[str, set[str]]) -> It
         except InputError:
             values = {}
         for name, value in values.items():
-            found = kinds.setdefault(name, set())
+            seen = kinds.setdefault(name, set())
             if value is not None:
                 large = isinstance(value, int) and not -(2**63) <= value < 2**63
-                found.add("json" if large else _TYPES.get(type(value), "json"))
+                seen.add("json" if large else _TYPES.get(type(value), "json"))
         if len(kinds) > MAX_COLUMNS:
             raise InputError(f"{file}: more than {MAX_COLUMNS:,} columns; put rare fields into one object")
         yield end
 
 
-def _merged(found: set[str]) -> str:
-    if found == {"int64", "double"}:
+def _merged(types: set[str]) -> str:
+    if types == {"int64", "double"}:
         return "double"
-    return next(iter(found), "string") if len(found) <= 1 else "json"
+    return next(iter(types), "string") if len(types) <= 1 else "json"
 
 
 def _read_objects(part: Part, opened: IO[bytes]) -> Iterator[dict[str, Any] | InputError]:

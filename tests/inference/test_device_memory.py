@@ -264,14 +264,14 @@ def test_memory_follows_the_tokens_in_use(driver: Driver) -> None:
         batch.advance()
     for left in (5, 3):
         tokens = sum(row.cached for row in batch.decoding)
-        kept = len(memory._kept) * PAGE
+        kept = len(memory._reserve) * PAGE
         assert (memory.resident - others - kept) / (tokens * batch.plan.token_bytes) == pytest.approx(1.0, abs=0.1)
         assert len(batch.decoding) == left
         for row in rows[:2]:
             if row in batch.decoding:
                 batch.drop(row)
     batch.clear()
-    assert memory.resident - others - len(memory._kept) * PAGE == 0
+    assert memory.resident - others - len(memory._reserve) * PAGE == 0
     del memory
 
 
