@@ -59,7 +59,8 @@ def test_the_known_tools_stay_while_the_registry_is_away_and_it_is_asked_ever_mo
     assert [tool.name for tool in models.tools()] == ["summarize"]
     away.append(Unavailable("MLFLOW_TRACKING_URI: no answer"))
     asked.clear()
-    for now[0] in range(1, 600):
+    for second in range(1, 600):
+        now[0] = second
         assert [tool.name for tool in models.tools()] == ["summarize"]
     assert 10 < len(asked) < 20
 
