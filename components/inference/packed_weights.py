@@ -29,10 +29,10 @@ FINE_BITS, FINE_STEPS = 7, 128
 """What numbers of 15 bits have beyond 8."""
 FINE_ZERO = INT8_ZERO * FINE_STEPS + FINE_STEPS // 2
 SMALLEST = torch.finfo(torch.float32).tiny
-DECODE_SIZES = (EVEN_ROWS, 2 * EVEN_ROWS, 3 * EVEN_ROWS, 16, 24, 32, 48, 64)
+DECODE_SIZES = tuple(range(EVEN_ROWS, 65, EVEN_ROWS))
 PROMPT_SIZES = tuple(range(64, 513, 64))
-"""Rows of the products whose bits are compared."""
-_LIMITS: dict[tuple[tuple[int, ...], torch.dtype, tuple[int, ...], int], int] = {}
+"""Rows of the products whose bits are compared: each number that occurs, as any may have a kernel of its own."""
+_LIMITS: dict[tuple[tuple[int, int], torch.dtype, tuple[int, ...], int], int] = {}
 """Rows of the largest parts, by the weight's shape, dtype, sizes and number of threads."""
 
 
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.in_features = weight.shape[1]
+        self.out_features, self.in_features = weight.shape
         self.dtype = dtype or weight.dtype
         self._packed: Any
         if self.dtype == torch.float16:
@@ -65,7 +65,6 @@ class PackedLinear(nn.Module):
         else:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self.dtype).contiguous(), None)
             self._bias = bias.detach().to(self.dtype) if bias is not None else None
-        self._shape = tuple(weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dtype == torch.float16:
@@ -83,7 +82,7 @@ class PackedLinear(nn.Module):
     def _in_parts(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if len(x) <= sizes[0]:
             return self._product(x)
-        kind = self._shape, x.dtype, sizes, torch.get_num_threads()
+        kind = (self.out_features, self.in_features), x.dtype, sizes, torch.get_num_threads()
         if (limit := _LIMITS.get(kind)) is None:
             limit = _LIMITS[kind] = self._limit(sizes, x.dtype)
         if len(x) <= limit:
@@ -97,11 +96,12 @@ class PackedLinear(nn.Module):
     @torch.inference_mode()
     def _limit(self, sizes: Sequence[int], dtype: torch.dtype) -> int:
         """The largest of these sizes up to which each gives the rows of a product the bits that the first does."""
-        x = _noise(sizes[-1], self.in_features).to(dtype)
-        reference, limit = torch.cat([self._product(part) for part in torch.split(x, sizes[0])]), 0
+        weight, x = _cancelling((self.out_features, self.in_features), sizes[-1], dtype)
+        product = PackedLinear(weight)._product
+        reference, limit = torch.cat([product(part) for part in torch.split(x, sizes[0])]), 0
         for size in sizes:
             parts = [part for part in torch.split(x, size) if len(part) == size]
-            if not torch.equal(torch.cat([self._product(part) for part in parts]), reference[: len(parts) * size]):
+            if not torch.equal(torch.cat([product(part) for part in parts]), reference[: len(parts) * size]):
                 break
             limit = size
         return limit or sizes[0]
@@ -115,7 +115,7 @@ class RoundedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.in_features, self.fine = weight.shape[1], False
+        (self.out_features, self.in_features), self.fine = weight.shape, False
         self._bias = bias.detach() if bias is not None else None
         self._scale = (weight.detach().float().abs().amax(1) / INT8_MAX).clamp_(min=SMALLEST)
         rounded = (weight.detach() / self._scale.unsqueeze(1)).round_().to(torch.int8)
@@ -278,14 +278,31 @@ def rows_are_independent(model: Decoder, multiple: int = EVEN_ROWS) -> bool:
 
 
 @torch.inference_mode()
-def _even(product: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
-    width: int = product.in_features  # type: ignore[assignment]
-    rows = _noise(16 * EVEN_ROWS, width).to(dtype)
+def _even(module: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
+    """Of a weight of the module's shape, as the kernels do not depend on its numbers."""
+    assert isinstance(module, nn.Linear | PackedLinear | RoundedLinear)
+    shape = module.out_features, module.in_features
+    weight, rows = _cancelling(shape, 16 * EVEN_ROWS, dtype)
+    product: Callable[[Tensor], Tensor] = partial(F.linear, weight=weight)
+    if isinstance(module, PackedLinear):
+        product = PackedLinear(weight, dtype=module.dtype)
+    elif isinstance(module, RoundedLinear):
+        product = module
     whole = product(rows)
     parts = ((start, start + count * multiple) for start in (0, 3, 20) for count in (1, 2, 3, 9, 36 // multiple))
     return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)
 
 
-def _noise(rows: int, width: int) -> Tensor:
-    """The same random numbers (rows, width) each time; sums of smooth ones round alike in any order."""
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+def _cancelling(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) and inputs (rows, in) whose products are zero but for rounding, the same ones each time.
+
+    Another order of the sums changes nearly each of them, where it would change one of thousands of common products
+    rounded to bf16. A few outputs are repeated: a weight of the model's size would take seconds to draw.
+    """
+    generator = torch.Generator().manual_seed(0)
+    half = shape[1] // 2
+    order = torch.randperm(half, generator=generator)
+    weight, x = (torch.randn(count, half, generator=generator).to(dtype) for count in (64, rows))
+    rest = torch.zeros(64, shape[1] % 2, dtype=dtype), torch.zeros(rows, shape[1] % 2, dtype=dtype)
+    weight = torch.cat([weight, -weight[:, order], rest[0]], dim=1).repeat(-(-shape[0] // 64), 1)[: shape[0]]
+    return weight, torch.cat([x, x[:, order], rest[1]], dim=1)
