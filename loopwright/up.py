@@ -20,7 +20,6 @@ from loopwright.output import Json, print_json, print_table, say
 if TYPE_CHECKING:
     from components.runtime.supervisor import SupervisedService, Supervisor
 
-STOP_SECONDS = 7.0
 _TICK_SECONDS = 0.2
 Port = Annotated[int, typer.Option(min=1, max=65535)]
 
@@ -32,7 +31,7 @@ def up(
     deploy: Annotated[bool, typer.Option(help="Register the scheduled deployments.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Start MLflow, Prefect, a worker and the endpoint; supervise them until Ctrl-C."""
+    """Start MLflow, Prefect, a worker and the endpoint; supervise them until Ctrl-C; a second one ends all at once."""
     paths = Paths(find_root())
     os.chdir(paths.root)
     os.environ["LOOPWRIGHT_HOME"] = str(paths.home)
@@ -67,7 +66,11 @@ def up(
             _supervise(supervisor, stop_requested, as_json)
         finally:
             started = time.monotonic()
-            supervisor.stop(STOP_SECONDS)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                supervisor.stop()  # the endpoint finishes its answers
+            except KeyboardInterrupt:
+                supervisor.stop(0)
             unregister(paths.home)
             say(f"stopped in {time.monotonic() - started:.1f} s")
 

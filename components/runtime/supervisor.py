@@ -25,6 +25,7 @@ FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 300.0
 STABLE_SECONDS = 60.0
 """After this long, an exit is no crash loop: the next restart waits for the first pause again."""
+STOP_SECONDS = 7.0
 SECONDS_BETWEEN_CHECKS = 10.0
 MAX_FAILED_CHECKS = 6
 """Failed liveness checks in a row after which a service counts as hung and is restarted. Generous, for training takes
@@ -53,6 +54,8 @@ class Service:
     """What `may_start` waits for, as shown to the user."""
     lives: Callable[[], bool] = lambda: True
     """Liveness check of a healthy service; may take two seconds."""
+    stop_seconds: float = STOP_SECONDS
+    """How long it may take to end."""
 
 
 @dataclass
@@ -95,17 +98,19 @@ class Supervisor:
             elif entry.process is None and time.monotonic() >= entry.next_start:
                 self._start(entry)
 
-    def stop(self, seconds: float) -> None:
-        """Terminate every service and its children, and kill those that are left after `seconds`."""
-        trees = [process_tree(entry.process.pid) for entry in self.supervised if entry.process is not None]
-        for entry in self.supervised:
-            if entry.process is not None:
-                with suppress(ProcessLookupError):
-                    entry.process.terminate()
-        _end([member for members in trees for member in members], seconds)
-        for entry in self.supervised:
-            if entry.process is not None:
-                entry.process.wait()
+    def stop(self, seconds: float | None = None) -> None:
+        """Terminate every service and its children; kill what is left after `seconds`, or after its `stop_seconds`."""
+        running = [(entry, entry.process) for entry in self.supervised if entry.process is not None]
+        running.sort(key=lambda each: each[0].service.stop_seconds)
+        trees = [process_tree(process.pid) for _, process in running]
+        for _, process in running:
+            with suppress(ProcessLookupError):
+                process.terminate()
+        started = time.monotonic()
+        for (entry, process), members in zip(running, trees, strict=True):
+            allowed = entry.service.stop_seconds if seconds is None else seconds
+            _end(members, max(0.0, allowed - (time.monotonic() - started)))
+            process.wait()
 
     def _start(self, entry: SupervisedService) -> None:
         if not entry.service.may_start():

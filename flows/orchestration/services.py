@@ -12,11 +12,12 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-from components.config.paths import find_root
+from components.config.params import load_params
+from components.config.paths import Paths, find_root
 from components.runtime.files import write_text
 from components.runtime.process import alive
 from components.runtime.service_registry import AUTH_FILE, answers, lives
-from components.runtime.supervisor import Service
+from components.runtime.supervisor import STOP_SECONDS, Service
 from components.tracking.mlflow_database import DATABASE, database_uri, relocate
 from components.tracking.mlflow_requests import authorization
 from flows.orchestration.prefect_server import auth_string, client_settings, server_settings
@@ -122,6 +123,7 @@ def _worker(home: Path, prefect: str, deploy: bool) -> Service:
 
 def _endpoint(home: Path, port: int) -> Service:
     url = f"http://127.0.0.1:{port}"
+    serve = load_params(Paths(find_root()).params).serve
     return Service(
         "endpoint",
         _python("loopwright", "serve", "--port", str(port)),
@@ -131,6 +133,7 @@ def _endpoint(home: Path, port: int) -> Service:
         hint=f"  (champions, runs and feedback: {url}/registry)",
         may_start=lambda: has_champion(home),
         waits_for='a champion; "loopwright run" makes one',
+        stop_seconds=serve.notice_seconds + serve.drain_seconds + STOP_SECONDS,
     )
 
 

@@ -82,6 +82,38 @@ raise SystemExit("lost")
     supervisor.stop(5)
 
 
+def test_each_service_has_its_own_time_to_end(tmp_path: Path) -> None:
+    """One that ignores the signal is killed; another waits for that, and ends in order."""
+    started, drained = tmp_path / "started", tmp_path / "drained"
+    ignores = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({str(started)!r}).touch()
+time.sleep(60)
+"""
+    quick = Service("stubborn", [sys.executable, "-c", ignores], "", started.exists, stop_seconds=0.1)
+    supervisor = Supervisor([quick], tmp_path, tmp_path, lambda entry: None)
+    stubborn = until(supervisor, "healthy").process
+    assert stubborn is not None
+    started.unlink()
+    drains = f"""
+import pathlib, psutil, signal, sys, time
+def end(*_):
+    while psutil.pid_exists({stubborn.pid}) and psutil.Process({stubborn.pid}).status() != "zombie":
+        time.sleep(0.01)
+    pathlib.Path({str(drained)!r}).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+pathlib.Path({str(started)!r}).touch()
+time.sleep(60)
+"""
+    slow = Service("drains", [sys.executable, "-c", drains], "", started.exists, stop_seconds=30)
+    supervisor.supervised.insert(0, SupervisedService(slow, tmp_path / "drains.log"))
+    until(supervisor, "healthy")
+    supervisor.stop()
+    assert drained.exists()
+
+
 def test_the_pauses_grow_to_five_minutes(tmp_path: Path) -> None:
     supervisor = keep("raise SystemExit(1)", tmp_path)
     entry, pauses = supervisor.supervised[0], []
