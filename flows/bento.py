@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.config.secrets import literal_secrets, redacted, redacted_tags
 from components.models.base_store import copy_base, is_adapter
+from components.runtime.files import write_text
 from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
 from components.tracking.registry import ModelVersion, Registry
@@ -26,6 +28,8 @@ from flows.release_targets import SmokeProbe
 _SECONDS_TO_SERVE = 180.0
 _BENTOFILE = "bentofile.yaml"
 """What every Bento of the project consists of; BentoML's own commands read it too."""
+_PARAMS = "src/params.yaml"
+"""Of a Bento, in its folder."""
 
 
 def package(paths: Paths, model: str) -> str:
@@ -56,6 +60,7 @@ def package(paths: Paths, model: str) -> str:
             copy_base(version.folder, Path(weights.path))
     options = yaml.safe_load((paths.root / _BENTOFILE).read_text(encoding="utf-8"))
     options["include"].append(f"/{load_params(paths.params).project_path}")
+    options["exclude"] = [f"/{paths.params.name}"]  # a build that is killed must not leave secrets
     with tempfile.TemporaryDirectory() as folder:
         bentofile = Path(folder) / _BENTOFILE
         bentofile.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -68,7 +73,7 @@ def package(paths: Paths, model: str) -> str:
             args={"weights": tag},
             reload=True,  # the service takes its weights from its arguments as it is imported
         )
-    _redact_params(Path(bento.path) / "src" / "params.yaml")
+    write_text(Path(bento.path) / _PARAMS, _redacted_params(paths.params))
     return str(bento.tag)
 
 
@@ -77,8 +82,8 @@ def _tag(version: ModelVersion) -> str:
     return f"{version.name.lower()}:v{version.version}"
 
 
-def _redact_params(path: Path) -> None:
-    """Replace literal secrets of a Bento's parameters: it goes to other machines and people."""
+def _redacted_params(path: Path) -> str:
+    """The parameters without literal secrets: a Bento goes to other machines and people."""
     from ruamel.yaml import YAML
 
     text = path.read_text(encoding="utf-8")
@@ -90,10 +95,12 @@ def _redact_params(path: Path) -> None:
         for section, values in redacted(params).items():
             if values != params[section]:
                 document[section] = values
-        with path.open("w", encoding="utf-8") as file:
-            editor.dump(document, file)
+        changed = io.StringIO()
+        editor.dump(document, changed)
+        text = changed.getvalue()
         advice = "left out of the Bento; write $NAME in params.yaml and set it in the environment where it is served"
         print(f"package: {', '.join(places)}: {advice}", file=sys.stderr, flush=True)
+    return text
 
 
 def smoke(paths: Paths, tag: str, probe: SmokeProbe, question: str) -> tuple[str, str]:
@@ -155,4 +162,4 @@ def prune_bentos(home: Path, retained: Iterable[ModelVersion], newest: int, dry_
 
 def has_bento(home: Path, tag: str) -> bool:
     name, _, version = tag.partition(":")
-    return bool(version) and (home / "bento" / "bentos" / name / version / "bento.yaml").exists()
+    return bool(version) and (home / "bento" / "bentos" / name / version / _PARAMS).exists()  # written last

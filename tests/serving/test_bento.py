@@ -15,8 +15,10 @@ import httpx
 import openai
 import pytest
 
+from components.config.paths import Paths
 from components.runtime.process import start, stop
 from components.runtime.service_registry import wait_for
+from flows import bento
 
 pytestmark = pytest.mark.platform
 
@@ -84,3 +86,25 @@ def test_bentoml_serve_has_the_limits_of_connections_and_writes_for_its_user_alo
             assert not [path for path in state.rglob("*") if path.stat().st_mode & 0o077]
         finally:
             stop(process)
+
+
+def test_a_build_that_is_killed_leaves_no_secret_and_does_not_count(
+    packable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(path: Path, text: str) -> None:
+        raise KeyboardInterrupt
+
+    params = packable.root / "params.yaml"
+    text = params.read_text()
+    server = "mcp_servers: {shop: {command: [shop], env: {TOKEN: planted-token}}}"
+    params.write_text(text.replace("follow_seconds: 0.1", f"follow_seconds: 0.1, {server}"))
+    monkeypatch.setattr(bento, "write_text", kill)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            bento.package(Paths(packable.root), "agent/1")
+    finally:
+        params.write_text(text)
+    files = [path for path in (packable.home / "bento").rglob("*") if path.is_file()]
+    assert "serving" in {path.parent.name for path in files}
+    assert not [path for path in files if b"planted-token" in path.read_bytes()]
+    assert not bento.has_bento(packable.home, "agent:v1")
