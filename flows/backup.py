@@ -26,7 +26,7 @@ from components.config.errors import InputError, reason_of
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
 from components.feedback.store import Store, database_url, has_store, leased_in
-from components.runtime.files import remove
+from components.runtime.files import remove, sync
 from components.runtime.object_store import filesystem
 from components.runtime.process import file_lock, git
 from components.runtime.service_registry import record_success
@@ -279,8 +279,13 @@ class _Writer:
             "left_out": left_out,
             "files": self._files,
         }
+        if is_local := "file" in self._fs.protocol:  # the files are on the disk before the manifest says that they are
+            files = [Path(self._root, name) for name in self._files]
+            sync(*files, *{folder for file in files for folder in file.parents if folder.is_relative_to(self._root)})
         with self._fs.open(f"{self._root}/{MANIFEST}", "wb") as file:
             file.write(json.dumps(manifest, indent=1).encode())
+        if is_local:
+            sync(Path(self._root, MANIFEST), Path(self._root), Path(self._root).parent)
         return _summary(self.address, manifest)
 
 
