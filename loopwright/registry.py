@@ -128,8 +128,9 @@ def promote(
 ) -> None:
     """Make a version the champion; endpoints that serve the alias switch to it."""
     registry = _registry()
+    champion = registry.aliases(name).get("champion")
     chosen = registry.resolve(_spec(name, version))
-    registry.promote(chosen)
+    registry.promote(chosen, f"{name}/{champion}" if champion else "")
     _audit("promote", str(chosen))
     _print_champion(registry, name, as_json)
 
