@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +18,9 @@ import psutil
 import pytest
 
 from components.runtime.service_registry import running
+from components.tracking.registry import Registry
 from flows.orchestration.prefect_server import free_port
-from tests.conftest import Project, Released
+from tests.conftest import SOURCE, Project, Released
 
 pytestmark = [pytest.mark.platform, pytest.mark.timeout(900)]
 
@@ -91,6 +94,31 @@ def test_a_second_one_is_refused_with_one_line(up: Up) -> None:
     second = up.project.loopwright("up", *up.ports)
     assert second.returncode == 1
     assert second.stderr == f"up: already running as process {up.process.pid}; wait for it, or stop it with kill\n"
+
+
+def test_the_commands_of_the_runbook_run_beside_it(up: Up, tmp_path: Path) -> None:
+    registry = Registry(up.project.home)
+    first = registry.resolve("agent@champion")
+    registry.promote(registry.register(first.stored, "agent", first.metrics, first.tags, None))
+    given = {"http://127.0.0.1:3000": running(up.project.home)["endpoint"], "/backups": str(tmp_path)}
+    given["agent 1 2"] = f"agent 1 {registry.resolve('agent@champion').version}"
+    page = (SOURCE / "docs/runbook.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(commands) > page.count("## ") == page.count("```sh")
+    told = {command: _told(up.project, command, given) for command in dict.fromkeys(commands)}
+    assert told.pop("loopwright up").startswith("exit 1: up: already running as process ")
+    assert not {command: answer for command, answer in told.items() if answer.startswith("exit ")}
+
+
+def _told(project: Project, command: str, given: Mapping[str, str]) -> str:
+    for word, here in given.items():
+        command = command.replace(word, here)
+    tool, *words = shlex.split(command)
+    if tool == "curl":
+        return httpx.get(*words, timeout=30).raise_for_status().text
+    assert tool == "loopwright"
+    ended = project.loopwright(*words)
+    return f"exit {ended.returncode}: {ended.stderr}" if ended.returncode else ended.stdout
 
 
 def test_it_ends_in_time_with_all_it_started(up: Up) -> None:
