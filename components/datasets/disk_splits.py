@@ -3,13 +3,14 @@
     STATE/waiting/KIND-NUMBER/   rows of one dataset and split, in the order in which `Splits` would take them
     STATE/fingerprints-*/        of each of their shards: hashes and band keys as Parquet, signatures as raw uint32
 
-DuckDB finds equal hashes and the band keys that rows share, within `MEMORY` and on disk beyond it. One pass over the
-rows that share any, in their order, reads the signatures of candidates from disk. Of every other row memory holds a
-byte: the outcome.
+DuckDB finds equal hashes and the band keys that rows share, in the memory that `_connect` gives it and on disk beyond.
+One pass over the rows that share any, in their order, reads the signatures of candidates from disk. Of every other row
+memory holds a byte: the outcome.
 """
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ from components.runtime.stage import StageRun
 if TYPE_CHECKING:
     import duckdb
 
-MEMORY = "512MB"
-"""Of DuckDB."""
+DUCKDB_BYTES, DUCKDB_BYTES_OF_ROW, DUCKDB_BYTES_OF_THREAD = 48 * 10**6, 16, 80 * 10**6
+"""What DuckDB sorts and groups rows in; with half of it, it ends without memory."""
 KEPT, EXACT, NEAR, IN_TEST = range(4)
 REASONS = ("", "exact_duplicate", "near_duplicate", "in_test")
 _BATCH = 1024
@@ -126,7 +127,7 @@ class DiskSplits:
             sum(waiting.rows for waiting in self._waiting if waiting.split in splits)
             for splits in (("test",), ("test", "validation"))
         )
-        with TemporaryDirectory(dir=self._run.state) as spill, _connect(spill) as connection:
+        with TemporaryDirectory(dir=self._run.state) as spill, _connect(spill, starts[-1]) as connection:
             names = [str(folder / "fingerprints.parquet") for folder in folders]
             if not names:
                 return np.zeros(0, np.uint8)
@@ -183,12 +184,18 @@ class SignatureFiles:
             return np.frombuffer(file.read(_SIGNATURE_BYTES), np.uint32)
 
 
-def _connect(spill: str) -> duckdb.DuckDBPyConnection:
+def _connect(spill: str, rows: int) -> duckdb.DuckDBPyConnection:
+    """A database for so many rows, with the memory and threads that they need, in the folder `spill` beyond that."""
     import duckdb
 
-    connection = duckdb.connect(
-        str(Path(spill) / "rows.duckdb"), config={"memory_limit": MEMORY, "threads": 2, "temp_directory": spill}
-    )
+    memory = DUCKDB_BYTES + DUCKDB_BYTES_OF_ROW * rows
+    threads = min(os.cpu_count() or 1, max(1, memory // DUCKDB_BYTES_OF_THREAD))
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "memory_limit": f"{memory}B",
+        "threads": threads,
+        "temp_directory": spill,
+    }
+    connection = duckdb.connect(str(Path(spill) / "rows.duckdb"), config=config)
     connection.execute("SET enable_progress_bar = false")
     connection.execute("SET preserve_insertion_order = false")
     return connection

@@ -80,8 +80,11 @@ def _counts(info: DatasetInfo, counts: dict[str, int]) -> Check:
 
 def _unique_ids(connection: duckdb.DuckDBPyConnection) -> Check:
     check = Check("ids_are_unique", "id", "No two rows of the dataset share an id", _ALL)
+    # Numbers first: they take less memory than ids.
+    connection.execute("CREATE TEMP TABLE hashes AS SELECT hash(id) AS h FROM rows GROUP BY h HAVING count(*) > 1")
     connection.execute(
-        "CREATE TEMP TABLE repeated AS SELECT id, count(*) AS n FROM rows GROUP BY id HAVING n > 1 AND id IS NOT NULL"
+        "CREATE TEMP TABLE repeated AS SELECT id, count(*) AS n FROM rows WHERE hash(id) IN (FROM hashes)"
+        " GROUP BY id HAVING n > 1 AND id IS NOT NULL"
     )
     check.rows, check.failed = _pair(connection, "SELECT (SELECT count(*) FROM rows), (SELECT sum(n) FROM repeated)")
     _add_examples(connection, check, "id", "id IN (SELECT id FROM repeated)")
