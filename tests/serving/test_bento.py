@@ -88,6 +88,7 @@ def test_bentoml_serve_has_the_limits_of_connections_and_writes_for_its_user_alo
             stop(process)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of BentoML
 def test_a_build_that_is_killed_leaves_no_secret_and_does_not_count(
     packable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +97,7 @@ def test_a_build_that_is_killed_leaves_no_secret_and_does_not_count(
 
     params = packable.root / "params.yaml"
     text = params.read_text()
-    server = "mcp_servers: {shop: {command: [shop], env: {TOKEN: planted-token}}}"
+    server = "mcp_servers: [{name: shop, command: shop, env: {TOKEN: planted-token}}]"
     params.write_text(text.replace("follow_seconds: 0.1", f"follow_seconds: 0.1, {server}"))
     monkeypatch.setattr(bento, "write_text", kill)
     try:
