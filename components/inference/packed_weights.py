@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from components.config.params import InputError
+from components.inference.adapter_bank import AdaptedLinear
 from components.inference.cache_plan import EVEN_ROWS
 from components.models.blocks import Block, GatedFeedForward
 from components.models.decoder import Decoder
@@ -279,15 +280,17 @@ def rows_are_independent(model: Decoder, multiple: int = EVEN_ROWS) -> bool:
 
 @torch.inference_mode()
 def _even(module: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
-    """Of a weight of the module's shape, as the kernels do not depend on its numbers."""
-    assert isinstance(module, nn.Linear | PackedLinear | RoundedLinear)
-    shape = module.out_features, module.in_features
-    weight, rows = _cancelling(shape, 16 * EVEN_ROWS, dtype)
-    product: Callable[[Tensor], Tensor] = partial(F.linear, weight=weight)
-    if isinstance(module, PackedLinear):
+    """Where it can be, of a weight that shows it, of the module's shape: kernels do not depend on the numbers."""
+    if isinstance(module, AdaptedLinear):
+        module = module.product
+    width: int = module.in_features  # type: ignore[assignment]
+    outputs = module.out_features if isinstance(module, nn.Linear | PackedLinear) else 1
+    weight, rows = _cancelling((outputs, width), 16 * EVEN_ROWS, dtype)
+    product: Callable[[Tensor], Tensor] = module
+    if isinstance(module, nn.Linear):
+        product = partial(F.linear, weight=weight)
+    elif isinstance(module, PackedLinear):
         product = PackedLinear(weight, dtype=module.dtype)
-    elif isinstance(module, RoundedLinear):
-        product = module
     whole = product(rows)
     parts = ((start, start + count * multiple) for start in (0, 3, 20) for count in (1, 2, 3, 9, 36 // multiple))
     return all(torch.equal(product(rows[start:stop]), whole[start:stop]) for start, stop in parts)
