@@ -104,19 +104,20 @@ def test_the_commands_of_the_runbook_run_beside_it(up: Up, tmp_path: Path) -> No
     registry = Registry(up.project.home)
     first = registry.resolve("agent@champion")
     registry.promote(registry.register(first.stored, "agent", first.metrics, first.tags, None))
-    given = {"http://127.0.0.1:3000": running(up.project.home)["endpoint"], "/backups": str(tmp_path)}
-    given["agent 1 2"] = f"agent 1 {registry.resolve('agent@champion').version}"
+    replacements = {"http://127.0.0.1:3000": running(up.project.home)["endpoint"], "/backups": str(tmp_path)}
+    replacements["agent 1 2"] = f"agent 1 {registry.resolve('agent@champion').version}"
     page = (SOURCE / "docs/runbook.md").read_text(encoding="utf-8")
     commands = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(commands) > page.count("## ") == page.count("```sh")
-    told = {command: _told(up.project, command, given) for command in dict.fromkeys(commands)}
-    assert told.pop("loopwright up").startswith("exit 1: up: already running as process ")
-    assert not {command: answer for command, answer in told.items() if answer.startswith("exit ")}
+    outputs = {command: run_command(up.project, command, replacements) for command in dict.fromkeys(commands)}
+    assert outputs.pop("loopwright up").startswith("exit 1: up: already running as process ")
+    assert not {command: output for command, output in outputs.items() if output.startswith("exit ")}
 
 
-def _told(project: Project, command: str, given: Mapping[str, str]) -> str:
-    for word, here in given.items():
-        command = command.replace(word, here)
+def run_command(project: Project, command: str, replacements: Mapping[str, str]) -> str:
+    """What a command of the runbook prints, or `exit CODE: STDERR`."""
+    for text, replacement in replacements.items():
+        command = command.replace(text, replacement)
     tool, *words = shlex.split(command)
     if tool == "curl":
         return httpx.get(*words, timeout=30).raise_for_status().text

@@ -116,7 +116,7 @@ class RoundedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        (self.out_features, self.in_features), self.fine = weight.shape, False
+        self.in_features, self.fine = weight.shape[1], False
         self._bias = bias.detach() if bias is not None else None
         self._scale = (weight.detach().float().abs().amax(1) / INT8_MAX).clamp_(min=SMALLEST)
         rounded = (weight.detach() / self._scale.unsqueeze(1)).round_().to(torch.int8)
@@ -280,7 +280,10 @@ def rows_are_independent(model: Decoder, multiple: int = EVEN_ROWS) -> bool:
 
 @torch.inference_mode()
 def _even(module: nn.Module, dtype: torch.dtype, multiple: int) -> bool:
-    """Where it can be, of a weight that shows it, of the module's shape: kernels do not depend on the numbers."""
+    """Whether the rows of a product have the same bits in parts of it.
+
+    Kernels do not depend on the numbers: a plain or packed weight is replaced by one that shows their order of sums.
+    """
     if isinstance(module, AdaptedLinear):
         module = module.product
     width: int = module.in_features  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ pytestmark = [
 NAMES = ("loopwright-first", "loopwright-second")
 ADDRESSES = ("10.78.0.1", "10.78.0.2")
 LINK = "lw0"
-RAY = Path("/tmp/ray")
+RAY = Path(tempfile.gettempdir(), "ray")
 """Of each machine's own: Ray finds its node there. `ip netns exec` gives a process mounts of its own."""
 STEPS = 60
 STAGE = ("-m", "components.runtime.stage", "pretrain@decoder")
