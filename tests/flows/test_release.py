@@ -84,9 +84,10 @@ def test_the_champion_is_current_while_its_bento_is_there(
 ) -> None:
     registry.promote(registered(0.5, model_digest="made.dir", bento="agent:v1", smoke_answer="Hi."))
     assert current_release(paths) is None, "its Bento is gone"
-    bento = paths.home / "bento/bentos/agent/v1/bento.yaml"
-    bento.parent.mkdir(parents=True)
-    bento.write_text("")
+    params = paths.home / "bento/bentos/agent/v1/src/params.yaml"
+    params.parent.mkdir(parents=True)
+    assert current_release(paths) is None, "its build was killed"
+    params.write_text("")
     found = current_release(paths)
     assert found is not None
     assert (found.version, found.outcome, found.answer) == ("agent/1", "up to date", "Hi.")
