@@ -31,7 +31,8 @@ SOURCE = Path(__file__).parents[1]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `distributed` or `cluster`, which take both cores for minutes, unless `-m` names them.
 
-    Services and pipelines come first: at the end, one of pytest-xdist's workers would run them alone.
+    Services and pipelines come first: at the end, one of pytest-xdist's workers would run them alone. A file's tests
+    share a worker, and those of every file that uses the released project share one too: it is made once.
     """
     for marker in ("distributed", "cluster"):
         if marker not in config.getoption("-m"):
@@ -39,6 +40,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("platform", "servers"))))
+    sharing = {item.path for item in items if "released" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("released" if item.path in sharing else str(item.path)))
+        if "released" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(1800))  # the first of them runs the pipeline too
 
 
 def command_output(root: Path, environment: Mapping[str, str], *words: str) -> tuple[int, str, str]:

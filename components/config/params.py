@@ -216,7 +216,7 @@ def moved_project(path: Path, overrides: Mapping[str, Any]) -> dict[str, str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        value = _strings_unparsed(yaml.safe_load(text), yaml.load(text, yaml.BaseLoader), Params)
+        value = _strings_unparsed(yaml.load(text, yaml.CSafeLoader), yaml.load(text, yaml.CBaseLoader), Params)
     except FileNotFoundError:
         raise InputError(f"{path}: not found; run inside a Loopwright project") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

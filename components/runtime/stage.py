@@ -151,7 +151,7 @@ def stage_inputs(name: str, paths: Paths, params: Params) -> Inputs:
     resolved = params.model_dump(mode="json", by_alias=True)
     values = {dotted: _look_up(resolved, dotted) for dotted in _declared_params(stages[name])}
     if libraries := declared_libraries(stages[name]):
-        versions = yaml.safe_load(VERSIONS_FILE.read_text(encoding="utf-8"))
+        versions = yaml.load(VERSIONS_FILE.read_text(encoding="utf-8"), yaml.CSafeLoader)
         values |= {f"versions.{library}": versions[library] for library in libraries}
     return Inputs(deps, values)
 
@@ -175,9 +175,10 @@ def read_stages(root: Path, *files: str) -> dict[str, dict[str, Any]]:
     """The `stages` of these dvc.yaml files, or of both pipelines, by DVC's names; a matrix or `foreach` is expanded."""
     texts = [(root / file).read_text(encoding="utf-8") for file in files or PIPELINES if (root / file).is_file()]
     if any(PROJECT_PATH in text for text in texts):
-        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8")) or {}
+        params = yaml.load((root / "params.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader) or {}
         texts = [text.replace(PROJECT_PATH, str(params.get("project_path"))) for text in texts]
-    declared = {base: template for text in texts for base, template in yaml.safe_load(text)["stages"].items()}
+    parsed = (yaml.load(text, yaml.CSafeLoader)["stages"] for text in texts)
+    declared = {base: template for stages in parsed for base, template in stages.items()}
     return {name: stage for base, template in declared.items() for name, stage in _instances(base, template)}
 
 
