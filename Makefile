@@ -43,7 +43,7 @@ up: setup  ## the platform in the foreground: MLflow, Prefect, worker, endpoint
 # Two workers with two torch threads each on two cores: threads spin while they wait, for some files three quarters of
 # the processor time.
 test: setup  ## the whole suite
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder --durations 40
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-distributed: setup  ## trainings on several processes
 	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m distributed

@@ -31,8 +31,7 @@ SOURCE = Path(__file__).parents[1]
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `distributed` or `cluster`, which take both cores for minutes, unless `-m` names them.
 
-    Services and pipelines come first: at the end, one of pytest-xdist's workers would run them alone. A file's tests
-    share a worker, and those of every file that uses the released project share one too: it is made once.
+    Services and pipelines come first: at the end, one of pytest-xdist's workers would run them alone.
     """
     for marker in ("distributed", "cluster"):
         if marker not in config.getoption("-m"):
@@ -40,11 +39,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not any(map(item.get_closest_marker, ("platform", "servers"))))
-    sharing = {item.path for item in items if "released" in getattr(item, "fixturenames", ())}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("released" if item.path in sharing else str(item.path)))
         if "released" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.timeout(1800))  # the first of them runs the pipeline too
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, the files that use the released project share a worker: it is made once.
+
+    The marker of pytest-xdist 3.8 for groups has no effect under pytest 9.2.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "released" if "released: Released" in (SOURCE / file).read_text() else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def command_output(root: Path, environment: Mapping[str, str], *words: str) -> tuple[int, str, str]:
