@@ -48,10 +48,15 @@ def export(
 
 
 def _rows() -> list[dict[str, Any]]:
-    from components.feedback.store import Store, has_store
+    from components.feedback.store import Store, audit_outside_moves, has_store, shared_registry
+    from components.tracking.event_log import warn_on_failure
+    from components.tracking.registry import is_empty
 
     home = Paths(find_root()).home
     if not has_store(home):
         return []
+    if not is_empty(home):
+        with warn_on_failure("champions that another program made"):
+            audit_outside_moves(registry := shared_registry(home), registry.names())
     with closing(Store.of(home)) as store:
         return [{**row, "time": datetime.fromtimestamp(row["created"], UTC).isoformat()} for row in store.audit_rows()]

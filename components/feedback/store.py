@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -250,6 +250,17 @@ def audit(home: Path, action: Action, target: str, detail: str | None = None) ->
     """Record an action in the audit log of a state folder's store."""
     with closing(Store.of(home)) as store:
         store.add_audit(action, target, detail)
+
+
+def audit_outside_moves(registry: Registry, names: Iterable[str]) -> None:
+    """Record champions that another program made, as MLflow's page; who used it is not known."""
+
+    def record(champion: str, before: str) -> None:
+        with closing(Store.of(registry.home)) as store:
+            store.add_audit("moved", champion, f"outside of Loopwright; the champion was {before}", "unknown")
+
+    for name in names:
+        registry.record_outside_move(name, record)
 
 
 @contextmanager

@@ -37,6 +37,9 @@ SETTINGS = {
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+PROMOTED = "promoted"
+"""Tag of a registered model: the version that this project made champion last, while it does so the one before too,
+none as 0. Another champion was made by another program, as MLflow's page."""
 _transfers = 0
 """Transfers of this process that are running."""
 _counting = threading.Lock()
@@ -85,7 +88,7 @@ def create_version(client: MlflowClient, name: str, source: str, run_id: str, ta
     try:
         if not client.search_registered_models(f"name = '{name}'"):
             with suppress(*errors()):  # another process may be first
-                client.create_registered_model(name)
+                client.create_registered_model(name, {PROMOTED: "0"})
         client.create_model_version(name, source, run_id, tags=tags)
     except errors() as error:
         failure = error

@@ -29,7 +29,7 @@ from components.runtime.process import file_lock
 from components.tracking.downloads import local_copy, model_folder
 from components.tracking.mlflow_client import connect, create_run, log_metrics, log_params, mlflow_name, save_pyfunc
 from components.tracking.mlflow_database import DATABASE
-from components.tracking.mlflow_requests import create_version, errors, is_missing, transfer
+from components.tracking.mlflow_requests import PROMOTED, create_version, errors, is_missing, transfer
 from components.tracking.model_names import known_names, parse_name
 
 if TYPE_CHECKING:
@@ -319,6 +319,20 @@ class Registry:
             self._make_champion(name, aliases[PREVIOUS], aliases["champion"])
         return self.resolve(f"{name}@champion")
 
+    def record_outside_move(self, name: str, record: Callable[[str, str], None]) -> None:
+        """Call `record` with the champion and the one before, as `NAME/VERSION`, where another program moved the alias.
+
+        Once for each move; those between two calls count as one.
+        """
+        with self._locked():
+            model = self.client.get_registered_model(name)
+            champion, promoted = str(model.aliases.get("champion", 0)), model.tags.get(PROMOTED, "").split()
+            if champion in promoted:
+                return
+            if promoted:  # models of earlier releases have no such tag
+                record(f"{name}/{champion}", f"{name}/{promoted[-1]}")
+            self.client.set_registered_model_tag(name, PROMOTED, champion)
+
     def demote(self, version: ModelVersion, reason: str) -> bool:
         """Mark a version that fails its smoke test; if it is champion, make the previous champion champion again.
 
@@ -351,7 +365,9 @@ class Registry:
         if champion and PREVIOUS in aliases:
             self._tag(name, champion, {PREVIOUS: str(aliases[PREVIOUS])})
         self._tag(name, version, {PREVIOUS: str(before or "")})
+        self.client.set_registered_model_tag(name, PROMOTED, f"{champion or 0} {version}")
         self.client.set_registered_model_alias(name, "champion", str(version))
+        self.client.set_registered_model_tag(name, PROMOTED, str(version))
         tags = self.client.get_model_version(name, str(version)).tags
         stale = {"rolled_back": "false", "smoke_failed": ""}
         self._tag(name, version, {key: value for key, value in stale.items() if key in tags})

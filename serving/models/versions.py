@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
-from components.feedback.store import audit
+from components.feedback.store import audit, audit_outside_moves
 from components.models.base_store import base_folder, is_adapter, read_base
 from components.models.weight_files import cached_digest, check_digest
 from components.runtime.model_tasks import TASKS
@@ -94,12 +94,21 @@ class Registered:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._champions: dict[str, int] = {}
+        """Of each model, as of the last look at who moved its alias."""
 
     def resolve(self, spec: str) -> tuple[str, str | None]:
         name, _, alias = spec.partition("@")
         aliases = self._registry.aliases(name) if alias else {}
         if alias not in aliases:
             return str(self._registry.resolve(spec)), None
+        champion = aliases.get("champion")
+        if champion is not None and champion != self._champions.get(name):
+            try:
+                audit_outside_moves(self._registry, [name])
+                self._champions[name] = champion
+            except Exception:  # it is seen again at the next look; answers do not wait for the log
+                logger.warning("the audit log has no row yet of who made %s/%s champion", name, champion, exc_info=True)
         challenger = aliases.get("challenger")
         return f"{name}/{aliases[alias]}", f"{name}/{challenger}" if challenger else None
 

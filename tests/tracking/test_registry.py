@@ -13,7 +13,7 @@ import pytest
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from components.feedback.store import Store
+from components.feedback.store import Store, audit_outside_moves
 from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
@@ -21,7 +21,7 @@ from loopwright.models import import_
 from serving.models.versions import Registered
 
 Register = Callable[..., ModelVersion]
-CALLS = 8
+CALLS = 10
 """More than a move makes."""
 
 
@@ -200,6 +200,53 @@ def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(
     with closing(Store.of(registry.home)) as store:
         (row,) = store.audit_rows("rollback")
     assert (row["object"], row["detail"]) == ("agent/2", "by the endpoint: an empty answer")
+
+
+def moved(registry: Registry) -> list[tuple[str, str, str]]:
+    with closing(Store.of(registry.home)) as store:
+        return [(row["actor"], row["object"], row["detail"]) for row in store.audit_rows("moved")]
+
+
+def test_a_champion_that_another_program_made_has_one_row_in_the_audit_log(
+    registry: Registry, registered: Register
+) -> None:
+    registry.promote(registered(0.5))
+    registered(0.6)
+    sources = [Registered(registry), Registered(Registry(registry.home))]
+    for source in sources:
+        assert source.resolve("agent@champion") == ("agent/1", None)
+    registry.client.set_registered_model_alias("agent", "champion", "2")  # as MLflow's page does
+    for source in sources:
+        assert source.resolve("agent@champion") == ("agent/2", None)
+    row = ("unknown", "agent/2", "outside of Loopwright; the champion was agent/1")
+    assert moved(registry) == [row]
+    registry.promote(registry.resolve("agent/1"))
+    audit_outside_moves(registry, ["agent"])
+    assert moved(registry) == [row], "that was ours"
+
+
+def test_the_log_that_is_away_delays_no_model(
+    registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registered(0.5)
+    source = Registered(registry)
+    registry.client.set_registered_model_alias("agent", "champion", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "add_audit", None)
+        assert source.resolve("agent@champion") == ("agent/1", None)
+    assert "no row yet of who made agent/1 champion" in caplog.text
+    assert moved(registry) == []
+    source.resolve("agent@champion")
+    assert moved(registry) == [("unknown", "agent/1", "outside of Loopwright; the champion was agent/0")]
+
+
+@pytest.mark.parametrize("left", range(CALLS))
+def test_a_move_that_was_killed_is_no_other_programs(registry: Registry, registered: Register, left: int) -> None:
+    registry.promote(registered(0.5))
+    with suppress(Killed):
+        mortal(registry, left).promote(registered(0.6))
+    audit_outside_moves(registry, ["agent"])
+    assert moved(registry) == []
 
 
 def test_the_stamp_is_another_one_after_each_write(
