@@ -4,11 +4,15 @@ Clients hold conversations of three turns, some streamed, through promotions, ro
 that is stopped in order, and restarts of the database. No request that is not streamed may fail, no stream may name two
 versions, no promotion may change the version of a conversation, and a key's limit has to hold over all replicas. Needs
 the server programs of PostgreSQL and haproxy, and the extra `postgres`.
+
+`--throughput` compares answers a second of one replica and of all, in front of a model server whose answers take
+`ANSWER_SECONDS` each, eight at a time for a replica: what is left is what replicas share, their processors included.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -36,6 +40,7 @@ TURNS = 3
 STREAMED_SHARE = 0.3
 LIMIT = 600
 """Requests a minute of the key whose limit is measured."""
+ANSWER_SECONDS = 1.0
 SETTINGS = "{follow_seconds: 0.5, handover_seconds: 10.0, notice_seconds: 7.0, max_waiting: 256}"
 
 
@@ -211,12 +216,91 @@ def count_allowed(url: str, key: str, over: threading.Event) -> Callable[[], dic
     return result
 
 
-def write_settings(folder: Path) -> None:
-    """Make a folder the project of endpoints with `SETTINGS`."""
+def write_settings(folder: Path, settings: str = SETTINGS) -> None:
+    """Make a folder the project of endpoints with these settings."""
     for name in ("params.yaml", "dvc.yaml"):
         (folder / name).write_bytes((ROOT / name).read_bytes())
     with (folder / "params.yaml").open("a") as params:
-        params.write(f"\nserve: {SETTINGS}\n")
+        params.write(f"\nserve: {settings}\n")
+
+
+@contextmanager
+def slow_model() -> Iterator[str]:
+    """The address of a model server whose answers take `ANSWER_SECONDS`."""
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    async def models(_request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "agent", "object": "model"}]})
+
+    async def answer(_request: Request) -> Response:
+        await asyncio.sleep(ANSWER_SECONDS)
+        choice = {"index": 0, "delta": {"role": "assistant", "content": "Hi."}, "finish_reason": "stop"}
+        chunk = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+        return Response(f"data: {chunk}\n\ndata: [DONE]\n\n", media_type="text/event-stream")
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", answer, methods=["POST"])]
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def throughput(folder: Path, scratch: Path, replicas: int, clients: int, seconds: float) -> dict[str, Any]:
+    """Answers a second of `replicas` endpoints, of which each asks for eight answers at a time."""
+    import httpx
+
+    from components.feedback.store import Store
+    from components.tracking.registry import Registry
+
+    done: list[float] = []
+    over = threading.Event()
+    with ExitStack() as stack:
+        backend = f"backend: openai, backend_url: '{stack.enter_context(slow_model())}', backend_model: agent"
+        write_settings(scratch, f"{{{backend}, max_running: 8, max_waiting: 256, requests_per_minute: 1000000}}")
+        registry = Registry(scratch / "var")
+        registry.promote(registry.register(folder, "agent", {}, {}, None))
+        database = PostgresServer()
+        stack.callback(database.close)
+        store = Store(database.url)
+        stack.callback(store.close)
+        _, key = store.create_key("clients", ["predict"], 10**6)
+        endpoints = [Endpoint(scratch, database.url) for _ in range(replicas)]
+        for endpoint in endpoints:
+            stack.callback(endpoint.stop)
+        for endpoint in endpoints:
+            endpoint.wait()
+        url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
+        if not wait_for(f"{url}/readyz", 20.0):
+            raise RuntimeError(f"haproxy does not answer: {(scratch / 'haproxy.log').read_text()}")
+
+        def ask() -> None:
+            with httpx.Client(timeout=120, headers={"Authorization": f"Bearer {key}"}) as client:
+                while not over.is_set():
+                    body = {"model": "agent", "messages": [{"role": "user", "content": "Hello"}]}
+                    client.post(f"{url}/v1/chat/completions", json=body).raise_for_status()
+                    done.append(time.monotonic())
+
+        threads = [threading.Thread(target=ask) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(5.0)  # until all places are taken
+        began = time.monotonic()
+        time.sleep(seconds)
+        ended = time.monotonic()
+        over.set()
+        for thread in threads:
+            thread.join()
+    rate = sum(began <= moment <= ended for moment in done) / (ended - began)
+    return {"replicas": replicas, "answers a second": round(rate, 2), "possible": 8 * replicas / ANSWER_SECONDS}
 
 
 def restart_in_turn(endpoints: Sequence[Endpoint]) -> int:
@@ -296,7 +380,17 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--throughput", action="store_true")
     arguments = parser.parse_args()
+    if arguments.throughput:
+        rates = []
+        for replicas in (1, arguments.replicas):
+            with tempfile.TemporaryDirectory() as scratch:
+                rates.append(throughput(arguments.model, Path(scratch), replicas, arguments.clients, 30.0))
+            print(json.dumps(rates[-1]), flush=True)
+        share = rates[1]["answers a second"] / rates[0]["answers a second"] / arguments.replicas
+        print(f"{share:.3f} x {arguments.replicas} replicas' throughput")
+        return
     with tempfile.TemporaryDirectory() as scratch:
         folders = [arguments.model, arguments.second or arguments.model]
         result = trial(folders, Path(scratch), arguments.replicas, arguments.clients, arguments.rounds)
