@@ -23,7 +23,12 @@ from components.config.params import InputError
 from components.datasets.formats import ROWS_PER_SHARD, Row, batched, read_rows, read_shard, shards, write_json
 from components.runtime.shards import Output, Result, Shard, Work, run_shards
 from components.runtime.stage import StageRun
-from components.token_rows.variable_length import NO_PAIR, SPECIAL, VariableLengthWriter, join_variable_length
+from components.token_rows.variable_length_writer import (
+    NO_PAIR,
+    SPECIAL,
+    VariableLengthWriter,
+    join_variable_length,
+)
 from components.tokenization.text_tokenizer import CLS, MASK, SEP, TextTokenizer
 
 BATCH = 512

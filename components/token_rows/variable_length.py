@@ -1,9 +1,4 @@
-"""Token rows of variable length on disk, and as batches padded to the longest row.
-
-    train.ids.bin  train.segments.bin ...   raw little-endian arrays, one number per token, row after row
-    train.ids.ends.bin                      where each row ends in that array (int64); fields of a group share it
-    train.label.bin                         one number per row
-    rows.json                               rows per split, vocab_size, ids of special tokens
+"""Token rows of variable length, as variable_length_writer.py lays them out, as batches padded to the longest row.
 
 B rows, S and T the longest source and target of a batch.
 """
@@ -19,76 +14,10 @@ import numpy.typing as npt
 import torch
 
 from components.config.params import InputError
-from components.runtime.shards import Output, concatenate
 from components.token_rows.batches import IGNORED, Batch, Indices, read_rows_file
+from components.token_rows.variable_length_writer import ENDS, NO_PAIR, SPECIAL
 
 Numbers = npt.NDArray[np.int64]
-_ENDS = np.dtype("<i8")
-COUNTS = ("rows", "tokens")
-"""What a writer counts."""
-SPECIAL = 2
-"""`starts` of a special token; else 1 where a word starts, and 0 within."""
-NO_PAIR = 2
-"""`random` of a row with one segment; else 1 where the second is of another document."""
-
-
-class VariableLengthWriter:
-    """Appends rows of one split. `tokens` maps each per-token field to its type, `numbers` each per-row field.
-
-    A field named `a.b` has the lengths of the field `a`.
-    """
-
-    def __init__(self, folder: Path, split: str, tokens: Mapping[str, str], numbers: Mapping[str, str]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._types = {name: np.dtype(kind).newbyteorder("<") for name, kind in {**tokens, **numbers}.items()}
-        lengths = {f"{name}.ends": _ENDS for name in tokens if "." not in name}
-        self._files = {name: (folder / f"{split}.{name}.bin").open("wb") for name in (*self._types, *lengths)}
-        self._ends = dict.fromkeys(lengths, 0)
-        self.rows = 0
-        self.tokens = 0
-
-    def add(self, **row: Sequence[int] | int) -> None:
-        """One row, by field; a dot in a field's name is written as two underscores."""
-        for key, value in row.items():
-            name = key.replace("__", ".")
-            self._files[name].write(np.asarray(value, self._types[name]).tobytes())
-            if f"{name}.ends" in self._ends and not isinstance(value, int):
-                self._ends[f"{name}.ends"] += len(value)
-                self._files[f"{name}.ends"].write(_ENDS.type(self._ends[f"{name}.ends"]).astype(_ENDS).tobytes())
-                self.tokens += len(value)
-        self.rows += 1
-
-    def close(self) -> dict[str, int]:
-        """Finish the files; `COUNTS` of the split."""
-        for file in self._files.values():
-            file.close()
-        return {name: getattr(self, name) for name in COUNTS}
-
-
-def join_variable_length(
-    folder: Path,
-    splits: Sequence[str],
-    outputs: Sequence[Output],
-    tokens: Mapping[str, str],
-    numbers: Mapping[str, str],
-) -> dict[str, int]:
-    """Write the arrays of a folder from those of shards, one behind the other; SPLIT_COUNT for each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts: dict[str, int] = {}
-    for split in splits:
-        parts = [output for output in outputs if split in output.result["splits"]]
-        for name in (*tokens, *numbers):
-            file = f"{split}.{name}.bin"
-            concatenate(folder / file, [part.folder / file for part in parts])
-        for name in (name for name in tokens if "." not in name):
-            file, end = f"{split}.{name}.ends.bin", 0
-            with (folder / file).open("wb") as out:
-                for part in parts:
-                    ends = np.fromfile(part.folder / file, _ENDS) + end
-                    out.write(ends.tobytes())
-                    end = int(ends[-1]) if len(ends) else end
-        counts |= {f"{split}_{name}": sum(part.result["splits"][split][name] for part in parts) for name in COUNTS}
-    return counts
 
 
 class VariableLengthRows:
@@ -108,7 +37,7 @@ class VariableLengthRows:
         for name, kind in self.info["fields"].items() if self.count else ():
             self._arrays[name] = self._map(name, np.dtype(kind).newbyteorder("<"))
         for name in self.info["ragged"] if self.count else ():
-            ends = self._ends[name] = self._map(f"{name}.ends", _ENDS)
+            ends = self._ends[name] = self._map(f"{name}.ends", ENDS)
             if len(ends) != self.count or ends[-1] != len(self._arrays[name]):
                 raise InputError(f'{folder}: rows of {split} are incomplete; run "loopwright run --until prepare"')
 
