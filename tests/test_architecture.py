@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -144,7 +145,8 @@ def own_names(paths: list[Path]) -> set[str]:
     return names
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Every module that a file imports when it runs, anywhere in it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     guarded = {
@@ -159,9 +161,10 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
+@cache
 def place(module: str) -> str | None:
     """The file or folder of the house that a module name means."""
     parts = module.split(".")

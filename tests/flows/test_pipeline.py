@@ -328,12 +328,12 @@ def test_a_stage_killed_without_a_word_is_reported_by_dvc(project: Path) -> None
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("dvc.yaml", "stages:\n  first:\n    cmd: [\n", "dvc.yaml: line 4, column 1: expected .*; correct dvc.yaml"),
+        ("dvc.yaml", "stages:\n  first:\n    cmd: [\n", "dvc.yaml: line 4, column 1: did not .*; correct dvc.yaml"),
         ("dvc.yaml", "stages: {a: {dips: []}}", "dvc.yaml: stages.a.dips: extra keys not allowed.*; correct dvc.yaml"),
         ("dvc.yaml", "stages: {a: {cmd: b, deps: [c], outs: [c]}}", "dvc.yaml: DVC: .*in stage: a; correct dvc.yaml"),
         ("dvc.lock", "a: 1", 'dvc.lock: .*a: extra keys.*; remove dvc.lock, and "loopwright run" writes it anew'),
-        ("params.yaml", "a: [", "params.yaml: line 1, column 5: .*; correct params.yaml"),
-        ("data/mine.dvc", "outs: [", "data/mine.dvc: line 1, column 8: .*; restore data/mine.dvc from git, or add .*"),
+        ("params.yaml", "a: [", "params.yaml: line 2, column 1: .*; correct params.yaml"),
+        ("data/mine.dvc", "outs: [", "data/mine.dvc: line 2, column 1: .*; restore data/mine.dvc from git, or add .*"),
         (".dvc/config", "[core", ".dvc/config: DVC: .*line 1; correct it there or in .dvc/config.local"),
     ],
 )

@@ -195,9 +195,7 @@ def all_of(*edits: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 FINE_TUNED = {f"{stage}@{model}" for stage in ("finetune", "assess") for model in ("classifier", "summarizer")}
-TRAINED = {"pretrain_vision", "connect", "tune"} | {
-    f"{stage}@{family}" for stage in ("prepare", "pretrain") for family in FAMILIES
-}
+TRAINED = {"pretrain_vision", "connect", "tune", *(f"pretrain@{family}" for family in FAMILIES)}
 EDITS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "what no stage reads": (
         all_of(
