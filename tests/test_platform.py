@@ -30,8 +30,6 @@ from tests.conftest import SOURCE, Project, Released
 pytestmark = [
     pytest.mark.platform,
     pytest.mark.timeout(900),
-    # DVC steps on this itself.
-    pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning"),
 ]
 
 STAGES = [

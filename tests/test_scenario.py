@@ -21,7 +21,6 @@ from tests.conftest import Project, Released
 pytestmark = [
     pytest.mark.platform,
     pytest.mark.timeout(900),
-    pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning"),
 ]
 
 WANTED = "Welcome, friend."

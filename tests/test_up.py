@@ -99,7 +99,6 @@ def test_a_second_one_is_refused_with_one_line(up: Up) -> None:
     assert second.stderr == f"up: already running as process {up.process.pid}; wait for it, or stop it with kill\n"
 
 
-@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 def test_the_commands_of_the_runbook_run_beside_it(up: Up, tmp_path: Path) -> None:
     registry = Registry(up.project.home)
     first = registry.resolve("agent@champion")

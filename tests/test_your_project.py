@@ -55,7 +55,6 @@ def test_the_module_of_the_page_is_a_project(tmp_path: Path) -> None:
 
 @pytest.mark.platform
 @pytest.mark.timeout(900)
-@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 def test_the_commands_of_the_page_end_with_an_answer_that_called_a_tool(tmp_path: Path) -> None:
     project = clone(tmp_path / "project")
     (commands,) = blocks("sh")

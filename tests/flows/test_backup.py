@@ -39,8 +39,6 @@ from flows.orchestration.dvc_repo import version_data
 from loopwright.cli import app
 from tests.pages import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
-
 Register = Callable[..., ModelVersion]
 CONFIG = FeedbackConfig(max_items=10_000, max_items_per_user=10_000, improve_after=5)
 ITEMS = int(os.environ.get("LOOPWRIGHT_BACKUP_ITEMS", "300"))

@@ -15,8 +15,6 @@ from components.config.paths import Paths
 from flows.orchestration.dvc_remote import push_data
 from flows.orchestration.dvc_repo import fetch_missing, open_repo, prune_cache
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
-
 STAGE = {
     "cmd": "echo ran >> runs.txt && mkdir -p data && cp in.txt data/out.txt && wc -c in.txt > metrics.txt",
     "deps": ["in.txt"],

@@ -25,9 +25,6 @@ from flows.orchestration.dvc_repo import StageState, configure, stage_states, ve
 from flows.orchestration.run_stage import StageFailed, reproduce
 from loopwright.doctor import CHECKS
 
-# DVC steps on this itself.
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
-
 STAGES = {
     "first": {"cmd": "python first.py", "deps": ["first.py", "source.txt"], "params": ["a"], "outs": ["first.txt"]},
     "side": {"cmd": "cp source.txt side.txt", "deps": ["source.txt"], "outs": ["side.txt"]},

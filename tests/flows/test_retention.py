@@ -27,11 +27,6 @@ from flows.orchestration.prefect_server import client_settings, home_tag, prefec
 from flows.retention import prune
 from tests.pages import ROOT
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning"),  # of DVC's use of pygtrie
-    pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # of BentoML's use of pathspec
-]
-
 POLICY = {"versions": 3, "runs": 4, "bentos": 1, "cache_days": 0, "log_megabytes": 1, "flow_runs": 5}
 ROUNDS = 12
 WEIGHTS = 300_000

@@ -28,9 +28,6 @@ from loopwright.doctor import doctor
 from loopwright.run import run
 from loopwright.status import status
 
-# DVC steps on this itself.
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
-
 SOURCE = Path(__file__).parents[2]
 SCALES = SCALES_FILE.relative_to(SOURCE).as_posix()
 VERSIONS = VERSIONS_FILE.relative_to(SOURCE).as_posix()

@@ -22,8 +22,6 @@ from components.runtime.stage import digest
 from examples.stdlib_agent import datasets
 from loopwright.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
-
 SOURCE = Path(__file__).parents[2]
 Outcome = tuple[int, str, str]
 Loopwright = Callable[..., Outcome]

@@ -131,7 +131,6 @@ def test_with_json_the_run_talks_on_stderr(capsys: pytest.CaptureFixture[str]) -
     assert (said.err, said.out) == ("tune  1/10  loss 2.3\n", "tune  2/10  loss 2.2\n")
 
 
-@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # of DVC's use of pygtrie
 def test_a_dry_run_states_why_and_how_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
