@@ -66,7 +66,11 @@ def train() -> None:
     sys.argv[1:] = ["pretrain@decoder"]
     began = time.process_time()
     with patch.object(pretrain, "measure_loss", timed):
-        stage.main()
+        try:
+            stage.main()
+        except SystemExit as ended:
+            if ended.code:
+                raise
     print(json.dumps(time.process_time() - began - held_out))
 
 
