@@ -55,13 +55,13 @@ def train() -> None:
     from components.training import pretrain
     from components.training.loop import train as run_loop
 
-    taken = 0.0
+    cpu_seconds = 0.0
 
     def timed(*arguments: Any) -> Any:
-        nonlocal taken
+        nonlocal cpu_seconds
         began = time.process_time()
         measured = run_loop(*arguments)
-        taken = time.process_time() - began
+        cpu_seconds = time.process_time() - began
         return measured
 
     sys.argv[1:] = ["pretrain@decoder"]
@@ -71,7 +71,7 @@ def train() -> None:
         except SystemExit as ended:
             if ended.code:
                 raise
-    print(json.dumps(taken))
+    print(json.dumps(cpu_seconds))
 
 
 def child(root: Path, *words: str) -> Any:

@@ -100,6 +100,22 @@ def balanced(ports: Sequence[int], log: Path) -> Iterator[str]:
         process.wait()
 
 
+@contextmanager
+def replica_set(project: Path, database: str, replicas: int) -> Iterator[tuple[list[Endpoint], str]]:
+    """Endpoints that answer, and the address of haproxy before them."""
+    with ExitStack() as stack:
+        endpoints = [Endpoint(project, database) for _ in range(replicas)]
+        for endpoint in endpoints:
+            stack.callback(endpoint.stop)
+        for endpoint in endpoints:
+            endpoint.wait()
+        log = project / "haproxy.log"
+        url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], log))
+        if not wait_for(f"{url}/readyz", 20.0):
+            raise RuntimeError(f"haproxy does not answer: {log.read_text()}")
+        yield endpoints, url
+
+
 class Load:
     """Clients, and what they saw."""
 
@@ -273,14 +289,7 @@ def throughput(folder: Path, scratch: Path, replicas: int, clients: int, seconds
         store = Store(database.url)
         stack.callback(store.close)
         _, key = store.create_key("clients", ["predict"], 10**6)
-        endpoints = [Endpoint(scratch, database.url) for _ in range(replicas)]
-        for endpoint in endpoints:
-            stack.callback(endpoint.stop)
-        for endpoint in endpoints:
-            endpoint.wait()
-        url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
-        if not wait_for(f"{url}/readyz", 20.0):
-            raise RuntimeError(f"haproxy does not answer: {(scratch / 'haproxy.log').read_text()}")
+        _, url = stack.enter_context(replica_set(scratch, database.url, replicas))
 
         def ask() -> None:
             with httpx.Client(timeout=120, headers={"Authorization": f"Bearer {key}"}) as client:
@@ -326,14 +335,7 @@ def trial(folders: Sequence[Path], scratch: Path, replicas: int, clients: int, r
         store = Store(database.url)
         _, key = store.create_key("clients", ["predict"], 10**6)
         _, limited = store.create_key("limited", ["predict"], LIMIT)
-        endpoints = [Endpoint(scratch, database.url) for _ in range(replicas)]
-        for endpoint in endpoints:
-            stack.callback(endpoint.stop)
-        for endpoint in endpoints:
-            endpoint.wait()
-        url = stack.enter_context(balanced([endpoint.port for endpoint in endpoints], scratch / "haproxy.log"))
-        if not wait_for(f"{url}/readyz", 20.0):
-            raise RuntimeError(f"haproxy does not answer: {(scratch / 'haproxy.log').read_text()}")
+        endpoints, url = stack.enter_context(replica_set(scratch, database.url, replicas))
         load = Load(url, key)
         allowed = count_allowed(url, limited, load.over)
         codes: list[int] = []

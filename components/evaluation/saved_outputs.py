@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from components.datasets.formats import Row
+from components.evaluation.compare_summarizers import overlap
 from components.evaluation.evaluate import ANSWERS
 from components.evaluation.held_out import OUTPUTS, TEST
 from components.evaluation.metrics import wilson_interval
@@ -74,7 +75,7 @@ def _mean_interval(scores: np.ndarray) -> Interval:
 
 
 def _macro_f1(rows: Sequence[Output]) -> Callable[[np.ndarray], float]:
-    from sklearn.metrics import f1_score  # here, and torch below: flows and commands need neither
+    from sklearn.metrics import f1_score  # here: it takes seconds, and flows import this module
 
     labels, predicted = (np.array([getattr(row, name) for row in rows]) for name in ("expected", "answer"))
     return lambda chosen: float(f1_score(labels[chosen], predicted[chosen], average="macro", zero_division=0))
@@ -106,8 +107,6 @@ def _predictions(rows: list[Row]) -> list[Output]:
 
 
 def _summaries(rows: list[Row]) -> list[Output]:
-    from components.evaluation.compare_summarizers import overlap
-
     scores = overlap([row["written"] for row in rows], [row["target"] for row in rows]).each
     return [
         Output(row["suite"] or TEST, row["source"], row["target"], row["written"], float(score))

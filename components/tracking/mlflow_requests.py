@@ -38,8 +38,8 @@ SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 PROMOTED = "promoted"
-"""Tag of a registered model: the version that this project made champion last, while it does so the one before too,
-none as 0. Another champion was made by another program, as MLflow's page."""
+"""Tag of a registered model: the number of the champion that this project promoted; during a promotion those of the
+former and the new champion, 0 for none. Any other champion was promoted by another program, as MLflow's page."""
 _transfers = 0
 """Transfers of this process that are running."""
 _counting = threading.Lock()

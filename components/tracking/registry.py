@@ -320,9 +320,9 @@ class Registry:
         return self.resolve(f"{name}@champion")
 
     def record_outside_move(self, name: str, record: Callable[[str, str], None]) -> None:
-        """Call `record` with the champion and the one before, as `NAME/VERSION`, where another program moved the alias.
+        """Call `record(champion, former champion)`, as `NAME/VERSION`, where another program moved the alias.
 
-        Once for each move; those between two calls count as one.
+        Version 0 stands for none. Several moves between two calls count as a single move.
         """
         with self._locked():
             model = self.client.get_registered_model(name)
