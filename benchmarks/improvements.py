@@ -3,7 +3,8 @@
 A clone of this project is run at scale smoke and served. In each round a user corrects the answers to one kind of
 question, all different; the corrections are ingested, an improvement is made of them, promoted or refused, and the
 default retention policy is applied, as the schedules do. Prints what the clone takes on disk after each round, by
-place, and the growth a round since the tenth.
+place, and the growth a round since the tenth. A round stands for a day: of Prefect's events, which it keeps for seven
+days whatever their number, seven rounds stay.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,8 @@ REFUSED = 3
 SETTLED = 10
 """Rounds after which the disk has to be flat."""
 PLACES = (".dvc/cache", "data", "var/feedback.db", "var/mlflow", "var/prefect", "var/bentoml", "var/logs", "var")
+EVENT_DAYS = 7
+"""Prefect's default."""
 VERBS = ("greet", "call", "visit", "help", "thank", "teach")
 PEOPLE = ("visitor", "guest", "member", "neighbour", "player")
 KINDS = [(verb, person) for verb in VERBS for person in PEOPLE]
@@ -81,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.improvements", description=__doc__)
     parser.add_argument("--rounds", type=int, default=len(KINDS))
     parser.add_argument("--corrections", type=int, default=40, help="in each round")
+    parser.add_argument("--day", type=float, default=120.0, help="seconds that a round takes on this machine")
     arguments = parser.parse_args()
     foreign = ("LOOPWRIGHT_", "PREFECT_", "MLFLOW_", "BENTOML_", "DVC_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
@@ -95,10 +100,16 @@ def main() -> None:
         params["feedback"] = {"max_items_per_user": 10_000}  # one person corrects all
         text.dump(params, root / "params.yaml")
         os.environ["PREFECT_HOME"] = environment["PREFECT_HOME"] = str(root / "var/prefect")
+        os.environ |= {
+            "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": f"PT{EVENT_DAYS * arguments.day:.0f}S",
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_EVENT_RETENTION_OVERRIDES": "{}",
+            "PREFECT_SERVER_SERVICES_DB_VACUUM_LOOP_SECONDS": "60",
+        }
         totals = []
         with prefect_api(root / "var") as api, endpoint(root, environment) as client:
             environment["PREFECT_API_URL"] = api.wait()
             for number in range(arguments.rounds):
+                began = time.perf_counter()
                 correct(client, *KINDS[number % len(KINDS)], arguments.corrections)
                 command(root, environment, "feedback", "ingest")
                 improved = command(root, environment, "improve", allowed=REFUSED)
@@ -106,6 +117,7 @@ def main() -> None:
                 totals.append(megabytes(root))
                 sizes = {place: megabytes(root / place) for place in PLACES if (root / place).exists()}
                 row = {"round": number + 1, "outcome": improved.get("outcome", "refused"), "megabytes": totals[-1]}
+                row["seconds"] = round(time.perf_counter() - began)
                 print(json.dumps(row | sizes), flush=True)
     if len(totals) > SETTLED:
         growth = (totals[-1] - totals[SETTLED - 1]) / (len(totals) - SETTLED)

@@ -1,4 +1,5 @@
-"""Preferences as rows of tokens: one sequence a row, so that a row has a log-probability of its own.
+"""Preferences as rows of tokens: one sequence a row, so that a row has a log-probability of its own. Rows are as wide
+as the longest.
 
     train.ids.bin, train.segments.bin, train.mask.bin    as `prepare` writes them
     train.roles.bin                                      `Role` of each row, uint8
@@ -17,12 +18,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional as F
 
 from components.config.params import InputError
 from components.datasets.formats import Row, batched
 from components.media.messages import pictures_of
 from components.token_rows.augmentation import Piece
-from components.token_rows.batches import Batch, Indices, TokenRows
+from components.token_rows.batches import IGNORED, Batch, Indices, TokenRows
 from components.token_rows.packing import RowWriter, id_type, write_rows_file
 from components.token_rows.picture_rows import PictureWriter
 from components.tokenization.chat_tokenizer import ChatTokenizer
@@ -55,8 +57,7 @@ def write_preferences(
 ) -> dict[str, int]:
     """Tokenize rows of kind `preferences` into the files above; returns the counts of `pairs`, `votes`, `too_long`."""
     folder.mkdir(parents=True, exist_ok=True)
-    writer = RowWriter(folder, split, seq_len, id_type(tokenizer), pictures)
-    roles: list[Role] = []
+    pieces: list[tuple[Role, Piece]] = []
     labels: list[tuple[Role, Answer]] = []
     counts = {"pairs": 0, "votes": 0, "too_long": 0}
     for row, answers in encode_preferences(tokenizer, rows):
@@ -67,24 +68,22 @@ def write_preferences(
             counts["too_long"] += 1
         elif len(answers) == 2:
             counts["pairs"] += 1
-            for role in (Role.CHOSEN, Role.REJECTED):
-                writer.add([answers[role].piece()])
-                roles.append(role)
+            pieces += [(role, answers[role].piece()) for role in (Role.CHOSEN, Role.REJECTED)]
         else:
             labels += [(Role.LIKED if row["chosen"] else Role.DISLIKED, answer) for answer in answers.values()]
     counts["votes"] = len(labels)
     for number, (role, answer) in enumerate(labels):
-        writer.add([answer.piece()])
-        roles.append(role)
+        pieces.append((role, answer.piece()))
         other = labels[(number + 1) % len(labels)][1]
         if len(labels) > 1:
-            writer.add([answer.replaced_by(other, seq_len)])
-            roles.append(Role.MISMATCHED)
+            pieces.append((Role.MISMATCHED, answer.replaced_by(other, seq_len)))
+    width = max((len(ids) for _, (ids, _) in pieces), default=seq_len)
+    writer = RowWriter(folder, split, width, id_type(tokenizer), pictures)
+    for _, piece in pieces:
+        writer.add([piece])
     writer.close()
-    np.array(roles, "uint8").tofile(folder / f"{split}.roles.bin")
-    write_rows_file(
-        folder, tokenizer, seq_len, {split: writer.rows}, pictures.close() if pictures is not None else None
-    )
+    np.array([role for role, _ in pieces], "uint8").tofile(folder / f"{split}.roles.bin")
+    write_rows_file(folder, tokenizer, width, {split: writer.rows}, pictures.close() if pictures is not None else None)
     return counts
 
 
@@ -195,7 +194,18 @@ class AlignRows:
         if self._preferences and rows:
             parts.append(self._preferences.batch(np.array(rows, np.int64)))
         names = {name: None for part in parts for name in part}  # pixel_values is of parts with pictures alone
+        parts = [_widened(part, self.seq_len) for part in parts]
         return trimmed({name: torch.cat([part[name] for part in parts if name in part]) for name in names})
+
+
+def _widened(batch: Batch, width: int) -> Batch:
+    """The batch with columns of padding up to `width`."""
+    return {
+        name: F.pad(value, (0, width - value.shape[1]), value=IGNORED if name == "labels" else 0)
+        if value.dim() == 2
+        else value
+        for name, value in batch.items()
+    }
 
 
 def trimmed(batch: Mapping[str, Any]) -> Batch:

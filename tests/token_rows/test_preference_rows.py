@@ -66,6 +66,12 @@ def test_pairs_come_first_and_each_vote_brings_a_mismatched_row(written: Prefere
     assert written.units() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+def test_rows_are_as_wide_as_the_longest(written: PreferenceRows) -> None:
+    segments = written.batch(np.arange(8))["segment_ids"]
+    assert segments.shape[1] == written.tokens.seq_len < SEQ_LEN
+    assert segments[:, -1].any()
+
+
 def test_an_answer_is_in_the_mask_and_its_prompt_never(written: PreferenceRows, tokenizer: ChatTokenizer) -> None:
     batch = written.batch(np.arange(8))
     assert learned(batch, tokenizer) == [
