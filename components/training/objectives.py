@@ -23,6 +23,9 @@ MAX_ROWS = {"cpu": 1024, "cuda": 8192}
 MAX_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """Logits of these rows: 0.25 and 1 GiB in fp32, to which `budget.py` adds what is made of them."""
 ROW_MULTIPLE = 128
+TARGET_MULTIPLE = 64
+"""Rows of targets are padded to a multiple: a matrix product of a new shape is prepared anew, which takes a CPU as long
+as a small product itself, and each batch has another number of targets."""
 
 
 class Loss(NamedTuple):
@@ -42,10 +45,19 @@ def causal_lm(model: Decoder, batch: Batch) -> Loss:
 
     (GPT, Radford et al. 2018, eq. 1.) With the mask of the chat template in the labels this is instruction tuning.
     """
-    labels = batch["labels"].flatten()
-    rows = (labels != IGNORED).nonzero().squeeze(1)
+    rows, targets, count = target_rows(batch["labels"])
     stream = hidden_rows(model, batch, rows)
-    return Loss(linear_cross_entropy(stream, model.head.weight, labels[rows]), len(rows))
+    return Loss(linear_cross_entropy(stream, model.head.weight, targets, count=count), count)
+
+
+def target_rows(labels: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The positions (N,) of labels (B, T) that are no padding, the labels there, and their count: N is a multiple of
+    TARGET_MULTIPLE, and the rows behind the count repeat a position."""
+    flat = labels.flatten()
+    rows = (flat != IGNORED).nonzero().squeeze(1)
+    count = len(rows)
+    padded = torch.cat([rows, rows[-1:].expand(-count % TARGET_MULTIPLE)])
+    return padded, flat[padded], count
 
 
 def hidden_rows(model: Decoder, batch: Batch, rows: Tensor) -> Tensor:
@@ -65,20 +77,20 @@ def masked_lm_next_sentence(model: EncoderForPretraining, batch: Batch) -> Loss:
     `next_sentence_labels` (B,) is IGNORED, for it has no second segment, is left out of the second mean; so are all
     where the architecture has no such head (RoBERTa, arXiv 1907.11692).
     """
-    labels, follows = batch["labels"].flatten(), batch["next_sentence_labels"]
-    count, length = batch["input_ids"].shape
-    masked = (labels != IGNORED).nonzero().squeeze(1)
-    firsts = torch.arange(0, count * length, length, device=labels.device)
+    follows = batch["next_sentence_labels"]
+    pairs, length = batch["input_ids"].shape
+    masked, targets, count = target_rows(batch["labels"])
+    firsts = torch.arange(0, pairs * length, length, device=masked.device)
     rows = torch.cat([masked, firsts])
     stream = model.hidden(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"], rows=rows)
     transformed = model.transformed(stream[: len(masked)])
-    tokens = linear_cross_entropy(transformed, model.head.weight, labels[masked], model.head.bias)
+    tokens = linear_cross_entropy(transformed, model.head.weight, targets, model.head.bias, count)
     if model.next_sentence is None:
-        return Loss(tokens, len(masked))
+        return Loss(tokens, count)
     logits = model.next_sentence(model.pooled(stream[len(masked) :])).float()
-    pairs = F.cross_entropy(logits, follows, ignore_index=IGNORED, reduction="sum")
-    weight = len(masked) / (follows != IGNORED).sum().clamp(min=1)
-    return Loss(tokens + weight * pairs, len(masked))
+    followed = F.cross_entropy(logits, follows, ignore_index=IGNORED, reduction="sum")
+    weight = count / (follows != IGNORED).sum().clamp(min=1)
+    return Loss(tokens + weight * followed, count)
 
 
 def sequence_to_sequence(model: EncoderDecoder, batch: Batch) -> Loss:
@@ -86,11 +98,10 @@ def sequence_to_sequence(model: EncoderDecoder, batch: Batch) -> Loss:
 
     `input_ids` and `attention_mask` (B, S); `decoder_input_ids` and `labels` (B, T), IGNORED at padding.
     """
-    labels = batch["labels"].flatten()
-    rows = (labels != IGNORED).nonzero().squeeze(1)
+    rows, targets, count = target_rows(batch["labels"])
     context = model.encode(batch["input_ids"], batch["attention_mask"])
     stream = model.decode(batch["decoder_input_ids"], context, batch["attention_mask"], rows=rows)
-    return Loss(linear_cross_entropy(stream * model.head.scale, model.head.weight, labels[rows]), len(rows))
+    return Loss(linear_cross_entropy(stream * model.head.scale, model.head.weight, targets, count=count), count)
 
 
 def classification(weights: Tensor, label_smoothing: float) -> Objective[Classifier]:
@@ -112,23 +123,30 @@ def chunk_rows(vocab_size: int, device: str) -> int:
     return min(MAX_ROWS[device], max(ROW_MULTIPLE, fitting))
 
 
-def linear_cross_entropy(stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Sum of cross-entropies of stream (N, E) against weight (V, E); logits are made a chunk of rows at a time."""
+def linear_cross_entropy(
+    stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, count: int | None = None
+) -> Tensor:
+    """Sum of cross-entropies of the first `count` rows of stream (N, E) against weight (V, E); None: of all.
+
+    Logits are made a chunk of rows at a time.
+    """
+    count = len(labels) if count is None else count
     if not torch.is_grad_enabled():
+        stream, labels = stream[:count], labels[:count]
         size = chunk_rows(len(weight), stream.device.type)
         chunks = zip(torch.split(stream, size), torch.split(labels, size), strict=True)
         logits = ((F.linear(rows, weight, bias).float(), targets) for rows, targets in chunks)
         parts = [F.cross_entropy(rows, targets, reduction="sum") for rows, targets in logits]
         return torch.stack(parts).sum() if parts else stream.sum() * 0
     apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
-    return apply(stream, weight, labels, bias)
+    return apply(stream, weight, labels, bias, count)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in the forward pass, so that logits are computed once and never stored."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, stream: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, count: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=stream.device)
         stream_grad = torch.empty_like(stream)
         weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the head is frozen by LoRA
@@ -137,10 +155,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), size):
             rows, targets = stream[start : start + size], labels[start : start + size].unsqueeze(1)
             probabilities = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)
-            total -= probabilities.gather(1, targets).clamp_(min=1e-37).log_().sum()
-            # d loss / d logits = probabilities, less one at the label.
+            total -= probabilities.gather(1, targets)[: max(0, count - start)].clamp_(min=1e-37).log_().sum()
+            # d loss / d logits = probabilities, less one at the label; none of padding.
             minus_one = probabilities.new_full(targets.shape, -1.0)
             logits_grad = probabilities.scatter_add_(1, targets, minus_one).to(stream.dtype)
+            logits_grad[max(0, count - start) :] = 0
             torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
             if weight_grad is not None:
                 weight_grad.addmm_(logits_grad.T, rows)
@@ -153,4 +172,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0].to(ctx.saved_tensors[0].dtype)
         stream, weight, bias = (grad * scale if grad is not None else None for grad in ctx.saved_tensors)
-        return stream, weight, None, bias
+        return stream, weight, None, bias, None

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from components.models.decoder import Decoder, DecoderConfig
 from components.token_rows.batches import IGNORED, Batch
-from components.training.objectives import causal_lm, chunk_rows, linear_cross_entropy
+from components.training.objectives import causal_lm, chunk_rows, linear_cross_entropy, target_rows
 
 CONFIG = DecoderConfig(
     vocab_size=53, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, max_seq_len=64
@@ -80,20 +80,31 @@ def test_rows_of_logits_follow_from_the_vocabulary() -> None:
     assert chunk_rows(10**7, "cpu") == 128
 
 
+@pytest.mark.parametrize("count", [20, 12])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_rows_of_padding_change_nothing(chunk: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     stream, weight = torch.randn(20, 16, requires_grad=True), torch.randn(31, 16, requires_grad=True)
     labels = torch.randint(0, 31, (20,))
-    expected = F.cross_entropy(stream @ weight.T, labels, reduction="sum") * 3
+    expected = F.cross_entropy(stream[:count] @ weight.T, labels[:count], reduction="sum") * 3
     wanted = torch.autograd.grad(expected, (stream, weight))
     monkeypatch.setattr("components.training.objectives.chunk_rows", lambda *_: chunk)
-    got = linear_cross_entropy(stream, weight, labels) * 3
+    got = linear_cross_entropy(stream, weight, labels, count=count) * 3
     torch.testing.assert_close(got, expected)
     for ours, theirs in zip(torch.autograd.grad(got, (stream, weight)), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(stream, weight, labels) * 3, expected)
+        torch.testing.assert_close(linear_cross_entropy(stream, weight, labels, count=count) * 3, expected)
+
+
+@pytest.mark.parametrize("targets", [0, 1, 64, 65])
+def test_rows_of_targets_come_first_and_are_a_multiple(targets: int) -> None:
+    labels = torch.full((2, 80), IGNORED)
+    labels.view(-1)[10 : 10 + targets] = torch.arange(targets)
+    rows, values, count = target_rows(labels)
+    assert (count, len(rows)) == (targets, -(-targets // 64) * 64)
+    assert rows[:count].tolist() == list(range(10, 10 + targets))
+    assert values[:count].tolist() == list(range(targets))
 
 
 def test_bf16_weights_give_nearly_the_loss_of_fp32(model: Decoder) -> None:
