@@ -194,7 +194,8 @@ class AlignRows:
         if self._preferences and rows:
             parts.append(self._preferences.batch(np.array(rows, np.int64)))
         names = {name: None for part in parts for name in part}  # pixel_values is of parts with pictures alone
-        parts = [_widened(part, self.seq_len) for part in parts]
+        width = max(part["labels"].shape[1] for part in parts)
+        parts = [_widened(part, width) for part in parts]
         return trimmed({name: torch.cat([part[name] for part in parts if name in part]) for name in names})
 
 

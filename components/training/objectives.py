@@ -154,12 +154,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         size = chunk_rows(len(weight), stream.device.type)
         for start in range(0, len(labels), size):
             rows, targets = stream[start : start + size], labels[start : start + size].unsqueeze(1)
+            valid = max(0, count - start)
             probabilities = torch.softmax(F.linear(rows, weight, bias), dim=-1, dtype=torch.float32)
-            total -= probabilities.gather(1, targets)[: max(0, count - start)].clamp_(min=1e-37).log_().sum()
+            total -= probabilities[:valid].gather(1, targets[:valid]).clamp_(min=1e-37).log_().sum()
             # d loss / d logits = probabilities, less one at the label; none of padding.
             minus_one = probabilities.new_full(targets.shape, -1.0)
             logits_grad = probabilities.scatter_add_(1, targets, minus_one).to(stream.dtype)
-            logits_grad[max(0, count - start) :] = 0
+            logits_grad[valid:] = 0
             torch.mm(logits_grad, weight, out=stream_grad[start : start + size])
             if weight_grad is not None:
                 weight_grad.addmm_(logits_grad.T, rows)
