@@ -104,7 +104,7 @@ RESULTS_UNCHANGED = {
 # What we use of other packages although its name begins with an underscore, and why.
 PRIVATE = {
     **dict.fromkeys(
-        ("_foreach_copy_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"),
+        ("_foreach_copy_", "_foreach_lerp_", "_foreach_mul_", "_foreach_norm"),
         "PyTorch documents its foreach functions under these names (docs: torch, Foreach Operators)",
     ),
     "_int_mm": "the int8 product that torchao and PyTorch's own examples call; no other name reaches it",

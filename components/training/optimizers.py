@@ -24,6 +24,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 CACHED_MATRICES = 4
 """Matrices in one batch of Newton-Schulz on a CPU: more would not fit its caches."""
+BATCHED_ELEMENTS = 2**24
+"""Elements in one elsewhere: enough to fill a GPU, and what a batch needs beside the states stays below a byte a
+parameter from some 200 million on."""
 Weights = Mapping[str, Tensor]
 
 
@@ -94,7 +97,9 @@ class AdamW:
 class Muon:
     """Muon on matrices; `parts` names the heights of those that are several products fused into one.
 
-    Parts of one shape are orthogonalised as one batch. Equal to `torch.optim.Muon` on the parts one by one.
+    Parts of one shape are orthogonalised in batches. A step turns the gradients into its updates, in place: beside
+    weights, gradients and momentum, 12 bytes a parameter, it holds one batch alone. Equal to `torch.optim.Muon` on the
+    parts one by one.
     `shapes`: of the whole matrices, where the weights are this rank's rows of them.
     """
 
@@ -119,15 +124,15 @@ class Muon:
         weights, buffers = list(self.weights.values()), list(self.buffers.values())
         grads = _grads(self.weights, names)
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        updates = list(torch._foreach_lerp(grads, buffers, self.momentum))  # Nesterov's look ahead
+        torch._foreach_lerp_(grads, buffers, self.momentum)  # Nesterov's look ahead
         if self.weight_decay:
             torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
         if world_size() == 1:
-            self._add_orthogonal(names, weights, updates, rate)
+            self._add_orthogonal(names, weights, grads, rate)
             return
         # Orthogonal rows of a shard are not those of the matrix: its owner has all of them.
         shapes = [(self.shapes[name][0], self.shapes[name][1]) for name in names]
-        changes = apply_to_whole(updates, shapes, lambda number, update: self._change(names[number], update, rate))
+        changes = apply_to_whole(grads, shapes, lambda number, update: self._change(names[number], update, rate))
         for weight, change in zip(weights, changes, strict=True):
             weight.add_(change)
 
@@ -147,9 +152,13 @@ class Muon:
                     rows, direction = rows.mT, direction.mT
                 alike[tuple(rows.shape)].append((rows, direction, -rate * max(1.0, height / width) ** 0.5))
         for group in alike.values():
-            flat = orthogonal(torch.stack([direction for _, direction, _ in group]).to(self.dtype))
-            for (rows, _, length), direction in zip(group, flat, strict=True):
-                rows.add_(direction, alpha=length)
+            first = group[0][0]
+            count = CACHED_MATRICES if first.is_cpu else max(1, BATCHED_ELEMENTS // first.numel())
+            for start in range(0, len(group), count):
+                batch = group[start : start + count]
+                flat = orthogonal(torch.stack([direction.to(self.dtype) for _, direction, _ in batch]))
+                for (rows, _, length), direction in zip(batch, flat, strict=True):
+                    rows.add_(direction, alpha=length)
 
     def state(self) -> dict[str, Tensor]:
         return {f"momentum.{name}": buffer for name, buffer in self.buffers.items()}
@@ -158,10 +167,9 @@ class Muon:
 def orthogonal(matrices: Tensor) -> Tensor:
     """Newton-Schulz on a batch of wide matrices (N, short, long): their singular values go to about one."""
     x: Tensor = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    parts = torch.split(x, CACHED_MATRICES) if x.device.type == "cpu" else (x,)
     # Exact to fp32's last digits; bf16 would lose small singular values on the way.
     by_gram = x.dtype == torch.float32 and x.shape[2] > 1.5 * x.shape[1]
-    return torch.cat([_newton_schulz_by_gram(part) if by_gram else _newton_schulz(part) for part in parts])
+    return _newton_schulz_by_gram(x) if by_gram else _newton_schulz(x)
 
 
 def _newton_schulz(x: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.step_memory import step_memory
 from components.config.model_settings import TrainConfig
 from components.models.decoder import Decoder, DecoderConfig
 from components.training.optimizers import (
@@ -68,6 +71,15 @@ def test_muon_equals_torchs() -> None:
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name].detach(), rtol=0, atol=2e-3)  # both orthogonalise in bf16
         assert (weight - theirs[name]).abs().mean() < 2e-4
+
+
+def test_a_step_of_muon_needs_little_beside_its_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All updates and their orthogonal directions at once were 13 bytes a parameter more."""
+    shape = DecoderConfig(256, 384, 10, 6, 6, 64, 1536, 64, qk_norm=True, tie_embeddings=True)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system, and is not counted
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        held, peak = pool.apply(step_memory, (shape, "muon", torch.float32))
+    assert peak < held + 4
 
 
 def test_muon_treats_parts_of_a_fused_product_as_matrices_of_their_own() -> None:
