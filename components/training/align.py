@@ -29,7 +29,7 @@ from components.training.defaults import fit_to_base
 from components.training.distributed import agreed, join
 from components.training.from_base import quantize_frozen
 from components.training.loop import refuse_bad_masks, train
-from components.training.objectives import Loss, Objective, hidden_rows, linear_cross_entropy
+from components.training.objectives import Loss, Objective, hidden_rows, linear_cross_entropy, row_losses
 from components.training.report import describe, report
 
 
@@ -140,6 +140,11 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decode
     losses of pairs and unpaired labels.
     """
 
+    def cross_entropy_to_reference(logits: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            probabilities = F.softmax((target @ reference.head.weight.T).float(), dim=-1)
+        return -(probabilities * F.log_softmax(logits, dim=-1)).sum(-1)
+
     def objective(model: Decoder, batch: Batch) -> Loss:
         role, width = batch["role"], batch["labels"].shape[1]
         labels = batch["labels"].flatten()
@@ -152,13 +157,14 @@ def align_objective(config: AlignConfig, reference: Decoder) -> Objective[Decode
             loss = plus(loss, linear_cross_entropy(stream[sft], model.head.weight, labels[positions][sft]), sft.sum())
         if replay.any():
             with torch.no_grad():
-                target = hidden_rows(reference, batch, positions[replay]) @ reference.head.weight.T
-            log_probs = F.log_softmax((stream[replay] @ model.head.weight.T).float(), dim=-1)
-            distance = -(F.softmax(target.float(), dim=-1) * log_probs).sum()
+                target = hidden_rows(reference, batch, positions[replay])
+            distance = row_losses(cross_entropy_to_reference, stream[replay], model.head.weight, target).sum()
             loss = plus(loss, config.replay_weight * distance, config.replay_weight * replay.sum())
         preference = ~(sft | replay)
         if preference.any():
-            losses = target_nll(stream[preference], model.head.weight, labels[positions][preference])
+            losses = row_losses(
+                negative_log_probs, stream[preference], model.head.weight, labels[positions][preference]
+            )
             log_probs = -torch.zeros(len(role), device=role.device).index_add(0, row[preference], losses)
             preferred, count = preference_loss(log_probs, batch, config.beta)
             loss = plus(loss, config.preference_weight * preferred, config.preference_weight * count)
@@ -172,9 +178,9 @@ def plus(loss: Loss, total: Tensor, targets: Tensor | float) -> Loss:
     return Loss(loss.total + total, loss.targets + float(targets))
 
 
-def target_nll(stream: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Negative log-probability of each label (N,) in float32, with gradients; answers are short, so all at once."""
-    return F.cross_entropy((stream @ weight.T).float(), labels, reduction="none")
+def negative_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each label (N,) under its logits (N, V)."""
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 @torch.no_grad()
@@ -194,5 +200,5 @@ def row_log_probs(model: Decoder, batch: Batch) -> Tensor:
     labels = batch["labels"].flatten()
     positions = (labels != IGNORED).nonzero().squeeze(1)
     stream = hidden_rows(model, batch, positions)
-    losses = target_nll(stream, model.head.weight, labels[positions])
+    losses = row_losses(negative_log_probs, stream, model.head.weight, labels[positions])
     return -torch.zeros(len(labels) // width, device=losses.device).index_add_(0, positions // width, losses)

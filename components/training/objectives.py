@@ -5,12 +5,13 @@ A sum and a count, not a mean, so that micro-batches with different numbers of t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from components.models.decoder import Decoder
 from components.models.encoder import Classifier, EncoderForPretraining
@@ -140,6 +141,23 @@ def linear_cross_entropy(
         return torch.stack(parts).sum() if parts else stream.sum() * 0
     apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
     return apply(stream, weight, labels, bias, count)
+
+
+def row_losses(loss: Callable[..., Tensor], stream: Tensor, weight: Tensor, *targets: Tensor) -> Tensor:
+    """`loss(logits, *targets)` of each row of stream (N, E) against weight (V, E): (N,) float32, with gradients.
+
+    Logits are made a chunk of rows at a time, and again in the backward pass where there are several chunks.
+    """
+
+    def losses(rows: Tensor, *targets: Tensor) -> Tensor:
+        return loss((rows @ weight.T).float(), *targets)
+
+    size = chunk_rows(len(weight), stream.device.type)
+    if len(stream) <= size:
+        return losses(stream, *targets)
+    chunks = zip(*(torch.split(part, size) for part in (stream, *targets)), strict=True)
+    recomputed = (checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+    return torch.cat(list(cast(Iterable[Tensor], recomputed)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from components.models.decoder import Decoder, DecoderConfig
 from components.token_rows.batches import IGNORED, Batch
-from components.training.objectives import causal_lm, chunk_rows, linear_cross_entropy, target_rows
+from components.training.objectives import causal_lm, chunk_rows, linear_cross_entropy, row_losses, target_rows
 
 CONFIG = DecoderConfig(
     vocab_size=53, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=48, max_seq_len=64
@@ -95,6 +95,30 @@ def test_chunks_and_rows_of_padding_change_nothing(chunk: int, count: int, monke
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(stream, weight, labels, count=count) * 3, expected)
+
+
+def test_losses_of_rows_keep_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients as of all at once."""
+    torch.manual_seed(0)
+    stream, weight, labels = torch.randn(50, 8), torch.randn(300, 8), torch.randint(0, 300, (50,))
+    reference = [stream.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = F.cross_entropy(reference[0] @ reference[1].T, labels, reduction="none")
+    (expected * labels).sum().backward()
+    monkeypatch.setattr("components.training.objectives.chunk_rows", lambda *_: 16)
+    saved: list[int] = []
+    parts = [stream.requires_grad_(), weight.requires_grad_()]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = row_losses(lambda logits, names: F.cross_entropy(logits, names, reduction="none"), *parts, labels)
+    assert max(saved, default=0) <= weight.numel()
+    torch.testing.assert_close(losses, expected)
+    (losses * labels).sum().backward()
+    for part, whole in zip(parts, reference, strict=True):
+        torch.testing.assert_close(part.grad, whole.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [0, 1, 64, 65])
