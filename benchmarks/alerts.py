@@ -34,7 +34,8 @@ import psutil
 from benchmarks.postgres_server import PostgresServer
 from benchmarks.replicas import Endpoint
 from benchmarks.slow_clients import make_model
-from components.runtime.service_registry import record_success, wait_for
+from components.feedback.store import record_success
+from components.runtime.service_registry import wait_for
 from flows.orchestration.prefect_server import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -230,8 +231,9 @@ def age_successes(*flows: str) -> Callable[[Site], None]:
     """These flows last succeeded nine days ago."""
 
     def inject(site: Site) -> None:
-        for flow in flows:
-            os.utime(site.home / "successes" / flow, (time.time() - 9 * 86400,) * 2)
+        with closing(sqlite3.connect(site.home / "feedback.db")) as connection, connection:
+            for flow in flows:
+                connection.execute("UPDATE schedules SET succeeded = succeeded - 777600 WHERE flow = ?", (flow,))
 
     return inject
 

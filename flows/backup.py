@@ -25,11 +25,10 @@ from typing import IO, Any
 from components.config.errors import InputError, reason_of
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
-from components.feedback.store import Store, database_url, has_store, leased_in
+from components.feedback.store import Store, database_url, has_store, leased_in, record_success
 from components.runtime.files import remove, sync
 from components.runtime.object_store import filesystem
 from components.runtime.process import file_lock, git
-from components.runtime.service_registry import record_success
 from components.tracking.mlflow_database import upgrade_database
 from flows.orchestration.dvc_repo import cache_folder
 

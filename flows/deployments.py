@@ -17,9 +17,9 @@ from pydantic import PositiveInt
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
+from components.feedback.store import record_success
 from components.runtime.params_file import write_params
 from components.runtime.process import end_with_parent, lock_owner
-from components.runtime.service_registry import record_success
 from components.tracking.event_log import warn_on_failure
 from flows.feedback import ingest as run_ingestion
 from flows.orchestration.flow_run import Echo, while_unavailable
@@ -78,7 +78,7 @@ def ingest(limit: PositiveInt | None = None) -> Any:
     end_with_parent()
     echo = get_run_logger().info
     report = while_unavailable(lambda: run_ingestion(find_root(), echo, limit), echo)
-    record_success(Paths(find_root()).home, "ingest")
+    while_unavailable(lambda: record_success(Paths(find_root()).home, "ingest"), echo)
     quarantined = sum(report.quarantined.values())
     counts = f"{report.accepted} accepted, {quarantined} quarantined, {report.waiting} wait to be trained on"
     return Completed(message=counts if report.partition else f"no new votes, {report.waiting} wait to be trained on")
@@ -115,7 +115,7 @@ def monitor(days: PositiveInt = 1) -> Any:
 
     echo = get_run_logger().info
     measures = while_unavailable(lambda: run_monitor(find_root(), echo, days), echo)
-    record_success(Paths(find_root()).home, "monitor")
+    while_unavailable(lambda: record_success(Paths(find_root()).home, "monitor"), echo)
     _prune(find_root())
     drifted = [measure.name for measure in measures if measure.drifted]
     if drifted:
@@ -179,5 +179,5 @@ def _run_exclusively(name: str, body: Callable[[Path, Echo], str]) -> Any:
         state = Completed(message=message)
         _prune(root)
     if name:
-        record_success(home, name)
+        while_unavailable(lambda: record_success(home, name), echo)
     return state

@@ -60,7 +60,7 @@ OUTAGE_SECONDS = 15.0
 """Time that an operation waits, from its beginning, for a PostgreSQL server that restarts or fails over."""
 _STARTING_OR_STOPPING = ("57P01", "57P02", "57P03")
 """PostgreSQL's SQLSTATE: admin_shutdown, crash_shutdown, cannot_connect_now."""
-HEAD = "0006"
+HEAD = "0007"
 """The newest revision in migrations/."""
 FIRST = "0001"
 """The revision of a database created before Alembic was used."""

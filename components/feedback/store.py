@@ -33,6 +33,7 @@ from components.feedback.leases import Leases, leased
 from components.feedback.ledger import Ledger
 from components.feedback.pictures import PictureFile, Pictures
 from components.feedback.replicas import Replicas
+from components.feedback.schedules import Schedules
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 from components.feedback.user_records import People
 from components.tracking.registry import Registry
@@ -94,7 +95,7 @@ _REPLACE = (
 )
 
 
-class Store(Ledger, Keys, Pictures, People, Replicas, Leases):
+class Store(Ledger, Keys, Pictures, People, Replicas, Leases, Schedules):
     """Requests with their pictures, answers, feedback with its status, API keys, the audit log and what replicas share.
 
     `owner` is the owner of the API key that a row is made with, empty without a key. Where a `viewer` is given, the
@@ -276,6 +277,12 @@ def leased_in(home: Path, name: str, patience: float = 0.0) -> Iterator[None]:
 def is_shared(home: Path) -> bool:
     """Whether other hosts may use the state folder's store too."""
     return database_url(home).startswith("postgres")
+
+
+def record_success(home: Path, flow: str) -> None:
+    """Remember in the state folder's store that a flow, or a backup, has succeeded now."""
+    with closing(Store.of(home)) as store:
+        store.record_success(flow)
 
 
 def shared_registry(home: Path) -> Registry:

@@ -187,3 +187,12 @@ LEASES = Table(
     # Time of the database's clock.
     Column("expires", Float, nullable=False),
 )
+SCHEDULES = Table(
+    "schedules",
+    METADATA,
+    Column("flow", String(64), primary_key=True),
+    # Unix time of the first registration of its schedule; null where it has none.
+    Column("scheduled", Float),
+    # Unix time of its last success; null: never.
+    Column("succeeded", Float),
+)

@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from components.runtime.files import write_text
@@ -26,7 +25,6 @@ AUTH_STRING = "PREFECT_API_AUTH_STRING"
 """Environment variable with it, for a server that is not of this state folder."""
 SERVED = "served"
 """Folder of the state folder with a lock for each version that a server was started with, `NAME@VERSION-PID.NUMBER`."""
-_SCHEDULES, _SUCCESSES = "schedules", "successes"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 
 
@@ -60,37 +58,6 @@ def publish(home: Path, addresses: dict[str, str], states: dict[str, str] | None
 def unregister(home: Path) -> None:
     """Remove the addresses that `publish` wrote."""
     (home / FILE).unlink(missing_ok=True)
-
-
-def record_success(home: Path, name: str) -> None:
-    """Remember that a flow or a backup has succeeded now."""
-    (home / _SUCCESSES).mkdir(parents=True, exist_ok=True)
-    (home / _SUCCESSES / name).touch()
-
-
-def successes(home: Path) -> dict[str, float]:
-    """Time of the last success of each flow, in seconds since the epoch."""
-    return _times(home / _SUCCESSES)
-
-
-def _times(folder: Path) -> dict[str, float]:
-    return {path.name: path.stat().st_mtime for path in sorted(folder.glob("*"))}
-
-
-def record_schedules(home: Path, flows: Collection[str]) -> None:
-    """Remember since when these flows, and no others, are scheduled: what never succeeds is late as well."""
-    folder = home / _SCHEDULES
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in {path.name for path in folder.iterdir()}.difference(flows):
-        (folder / name).unlink(missing_ok=True)
-    for name in flows:
-        with suppress(FileExistsError):
-            (folder / name).touch(exist_ok=False)
-
-
-def schedules(home: Path) -> dict[str, float]:
-    """Time since which each flow is scheduled, in seconds since the epoch."""
-    return _times(home / _SCHEDULES)
 
 
 def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 
 from components.config.params import InputError
 from components.config.paths import Paths, find_root
-from components.runtime.service_registry import record_schedules
+from components.feedback.store import Store
 from flows.orchestration.prefect_server import home_tag
 
 POOLS = ("cpu", "gpu")
@@ -60,7 +61,8 @@ def register(root: Path) -> list[dict[str, str]]:
         lines = (ended.stdout + ended.stderr).strip().splitlines()
         raise InputError(f"prefect.yaml: {lines[-1].strip() if lines else 'prefect deploy failed'}; correct it there")
     scheduled = [_flow(deployment) for deployment in deployments if deployment.get("schedules")]
-    record_schedules(Paths(root).home, scheduled)
+    with closing(Store.of(Paths(root).home)) as store:
+        store.record_schedules(scheduled)
     return [
         {
             "deployment": f"{_flow(deployment)}/{deployment['name']}",

@@ -8,7 +8,7 @@ from typing import Any
 
 from components.config.params import InputError
 from components.feedback.store import Store
-from components.runtime.service_registry import running, successes
+from components.runtime.service_registry import running
 from components.tracking.registry import ModelVersion, Registry, is_empty
 from components.tracking.version_files import card, latest_run
 from serving.observability.flow_runs import flow_runs, prefect_address
@@ -27,7 +27,7 @@ def overview(home: Path, store: Store, share: float, served: list[str]) -> dict[
         "models": [_model(registry, name, mlflow, share, served) for name in registry.names()] if registry else [],
         "served": served,
         "runs": flow_runs(home),
-        "successes": successes(home),
+        "successes": store.successes(),
         "feedback": _feedback(store),
         "drift": _drift(home),
         "links": _links(registry, home, mlflow),

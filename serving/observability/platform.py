@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 
 from components.feedback.store import Store, StoreUnavailable
 from components.models.devices import device_memory
-from components.runtime.service_registry import schedules, successes
 from serving.models.replica import Replica
 
 REFRESH_SECONDS = 10.0
@@ -38,6 +37,8 @@ class PlatformCollector(Collector):
         self._is_ready, self._rejected = is_ready, rejected
         self._process = psutil.Process()
         self._feedback, self._refreshed = (0, 0.0), float("-inf")
+        self._successes: dict[str, float] = {}
+        self._schedules: dict[str, float] = {}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         gauge = GaugeMetricFamily
@@ -54,12 +55,6 @@ class PlatformCollector(Collector):
             refused.add_metric([task], count)
         yield refused
         yield from self._of_the_store()
-        last = gauge("loopwright_last_success_timestamp_seconds", "End of the last success.", labels=["flow"])
-        since = gauge("loopwright_scheduled_timestamp_seconds", "First registration of the schedule.", labels=["flow"])
-        for metric, times in ((last, successes(self._home)), (since, schedules(self._home))):
-            for flow, seconds in times.items():
-                metric.add_metric([flow], seconds)
-            yield metric
 
     def _of_the_store(self) -> Iterator[GaugeMetricFamily]:
         is_available = int(self._replica.can_record)
@@ -67,6 +62,7 @@ class PlatformCollector(Collector):
         if is_available and time.monotonic() - self._refreshed > REFRESH_SECONDS:
             try:
                 self._feedback = (self._store.fresh(), self._store.oldest_fresh() or 0.0)
+                self._successes, self._schedules = self._store.successes(), self._store.schedules()
                 self._refreshed = time.monotonic()
             except StoreUnavailable:
                 is_available = 0
@@ -75,3 +71,13 @@ class PlatformCollector(Collector):
         yield GaugeMetricFamily("loopwright_feedback_waiting", "Votes that are not ingested.", fresh)
         lag = max(0.0, time.time() - oldest) if fresh and oldest else 0.0
         yield GaugeMetricFamily("loopwright_ingest_lag_seconds", "Age of the oldest vote that is not ingested.", lag)
+        last = GaugeMetricFamily(
+            "loopwright_last_success_timestamp_seconds", "End of the last success.", labels=["flow"]
+        )
+        since = GaugeMetricFamily(
+            "loopwright_scheduled_timestamp_seconds", "First registration of the schedule.", labels=["flow"]
+        )
+        for metric, times in ((last, self._successes), (since, self._schedules)):
+            for flow, seconds in times.items():
+                metric.add_metric([flow], seconds)
+            yield metric

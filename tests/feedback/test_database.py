@@ -147,7 +147,7 @@ def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
     Store.of(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "feedback.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(InputError, match=r"its schema 9999 is newer than .* knows \(0006\); update Loopwright"):
+    with pytest.raises(InputError, match=r"its schema 9999 is newer than .* knows \(0007\); update Loopwright"):
         Store.of(tmp_path)
 
 

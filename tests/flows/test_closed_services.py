@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,8 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from components.config.errors import InputError
-from components.runtime.service_registry import AUTH_FILE, record_schedules, schedules
+from components.feedback.store import Store
+from components.runtime.service_registry import AUTH_FILE
 from components.runtime.supervisor import Supervisor
 from components.tracking.mlflow_client import connect
 from flows.orchestration.prefect_server import client_settings, free_port, prefect_api
@@ -191,10 +193,11 @@ def test_the_pool_of_the_worker_runs_no_command(services: Services) -> None:
             f"/deployments/{deployment['id']}/create_flow_run", json={"job_variables": {"command": "touch started"}}
         )
         assert started.status_code == 422
-    since = schedules(services.home)
-    assert sorted(since) == ["improve", "ingest", "monitor", "pipeline"], "late as well where they never succeed"
-    record_schedules(services.home, ["ingest"])
-    assert schedules(services.home) == {"ingest": since["ingest"]}
+    with closing(Store.of(services.home)) as store:
+        since = store.schedules()
+        assert sorted(since) == ["improve", "ingest", "monitor", "pipeline"], "late as well where they never succeed"
+        store.record_schedules(["ingest"])
+        assert store.schedules() == {"ingest": since["ingest"]}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from components.config.paths import TRAINED_ON_FILE, Paths
 from components.feedback.lineage import lineage, registry_metadata
 from components.feedback.store import AnswerRecord, Store
 from components.runtime.process import file_lock
-from components.runtime.service_registry import SERVED, successes
+from components.runtime.service_registry import SERVED
 from components.tracking.mlflow_client import create_run
 from components.tracking.registry import Registry
 from flows.backup import RETENTION_LOCK
@@ -183,4 +183,5 @@ def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: p
         command = [sys.executable, "-c", "from flows.deployments import ingest, monitor; ingest(); monitor()"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **client_settings(paths.home, url)}
         subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
-    assert set(successes(paths.home)) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"
+    with closing(Store.of(paths.home)) as store:
+        assert set(store.successes()) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"

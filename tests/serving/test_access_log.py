@@ -7,12 +7,13 @@ import logging
 import re
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
 
-from components.runtime.service_registry import record_schedules, record_success
+from components.feedback.store import Store
 from serving.http.app import new_api
 from serving.http.gateway import GatewayMiddleware
 from serving.observability.access_log import AccessLogMiddleware
@@ -97,9 +98,10 @@ def test_the_state_of_the_platform_is_measured(app: Local, home: Path, monkeypat
     app.client.post("/v1/feedback", json={"completion_id": completion_id, "rating": "up"})
     assert value(app, "loopwright_feedback_waiting") == 1
     assert 0 < value(app, "loopwright_ingest_lag_seconds") < 60
-    record_success(home, "ingest")
+    with closing(Store.of(home)) as of_another_host:
+        of_another_host.record_success("ingest")
+        of_another_host.record_schedules(["monitor"])
     assert time.time() - value(app, 'loopwright_last_success_timestamp_seconds{flow="ingest"}') < 60
-    record_schedules(home, ["monitor"])
     assert time.time() - value(app, 'loopwright_scheduled_timestamp_seconds{flow="monitor"}') < 60
     app.client.get("/nope")
     assert value(app, 'loopwright_errors_total{code="not_found"}') >= 1

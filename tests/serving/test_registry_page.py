@@ -13,8 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Route, expect
 
 from components.config.params import load_params
-from components.feedback.store import AnswerRecord
-from components.runtime.service_registry import record_success
+from components.feedback.store import AnswerRecord, record_success
 from components.tracking.registry import Registry
 from components.tracking.version_files import store_card
 from serving.http.app import new_api
