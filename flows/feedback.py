@@ -15,7 +15,15 @@ from components.config.params import InputError, Params, load_params
 from components.config.paths import REVOKED, Paths
 from components.datasets.formats import Row
 from components.feedback.assessments import exchange
-from components.feedback.ingest import IngestResult, erase_items, revocations_are_written, write_revocations
+from components.feedback.ingest import (
+    IngestResult,
+    erase_items,
+    rebuild_partition,
+    remove_orphans,
+    revocations_are_written,
+    stale_partitions,
+    write_revocations,
+)
 from components.feedback.ingest import ingest as ingest_partition
 from components.feedback.leases import leased
 from components.feedback.store import Store, has_store
@@ -71,7 +79,7 @@ def ingest(root: Path, echo: Echo = print, limit: int | None = None) -> IngestRe
     store = Store.of(paths.home)
     try:
         with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest"):
-            fetch_partitions(paths, store)
+            fetch_partitions(paths, store, echo)
             job = _Job(paths, load_params(paths.params, overrides), store, echo, report)
             job.exchange_assessments()
             if job.is_needed():
@@ -158,20 +166,26 @@ class _Job:
         create_table_artifact(table=rows, key="feedback", description=f"Partition {result.partition or 'none'}")
 
 
-def fetch_partitions(paths: Paths, store: Store) -> None:
-    """Bring the partitions that other hosts wrote to this disk, which may be empty; the caller holds `ingest`.
+def fetch_partitions(paths: Paths, store: Store, echo: Echo) -> None:
+    """Make the partitions on this disk, which may be empty, those that are recorded; the caller holds `ingest`.
 
-    Raises: InputError where the host that wrote one has not versioned it yet, or DVC's remote lacks it.
+    What other hosts wrote, or wrote anew without erased items, comes from DVC's remote. What the remote lacks, as of a
+    host that was lost before it sent it, is made from the database.
+
+    Raises: InputError when the folder belongs to another store, or DVC's remote does not answer.
     """
-    recorded = store.partitions() if store.is_shared else []
-    missing = [row for row in recorded if row["digest"] and not (paths.feedback / f"{row['name']}.parquet").is_file()]
-    if not missing:
-        return
-    if unversioned := next((row["name"] for row in missing if row["dvc"] is None), None):
-        raise InputError(
-            f'{unversioned}: was written on another host and is not versioned; run "loopwright feedback ingest" there'
-        )
-    fetch_version(paths.root, paths.feedback, next(row["dvc"] for row in reversed(recorded) if row["dvc"]))
+    remove_orphans(store, paths.feedback)
+    tried: set[str | None] = {None}
+    while store.is_shared and (stale := stale_partitions(store, paths.feedback)):
+        version = next((row["dvc"] for row in reversed(stale) if row["dvc"] not in tried), None)
+        if version is None:
+            for row in stale:
+                echo(f"{row['name']}: DVC's remote lacks it; it is made anew from the database")
+                rebuild_partition(store, paths.feedback, row["name"])
+            return
+        tried.add(version)
+        fetch_version(paths.root, paths.feedback, version)
+        remove_orphans(store, paths.feedback)
 
 
 def commit_revocations(paths: Paths, store: Store) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import GATE_MODE, ORIGIN, Paths
 from components.feedback.curate import FEEDBACK
-from components.feedback.ingest import clear_orphans
 from components.feedback.items import partitions
 from components.feedback.leases import Lease, leased
 from components.feedback.lineage import ancestry, feedback_ids
@@ -163,8 +162,7 @@ class _Job:
             file_lock(self.paths.home / "stages", "ingest", patience=_PATIENCE_SECONDS),
             leased(self.store, "ingest", patience=_PATIENCE_SECONDS),
         ):
-            fetch_partitions(self.paths, self.store)
-            clear_orphans(self.store, self.paths.feedback)
+            fetch_partitions(self.paths, self.store, self.echo)
             commit_revocations(self.paths, self.store)
         mode = "gain" if start.version == self.champion.version else "replace"
         copy_folder(self.champion.folder, self.paths.champion, {GATE_MODE: {"mode": mode}})

@@ -11,7 +11,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,7 @@ from components.feedback.items import (
     PICTURES_PER_GROUP,
     PICTURES_SCHEMA,
     SCHEMA,
+    partitions,
     picture_digests,
     read_items,
 )
@@ -60,12 +61,12 @@ def ingest(store: Store, folder: Path, config: FeedbackConfig, gate: Gate) -> In
     votes = store.behind_watermark(config.max_items)
     if not votes:
         return IngestResult()
-    if store.watermark() and not folder.is_dir():
+    if not folder.is_dir() and any(row["digest"] for row in store.partitions()):
         raise InputError(f'{folder}: not found, but partitions were written there; run "dvc checkout {folder}"')
     folder.mkdir(parents=True, exist_ok=True)
     first, last = votes[0]["sequence"], votes[-1]["sequence"]
     name = f"items-{first:09d}-{last:09d}"
-    _remove_orphans(store, folder, first)
+    remove_orphans(store, folder)
     items, reasons = check_votes(store, votes, config, gate)
     accepted = [item for item in items if item["feedback_id"] not in reasons]
     pictures = {image for item in accepted for image in item["images"]} - picture_digests(folder)
@@ -140,17 +141,16 @@ def _check_users(store: Store, items: Sequence[Row], config: FeedbackConfig, rea
             times.insert(bisect_right(times, created), created)
 
 
-def clear_orphans(store: Store, folder: Path) -> None:
-    """Remove a partition that a killed run left without its record: it must not be trained on."""
-    if votes := store.behind_watermark(1):
-        _remove_orphans(store, folder, votes[0]["sequence"])
+def remove_orphans(store: Store, folder: Path) -> None:
+    """Remove what a killed run left: incomplete files, and complete ones that no record names, on which no model may
+    be trained; another host may have ingested their votes since.
 
-
-def _remove_orphans(store: Store, folder: Path, first: int) -> None:
-    """Remove what a killed run left: incomplete files, and complete ones whose ingestion was not recorded."""
+    Raises: InputError when the folder belongs to another store.
+    """
     for temporary in folder.glob(".*.tmp"):
         temporary.unlink()
-    for orphan in folder.glob(f"items-{first:09d}-*.parquet"):
+    recorded = {row["name"] for row in store.partitions() if row["digest"]}
+    for orphan in [path for path in partitions(folder) if path.stem not in recorded]:
         ids = pq.read_table(orphan, columns=["feedback_id"])["feedback_id"].to_pylist()
         if ids and not store.has_feedback(str(ids[0])):
             raise InputError(
@@ -158,8 +158,44 @@ def _remove_orphans(store: Store, folder: Path, first: int) -> None:
                 "set LOOPWRIGHT_DATABASE_URL to theirs, or move the folder away"
             )
         orphan.unlink()
-    for pictures in folder.glob(f"pictures-{first:09d}-*.parquet"):
-        pictures.unlink()
+    for pictures in folder.glob(PICTURES_GLOB):
+        if pictures.stem.replace("pictures", "items") not in recorded:
+            pictures.unlink()
+
+
+def stale_partitions(store: Store, folder: Path) -> list[dict[str, Any]]:
+    """The records of partitions whose file is missing or differs from the recorded SHA-256, oldest first."""
+    return [
+        row
+        for row in store.partitions()
+        if row["digest"] and _digest(folder / f"{row['name']}.parquet") != row["digest"]
+    ]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rebuild_partition(store: Store, folder: Path, name: str) -> None:
+    """Write a partition and its pictures anew from the database, without erased items; it has to be versioned then.
+
+    The file has its former bytes, unless masking or a library has changed since.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, pictures = folder / f"{name}.parquet", folder / f"{name.replace('items', 'pictures')}.parquet"
+    items = [item_of(vote) for vote in store.accepted_votes(name)]
+    # The partition comes last: without it, what a killed run left is stale.
+    path.unlink(missing_ok=True)
+    pictures.unlink(missing_ok=True)
+    used = {image for item in items for image in item["images"]} | _pictures_of_items(folder)
+    if missing := store.known_pictures(used - picture_digests(folder)):
+        write_pictures(pictures, store, sorted(missing))
+    _erase_pictures(folder, used)
+    store.replace_partition(name, write_partition(path, items), store.erased_items().get(name, set()))
 
 
 def write_partition(path: Path, items: Sequence[Row]) -> str:
@@ -189,13 +225,18 @@ def erase_items(store: Store, folder: Path) -> None:
         path = folder / f"{name}.parquet"
         rows = [row for row in pq.read_table(path).to_pylist() if row["feedback_id"] not in erased]
         digest = write_partition(path, rows)
-        _erase_pictures(folder)
+        _erase_pictures(folder, _pictures_of_items(folder))
         store.replace_partition(name, digest, erased)
 
 
-def _erase_pictures(folder: Path) -> None:
+def _pictures_of_items(folder: Path) -> set[str]:
+    """The digests of the pictures that items refer to."""
+    return {image for item in read_items(folder) for image in item.images}
+
+
+def _erase_pictures(folder: Path, referred: Collection[str]) -> None:
     """Write each file of pictures anew where it has one that no item refers to."""
-    used = pa.array(sorted({image for item in read_items(folder) for image in item.images}), pa.string())
+    used = pa.array(sorted(referred), pa.string())
     for path in folder.glob(PICTURES_GLOB):
         table = pq.read_table(path, columns=["digest"])
         if pc.all(pc.is_in(table["digest"], value_set=used)).as_py() is not False:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, and_, case, exists, func, select
+from sqlalchemy import Connection, Select, and_, case, exists, func, select
 
 from components.config.params import InputError
 from components.feedback.audit import Audit
@@ -26,6 +26,7 @@ from components.feedback.tables import (
     REQUESTS,
     REVOCATIONS,
 )
+from components.feedback.user_records import ERASURES
 
 Status = Literal["accepted", "quarantined"]
 DAY_SECONDS = 86_400.0
@@ -65,16 +66,14 @@ class Ledger(Audit):
     def behind_watermark(self, limit: int) -> list[dict[str, Any]]:
         """The next votes in order, each with its request and answer (null without one)."""
         with self._read() as connection:
-            statement = (
-                select(FEEDBACK, REQUESTS.c.model, REQUESTS.c.body, ANSWERS.c.content, ANSWERS.c.steps, *_MORE)
-                .join(REQUESTS, REQUESTS.c.id == FEEDBACK.c.completion_id)
-                .outerjoin(ANSWERS, ANSWERS.c.request_id == FEEDBACK.c.completion_id)
-                .outerjoin(REVOCATIONS, REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
-                .where(FEEDBACK.c.sequence > _watermark(connection))
-                .order_by(FEEDBACK.c.sequence)
-                .limit(limit)
-            )
+            statement = _answered_votes().where(FEEDBACK.c.sequence > _watermark(connection)).limit(limit)
             return [dict(row) for row in connection.execute(statement).mappings()]
+
+    def accepted_votes(self, partition: str) -> list[dict[str, Any]]:
+        """The votes whose items belong into a partition, as `behind_watermark` returns them: without erased ones."""
+        erased = exists().where(REVOCATIONS.c.feedback_id == OUTCOMES.c.feedback_id, REVOCATIONS.c.reason.in_(ERASURES))
+        accepted = select(OUTCOMES.c.feedback_id).where(OUTCOMES.c.status == "accepted", ~erased)
+        return self._rows(_answered_votes().where(FEEDBACK.c.id.in_(accepted.where(OUTCOMES.c.partition == partition))))
 
     def accepted_digests(self, digests: Iterable[str]) -> dict[str, str]:
         """Of these content digests, those of accepted and still valid votes, with the vote's id."""
@@ -308,11 +307,19 @@ class Ledger(Audit):
         return len(requests)
 
 
-_MORE = (
-    ANSWERS.c.tool_calls,
-    REVOCATIONS.c.feedback_id.label("revoked"),
-)
+_ANSWER = (ANSWERS.c.content, ANSWERS.c.steps, ANSWERS.c.tool_calls)
 _SHOWN = ("id", "sequence", "completion_id", "created", "rating", "correction", "comment", "voice")
+
+
+def _answered_votes() -> Select[Any]:
+    """Votes in order, each with its request and answer."""
+    return (
+        select(FEEDBACK, REQUESTS.c.model, REQUESTS.c.body, *_ANSWER, REVOCATIONS.c.feedback_id.label("revoked"))
+        .join(REQUESTS, REQUESTS.c.id == FEEDBACK.c.completion_id)
+        .outerjoin(ANSWERS, ANSWERS.c.request_id == FEEDBACK.c.completion_id)
+        .outerjoin(REVOCATIONS, REVOCATIONS.c.feedback_id == FEEDBACK.c.id)
+        .order_by(FEEDBACK.c.sequence)
+    )
 
 
 def _watermark(connection: Connection) -> int:

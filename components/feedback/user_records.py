@@ -29,6 +29,8 @@ from components.feedback.tables import (
 
 ERASED = "erased"
 """The reason of a revocation whose item is still in a partition."""
+ERASURES = (ERASED, f"{ERASED}, also from its partition")
+"""The reasons of revocations of erased votes."""
 BATCH = 500
 """Ids of one statement."""
 
@@ -73,7 +75,7 @@ class People(Audit):
             connection.execute(partition.values(digest=digest, dvc=None))
             for votes in batched(erased, BATCH):
                 statement = REVOCATIONS.update().where(REVOCATIONS.c.feedback_id.in_(votes))
-                connection.execute(statement.values(reason=f"{ERASED}, also from its partition"))
+                connection.execute(statement.values(reason=ERASURES[1]))
 
     def vote(self, feedback_id: str) -> dict[str, Any]:
         """The row of a vote that exists."""

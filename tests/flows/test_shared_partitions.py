@@ -1,0 +1,179 @@
+"""Partitions of hosts with one PostgreSQL and one DVC remote: each has what is recorded, and nothing else."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from components.config.loop_settings import FeedbackConfig
+from components.config.params import InputError
+from components.config.paths import Paths
+from components.feedback.ingest import erase_items, ingest
+from components.feedback.items import picture_digests, read_items
+from components.feedback.pictures import PictureFile, reference
+from components.feedback.store import AnswerRecord, Store
+from components.media.pictures import Picture
+from flows.feedback import fetch_partitions
+from flows.orchestration.dvc_repo import push_folder, version_data
+from tests.servers import new_database
+
+CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5)
+REMOTE = "[core]\n    no_scm = true\n    remote = shared\n['remote \"shared\"']\n    url = {}\n"
+
+
+@pytest.fixture
+def store(postgres: str) -> Iterator[Store]:
+    with closing(Store(new_database(postgres, f"partitions_{uuid.uuid4().hex[:12]}"))) as store:
+        yield store
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Paths]:
+    """Three projects with a DVC remote in common."""
+    monkeypatch.delenv("LOOPWRIGHT_HOME", raising=False)
+    roots = [tmp_path / name for name in ("one", "two", "three")]
+    for root in roots:
+        (root / ".dvc").mkdir(parents=True)
+        (root / ".dvc/config").write_text(REMOTE.format(tmp_path / "remote"))
+    return [Paths(root) for root in roots]
+
+
+def vote(store: Store, number: int, owner: str = "") -> str:
+    """A correction of an answer about a picture of its own; returns its id."""
+    picture = PictureFile.of(Picture(np.full((6, 8, 3), number, np.uint8)))
+    content = [reference(picture.digest), {"type": "text", "text": f"What is {number}?"}]
+    body = {"messages": [{"role": "user", "content": content}]}
+    answer = AnswerRecord("A cow.", "stop", 5, 5, 0.1)
+    store.add_exchange(f"chatcmpl-{number}", "agent/1", body, 1.7e9, answer, [picture], owner=owner)
+    return store.add_feedback(f"chatcmpl-{number}", "down", f"A {number}.", user="user:a", owner=owner)
+
+
+def ingest_here(store: Store, host: Paths) -> None:
+    ingest(store, host.feedback, CONFIG, lambda rows: {})
+
+
+def version_here(store: Store, host: Paths) -> str:
+    """As the ingestion's flow does."""
+    erase_items(store, host.feedback)
+    names = store.unversioned()
+    version = version_data(host.root, host.feedback)
+    push_folder(host.root, host.feedback)
+    store.mark_versioned(names, version)
+    return version
+
+
+def items_of(host: Paths) -> list[str]:
+    return [item.feedback_id for item in read_items(host.feedback)]
+
+
+def contents(host: Paths) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in host.feedback.glob("*.parquet")}
+
+
+def never(line: str) -> None:
+    raise AssertionError(line)
+
+
+def test_what_one_host_erased_comes_back_on_no_other(store: Store, hosts: list[Paths]) -> None:
+    one, two, three = hosts
+    erased, other = vote(store, 1, owner="ada"), vote(store, 2)
+    ingest_here(store, one)
+    version_here(store, one)
+    later = vote(store, 3)
+    fetch_partitions(two, store, never)
+    ingest_here(store, two)
+    version_here(store, two)
+    assert items_of(two) == [erased, other, later]
+    fetch_partitions(one, store, never)
+    assert contents(one) == contents(two)
+    store.erase_user("ada")
+    version_here(store, one)
+    for host in (two, three):  # one that has the former partition, and one whose disk is empty
+        fetch_partitions(host, store, never)
+        assert items_of(host) == [other, later]
+        assert len(picture_digests(host.feedback)) == 2
+        assert contents(host) == contents(one)
+
+
+@pytest.mark.parametrize("lost", ["before it was versioned", "with the remote"])
+def test_what_no_host_can_send_is_made_from_the_database(
+    store: Store, hosts: list[Paths], tmp_path: Path, lost: str
+) -> None:
+    one, two, three = hosts
+    before = [vote(store, 1), vote(store, 2)]
+    ingest_here(store, one)
+    version_here(store, one)
+    unsent = vote(store, 3)
+    ingest_here(store, one)
+    (name,) = store.unversioned()
+    if lost == "with the remote":
+        version_here(store, one)
+        (tmp_path / "remote").rename(tmp_path / "away")
+    lines: list[str] = []
+    fetch_partitions(two, store, lines.append)
+    assert items_of(two) == [*before, unsent]
+    assert contents(two) == contents(one), "the same bytes"
+    assert f"{name}: DVC's remote lacks it; it is made anew from the database" in lines
+    assert name in store.unversioned(), "the next ingestion sends it"
+    version_here(store, two)
+    ingest_here(store, two)
+    for host in (one, three):
+        fetch_partitions(host, store, never)
+        assert contents(host) == contents(two)
+
+
+def test_an_erasure_whose_host_was_lost_is_made_up_for(store: Store, hosts: list[Paths]) -> None:
+    one, two, _ = hosts
+    vote(store, 1, owner="ada")
+    vote(store, 2, owner="bob")
+    other = vote(store, 3)
+    ingest_here(store, one)
+    version_here(store, one)
+    fetch_partitions(two, store, never)
+    store.erase_user("ada")
+    erase_items(store, one.feedback)  # and it is lost before it versions this
+    store.erase_user("bob")
+    fetch_partitions(two, store, lambda line: None)
+    assert (items_of(two), len(picture_digests(two.feedback))) == ([other], 1)
+    assert store.erased_items() == {}
+    version_here(store, two)
+    fetch_partitions(one, store, never)
+    assert contents(one) == contents(two)
+
+
+def test_a_partition_without_a_record_is_removed(store: Store, hosts: list[Paths]) -> None:
+    one, two, three = hosts
+
+    def lost(*_: object) -> None:
+        raise InterruptedError
+
+    vote(store, 1)
+    commit: Callable[..., None] = store.commit_partition
+    store.commit_partition = lost  # type: ignore[method-assign]
+    with pytest.raises(InterruptedError):
+        ingest_here(store, one)
+    store.commit_partition = commit  # type: ignore[method-assign]
+    vote(store, 2)
+    ingest(store, two.feedback, CONFIG, lambda rows: dict.fromkeys(range(len(rows)), "wrong"))
+    assert len(contents(one)) == 2, "a partition and its pictures"
+    fetch_partitions(one, store, never)
+    assert contents(one) == {}
+    later = vote(store, 3)
+    ingest_here(store, three)
+    assert items_of(three) == [later], "an empty disk is no error where nothing was accepted yet"
+
+
+def test_partitions_of_another_store_are_not_replaced(store: Store, hosts: list[Paths], tmp_path: Path) -> None:
+    one, _, _ = hosts
+    with closing(Store.of(tmp_path / "former")) as former:
+        mine = vote(former, 1)
+        ingest_here(former, one)
+    vote(store, 1)
+    with pytest.raises(InputError, match="holds votes of another store"):
+        fetch_partitions(one, store, never)
+    assert items_of(one) == [mine]
