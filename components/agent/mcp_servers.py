@@ -138,11 +138,14 @@ class McpServers:
 
     def _call(self, server: McpServer, client: Client, name: str, **arguments: Any) -> str:
         """Raises: InputError with the server's error, or that it does not answer."""
-        from mcp.types import REQUEST_TIMEOUT
+        from mcp.types import REQUEST_TIMEOUT, CallToolRequest, CallToolRequestParams, CallToolResult
 
         if self._loop is None or not self._thread.is_alive():
             raise InputError(f"{server.name} is no longer connected")
-        future = asyncio.run_coroutine_threadsafe(client.call_tool(name, arguments), self._loop)
+        # Not `call_tool`, which matches the result against the patterns of the server's output schema with `re`: one
+        # that backtracks without end would stop this process.
+        request = CallToolRequest(params=CallToolRequestParams(name=name, arguments=arguments))
+        future = asyncio.run_coroutine_threadsafe(client.session.send_request(request, CallToolResult), self._loop)
         try:
             result = future.result(self._call_seconds)
         except Exception as error:

@@ -59,7 +59,8 @@ def tokenizer() -> ChatTokenizer:
 
 def test_a_servers_tools_come_with_its_name_and_their_schemas(servers: McpServers) -> None:
     tools = {tool.name: tool for tool in servers.tools()}
-    assert set(tools) == {f"{name}_{tool}" for name in ("shop", "web") for tool in ("price", "fail", "sleep", "die")}
+    functions = ("price", "fail", "sleep", "label", "die")
+    assert set(tools) == {f"{name}_{tool}" for name in ("shop", "web") for tool in functions}
     price = tools["shop_price"]
     assert price.description == "What an article costs."
     assert price.parameters["required"] == ["article"]
@@ -74,6 +75,25 @@ def test_calls_reach_the_server_and_come_back(servers: McpServers) -> None:
     assert (
         call(tools, "shop_price", {"article": 1}) == "error: shop_price: argument 'article': 1 is not of type 'string'"
     )
+
+
+def test_no_pattern_of_an_output_schema_stops_the_process() -> None:
+    """In a process of its own: while `re` backtracks no thread runs, that of a time limit included."""
+    program = """
+import sys
+from components.agent.mcp_servers import McpServers
+from components.agent.tools import call
+from components.config.loop_settings import McpServer
+
+servers = McpServers([McpServer(name="shop", command=sys.executable, args=[sys.argv[1]])], call_seconds=5.0)
+servers.wait(60)
+print(call(servers.tools(), "shop_label", {}))
+servers.close()
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(SCRIPT)], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert process.stdout.replace(" ", "").startswith('{"text":"aaaa')
 
 
 def test_the_agent_declares_and_calls_them(servers: McpServers, tokenizer: ChatTokenizer) -> None:
@@ -103,13 +123,11 @@ def test_without_guests_a_prompt_declares_nothing(tokenizer: ChatTokenizer) -> N
 
 
 def test_a_late_answer_is_not_waited_for() -> None:
-    servers = McpServers([shop()], call_seconds=0.5)
+    servers = McpServers([shop()], call_seconds=2.0)  # its start has this limit too
     try:
         servers.wait(WAIT)
-        began = time.monotonic()
-        late = call(_until_there(servers), "shop_sleep", {"seconds": 2.0})
-        assert late == "error: shop did not answer within 0.5 s"
-        assert time.monotonic() - began < 2
+        late = call(_until_there(servers), "shop_sleep", {"seconds": 60.0})
+        assert late == "error: shop did not answer within 2 s"
     finally:
         servers.close()
 
