@@ -11,23 +11,17 @@ from typing import Any
 
 import jinja2
 import pydantic_core
-from jinja2 import nodes, pass_context
+from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from components.config.params import InputError
 from components.config.paths import TEMPLATE
 from components.media.messages import IMAGE
+from components.tokenization.template_sandbox import SandboxedEnvironment
 
 # Noncharacters of Unicode, reserved for use inside a program: they mark the template's generation block, and pictures.
 _OPEN, _CLOSE, PICTURE = "\ufdd0", "\ufdd1", "\ufdd2"
 _RESERVED = str.maketrans("", "", _OPEN + _CLOSE + PICTURE)
-MAX_WORK = 500_000
-"""Steps of a rendering: passes of a loop, calls, operators, pieces of output."""
-CHARACTERS_PER_STEP = 1_000
-"""Characters, or items of a list, that count as one step."""
-_BUDGET = "budget of the rendering"  # no name that a template could spell
 _FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -125,99 +119,31 @@ def tool_templates(template: str, tokens: Collection[str]) -> Iterator[str]:
                 yield f"{{%- set syntax = {marks} %}}\n{prelude}{template}"
 
 
-class _Budget:
-    """The work that one rendering may still do."""
-
-    def __init__(self) -> None:
-        self._left = MAX_WORK
-
-    def spend(self, size: int) -> None:
-        """Count one step and `size` characters or items.
-
-        Raises: TemplateRuntimeError when nothing is left.
-        """
-        self._left -= 1 + size // CHARACTERS_PER_STEP
-        if self._left < 0:
-            raise jinja2.TemplateRuntimeError(f"needs more than {MAX_WORK:,} steps; a template has to end")
-
-
-def _size(value: Any) -> int:
-    return len(value) if isinstance(value, str | list | tuple) else value.bit_length() if isinstance(value, int) else 1
-
-
-class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox in which loops, calls, operators and output spend the budget of the rendering."""
-
-    intercepted_binops = frozenset({"+", "*", "**"})
-
-    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a macro or a recursive loop."""
-        _budget(context).spend(0)
-        return super().call(context, function, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Apply an operator whose result can be larger than its operands."""
-        is_count = operator != "+" and isinstance(right, int)
-        _budget(context).spend(_size(left) * max(1, right) if is_count else _size(left) + _size(right))
-        return super().call_binop(context, operator, left, right)
-
-
-def _budget(context: Context) -> _Budget:
-    budget: _Budget = context.parent[_BUDGET]
-    return budget
-
-
-@pass_context
-def _counted(context: Context, items: Any) -> Iterator[Any]:
-    for item in items:
-        _budget(context).spend(0)
-        yield item
-
-
-@pass_context
-def _measured(context: Context, value: Any) -> Any:
-    _budget(context).spend(_size(value))
-    return value
-
-
 def compile_template(template: str) -> Callable[..., str]:
     """A chat template with what Hugging Face's know: `generation`, `break`, `tojson`, `raise_exception`.
 
     `strftime_now` is left out: what a model is trained on must not depend on the day.
 
     Returns: the function that renders it with variables; it raises InputError when the template fails, refuses the
-    chat, or does not end within MAX_WORK.
+    chat, or does not end within MAX_WORK (`components/tokenization/template_sandbox.py`).
 
     Raises: InputError when it cannot be compiled.
     """
-    environment = _BoundedEnvironment(
+    environment = SandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, "jinja2.ext.loopcontrols"],
         optimized=False,  # or constant expressions are computed without a limit
     )
-    environment.filters["tojson"] = lambda value, **how: json.dumps(value, **{"ensure_ascii": False, **how})
-    environment.filters |= {"counted": _counted, "measured": _measured}
     environment.globals["raise_exception"] = _raise
     with _naming_template():
-        tree: Any = environment.parse(template)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = _filtered(loop.iter, "counted")
-        for node in tree.find_all((nodes.Output, nodes.Concat)):
-            node.nodes = [
-                each if isinstance(each, nodes.TemplateData) else _filtered(each, "measured") for each in node.nodes
-            ]
-        compiled = jinja2.Template.from_code(environment, environment.compile(tree), environment.globals)
+        compiled = environment.compile_metered(template)
 
     def render(**variables: Any) -> str:
         with _naming_template():
-            return compiled.render({**variables, _BUDGET: _Budget()})
+            return str(compiled.render(environment.variables(variables)))
 
     return render
-
-
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=node.environment)
 
 
 @contextmanager
