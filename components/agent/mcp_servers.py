@@ -169,6 +169,8 @@ async def _transport(server: McpServer, seconds: float, stack: AsyncExitStack) -
     if server.url is None:
         args = [os.path.expandvars(value) for value in server.args or []]
         return StdioServerParameters(command=server.command or "", args=args, env=_expanded(server.env))
+    # It logs each request with the whole address, in which there can be a key.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     url = os.path.expandvars(server.url)
     if not server.headers:
         return url

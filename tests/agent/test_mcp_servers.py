@@ -180,7 +180,10 @@ def test_a_server_has_one_way_to_it(given: dict[str, Any], reason: str) -> None:
         McpServer.model_validate(given)
 
 
-def test_headers_carry_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_carry_secrets_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     received: list[str | None] = []
 
     class Refusing(BaseHTTPRequestHandler):
@@ -195,13 +198,15 @@ def test_headers_carry_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatc
     with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        url = f"http://127.0.0.1:{server.server_port}/mcp"
+        url = f"http://127.0.0.1:{server.server_port}/s3cretZ0123456789/mcp?profile=s3cret-profile"
         servers = McpServers([McpServer(name="far", url=url, headers={"Authorization": "Bearer $SHOP_TOKEN"})], 5.0)
         servers.wait(WAIT)
         servers.close()
         server.shutdown()
         thread.join()
     assert set(received) == {"Bearer of-the-environment"}
+    assert "serve.mcp_servers: far: " in caplog.text
+    assert "s3cret" not in caplog.text
 
 
 def test_a_literal_secret_is_reported_without_its_value(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,7 +52,7 @@ def test_literal_secrets_are_replaced_and_references_stay() -> None:
         "k.pem",
     ]
     assert web["headers"] == {"Authorization": "$AUTHORIZATION", "X-Key": "Token $WEB_KEY"}
-    assert web["url"] == "https://user:***@host/mcp?api_key=[hidden]&page=2"
+    assert web["url"] == "https://[hidden]@host/mcp?api_key=[hidden]&page=2"
     assert literal_secrets(values) == [
         "serve.mcp_servers.shop.args.1",
         "serve.mcp_servers.shop.args.2",
@@ -63,6 +63,59 @@ def test_literal_secrets_are_replaced_and_references_stay() -> None:
         "serve.backend_url",
     ]
     assert literal_secrets(shown) == [], "what is redacted is not redacted again"
+
+
+@pytest.mark.parametrize(
+    ("args", "shown"),
+    [
+        (["--header", "Authorization: Bearer s3cret"], ["--header", "Authorization: [hidden]"]),
+        (
+            ["--header", "Authorization:s3cret", "-H", "X-Any: s3cret"],
+            ["--header", "[hidden]", "-H", "X-Any: [hidden]"],
+        ),
+        (["--header=Authorization: Bearer s3cret"], ["--header=Authorization: [hidden]"]),
+        (["Authorization: Bearer s3cret", "https://host/mcp"], ["Authorization: [hidden]", "https://host/mcp"]),
+        (["--auth", "s3cret", "-p", "s3cret", "-ps3cret1"], ["--auth", "[hidden]", "-p", "[hidden]", "-p[hidden]"]),
+        (["--bearer=s3cret", "--db-pass", "s3cret"], ["--bearer=[hidden]", "--db-pass", "[hidden]"]),
+        (["-u", "bob:s3cret", "bob:s3cret@host/db"], ["-u", "[hidden]", "[hidden]"]),
+        (["run", "-e", "ANY=s3cret", "TOKEN=s3cret", "-i"], ["run", "-e", "ANY=[hidden]", "TOKEN=[hidden]", "-i"]),
+        (["--dsn", "postgresql://u:s3cret@db/x"], ["--dsn", "[hidden]"]),
+        (["--to=https://u:s3cret@h/a?x=s3cret#y=s3cret"], ["--to=https://[hidden]@h/a?x=[hidden]#y=[hidden]"]),
+        (["https://h/s/s3cret0123456789abc/mcp"], ["https://h/s/[hidden]/mcp"]),
+        (["--any", "s3cret0123456789abc", "--any=s3cret0123456789a"], ["--any", "[hidden]", "--any=[hidden]"]),
+        (['{"headers": {"Authorization": "s3cret"}, "n": 1}'], ['{"headers": {"Authorization": "[hidden]"}, "n": 1}']),
+    ],
+)
+def test_arguments_that_could_be_secrets_are_hidden(args: list[str], shown: list[str]) -> None:
+    assert redacted({"args": args}) == {"args": shown}
+    assert redacted({"args": shown}) == {"args": shown}, "what is redacted is not redacted again"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [
+            "--header",
+            "Authorization: Bearer $TOKEN",
+            "--header",
+            "Authorization:${TOKEN}",
+            "--token=$TOKEN",
+            "-p",
+            "$PW",
+        ],
+        ["-e", "TOKEN", "-e", "TOKEN=$TOKEN", "https://${USER}:$PW@host/${TOKEN_0123456789}/mcp?key=$KEY&page=2"],
+        ["-m", "shop_server", "-y", "@scope/server-files", "-u", "server.py", "-p", "8080:80", "--max-tokens", "100"],
+        ["--key-file", "k.pem", "--auth-type", "oauth", "--no-auth", "stdio", "--verbose", "-it", "-t", "-i"],
+        ["/opt/servers/shop_server_2024/main_server_2.py", "--mode=stdio", '{"headers": {"Authorization": "$T"}}'],
+    ],
+)
+def test_references_and_harmless_arguments_stay(args: list[str]) -> None:
+    assert redacted({"args": args}) == {"args": args}
+
+
+def test_the_path_of_a_server_s_address_can_be_its_key() -> None:
+    server = {"url": "https://u:s3cret@h/api/s/s3cretZ0123456789/mcp?profile=s3cret&v=2&k=$K"}
+    assert redacted(server) == {"url": "https://[hidden]@h/api/s/[hidden]/mcp?profile=[hidden]&v=2&k=$K"}
 
 
 def test_the_project_s_own_parameters_pass_unchanged() -> None:

@@ -30,10 +30,11 @@ serve:
   mcp_servers:
   - name: shop
     command: /nonexistent/server
-    args: [--token, {MARK}-mcp-argument]
+    args: [--token, {MARK}-mcp-argument, --header, "Authorization: Bearer {MARK}-mcp-authorization", -p, {MARK}-mcp-p,
+           --auth={MARK}-mcp-auth, "https://{MARK}-mcp-user@127.0.0.1/{MARK}-mcp-long-path?x={MARK}-mcp-x"]
     env: {{TOKEN: {MARK}-mcp-env}}
   - name: web
-    url: http://user:{MARK}-mcp-password@127.0.0.1:9/mcp?api_key={MARK}-mcp-query
+    url: http://user:{MARK}-mcp-password@127.0.0.1:9/{MARK}-mcp-part-of-the-path/mcp?profile={MARK}-mcp-query
     headers: {{Authorization: Bearer {MARK}-mcp-header}}
 """
 ENVIRONMENT = {
