@@ -104,17 +104,21 @@ def agreed(value: T) -> T:
 
 
 def dealt(rows: Indices, micro_batch_size: int) -> list[Indices]:
-    """This rank's micro-batches of the rows of a step, which are in order of length; every rank has as many.
+    """This rank's micro-batches of the rows of a step, which are in order of length: at most `passes` of them.
 
     Neighbours go to different ranks, so that these take as long. Micro-batches are those of one process where their
     number is a multiple of the ranks', smaller ones elsewhere.
     """
-    return np.array_split(rows, _micro_batch_count(len(rows), micro_batch_size))[rank() :: world_size()]
+    count = world_size() * passes(len(rows), micro_batch_size)
+    return [part for part in np.array_split(rows, count)[rank() :: world_size()] if len(part)]
 
 
-def _micro_batch_count(rows: int, micro_batch_size: int) -> int:
-    """Micro-batches of a step on all ranks: as many on each."""
-    return -(-rows // (world_size() * micro_batch_size)) * world_size()
+def passes(rows: int, micro_batch_size: int) -> int:
+    """Forward and backward passes of a step on every rank: the ranks exchange weights and gradients in each.
+
+    A rank with fewer micro-batches repeats one, which then counts nothing.
+    """
+    return -(-rows // (world_size() * micro_batch_size))
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -142,7 +146,7 @@ def shard(run: StageRun, model: M, config: LoopConfig, device: torch.device, dty
     size = world_size()
     if getattr(model, "sees_pictures", False):
         raise InputError(f"{run.name}: a model that sees pictures trains as one process, not {size}; set run.launcher")
-    if _micro_batch_count(config.global_batch_size, config.micro_batch_size) > config.global_batch_size:
+    if config.global_batch_size < size:
         where = f"params.yaml: {run.section}.global_batch_size: {config.global_batch_size} rows"
         raise InputError(f"{where} leave some of {size} processes without any; set it to a multiple of {size}")
     copies = {id(weight): _copied(weight, dtype) for weight in model.parameters()}

@@ -35,6 +35,7 @@ from components.training.distributed import (
     configure_blocks,
     gather_weights,
     leave,
+    passes,
     rank,
     seed_step,
     shard,
@@ -42,7 +43,7 @@ from components.training.distributed import (
     wait_for_all,
     world_size,
 )
-from components.training.objectives import M, Objective
+from components.training.objectives import Loss, M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 from components.training.prefetch import step_batches
 
@@ -143,8 +144,14 @@ class Training(Generic[M]):
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches, of all ranks."""
         targets: float = 0
-        for batch in micro_batches:
+        config, batches = self.config, micro_batches
+        if world_size() > 1:
+            count = passes(config.global_batch_size, config.micro_batch_size)
+            batches = micro_batches + micro_batches[-1:] * (count - len(micro_batches))
+        for number, batch in enumerate(batches):
             loss = self.objective(self.model, batch)
+            if number >= len(micro_batches):
+                loss = Loss(loss.total * 0.0, 0)
             if loss.targets or world_size() > 1:  # the ranks add up their gradients within the backward pass
                 torch.autograd.backward(loss.total)
                 self.masters.collect()
