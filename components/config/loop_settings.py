@@ -51,11 +51,11 @@ class RunConfig(Section):
     processes: int = Field(ge=1, le=1024)
     """Ranks of a training: one for each GPU."""
     address: str | None = Field(min_length=1)
-    """ray: the dashboard of the cluster's head, `http://HOST:8265`, to which stages that train go; null: a Ray on this
-    machine for the stage alone."""
+    """ray: the cluster, `ray://HOST:10001`; or the dashboard of its head, `http://HOST:8265`, which takes stages that
+    train alone; null: a Ray on this machine for the stage alone."""
     workers: int = Field(ge=1, le=1024)
     """Processes that stages of data divide their shards among; with launcher ray, tasks at a time of the cluster that
-    RAY_ADDRESS names, not `address`."""
+    RAY_ADDRESS names, else that at `address`."""
 
 
 class CurateConfig(Section):

@@ -163,7 +163,7 @@ def predict(
     lines = _finished(to, jobs)
     unfinished = [job for key, job in jobs.items() if key not in lines]
     _write_manifest(to, lines.values())
-    for line in execute("predict", unfinished, min(run.workers, len(unfinished)), run.launcher):
+    for line in execute("predict", unfinished, run):
         lines[line["key"]] = line
         _write_manifest(to, lines.values())
         progress(len(lines), len(jobs), line)

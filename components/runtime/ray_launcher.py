@@ -67,11 +67,17 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
             file.unlink(missing_ok=True)  # of a job that did not begin; without it none does after all
 
 
+def use_token() -> None:
+    """Before Ray's import: let its client send the cluster's token where this user has one, as `ray start` does."""
+    if _TOKEN_FILE.exists() or any(variable in os.environ for variable in _TOKENS):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 @contextmanager
 def _cluster(address: str | None) -> Iterator[str]:
     """URL of the dashboard of the cluster at `address`, or of one on this machine alone, which ends with the block."""
-    if address and (_TOKEN_FILE.exists() or any(variable in os.environ for variable in _TOKENS)):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read at the import; Ray's own command finds the token too
+    if address:
+        use_token()
     try:
         import ray
     except ImportError as error:

@@ -24,9 +24,11 @@ from shutil import copyfileobj
 from typing import Any, Protocol
 
 from components.config.errors import InputError, reason_of
+from components.config.loop_settings import RunConfig
+from components.config.secrets import hidden
 from components.runtime.files import remove, sync
 from components.runtime.process import end_on_signals, end_with_parent
-from components.runtime.ray_launcher import MISSING
+from components.runtime.ray_launcher import MISSING, use_token
 from components.runtime.stage import StageRun, digest
 
 MANIFEST = "manifest.jsonl"
@@ -102,7 +104,7 @@ def run_shards(run: StageRun, shards: Sequence[Shard], done: int = 0, total: int
     unfinished = [job for key, job in jobs.items() if key not in lines]
     done, total = done + len(lines), total or len(shards)
     with (folder / MANIFEST).open("ab") as manifest:
-        for line in execute(run.name, unfinished, min(settings.workers, len(unfinished)), settings.launcher):
+        for line in execute(run.name, unfinished, settings):
             manifest.write(json.dumps(line).encode() + b"\n")
             manifest.flush()
             os.fsync(manifest.fileno())
@@ -142,14 +144,17 @@ def _fits(line: Mapping[str, Any], job: _Job) -> bool:
     return line["inputs"] == job.inputs and job.folder.is_dir() and line["outputs"] == digest(job.folder)
 
 
-def execute(name: str, jobs: Sequence[Job], workers: int, launcher: str) -> Iterator[dict[str, Any]]:
+def execute(name: str, jobs: Sequence[Job], settings: RunConfig) -> Iterator[dict[str, Any]]:
     """The line of each job, as it is finished; `name` is that of the whole, for errors.
 
-    Raises: InputError of a job, or when a worker is killed.
+    Raises: InputError of a job, when a worker is killed, or when `settings` name no cluster that takes shards.
     """
+    workers = min(settings.workers, len(jobs))
     if workers < 2:
         return map(_run, jobs)
-    return _on_ray(name, jobs, workers) if launcher == "ray" else _in_processes(name, jobs, workers)
+    if settings.launcher == "ray":
+        return _on_ray(name, jobs, workers, settings.address)
+    return _in_processes(name, jobs, workers)
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -181,15 +186,16 @@ def _start_worker(threads: int) -> None:
     os.environ[RAYON_THREADS] = str(threads)
 
 
-def _on_ray(name: str, jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Any]]:
+def _on_ray(name: str, jobs: Sequence[Job], workers: int, address: str | None) -> Iterator[dict[str, Any]]:
     """As tasks of a Ray cluster whose hosts share the project's folder and the state folder."""
+    use_token()
     try:
         import ray
         from ray.exceptions import RayError, RayTaskError
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
     if not ray.is_initialized():
-        _connect_to_ray()
+        _connect_to_ray(address)
     task = ray.remote(max_retries=0)(_run)
     waiting, running = iter(jobs), [task.remote(job) for job in jobs[:workers]]
     for _ in jobs[:workers]:
@@ -205,19 +211,26 @@ def _on_ray(name: str, jobs: Sequence[Job], workers: int) -> Iterator[dict[str, 
         raise InputError(f"{name}: a worker process was lost (Ray's {type(error).__name__}); {_REMEDY}") from None
 
 
-def _connect_to_ray() -> None:
-    """To the cluster that RAY_ADDRESS names, else to the Ray that was started last on this host, else to a new one.
+def _connect_to_ray(address: str | None) -> None:
+    """To the cluster that RAY_ADDRESS names, else to the one at `address`, the Ray that was started last on this host,
+    or a new one.
 
-    Raises: InputError when it does not answer.
+    Raises: InputError when it does not answer, or when `address` is a dashboard, which takes no tasks.
     """
     import ray
     from ray.exceptions import RayError
 
+    variable = os.environ.get("RAY_ADDRESS")  # which Ray prefers to the address that it is called with
+    if address and not variable and not address.startswith("ray://"):
+        raise InputError(
+            f"params.yaml: run.address: {hidden(address)}: a dashboard takes trainings, no shards; set RAY_ADDRESS to"
+            " HOST:6379 (or to local for a Ray of this machine), or run.address to ray://HOST:10001, which takes both"
+        )
     try:
-        ray.init(log_to_driver=False, logging_level="error")
+        ray.init(address, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        address = f"RAY_ADDRESS: {os.environ['RAY_ADDRESS']}" if os.environ.get("RAY_ADDRESS") else "run.launcher: ray"
-        reason = reason_of(error)
+        setting = f"params.yaml: run.address: {hidden(address)}" if address else "run.launcher: ray"
+        named = f"RAY_ADDRESS: {variable}" if variable else setting
         remedy = 'start one with "ray start --head", or set RAY_ADDRESS to HOST:6379, or to local for one of this stage'
-        raise InputError(f"{address}: no Ray cluster answers ({reason}); {remedy}") from None
+        raise InputError(f"{named}: no Ray cluster answers ({reason_of(error)}); {remedy}") from None
     end_on_signals()  # Ray has handlers of its own

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.runtime.shards import MANIFEST, Output, Result, Shard, run_shards
 from components.runtime.stage import StageRun, digest
+from flows.orchestration.prefect_server import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,8 +44,8 @@ def upper(out: Path, file: str, log: str, ends_by: str = "") -> Result:
     return {"characters": len(text)}
 
 
-def run_of(folder: Path, workers: int, launcher: str = "local") -> StageRun:
-    values = {"scale": "smoke", "run.workers": workers, "run.launcher": launcher}
+def run_of(folder: Path, workers: int, launcher: str = "local", address: str | None = None) -> StageRun:
+    values = {"scale": "smoke", "run.workers": workers, "run.launcher": launcher, "run.address": address}
     params = load_params(ROOT / "params.yaml", values)
     return StageRun("prepare@decoder", params, Paths(folder), folder / "state", Silent())
 
@@ -134,13 +136,15 @@ class Ray(ModuleType):
     def __init__(self) -> None:
         super().__init__("ray")
         self.exceptions = SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+        self.address: str | None = None
         self.refuses: Exception | None = None
         self.loses: Exception | None = None
 
     def is_initialized(self) -> bool:
         return False
 
-    def init(self, **options: Any) -> None:
+    def init(self, address: str | None, **options: Any) -> None:
+        self.address = address
         assert options == {"log_to_driver": False, "logging_level": "error"}
         if self.refuses:
             raise self.refuses
@@ -202,20 +206,68 @@ def test_what_ray_loses_or_a_shard_refuses_is_one_line(ray: Ray, tmp_path: Path)
         run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path))
 
 
+def test_shards_go_to_the_cluster_of_run_address_and_never_past_a_dashboard(
+    ray: Ray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_shards(run_of(tmp_path, 2, "ray", "http://head:8265"), shards(tmp_path))  # those of RAY_ADDRESS
+    monkeypatch.delenv("RAY_ADDRESS")
+    for dashboard in ("http://head:8265", "head:8265"):
+        refused = rf"^params.yaml: run.address: {dashboard}: a dashboard takes trainings, no shards; set RAY_ADDRESS to"
+        with pytest.raises(InputError, match=refused):
+            run_shards(run_of(tmp_path / "none", 2, "ray", dashboard), shards(tmp_path))
+    run_shards(run_of(tmp_path / "cluster", 2, "ray", "ray://head:10001"), shards(tmp_path))
+    assert ray.address == "ray://head:10001"
+    ray.refuses = ConnectionError("Failed to connect")
+    with pytest.raises(InputError, match=r"^params.yaml: run.address: ray://head:10001: no Ray cluster answers"):
+        run_shards(run_of(tmp_path / "again", 2, "ray", "ray://head:10001"), shards(tmp_path))
+
+
+HEAD = """
+import ray, subprocess, sys
+head = ray.init("local", num_cpus=2, object_store_memory=2**27)
+client = "--address", head.address_info["gcs_address"], "--host", "127.0.0.1", "--port", sys.argv[1], "--mode", "legacy"
+with subprocess.Popen([sys.executable, "-m", "ray.util.client.server", *client]) as server:
+    print("ready", flush=True)
+    sys.stdin.read()
+    server.terminate()
+"""
+
+
+@pytest.fixture
+def real_ray(monkeypatch: pytest.MonkeyPatch, handlers: None) -> Iterator[None]:
+    """Ray itself, in this process without tokens: it reads how at its import."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    import ray
+
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(find_spec("ray") is None, reason="the extra cluster is not installed")
+@pytest.mark.timeout(300)
+def test_shards_go_to_a_real_cluster_at_run_address(tmp_path: Path, real_ray: None) -> None:
+    port = str(free_port())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", HEAD, port]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as head:
+        assert head.stdout is not None
+        assert head.stdout.readline() == b"ready\n"
+        outputs = result(run_shards(run_of(tmp_path, 2, "ray", f"ray://127.0.0.1:{port}"), shards(tmp_path)))
+        head.communicate()
+    assert outputs == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
+
+
 @pytest.mark.cluster
 @pytest.mark.skipif(find_spec("ray") is None, reason="the extra cluster is not installed")
 @pytest.mark.timeout(300)
 def test_a_killed_worker_of_ray_is_reported_and_its_shard_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_ray: None
 ) -> None:
-    import ray
-
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        with pytest.raises(InputError, match=r"lost \(Ray's WorkerCrashedError\); finished shards stay"):
-            run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed"))
-        outputs = result(run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed")))
-    finally:
-        ray.shutdown()
+    with pytest.raises(InputError, match=r"lost \(Ray's WorkerCrashedError\); finished shards stay"):
+        run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed"))
+    outputs = result(run_shards(run_of(tmp_path, 2, "ray"), shards(tmp_path, "killed")))
     assert outputs == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]

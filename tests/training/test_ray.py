@@ -19,6 +19,7 @@ import pytest
 
 from components.config.paths import Paths
 from components.runtime.params_file import write_params
+from flows.orchestration.prefect_server import free_port
 from tests.training.test_distributed import SOURCE, ranks_of
 from tests.training.test_distributed import start as start_stage
 
@@ -30,10 +31,15 @@ pytestmark = [
 ]
 
 HEAD = """
-import ray, sys
-print(ray.init("local", num_cpus=2, include_dashboard=True, object_store_memory=2**27).dashboard_url, flush=True)
-sys.stdin.read()
+import ray, subprocess, sys
+head = ray.init("local", num_cpus=2, include_dashboard=True, object_store_memory=2**27)
+client = "--address", head.address_info["gcs_address"], "--host", "127.0.0.1", "--port", sys.argv[1], "--mode", "legacy"
+with subprocess.Popen([sys.executable, "-m", "ray.util.client.server", *client]) as server:
+    print(head.dashboard_url, flush=True)
+    sys.stdin.read()
+    server.terminate()
 """
+CLIENT_PORT = free_port()
 STEPS = 60
 
 
@@ -47,7 +53,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
         environment = os.environ | {"RAY_AUTH_MODE": "token"}
-        with subprocess.Popen([sys.executable, "-c", HEAD], env=environment, **pipes) as head:
+        with subprocess.Popen([sys.executable, "-c", HEAD, str(CLIENT_PORT)], env=environment, **pipes) as head:
             assert head.stdout is not None
             yield head.stdout.readline().strip()
             head.communicate()
@@ -150,6 +156,14 @@ def test_sigterm_cancels_the_job_behind_a_checkpoint(project_on_ray: Paths) -> N
         output, errors = stage.communicate()
     assert stage.returncode == 0, output + errors
     assert output.count(f"resumed at step {step}") == 1
+
+
+def test_the_address_that_takes_shards_takes_trainings_too(project_on_ray: Paths) -> None:
+    settings = {"run.address": f"ray://127.0.0.1:{CLIENT_PORT}", "pretrain.decoder.max_steps": 4}
+    write_params(project_on_ray.params, settings, echo=lambda _: None)
+    with start(project_on_ray.root) as stage:
+        output, errors = stage.communicate()
+    assert (stage.returncode, output.count(" 4/4 ")) == (0, 1), output + errors
 
 
 def test_what_a_cluster_cannot_do_is_refused_in_one_line(project_on_ray: Paths, cluster: str) -> None:
