@@ -53,6 +53,9 @@ class Leases(Database):
         """Take a lease that is free; returns its token, None where another owner holds it."""
         with self._write() as connection:
             now = self._clock(connection)
+            # After the clock was set back a dead owner's would be held for as long; a living owner renews its own.
+            latest = now + LEASE_SECONDS
+            connection.execute(LEASES.update().where(LEASES.c.expires > latest).values(expires=latest))
             row = {"owner": owner, "expires": now + seconds}
             held = insertion(connection, LEASES).values(name=name, token=1, **row)
             # A repetition whose first commit was not acknowledged finds itself as the owner.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, case, select
 
 from components.feedback.database import Database, insertion, through_restarts
 from components.feedback.tables import ANSWERS, RATE_LIMITS, REPLICAS, REQUESTS
@@ -44,7 +44,9 @@ class Replicas(Database):
         with self._read() as connection:
             now = self._clock(connection)
             limits = insertion(connection, RATE_LIMITS).values(key=key, full_at=now + interval)
-            full_at = func.greatest(RATE_LIMITS.c.full_at, now) + interval
+            # A bucket that takes longer to refill than an empty one is of before the clock was set back.
+            is_refilling = RATE_LIMITS.c.full_at.between(now, now + 60.0)
+            full_at = case((is_refilling, RATE_LIMITS.c.full_at), else_=now) + interval
             take = limits.on_conflict_do_update(
                 index_elements=["key"], set_={"full_at": full_at}, where=full_at <= now + 60.0
             ).returning(RATE_LIMITS.c.full_at)
@@ -66,8 +68,9 @@ class Replicas(Database):
             row = {"seen": now, "models": list(models)}
             record = insertion(connection, REPLICAS).values(id=replica, **row)
             connection.execute(record.on_conflict_do_update(index_elements=["id"], set_=row))
-            connection.execute(REPLICAS.delete().where(REPLICAS.c.seen < now - FORGOTTEN_SECONDS))
-            live = select(REPLICAS.c.id, REPLICAS.c.models).where(REPLICAS.c.seen > now - LIVE_SECONDS)
+            is_known = REPLICAS.c.seen.between(now - FORGOTTEN_SECONDS, now + LIVE_SECONDS)
+            connection.execute(REPLICAS.delete().where(~is_known))
+            live = select(REPLICAS.c.id, REPLICAS.c.models).where(_is_live(now))
             return {str(name): frozenset(loaded) for name, loaded in connection.execute(live)}
 
     def give_up(self) -> None:
@@ -88,8 +91,8 @@ class Replicas(Database):
     def loaded_models(self) -> set[str]:
         """The models that running replicas have."""
         with self._read() as connection:
-            live = REPLICAS.c.seen > self._clock(connection) - LIVE_SECONDS
-            return {name for names in connection.scalars(select(REPLICAS.c.models).where(live)) for name in names}
+            live = select(REPLICAS.c.models).where(_is_live(self._clock(connection)))
+            return {name for names in connection.scalars(live) for name in names}
 
     @through_restarts
     def answering_model(self, conversation: str, owner: str) -> str | None:
@@ -104,3 +107,8 @@ class Replicas(Database):
         with self._read() as connection:
             model: str | None = connection.scalar(answered)
             return model
+
+
+def _is_live(now: ColumnElement[float]) -> ColumnElement[bool]:
+    """Whether a replica counts; one that was seen in the future was seen before the clock was set back."""
+    return REPLICAS.c.seen.between(now - LIVE_SECONDS, now + LIVE_SECONDS)

@@ -91,6 +91,17 @@ def test_who_was_suspended_for_too_long_is_refused(store: Store) -> None:
     assert store.take_lease("ingest", "three:3:c", 60.0) is not None, "given back, it is free at once"
 
 
+def test_a_clock_that_was_set_back_holds_no_dead_owners_lease(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.take_lease("monitor", "dead:4:d", 60.0)
+    with store._write() as connection:
+        connection.exec_driver_sql("UPDATE leases SET expires = expires + 3600 WHERE name = 'monitor'")
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
+    with leased(store, "monitor", patience=10) as lease:
+        assert lease.token == 2
+
+
 def test_a_lease_is_renewed_while_it_is_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.6)
     with leased(store, "run"):

@@ -13,13 +13,14 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from components.config.params import InputError
 from components.feedback.ledger import Outcome
 from components.feedback.pictures import PictureFile
 from components.feedback.store import AnswerRecord, Store, StoreUnavailable, UnknownCompletion
+from components.feedback.tables import REPLICAS
 from components.media.pictures import Picture
 from flows.orchestration.flow_run import while_unavailable
 
@@ -235,3 +236,15 @@ def test_a_server_that_is_away_for_a_while_is_waited_for(address: str) -> None:
     assert store.add_feedback("chatcmpl-1", "up")
     store.close()
     relay.close()
+
+
+def test_a_clock_that_was_set_back_refuses_no_request_and_keeps_no_replica_alive(store: Store) -> None:
+    assert store.take_request("shop", 60) == 0.0
+    store.announce("killed", ["agent/1"])
+    with store._write() as connection:
+        connection.exec_driver_sql("UPDATE rate_limits SET full_at = full_at + 3600")
+        connection.exec_driver_sql("UPDATE replicas SET seen = seen + 3600")
+    assert [store.take_request("shop", 60) == 0.0 for _ in range(61)] == [True] * 60 + [False]
+    assert store.loaded_models() == set()
+    assert set(store.announce("alive", ["agent/2"])) == {"alive"}
+    assert [row["id"] for row in store._rows(select(REPLICAS.c.id))] == ["alive"], "none counts when the hour is over"
