@@ -24,7 +24,6 @@ from components.tracking.event_log import warn_on_failure
 from flows.feedback import ingest as run_ingestion
 from flows.orchestration.flow_run import Echo, while_unavailable
 from flows.orchestration.run_stage import is_refusal
-from flows.orchestration.services import has_champion
 from flows.pipeline import RunOptions, run_pipeline
 
 NOT_SET_BY_A_RUN = ("project", "project_path", "serve")
@@ -92,15 +91,17 @@ def improve(force: bool = False, dry_run: bool = False) -> Any:
         force: Also without new feedback, and every stage from the start.
         dry_run: State what it would train on, and change nothing.
     """
-    if not has_champion(Paths(find_root()).home):
-        return Cancelled(name="Skipped", message='there is no champion to improve; "loopwright run" makes one')
+    from flows.improve import NoChampion
     from flows.improve import improve as run_improvement
 
     def body(root: Path, echo: Echo) -> str:
         improvement = run_improvement(root, force, echo, dry_run)
         return f"{improvement.outcome}: {improvement.reason}; the champion is {improvement.champion}"
 
-    return _run_exclusively("" if dry_run else "improve", body)
+    try:
+        return _run_exclusively("" if dry_run else "improve", body)
+    except NoChampion as error:
+        return Cancelled(name="Skipped", message=str(error))
 
 
 @flow(name="monitor")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from components.config.params import InputError, Refused, load_params
@@ -25,7 +26,7 @@ from components.tracking.registry import ModelVersion, Registry, is_empty
 from flows.feedback import commit_revocations, fetch_partitions
 from flows.orchestration.dvc_remote import push_to_remote
 from flows.orchestration.dvc_repo import fetch_missing, stage_states
-from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow
+from flows.orchestration.flow_run import Echo, FlowRun, effect, run_flow, while_unavailable
 from flows.pipeline import RunOptions, RunReport, bring_up_to_date
 from flows.release import (
     NAME,
@@ -45,6 +46,13 @@ SEQUENCE = "feedback_sequence"
 """Tag of a version: sequence number of the last accepted feedback item when it was trained."""
 
 
+class NoChampion(InputError):
+    """There is no model to improve."""
+
+    def __init__(self) -> None:
+        super().__init__(f'{NAME}@champion: there is no champion to improve; run "loopwright run"')
+
+
 @dataclass(frozen=True)
 class Improvement:
     """The outcome of an improvement."""
@@ -62,19 +70,21 @@ def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool =
 
     With `dry_run`, only the outcome that it would begin with is returned, and nothing is changed.
 
-    Raises: InputError without a champion or earlier data; StageFailed; Refused by the gate.
+    Raises: NoChampion; InputError without earlier data; StageFailed; Refused by the gate.
     """
     paths = Paths(root)
     if is_empty(paths.home):
-        raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
+        raise NoChampion
+    registry = shared_registry(paths.home)
+    champion = _champion(registry)
     if is_shared(paths.home) and not dry_run:  # on a host of its own, what is missing was removed
         fetch_missing(root, IMPROVEMENT, paths.collected)
     if not paths.collected.is_dir():
         raise InputError(f'{paths.collected}: not found; run "loopwright run" for the earlier data')
-    store, registry = Store.of(paths.home), shared_registry(paths.home)
+    store = Store.of(paths.home)
     try:
         if dry_run:
-            return _Job(paths, registry, store, _champion(registry), echo, force, Lease(store, "improve")).plan()
+            return _Job(paths, registry, store, champion, echo, force, Lease(store, "improve")).plan()
         with file_lock(paths.home / "stages", "run"), leased(store, "improve") as lease:
             job = _Job(paths, registry, store, _champion(registry), echo, force, lease)
             job.record_interrupted()
@@ -87,7 +97,7 @@ def improve(root: Path, force: bool = False, echo: Echo = print, dry_run: bool =
 
 def _champion(registry: Registry) -> ModelVersion:
     if (champion := registry.find(f"{NAME}@champion")) is None:
-        raise InputError(f'{NAME}@champion: there is no model to improve; run "loopwright run"')
+        raise NoChampion
     return champion
 
 
@@ -125,7 +135,7 @@ class _Job:
         states = stage_states(self.paths.root, self.force, pipeline=IMPROVEMENT)
         bring_up_to_date(options, states, RunReport(), run)
         with leased_in(self.paths.home, "release", RELEASE_SECONDS):
-            return self._release(run, sequence, start)
+            return while_unavailable(partial(self._release, run, sequence, start), self.echo)
 
     def _release(self, run: FlowRun, sequence: int, start: ModelVersion) -> Improvement:
         judged = json.loads((self.paths.metrics / "judge.json").read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from components.tracking.registry import ModelVersion, Registry, is_empty
 from components.tracking.version_files import fetch_file, store_file, store_text
 from flows.bento import has_bento, package, smoke
 from flows.model_cards import write_card
-from flows.orchestration.flow_run import Echo, effect
+from flows.orchestration.flow_run import Echo, effect, while_unavailable
 from flows.release_targets import RELEASE_TARGETS, ModelUnderRelease, ReleaseTarget, release_target, smoke_question
 from flows.version_lineage import commit_tags, outs, version_lineage
 
@@ -116,7 +117,8 @@ def release(paths: Paths, echo: Echo, flow_run: str) -> Releases:
     for target in trained_targets(paths):
         try:
             with leased_in(paths.home, "release", RELEASE_SECONDS):
-                releases.champions.append(_release_target(target, paths, echo, flow_run))
+                released = while_unavailable(partial(_release_target, target, paths, echo, flow_run), echo)
+                releases.champions.append(released)
         except Refused as refusal:
             echo(f"release: {refusal}")
             releases.refusals.append(str(refusal))

@@ -29,6 +29,7 @@ from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import EXPERIMENT, UPLOADER, connect
 from components.tracking.mlflow_requests import TIME_LIMIT, TRANSFER_SECONDS, transfer
 from components.tracking.registry import ModelVersion, Registry
+from flows.orchestration import flow_run
 from flows.orchestration.services import has_champion
 from serving.models.alias_watcher import AliasWatcher
 from serving.models.versions import Registered
@@ -182,8 +183,40 @@ def test_a_slow_upload_has_time_and_a_silent_server_has_not(
     assert str(registered(0.6)) == "agent/2"
     assert not servers.mlflow.holds
     servers.mlflow.holds += [(b"/registered-models/get", 2.5)] * 2
-    with pytest.raises(mlflow_requests.errors(), match="timeout"):
+    with pytest.raises(Unavailable, match="Read timed out|ReadTimeout"):
         registry.aliases("agent")
+
+
+def test_an_outage_at_a_flows_end_is_waited_for(
+    servers: Servers, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    with flow_run._tracked("pipeline", registry.home, lines.append) as note:
+        run_id = os.environ[PARENT_RUN]
+        servers.mlflow.faults += [(b"/runs/set-tag", 0)] * 2  # MLflow's client sends a request twice
+        note({"stage.tune": "ran"})
+        servers.mlflow.faults += [(b"/runs/update", 0)] * 2
+    run = registry.client.get_run(run_id)
+    assert (run.info.status, run.data.tags["stage.tune"]) == ("FINISHED", "ran")
+    assert [line.rpartition("; ")[2] for line in lines] == ["tries again in 1 s"] * 2
+    assert all(line.startswith(f"MLFLOW_TRACKING_URI: {servers.mlflow.address}: ") for line in lines)
+
+
+def test_work_that_is_done_does_not_fail_where_mlflow_stays_away(
+    servers: Servers, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow_run, "SECONDS_UNAVAILABLE", 0.0)
+
+    def work(error: Exception | None) -> None:
+        with flow_run._tracked("pipeline", registry.home, print):
+            servers.mlflow.faults += [(b"/runs/update", 0)] * 2
+            if error:
+                raise error
+
+    work(None)
+    with pytest.raises(InputError, match="wrong"):
+        work(InputError("wrong"))
+    assert not servers.mlflow.faults
 
 
 def test_the_limit_returns_after_the_last_transfer_and_a_users_own_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def _download(target: Path, name: str, download: Callable[[str], str], verify: C
         remove(scratch)
         return
     remove(scratch)
-    if isinstance(failure, InputError):
+    if isinstance(failure, InputError) and not isinstance(failure, Unavailable):
         raise failure
     reason = " ".join(hidden(str(failure)).split())[:300]
     raise Unavailable(f"{name}: cannot be downloaded: {reason}; it is tried again at the next use") from failure

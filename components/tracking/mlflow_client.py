@@ -20,17 +20,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from components.config.errors import Unavailable
-from components.config.params import InputError
+from components.config.errors import InputError, Unavailable, reason_of
 from components.config.secrets import hidden
 from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
 from components.runtime.process import alive, file_lock
 from components.tracking.event_log import EventLog
 from components.tracking.mlflow_database import EXPERIMENT, LOCK_SECONDS, artifact_location, database_uri, relocate
-from components.tracking.mlflow_requests import SETTINGS, errors, is_denied, is_missing, transfer
+from components.tracking.mlflow_requests import (
+    SETTINGS,
+    RemoteClient,
+    errors,
+    is_denied,
+    is_missing,
+    transfer,
+    unavailable,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +57,10 @@ _MAX_PARAM = 500
 
 
 def connect(home: Path) -> MlflowClient:
-    """A client for the state folder's database, created on first use, or for MLFLOW_TRACKING_URI."""
+    """A client for the state folder's database, created on first use, or for MLFLOW_TRACKING_URI.
+
+    Raises: InputError where the server refuses the account, Unavailable, as methods do, while it does not answer.
+    """
     if "%" in sys.prefix:
         # In the path of MLflow's package its migrations fail.
         raise InputError(f"{sys.prefix}: MLflow cannot have '%' in the path of its environment; move the project")
@@ -76,13 +86,11 @@ def connect(home: Path) -> MlflowClient:
     except errors() as error:
         if not server:
             raise
-        reason = " ".join(hidden(str(error)).split())[:200]
         if is_denied(error):
-            account = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            reason, account = reason_of(hidden(str(error))), "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
             raise InputError(f"MLFLOW_TRACKING_URI: {hidden(server)}: refused: {reason}; check {account}") from error
-        message = f"MLFLOW_TRACKING_URI: {hidden(server)}: {reason}; start that server, or unset the variable"
-        raise Unavailable(message) from error
-    return client
+        raise unavailable(server, error) from error
+    return cast("MlflowClient", RemoteClient(client, server)) if server else client
 
 
 def _is_server(uri: str) -> bool:
@@ -256,7 +264,8 @@ def _send(client: MlflowClient, run_id: str, events: list[dict[str, Any]], folde
             _send_event(client, run_id, event, folder)
         except Exception as error:
             # A line that MLflow will never accept must not block those behind it.
-            if isinstance(error, errors()) and not isinstance(error, ValueError) and not is_missing(error):
+            is_refused = isinstance(error, ValueError) and not isinstance(error, Unavailable)
+            if isinstance(error, errors()) and not is_refused and not is_missing(error):
                 raise
             print(f"tracking: {event['kind']} refused by MLflow: {error}", file=sys.stderr, flush=True)
 

@@ -8,9 +8,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from components.config.errors import InputError
+from components.config.errors import InputError, Unavailable, reason_of
+from components.config.secrets import hidden
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,6 +41,8 @@ SETTINGS = {
 PROMOTED = "promoted"
 """Tag of a registered model: the number of the champion that this project promoted; during a promotion those of the
 former and the new champion, 0 for none. Any other champion was promoted by another program, as MLflow's page."""
+_OUTAGES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's codes of a server without an answer, of HTTP 5xx, and of a database that is away."""
 _transfers = 0
 """Transfers of this process that are running."""
 _counting = threading.Lock()
@@ -109,6 +112,47 @@ def errors() -> tuple[type[Exception], ...]:
     storage = sys.modules.get("botocore.exceptions")
     of_storage = (storage.BotoCoreError, storage.ClientError) if storage else ()
     return (MlflowException, SQLAlchemyError, OSError, ValueError, *of_storage)
+
+
+class RemoteClient:
+    """MLflow's client of a server or of its database: methods raise Unavailable while that does not answer."""
+
+    def __init__(self, client: MlflowClient, server: str) -> None:
+        self._client, self._server = client, server
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._client, name)
+        if not callable(attribute):
+            return attribute
+
+        def translated(*values: Any, **named: Any) -> Any:
+            try:
+                return attribute(*values, **named)
+            except errors() as error:
+                if is_outage(error):
+                    raise unavailable(self._server, error) from error
+                raise
+
+        return translated
+
+
+def unavailable(server: str, error: Exception) -> Unavailable:
+    """The failure of a request to the server that MLFLOW_TRACKING_URI names."""
+    reason = reason_of(hidden(str(error)))
+    return Unavailable(f"MLFLOW_TRACKING_URI: {hidden(server)}: {reason}; start that server, or unset the variable")
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the same request may succeed when a server, or what it stores in, is back."""
+    from requests import RequestException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, RequestException):  # of a file
+        return error.response is None or error.response.status_code >= 500
+    storage = sys.modules.get("botocore.exceptions")
+    of_storage = (storage.ConnectionError, storage.HTTPClientError) if storage else ()
+    is_away = isinstance(error, (ConnectionError, TimeoutError, OperationalError, *of_storage))
+    return is_away or getattr(error, "error_code", "") in _OUTAGES
 
 
 def is_missing(error: Exception) -> bool:

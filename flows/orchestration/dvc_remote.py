@@ -9,11 +9,14 @@ from components.tracking.event_log import warn_on_failure
 from flows.orchestration.dvc_repo import LOCAL_REMOTE, open_repo
 from flows.orchestration.flow_run import Echo, effect
 
+_PATIENCE_SECONDS = 10.0
+"""Short: nothing waits for a push, and the next one makes up for it."""
+
 
 def push_to_remote(root: Path, echo: Echo) -> None:
     """Inside a flow run: push to the default remote; what fails is warned of, and pushed with the next version."""
     with warn_on_failure("dvc push"):
-        pushed = effect(push_data, root)
+        pushed = effect(push_data, root, patience=_PATIENCE_SECONDS)
         if pushed is not None:
             echo(f"dvc push: {pushed} objects")
 

@@ -7,10 +7,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.config.errors import Unavailable
 from components.config.params import InputError, Refused
@@ -18,6 +19,9 @@ from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import Uploader, connect, create_run, end_killed_runs, mlflow_name
 from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api, send_logs
 from flows.orchestration.run_stage import StageFailed, is_refusal
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 Note = Callable[[Mapping[str, str]], None]
 Echo = Callable[[str], None]
@@ -47,9 +51,9 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
     PREFECT_API_URL names or on a local server that starts while MLflow and Prefect are imported.
     """
     if flow_run := _current():
-        with heartbeat(home, flow_run), _tracked(name, home) as note:
+        with heartbeat(home, flow_run), _tracked(name, home, echo) as note:
             return _noted(FlowRun(flow_run, note), body)
-    with prefect_api(home) as api, _tracked(name, home) as note:
+    with prefect_api(home) as api, _tracked(name, home, echo) as note:
         from prefect import flow, tags
         from prefect.exceptions import MissingResult
         from prefect.settings import temporary_settings
@@ -89,13 +93,24 @@ def run_flow(name: str, home: Path, echo: Echo, body: Callable[[FlowRun], T], **
                 send_logs()
 
 
-def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int = RETRIES) -> T:
+def effect(
+    function: Callable[..., T],
+    *values: Any,
+    of: str = "",
+    retries: int = RETRIES,
+    patience: float = SECONDS_UNAVAILABLE,
+) -> T:
     """Call `function` as a task of the flow run, named after the function and the model `of`.
 
-    It is retried, for a registry or a network may come back; computations pass no `retries`.
+    It waits `patience` seconds for a database or server that does not answer, and is retried after other failures,
+    for a network may come back; computations pass no `retries`.
     """
-    from prefect import task
+    from prefect import get_run_logger, task
     from prefect.cache_policies import NO_CACHE
+
+    def report(line: str) -> None:
+        get_run_logger().warning("%s", line)
+        print(line, file=sys.stderr, flush=True)
 
     name = getattr(function, "__name__", "effect")
     wrapped = task(
@@ -106,29 +121,29 @@ def effect(function: Callable[..., T], *values: Any, of: str = "", retries: int 
         retry_delay_seconds=SECONDS_BETWEEN_TRIES,
         retry_condition_fn=_may_succeed_later,
     )
-    return wrapped(lambda: function(*values))()
+    return wrapped(lambda: while_unavailable(lambda: function(*values), report, patience))()
 
 
 def _may_succeed_later(task: Any, task_run: Any, state: Any) -> bool:
-    """Whether a retry may succeed: wrong input stays wrong, a refusal stays a refusal."""
-    return isinstance(state.data, Unavailable) or not isinstance(state.data, InputError | Refused)
+    """Whether a retry may succeed: wrong input stays wrong, a refusal stays a refusal, and an outage was waited for."""
+    return not isinstance(state.data, InputError | Refused)
 
 
 def while_unavailable(body: Callable[[], T], echo: Echo, patience: float = SECONDS_UNAVAILABLE) -> T:
     """What `body` returns; called again, with growing pauses, while a database or server does not answer.
 
-    Raises: Unavailable after `patience` seconds.
+    Raises: Unavailable after pauses of `patience` seconds: a call may have worked for hours before it failed.
     """
-    deadline, pause = time.monotonic() + patience, 1.0
+    waited, pause = 0.0, 1.0
     while True:
         try:
             return body()
         except Unavailable as error:
-            if time.monotonic() + pause > deadline:
+            if waited + pause > patience:
                 raise
             echo(f"{error}; tries again in {pause:.0f} s")
         time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        waited, pause = waited + pause, min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _current() -> str:
@@ -147,24 +162,29 @@ def _noted(run: FlowRun, body: Callable[[FlowRun], T]) -> T:
 
 
 @contextmanager
-def _tracked(name: str, home: Path) -> Iterator[Note]:
-    """The MLflow run that the stages' runs are children of; tags are noted on it while MLflow answers."""
+def _tracked(name: str, home: Path, echo: Echo) -> Iterator[Note]:
+    """The MLflow run that the stages' runs are children of; what is noted on it waits for MLflow."""
+
+    def begin() -> tuple[MlflowClient, str]:
+        client, tags = connect(home), {"home": str(home), "host": socket.gethostname()}
+        end_killed_runs(client, name, home)
+        return client, create_run(client, name, tags, None, int(time.time() * 1000))
+
     uploader = Uploader(home)
-    client = connect(home)
-    end_killed_runs(client, name, home)
-    run_id = create_run(client, name, {"home": str(home), "host": socket.gethostname()}, None, int(time.time() * 1000))
+    client, run_id = while_unavailable(begin, echo)
     os.environ[PARENT_RUN] = run_id
     uploader.start()
 
     def note(tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
-            client.set_tag(run_id, mlflow_name(key), value)
+            while_unavailable(partial(client.set_tag, run_id, mlflow_name(key), value), echo)
 
-    status = "FAILED"
+    status, patience = "FAILED", 0.0
     try:
         yield note
-        status = "FINISHED"
+        status, patience = "FINISHED", SECONDS_UNAVAILABLE
     finally:
         del os.environ[PARENT_RUN]
         uploader.finish()
-        client.set_terminated(run_id, status)
+        with suppress(Unavailable):  # the work is done, or says itself why it failed; the next run ends this one
+            while_unavailable(partial(client.set_terminated, run_id, status), echo, patience)

@@ -91,9 +91,7 @@ def test_who_was_suspended_for_too_long_is_refused(store: Store) -> None:
     assert store.take_lease("ingest", "three:3:c", 60.0) is not None, "given back, it is free at once"
 
 
-def test_a_clock_that_was_set_back_holds_no_dead_owners_lease(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_was_set_back_holds_no_dead_owners_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.take_lease("monitor", "dead:4:d", 60.0)
     with store._write() as connection:
         connection.exec_driver_sql("UPDATE leases SET expires = expires + 3600 WHERE name = 'monitor'")

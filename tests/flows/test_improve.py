@@ -240,7 +240,7 @@ def test_an_improvement_killed_after_its_verdict_is_recorded_once(
 def test_without_a_champion_or_earlier_data_there_is_nothing_to_improve(
     paths: Paths, registry: Registry, registered: Register, improved: Callable[..., Improvement]
 ) -> None:
-    with pytest.raises(InputError, match='agent@champion: there is no model to improve; run "loopwright run"'):
+    with pytest.raises(InputError, match='agent@champion: there is no champion to improve; run "loopwright run"'):
         improved()
     registry.promote(registered(0.5))
     paths.collected.rename(paths.root / "aside")
