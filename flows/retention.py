@@ -95,7 +95,7 @@ def _data(retained: Collection[ModelVersion]) -> set[str]:
 
 
 def _trim_logs(folder: Path, limit: int, dry_run: bool) -> Iterator[Size]:
-    """Cut logs down to their last bytes; their writers append."""
+    """Cut logs down to their last bytes; their writers hold them open and append meanwhile."""
     for path in sorted(folder.glob("*.log")):
         surplus = path.stat().st_size - limit
         if surplus <= 0:
@@ -104,8 +104,9 @@ def _trim_logs(folder: Path, limit: int, dry_run: bool) -> Iterator[Size]:
             with path.open("r+b") as file:
                 file.seek(surplus)
                 file.readline()  # a line that is cut off
-                rest = file.read()
-                file.seek(0)
-                file.write(rest)
-                file.truncate()
+                start, size = file.tell(), 0
+                # Until nothing more was appended: a line is lost only within the microseconds before the truncation.
+                while block := os.pread(file.fileno(), _MEGABYTE, start + size):
+                    size += os.pwrite(file.fileno(), block, size)
+                os.truncate(file.fileno(), size)
         yield str(path), surplus

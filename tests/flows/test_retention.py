@@ -185,3 +185,25 @@ def test_the_oldest_flow_runs_of_a_flow_are_removed(paths: Paths, monkeypatch: p
         subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
     with closing(Store.of(paths.home)) as store:
         assert set(store.successes()) == {"ingest", "monitor"}, "alerts see when a schedule last succeeded"
+
+
+def test_a_line_that_is_appended_while_a_log_is_cut_stays(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = paths.home / "logs" / "endpoint.log"
+    log.parent.mkdir()
+    log.write_text("".join(f"{number:999}\n" for number in range(3000)))
+    late, read = iter(range(3000, 3005)), os.pread
+    with log.open("a") as service:
+
+        def pread(descriptor: int, size: int, offset: int) -> bytes:
+            block = read(descriptor, size, offset)
+            if block and (number := next(late, None)):  # the service appends behind each read
+                service.write(f"{number:999}\n")
+                service.flush()
+            return block
+
+        monkeypatch.setattr(os, "pread", pread)
+        prune(paths)
+        service.write(f"{3005:999}\n")
+    numbers = [int(line) for line in log.read_text().splitlines()]
+    assert numbers == list(range(2001, 3006))
+    assert log.stat().st_size < 1_010_000
