@@ -75,6 +75,8 @@ def run_pipeline(options: RunOptions) -> RunReport:
 
     Raises: InputError, StageFailed, ReleaseRefused.
     """
+    from components.datasets.importers import undo_killed
+
     report, started = RunReport(), time.monotonic()
     try:
         git(options.root, "rev-parse", "HEAD")
@@ -82,6 +84,7 @@ def run_pipeline(options: RunOptions) -> RunReport:
         options.echo(str(error))
     try:
         with file_lock(options.paths.home / "stages", "run"):
+            undo_killed(options.paths.added, options.paths.home / "stages")
             fetch_base_models(options.paths, options.echo)
             states = stage_states(options.root, options.force, options.until)
             if any(state.is_due for state in states) or not _all_released(options, report):

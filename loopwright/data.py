@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from components.config.params import InputError, load_params
 from components.config.paths import Paths, find_root, writing
 from components.config.project import load_project
 from components.runtime.object_store import local_files
-from components.runtime.process import file_lock, has_git, limited_to
+from components.runtime.process import has_git, limited_to
 from loopwright.output import Json, print_json, print_table, say
 from loopwright.user_data import erase_user, export_user
 
@@ -114,7 +113,7 @@ def add(
 ) -> None:
     """Read files into a dataset, validate it and put it under version control; keep all of it or nothing."""
     from components.datasets.conversations import named_roles
-    from components.datasets.importers import Columns
+    from components.datasets.importers import Columns, adding, undo_killed
     from components.datasets.importers import add as add_files
     from components.datasets.quarantine import Quarantine
     from flows.orchestration.dvc_repo import check_versioning
@@ -127,7 +126,8 @@ def add(
 
     check_versioning(paths.root, paths.added / name)
     columns = Columns(text_column, label_column, source_column, target_column, named_roles(role or []), image_folder)
-    is_adding = file_lock(paths.home / "stages", f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
+    undo_killed(paths.added, paths.home / "stages")
+    is_adding = adding(paths.home / "stages", name)
     left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
     names, version = built_in(paths), partial(_version, paths, name)
     limited = limited_to(time_limit, ", ".join(files))

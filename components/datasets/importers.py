@@ -7,9 +7,8 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from dataclasses import replace as replaced
 from functools import partial
@@ -27,10 +26,15 @@ from components.datasets.picture_records import read_picture_json, read_picture_
 from components.datasets.preferences import read_preference
 from components.datasets.quarantine import Quarantine
 from components.datasets.records import Record
+from components.runtime.files import remove
+from components.runtime.process import file_lock
 from components.validation.report import ValidationReport, refusal, shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-
+_ADDING, _DONE = ".adding-", ".done"
+"""A dataset that is being added is in the folder `.adding-NAME`, which gets the suffix when it is in its place."""
+_OLD, _NONE = ".old", ".none"
+"""There: the dataset that it replaces, or a file that says that there was none."""
 
 Reader = Callable[[Path], Iterator[Record]]
 LeaveOut = Callable[[str, str, Mapping[str, Any]], None]
@@ -70,6 +74,8 @@ def add(
     `built_in` are the names of the project's own datasets. Pictures in the wild are damaged: rows of kind `images` that
     break a rule go to `quarantine` where there is one.
 
+    The caller holds the lock `adding`, and what is killed here is undone by the next call, or by `undo_killed`.
+
     Raises: InputError for the first error in a file, with its row; Refused when validation fails. Nothing is changed
     then.
     """
@@ -78,8 +84,9 @@ def add(
     _check_name(name, folder, replace, built_in)
     if quarantine and kind != "images":
         raise InputError(f"--quarantine: is not supported by {kind}; allowed: images")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".adding-{name}-", dir=folder))
+    _undo(folder, name)
+    temporary = folder / f"{_ADDING}{name}"
+    temporary.mkdir(parents=True)
     try:
         writer = DatasetWriter(temporary / name, name, _known_kind(kind))
         writer.info.licence = licence
@@ -91,18 +98,42 @@ def add(
             _locate(report, temporary / name, quarantine.passed(rows) if quarantine else rows)
             raise Refused(refusal([report]))
         if (folder / name).exists():
-            os.rename(folder / name, temporary / "replaced")
+            os.rename(folder / name, temporary / _OLD)
+        else:
+            (temporary / _NONE).touch()
         os.rename(temporary / name, folder / name)
-        try:
-            version()
-        except BaseException:
-            os.rename(folder / name, temporary / name)
-            if (temporary / "replaced").exists():
-                os.rename(temporary / "replaced", folder / name)
-            raise
-    finally:
-        shutil.rmtree(temporary)
+        version()
+        temporary = temporary.rename(temporary.with_suffix(_DONE))
+    except BaseException:
+        _undo(folder, name)
+        raise
+    remove(temporary)
     return info
+
+
+def adding(locks: Path, name: str) -> AbstractContextManager[None]:
+    """The lock of the process that adds a dataset of this name; raises InputError where another one does."""
+    return file_lock(locks, f"data-add-{re.sub(r'[^A-Za-z0-9_-]', '_', name)[:64]}")
+
+
+def undo_killed(folder: Path, locks: Path) -> None:
+    """Undo what processes that were killed have begun to add to `folder`: the datasets are as before."""
+    for temporary in folder.glob(f"{_ADDING}*"):
+        name = temporary.name.removeprefix(_ADDING).removesuffix(_DONE)
+        with suppress(InputError), adding(locks, name):  # else it is being added
+            _undo(folder, name)
+
+
+def _undo(folder: Path, name: str) -> None:
+    """Undo what was begun and not done; it may be killed and called again."""
+    temporary = folder / f"{_ADDING}{name}"
+    if (temporary / _OLD).exists():
+        remove(folder / name)
+        os.rename(temporary / _OLD, folder / name)
+    elif (temporary / _NONE).exists() and not (temporary / name).exists():
+        remove(folder / name)
+    remove(temporary)
+    remove(temporary.with_suffix(_DONE))
 
 
 def _write(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ from components.config.params import InputError, Refused
 from components.datasets import formats as datasets
 from components.datasets.conversations import named_roles
 from components.datasets.formats import SCHEMAS, DatasetWriter, read_info, read_rows, shards
-from components.datasets.importers import Columns, add
+from components.datasets.importers import Columns, add, adding, undo_killed
 from components.validation.report import Check, Example, ValidationReport
+from tests.pages import ROOT
 
 USER, ANSWER = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
 
@@ -330,6 +333,42 @@ def test_refused_dataset_leaves_what_was_there(tmp_path: Path, replace: bool) ->
     )
     assert [row["text"] for row in rows_of(folder / "mine")] == (["old"] if replace else [])
     assert not list(folder.glob(".adding-*"))
+
+
+KILLED = """
+import os, sys
+from itertools import count
+from pathlib import Path
+
+from components.datasets.importers import add
+
+path, folder, step = sys.argv[1:]
+steps, rename = count(), os.rename
+
+
+def killed_before(*paths):
+    os._exit(9) if next(steps) == int(step) else rename(*paths)
+
+
+os.rename = killed_before
+add("documents", [Path(path)], "mine", Path(folder), replace=True, version=lambda: os._exit(9))
+"""
+
+
+@pytest.mark.parametrize(("exists", "step"), [(True, 0), (True, 1), (True, 2), (False, 0), (False, 1)])
+def test_kill_while_a_dataset_takes_its_place_leaves_what_was_there(tmp_path: Path, exists: bool, step: int) -> None:
+    folder, locks = tmp_path / "added", tmp_path / "locks"
+    if exists:
+        add("documents", [written(tmp_path / "old.csv", "text\nold\n")], "mine", folder)
+    new = written(tmp_path / "new.csv", "text\nnew\n")
+    command = [sys.executable, "-c", KILLED, str(new), str(folder), str(step)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    with adding(locks, "mine"):
+        undo_killed(folder, locks)
+    assert list(folder.glob(".adding-*")), "its process lives"
+    undo_killed(folder, locks)
+    assert [path.name for path in folder.iterdir()] == (["mine"] if exists else [])
+    assert [row["text"] for row in rows_of(folder / "mine")] == (["old"] if exists else [])
 
 
 def test_refusal_finds_the_row_of_the_file_in_later_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
