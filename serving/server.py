@@ -166,9 +166,10 @@ def _open(paths: Paths, model: str, share: float = 0.0) -> Serving:
 def _config(serving: Serving, tls: Tls | None = None) -> uvicorn.Config:
     api = new_api()
     api.state.serving = serving
+    connections = Connections(serving.config, serving.metrics, tls.context() if tls else None)
     return uvicorn.Config(
         AccessLogMiddleware(GatewayMiddleware(api, api), api),
-        http=cast(type[asyncio.Protocol], Connections(serving.config, tls.context() if tls else None).protocol),
+        http=cast(type[asyncio.Protocol], connections.protocol),
         loop="asyncio" if tls else "auto",  # see BoundedProtocol
         ws="none",
         lifespan="off",

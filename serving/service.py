@@ -89,7 +89,7 @@ endpoint.add_asgi_middleware(GatewayMiddleware, api=api)
 
 @cache
 def _connections() -> Connections:
-    return Connections(api.state.serving.config)
+    return Connections(api.state.serving.config, api.state.serving.metrics)
 
 
 def _connection(**arguments: Any) -> asyncio.Protocol:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import ssl
 import struct
@@ -20,19 +21,24 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from components.config.loop_settings import ServeConfig
 from serving.http.errors import error_body
+from serving.observability.logs import FIELDS
+from serving.observability.metrics import Metrics
 
 MAX_HEAD_BYTES = 65_536
 """Request line and headers."""
 CHECK_SECONDS = 1.0
-"""Time between two looks at what clients have not read."""
+"""Time between two looks at what clients have not read, and between two lines of the log about refused connections."""
 _NO_LINGER = struct.pack("ii", 1, 0)
+
+logger = logging.getLogger("loopwright.access")
 
 
 class Connections:
     """The open connections of a server, and their limits; with `tls`, of one that speaks HTTPS."""
 
-    def __init__(self, config: ServeConfig, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, config: ServeConfig, metrics: Metrics, tls: ssl.SSLContext | None = None) -> None:
         self.header_seconds, self.tls = config.header_seconds, tls
+        self._metrics = metrics
         self._write_seconds, self._max_unread = config.write_seconds, config.max_held_bytes
         self._limit, self._limit_per_client = config.max_connections, config.max_connections_per_client
         self._open: dict[BoundedProtocol, None] = {}
@@ -43,6 +49,8 @@ class Connections:
         self._unread: dict[BoundedProtocol, float] = {}
         """Those whose client has not read all that was written, oldest first, with the time at which that was seen."""
         self._check_timer: asyncio.TimerHandle | None = None
+        self._refused: Counter[tuple[int, str]] = Counter()
+        """Connections that were refused since the last line about them, by status and reason."""
 
     def protocol(self, **arguments: Any) -> BoundedProtocol:
         """The protocol of a new connection, for uvicorn."""
@@ -72,6 +80,22 @@ class Connections:
         else:
             self._incomplete.pop(connection, None)
 
+    def count_refused(self, connection: BoundedProtocol, status: int, reason: str) -> None:
+        """Count a connection that is closed without the app; `status` 0: without a response.
+
+        The app writes a line for every request. Of these there can be thousands a second, so a line counts them.
+        """
+        self._metrics.refused.labels(str(status), reason).inc()
+        if not self._refused:
+            connection.loop.call_later(CHECK_SECONDS, self._log_refused)
+        self._refused[status, reason] += 1
+
+    def _log_refused(self) -> None:
+        for (status, reason), count in self._refused.items():
+            fields = {"status": status, "reason": reason, "connections": count}
+            logger.info("refused %s: %s", status, reason, extra={FIELDS: fields})
+        self._refused.clear()
+
     def _make_room(self, new: BoundedProtocol, client: str | None = None) -> bool:
         """Close the one, of a client if there is one, that waits longest: for a request, for its reading, or idle."""
 
@@ -79,7 +103,7 @@ class Connections:
             return other is not new and client in (None, other.client_address)
 
         if oldest := next(filter(may_close, self._incomplete), None):
-            oldest.refuse(408, "closed for another connection: its request was incomplete; send it again")
+            oldest.refuse(408, "room", "closed for another connection: its request was incomplete; send it again")
         elif oldest := next(filter(may_close, self._unread), None):
             self._abort(oldest)
         elif oldest := next((each for each in filter(may_close, self._open) if each.is_unused), None):
@@ -101,6 +125,7 @@ class Connections:
 
     def _abort(self, connection: BoundedProtocol) -> None:
         del self._unread[connection]
+        self.count_refused(connection, 0, "unread")
         # By a reset: else the system keeps what was written until it gives the client up.
         connection.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
         connection.transport.abort()
@@ -121,7 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """That below TLS."""
         self._cycles: list[RequestResponseCycle] = []
         """Requests that are being answered, or wait for that: several where the client sends them at once."""
-        self._is_lost = False
+        self._is_lost = self._is_refused = False
         self.client_address = ""
 
     @property
@@ -149,7 +174,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._group.add(self):
             self._await_head()
         else:
-            self.refuse(503, "too many connections; try again in 1 s", "Retry-After: 1\r\n")
+            self.refuse(503, "limit", "too many connections; try again in 1 s", "Retry-After: 1\r\n")
 
     async def _shake_hands(self, context: ssl.SSLContext) -> None:
         """Put TLS between the socket and this protocol, within the time of a head.
@@ -165,6 +190,8 @@ class BoundedProtocol(HttpToolsProtocol):
         except OSError as failure:  # no TLS, or too late
             error = failure
         self._handshake = None
+        if error is not None and not self._is_refused and not isinstance(error, ConnectionResetError):
+            self._group.count_refused(self, 0, "handshake")
         if secured is None or self.transport.is_closing():
             self.transport.abort()
             self.connection_lost(error)
@@ -195,7 +222,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_head()
         self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
-            self.refuse(431, f"headers: larger than {MAX_HEAD_BYTES} bytes; send less")
+            self.refuse(431, "headers", f"headers: larger than {MAX_HEAD_BYTES} bytes; send less")
 
     def on_headers_complete(self) -> None:
         self._cancel_timer()
@@ -207,8 +234,14 @@ class BoundedProtocol(HttpToolsProtocol):
         self._group.set_incomplete(self, False)
         super().on_message_complete()
 
-    def refuse(self, status: int, message: str, headers: str = "") -> None:
-        """Close the connection, before an answer has begun with a response."""
+    def send_400_response(self, msg: str) -> None:
+        self._group.count_refused(self, 400, "invalid")
+        super().send_400_response(msg)
+
+    def refuse(self, status: int, reason: str, message: str, headers: str = "") -> None:
+        """Close the connection, before an answer has begun with a response; `reason` is a label of the metrics."""
+        self._is_refused = True
+        self._group.count_refused(self, 0 if self._handshake else status, reason)
         self._group.set_incomplete(self, False)
         if self._handshake:
             self.transport.abort()
@@ -228,7 +261,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         self._head_timer = None
         if self.is_idle and not self.transport.is_closing():
-            self.refuse(408, f"headers: not here within {self._group.header_seconds:g} s; send them at once")
+            self.refuse(408, "headers", f"headers: not here within {self._group.header_seconds:g} s; send them at once")
 
     def _cancel_timer(self) -> None:
         if self._head_timer is not None:

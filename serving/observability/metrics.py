@@ -58,6 +58,8 @@ class Metrics:
             "role_feedback", "Votes by the answering model's role now: champion, challenger, former.", "role", "rating"
         )
         self.errors = count("errors", "Errors that the server answered, by their code.", "code")
+        description = "Connections closed without the app, by status (0: no response) and reason."
+        self.refused = count("refused_connections", description, "status", "reason")
         self._platform: Collector | None = None
         self._queue = gauge("queue", "Chat requests that wait for a slot or run in one.", "livesum", "state")
         self._model = gauge("model_version", "Version of the champion.", "livemostrecent", "name")

@@ -6,9 +6,12 @@ import select
 import socket
 import ssl
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import httpx
@@ -17,6 +20,8 @@ import pytest
 from components.config.errors import InputError
 from components.config.params import load_params
 from serving import server
+from serving.http import connections
+from serving.observability.logs import FIELDS
 
 ROOT = Path(__file__).parents[2]
 HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
@@ -24,6 +29,7 @@ HALF_BODY = (
     b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     b'Content-Length: 1000\r\n\r\n{"messages"'
 )
+LARGE_HEAD = b"GET /livez HTTP/1.1\r\n" + b"a: b\r\n" * 15_000
 SECONDS = {"header_seconds": 0.5, "body_seconds": 0.5}
 Endpoint = Callable[..., Any]
 
@@ -72,6 +78,37 @@ def test_half_sent_requests_are_closed_in_time_and_others_answered(endpoint: End
         assert {read_to_end(connection).split(b"\r\n")[0] for connection in slow} == {b"HTTP/1.1 408 Request Timeout"}
 
 
+def test_refused_connections_are_counted_and_logged_together(
+    endpoint: Endpoint, local: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = SimpleQueue[Any]()
+    caplog.set_level("INFO", "loopwright.access")
+    monkeypatch.setattr(connections.logger, "handlers", [QueueHandler(records)])
+    monkeypatch.setattr(connections, "CHECK_SECONDS", 0.05)
+    before = {key: refused(local, *key) for key in REFUSALS}
+    address = endpoint(header_seconds=0.5, max_connections_per_client=40)
+    lines, counts = 0, Counter[tuple[int, str]]()
+    with ExitStack() as stack:
+        for count, sent in ((1, b"no HTTP\r\n\r\n"), (1, LARGE_HEAD), (41, HALF_HEAD)):
+            stack.enter_context(connected(address, count, sent))
+        while counts.total() < 43:
+            line = getattr(records.get(timeout=20), FIELDS)
+            lines += 1
+            counts[line["status"], line["reason"]] += line["connections"]
+    assert {key: refused(local, *key) - before[key] for key in REFUSALS} == counts
+    assert counts[431, "headers"] == counts[400, "invalid"] == 1
+    assert counts[408, "room"] >= 1
+    assert lines < 43
+
+
+REFUSALS = [(408, "headers"), (431, "headers"), (400, "invalid"), (408, "room")]
+
+
+def refused(local: Any, status: int, reason: str) -> float:
+    labels = {"status": str(status), "reason": reason}
+    return local.serving.metrics.registry.get_sample_value("loopwright_refused_connections_total", labels) or 0.0
+
+
 def test_a_head_that_drips_is_closed_by_its_whole_time(endpoint: Endpoint) -> None:
     host, port = endpoint(**SECONDS)
     with connected((host, port), 1, b"GET /livez HTTP/1.1\r\n") as [slow]:
@@ -87,7 +124,7 @@ def test_a_head_that_drips_is_closed_by_its_whole_time(endpoint: Endpoint) -> No
 
 
 def test_a_head_without_end_is_refused(endpoint: Endpoint) -> None:
-    with connected(endpoint(), 1, b"GET /livez HTTP/1.1\r\n" + b"a: b\r\n" * 15_000) as [large]:
+    with connected(endpoint(), 1, LARGE_HEAD) as [large]:
         assert read_to_end(large).startswith(b"HTTP/1.1 431")
 
 
