@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.config.params import InputError, Refused
 from components.config.paths import Paths
-from components.feedback.store import audit, leased_in, shared_registry
+from components.feedback.store import leased_in, shared_registry
 from components.tracking.event_log import PARENT_RUN, warn_on_failure
 from components.tracking.model_card import compute
 from components.tracking.registry import ModelVersion, Registry, is_empty
@@ -157,10 +157,17 @@ def publish(
     answer, device = effect(smoke, paths, tag, release_target(version.name).probe, question, of=version.name)
     smoke_test = {"smoke_question": question, "smoke_answer": answer, "smoke_device": device}
     registry.tag(version, {"bento": tag, **smoke_test})
-    if (champion := registry.find(f"{version.name}@champion")) is None or champion.version != version.version:
-        effect(registry.promote, version, compared_with, of=version.name)
-        audit(paths.home, "promote", str(version), reason)
+    effect(promote, registry, version, compared_with, reason, of=version.name)
     return _released(registry.resolve(str(version)), "promoted")
+
+
+def promote(registry: Registry, version: ModelVersion, compared_with: str, reason: str) -> None:
+    """Make a version the champion, unless an interrupted release has."""
+    champion = registry.find(f"{version.name}@champion")
+    if champion is None or champion.version != version.version:
+        registry.promote(version, compared_with, reason)
+    else:
+        registry.audit_last_move(version.name)
 
 
 def find_digest(registry: Registry, name: str, digest: str) -> ModelVersion | None:

@@ -48,7 +48,7 @@ def export(
 
 
 def _rows() -> list[dict[str, Any]]:
-    from components.feedback.store import Store, audit_outside_moves, has_store, shared_registry
+    from components.feedback.store import Store, has_store, shared_registry
     from components.tracking.event_log import warn_on_failure
     from components.tracking.registry import is_empty
 
@@ -56,7 +56,9 @@ def _rows() -> list[dict[str, Any]]:
     if not has_store(home):
         return []
     if not is_empty(home):
-        with warn_on_failure("champions that another program made"):
-            audit_outside_moves(registry := shared_registry(home), registry.names())
+        with warn_on_failure("champions that are not on record"):
+            registry = shared_registry(home)
+            for name in registry.names():
+                registry.audit_last_move(name)
     with closing(Store.of(home)) as store:
         return [{**row, "time": datetime.fromtimestamp(row["created"], UTC).isoformat()} for row in store.audit_rows()]

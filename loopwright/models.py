@@ -61,7 +61,7 @@ def import_(
     if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", name):
         allowed = "1 to 63 letters, digits, '.', '_' and '-', a letter or digit first and last"
         raise InputError(f"--name: {name!r}: not a valid model name; allowed are {allowed}")
-    from components.feedback.store import audit, shared_registry
+    from components.feedback.store import shared_registry
     from components.inference.cache_plan import check_memory, serving_note
     from components.tracking.model_import import import_model, inspect_model, unpacked
 
@@ -74,8 +74,6 @@ def import_(
             if serve.backend == "engine":
                 check_memory(folder)
         version = import_model(folder, model, name, shared_registry(paths.home), paths, path)
-    if "champion" in version.aliases:
-        audit(paths.home, "promote", str(version), "imported")
     if left_out := version.tags.get("tools_left_out"):
         say(
             f"{path}: its tools {left_out} are left out: an import runs no code, and their source differs from"

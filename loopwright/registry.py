@@ -12,7 +12,6 @@ from components.config.paths import Paths, find_root
 from loopwright.output import Json, print_indented, print_json, print_markdown, print_table
 
 if TYPE_CHECKING:
-    from components.feedback.audit import Action
     from components.tracking.registry import ModelVersion, Registry
 
 app = typer.Typer(
@@ -131,7 +130,6 @@ def promote(
     champion = registry.aliases(name).get("champion")
     chosen = registry.resolve(_spec(name, version))
     registry.promote(chosen, f"{name}/{champion}" if champion else "")
-    _audit("promote", str(chosen))
     _print_champion(registry, name, as_json)
 
 
@@ -140,14 +138,7 @@ def rollback(name: Name, as_json: Json = False) -> None:
     """Make the previous champion the champion again."""
     registry = _registry()
     registry.rollback(name)
-    _audit("rollback", str(registry.resolve(f"{name}@champion")))
     _print_champion(registry, name, as_json)
-
-
-def _audit(action: Action, version: str) -> None:
-    from components.feedback.store import audit
-
-    audit(Paths(find_root()).home, action, version)
 
 
 def _registry() -> Registry:

@@ -5,8 +5,6 @@ A change of the store and its row are one transaction. Rows are only ever added.
 
 from __future__ import annotations
 
-import os
-import pwd
 import time
 from typing import Any, Literal, get_args
 
@@ -14,6 +12,7 @@ from sqlalchemy import Connection, select
 
 from components.feedback.database import Database
 from components.feedback.tables import AUDIT
+from components.runtime.process import os_user
 
 Action = Literal[
     "promote", "rollback", "moved", "revoke", "key create", "key revoke", "key rotate", "export-user", "erase-user"
@@ -40,11 +39,3 @@ class Audit(Database):
     ) -> None:
         row = {"created": time.time(), "actor": actor or os_user(), "action": action, "detail": detail}
         connection.execute(AUDIT.insert(), {**row, "object": target[:OBJECT_CHARACTERS]})
-
-
-def os_user() -> str:
-    """The account that runs this process, by the system's own record: USER and LOGNAME may say anything."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:  # a container's account without an entry
-        return f"uid {os.geteuid()}"

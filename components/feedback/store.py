@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sqlalchemy import Connection, Select, String, and_, bindparam, func, or_, select
 from sqlalchemy.exc import IntegrityError
@@ -29,7 +29,7 @@ from components.feedback.database import (
     through_restarts,
 )
 from components.feedback.keys import Keys
-from components.feedback.leases import Leases, leased
+from components.feedback.leases import Lease, Leases, leased
 from components.feedback.ledger import Ledger
 from components.feedback.pictures import PictureFile, Pictures
 from components.feedback.replicas import Replicas
@@ -44,7 +44,6 @@ __all__ = [
     "Store",
     "StoreUnavailable",
     "UnknownCompletion",
-    "audit",
     "database_url",
     "has_store",
 ]
@@ -247,31 +246,14 @@ class Store(Ledger, Keys, Pictures, People, Replicas, Leases, Schedules):
         }
 
 
-def audit(home: Path, action: Action, target: str, detail: str | None = None) -> None:
-    """Record an action in the audit log of a state folder's store."""
-    with closing(Store.of(home)) as store:
-        store.add_audit(action, target, detail)
-
-
-def audit_outside_moves(registry: Registry, names: Iterable[str]) -> None:
-    """Record champions that another program made, as MLflow's page; who used it is not known."""
-
-    def record(champion: str, before: str) -> None:
-        with closing(Store.of(registry.home)) as store:
-            store.add_audit("moved", champion, f"outside of Loopwright; the champion was {before}", "unknown")
-
-    for name in names:
-        registry.record_outside_move(name, record)
-
-
 @contextmanager
-def leased_in(home: Path, name: str, patience: float = 0.0) -> Iterator[None]:
+def leased_in(home: Path, name: str, patience: float = 0.0) -> Iterator[Lease | None]:
     """Hold a lease during the block where the state folder's store is shared; who loses it goes on."""
     if not is_shared(home):
-        yield
+        yield None
         return
-    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process=False):
-        yield
+    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process=False) as lease:
+        yield lease
 
 
 def is_shared(home: Path) -> bool:
@@ -286,8 +268,13 @@ def record_success(home: Path, flow: str) -> None:
 
 
 def shared_registry(home: Path) -> Registry:
-    """The registry, whose aliases one host at a time moves where several share the store."""
-    return Registry(home, lambda: leased_in(home, "aliases", ALIAS_SECONDS))
+    """The registry, whose aliases one host at a time moves where several share the store, and each move is audited."""
+
+    def audit(action: str, target: str, detail: str, actor: str) -> None:
+        with closing(Store.of(home)) as store:
+            store.add_audit(cast(Action, action), target, detail or None, actor)
+
+    return Registry(home, lambda: leased_in(home, "aliases", ALIAS_SECONDS), audit)
 
 
 def _answer_row(completion_id: str, answer: AnswerRecord) -> dict[str, Any]:

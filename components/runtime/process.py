@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -90,6 +91,14 @@ def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def os_user() -> str:
+    """The account that runs this process, by the system's own record: USER and LOGNAME may say anything."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's account without an entry
+        return f"uid {os.geteuid()}"
 
 
 def git(root: Path, *words: str) -> str:

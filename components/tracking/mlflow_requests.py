@@ -39,8 +39,9 @@ SETTINGS = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 PROMOTED = "promoted"
-"""Tag of a registered model: the number of the champion that this project promoted; during a promotion those of the
-former and the new champion, 0 for none. Any other champion was promoted by another program, as MLflow's page."""
+"""Tag of a registered model: the number of the champion that this project promoted; during a promotion, until it is in
+the audit log, those of the former and the new champion, 0 for none, the action and the actor. Any other champion was
+promoted by another program, as MLflow's page."""
 _OUTAGES = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED")
 """MLflow's codes of a server without an answer, of HTTP 5xx, and of a database that is away."""
 _transfers = 0

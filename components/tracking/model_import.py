@@ -223,7 +223,7 @@ def import_model(
         with writing(registry.home):  # for adapters of it
             store_base(version.folder, registry.home, str(version), digest)
     if name not in GATED:
-        registry.promote(version)
+        registry.promote(version, detail="imported")
     return registry.resolve(str(version))
 
 

@@ -25,7 +25,7 @@ from components.config.params import InputError, flat
 from components.config.paths import writing
 from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
 from components.models.weight_files import check_digest, weights_digest
-from components.runtime.process import file_lock
+from components.runtime.process import file_lock, os_user
 from components.tracking.downloads import local_copy, model_folder
 from components.tracking.mlflow_client import connect, create_run, log_metrics, log_params, mlflow_name, save_pyfunc
 from components.tracking.mlflow_database import DATABASE
@@ -104,9 +104,17 @@ class ModelVersion:
 class Registry:
     """Registered models: versions, and the aliases champion, challenger and previous."""
 
-    def __init__(self, home: Path, lock: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """`lock` keeps other hosts from moving aliases, where there are others."""
-        self.home, self._lock = home, lock
+    def __init__(
+        self,
+        home: Path,
+        lock: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        audit: Callable[[str, str, str, str], None] = lambda action, target, detail, actor: None,
+    ) -> None:
+        """`lock` keeps other hosts from moving aliases; what it yields, if anything, can `check` that it is held still.
+
+        `audit` writes a row of the audit log; with no actor, this process's account.
+        """
+        self.home, self._lock, self._audit = home, lock, audit
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -282,14 +290,15 @@ class Registry:
         with self._locked():
             self._set_aliases(name, {alias: version.version if version else None})
 
-    def promote(self, version: ModelVersion, expected: str | None = None) -> None:
+    def promote(self, version: ModelVersion, expected: str | None = None, detail: str = "") -> None:
         """Make a version the champion; the old champion becomes `previous`.
 
-        `expected` is the champion that it was compared with, empty for none; None: whichever there is.
+        `expected` is the champion that it was compared with, empty for none; None: whichever there is. `detail` goes
+        into the audit log.
         Raises: InputError when it is already, its files cannot be used, or another champion than `expected` is there.
         """
         _ = version.folder
-        with self._locked():
+        with self._locked() as check:
             champion = self.aliases(version.name).get("champion")
             if champion == version.version:
                 raise InputError(f"{version}: is the champion already")
@@ -297,7 +306,7 @@ class Registry:
             if expected is not None and current != expected:
                 compared = f"compared with {expected or 'no champion'}"
                 raise InputError(f"{version}: was {compared}, and {current} is the champion now; run it again")
-            self._make_champion(version.name, version.version, champion)
+            self._make_champion(version.name, version.version, champion, check, ("promote", str(version), detail))
 
     def rollback(self, name: str) -> ModelVersion:
         """Make `previous` the champion again; the champion becomes `previous`.
@@ -308,7 +317,7 @@ class Registry:
         if PREVIOUS not in seen:
             self.versions(name)
             raise InputError(f'{name}@previous: there is no earlier champion; see "loopwright registry show {name}"')
-        with self._locked():
+        with self._locked() as check:
             aliases = self.aliases(name)
             if aliases["champion"] != seen["champion"]:
                 raise InputError(
@@ -316,57 +325,74 @@ class Registry:
                 )
             # It may still be the pipeline's newest model: a run must not promote it again.
             self._tag(name, aliases["champion"], {"rolled_back": "true"})
-            self._make_champion(name, aliases[PREVIOUS], aliases["champion"])
+            row = ("rollback", f"{name}/{aliases[PREVIOUS]}", "")
+            self._make_champion(name, aliases[PREVIOUS], aliases["champion"], check, row)
         return self.resolve(f"{name}@champion")
 
-    def record_outside_move(self, name: str, record: Callable[[str, str], None]) -> None:
-        """Call `record(champion, former champion)`, as `NAME/VERSION`, where another program moved the alias.
+    def audit_last_move(self, name: str) -> None:
+        """Record who moved the alias champion, where that is not on record.
 
-        Version 0 stands for none. Several moves between two calls count as a single move.
+        It is not after a kill between the move and its row, or where another program moved it, as MLflow's page; who
+        used that is not known. Version 0 stands for none; several moves between two calls count as a single move.
         """
         with self._locked():
-            model = self.client.get_registered_model(name)
-            champion, promoted = str(model.aliases.get("champion", 0)), model.tags.get(PROMOTED, "").split()
-            if champion in promoted:
-                return
-            if promoted:  # models of earlier releases have no such tag
-                record(f"{name}/{champion}", f"{name}/{promoted[-1]}")
-            self.client.set_registered_model_tag(name, PROMOTED, champion)
+            self._audit_last_move(name)
+
+    def _audit_last_move(self, name: str) -> None:
+        model = self.client.get_registered_model(name)
+        champion, promoted = str(model.aliases.get("champion", 0)), model.tags.get(PROMOTED, "").split(maxsplit=3)
+        if promoted and champion == promoted[0]:
+            return
+        if len(promoted) == 4 and champion == promoted[1]:
+            self._audit(promoted[2], f"{name}/{champion}", "its process was killed meanwhile", promoted[3])
+        elif promoted and champion not in promoted:  # models of earlier releases have no such tag, or no action in it
+            former = f"outside of Loopwright; the champion was {name}/{promoted[:2][-1]}"
+            self._audit("moved", f"{name}/{champion}", former, "unknown")
+        self.client.set_registered_model_tag(name, PROMOTED, champion)
 
     def demote(self, version: ModelVersion, reason: str) -> bool:
         """Mark a version that fails its smoke test; if it is champion, make the previous champion champion again.
 
         False when there is no previous champion, or another process was first; the version is marked all the same.
         """
-        with self._locked():
+        with self._locked() as check:
             aliases = self.aliases(version.name)
             self._tag(version.name, version.version, {"smoke_failed": reason})
             if aliases.get("champion") != version.version or PREVIOUS not in aliases:
                 return False
             self._tag(version.name, version.version, {"rolled_back": "true"})
             before = self.client.get_model_version(version.name, str(aliases[PREVIOUS])).tags.get(PREVIOUS)
-            self._make_champion(version.name, aliases[PREVIOUS], before)
+            row = ("rollback", str(version), f"by the endpoint: {reason}")
+            self._make_champion(version.name, aliases[PREVIOUS], before, check, row)
             return True
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Lock the aliases; raises InputError when another process holds the lock for longer than `_LOCK_SECONDS`."""
-        with file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS), self._lock():
-            yield
+    def _locked(self) -> Iterator[Callable[[], None]]:
+        """Lock the aliases; yields what raises InputError where another host has taken the lock meanwhile.
 
-    def _make_champion(self, name: str, version: int, before: int | str | None) -> None:
-        """Make a version champion, with `before` as its `previous`.
+        Raises: InputError when another process holds it for longer than `_LOCK_SECONDS`.
+        """
+        with file_lock(self.home / "mlflow", "aliases", _LOCK_SECONDS), self._lock() as lock:
+            yield lock.check if lock else lambda: None
+
+    def _make_champion(
+        self, name: str, version: int, before: int | str | None, check: Callable[[], None], row: tuple[str, str, str]
+    ) -> None:
+        """Make a version champion, with `before` as its `previous`, and record it: action, object and detail.
 
         Tags first, which have no effect until the alias moves: `previous` is read from the champion alone, and a
-        champion does not count as rolled back.
+        champion does not count as rolled back. The tag `promoted` names the move until its row is written.
         """
+        self._audit_last_move(name)
         aliases = self._update_aliases(name)  # after a change that was interrupted
         champion = aliases.get("champion")
         if champion and PREVIOUS in aliases:
             self._tag(name, champion, {PREVIOUS: str(aliases[PREVIOUS])})
         self._tag(name, version, {PREVIOUS: str(before or "")})
-        self.client.set_registered_model_tag(name, PROMOTED, f"{champion or 0} {version}")
+        self.client.set_registered_model_tag(name, PROMOTED, f"{champion or 0} {version} {row[0]} {os_user()}")
+        check()  # the lease of a process that was suspended may be another's: the move is compared and set under it
         self.client.set_registered_model_alias(name, "champion", str(version))
+        self._audit(*row, "")
         self.client.set_registered_model_tag(name, PROMOTED, str(version))
         tags = self.client.get_model_version(name, str(version)).tags
         stale = {"rolled_back": "false", "smoke_failed": ""}

@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from components.config.params import InputError
-from components.feedback.store import audit, audit_outside_moves
 from components.models.base_store import base_folder, is_adapter, read_base
 from components.models.weight_files import cached_digest, check_digest
 from components.runtime.model_tasks import TASKS
@@ -105,7 +104,7 @@ class Registered:
         champion = aliases.get("champion")
         if champion is not None and champion != self._champions.get(name):
             try:
-                audit_outside_moves(self._registry, [name])
+                self._registry.audit_last_move(name)
                 self._champions[name] = champion
             except Exception:  # it is seen again at the next look; answers do not wait for the log
                 logger.warning("the audit log has no row yet of who made %s/%s champion", name, champion, exc_info=True)
@@ -124,8 +123,7 @@ class Registered:
     def mark_failed(self, version: Version, reason: str, device: str) -> None:
         failed = self._registry.resolve(str(version))
         if device == failed.tags.get("smoke_device", device):
-            if self._registry.demote(failed, reason):
-                audit(self._registry.home, "rollback", str(failed), f"by the endpoint: {reason}")
+            self._registry.demote(failed, reason)
         else:  # replicas on other devices go on with it
             self._registry.tag(failed, {f"smoke_failed {device}": reason})
 

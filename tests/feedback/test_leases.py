@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +17,8 @@ import pytest
 from components.config.params import InputError
 from components.feedback import leases
 from components.feedback.leases import Lease, leased
-from components.feedback.store import Store
+from components.feedback.store import Store, shared_registry
+from components.tracking.registry import ModelVersion
 from tests.servers import new_database
 
 HOLDER = """
@@ -98,6 +99,26 @@ def test_a_clock_that_was_set_back_holds_no_dead_owners_lease(store: Store, monk
     monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
     with leased(store, "monitor", patience=10) as lease:
         assert lease.token == 2
+
+
+def test_a_host_that_was_suspended_moves_no_alias(
+    store: Store, url: str, home: Path, registered: Callable[..., ModelVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has compared the champion and sets it when another host has the lease."""
+    version = registered(0.5)
+    monkeypatch.setenv("LOOPWRIGHT_DATABASE_URL", url)
+    registry = shared_registry(home)
+    set_tag = registry.client.set_model_version_tag
+
+    def suspended(*values: str) -> None:
+        set_tag(*values)
+        with store._write() as connection:
+            connection.exec_driver_sql("UPDATE leases SET owner = 'two:2:b', token = 9 WHERE name = 'aliases'")
+
+    monkeypatch.setattr(registry.client, "set_model_version_tag", suspended)
+    with pytest.raises(InputError, match="aliases: another host has gone on with it meanwhile"):
+        registry.promote(version)
+    assert registry.aliases("agent") == {}
 
 
 def test_a_lease_is_renewed_while_it_is_held(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ import pytest
 
 from components.config.params import InputError
 from components.config.paths import Paths
-from components.feedback.store import Store, audit_outside_moves
+from components.feedback.audit import Action
+from components.feedback.store import Store, shared_registry
+from components.runtime.process import os_user
 from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.registry import ModelVersion, Registry
 from flows.bento import package
@@ -44,7 +46,7 @@ class Mortal:
 
 
 def mortal(registry: Registry, left: int) -> Registry:
-    doomed = Registry(registry.home)
+    doomed = Registry(registry.home, registry._lock, registry._audit)
     vars(doomed)["client"] = Mortal(registry.client, left)
     return doomed
 
@@ -184,9 +186,8 @@ def test_of_two_rollbacks_at_once_one_is_made(registry: Registry, registered: Re
     assert registry.aliases("agent")["champion"] == 1
 
 
-def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(
-    registry: Registry, registered: Register
-) -> None:
+def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(home: Path, registered: Register) -> None:
+    registry = shared_registry(home)
     versions = [registered(score) for score in (0.5, 0.6)]
     registry.tag(versions[1], {"smoke_device": "cuda bfloat16"})
     for version in versions:
@@ -202,17 +203,20 @@ def test_a_failure_on_another_device_than_that_of_the_release_demotes_nothing(
     assert (row["object"], row["detail"]) == ("agent/2", "by the endpoint: an empty answer")
 
 
-def moved(registry: Registry) -> list[tuple[str, str, str]]:
+def audited(registry: Registry, action: Action) -> list[tuple[str, str, str]]:
     with closing(Store.of(registry.home)) as store:
-        return [(row["actor"], row["object"], row["detail"]) for row in store.audit_rows("moved")]
+        return [(row["actor"], row["object"], row["detail"]) for row in store.audit_rows(action)]
 
 
-def test_a_champion_that_another_program_made_has_one_row_in_the_audit_log(
-    registry: Registry, registered: Register
-) -> None:
+def moved(registry: Registry) -> list[tuple[str, str, str]]:
+    return audited(registry, "moved")
+
+
+def test_a_champion_that_another_program_made_has_one_row_in_the_audit_log(home: Path, registered: Register) -> None:
+    registry = shared_registry(home)
     registry.promote(registered(0.5))
     registered(0.6)
-    sources = [Registered(registry), Registered(Registry(registry.home))]
+    sources = [Registered(registry), Registered(shared_registry(home))]
     for source in sources:
         assert source.resolve("agent@champion") == ("agent/1", None)
     registry.client.set_registered_model_alias("agent", "champion", "2")  # as MLflow's page does
@@ -221,13 +225,14 @@ def test_a_champion_that_another_program_made_has_one_row_in_the_audit_log(
     row = ("unknown", "agent/2", "outside of Loopwright; the champion was agent/1")
     assert moved(registry) == [row]
     registry.promote(registry.resolve("agent/1"))
-    audit_outside_moves(registry, ["agent"])
+    registry.audit_last_move("agent")
     assert moved(registry) == [row], "that was ours"
 
 
 def test_the_log_that_is_away_delays_no_model(
-    registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    home: Path, registered: Register, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    registry = shared_registry(home)
     registered(0.5)
     source = Registered(registry)
     registry.client.set_registered_model_alias("agent", "champion", "1")
@@ -241,12 +246,32 @@ def test_the_log_that_is_away_delays_no_model(
 
 
 @pytest.mark.parametrize("left", range(CALLS))
-def test_a_move_that_was_killed_is_no_other_programs(registry: Registry, registered: Register, left: int) -> None:
-    registry.promote(registered(0.5))
+def test_a_move_that_was_killed_is_on_record_as_this_projects_own(home: Path, registered: Register, left: int) -> None:
+    registry = shared_registry(home)
+    registry.promote(registered(0.5), detail="imported")
     with suppress(Killed):
         mortal(registry, left).promote(registered(0.6))
-    audit_outside_moves(registry, ["agent"])
-    assert moved(registry) == []
+    is_moved = registry.aliases("agent")["champion"] == 2
+    registry.audit_last_move("agent")
+    rows = audited(registry, "promote")
+    assert rows[0] == (os_user(), "agent/1", "imported")
+    assert {row[:2] for row in rows[1:]} == ({(os_user(), "agent/2")} if is_moved else set())
+    registry.audit_last_move("agent")
+    assert (audited(registry, "promote"), moved(registry)) == (rows, [])
+
+
+def test_a_move_whose_row_could_not_be_written_gets_it_before_the_next_move(home: Path, registered: Register) -> None:
+    registry = shared_registry(home)
+    registry.promote(registered(0.5))
+
+    def killed(*_: str) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        Registry(home, audit=killed).promote(registered(0.6), detail="better")
+    registry.rollback("agent")
+    assert audited(registry, "promote")[1:] == [(os_user(), "agent/2", "its process was killed meanwhile")]
+    assert audited(registry, "rollback") == [(os_user(), "agent/1", None)]
 
 
 def test_the_stamp_is_another_one_after_each_write(
