@@ -22,7 +22,7 @@ from typing import BinaryIO
 from components.config.params import InputError
 
 RUN_PID = "LOOPWRIGHT_RUN_PID"
-"""Environment variable with the process id of the `loopwright run` a stage belongs to."""
+"""Environment variable with the ids of the processes that a stage ends with: its run, and the worker of that run."""
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 60.0
 
@@ -37,13 +37,26 @@ def request_parent_death_signal() -> None:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent, or the run it belongs to, ends."""
-    parent, run = os.getppid(), int(os.environ.get(RUN_PID, "0"))
+    """End this process when its parent, or a process of RUN_PID, ends."""
+    _parents[:] = [os.getppid()]
     request_parent_death_signal()
-    if run and not alive(run):
+    if is_orphan():
         sys.exit(128 + signal.SIGTERM)
     # A shell between parent and child hides the parent's exit from the kernel, and macOS has no such signal.
-    threading.Thread(target=_watch, args=(parent, run), name="parent-watch", daemon=True).start()
+    threading.Thread(target=_watch, name="parent-watch", daemon=True).start()
+
+
+def run_pids() -> list[int]:
+    """The processes of RUN_PID."""
+    return [int(pid) for pid in os.environ.get(RUN_PID, "").split()]
+
+
+def is_orphan() -> bool:
+    """Whether a process of RUN_PID has ended, or, where there is none, the parent.
+
+    A signal to the process group of a run that is cancelled ends the parent, DVC, before that run.
+    """
+    return not all(map(alive, run_pids())) if run_pids() else bool(_parents) and os.getppid() not in _parents
 
 
 def end_on_signals() -> None:
@@ -193,8 +206,8 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _watch(parent: int, run: int) -> None:
-    while os.getppid() == parent and (not run or alive(run)):
+def _watch() -> None:
+    while os.getppid() in _parents and not is_orphan():
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_SECONDS_TO_END)
@@ -221,5 +234,7 @@ def _is_zombie(pid: int) -> bool:
         return False
 
 
+_parents: list[int] = []
+"""The parent of this process when it began to end with it."""
 # Loaded here because nothing may be loaded between fork and exec.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -24,7 +24,7 @@ from components.config.paths import writing
 from components.config.secrets import hidden
 from components.runtime.files import replace_file
 from components.runtime.launcher import SECONDS_TO_END
-from components.runtime.process import RUN_PID, end_on_signals
+from components.runtime.process import RUN_PID, end_on_signals, is_orphan
 
 MISSING = 'params.yaml: run.launcher: ray: ray is not installed; run pip install "loopwright[cluster]"'
 REFUSED, STDERR = "refused: ", "stderr: "
@@ -40,7 +40,8 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> int:
     """Run a stage as a Ray job and return its exit code; `key` is the digest of its inputs.
 
-    A job of the same key that still runs is followed instead: its launcher was killed.
+    A job of the same key that still runs is followed instead: its launcher was killed, or ended as an orphan. Any other
+    signal cancels the job behind a checkpoint.
 
     Raises: InputError when Ray is not installed, does not answer, or has too few devices.
     """
@@ -48,7 +49,7 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
         client, jobs = _jobs(address, _prefix(name, key))
         running = [job for job, has_ended in jobs.items() if not has_ended]
         job = running[0] if running else f"{_prefix(name, key)}{len(jobs)}"  # Ray takes each id once
-        file, log = home / "stages" / f"{job}.environment.json", _Log()
+        file, log, goes_on = home / "stages" / f"{job}.environment.json", _Log(), False
         try:
             if running:
                 print(f"{name}  follows the running Ray job {job}", flush=True)
@@ -57,6 +58,8 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
                 _submit(client, job, [name, str(settings.processes), str(file)], root)
             return _follow(client, job, log)
         except SystemExit as stopped:
+            if goes_on := settings.address is not None and is_orphan():
+                raise
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # more of them change nothing
             with suppress(Exception):  # a Ray of this machine may be ending by the same signal
@@ -64,7 +67,8 @@ def launch(name: str, key: str, settings: RunConfig, root: Path, home: Path) -> 
                 _follow(client, job, log, patience=_SECONDS_TO_STOP)
             raise stopped from None
         finally:
-            file.unlink(missing_ok=True)  # of a job that did not begin; without it none does after all
+            if not goes_on:
+                file.unlink(missing_ok=True)  # of a job that did not begin; without it none does after all
 
 
 def use_token() -> None:

@@ -23,7 +23,7 @@ from components.config.params import Refused
 from components.config.paths import Paths
 from components.runtime.checkpoint_folders import remove_committed
 from components.runtime.launcher import FORCE
-from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal
+from components.runtime.process import RUN_PID, accept_interrupts, request_parent_death_signal, run_pids
 from components.runtime.stage import IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
@@ -114,7 +114,8 @@ def _environment(force: bool) -> dict[str, str]:
         "PATH": path,
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
-        RUN_PID: pid,
+        # With the worker's, where one executes this run: by them a stage tells their death from a cancellation.
+        RUN_PID: " ".join([pid, *map(str, run_pids())]),
         UPLOADER: pid,
         **({FORCE: "1"} if force else {}),
     }

@@ -34,8 +34,8 @@ def main() -> None:
     (home / HEALTH_FILE).unlink(missing_ok=True)
     for variable, value in client_settings(home, os.environ["PREFECT_API_URL"]).items():
         os.environ.setdefault(variable, value)
-    # Flow runs end with the worker, also when it is killed while they still import.
-    os.environ[RUN_PID] = str(os.getpid())
+    # Flow runs end with the worker, also when it is killed while they still import, and with its own parent.
+    os.environ[RUN_PID] = " ".join(str(pid) for pid in (os.getpid(), os.getppid()) if pid)
     from prefect.workers.process import ProcessWorker
 
     from flows.orchestration.deploy import POOLS, has_cuda_device, register

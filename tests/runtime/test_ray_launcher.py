@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from enum import StrEnum
@@ -171,6 +173,20 @@ def test_a_signal_right_after_the_submission_stops_the_job(
         launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
     assert client.jobs == {"tune-0123-0": Status.STOPPED}
     assert not environment_files(tmp_path)
+
+
+def test_the_death_of_the_run_or_its_worker_leaves_the_job(
+    client: type[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its environment, which it may not have read yet."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setenv(RUN_PID, f"{os.getpid()} {gone.pid}")
+    client.failure = SystemExit(143)
+    with pytest.raises(SystemExit, match="143"):
+        launch("tune", "0123", SETTINGS, tmp_path, tmp_path)
+    assert client.jobs == {"tune-0123-0": Status.RUNNING}
+    assert environment_files(tmp_path) == ["tune-0123-0.environment.json"]
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no agent"), ConnectionError("connection\nrefused")])

@@ -27,6 +27,7 @@ from components.runtime.process import RUN_PID, file_lock, lock_owner
 from components.runtime.stage import StageRun, digest, run_stage, stage_inputs
 from components.tracking.event_log import EventLog
 from components.tracking.mlflow_client import UPLOADER
+from flows.orchestration import run_stage as run_stage_module
 
 SOURCE = Path(__file__).parents[2]
 
@@ -384,12 +385,42 @@ def test_a_stage_ends_when_its_run_is_killed(shell: bool) -> None:
     assert not alive
 
 
+ORPHAN = """
+import signal, sys, time
+from components.runtime.process import end_with_parent, is_orphan
+end_with_parent()
+signal.signal(signal.SIGTERM, lambda *_: (print("orphan" if is_orphan() else "stopped", flush=True), sys.exit()))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("killed", ["the run", "DVC"])
+def test_a_stage_knows_whether_its_run_has_died(killed: str) -> None:
+    """A cancellation of the run's process group ends DVC, the stage's parent, before the run."""
+    dvc = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", sys.executable, "-c", ORPHAN]
+    run = subprocess.Popen([sys.executable, "-c", RUN, *dvc], cwd=SOURCE, stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    (parent,) = psutil.Process(run.pid).children()
+    (run if killed == "the run" else parent).kill()
+    assert run.stdout.readline() == ("orphan\n" if killed == "the run" else "stopped\n")
+    parent.kill()
+    run.kill()
+    run.communicate()
+
+
 def test_a_stage_of_a_run_that_is_gone_does_not_start() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     ended = subprocess.run([sys.executable, "-c", CHILD], cwd=SOURCE, env=_family(gone.pid), capture_output=True)
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stdout == b""
+
+
+def test_a_stage_ends_with_the_worker_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RUN_PID, "17 16")
+    assert run_stage_module._environment(force=False)[RUN_PID] == f"{os.getpid()} 17 16"
 
 
 def _family(run: int) -> dict[str, str]:
