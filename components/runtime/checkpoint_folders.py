@@ -117,6 +117,12 @@ def checkpoint_folder(name: str, key: str, paths: Paths) -> Path:
     return paths.home / "checkpoints" / name / key
 
 
+def finished_checkpoints(name: str, home: Path) -> set[Path]:
+    """The files by which the checkpoints of a stage are known to be whole, of all its trainings and inputs."""
+    folder = home / "checkpoints" / name
+    return {*folder.glob("**/step-*.safetensors"), *folder.glob("**/step-*-shards/commit.json")}
+
+
 def remove_committed(paths: Paths, committed: str = "") -> None:
     """Remove the checkpoints of every stage whose result dvc.lock holds, as that of the stage `committed` just did.
 

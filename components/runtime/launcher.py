@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from components.config.loop_settings import RunConfig
 from components.config.params import InputError, load_params
+from components.runtime.checkpoint_folders import finished_checkpoints
 
 DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
 """Stages, or items of their matrix, that train on several processes."""
@@ -24,7 +25,9 @@ RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 FORCE = "LOOPWRIGHT_FORCE"
 """Environment variable: start without the checkpoints of an earlier run with the same inputs."""
 MAX_RESTARTS = 3
-"""How often the ranks start again from their last checkpoint after one was killed."""
+"""How often the ranks start again from the same checkpoint after one was killed."""
+PREEMPTED = 128 + signal.SIGTERM
+"""Exit code of ranks that one's SIGTERM stopped behind a checkpoint. Where the launcher got none, it is a failure."""
 _SECONDS_FOR_RANK_0 = 60.0
 SECONDS_TO_END = 90
 """For a step and its checkpoint after a signal, as the orchestrator allows; torchrun's own are 30."""
@@ -61,11 +64,25 @@ def refuse_ranks(name: str) -> None:
         raise InputError(f"{name}: runs as one process, not {size}; start it without torchrun")
 
 
-def launch(name: str, processes: int) -> int:
+class Restarts:
+    """Counts how often the ranks of a stage were killed without progress."""
+
+    def __init__(self, name: str, home: Path) -> None:
+        self.name, self.home, self.count = name, home, 0
+        self._checkpoints = finished_checkpoints(name, home)
+
+    def allowed(self) -> bool:
+        """Count one more; whether the ranks may start again. One behind a new checkpoint counts as the first."""
+        before, self._checkpoints = self._checkpoints, finished_checkpoints(self.name, self.home)
+        self.count = 1 if self._checkpoints - before else self.count + 1
+        return self.count <= MAX_RESTARTS
+
+
+def launch(name: str, processes: int, home: Path) -> int:
     """Run a stage on processes of this machine and return its exit code: that of the rank that failed first.
 
-    After a kill of one all start again from their last checkpoint, `MAX_RESTARTS` times. torchrun's own restarts would
-    repeat a refusal.
+    After a kill of one all start again from their last checkpoint, as often as `Restarts` allows. torchrun's own
+    restarts would repeat a refusal.
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -76,37 +93,47 @@ def launch(name: str, processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say it themselves
     words = ["--standalone", "--nproc-per-node", str(processes), "--shutdown-timeout", str(SECONDS_TO_END)]
     words += ["-m", "components.runtime.stage", name]
-    for restart in range(MAX_RESTARTS + 1):
-        try:
-            run(parse(words))
-        except SignalException as error:
-            return 128 + int(error.sigval)
-        except ChildFailedError as error:
-            os.environ.pop(FORCE, None)  # the checkpoints are this run's now
-            number, code = _first_failure(error)
-            is_last = code >= 0 or restart == MAX_RESTARTS
-            if code < 0 or number:
-                ending = f"signal {-code}" if code < 0 else f"exit code {code}"
-                again = "" if is_last else f"; {processes} start again from the last checkpoint"
-                print(
-                    f"{name}: process {number} of {processes} ended with {ending}{again}", file=sys.stderr, flush=True
-                )
-            if is_last:
-                return code if code >= 0 else 128 - code
-        else:
-            break
-    return 0
+    restarts = Restarts(name, home)
+    try:
+        while True:
+            try:
+                run(parse(words))
+            except ChildFailedError as error:
+                os.environ.pop(FORCE, None)  # the checkpoints are this run's now
+                number, code = _first_failure(error)
+                is_last = not is_kill(code) or not restarts.allowed()
+                if code < 0 or number or not is_last:
+                    again = "" if is_last else f"; {processes} start again from the last checkpoint"
+                    ending = f"process {number} of {processes} ended with {describe(code)}{again}"
+                    print(f"{name}: {ending}", file=sys.stderr, flush=True)
+                if is_last:
+                    return code if code >= 0 else 128 - code
+            else:
+                return 0
+    except SignalException as error:  # torchrun's handler raises it between two starts, too
+        return 128 + int(error.sigval)
+
+
+def is_kill(code: int) -> bool:
+    """Whether an exit code is that of a rank which a signal ended; any other exit code would come again."""
+    return code < 0 or code == PREEMPTED
+
+
+def describe(code: int) -> str:
+    """How a rank ended, as its exit code says."""
+    number = signal.SIGTERM if code == PREEMPTED else -code
+    return f"signal {number}" if is_kill(code) else f"exit code {code}"
 
 
 def _first_failure(error: Any) -> tuple[int, int]:
     """Number and exit code of the rank that failed first, of those in torchrun's error.
 
-    torchrun ends the others, whose codes are there too; its times are whole seconds, so a kill goes first.
+    torchrun ends the others by SIGTERM, and puts their codes behind; its times are whole seconds, so a kill goes first.
     """
 
-    def order(item: Any) -> tuple[int, bool, int]:
-        failure = item[1]
-        return failure.timestamp, failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, item[0]
+    def order(failed: tuple[int, Any]) -> tuple[int, bool]:
+        code = failed[1].exitcode
+        return failed[1].timestamp, code >= 0 or code == -signal.SIGTERM
 
     number, failure = min(error.failures.items(), key=order)
     return number, failure.exitcode

@@ -1,7 +1,7 @@
 """The driver of a Ray job: `python -m components.runtime.ray_job STAGE RANKS ENVIRONMENT_FILE` runs a stage's ranks.
 
 Each rank is a process like those of torchrun, which an actor starts on the node where Ray placed it. Where one is
-killed, or its node dies, all start again from their last checkpoint, on as many devices as the cluster still has.
+killed, or its node dies, all start again from their last checkpoint, on as many devices as the cluster then has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from components.runtime.launcher import FORCE, MAX_RESTARTS, SECONDS_TO_END
+from components.runtime.launcher import FORCE, SECONDS_TO_END, Restarts, describe, is_kill
 from components.runtime.ray_launcher import REFUSED, STDERR
 
 _SECONDS_FOR_OTHERS = 5.0
 """For other ranks to end after one failed: which one was killed, and which lost its peer, shows then."""
 _SECONDS_TO_KILL = 10.0
+_SECONDS_TO_NOTICE = 60.0
+"""In which Ray notices that a node is dead."""
 
 
 class Rank:
@@ -101,37 +103,38 @@ def main() -> None:
         message = f"params.yaml: run.processes: {processes}: the Ray cluster has {devices()} {unit}"
         print(f"{REFUSED}{message}; set it to {devices()}", flush=True)
         sys.exit(1)
-    for restart in range(MAX_RESTARTS + 1):
-        codes = run_ranks(name, processes, environment, stops)
-        if len(codes) == processes and not any(codes.values()):
+    restarts, count = Restarts(name, file.parents[1]), processes
+    while True:
+        codes = run_ranks(name, count, environment, stops)
+        if codes and len(codes) == count and not any(codes.values()):
             sys.exit(0)
         if stops:
             sys.exit(128 + stops[0])
+        failed, count = count, max(1, min(processes, devices()))
+        if codes is None:
+            continue
         environment.pop(FORCE, None)  # the checkpoints are this run's now
-        # What ends with an exit code of its own refuses, has a bug and would again, or was told to stop.
-        killed = {number: code for number, code in codes.items() if code < 0}
+        # What ends with an exit code of its own refuses, has a bug and would again, or was interrupted.
+        killed = {number: code for number, code in codes.items() if is_kill(code)}
         if not killed:
             sys.exit(next(code for code in codes.values() if code))
         first = min(killed, key=lambda rank: (killed[rank], rank))
-        ending = f"{STDERR}{name}: process {first} of {processes} ended with {describe(killed[first])}"
-        if restart == MAX_RESTARTS:
+        code = killed[first]
+        how = "its node" if code == LOST else describe(code)
+        ending = f"{STDERR}{name}: process {first} of {failed} ended with {how}"
+        if not restarts.allowed():
             print(ending, flush=True)
-            sys.exit(128 + (signal.SIGKILL if killed[first] == LOST else -killed[first]))
-        processes = max(1, min(processes, devices()))
-        print(f"{ending}; {processes} start again from the last checkpoint", flush=True)
-
-
-def describe(code: int) -> str:
-    """How a process ended, as its exit code says."""
-    return {LOST: "its node"}.get(code, f"signal {-code}" if code < 0 else f"exit code {code}")
+            sys.exit(code if code > 0 else 128 + (signal.SIGKILL if code == LOST else -code))
+        print(f"{ending}; {count} start again from the last checkpoint", flush=True)
 
 
 LOST = -1000
 """In place of an exit code, for a rank whose actor died."""
 
 
+@cache
 def device() -> str:
-    """What a rank has of its own: a GPU, where the cluster has any, or a CPU."""
+    """What a rank has of its own: a GPU, where the cluster has any at the start of the job, or a CPU."""
     return "GPU" if ray.cluster_resources().get("GPU") else "CPU"
 
 
@@ -139,25 +142,30 @@ def devices() -> int:
     return int(ray.cluster_resources().get(device(), 0))
 
 
-def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: list[int]) -> dict[int, int]:
+def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: list[int]) -> dict[int, int] | None:
     """Run every rank to its end, or all until one fails; returns the exit codes of those that ended by themselves.
 
-    A signal in `stops` goes to rank 0, which stops all at the same step.
+    None where no rank began, as the cluster has lost devices: that is no failure of its own. A signal in `stops` goes
+    to rank 0, which stops all at the same step.
     """
     bundle = {"CPU": 1} | ({"GPU": 1} if device() == "GPU" else {})
     group = placement_group([bundle] * processes, strategy="PACK")
     actors: list[Any] = []
     try:
         if not wait_for(group, processes, f"{name}  waits for {processes} {device()}s of the Ray cluster", stops):
-            return {} if stops else {0: LOST}
+            return None
         for index in range(processes):
             strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
             options = {"num_cpus": 1, "num_gpus": bundle.get("GPU", 0), "max_concurrency": 2}
             actors.append(ray.remote(Rank).options(scheduling_strategy=strategy, **options).remote())
+        placed = [actor.place.remote() for actor in actors]
+        while len(ray.wait(placed, num_returns=processes, timeout=1.0)[0]) < processes:
+            if stops or devices() < processes:
+                return None
         try:
-            places = ray.get([actor.place.remote() for actor in actors])
+            places = ray.get(placed)
         except RayError:
-            return {0: LOST}
+            return None if has_shrunk(processes, stops) else {0: LOST}
         order = sorted(range(processes), key=lambda number: (places[number][0] != places[0][0], places[number][0]))
         actors, places = [actors[number] for number in order], [places[number] for number in order]
         streams = {
@@ -166,24 +174,35 @@ def run_ranks(name: str, processes: int, environment: Mapping[str, str], stops: 
         }
         return read_all(streams, actors[0], stops)
     finally:
+        if actors:
+            kills = [actor.send.remote(signal.SIGKILL) for actor in actors]
+            ray.wait(kills, num_returns=len(kills), timeout=_SECONDS_TO_KILL)
         for actor in actors:
-            with suppress(RayError):
-                ray.get(actor.send.remote(signal.SIGKILL), timeout=_SECONDS_TO_KILL)
             ray.kill(actor)
         remove_placement_group(group)
 
 
 def wait_for(group: Any, processes: int, message: str, stops: list[int]) -> bool:
-    """Wait until Ray has reserved a placement group; false if stopped, or if the cluster has too few devices meanwhile.
+    """Wait until Ray has reserved a placement group; false if stopped, or if the cluster has fewer devices meanwhile.
 
-    Ray notices a dead node up to half a minute after its ranks have ended.
+    Ray notices a dead node up to half a minute after its ranks have ended. Where none is left, it waits for one.
     """
     if not group.wait(timeout_seconds=5):
         print(message, flush=True)
         while not group.wait(timeout_seconds=1):
-            if stops or devices() < processes:
+            if stops or 0 < devices() < processes:
                 return False
     return not stops
+
+
+def has_shrunk(processes: int, stops: list[int]) -> bool:
+    """Whether Ray notices that the cluster has fewer devices than `processes`, after an actor could not start."""
+    deadline = time.monotonic() + _SECONDS_TO_NOTICE
+    while devices() >= processes:
+        if stops or time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def environments(places: Sequence[tuple[str, str, int, list[str]]]) -> list[dict[str, str]]:

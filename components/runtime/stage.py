@@ -119,8 +119,8 @@ class StageRun:
         try:
             print(f"{self.name}  {done}/{total}  {text}".rstrip(), flush=True)
         except BrokenPipeError:
-            # The orchestrator was killed: end as on SIGTERM, with a checkpoint.
-            signal.raise_signal(signal.SIGTERM)
+            # The orchestrator was killed: end as on Ctrl-C, with a checkpoint; a launcher would restart after SIGTERM.
+            signal.raise_signal(signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -294,9 +294,9 @@ def run_stage(name: str, root: Path) -> int:
 
 def start_ranks(name: str, root: Path, settings: RunConfig) -> int:
     """Start the ranks of a stage by the launcher of the settings, and return the exit code."""
-    if settings.launcher == "torchrun":
-        return launch(name, settings.processes)
     paths, started = Paths(root), time.time()
+    if settings.launcher == "torchrun":
+        return launch(name, settings.processes, paths.home)
     try:
         key = stage_inputs(name, paths, load_params(paths.params)).key
         return ray_launcher.launch(name, key, settings, root, paths.home)

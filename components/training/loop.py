@@ -322,7 +322,9 @@ def _run_steps(
         training.train_step([_on_device(batch, training.device) for batch in batches])
         last, loss = training.over, None
         due = rank() == 0 and time.monotonic() - saved_at >= config.checkpoint_seconds
-        tokens, stopping, saving = summed(sum(map(count_tokens, batches)), bool(stopped), due)
+        signals = [signal.SIGTERM in stopped, signal.SIGINT in stopped]
+        tokens, saving, terminated, interrupted = summed(sum(map(count_tokens, batches)), due, *signals)
+        stopping = terminated or interrupted
         measured.tokens += int(tokens)
         if training.step % config.log_steps == 0 or last:
             loss = training.read_loss()
@@ -342,7 +344,7 @@ def _run_steps(
             print(
                 f"{run.name}  stopped at step {training.step}; the checkpoint is kept, run again to resume", flush=True
             )
-            raise SystemExit(128 + (stopped or [signal.SIGTERM])[0])
+            raise SystemExit(128 + (signal.SIGINT if interrupted else signal.SIGTERM))
 
 
 def _on_device(batch: Batch, device: torch.device) -> Batch:

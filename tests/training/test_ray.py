@@ -19,6 +19,7 @@ import pytest
 
 from components.config.paths import Paths
 from components.runtime.params_file import write_params
+from components.runtime.process import RUN_PID
 from flows.orchestration.prefect_server import free_port
 from tests.training.test_distributed import SOURCE, ranks_of
 from tests.training.test_distributed import start as start_stage
@@ -40,6 +41,11 @@ with subprocess.Popen([sys.executable, "-m", "ray.util.client.server", *client])
     server.terminate()
 """
 CLIENT_PORT = free_port()
+RUN = f"""
+import os, subprocess, sys
+os.environ["{RUN_PID}"] = str(os.getpid())
+subprocess.run(sys.argv[1:])
+"""
 STEPS = 60
 
 
@@ -80,9 +86,9 @@ def losses(project: Paths) -> list[float]:
     return [float(line.split(",")[-1]) for line in lines]
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, *before: str) -> subprocess.Popen[str]:
     path = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
-    return start_stage("pretrain@decoder", root, PYTHONPATH=path)
+    return start_stage("pretrain@decoder", root, *before, PYTHONPATH=path)
 
 
 def read_until(stage: subprocess.Popen[str], part: str) -> list[str]:
@@ -126,11 +132,14 @@ def test_a_killed_rank_and_a_killed_launcher_end_no_job(project_on_ray: Paths) -
         read_until(stage, "follows the running Ray job pretrain-decoder-")
         read_until(stage, f" 8/{STEPS} ")
         ranks_of(root)[1].kill()
+        read_until(stage, "resumed at step")
+        ranks_of(root)[1].terminate()  # a machine is taken away
         output, errors = stage.communicate()
     assert stage.returncode == 0, output + errors
-    restart = "pretrain@decoder: process 1 of 2 ended with signal 9; 2 start again from the last checkpoint"
-    assert errors.count(restart) == 1, errors
-    assert output.count("resumed at step") == 1, output
+    for killed in ("1 of 2 ended with signal 9", "0 of 2 ended with signal 15"):
+        restart = f"pretrain@decoder: process {killed}; 2 start again from the last checkpoint"
+        assert errors.count(restart) == 1, errors
+    assert output.count("stopped at step") == output.count("resumed at step") == 1, output
     assert output.count(f" {STEPS}/{STEPS} ") == 1
     broken = losses(project_on_ray)
     report = json.loads((root / "var/stages/pretrain@decoder.json").read_text())
@@ -142,10 +151,18 @@ def test_a_killed_rank_and_a_killed_launcher_end_no_job(project_on_ray: Paths) -
     assert losses(project_on_ray) == broken
 
 
-def test_sigterm_cancels_the_job_behind_a_checkpoint(project_on_ray: Paths) -> None:
+def test_a_cancellation_ends_the_job_and_the_death_of_its_run_does_not(project_on_ray: Paths) -> None:
+    """Both reach the launcher as SIGTERM; the next launcher follows the job."""
     root = project_on_ray.root
+    write_params(project_on_ray.params, {"pretrain.decoder.max_steps": 10 * STEPS}, echo=lambda _: None)
+    with start(root, sys.executable, "-c", RUN) as run:
+        read_until(run, " 5/")
+        launchers = psutil.Process(run.pid).children()
+        run.kill()
+        assert not psutil.wait_procs(launchers, 60)[1]
+    assert len(ranks_of(root)) == 2
     with start(root) as stage:
-        read_until(stage, f" 5/{STEPS} ")
+        read_until(stage, "follows the running Ray job pretrain-decoder-")
         stage.terminate()
         output, errors = stage.communicate()
     assert stage.returncode == 128 + signal.SIGTERM, output + errors
@@ -153,9 +170,10 @@ def test_sigterm_cancels_the_job_behind_a_checkpoint(project_on_ray: Paths) -> N
     assert not ranks_of(root)
     step = int(output.partition("stopped at step ")[2].partition(";")[0])
     with start(root) as stage:
+        read_until(stage, f"resumed at step {step}\n")
+        stage.terminate()
         output, errors = stage.communicate()
-    assert stage.returncode == 0, output + errors
-    assert output.count(f"resumed at step {step}") == 1
+    assert stage.returncode == 128 + signal.SIGTERM, output + errors
 
 
 def test_the_address_that_takes_shards_takes_trainings_too(project_on_ray: Paths) -> None:
