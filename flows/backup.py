@@ -13,7 +13,6 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -26,7 +25,7 @@ from components.config.errors import InputError, reason_of
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
 from components.feedback.store import Store, database_url, has_store, leased_in, record_success
-from components.runtime.files import remove, sync
+from components.runtime.files import remove, scratch_folder, sync
 from components.runtime.object_store import filesystem
 from components.runtime.process import file_lock, git
 from components.tracking.mlflow_database import upgrade_database
@@ -118,11 +117,9 @@ def restore(paths: Paths, address: str, force: bool = False) -> Backup:
     if not force and (occupied := _occupied(paths, manifest)):
         remedy = f'restore into an empty project, or run "loopwright restore {address} --force"'
         raise InputError(f"{occupied}: is there already, with other content; {remedy}")
-    with _stopped(paths), writing(paths.home):
-        paths.home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=paths.home, prefix="restoring-") as scratch:
-            _fetch(address, manifest, Path(scratch))
-            _put(paths, Path(scratch))
+    with _stopped(paths), writing(paths.home), scratch_folder(paths.home, "restore") as scratch:
+        _fetch(address, manifest, scratch)
+        _put(paths, scratch)
     return _summary(address, manifest)
 
 
@@ -143,9 +140,9 @@ def upgrade(paths: Paths, echo: Callable[[str], None]) -> str:
             if not os.environ.get("MLFLOW_TRACKING_URI"):
                 upgrade_database(paths.home)
         except Exception as error:
-            with tempfile.TemporaryDirectory(dir=paths.home, prefix="restoring-") as scratch:
-                _fetch(str(folder), _manifest(str(folder)), Path(scratch))
-                _put(paths, Path(scratch))
+            with scratch_folder(paths.home, "restore") as scratch:
+                _fetch(str(folder), _manifest(str(folder)), scratch)
+                _put(paths, scratch)
             reason = reason_of(error)
             raise InputError(
                 f"upgrade: {reason}; the databases are as before; go on with the former version"
@@ -172,16 +169,16 @@ def _add_databases(paths: Paths, writer: _Writer) -> None:
     copy lacks: both are copied again while versions were registered in between.
     """
     url = database_url(paths.home)
-    with tempfile.TemporaryDirectory(dir=paths.home if paths.home.is_dir() else None, prefix="backup-") as folder:
+    with scratch_folder(paths.home, "backup") as folder:
         for _ in range(_TRIES):
             for name in _DATABASES:
-                _copy_sqlite(_target(paths, name), Path(folder) / PurePosixPath(name).name)
+                _copy_sqlite(_target(paths, name), folder / PurePosixPath(name).name)
             if not url.startswith("sqlite") and has_store(paths.home):
-                _dump_postgresql(url, Path(folder) / POSTGRESQL)
-            if _versions(Path(folder) / PurePosixPath(MLFLOW).name) == _versions(_target(paths, MLFLOW)):
+                _dump_postgresql(url, folder / POSTGRESQL)
+            if _versions(folder / PurePosixPath(MLFLOW).name) == _versions(_target(paths, MLFLOW)):
                 break
         for name in (*_DATABASES, POSTGRESQL):
-            writer.add(Path(folder) / PurePosixPath(name).name, name)
+            writer.add(folder / PurePosixPath(name).name, name)
 
 
 def _copy_sqlite(source: Path, target: Path) -> None:

@@ -85,7 +85,10 @@ def add(
     ],
     files: Annotated[
         list[str],
-        typer.Argument(metavar="FILE...", help="Files of the formats in docs/formats.md, or s3://BUCKET/NAME."),
+        typer.Argument(
+            metavar="FILE...",
+            help="Files of the formats in docs/formats.md, or s3://BUCKET/NAME: a file, folder or pattern.",
+        ),
     ],
     name: Annotated[str, typer.Option(help="Name of the new dataset.")],
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text; `a.b` reaches into `a`.")] = None,
@@ -131,7 +134,7 @@ def add(
     left_out_rows = Quarantine(quarantine, failing) if quarantine else nullcontext()
     names, version = built_in(paths), partial(_version, paths, name)
     limited = limited_to(time_limit, ", ".join(files))
-    with is_adding, writing(paths.added), limited, left_out_rows as left_out, local_files(files) as local:
+    with is_adding, writing(paths.added), limited, left_out_rows as left_out, local_files(files, paths.home) as local:
         info = add_files(kind, local, name, paths.added, columns, replace, check, names, version, left_out, licence)
     if as_json:
         print_json({**asdict(info), "folder": str(paths.added / name), "version": f"data/added/{name}.dvc"})
@@ -141,10 +144,10 @@ def add(
 
 def _check_added(paths: Paths, max_failed_share: float, folder: Path) -> ValidationReport:
     """Validate a dataset; the outcome is recorded when it is valid, as else nothing of it stays."""
-    from components.validation.validate import validate_dataset
+    from components.validation.validate import Validator
 
     say("validating; Great Expectations takes some seconds to start")
-    report = validate_dataset(folder, paths.expectations, max_failed_share)
+    report = Validator(paths.expectations, max_failed_share, paths.home).check(folder)
     return _record_validation(paths, folder, report) if report.success else report
 
 
@@ -171,7 +174,7 @@ def validate(
         raise InputError('data: no dataset yet; run "loopwright run --until collect" or "loopwright data add"')
     docs = paths.home / "docs" / "validation"
     say("validating; Great Expectations takes some seconds to start")
-    validator = Validator(paths.expectations, load_params(paths.params).validate_.max_failed_share)
+    validator = Validator(paths.expectations, load_params(paths.params).validate_.max_failed_share, paths.home)
     reports = [_record_validation(paths, folder, validator.check(folder, docs)) for folder in folders]
     refused = refusal(reports, str(docs / "index.html")) if any(report.failed for report in reports) else None
     if as_json:

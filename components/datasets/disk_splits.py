@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,7 +38,7 @@ from components.datasets.deduplication import (
     refuse_without_training_rows,
 )
 from components.datasets.formats import DatasetWriter, Kind, Row, Split, batched, read_rows, read_shard, shards
-from components.runtime.files import remove
+from components.runtime.files import remove, scratch_folder
 from components.runtime.shards import Result, Shard, run_shards
 from components.runtime.stage import StageRun
 
@@ -127,7 +126,8 @@ class DiskSplits:
             sum(waiting.rows for waiting in self._waiting if waiting.split in splits)
             for splits in (("test",), ("test", "validation"))
         )
-        with TemporaryDirectory(dir=self._run.state) as spill, _connect(spill, starts[-1]) as connection:
+        scratch = scratch_folder(self._run.paths.home, "duplicates")
+        with scratch as spill, _connect(spill, starts[-1]) as connection:
             names = [str(folder / "fingerprints.parquet") for folder in folders]
             if not names:
                 return np.zeros(0, np.uint8)
@@ -184,7 +184,7 @@ class SignatureFiles:
             return np.frombuffer(file.read(_SIGNATURE_BYTES), np.uint32)
 
 
-def _connect(spill: str, rows: int) -> duckdb.DuckDBPyConnection:
+def _connect(spill: Path, rows: int) -> duckdb.DuckDBPyConnection:
     """A database for so many rows, with the memory and threads that they need, in the folder `spill` beyond that."""
     import duckdb
 
@@ -193,9 +193,9 @@ def _connect(spill: str, rows: int) -> duckdb.DuckDBPyConnection:
     config: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{memory}B",
         "threads": threads,
-        "temp_directory": spill,
+        "temp_directory": str(spill),
     }
-    connection = duckdb.connect(str(Path(spill) / "rows.duckdb"), config=config)
+    connection = duckdb.connect(str(spill / "rows.duckdb"), config=config)
     connection.execute("SET enable_progress_bar = false")
     connection.execute("SET preserve_insertion_order = false")
     return connection

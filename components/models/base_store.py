@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from components.config.params import InputError
 from components.config.paths import CONFIG, ORIGIN, Paths, find_root
 from components.models.weight_files import ADAPTER_CONFIG, INDEX, weight_files, weights_digest
+from components.runtime.files import scratch_folder
 
 BASE = "base.json"
 """In an adapter's folder: the digest of the base's weights, and its source."""
@@ -92,8 +92,8 @@ def store_base(folder: Path, home: Path, source: str = "", weights_sha256: str =
     target = stored_base(digest, home)
     if not (target / CONFIG).is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".storing-") as scratch:
-            part = Path(scratch) / digest
+        with scratch_folder(home, "base") as scratch:
+            part = scratch / digest
             part.mkdir()
             for file in (*weight_files(folder), folder / INDEX, folder / CONFIG):
                 if file.is_file():

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
@@ -24,9 +23,11 @@ import pyarrow.parquet as pq
 
 from components.config.errors import InputError
 from components.config.loop_settings import RunConfig, ServeConfig
+from components.config.paths import Paths
 from components.models.weight_files import cached_digest
 from components.prediction.predictors import COLUMNS, ERROR, MAX_ROWS, TOOLS, PredictionTask, Predictor, load_predictor
 from components.prediction.sources import Part, first_columns, parts, read_rows, source_files
+from components.runtime.files import scratch_folder
 from components.runtime.model_tasks import task_of
 from components.runtime.object_store import list_files, read_bytes, size_of, version_of, write_file
 from components.runtime.shards import MANIFEST, execute
@@ -94,8 +95,8 @@ class _Job:
     def run(self) -> Line:
         """Write the shard's answers; its line of the manifest."""
         predictor = _predictor(self.model, self.threads)
-        with TemporaryDirectory(prefix="loopwright-") as scratch:
-            file = Path(scratch) / "answers"
+        with scratch_folder(Paths(self.model.root).home, "predict") as scratch:
+            file = scratch / "answers"
             errors = self._write(predictor, file)
             size, sha256 = file.stat().st_size, digest(file)
             write_file(_inside(self.to, f"{self.key}.parquet"), file)

@@ -10,15 +10,20 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
+from components.config.errors import InputError
 from components.config.paths import Paths, writing
+from components.runtime.process import file_lock
 
 _SECONDS_TO_WRITE = 600.0
 """Age from which on the new file of an interrupted replacement is a leftover."""
+_SECONDS_TO_CLEAN = 600.0
+"""For another process to remove the scratch folders of killed ones."""
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -105,6 +110,31 @@ def copy_folder(source: Path, folder: Path, notes: Mapping[str, Any] | None = No
             scratch.replace(folder)
         finally:
             remove(scratch)
+
+
+@contextmanager
+def scratch_folder(home: Path, name: str) -> Iterator[Path]:
+    """A folder for large files in the state folder `home`, as /tmp may be memory or small; it is gone afterwards.
+
+    What killed processes left of theirs goes when the next one begins.
+
+    Raises: InputError when the disk refuses.
+    """
+    parent, own = home / "scratch", f"{name}-{uuid4().hex[:12]}"
+    with ExitStack() as stack:
+        # While this lock is held, nobody else is between a lock and its folder.
+        with writing(parent), file_lock(home / "stages", "scratch", patience=_SECONDS_TO_CLEAN):
+            for lock in [*parent.glob("*.lock")]:
+                with suppress(InputError), file_lock(parent, lock.stem):
+                    remove(parent / lock.stem)
+                    lock.unlink(missing_ok=True)
+            stack.enter_context(file_lock(parent, own))
+            (parent / own).mkdir()
+        try:
+            yield parent / own
+        finally:
+            remove(parent / own)
+            (parent / f"{own}.lock").unlink(missing_ok=True)
 
 
 def remove(path: Path) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copyfileobj
-from tempfile import TemporaryDirectory
 from typing import IO, Any, cast
 
 from components.config.errors import InputError, reason_of
 from components.config.paths import writing
-from components.runtime.files import replace_file
+from components.runtime.files import replace_file, scratch_folder
 
 _BUFFER_BYTES = 1 << 20
 
@@ -34,26 +34,41 @@ def filesystem(address: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def local_files(names: Sequence[str]) -> Iterator[list[Path]]:
-    """Files by their paths; of those that are addresses, copies that are gone afterwards.
+def local_files(names: Sequence[str], home: Path) -> Iterator[list[Path]]:
+    """Files by their paths; of addresses, of a file or as `list_files` takes them, copies that are gone afterwards.
+
+    Copies are below the state folder `home`.
 
     Raises: InputError for an address without a file.
     """
-    with TemporaryDirectory(prefix="loopwright-") as folder:
-        copies = (Path(folder) / str(number) for number in range(len(names)))
-        yield [_copy(name, copy) if "://" in name else Path(name) for name, copy in zip(names, copies, strict=True)]
+    if not any("://" in name for name in names):
+        yield [Path(name) for name in names]
+        return
+    with scratch_folder(home, "download") as folder:
+        files: list[Path] = []
+        for name in names:
+            for file in list_files(name) if "://" in name else [name]:
+                files.append(_copy(file, folder / str(len(files))) if "://" in name else Path(file))
+        yield files
 
 
 def list_files(address: str) -> list[str]:
-    """The file at a path or address, or the files in the folder there, in order of name; hidden ones are left out.
+    """The file at a path or address, or the files in the folder there or of a pattern (`*`), in order of name.
+
+    What a folder has under a name that begins with a dot or an underscore is left out.
 
     Raises: InputError where there is none.
     """
     fs, path = filesystem(address)
     with _reaching(address):
         fs.invalidate_cache()
-        names = [path] if fs.isfile(path) else sorted(fs.find(path))
-    names = [name for name in names if not name.removeprefix(path).rpartition("/")[2].startswith(".")]
+        if fs.isfile(path):
+            names = [path]
+        elif re.search(r"[*?\[]", path):
+            names = sorted(name for name, about in fs.glob(path, detail=True).items() if about["type"] == "file")
+        else:
+            # Consoles of S3 make empty objects of the folder's own name, with a slash at the end.
+            names = [name for name in sorted(fs.find(path)) if not re.search(r"/[._]|/$", name.removeprefix(path))]
     if not names:
         raise InputError(f"{address}: no such file, and no folder with files; check the name")
     return [str(fs.unstrip_protocol(name)) for name in names] if "://" in address else names
@@ -122,9 +137,5 @@ def _copy(address: str, folder: Path) -> Path:
     target = folder / source.rpartition("/")[2]
     folder.mkdir()
     with _reaching(address):
-        is_file = fs.isfile(source)
-        if is_file:
-            fs.get_file(source, str(target))
-    if not is_file:
-        raise InputError(f"{address}: no such file; name one file, such as s3://BUCKET/NAME.jsonl")
+        fs.get_file(source, str(target))
     return target

@@ -37,6 +37,7 @@ from components.models.sentence_pooling import MODULES, pooling_files, read_pool
 from components.models.vision import VisionLanguageModel
 from components.models.vision_formats import PREPROCESSOR, PROCESSOR, check_processor
 from components.models.weight_files import ADAPTER_CONFIG, INDEX, weight_files, write_json
+from components.runtime.files import scratch_folder
 from components.runtime.model_tasks import TASKS
 from components.tokenization.gguf_tokenizer import unpack_tokenizer
 from components.tokenization.hf_tokenizer import load_chat_tokenizer
@@ -133,16 +134,14 @@ def unpacked(path: Path, home: Path, base: str = "") -> Iterator[Path]:
         return
     if not path.exists():
         raise InputError(f"{path}: not found; give a GGUF file or a model folder")
-    with writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home, prefix=".importing-") as scratch:
-            if is_adapter(path):
-                _complete_adapter(path, base, Registry(home), Path(scratch))
-            else:
-                file = open_gguf(path)
-                unpack_gguf(file, Path(scratch))
-                unpack_tokenizer(file.metadata, path, Path(scratch))
-            yield Path(scratch)
+    with writing(home), scratch_folder(home, "import") as scratch:
+        if is_adapter(path):
+            _complete_adapter(path, base, Registry(home), scratch)
+        else:
+            file = open_gguf(path)
+            unpack_gguf(file, scratch)
+            unpack_tokenizer(file.metadata, path, scratch)
+        yield scratch
 
 
 def _complete_adapter(path: Path, base: str, registry: Registry, folder: Path) -> None:
@@ -209,15 +208,13 @@ def import_model(
         "architecture": info.architecture,
         "family": info.family,
     }
-    with writing(registry.home):
-        registry.home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=registry.home, prefix=".importing-") as scratch:
-            clean = Path(scratch) / name
-            copy_model(folder, clean)
-            if left_out := adopt_tools(clean, folder, paths):
-                tags["tools_left_out"] = ", ".join(left_out)
-            metrics = {"parameters": float(info.parameters)}
-            version = registry.register(clean, name, metrics, tags, None)
+    with writing(registry.home), scratch_folder(registry.home, "import") as scratch:
+        clean = scratch / name
+        copy_model(folder, clean)
+        if left_out := adopt_tools(clean, folder, paths):
+            tags["tools_left_out"] = ", ".join(left_out)
+        metrics = {"parameters": float(info.parameters)}
+        version = registry.register(clean, name, metrics, tags, None)
     store_imported_card(version, folder)
     if digest := version.tags.get(WEIGHTS_SHA256):
         with writing(registry.home):  # for adapters of it

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -25,6 +24,7 @@ from components.config.params import InputError, flat
 from components.config.paths import writing
 from components.models.base_store import base_folder, is_adapter, read_base, store_base, stored_base
 from components.models.weight_files import check_digest, weights_digest
+from components.runtime.files import scratch_folder
 from components.runtime.process import file_lock, os_user
 from components.tracking.downloads import local_copy, model_folder
 from components.tracking.mlflow_client import connect, create_run, log_metrics, log_params, mlflow_name, save_pyfunc
@@ -237,10 +237,10 @@ class Registry:
             if lineage:
                 self.client.log_dict(run_id, dict(lineage), LINEAGE)
                 log_params(self.client, run_id, flat(lineage.get("params", {})))
-            with tempfile.TemporaryDirectory(dir=self.home) as scratch:
-                save_pyfunc(folder, Path(scratch) / name)
+            with scratch_folder(self.home, "register") as scratch:
+                save_pyfunc(folder, scratch / name)
                 with transfer():
-                    self.client.log_artifacts(run_id, str(Path(scratch) / name), name)
+                    self.client.log_artifacts(run_id, str(scratch / name), name)
         except BaseException:
             # A partial model is of no use, and takes the disk space that was missing.
             shutil.rmtree(self.home / "mlflow" / "artifacts" / run_id, ignore_errors=True)

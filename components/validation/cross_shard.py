@@ -5,14 +5,15 @@ DuckDB reads only the columns it needs and spills to disk, so a set need not fit
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from components.config.errors import InputError
 from components.datasets.deduplication import PictureQuestions
 from components.datasets.formats import DatasetInfo, Row, read_shard
+from components.runtime.files import scratch_folder
 from components.validation.report import EXAMPLES, Check, Example, shown
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ MIN_LABELS, MAX_LABELS, MIN_ROWS = 2, 1_000, 2
 """Limits of the number of labels; and rows of each, one to train on and one to test it by."""
 
 
-def cross_shard_checks(files: list[Path], info: DatasetInfo) -> list[Check]:
-    """Check all shards of a dataset together."""
+def cross_shard_checks(files: list[Path], info: DatasetInfo, home: Path | None = None) -> list[Check]:
+    """Check all shards of a dataset together; what does not fit in memory goes to the state folder `home`."""
     if not files:
         return [_counts(info, {})]
     import duckdb
 
-    with tempfile.TemporaryDirectory() as spill:
-        connection = duckdb.connect(config={"memory_limit": "1GB", "threads": 2, "temp_directory": spill})
+    with scratch_folder(home, "validate") if home else nullcontext("") as spill:
+        connection = duckdb.connect(config={"memory_limit": "1GB", "threads": 2, "temp_directory": str(spill)})
         with connection:
             connection.execute("SET enable_progress_bar = false")
             rows = connection.read_parquet([str(file) for file in files], filename=True, file_row_number=True)

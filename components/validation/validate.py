@@ -79,7 +79,7 @@ def _check_by_shards(run: StageRun, folders: Sequence[Path], docs: Path) -> list
             work.append(Shard(f"{folder.name}-{file.stem}", check_file, [file, suites], values))
     outputs, reports = iter(run_shards(run, work)), []
     for done, folder in enumerate(folders, 1):
-        reports.append(_report(folder, [_stored(next(outputs)) for _ in _files(folder)], docs))
+        reports.append(_report(folder, [_stored(next(outputs)) for _ in _files(folder)], docs, run.paths.home))
         run.progress(done, len(folders), dataset=folder.name, **reports[-1].counts())
     return reports
 
@@ -114,13 +114,13 @@ class ShardChecks:
     """Great Expectations' page, where one was asked for."""
 
 
-def _report(folder: Path, checked: Sequence[ShardChecks], docs: Path | None) -> ValidationReport:
+def _report(folder: Path, checked: Sequence[ShardChecks], docs: Path | None, home: Path | None) -> ValidationReport:
     """The report of a dataset; Data Docs go to `docs/NAME`."""
     info, files = read_info(folder), _files(folder)
     checks = [check for each in checked for check in each.checks]
     report = ValidationReport(info.name, info.kind, dict(info.rows), checks)
     if all(each.checks[0].success for each in checked):  # the first is that of the columns
-        report.checks += cross_shard_checks(files, info)
+        report.checks += cross_shard_checks(files, info, home)
         if info.kind == "images":
             report.pictures = _pictures(files, report)
     if docs is not None:
@@ -141,17 +141,14 @@ def _write_docs(docs: Path, report: ValidationReport, pages: Mapping[str, str | 
     write_docs_index(docs)
 
 
-def validate_dataset(
-    folder: Path, expectations: Path, max_failed_share: float = 0.0, docs: Path | None = None
-) -> ValidationReport:
-    """Check one dataset folder; Data Docs go to `docs/NAME` when it is given."""
-    return Validator(expectations, max_failed_share).check(folder, docs)
-
-
 class Validator:
-    """The suites and Great Expectations' context, loaded once."""
+    """The suites and Great Expectations' context, loaded once.
 
-    def __init__(self, expectations: Path, max_failed_share: float = 0.0) -> None:
+    Checks across shards put into the state folder `home` what they have no memory for; without one memory must do.
+    """
+
+    def __init__(self, expectations: Path, max_failed_share: float = 0.0, home: Path | None = None) -> None:
+        self._home = home
         self._expectations = expectations
         self._max_failed_share = max_failed_share
         self._suites: dict[str, Any] = {}
@@ -170,7 +167,8 @@ class Validator:
         Raises: InputError when the folder holds no dataset, or its kind has no readable suite.
         """
         kind = read_info(folder).kind
-        return _report(folder, [self.check_shard(file, kind, docs is not None) for file in _files(folder)], docs)
+        checked = [self.check_shard(file, kind, docs is not None) for file in _files(folder)]
+        return _report(folder, checked, docs, self._home)
 
     def check_shard(self, shard: Path, kind: Kind, with_page: bool = False) -> ShardChecks:
         """Check one shard by the suite of its kind: its columns, and then its rows."""

@@ -308,6 +308,23 @@ def test_taken_names_are_refused_unless_replaced(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".adding-*"))
 
 
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
+    file = written(tmp_path / "a.csv", "text\none\n")
+    command = f"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+from components.datasets.importers import add
+add("documents", [Path({str(file)!r})], "mine", Path({str(tmp_path)!r}), check=lambda folder: os.kill(os.getpid(), 9))
+"""
+    assert subprocess.run([sys.executable, "-c", command]).returncode == -9
+    assert list(tmp_path.glob(".adding-*"))
+    add("documents", [file], "mine", tmp_path)
+    assert [row["text"] for row in rows_of(tmp_path / "mine")] == ["one"]
+    assert not list(tmp_path.glob(".adding-*"))
+
+
 def failing(row: int, shard: str = "train-00000.parquet") -> Callable[[Path], ValidationReport]:
     def check(folder: Path) -> ValidationReport:
         assert read_info(folder).rows == {"train": 4}

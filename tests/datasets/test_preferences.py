@@ -16,7 +16,7 @@ from components.datasets.formats import DatasetWriter, read_rows
 from components.datasets.importers import add
 from components.datasets.preferences import read_preference
 from components.validation.report import ValidationReport
-from components.validation.validate import validate_dataset
+from components.validation.validate import Validator
 
 EXPECTATIONS = Path(__file__).parents[2] / "data/expectations"
 USER = {"role": "user", "content": "Who?"}
@@ -34,7 +34,7 @@ def written(path: Path, rows: list[Any]) -> Path:
 
 
 def checked(folder: Path) -> ValidationReport:
-    return validate_dataset(folder, EXPECTATIONS)
+    return Validator(EXPECTATIONS).check(folder)
 
 
 @pytest.mark.parametrize(

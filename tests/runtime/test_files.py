@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from components.config.paths import Paths
-from components.runtime.files import copy_folder, keep_private, remove, write_text
+from components.runtime.files import copy_folder, keep_private, remove, scratch_folder, write_text
 
 SOURCE = Path(__file__).parents[2]
 
@@ -137,3 +137,29 @@ while True:
                 process.wait(0.01 * number)
             process.kill()
         assert file.read_text() in texts
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from components.runtime.files import scratch_folder
+with scratch_folder(Path(sys.argv[1]), "download") as folder:
+    (folder / "large").write_bytes(bytes(1000))
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_scratch_folders_are_gone_afterwards_and_those_of_killed_processes_with_the_next(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        left = Path(holder.stdout.readline().strip())
+        with scratch_folder(tmp_path, "validate") as folder:
+            assert folder.parent == left.parent == tmp_path / "scratch"
+            assert not [*folder.iterdir()]
+            assert (left / "large").exists(), "its process lives"
+        holder.kill()
+    with scratch_folder(tmp_path, "validate"):
+        assert not left.exists()
+    assert not [*left.parent.iterdir()]

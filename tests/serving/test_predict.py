@@ -244,6 +244,7 @@ def test_sources_and_answers_in_an_object_store(
     from fsspec import filesystem
 
     monkeypatch.setitem(MAX_ROWS, "classify", 4)  # type: ignore[index]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))  # /tmp may be memory
     store = filesystem("memory")
     store.pipe_file("/in/words.jsonl", words.read_bytes())
     run(classifier_folder, "classify", words, tmp_path / "local")

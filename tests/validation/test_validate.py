@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,7 @@ from components.datasets.formats import DatasetWriter, Kind, Row, row_id
 from components.runtime.stage import StageRun, digest
 from components.tracking.event_log import EventLog
 from components.validation import validate as gate
+from components.validation.cross_shard import cross_shard_checks
 from components.validation.report import ValidationReport, refusal, shown
 from components.validation.validate import Validator, validate
 
@@ -189,6 +191,24 @@ def test_share_of_rows_may_fail(tmp_path: Path, share: float, success: bool) -> 
     rows = [document(f"text {number}") for number in range(8)] + [document(" "), document("  ")]
     findings = Validator(EXPECTATIONS, share).check(dataset(tmp_path / "d", "documents", rows))
     assert findings.success is success
+
+
+def test_what_checks_have_no_memory_for_goes_to_the_state_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/tmp may be memory too."""
+    folders: list[Path] = []
+
+    def connect(config: dict[str, Any], connect: Any = duckdb.connect) -> Any:
+        folders.append(Path(config["temp_directory"]))
+        assert folders[-1].is_dir()
+        return connect(config=config)
+
+    monkeypatch.setattr(duckdb, "connect", connect)
+    folder = dataset(tmp_path / "d", "documents", [document("one")], [document("two")])
+    cross_shard_checks(datasets.shards(folder, "train"), datasets.read_info(folder), tmp_path / "var")
+    assert [spill.parent for spill in folders] == [tmp_path / "var/scratch"]
+    assert not folders[0].exists()
 
 
 def test_ids_used_twice_are_found_across_shards_and_splits(validator: Validator, tmp_path: Path) -> None:
