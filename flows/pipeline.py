@@ -17,6 +17,7 @@ from uuid import UUID
 
 from components.config.params import InputError, Refused, load_params
 from components.config.paths import Paths
+from components.feedback.store import leased_in
 from components.runtime.process import file_lock, git
 from components.runtime.stage import PROGRESS
 from components.tracking.event_log import warn_on_failure
@@ -73,7 +74,7 @@ class RunOptions:
 def run_pipeline(options: RunOptions) -> RunReport:
     """Bring every stage up to date as one Prefect flow run, then release the models.
 
-    Raises: InputError, StageFailed, ReleaseRefused.
+    Raises: InputError, also while a host that shares the database runs it; StageFailed, ReleaseRefused.
     """
     from components.datasets.importers import undo_killed
 
@@ -83,8 +84,9 @@ def run_pipeline(options: RunOptions) -> RunReport:
     except InputError as error:
         options.echo(str(error))
     try:
-        with file_lock(options.paths.home / "stages", "run"):
-            undo_killed(options.paths.added, options.paths.home / "stages")
+        home = options.paths.home
+        with file_lock(home / "stages", "run"), leased_in(home, "run", ends_process=True):
+            undo_killed(options.paths.added, home / "stages")
             fetch_base_models(options.paths, options.echo)
             states = stage_states(options.root, options.force, options.until)
             if any(state.is_due for state in states) or not _all_released(options, report):
@@ -93,7 +95,7 @@ def run_pipeline(options: RunOptions) -> RunReport:
                     partial(_update_and_release, options, states, report),
                 )
                 parameters = {"scale": scale, "until": options.until, "force": options.force}
-                run_flow("pipeline", options.paths.home, options.echo, body, **parameters)
+                run_flow("pipeline", home, options.echo, body, **parameters)
             else:
                 report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
                 _end(report)

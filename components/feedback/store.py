@@ -247,12 +247,12 @@ class Store(Ledger, Keys, Pictures, People, Replicas, Leases, Schedules):
 
 
 @contextmanager
-def leased_in(home: Path, name: str, patience: float = 0.0) -> Iterator[Lease | None]:
-    """Hold a lease during the block where the state folder's store is shared; who loses it goes on."""
+def leased_in(home: Path, name: str, patience: float = 0.0, ends_process: bool = False) -> Iterator[Lease | None]:
+    """As `leased`, where the state folder's store is shared; who loses the lease goes on, unless `ends_process`."""
     if not is_shared(home):
         yield None
         return
-    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process=False) as lease:
+    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process) as lease:
         yield lease
 
 
