@@ -145,10 +145,10 @@ def unavailable(server: str, error: Exception) -> Unavailable:
 
 def is_outage(error: Exception) -> bool:
     """Whether the same request may succeed when a server, or what it stores in, is back."""
-    from requests import RequestException
     from sqlalchemy.exc import OperationalError
 
-    if isinstance(error, RequestException):  # of a file
+    requests = sys.modules.get("requests")  # MLflow's own
+    if requests and isinstance(error, requests.RequestException):  # of a file
         return error.response is None or error.response.status_code >= 500
     storage = sys.modules.get("botocore.exceptions")
     of_storage = (storage.ConnectionError, storage.HTTPClientError) if storage else ()

@@ -151,7 +151,7 @@ def test_a_stage_starts_its_ranks_and_passes_on_signals(launched: Paths) -> None
 
 
 def test_ranks_start_again_when_one_was_killed(launched: Paths) -> None:
-    """And when one alone gets SIGTERM, behind a checkpoint of all: its machine is taken away, nobody stopped the run."""
+    """And when one alone gets SIGTERM, behind a checkpoint of all: its machine goes, nobody stopped the run."""
     with start("pretrain@decoder", launched.root) as stage:
         assert stage.stdout is not None
         for line in stage.stdout:
