@@ -24,8 +24,9 @@ from typing import IO, Any
 from components.config.errors import InputError, reason_of
 from components.config.paths import Paths, writing
 from components.config.secrets import hidden
+from components.feedback.replicas import LIVE_SECONDS, live_replicas
 from components.feedback.store import Store, database_url, has_store, leased_in, record_success
-from components.runtime.files import remove, scratch_folder, sync
+from components.runtime.files import RESTORING, remove, scratch_folder, sync, write_text
 from components.runtime.object_store import filesystem
 from components.runtime.process import file_lock, git
 from components.tracking.mlflow_database import upgrade_database
@@ -114,12 +115,12 @@ def restore(paths: Paths, address: str, force: bool = False) -> Backup:
     Raises: InputError where there is state already, the platform runs, or a file of the backup is damaged.
     """
     manifest = _manifest(address)
-    if not force and (occupied := _occupied(paths, manifest)):
+    if not force and not (paths.home / RESTORING).exists() and (occupied := _occupied(paths, manifest)):
         remedy = f'restore into an empty project, or run "loopwright restore {address} --force"'
         raise InputError(f"{occupied}: is there already, with other content; {remedy}")
     with _stopped(paths), writing(paths.home), scratch_folder(paths.home, "restore") as scratch:
         _fetch(address, manifest, scratch)
-        _put(paths, scratch)
+        _put(paths, scratch, address)
     return _summary(address, manifest)
 
 
@@ -142,7 +143,7 @@ def upgrade(paths: Paths, echo: Callable[[str], None]) -> str:
         except Exception as error:
             with scratch_folder(paths.home, "restore") as scratch:
                 _fetch(str(folder), _manifest(str(folder)), scratch)
-                _put(paths, scratch)
+                _put(paths, scratch, str(folder))
             reason = reason_of(error)
             raise InputError(
                 f"upgrade: {reason}; the databases are as before; go on with the former version"
@@ -154,8 +155,11 @@ def upgrade(paths: Paths, echo: Callable[[str], None]) -> str:
 def _stopped(paths: Paths) -> Iterator[None]:
     """Hold the locks of `up` and of runs: nothing may write what is replaced.
 
-    Raises: InputError naming the process that does.
+    Raises: InputError naming the process that does, or the endpoint, of any host, that answers from this state.
     """
+    if replicas := live_replicas(paths.home):
+        rest = f"a killed one counts for {LIVE_SECONDS:.0f} s"
+        raise InputError(f"serve: {', '.join(replicas)} (host and process) still answers; stop it; {rest}")
     with ExitStack() as stack:
         for folder, name in (("", "up"), ("stages", "run"), ("stages", "ingest"), ("stages", RETENTION_LOCK)):
             stack.enter_context(file_lock(paths.home / folder, name))
@@ -360,12 +364,21 @@ def _fetch(address: str, manifest: Mapping[str, Any], scratch: Path) -> None:
             raise InputError(f"{address}: {name} is damaged; nothing was restored; use another backup")
 
 
-def _put(paths: Paths, scratch: Path) -> None:
-    """Move fetched files to where they belong; folders are replaced as a whole, DVC's objects added."""
+def _put(paths: Paths, scratch: Path, address: str) -> None:
+    """Move fetched files to where they belong; folders are replaced as a whole, DVC's objects added.
+
+    A marker lies in the state folder meanwhile: killed here, nothing else starts before it is done again.
+    """
+    marker = paths.home / RESTORING
+    write_text(marker, address)
     if (dump := scratch / POSTGRESQL).is_file():
         address, password = _postgresql(database_url(paths.home))
         options = ("--clean", "--if-exists", "--no-owner", "--single-transaction", f"--dbname={address}")
-        _run_tool("pg_restore", *options, str(dump), password=password)
+        try:
+            _run_tool("pg_restore", *options, str(dump), password=password)
+        except InputError:  # in a transaction: all is as before
+            marker.unlink()
+            raise
     for name in _DATABASES:
         for suffix in ("", "-wal", "-shm"):
             if (scratch / name).is_file():  # a log of another database would be written into this one
@@ -381,3 +394,4 @@ def _put(paths: Paths, scratch: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not (is_object and target.exists()):
             shutil.move(source, target)
+    marker.unlink()

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from components.config.params import InputError, Refused
 from components.config.paths import Paths, disk_trouble, find_root
 from components.config.secrets import environment_secrets, hidden
-from components.runtime.files import keep_private
+from components.runtime.files import check_restored, keep_private
 from components.runtime.service_registry import bypass_proxies_for_loopback
 from loopwright.env import forget_exports
 from loopwright.output import print_json, say
@@ -84,13 +84,15 @@ app = typer.Typer(
 
 
 @app.callback()
-def loopwright() -> None:
+def loopwright(context: typer.Context) -> None:
     """Raw text in, a served language-model agent out, and back again: every step versioned, tracked, gated."""
     forget_exports()
     bypass_proxies_for_loopback()
     os.umask(0o077)
     with suppress(InputError):  # no project here, as its command will say
         keep_private(Paths(find_root()))
+    if context.invoked_subcommand not in ("restore", "verify", "doctor"):
+        check_restored(_home())
 
 
 def main() -> None:

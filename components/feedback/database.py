@@ -116,7 +116,7 @@ class Database:
         Raises: InputError when the address is unusable, StoreUnavailable when the database cannot be opened.
         """
         self.address = shown(url)
-        self._engine, self._file = _open(url, busy_seconds)
+        self._engine, self._file = open_engine(url, busy_seconds)
         self._reopening = threading.Lock()
         self._inode: int | None = None
         self._writers: list[sqlite3.Connection] = []
@@ -228,7 +228,8 @@ class Database:
         with self._read() as connection:
             return connection.scalar(statement)
 
-    def _clock(self, connection: Connection) -> ColumnElement[float]:
+    @staticmethod
+    def _clock(connection: Connection) -> ColumnElement[float]:
         """The time of the database's clock, in Unix time; that of this host for SQLite, which has one host."""
         if connection.dialect.name == "postgresql":
             return sql_cast(func.extract("epoch", func.clock_timestamp()), Double)
@@ -293,8 +294,11 @@ def shown(url: str) -> str:
     return address.render_as_string(hide_password=True)
 
 
-def _open(url: str, busy_seconds: float) -> tuple[Engine, Path | None]:
-    """The engine, and the file of an SQLite database."""
+def open_engine(url: str, busy_seconds: float) -> tuple[Engine, Path | None]:
+    """The engine, and the file of an SQLite database.
+
+    Raises: InputError when the address is unusable.
+    """
     try:
         address = make_url(url)
         if address.drivername in ("postgresql", "postgres"):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, case, select
+from sqlalchemy import ColumnElement, case, inspect, select
+from sqlalchemy.exc import SQLAlchemyError
 
-from components.feedback.database import Database, insertion, through_restarts
+from components.feedback.database import Database, database_url, insertion, open_engine, through_restarts
 from components.feedback.tables import ANSWERS, RATE_LIMITS, REPLICAS, REQUESTS
 
 LIVE_SECONDS = 10.0
@@ -107,6 +109,25 @@ class Replicas(Database):
         with self._read() as connection:
             model: str | None = connection.scalar(answered)
             return model
+
+
+def live_replicas(home: Path) -> list[str]:
+    """`HOST-PROCESS-ID` of the replicas that run on a state folder's store, whose schema stays as it is.
+
+    Empty where it cannot be read: nobody can run on it then.
+    """
+    engine, file = open_engine(database_url(home), busy_seconds=5.0)
+    if file is not None and not file.exists():  # opening it would create it
+        return []
+    try:
+        with engine.connect() as connection:
+            if not inspect(connection).has_table(REPLICAS.name):  # an earlier schema
+                return []
+            return sorted(connection.scalars(select(REPLICAS.c.id).where(_is_live(Database._clock(connection)))))
+    except SQLAlchemyError:
+        return []
+    finally:
+        engine.dispose()
 
 
 def _is_live(now: ColumnElement[float]) -> ColumnElement[bool]:

@@ -20,6 +20,8 @@ from components.config.errors import InputError
 from components.config.paths import Paths, writing
 from components.runtime.process import file_lock
 
+RESTORING = "restoring"
+"""In the state folder while a backup is put into it: the backup's address."""
 _SECONDS_TO_WRITE = 600.0
 """Age from which on the new file of an interrupted replacement is a leftover."""
 _SECONDS_TO_CLEAN = 600.0
@@ -81,6 +83,14 @@ def keep_private(paths: Paths) -> None:
                 path.chmod(stat.S_IMODE(path.stat().st_mode) & ~_OTHERS)
     except PermissionError:
         print(f'{home}: others may read it; its owner can run "chmod -R go-rwx"', file=sys.stderr, flush=True)
+
+
+def check_restored(home: Path) -> None:
+    """Raises: InputError where a restoration was interrupted: the state is part old, part restored."""
+    with suppress(FileNotFoundError):
+        address = (home / RESTORING).read_text(encoding="utf-8")
+        remedy = f'run "loopwright restore {address} --force"'
+        raise InputError(f"{home}: the restoration of {address} is not done, so it is part old, part new; {remedy}")
 
 
 def sync(*paths: Path) -> None:

@@ -24,6 +24,7 @@ from components.config.loop_settings import ServeConfig
 from components.config.paths import AGENT
 from components.feedback.lineage import VersionMetadata, registry_metadata
 from components.feedback.store import Store, shared_registry
+from components.runtime.files import check_restored
 from components.runtime.model_tasks import TASKS, Task, task_of
 from components.runtime.process import file_lock
 from components.runtime.service_registry import SERVED
@@ -162,9 +163,10 @@ class Serving:
         `model` is `NAME@ALIAS` or `NAME/VERSION`, or a comma-separated list, one per task. `share` of the requests go
         to challengers, where there are any. A base, which no agent was made of, may call the `project_tools`.
 
-        Raises: InputError when the database cannot be opened, two models have the same task, or MCP servers are
-        configured without the extra.
+        Raises: InputError when the database cannot be opened or a restoration is not done, two models have the same
+        task, or MCP servers are configured without the extra.
         """
+        check_restored(home)
         home.mkdir(parents=True, exist_ok=True)  # whose disk the metrics describe, also where the database is elsewhere
         mcp = McpServers(config.mcp_servers, config.mcp_call_seconds)
         registered = ModelTools(Registry(home), config.model_tools, config.follow_seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -27,7 +28,7 @@ from sqlalchemy.engine import make_url
 from typer.testing import CliRunner
 
 from components.config.loop_settings import FeedbackConfig
-from components.config.params import InputError
+from components.config.params import InputError, load_params
 from components.config.paths import Paths
 from components.feedback.ingest import ingest
 from components.feedback.store import AnswerRecord, Store
@@ -37,6 +38,9 @@ from components.tracking.registry import ModelVersion, Registry
 from flows.backup import MANIFEST, MLFLOW, backup, restore, upgrade, verify
 from flows.orchestration.dvc_repo import version_data
 from loopwright.cli import app
+from serving.models.replica import Replica
+from serving.models.state import Serving
+from tests.conftest import command_output
 from tests.pages import ROOT
 
 Register = Callable[..., ModelVersion]
@@ -158,6 +162,50 @@ def test_state_is_replaced_by_force_alone_and_while_nothing_runs(paths: Paths, t
     restore(paths, address, force=True)
     with closing(Store.of(paths.home)) as store:
         assert store.counts()["requests"] == 1
+
+
+@pytest.mark.parametrize("moves", [0, 4])
+def test_state_of_a_restoration_that_was_killed_is_not_used(
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    address = str(tmp_path / "backup")
+    backup(paths, address)
+    with closing(Store.of(paths.home)) as store:
+        exchange(store, "later")
+    left, move = iter(range(moves)), shutil.move
+
+    def killed(*places: Path) -> None:
+        next(left)
+        move(*places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "move", killed)
+        with pytest.raises(StopIteration):
+            restore(paths, address, force=True)
+    remedy = f'the restoration of {address} is not done, .*; run "loopwright restore {address} --force"'
+    for words in (("up",), ("serve",), ("run",), ("improve",), ("backup", str(tmp_path / "another"))):
+        code, _, said = command_output(paths.root, dict(os.environ), *words)
+        assert (code, said.count("\n")) == (1, 1)
+        assert re.search(remedy, said)
+    with pytest.raises(InputError, match=remedy):
+        Serving.open(paths.home, load_params(paths.params).serve, "agent@champion")
+    restore(paths, address)  # what is there is no state that a --force would have to give up
+    assert command_output(paths.root, dict(os.environ), "feedback", "stats")[0] == 0
+    with closing(Store.of(paths.home)) as store:
+        assert store.counts()["requests"] == 1
+
+
+def test_neither_an_upgrade_nor_a_restoration_goes_on_under_an_endpoint(paths: Paths, tmp_path: Path) -> None:
+    address = str(tmp_path / "backup")
+    backup(paths, address)
+    with closing(Store.of(paths.home)) as store:
+        replica = Replica(store, list)
+        replica.start()
+        for change in (lambda: upgrade(paths, print), lambda: restore(paths, address, force=True)):
+            with pytest.raises(InputError, match=rf"serve: {replica.id} \(host and process\) still answers; stop it"):
+                change()
+        replica.close()
+    restore(paths, address, force=True)
 
 
 def test_a_clone_takes_a_backup_whose_dvc_lock_differs_from_that_of_git(paths: Paths, tmp_path: Path) -> None:
