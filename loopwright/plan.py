@@ -36,13 +36,23 @@ def plan(
     stages = planning.plan(params, machine, count)
     seconds = sum(stage.seconds or 0.0 for stage in stages)
     cost = seconds / 3600 * price * count
+    on_base = {name: config.base for name, config in params.fine_tuned.items() if config.base}
     if as_json:
         stage_rows = [asdict(stage) for stage in stages]
         about = {"device": machine and machine.name, "devices": count}
-        print_json({**about, "stages": stage_rows, "seconds": seconds, "cost": cost})
+        print_json({**about, "stages": stage_rows, "on_base": on_base, "seconds": seconds, "cost": cost})
         return
     print_table(
-        ("stage", "parameters", "tokens", "FLOPs", "memory" if count == 1 else "memory each", "disk", "time"),
+        (
+            "stage",
+            "parameters",
+            "tokens",
+            "FLOPs",
+            "memory" if count == 1 else "memory each",
+            "checkpoints",
+            "rows",
+            "time",
+        ),
         [
             (
                 stage.stage,
@@ -52,19 +62,20 @@ def plan(
                 f"{stage.memory / 2**30:.1f} GiB"
                 + (" (too much)" if machine and stage.memory > machine.memory else ""),
                 f"{stage.disk / 2**30:.1f} GiB",
+                f"{stage.rows / 2**30:.1f} GiB",
                 _duration(stage.seconds) if stage.seconds is not None else None,
             )
             for stage in stages
         ],
     )
+    for section, base in on_base.items():
+        print(f"{section}: not above: on the base {base}; its stage says what it takes before its first step")
     if machine is None:
         say('No time without a machine: "loopwright bench-machine" measures this one, or name one with --device')
         return
     source = "as measured here" if machine.measured else f"at {planning.ASSUMED_SHARE:.0%} of the published peak"
     bill = f", {cost:,.2f} at {price:g} an hour" if price else ""
     print(f"{_duration(seconds)} of training on {'one' if count == 1 else count} {machine.name}, {source}{bill}")
-    for section in (name for name, config in params.fine_tuned.items() if config.base):
-        print(f"{section}: on {getattr(params, section).base}; its stage says what it takes before its first step")
 
 
 def bench_machine(as_json: Json = False) -> None:

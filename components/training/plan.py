@@ -32,9 +32,11 @@ from components.runtime.launcher import is_distributed
 from components.token_rows.batches import Batch
 from components.training.activations import checkpoint_blocks, watch_saved
 from components.training.budget import COPY_BYTES, LOGIT_BYTES, STATE_BYTES, Budget
+from components.training.checkpoints import MAX_CHECKPOINTS
 from components.training.defaults import count_parameters
 from components.training.loop import Training, compute_in
 from components.training.objectives import causal_lm, chunk_rows
+from components.training.optimizers import Masters, build_optimizers
 
 CPU = "this CPU"
 """The name of a machine without a GPU."""
@@ -47,8 +49,8 @@ MEASURED_SECONDS = 5.0
 """Of the steps of one size, at least."""
 SHARD_BYTES = 4 + STATE_BYTES
 """Of a trained weight over all of several devices: in fp32, with its gradient and AdamW's two moments."""
-CHECKPOINT_BYTES = 12
-"""Of a trained weight in a checkpoint: itself and two moments."""
+COPIES_OF_ROWS = 2
+"""On the disk: the rows, and DVC's cache of them."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,10 @@ class StagePlan:
     memory: int
     """Bytes at the peak, of each device."""
     disk: int
-    """Bytes of the model, its copy in DVC's cache and two checkpoints while it trains."""
+    """Bytes of the checkpoints while it trains: those that are kept of each of its phases, and the one that is written.
+    The model and its copy in DVC's cache, which come then, take less than that one."""
+    rows: int
+    """Bytes of its token rows and their copy in DVC's cache, if each is read once: less where they are read again."""
     seconds: float | None
     """Start and steps; None without a machine. Steps of several devices take as many times less: what they exchange is
     not counted."""
@@ -162,8 +167,8 @@ def plan(params: Params, machine: Machine | None = None, devices: int = 1) -> li
     ]
 
 
-def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
-    """Stage, settings, steps and model of each training."""
+def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts, int, int]]:
+    """Stage, settings, steps and model of each training; bytes of a token's marks on disk, and phases."""
     rows, vocabulary, model = params.prepare, params.train_tokenizer, params.model
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig.from_params(model.decoder, vocabulary.decoder.vocab_size))
@@ -195,20 +200,31 @@ def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts]]:
     written: Parts = decoder, text.shape[1], text.shape[1], decode
     translated: Parts = encoder_decoder, *pair, translate
     pretraining, classifier = params.pretrain, params.classifier
-    yield "pretrain@decoder", pretraining.decoder, pretraining.decoder.max_steps, written
+    yield "pretrain@decoder", pretraining.decoder, pretraining.decoder.max_steps, written, 3, 1
     filled: Parts = encoder, length, round(masked * length), encode
-    yield "pretrain@encoder", pretraining.encoder, pretraining.encoder.max_steps, filled
-    yield "pretrain@encoder_decoder", pretraining.encoder_decoder, pretraining.encoder_decoder.max_steps, translated
+    yield "pretrain@encoder", pretraining.encoder, pretraining.encoder.max_steps, filled, 2, 1
+    steps = pretraining.encoder_decoder.max_steps
+    yield "pretrain@encoder_decoder", pretraining.encoder_decoder, steps, translated, 0, 1
     if not params.tune.base:
-        yield "tune", params.tune, params.tune.max_steps, written
+        yield "tune", params.tune, params.tune.max_steps, written, 3, 1
     if not classifier.base:
         steps = classifier.adapt_steps + classifier.trials * classifier.trial_steps + classifier.max_steps
-        yield "finetune@classifier", classifier, steps, (encoder, length, 0, encode)
+        phases = bool(classifier.adapt_steps) + classifier.trials + 1
+        yield "finetune@classifier", classifier, steps, (encoder, length, 0, encode), 0, phases
     if not params.summarizer.base:
-        yield "finetune@summarizer", params.summarizer, params.summarizer.max_steps, translated
+        yield "finetune@summarizer", params.summarizer, params.summarizer.max_steps, translated, 0, 1
 
 
-def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Machine | None, devices: int) -> StagePlan:
+def _stage(
+    name: str,
+    config: LoopConfig,
+    steps: int,
+    parts: Parts,
+    mark_bytes: int,
+    phases: int,
+    machine: Machine | None,
+    devices: int,
+) -> StagePlan:
     model, tokens, targets, forward = parts
     parameters, vocab_size = count_parameters(model), len(cast(nn.Linear, model.head).weight)
     device = "cpu" if machine is None or machine.name == CPU else "cuda"
@@ -232,9 +248,19 @@ def _stage(name: str, config: LoopConfig, steps: int, parts: Parts, machine: Mac
         rows * cost.tokens,
         flops,
         memory,
-        parameters * (2 * 4 + 2 * CHECKPOINT_BYTES),
+        (MAX_CHECKPOINTS * phases + 1) * _checkpoint_bytes(model, config, with_best=name == "finetune@classifier"),
+        COPIES_OF_ROWS * rows * cost.tokens * ((2 if vocab_size <= 2**16 else 4) + mark_bytes),
         machine.start_seconds + flops / machine.rate(parameters) / devices if machine is not None else None,
     )
+
+
+def _checkpoint_bytes(model: nn.Module, config: LoopConfig, with_best: bool) -> int:
+    """Bytes of the fp32 weights, of the optimizers' states and, with early stopping, of the best weights so far."""
+    masters = Masters(model)
+    weights = sum(weight.nbytes for weight in masters.trained().values())
+    optimizers = build_optimizers(model, masters, config, torch.float32)
+    states = sum(tensor.nbytes for optimizer in optimizers for tensor in optimizer.state().values())
+    return weights * (2 if with_best else 1) + states
 
 
 def _gathered(model: nn.Module, itemsize: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,13 +13,16 @@ import torch
 from typer.testing import CliRunner
 
 from components.config.model_settings import Checkpointing
-from components.config.params import InputError, load_params
+from components.config.params import InputError, Params, load_params
 from components.models import fused
 from components.models.decoder import Decoder, DecoderConfig
+from components.training import checkpoints
 from components.training import plan as planning
 from components.training.activations import checkpoint_blocks, watch_saved
 from components.training.plan import PUBLISHED, Machine, Rate, StagePlan, plan, row_cost
+from components.training.pretrain import pretrain
 from loopwright.cli import app
+from tests.training.conftest import NewRun
 
 PARAMS = Path(__file__).parents[2] / "params.yaml"
 SHAPE = DecoderConfig.from_params(load_params(PARAMS, {"scale": "smoke"}).model.decoder, 300)
@@ -99,6 +104,42 @@ def test_devices_share_weights_states_and_time() -> None:
     assert pair["finetune@classifier"] == single["finetune@classifier"], "trains as one process"
 
 
+def plan_of(name: str, params: Params) -> StagePlan:
+    return next(planning._stage(*training, None, 1) for training in planning._trainings(params) if training[0] == name)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_training_takes_the_disk_that_is_planned(
+    optimizer: str, new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of checkpoints the two that are kept and the one that is written; of token rows those of its steps, twice."""
+    run, sizes = new_run("pretrain", max_steps=5, optimizer=optimizer), []
+
+    def note(path: Path, remove: Callable[[Path], None] = checkpoints._remove) -> None:
+        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
+        remove(path)
+
+    monkeypatch.setattr(checkpoints, "_remove", note)
+    rows = run.paths.tokens("decoder") / "pretrain"
+    info = json.loads((rows / "rows.json").read_text())
+    info["vocab_size"] = run.params.train_tokenizer.decoder.vocab_size
+    (rows / "rows.json").write_text(json.dumps(info))
+    pretrain(run)
+    planned = plan_of("pretrain@decoder", run.params)
+    headers_and_random_state = 3 * 14_000
+    assert planned.disk < max(sizes) < planned.disk + headers_and_random_state
+    row = sum(file.stat().st_size for file in rows.glob("train.*.bin")) / info["rows"]["train"]
+    assert planned.rows == 2 * row * run.params.pretrain.decoder.global_batch_size * 5
+
+
+def test_every_phase_of_the_classifier_keeps_checkpoints_with_its_best_weights() -> None:
+    values = {"scale": "smoke", "classifier.adapt_steps": 1}
+    params = [load_params(PARAMS, values | {"classifier.trials": trials}) for trials in (0, 3)]
+    plans = [plan_of("finetune@classifier", each) for each in params]
+    assert plans[1].disk / plans[0].disk == (2 * 5 + 1) / (2 * 2 + 1), "adapting, three trials, the long training"
+    assert plans[0].disk / 5 > 4 * 2 * plans[0].parameters, "weights and best weights, beside the optimizers' states"
+
+
 def test_stages_on_a_base_are_left_out() -> None:
     names = [stage.stage for stage in plan(load_params(PARAMS, {"tune.base": "theirs@champion"}))]
     assert "tune" not in names
@@ -126,6 +167,9 @@ def test_the_command_prints_days_and_cost_and_refuses_other_devices(monkeypatch:
     shown = CliRunner().invoke(app, ["plan", "--scale", "cluster", "--device", "h200", "--price", "3"])
     assert "pretrain@decoder" in shown.output
     assert "days of training on one h200" in shown.output
+    based = ["plan", "--scale", "smoke", "--set", "tune.base=theirs@champion"]
+    assert "tune: not above: on the base theirs@champion; its" in CliRunner().invoke(app, based).output
+    assert json.loads(CliRunner().invoke(app, [*based, "--json"]).output)["on_base"] == {"tune": "theirs@champion"}
     refused = CliRunner().invoke(app, ["plan", "--device", "h300"])
     assert isinstance(refused.exception, InputError)
     assert "h300" in str(refused.exception)
