@@ -147,10 +147,11 @@ def is_outage(error: Exception) -> bool:
     """Whether the same request may succeed when a server, or what it stores in, is back."""
     from sqlalchemy.exc import OperationalError
 
-    requests = sys.modules.get("requests")  # MLflow's own
-    if requests and isinstance(error, requests.RequestException):  # of a file
-        return error.response is None or error.response.status_code >= 500
-    storage = sys.modules.get("botocore.exceptions")
+    # Of the clients of files, as in `errors`; a wrong address is a ValueError.
+    http, storage = sys.modules.get("requests"), sys.modules.get("botocore.exceptions")
+    if http and isinstance(error, http.RequestException):
+        is_answered = error.response is not None and error.response.status_code < 500
+        return not is_answered and not isinstance(error, ValueError)
     of_storage = (storage.ConnectionError, storage.HTTPClientError) if storage else ()
     is_away = isinstance(error, (ConnectionError, TimeoutError, OperationalError, *of_storage))
     return is_away or getattr(error, "error_code", "") in _OUTAGES

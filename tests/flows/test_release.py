@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import yaml
 
 from components.config.params import Refused
 from components.config.paths import Paths
+from components.feedback.store import Store, StoreUnavailable, shared_registry
 from components.tracking.registry import ModelVersion, Registry
 from components.tracking.version_files import lineage
-from flows.release import GateReport, apply_gate, current_release, gate, register, release_states
+from flows.release import GateReport, apply_gate, current_release, gate, promote, register, release_states
 
 Register = Callable[..., ModelVersion]
 
@@ -185,3 +187,16 @@ def test_a_first_classifier_that_the_baseline_beats_passes_and_is_told_so(
     assert gate(registry, registry.resolve(str(version)), paths, print) == GateReport(
         True, "there was no champion; the baseline is better on by_symbol: 0.750 against 0.700"
     )
+
+
+def test_a_release_that_went_on_after_the_move_leaves_its_row(home: Path, registered: Register) -> None:
+    def refused(*_: str) -> None:
+        raise StoreUnavailable("the store is locked")
+
+    version, registry = registered(0.5), shared_registry(home)
+    with pytest.raises(StoreUnavailable):
+        promote(Registry(home, audit=refused), version, "", "there was no champion")
+    for _ in range(2):  # as `effect` and the next release do
+        promote(registry, version, "", "there was no champion")
+    with closing(Store.of(home)) as store:
+        assert [row["object"] for row in store.audit_rows("promote")] == ["agent/1"]

@@ -87,6 +87,7 @@ def test_work_of_hours_that_fails_in_the_end_is_waited_for() -> None:
         (requests.ConnectionError("refused"), True),
         (requests.HTTPError("502 Bad Gateway", response=response(502)), True),
         (requests.HTTPError("404 Not Found", response=response(404)), False),
+        (requests.exceptions.MissingSchema("no address"), False),
         (FileNotFoundError("config.json"), False),
     ],
 )
