@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+import fsspec
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
@@ -63,8 +64,12 @@ def s3_server() -> Iterator[dict[str, str]]:
     for bucket in BUCKETS:
         client.create_bucket(Bucket=bucket)
     client.close()
-    yield {**keys, "AWS_ENDPOINT_URL": url, "MLFLOW_S3_ENDPOINT_URL": url}
-    server.stop()
+    try:
+        yield {**keys, "AWS_ENDPOINT_URL": url, "MLFLOW_S3_ENDPOINT_URL": url}
+    finally:
+        server.stop()
+        with suppress(ImportError):  # clients are kept for a process: the next server has another address
+            fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @contextmanager

@@ -283,7 +283,7 @@ class Ledger(Audit):
         oldest = self._scalar(select(func.min(REQUESTS.c.created)).where(silent))
         if oldest is None:
             return 0
-        until = min(time.time(), max(filter(None, newest))) - keep_days * DAY_SECONDS
+        until = min(time.time(), max(filter(None, newest), default=oldest)) - keep_days * DAY_SECONDS
         until = min(until, oldest + DAY_SECONDS)
         forgotten = 0
         while count := self._forget_batch(and_(REQUESTS.c.created < until, silent)):
