@@ -36,6 +36,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 RETENTION_LOCK = "retention"
 """Held by a backup and by `prune`, in the folder `stages` of the state folder."""
+UPGRADES = "backups/upgrade-"
+"""In the state folder; behind it the time."""
 FEEDBACK, MLFLOW = "home/feedback.db", "home/mlflow/mlflow.db"
 POSTGRESQL = "feedback.pgdump"
 _HOME, _PROJECT, _CACHE = "home", "project", "cache"
@@ -129,7 +131,7 @@ def upgrade(paths: Paths, echo: Callable[[str], None]) -> str:
 
     Raises: InputError where the platform runs, or a migration fails.
     """
-    folder = paths.home / "backups" / time.strftime("upgrade-%Y%m%dT%H%M%S")
+    folder = paths.home / time.strftime(f"{UPGRADES}%Y%m%dT%H%M%S")
     with _stopped(paths):
         writer = _Writer(str(folder))
         _add_databases(paths, writer)

@@ -14,9 +14,16 @@ from components.feedback.store import Store, has_store, leased_in
 from components.runtime.process import file_lock, lock_owner
 from components.runtime.service_registry import SERVED, running
 from components.tracking.registry import ModelVersion, Registry, is_empty
-from components.tracking.retention import Size, prune_runs, prune_versions, retained_versions
+from components.tracking.retention import (
+    Size,
+    prune_runs,
+    prune_traces,
+    prune_versions,
+    removed,
+    retained_versions,
+)
 from components.tracking.version_files import lineage
-from flows.backup import RETENTION_LOCK
+from flows.backup import MANIFEST, RETENTION_LOCK, UPGRADES
 from flows.bento import prune_bentos
 from flows.orchestration.dvc_repo import prune_cache
 from flows.orchestration.prefect_server import prune_flow_runs
@@ -59,6 +66,8 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
             removals.append(_removal("versions", prune_versions(registry, retained, dry_run)))
             if keep.runs is not None:
                 removals.append(_removal("runs", prune_runs(registry, keep.runs, retained, dry_run)))
+            if keep.traces is not None:
+                removals.append(_removal("traces", prune_traces(registry, keep.traces, retained, dry_run)))
             if keep.bentos is not None:
                 named = retained_versions(registry, 1)  # the newest may be in its release
                 removals.append(_removal("Bentos", prune_bentos(paths.home, named, keep.bentos, dry_run)))
@@ -67,6 +76,8 @@ def prune(paths: Paths, dry_run: bool = False) -> list[Removal]:
         if keep.log_megabytes is not None:
             limit = keep.log_megabytes * _MEGABYTE
             removals.append(_removal("logs", _trim_logs(paths.home / "logs", limit, dry_run)))
+        if keep.upgrades is not None:
+            removals.append(_removal("backups", _prune_upgrades(paths.home, keep.upgrades, dry_run)))
         address = os.environ.get("PREFECT_API_URL") or running(paths.home).get("prefect")
         if keep.flow_runs is not None and address:
             names = prune_flow_runs(address, paths.home, keep.flow_runs, dry_run)
@@ -92,6 +103,15 @@ def _removal(kind: str, sizes: Iterable[Size]) -> Removal:
 def _data(retained: Collection[ModelVersion]) -> set[str]:
     """DVC's hashes of all data that kept versions were made from."""
     return {md5 for version in retained for key, md5 in lineage(version).items() if key.startswith("dvc.")}
+
+
+def _prune_upgrades(home: Path, newest: int, dry_run: bool) -> Iterator[Size]:
+    """Remove backups of upgrades but the newest whole ones; one that was cut off has no manifest."""
+    backups = sorted(home.glob(f"{UPGRADES}*"))
+    whole = [folder for folder in backups if (folder / MANIFEST).is_file()]
+    for folder in backups:
+        if folder not in whole[-newest:]:
+            yield from removed(folder, dry_run)
 
 
 def _trim_logs(folder: Path, limit: int, dry_run: bool) -> Iterator[Size]:

@@ -21,7 +21,7 @@ class FeedbackConfig(Section):
 
 
 class KeepConfig(Section):
-    """Retention: what `loopwright prune` and the schedules leave; null: without limit.
+    """Retention: what `loopwright prune` and the schedules leave; null: nothing of that kind is ever removed.
 
     What an alias names, a server serves or kept lineage refers to always stays.
     """
@@ -32,6 +32,8 @@ class KeepConfig(Section):
     """Newest versions of each model that keep their weights; older ones keep their tags, metrics and lineage."""
     runs: int | None = Field(ge=1)
     """Newest MLflow runs of each name."""
+    traces: int | None = Field(ge=1)
+    """Newest traces of answers in MLflow (`serve.traces: mlflow`)."""
     bentos: int | None = Field(ge=0)
     """Newest built Bentos of each model, beside those of versions with an alias."""
     cache_days: float | None = Field(ge=0)
@@ -40,6 +42,8 @@ class KeepConfig(Section):
     """Size of a log file above which its beginning is cut off."""
     flow_runs: int | None = Field(ge=1)
     """Newest ended flow runs of each flow in Prefect."""
+    upgrades: int | None = Field(ge=1)
+    """Newest backups that `loopwright upgrade` made."""
 
 
 class RunConfig(Section):

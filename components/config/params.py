@@ -236,13 +236,16 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any], where: str = "scales.yaml") -> dict[str, Any]:
-    """`over` wins key by key, in sections and their sub-sections; a key without a value leaves the base's."""
+    """`over` wins key by key, in sections and their sub-sections; a key without a value leaves the base's.
+
+    In the section `keep` null is a value: never remove.
+    """
     merged = dict(base)
     for key, value in over.items():
         if isinstance(base.get(key), dict):
             if value is not None and not isinstance(value, dict):
                 raise InputError(f"{where}: {key}: expected a section, found {value!r}")
-            merged[key] = _merge(base[key], value or {}, where)
+            merged[key] = {**base[key], **(value or {})} if key == "keep" else _merge(base[key], value or {}, where)
         elif value is not None:
             merged[key] = value
     return merged

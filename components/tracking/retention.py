@@ -29,6 +29,8 @@ _EVIDENCE = (".parquet", ".json", ".png")
 _PARENT = "mlflow.parentRunId"
 _MAX_RUNS = 200
 """Ids in one call of MLflow's command."""
+_MAX_TRACES = 100
+"""Ids in one request of MLflow's API."""
 
 
 def retained_versions(registry: Registry, newest: int | None, pinned: Collection[str] = ()) -> list[ModelVersion]:
@@ -88,6 +90,28 @@ def prune_runs(registry: Registry, newest: int, retained: Collection[ModelVersio
     if not dry_run and old:
         _delete([run.info.run_id for run in old], registry)
     return sizes
+
+
+def prune_traces(registry: Registry, newest: int, retained: Collection[ModelVersion], dry_run: bool) -> list[Size]:
+    """Remove traces of answers but the newest, and those of held-out answers of versions that are not kept."""
+    client, names = registry.client, {str(version) for version in retained}
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    answers, held_out, token = list[str](), list[str](), None
+    while token != "":
+        page = client.search_traces(
+            locations=[experiment], page_token=token, order_by=["timestamp_ms DESC"], include_spans=False
+        )
+        for trace in page:
+            tags = trace.info.tags
+            if "completion_id" in tags:
+                answers.append(trace.info.trace_id)
+            elif tags.get("held_out") == "true" and tags.get("model") not in names:
+                held_out.append(trace.info.trace_id)
+        token = page.token or ""
+    old = answers[newest:] + held_out
+    for first in range(0, 0 if dry_run else len(old), _MAX_TRACES):
+        client.delete_traces(experiment, trace_ids=old[first : first + _MAX_TRACES])
+    return [(trace_id, 0) for trace_id in old]
 
 
 def removed(path: Path, dry_run: bool) -> Iterator[Size]:

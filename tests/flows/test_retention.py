@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from components.config.loop_settings import KeepConfig
 from components.config.params import InputError, load_params
 from components.config.paths import TRAINED_ON_FILE, Paths
 from components.feedback.lineage import lineage, registry_metadata
@@ -20,14 +21,16 @@ from components.feedback.store import AnswerRecord, Store
 from components.runtime.process import file_lock
 from components.runtime.service_registry import SERVED
 from components.tracking.mlflow_client import create_run
+from components.tracking.mlflow_database import EXPERIMENT
 from components.tracking.registry import Registry
-from flows.backup import RETENTION_LOCK
+from components.tracking.traces import Span, Traces, store_held_out_traces
+from flows.backup import MANIFEST, RETENTION_LOCK, UPGRADES
 from flows.orchestration.dvc_repo import version_data
 from flows.orchestration.prefect_server import client_settings, home_tag, prefect_api
 from flows.retention import prune
 from tests.pages import ROOT
 
-POLICY = {"versions": 3, "runs": 4, "bentos": 1, "cache_days": 0, "log_megabytes": 1, "flow_runs": 5}
+POLICY = {"versions": 3, "runs": 4, "bentos": 1, "cache_days": 0, "log_megabytes": 1, "flow_runs": 5, "traces": 2}
 ROUNDS = 12
 WEIGHTS = 300_000
 """Bytes of a version's weights, and of each round's data."""
@@ -156,6 +159,62 @@ def test_the_earlier_name_of_the_days_of_requests_is_refused_with_the_present_on
     paths.params.write_text(yaml.safe_dump(written | {"feedback": {"keep_days": 30}}), encoding="utf-8")
     with pytest.raises(InputError, match=r"feedback\.keep_days: renamed; write keep\.request_days"):
         load_params(paths.params)
+
+
+def test_traces_stay_of_the_newest_answers_and_of_kept_versions(paths: Paths) -> None:
+    registry = Registry(paths.home)
+    for number in range(1, 5):
+        improve(paths, registry, number)
+        row = {"suite": "s", "question": f"held out {number}", "expected": "b", "answer": "b", "score": 1.0}
+        store_held_out_traces(registry.resolve(f"agent/{number}"), [row])
+    traces = Traces(paths.home, 1.0)
+    for number in range(1, 5):
+        traces.add(
+            Span("answer", "AGENT", number, number + 1, f"question {number}", "b"), (), {"completion_id": f"c-{number}"}
+        )
+    traces.close(60)
+
+    def questions() -> set[str]:
+        experiment = registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
+        found = registry.client.search_traces(locations=[experiment])
+        return {str(trace.data.spans[0].inputs) for trace in found}
+
+    before = questions()
+    assert len(before) == 8
+    (planned,) = (removal for removal in prune(paths, dry_run=True) if removal.kind == "traces")
+    assert (planned.count, questions()) == (3, before)
+    prune(paths)
+    stay = {f"{{'question': 'held out {number}'}}" for number in (2, 3, 4)} | {"question 3", "question 4"}
+    assert questions() == stay
+    assert not [path for path in paths.home.rglob("traces*") if path.is_dir() and len(list(path.iterdir())) > len(stay)]
+
+
+def test_the_newest_whole_backups_of_upgrades_stay(paths: Paths) -> None:
+    for number, is_whole in enumerate([True, True, True, True, False]):
+        folder = paths.home / f"{UPGRADES}2026010{number}T000000"
+        folder.mkdir(parents=True)
+        (folder / "feedback.db").write_text("x")
+        if is_whole:
+            (folder / MANIFEST).write_text("{}")
+    own = paths.home / "backups" / "of-a-person"
+    own.mkdir()
+    (removal,) = (removal for removal in prune(paths) if removal.kind == "backups")
+    assert [Path(name).name[8:16] for name in removal.names] == ["20260100", "20260101", "20260104"]
+    stay = {own.name, "upgrade-20260102T000000", "upgrade-20260103T000000"}
+    assert {folder.name for folder in own.parent.iterdir()} == stay
+
+
+def test_null_removes_nothing_and_less_than_one_is_refused(paths: Paths) -> None:
+    text = paths.params.read_text(encoding="utf-8").replace(json.dumps(POLICY), "NULLS")
+    nulls = dict.fromkeys(KeepConfig.model_fields)
+    paths.params.write_text(text.replace("NULLS", json.dumps(nulls)))
+    assert load_params(paths.params).keep.model_dump() == nulls
+    assert load_params(ROOT / "params.yaml", {"keep.versions": None}).keep.versions is None
+    assert {removal.kind: removal.count for removal in prune(paths)} == {"versions": 0}
+    for key in ("request_days", "versions", "runs", "traces", "log_megabytes", "flow_runs", "upgrades"):
+        paths.params.write_text(text.replace("NULLS", json.dumps({key: 0})))
+        with pytest.raises(InputError, match=rf"keep\.{key}: .*greater than or equal to 1"):
+            load_params(paths.params)
 
 
 @pytest.mark.platform
