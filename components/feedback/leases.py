@@ -99,15 +99,19 @@ class Lease:
 
 
 @contextmanager
-def leased(store: Leases, name: str, patience: float = 0.0, ends_process: bool = True) -> Iterator[Lease]:
+def leased(
+    store: Leases, name: str, patience: float = 0.0, ends_process: bool = True, host: str = ""
+) -> Iterator[Lease]:
     """Hold a lease during the block, renewed by a thread; where another takes it, the process ends if `ends_process`.
+
+    `host` is what the owner calls its host; by default, the machine's name.
 
     Raises: InputError naming the owner when it is still held after `patience` seconds.
     """
     if not store.is_shared:
         yield Lease(store, name)
         return
-    owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    owner = f"{host or socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     deadline = time.monotonic() + patience
     while (token := store.take_lease(name, owner, LEASE_SECONDS)) is None:
         if time.monotonic() >= deadline:

@@ -36,6 +36,7 @@ from components.feedback.replicas import Replicas
 from components.feedback.schedules import Schedules
 from components.feedback.tables import ANSWERS, FEEDBACK, REQUESTS, VOICE_CHARACTERS
 from components.feedback.user_records import People
+from components.runtime.process import host_id
 from components.tracking.registry import Registry
 
 __all__ = [
@@ -252,7 +253,8 @@ def leased_in(home: Path, name: str, patience: float = 0.0, ends_process: bool =
     if not is_shared(home):
         yield None
         return
-    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process) as lease:
+    host = host_id(home)
+    with closing(Store.of(home)) as store, leased(store, name, patience, ends_process, host) as lease:
         yield lease
 
 

@@ -10,10 +10,12 @@ import fcntl
 import os
 import pwd
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,6 +198,22 @@ def lock_owner(folder: Path, name: str) -> int | None:
         return None
     with path.open(encoding="utf-8") as file:
         return None if _try_lock(file.fileno()) else int(file.read() or "0")
+
+
+def host_id(home: Path) -> str:
+    """This machine's name and the state folder's own id: locks and process ids of another one say nothing here.
+
+    Containers and hosts may have the same name, and state folders of the same path. The folder's id outlives restarts,
+    unlike those of a boot or of a process namespace: the next start has to know the runs that a power cut ended.
+    """
+    path = home / "host-id"
+    if not path.exists():
+        with file_lock(home, path.name, patience=10.0):
+            if not path.exists():
+                new = path.with_name(f"{path.name}.new")  # files.py, which replaces whole files, needs this module
+                new.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+                new.replace(path)
+    return f"{socket.gethostname()}-{path.read_text(encoding='utf-8')}"
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import sys
 import threading
 import warnings
@@ -26,7 +25,7 @@ from components.config.errors import InputError, Unavailable, reason_of
 from components.config.secrets import hidden
 from components.runtime.files import write_text
 from components.runtime.model_tasks import Task, task_of
-from components.runtime.process import alive, file_lock
+from components.runtime.process import alive, file_lock, host_id
 from components.tracking.event_log import EventLog
 from components.tracking.mlflow_database import EXPERIMENT, LOCK_SECONDS, artifact_location, database_uri, relocate
 from components.tracking.mlflow_requests import (
@@ -123,14 +122,14 @@ def create_run(client: MlflowClient, name: str, tags: Mapping[str, str], parent:
 
 
 def end_killed_runs(client: MlflowClient, name: str, home: Path) -> None:
-    """Mark runs of that name in this state folder on this host that count as running; the caller knows that none does.
+    """Mark runs of that name in this state folder that count as running; the caller knows that none does.
 
-    Another host may have a state folder of the same path on the same server.
+    Another host, even of the same name, may have a state folder of the same path on the same server.
     """
     experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     unended = f"attributes.status = 'RUNNING' and attributes.run_name = '{name}'"
     for run in client.search_runs([experiment], unended):
-        tags, host = run.data.tags, socket.gethostname()
+        tags, host = run.data.tags, host_id(home)
         if tags.get("home") == str(home) and tags.get("host", host) == host:  # quotes of a path may break the filter
             client.set_terminated(run.info.run_id, "KILLED")
 

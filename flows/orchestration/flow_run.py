@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.config.errors import Unavailable
 from components.config.params import InputError, Refused
+from components.runtime.process import host_id
 from components.tracking.event_log import PARENT_RUN
 from components.tracking.mlflow_client import Uploader, connect, create_run, end_killed_runs, mlflow_name
 from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api, send_logs
@@ -166,7 +166,7 @@ def _tracked(name: str, home: Path, echo: Echo) -> Iterator[Note]:
     """The MLflow run that the stages' runs are children of; what is noted on it waits for MLflow."""
 
     def begin() -> tuple[MlflowClient, str]:
-        client, tags = connect(home), {"home": str(home), "host": socket.gethostname()}
+        client, tags = connect(home), {"home": str(home), "host": host_id(home)}
         end_killed_runs(client, name, home)
         return client, create_run(client, name, tags, None, int(time.time() * 1000))
 

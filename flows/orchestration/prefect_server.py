@@ -24,7 +24,7 @@ from components.config.secrets import hidden
 from components.feedback.leases import LeaseHolder
 from components.feedback.store import Store, is_shared, leased_in
 from components.runtime.files import replace_file
-from components.runtime.process import file_lock, lock_owner, start, stop
+from components.runtime.process import file_lock, host_id, lock_owner, start, stop
 from components.runtime.service_registry import AUTH_FILE, AUTH_STRING, LOOPBACK, running, wait_for
 
 if TYPE_CHECKING:
@@ -178,16 +178,16 @@ def mark_crashed_runs(home: Path, own_server: bool) -> None:
         for run in client.read_flow_runs(flow_run_filter=running):
             homes = [Path(tag.removeprefix("home:")) for tag in run.tags if tag.startswith("home:")]
             is_own = home in homes or (own_server and homes)
-            if is_own and holders is not None and _may_live_elsewhere(run, holders.get(str(run.id))):
+            if is_own and holders is not None and _may_live_elsewhere(run, holders.get(str(run.id)), host_id(home)):
                 continue
             if is_own and not any(lock_owner(folder / "flows", str(run.id)) for folder in (home, *homes)):
                 client.set_flow_run_state(run.id, Crashed(message="its process was killed"), force=True)
 
 
-def _may_live_elsewhere(run: FlowRun, holder: LeaseHolder | None) -> bool:
+def _may_live_elsewhere(run: FlowRun, holder: LeaseHolder | None, host: str) -> bool:
     """Whether a flow run may be one that another host begins or executes."""
     if holder is not None:
-        return holder.is_held and holder.host != socket.gethostname()
+        return holder.is_held and holder.host != host
     since = run.state.timestamp if run.state else run.created
     return since is not None and (datetime.now(UTC) - since).total_seconds() < _BEGIN_SECONDS
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import uuid
@@ -12,6 +13,7 @@ import pytest
 
 from components.feedback.items import read_items
 from components.feedback.store import AnswerRecord, Store
+from components.runtime.process import host_id
 from flows.orchestration.prefect_server import heartbeat, home_tag, mark_crashed_runs, prefect_api
 from tests.conftest import Project, clone
 from tests.servers import new_database
@@ -102,16 +104,19 @@ def test_a_start_marks_no_run_of_another_host_as_crashed(
         """Never called."""
 
     with temporary_settings(api.client), get_client(sync_client=True) as client, closing(Store(database)) as store:
-        runs = [client.create_flow_run(improve, tags=[home_tag(home)], state=Running()).id for _ in range(3)]
+        runs = [client.create_flow_run(improve, tags=[home_tag(home)], state=Running()).id for _ in range(4)]
         runs.append(client.create_flow_run(improve, tags=[home_tag(home)], state=Pending()).id)
-        living, killed, own, beginning = (str(run) for run in runs)
-        assert store.take_lease(f"flow-run {living}", "elsewhere:17:a", 60.0)
-        assert store.take_lease(f"flow-run {killed}", "elsewhere:18:b", -1.0)
+        living, killed, killed_here, own, beginning = (str(run) for run in runs)
+        elsewhere = f"{socket.gethostname()}-of-the-same-name"
+        assert store.take_lease(f"flow-run {living}", f"{elsewhere}:17:a", 60.0)
+        assert store.take_lease(f"flow-run {killed}", f"{elsewhere}:18:b", -1.0)
+        assert store.take_lease(f"flow-run {killed_here}", f"{host_id(home)}:19:c", 60.0)
         with heartbeat(home, own):
             for _ in range(3):
                 mark_crashed_runs(home, own_server=False)
-            states = {run: client.read_flow_run(run).state.type.value for run in (living, killed, own, beginning)}
+            states = {str(run): client.read_flow_run(run).state.type.value for run in runs}
         mark_crashed_runs(home, own_server=False)
         after = client.read_flow_run(own).state.type.value
-    assert states == {living: "RUNNING", killed: "CRASHED", own: "RUNNING", beginning: "PENDING"}
+    crashed = {killed: "CRASHED", killed_here: "CRASHED"}
+    assert states == {living: "RUNNING", **crashed, own: "RUNNING", beginning: "PENDING"}
     assert after == "CRASHED", "whose heartbeat has ended here"

@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from components.config.params import InputError
+from components.runtime.process import host_id
 from components.tracking import mlflow_client as tracking
 from components.tracking.event_log import PARENT_RUN, EventLog
 from components.tracking.mlflow_client import UPLOADER, Uploader, connect, create_run, end_killed_runs, open_tracker
@@ -231,6 +232,17 @@ def test_runs_of_a_killed_orchestrator_are_closed(home: Path) -> None:
     create_run(client, "pipeline", {"home": str(home)}, None, 0)
     end_killed_runs(client, "pipeline", home / "another")
     assert run_named("pipeline", home).info.status == "RUNNING"
+    end_killed_runs(client, "pipeline", home)
+    assert run_named("pipeline", home).info.status == "KILLED"
+
+
+def test_runs_of_a_host_of_the_same_name_and_path_go_on(home: Path) -> None:
+    client = connect(home)
+    create_run(client, "pipeline", {"home": str(home), "host": host_id(home)}, None, 0)
+    (home / "host-id").rename(home / "former")  # another volume at the same path, as in another container
+    end_killed_runs(client, "pipeline", home)
+    assert run_named("pipeline", home).info.status == "RUNNING"
+    (home / "former").replace(home / "host-id")
     end_killed_runs(client, "pipeline", home)
     assert run_named("pipeline", home).info.status == "KILLED"
 
