@@ -74,6 +74,17 @@ Check = tuple[str, Callable[[], str]]
 """What is measured, and the function that measures it and returns its figures in words."""
 
 
+def train_config(optimizer: str, rows: int, **settings: object) -> TrainConfig:
+    """Of a training on random tokens."""
+    values = {
+        "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": rows,
+        "micro_batch_size": rows, "learning_rate": 1e-4, "muon_learning_rate": 0.001, "warmup_steps": 100,
+        "decay_share": 0.0, "weight_decay": 0.1, "max_grad_norm": 1.0, "precision": "bf16", "compile": "off",
+        "checkpoint_seconds": 3600, "log_steps": 10, "activation_checkpointing": "none",
+    }  # fmt: skip
+    return TrainConfig.model_validate({**values, **settings})
+
+
 def training_flops(shape: DecoderConfig, parameters: int, length: int) -> float:
     """Operations of a training step for each token: 6 a weight that is multiplied by, and attention's products.
 
@@ -143,14 +154,9 @@ class Bench:
         documents: int = 1,
     ) -> Callable[[], object]:
         """A step of training on random tokens, so many documents a row; with `quantized`, LoRA over such a base."""
-        settings = {
-            "dataset": "random", "optimizer": optimizer, "max_steps": 10**6, "global_batch_size": size.rows,
-            "micro_batch_size": size.rows, "learning_rate": 1e-4, "muon_learning_rate": 0.001, "warmup_steps": 100,
-            "decay_share": 0.0, "weight_decay": 0.1, "max_grad_norm": 1.0, "precision": "bf16",
-            "compile": "on" if compiled else "off", "checkpoint_seconds": 3600, "log_steps": 10,
-            "activation_checkpointing": checkpointing,
-        }  # fmt: skip
-        config = TrainConfig.model_validate(settings)
+        config = train_config(
+            optimizer, size.rows, compile="on" if compiled else "off", activation_checkpointing=checkpointing
+        )
         torch.manual_seed(0)
         model = Decoder(size.shape)
         if quantized:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import SIZES
-from components.config.model_settings import TrainConfig
+from benchmarks.gpu import SIZES, train_config
 from components.models.decoder import Decoder, DecoderConfig
 from components.training.optimizers import Masters, build_optimizers, scale_and_clip
 
@@ -31,17 +30,11 @@ def _resident(line: str) -> int:
 
 def step_memory(shape: DecoderConfig, optimizer: str, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes a parameter: held between steps, and at the peak of the second."""
-    settings = {
-        "dataset": "random", "optimizer": optimizer, "max_steps": 10, "global_batch_size": 1, "micro_batch_size": 1,
-        "learning_rate": 1e-3, "muon_learning_rate": 0.01, "warmup_steps": 0, "decay_share": 0.0, "weight_decay": 0.1,
-        "max_grad_norm": 1.0, "precision": "auto", "compile": "off", "activation_checkpointing": "none",
-        "checkpoint_seconds": 3600, "log_steps": 10,
-    }  # fmt: skip
     before = _resident("VmRSS")
     model = Decoder(shape).to(dtype)
     masters = Masters(model)
     trained = list(masters.trained().values())
-    optimizers = build_optimizers(model, masters, TrainConfig.model_validate(settings), dtype)
+    optimizers = build_optimizers(model, masters, train_config(optimizer, 1), dtype)
     held = 0
     for _ in range(2):
         for weight in model.parameters():

@@ -86,8 +86,7 @@ def add(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE...",
-            help="Files of the formats in docs/formats.md, or s3://BUCKET/NAME: a file, folder or pattern.",
+            metavar="FILE...", help="Of the formats in docs/formats.md, or s3://BUCKET/NAME: a file, folder or pattern."
         ),
     ],
     name: Annotated[str, typer.Option(help="Name of the new dataset.")],

@@ -42,17 +42,9 @@ def plan(
         about = {"device": machine and machine.name, "devices": count}
         print_json({**about, "stages": stage_rows, "on_base": on_base, "seconds": seconds, "cost": cost})
         return
+    memory = "memory" if count == 1 else "memory each"
     print_table(
-        (
-            "stage",
-            "parameters",
-            "tokens",
-            "FLOPs",
-            "memory" if count == 1 else "memory each",
-            "checkpoints",
-            "rows",
-            "time",
-        ),
+        ("stage", "parameters", "tokens", "FLOPs", memory, "checkpoints", "rows", "time"),
         [
             (
                 stage.stage,

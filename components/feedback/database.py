@@ -20,20 +20,15 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from sqlalchemy import (
     JSON,
-    ColumnElement,
     Connection,
-    Double,
     Engine,
     Select,
     Table,
     create_engine,
     event,
-    func,
     inspect,
-    literal,
     text,
 )
-from sqlalchemy import cast as sql_cast
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
@@ -227,13 +222,6 @@ class Database:
         """The first value of the first row; None without rows."""
         with self._read() as connection:
             return connection.scalar(statement)
-
-    @staticmethod
-    def _clock(connection: Connection) -> ColumnElement[float]:
-        """The time of the database's clock, in Unix time; that of this host for SQLite, which has one host."""
-        if connection.dialect.name == "postgresql":
-            return sql_cast(func.extract("epoch", func.clock_timestamp()), Double)
-        return literal(time.time(), Double)
 
     def _in_turn(self, connection: Connection) -> None:
         """Serialize this transaction, from here to its end, with others that call this."""

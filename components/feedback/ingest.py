@@ -39,6 +39,7 @@ from components.feedback.store import Store
 from components.feedback.votes import content_digest, item_features, item_of
 from components.runtime.files import replace_file
 from components.runtime.model_tasks import is_chat
+from components.runtime.stage import digest
 
 Gate = Callable[[Sequence[Row]], Mapping[int, str]]
 """Validates flat rows by the suite `feedback`; returns the failure of each row that fails, by its number."""
@@ -168,16 +169,8 @@ def stale_partitions(store: Store, folder: Path) -> list[dict[str, Any]]:
     return [
         row
         for row in store.partitions()
-        if row["digest"] and _digest(folder / f"{row['name']}.parquet") != row["digest"]
+        if row["digest"] and digest(folder / f"{row['name']}.parquet") != row["digest"]
     ]
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; empty where there is none."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rebuild_partition(store: Store, folder: Path, name: str) -> None:

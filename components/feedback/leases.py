@@ -22,6 +22,7 @@ from sqlalchemy import select
 
 from components.config.params import InputError
 from components.feedback.database import Database, StoreUnavailable, insertion, through_restarts
+from components.feedback.postgres import clock
 from components.feedback.tables import LEASES
 
 LEASE_SECONDS = 60.0
@@ -52,7 +53,7 @@ class Leases(Database):
     def take_lease(self, name: str, owner: str, seconds: float) -> int | None:
         """Take a lease that is free; returns its token, None where another owner holds it."""
         with self._write() as connection:
-            now = self._clock(connection)
+            now = clock(connection)
             # After the clock was set back a dead owner's would be held for as long; a living owner renews its own.
             latest = now + LEASE_SECONDS
             connection.execute(LEASES.update().where(LEASES.c.expires > latest).values(expires=latest))
@@ -72,13 +73,13 @@ class Leases(Database):
         """Extend a lease from now; false where another owner has taken it. With 0 seconds, give it back."""
         with self._write() as connection:
             mine = LEASES.update().where(LEASES.c.name == name, LEASES.c.token == token)
-            return bool(connection.execute(mine.values(expires=self._clock(connection) + seconds)).rowcount)
+            return bool(connection.execute(mine.values(expires=clock(connection) + seconds)).rowcount)
 
     @through_restarts
     def lease_holders(self, name: str) -> list[LeaseHolder]:
         """The last owners of the leases whose names begin so; given back or not, they are known for a week."""
         with self._read() as connection:
-            is_held = LEASES.c.expires >= self._clock(connection)
+            is_held = LEASES.c.expires >= clock(connection)
             holders = select(LEASES.c.name, LEASES.c.owner, is_held).where(LEASES.c.name.startswith(name))
             rows = [(row[0], row[1].split(":"), row[2]) for row in connection.execute(holders)]
             return [LeaseHolder(name, owner[0], owner[1], held) for name, owner, held in rows]

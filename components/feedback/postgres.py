@@ -1,13 +1,14 @@
-"""Connections to PostgreSQL that do not wait for ever for a server that hangs."""
+"""What differs with PostgreSQL: connections that do not wait for ever for a server that hangs, and the clock."""
 
 from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import ColumnElement, Connection, Double, Engine, cast, event, func, literal
 from sqlalchemy.engine import URL
 
 _DEAD_PEER = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
@@ -21,6 +22,13 @@ def connection_options(address: URL, busy_seconds: float) -> dict[str, Any]:
     limits = {**_DEAD_PEER, "connect_timeout": max(2, round(min(busy_seconds, _CONNECT_SECONDS)))}
     waits = f"-c lock_timeout={max(1, round(busy_seconds * 1000))}"
     return {"options": waits, **{name: value for name, value in limits.items() if name not in address.query}}
+
+
+def clock(connection: Connection) -> ColumnElement[float]:
+    """The time of the database's clock, in Unix time; that of this host for SQLite, which has one host."""
+    if connection.dialect.name == "postgresql":
+        return cast(func.extract("epoch", func.clock_timestamp()), Double)
+    return literal(time.time(), Double)
 
 
 class OpenSockets:

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, case, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from components.feedback.database import Database, database_url, insertion, open_engine, through_restarts
+from components.feedback.postgres import clock
 from components.feedback.tables import ANSWERS, RATE_LIMITS, REPLICAS, REQUESTS
 
 LIVE_SECONDS = 10.0
@@ -44,7 +45,7 @@ class Replicas(Database):
         """
         interval = 60.0 / per_minute
         with self._read() as connection:
-            now = self._clock(connection)
+            now = clock(connection)
             limits = insertion(connection, RATE_LIMITS).values(key=key, full_at=now + interval)
             # A bucket that takes longer to refill than an empty one is of before the clock was set back.
             is_refilling = RATE_LIMITS.c.full_at.between(now, now + 60.0)
@@ -66,7 +67,7 @@ class Replicas(Database):
         Raises: StoreUnavailable at once where nothing can be recorded.
         """
         with self._write(synced=False, probe=True) as connection:
-            now = self._clock(connection)
+            now = clock(connection)
             row = {"seen": now, "models": list(models)}
             record = insertion(connection, REPLICAS).values(id=replica, **row)
             connection.execute(record.on_conflict_do_update(index_elements=["id"], set_=row))
@@ -93,7 +94,7 @@ class Replicas(Database):
     def loaded_models(self) -> set[str]:
         """The models that running replicas have."""
         with self._read() as connection:
-            live = select(REPLICAS.c.models).where(_is_live(self._clock(connection)))
+            live = select(REPLICAS.c.models).where(_is_live(clock(connection)))
             return {name for names in connection.scalars(live) for name in names}
 
     @through_restarts
@@ -123,7 +124,7 @@ def live_replicas(home: Path) -> list[str]:
         with engine.connect() as connection:
             if not inspect(connection).has_table(REPLICAS.name):  # an earlier schema
                 return []
-            return sorted(connection.scalars(select(REPLICAS.c.id).where(_is_live(Database._clock(connection)))))
+            return sorted(connection.scalars(select(REPLICAS.c.id).where(_is_live(clock(connection)))))
     except SQLAlchemyError:
         return []
     finally:

@@ -33,8 +33,11 @@ class Schedules(Database):
 
     def schedules(self) -> dict[str, float]:
         """Time since which each flow is scheduled."""
-        return {row["flow"]: row["scheduled"] for row in self._rows(SCHEDULES.select()) if row["scheduled"] is not None}
+        return self._times("scheduled")
 
     def successes(self) -> dict[str, float]:
         """Time of the last success of each flow."""
-        return {row["flow"]: row["succeeded"] for row in self._rows(SCHEDULES.select()) if row["succeeded"] is not None}
+        return self._times("succeeded")
+
+    def _times(self, column: str) -> dict[str, float]:
+        return {row["flow"]: row[column] for row in self._rows(SCHEDULES.select()) if row[column] is not None}

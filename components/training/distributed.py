@@ -116,7 +116,7 @@ def dealt(rows: Indices, micro_batch_size: int) -> list[Indices]:
 def passes(rows: int, micro_batch_size: int) -> int:
     """Forward and backward passes of a step on every rank: the ranks exchange weights and gradients in each.
 
-    A rank with fewer micro-batches repeats one, which then counts nothing.
+    A rank with fewer micro-batches repeats its last with a weight of zero.
     """
     return -(-rows // (world_size() * micro_batch_size))
 

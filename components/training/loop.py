@@ -144,13 +144,10 @@ class Training(Generic[M]):
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer step over the targets of all micro-batches, of all ranks."""
         targets: float = 0
-        config, batches = self.config, micro_batches
-        if world_size() > 1:
-            count = passes(config.global_batch_size, config.micro_batch_size)
-            batches = micro_batches + micro_batches[-1:] * (count - len(micro_batches))
-        for number, batch in enumerate(batches):
-            loss = self.objective(self.model, batch)
-            if number >= len(micro_batches):
+        config, own = self.config, len(micro_batches)
+        for number in range(passes(config.global_batch_size, config.micro_batch_size) if world_size() > 1 else own):
+            loss = self.objective(self.model, micro_batches[min(number, own - 1)])
+            if number >= own:
                 loss = Loss(loss.total * 0.0, 0)
             if loss.targets or world_size() > 1:  # the ranks add up their gradients within the backward pass
                 torch.autograd.backward(loss.total)

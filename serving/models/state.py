@@ -163,8 +163,7 @@ class Serving:
         `model` is `NAME@ALIAS` or `NAME/VERSION`, or a comma-separated list, one per task. `share` of the requests go
         to challengers, where there are any. A base, which no agent was made of, may call the `project_tools`.
 
-        Raises: InputError when the database cannot be opened or a restoration is not done, two models have the same
-        task, or MCP servers are configured without the extra.
+        Raises: InputError where state or database cannot be used, of two models of one task, of MCP without the extra.
         """
         check_restored(home)
         home.mkdir(parents=True, exist_ok=True)  # whose disk the metrics describe, also where the database is elsewhere

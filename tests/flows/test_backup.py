@@ -184,9 +184,9 @@ def test_state_of_a_restoration_that_was_killed_is_not_used(
             restore(paths, address, force=True)
     remedy = f'the restoration of {address} is not done, .*; run "loopwright restore {address} --force"'
     for words in (("up",), ("serve",), ("run",), ("improve",), ("backup", str(tmp_path / "another"))):
-        code, _, said = command_output(paths.root, dict(os.environ), *words)
-        assert (code, said.count("\n")) == (1, 1)
-        assert re.search(remedy, said)
+        code, _, errors = command_output(paths.root, dict(os.environ), *words)
+        assert (code, errors.count("\n")) == (1, 1)
+        assert re.search(remedy, errors)
     with pytest.raises(InputError, match=remedy):
         Serving.open(paths.home, load_params(paths.params).serve, "agent@champion")
     restore(paths, address)  # what is there is no state that a --force would have to give up

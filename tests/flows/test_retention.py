@@ -176,8 +176,8 @@ def test_traces_stay_of_the_newest_answers_and_of_kept_versions(paths: Paths) ->
 
     def questions() -> set[str]:
         experiment = registry.client.get_experiment_by_name(EXPERIMENT).experiment_id
-        found = registry.client.search_traces(locations=[experiment])
-        return {str(trace.data.spans[0].inputs) for trace in found}
+        traces = registry.client.search_traces(locations=[experiment])
+        return {str(trace.data.spans[0].inputs) for trace in traces}
 
     before = questions()
     assert len(before) == 8

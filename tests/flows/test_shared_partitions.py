@@ -80,74 +80,74 @@ def never(line: str) -> None:
 
 
 def test_what_one_host_erased_comes_back_on_no_other(store: Store, hosts: list[Paths]) -> None:
-    one, two, three = hosts
+    host_a, host_b, host_c = hosts
     erased, other = vote(store, 1, owner="ada"), vote(store, 2)
-    ingest_here(store, one)
-    version_here(store, one)
+    ingest_here(store, host_a)
+    version_here(store, host_a)
     later = vote(store, 3)
-    fetch_partitions(two, store, never)
-    ingest_here(store, two)
-    version_here(store, two)
-    assert items_of(two) == [erased, other, later]
-    fetch_partitions(one, store, never)
-    assert contents(one) == contents(two)
+    fetch_partitions(host_b, store, never)
+    ingest_here(store, host_b)
+    version_here(store, host_b)
+    assert items_of(host_b) == [erased, other, later]
+    fetch_partitions(host_a, store, never)
+    assert contents(host_a) == contents(host_b)
     store.erase_user("ada")
-    version_here(store, one)
-    for host in (two, three):  # one that has the former partition, and one whose disk is empty
+    version_here(store, host_a)
+    for host in (host_b, host_c):  # one that has the former partition, and one whose disk is empty
         fetch_partitions(host, store, never)
         assert items_of(host) == [other, later]
         assert len(picture_digests(host.feedback)) == 2
-        assert contents(host) == contents(one)
+        assert contents(host) == contents(host_a)
 
 
 @pytest.mark.parametrize("lost", ["before it was versioned", "with the remote"])
 def test_what_no_host_can_send_is_made_from_the_database(
     store: Store, hosts: list[Paths], tmp_path: Path, lost: str
 ) -> None:
-    one, two, three = hosts
+    host_a, host_b, host_c = hosts
     before = [vote(store, 1), vote(store, 2)]
-    ingest_here(store, one)
-    version_here(store, one)
+    ingest_here(store, host_a)
+    version_here(store, host_a)
     unsent = vote(store, 3)
-    ingest_here(store, one)
+    ingest_here(store, host_a)
     (name,) = store.unversioned()
     if lost == "with the remote":
-        version_here(store, one)
+        version_here(store, host_a)
         (tmp_path / "remote").rename(tmp_path / "away")
     lines: list[str] = []
-    fetch_partitions(two, store, lines.append)
-    assert items_of(two) == [*before, unsent]
-    assert contents(two) == contents(one), "the same bytes"
+    fetch_partitions(host_b, store, lines.append)
+    assert items_of(host_b) == [*before, unsent]
+    assert contents(host_b) == contents(host_a), "the same bytes"
     assert f"{name}: DVC's remote lacks it; it is made anew from the database" in lines
     assert name in store.unversioned(), "the next ingestion sends it"
-    version_here(store, two)
-    ingest_here(store, two)
-    for host in (one, three):
+    version_here(store, host_b)
+    ingest_here(store, host_b)
+    for host in (host_a, host_c):
         fetch_partitions(host, store, never)
-        assert contents(host) == contents(two)
+        assert contents(host) == contents(host_b)
 
 
 def test_an_erasure_whose_host_was_lost_is_made_up_for(store: Store, hosts: list[Paths]) -> None:
-    one, two, _ = hosts
+    host_a, host_b, _ = hosts
     vote(store, 1, owner="ada")
     vote(store, 2, owner="bob")
     other = vote(store, 3)
-    ingest_here(store, one)
-    version_here(store, one)
-    fetch_partitions(two, store, never)
+    ingest_here(store, host_a)
+    version_here(store, host_a)
+    fetch_partitions(host_b, store, never)
     store.erase_user("ada")
-    erase_items(store, one.feedback)  # and it is lost before it versions this
+    erase_items(store, host_a.feedback)  # and it is lost before it versions this
     store.erase_user("bob")
-    fetch_partitions(two, store, lambda line: None)
-    assert (items_of(two), len(picture_digests(two.feedback))) == ([other], 1)
+    fetch_partitions(host_b, store, lambda line: None)
+    assert (items_of(host_b), len(picture_digests(host_b.feedback))) == ([other], 1)
     assert store.erased_items() == {}
-    version_here(store, two)
-    fetch_partitions(one, store, never)
-    assert contents(one) == contents(two)
+    version_here(store, host_b)
+    fetch_partitions(host_a, store, never)
+    assert contents(host_a) == contents(host_b)
 
 
 def test_a_partition_without_a_record_is_removed(store: Store, hosts: list[Paths]) -> None:
-    one, two, three = hosts
+    host_a, host_b, host_c = hosts
 
     def lost(*_: object) -> None:
         raise InterruptedError
@@ -156,24 +156,24 @@ def test_a_partition_without_a_record_is_removed(store: Store, hosts: list[Paths
     commit: Callable[..., None] = store.commit_partition
     store.commit_partition = lost  # type: ignore[method-assign]
     with pytest.raises(InterruptedError):
-        ingest_here(store, one)
+        ingest_here(store, host_a)
     store.commit_partition = commit  # type: ignore[method-assign]
     vote(store, 2)
-    ingest(store, two.feedback, CONFIG, lambda rows: dict.fromkeys(range(len(rows)), "wrong"))
-    assert len(contents(one)) == 2, "a partition and its pictures"
-    fetch_partitions(one, store, never)
-    assert contents(one) == {}
+    ingest(store, host_b.feedback, CONFIG, lambda rows: dict.fromkeys(range(len(rows)), "wrong"))
+    assert len(contents(host_a)) == 2, "a partition and its pictures"
+    fetch_partitions(host_a, store, never)
+    assert contents(host_a) == {}
     later = vote(store, 3)
-    ingest_here(store, three)
-    assert items_of(three) == [later], "an empty disk is no error where nothing was accepted yet"
+    ingest_here(store, host_c)
+    assert items_of(host_c) == [later], "an empty disk is no error where nothing was accepted yet"
 
 
 def test_partitions_of_another_store_are_not_replaced(store: Store, hosts: list[Paths], tmp_path: Path) -> None:
-    one, _, _ = hosts
+    host_a, _, _ = hosts
     with closing(Store.of(tmp_path / "former")) as former:
         mine = vote(former, 1)
-        ingest_here(former, one)
+        ingest_here(former, host_a)
     vote(store, 1)
     with pytest.raises(InputError, match="holds votes of another store"):
-        fetch_partitions(one, store, never)
-    assert items_of(one) == [mine]
+        fetch_partitions(host_a, store, never)
+    assert items_of(host_a) == [mine]
