@@ -300,5 +300,13 @@ def test_the_commands_say_what_they_did(paths: Paths, tmp_path: Path, monkeypatc
     assert run("restore", address) == written
     pruned = run("prune", "--dry-run")
     assert pruned["dry_run"]
-    assert [each["kind"] for each in pruned["removed"]] == ["versions", "runs", "Bentos", "data", "logs"]
+    assert [each["kind"] for each in pruned["removed"]] == [
+        "versions",
+        "runs",
+        "traces",
+        "Bentos",
+        "data",
+        "logs",
+        "backups",
+    ]
     assert sum(each["count"] for each in pruned["removed"]) == 0
