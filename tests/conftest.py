@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -153,15 +154,22 @@ class Released:
     """What it told meanwhile."""
 
 
+@functools.cache
+def csrf_token(home: Path, api: str) -> str:
+    """A token of this Prefect server, valid for an hour; asked for once, since each is a write to its database."""
+    user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
+    with httpx.Client(base_url=api, auth=(user, password), timeout=60) as client:
+        while (answer := client.get("/csrf-token", params={"client": "tests"})).status_code == 503:
+            time.sleep(0.1)  # its database is busy
+        return str(answer.raise_for_status().json()["token"])
+
+
 @contextmanager
 def prefect_client(home: Path, api: str) -> Iterator[httpx.Client]:
     """A client of the Prefect server of this state folder, signed in as Prefect's page does."""
     user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
-    with httpx.Client(base_url=api, auth=(user, password), timeout=30) as client:
-        while (answer := client.get("/csrf-token", params={"client": "tests"})).status_code == 503:
-            time.sleep(0.1)  # its database is busy
-        token = answer.raise_for_status().json()["token"]
-        client.headers.update({"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": token})
+    headers = {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": csrf_token(home, api)}
+    with httpx.Client(base_url=api, auth=(user, password), headers=headers, timeout=60) as client:
         yield client
 
 

@@ -60,10 +60,13 @@ def unregister(home: Path) -> None:
     (home / FILE).unlink(missing_ok=True)
 
 
-def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None) -> bool:
-    """Wait until a GET of the address is answered with 200; False after `seconds`, or when `process` has ended."""
+def wait_for(url: str, seconds: float, process: subprocess.Popen[bytes] | None = None, patience: float = 2.0) -> bool:
+    """Wait until a GET of the address is answered with 200; False after `seconds`, or when `process` has ended.
+
+    A server that is there but busy has `patience` seconds for each answer, also past `seconds`.
+    """
     deadline = time.monotonic() + seconds
-    while not answers(url):
+    while not answers(url, patience):
         if time.monotonic() > deadline or (process is not None and process.poll() is not None):
             return False
         time.sleep(0.1)

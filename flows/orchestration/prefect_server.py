@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _SECONDS_TO_START = 180.0
 _SECONDS_TO_ANSWER = 10.0
+_PATIENCE = 60.0
+"""Longest answer of a busy server, seconds; also Prefect's own for each request of its clients."""
 _LEASE = "flow-run "
 """Begin of the name of a flow run's lease."""
 _BEGIN_SECONDS = 300.0
@@ -63,7 +65,8 @@ class Api:
 
         Raises: InputError when the named server does not answer, RuntimeError when the local server does not.
         """
-        if wait_for(f"{self.url}/health", _SECONDS_TO_START if self.process else seconds, self.process):
+        allowed = _SECONDS_TO_START if self.process else seconds
+        if wait_for(f"{self.url}/health", allowed, self.process, _PATIENCE):
             return self.url
         if self.process is None:
             raise InputError(

@@ -1,10 +1,13 @@
 """A supervisor on real processes: restart after a death, giving up, ending children."""
 
+import contextlib
 import signal
 import socket
 import sys
+import threading
 import time
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -172,3 +175,22 @@ def test_waiting_for_an_address_ends_with_the_answer_the_process_or_the_time(tmp
         finally:
             stop(process)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_a_busy_server_is_waited_for_past_the_time_that_an_absent_one_has() -> None:
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.5)
+            with contextlib.suppress(OSError):
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert not wait_for(address, 0.2, patience=0.1)
+        assert wait_for(address, 0.2, patience=60)
+        server.shutdown()
