@@ -19,8 +19,8 @@ from components.config.loop_settings import RunConfig
 from components.config.params import InputError, load_params
 from components.runtime.checkpoint_folders import finished_checkpoints
 
-DISTRIBUTED = ("pretrain", "tune", "finetune@summarizer", "align")
-"""Stages, or items of their matrix, that train on several processes."""
+DISTRIBUTED = ("pretrain", "tune", "finetune", "align")
+"""Stages that train on several processes."""
 RANK, WORLD_SIZE = "RANK", "WORLD_SIZE"
 FORCE = "LOOPWRIGHT_FORCE"
 """Environment variable: start without the checkpoints of an earlier run with the same inputs."""
@@ -51,7 +51,7 @@ def launcher_settings(name: str, root: Path) -> RunConfig | None:
 
 
 def is_distributed(name: str) -> bool:
-    return name in DISTRIBUTED or name.partition("@")[0] in DISTRIBUTED
+    return name.partition("@")[0] in DISTRIBUTED
 
 
 def refuse_ranks(name: str) -> None:

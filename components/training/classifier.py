@@ -31,8 +31,10 @@ from components.runtime.stage import StageRun, Tracker
 from components.token_rows.variable_length import LabelledRows
 from components.tokenization.text_tokenizer import TextTokenizer
 from components.training.defaults import fit_to_base
+from components.training.distributed import rank, sum_in_place, world_size
+from components.training.early_stopping import EarlyStopping
 from components.training.from_base import quantize_frozen, refuse_other_vocabulary
-from components.training.loop import EarlyStopping, Measured, train
+from components.training.loop import Measured, train
 from components.training.objectives import classification, masked_lm_next_sentence
 from components.training.report import describe, report
 from components.training.rows import MaskedRows, TokenDropoutRows
@@ -99,7 +101,8 @@ class ClassifierTraining:
         steps = config.model_copy(update={"max_steps": config.adapt_steps})
         torch.manual_seed(self.run.params.seed)
         with self.run.tracker.child("adapt") as tracker:
-            train(self.phase("adapt", 0, tracker), steps, self.encoder, rows, masked_lm_next_sentence)
+            phase = self.phase("adapt", 0, tracker)
+            train(phase, steps, self.encoder, rows, masked_lm_next_sentence, is_last=False)
 
     def search(self) -> list[Trial]:
         """Short trainings with other settings; none where `trials` is 0."""
@@ -119,9 +122,9 @@ class ClassifierTraining:
             phase = self.phase(title, first_step, tracker)
             model = self._new_model(settings)
             monitor = TrialMonitor(
-                trial, lambda: self.score(model), settings.validation_steps, settings.patience, _score_logger(phase)
+                trial, self.score, settings.validation_steps, settings.patience, _score_logger(phase)
             )
-            self._train(phase, settings, model, monitor)
+            self._train(phase, settings, model, monitor, is_last=False)
         return monitor
 
     def final(self, values: Values) -> tuple[Classifier, EarlyStopping, Measured]:
@@ -129,10 +132,8 @@ class ClassifierTraining:
         settings = self.config.model_copy(update=values)
         phase = self.phase("final", self.total_steps - self.config.max_steps, self.run.tracker)
         model = self._new_model(settings)
-        stopping = EarlyStopping(
-            lambda: self.score(model), settings.validation_steps, settings.patience, _score_logger(phase)
-        )
-        return model, stopping, self._train(phase, settings, model, stopping)
+        stopping = EarlyStopping(self.score, settings.validation_steps, settings.patience, _score_logger(phase))
+        return model, stopping, self._train(phase, settings, model, stopping, is_last=True)
 
     def _new_model(self, settings: ClassifierConfig) -> Classifier:
         torch.manual_seed(self.run.params.seed)
@@ -144,9 +145,12 @@ class ClassifierTraining:
         quantize_frozen(self.run, settings.quantize_base, model)
         return model
 
-    def _train(self, phase: Phase, settings: ClassifierConfig, model: Classifier, stopping: EarlyStopping) -> Measured:
+    def _train(
+        self, phase: Phase, settings: ClassifierConfig, model: Classifier, stopping: EarlyStopping, is_last: bool
+    ) -> Measured:
         rows = TokenDropoutRows(self.rows, self.tokenizer, settings.token_dropout, self.run.params.seed)
-        return train(phase, settings, model, rows, classification(self.weights, settings.label_smoothing), stopping)
+        objective = classification(self.weights, settings.label_smoothing)
+        return train(phase, settings, model, rows, objective, stopping, is_last)
 
     def score(self, model: Classifier) -> float:
         """Macro-F1 on the validation texts."""
@@ -217,18 +221,23 @@ def _score_logger(phase: Phase) -> Callable[[int, float], None]:
 
 @torch.no_grad()
 def validation_logits(model: Classifier, rows: LabelledRows) -> Tensor:
-    """Logits (N, L) float32 of every row, in order; each batch holds rows of similar length."""
+    """Logits (N, L) float32 of every row, in order, on every rank; each batch holds rows of similar length."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     order = np.argsort(rows.lengths(), kind="stable")
     all_logits = torch.zeros(len(rows), len(model.config.labels))
-    for start in range(0, len(order), VALIDATION_BATCH):
+    starts = range(0, len(order), VALIDATION_BATCH)
+    for first in range(0, len(starts), world_size()):
+        number = first + rank()
+        # A rank without a batch repeats the last: the ranks exchange weights in each pass.
+        start = starts[min(number, len(starts) - 1)]
         indices = order[start : start + VALIDATION_BATCH]
         batch = {name: part.to(device) for name, part in rows.batch(indices).items()}
         logits = model.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
-        all_logits[torch.from_numpy(indices)] = logits.float().cpu()
+        if number < len(starts):
+            all_logits[torch.from_numpy(indices)] = logits.float().cpu()
     model.train(training)
-    return all_logits
+    return sum_in_place(all_logits)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

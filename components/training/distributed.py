@@ -81,9 +81,14 @@ def summed(*values: float) -> list[float]:
     """The sum of each value over all ranks, the same on each."""
     if world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return cast(list[float], total.tolist())
+    return cast(list[float], sum_in_place(torch.tensor(values, dtype=torch.float64)).tolist())
+
+
+def sum_in_place(tensor: Tensor) -> Tensor:
+    """The sum of a tensor of the same shape on each rank, in its memory."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def total_norm(norm: Tensor) -> Tensor:
@@ -180,13 +185,19 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor.detach()).to_local())
 
 
+def reshard(model: nn.Module) -> None:
+    """Free what a pass without a backward pass leaves gathered: what belongs to no block."""
+    if world_size() > 1:
+        cast(Any, model).reshard()
+
+
 @torch.no_grad()
-def gather_weights(sharded: nn.Module, model: nn.Module) -> None:
-    """Copy the trained weights, whole and in fp32, into rank 0's `model`."""
+def gather_weights(sharded: nn.Module, model: nn.Module, everywhere: bool) -> None:
+    """Copy the trained weights, whole and in fp32, into rank 0's `model`, or into that of every rank."""
     for part, weight in zip(sharded.parameters(), model.parameters(), strict=True):
         if part.requires_grad:
             whole = cast(Tensor, cast(Any, part).full_tensor())  # of all ranks: each has to call it
-            if rank() == 0:
+            if everywhere or rank() == 0:
                 weight.data = whole.to(weight.device)
 
 
@@ -201,7 +212,7 @@ def as_sharded(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> 
 
     sharded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        like = cast(DTensor, weights[name.split(".", 1 if name.startswith("weights.") else 2)[-1]])
+        like = cast(DTensor, weights[name.split(".", 1 if name.startswith(("weights.", "best.")) else 2)[-1]])
         if tensor.dim():
             mesh, placements, shape, stride = like.device_mesh, like.placements, like.shape, like.stride()
             tensor = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=shape, stride=stride)

@@ -12,10 +12,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 import torch
@@ -37,12 +37,14 @@ from components.training.distributed import (
     leave,
     passes,
     rank,
+    reshard,
     seed_step,
     shard,
     summed,
     wait_for_all,
     world_size,
 )
+from components.training.early_stopping import EarlyStopping
 from components.training.objectives import Loss, M, Objective
 from components.training.optimizers import Masters, build_optimizers, rate_factor, scale_and_clip
 from components.training.prefetch import step_batches
@@ -60,53 +62,6 @@ class Measured:
     """Step, and the mean loss of the steps since the previous entry."""
     window_loss: float = 0.0
     window_targets: float = 0
-
-
-class EarlyStopping:
-    """Keep the weights with the best validation score, and stop when it no longer improves (Prechelt 1998)."""
-
-    def __init__(
-        self, measure: Callable[[], float], interval: int, patience: int, on_score: Callable[[int, float], None]
-    ) -> None:
-        """`measure` scores the model, higher is better, every `interval` steps and behind the last one.
-
-        `patience`: scores without a better one after which training stops; `on_score` gets each step and score.
-        """
-        self.measure, self.interval, self.patience, self.on_score = measure, interval, patience, on_score
-        self.stopped = False
-        self.scores: list[tuple[int, float]] = []
-        """Step and score of each evaluation."""
-        self.best_weights: dict[str, Tensor] = {}
-
-    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Score the model, which is in evaluation mode, and keep its fp32 `weights` if they are the best so far."""
-        score = self.measure()
-        if not self.scores or score > self.best_score:
-            self.best_weights = {name: weight.detach().clone() for name, weight in weights.items()}
-        self.scores.append((step, score))
-        self.stopped = len(self.scores) - 1 - self._best() >= self.patience
-        self.on_score(step, score)
-
-    @property
-    def best_score(self) -> float:
-        return self.scores[self._best()][1]
-
-    @property
-    def best_step(self) -> int:
-        return self.scores[self._best()][0]
-
-    def _best(self) -> int:
-        """Index of the first best score."""
-        return max(range(len(self.scores)), key=lambda number: (self.scores[number][1], -number))
-
-    def state(self) -> dict[str, Any]:
-        """What the next evaluation depends on beside `best_weights` (JSON)."""
-        return {"scores": self.scores, "over": self.stopped}
-
-    def restore(self, best_weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.best_weights = best_weights
-        self.scores, self.stopped = [(int(step), score) for step, score in state["scores"]], state["over"]
 
 
 class Training(Generic[M]):
@@ -163,7 +118,8 @@ class Training(Generic[M]):
         stopping = self.early_stopping
         if stopping is not None and (self.step % stopping.interval == 0 or self.step == self.config.max_steps):
             self.model.eval()
-            stopping.evaluate(self.step, self.masters.trained())
+            stopping.evaluate(self.step, self.model, self.masters.trained())
+            reshard(self.model)
             self.model.train()
 
     def _update(self, targets: float) -> None:
@@ -202,7 +158,6 @@ class Training(Generic[M]):
         values = {"measured": vars(self.measured), "inputs": self.inputs(), "dtype": dtype}
         if self.early_stopping is not None:
             values["watch"] = self.early_stopping.state()
-            tensors |= {f"best.{name}": weight for name, weight in self.early_stopping.best_weights.items()}
         return CheckpointState(self.step, tensors, values)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -210,6 +165,8 @@ class Training(Generic[M]):
         for optimizer in self.optimizers:
             kind = type(optimizer).__name__.lower()
             tensors |= {f"{kind}.{name}": tensor for name, tensor in optimizer.state().items()}
+        if self.early_stopping is not None:
+            tensors |= {f"best.{name}": weight for name, weight in self.early_stopping.best_weights.items()}
         return as_sharded(tensors, self.masters.weights)
 
     @torch.no_grad()
@@ -217,6 +174,9 @@ class Training(Generic[M]):
         """Resume from a checkpoint; false when it is of a run with other inputs."""
         if saved.values["inputs"] != self.inputs():
             return False
+        stopping = self.early_stopping
+        if stopping is not None:
+            stopping.restore(self.masters.trained(), saved.values["watch"])
         saved.copy_into(self._tensors())
         self.masters.publish()
         if saved.folder is not None:
@@ -228,9 +188,6 @@ class Training(Generic[M]):
         self.step = saved.step
         measured = saved.values["measured"]
         self.measured = Measured(**measured | {"losses": [(int(step), loss) for step, loss in measured["losses"]]})
-        if self.early_stopping is not None:
-            best = {name[5:]: weight for name, weight in saved.tensors.items() if name.startswith("best.")}
-            self.early_stopping.restore(best, saved.values["watch"])
         return True
 
     def inputs(self) -> str:
@@ -248,10 +205,12 @@ def train(
     rows: Rows,
     objective: Objective[M],
     early_stopping: EarlyStopping | None = None,
+    is_last: bool = True,
 ) -> Measured:
     """Train `model` in place up to `config.max_steps`, resuming from the last checkpoint where there is one.
 
-    With `early_stopping` it may end earlier, and the model gets the weights with the best score.
+    With `early_stopping` it may end earlier, and the model gets the weights with the best score. The stage's last
+    training ends all ranks but 0, which alone has the trained model then; others give it to every rank.
     """
     device, checkpoints = best_device(), Checkpoints(run.state)
     saved = checkpoints.load()
@@ -276,12 +235,16 @@ def train(
     steps = step_batches(rows, run.params.seed, config, training.step, device)
     with _stop_signals() as stopped, closing(steps):
         _run_steps(run, training, steps, checkpoints, stopped)
+    best = early_stopping.best_weights if early_stopping is not None else {}
     if world_size() > 1:
-        gather_weights(computed, model)
-        leave()
+        with torch.no_grad():
+            for name, weight in best.items():
+                training.masters.trained()[name].copy_(weight)
+        gather_weights(computed, model, everywhere=not is_last)
+        if is_last:
+            leave()
         model.to(device)
     else:
-        best = early_stopping.best_weights if early_stopping is not None else {}
         weights = frozen | training.masters.trained() | best  # without the rounding of the training's dtype
         for name, parameter in model.named_parameters():
             parameter.data = weights[name].detach()

@@ -28,7 +28,6 @@ from components.models.devices import best_device, compute_dtype, configure_cpu,
 from components.models.encoder import EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.runtime.files import replace_file
-from components.runtime.launcher import is_distributed
 from components.token_rows.batches import Batch
 from components.training.activations import checkpoint_blocks, watch_saved
 from components.training.budget import COPY_BYTES, LOGIT_BYTES, STATE_BYTES, Budget
@@ -160,11 +159,9 @@ class RowCost:
 def plan(params: Params, machine: Machine | None = None, devices: int = 1) -> list[StagePlan]:
     """What each training stage takes that begins with a model of params.yaml; one on a base says so when it starts.
 
-    The stages of `DISTRIBUTED` share `devices` alike, the others take one.
+    All of them share `devices` alike.
     """
-    return [
-        _stage(*training, machine, devices if is_distributed(training[0]) else 1) for training in _trainings(params)
-    ]
+    return [_stage(*training, machine, devices) for training in _trainings(params)]
 
 
 def _trainings(params: Params) -> Iterator[tuple[str, LoopConfig, int, Parts, int, int]]:

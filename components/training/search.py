@@ -2,7 +2,7 @@
 
 Bergstra et al. 2011 (tree-structured Parzen estimator), Golovin et al. 2017 (median stopping). Proposals are a function
 of the seed and of earlier trials, and a trial resumes from its checkpoints as any training: a search that was killed
-resumes with the same trials.
+resumes with the same trials, and several ranks, which go by the same scores, make the same proposals.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from components.training.loop import EarlyStopping
+from components.training.distributed import agreed
+from components.training.early_stopping import EarlyStopping
 
 if TYPE_CHECKING:
     import optuna
@@ -50,7 +51,7 @@ class TrialMonitor(EarlyStopping):
     def __init__(
         self,
         trial: optuna.trial.Trial,
-        measure: Callable[[], float],
+        measure: Callable[[Any], float],
         interval: int,
         patience: int,
         on_score: Callable[[int, float], None],
@@ -58,8 +59,8 @@ class TrialMonitor(EarlyStopping):
         super().__init__(measure, interval, patience, on_score)
         self.trial, self.pruned = trial, False
 
-    def evaluate(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        super().evaluate(step, weights)
+    def evaluate(self, step: int, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().evaluate(step, model, weights)
         self.trial.report(self.scores[-1][1], step)
         self.pruned = bool(self.trial.should_prune())  # it may be numpy's
         self.stopped = self.stopped or self.pruned
@@ -67,8 +68,8 @@ class TrialMonitor(EarlyStopping):
     def state(self) -> dict[str, Any]:
         return super().state() | {"pruned": self.pruned}
 
-    def restore(self, best_weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        super().restore(best_weights, state)
+    def restore(self, weights: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        super().restore(weights, state)
         self.pruned = state["pruned"]
         for step, score in self.scores:
             self.trial.report(score, step)
@@ -93,6 +94,7 @@ def search(
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=3, seed=seed + number)
         trial = study.ask()
         values = {name: trial.suggest_float(name, each.low, each.high, log=each.log) for name, each in ranges.items()}
+        values = agreed(values)  # another kind of processor may round differently
         monitor = run_trial(trial, values)
         if monitor.pruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)

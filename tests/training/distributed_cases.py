@@ -11,33 +11,42 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.models.decoder import Decoder, DecoderConfig
-from components.models.encoder import EncoderConfig, EncoderForPretraining
+from components.models.encoder import Classifier, EncoderConfig, EncoderForPretraining
 from components.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from components.models.lora import add_lora
 from components.runtime.stage import StageRun
 from components.token_rows.batches import IGNORED, Batch, Indices
 from components.token_rows.preference_rows import Role
+from components.token_rows.variable_length import LabelledRows
 from components.tracking.event_log import NoTracker
+from components.training import classifier
 from components.training.align import align_objective
-from components.training.distributed import join
+from components.training.classifier import validation_logits
+from components.training.distributed import join, rank
+from components.training.early_stopping import EarlyStopping
 from components.training.loop import train
 from components.training.objectives import (
     Objective,
     causal_lm,
+    classification,
     masked_lm_next_sentence,
     sequence_to_sequence,
 )
 
 VOCAB, LENGTH, STEPS = 61, 16, 50
+LABELS, LABEL_WEIGHTS = ("a", "b", "c"), (0.5, 1.0, 2.0)
+VALIDATION_ROWS, VALIDATION_STEPS = 13, 7
+"""Of a batch of validation, so that 32 rows are batches for two ranks and one for a rank alone; between validations."""
 
 
 class RandomRows:
@@ -53,8 +62,8 @@ class RandomRows:
     def __len__(self) -> int:
         return 32
 
-    def lengths(self, indices: Indices) -> Indices:
-        return np.array([6 + int(index) % 10 for index in indices])
+    def lengths(self, indices: Indices | None = None) -> Indices:
+        return np.array([6 + int(index) % 10 for index in (range(len(self)) if indices is None else indices)])
 
     def batch(self, indices: Indices, step: int = 0) -> Batch:
         self.at_step.pop(step, lambda: None)()
@@ -80,6 +89,10 @@ class RandomRows:
                 "attention_mask": real.long(),
                 "next_sentence_labels": torch.tensor(index % 2),
             }
+        if self.kind == "classifier":
+            label = torch.tensor(index % len(LABELS))
+            mask = {"attention_mask": real.long(), "token_type_ids": torch.zeros(LENGTH, dtype=torch.long)}
+            return {"input_ids": ids, "labels": label} | mask
         if self.kind == "encoder_decoder":
             targets = torch.where(real, ids.flip(0), IGNORED)
             shifted = torch.where(real, ids.flip(0), 0).roll(1)
@@ -102,6 +115,7 @@ class RandomRows:
 DECODER = DecoderConfig(VOCAB, 16, 2, 2, 1, 8, 24, LENGTH, qk_norm=True, tie_embeddings=True)
 ENCODER = EncoderConfig(VOCAB, 16, 2, 2, 24, LENGTH)
 ENCODER_DECODER = EncoderDecoderConfig(VOCAB, 16, 2, 2, 2, 8, 24, LENGTH, dropout=0.0)
+CLASSIFIER = replace(ENCODER, labels=LABELS)
 
 
 @dataclass
@@ -113,16 +127,28 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """`KIND-OPTIMIZER`, with a model of weights that the name decides."""
-    kind, _, optimizer = name.partition("-")
+    """`KIND-OPTIMIZER`, with a model of weights that the name decides; `lora` and `bf16` in it say more of a kind."""
+    kind, _, optimizer = name.removeprefix("bf16_").removeprefix("lora_").partition("-")
     torch.manual_seed(1)
+    made = _case(kind, optimizer)
+    if "lora" in name:
+        add_lora(made.model, 3, 6.0, ("pooler", "head") if kind == "classifier" else ())
+    if "bf16" in name:
+        made.model.to(torch.bfloat16)
+        if "lora" not in name:  # as a stage reads it, which trains all weights in fp32
+            made.model.float()
+    return made
+
+
+def _case(kind: str, optimizer: str) -> Case:
     if kind == "encoder":
         return Case(EncoderForPretraining(ENCODER), masked_lm_next_sentence, RandomRows(kind), optimizer)
     if kind == "encoder_decoder":
         return Case(EncoderDecoder(ENCODER_DECODER), sequence_to_sequence, RandomRows(kind), optimizer)
+    if kind == "classifier":
+        objective = classification(torch.tensor(LABEL_WEIGHTS), label_smoothing=0.1)
+        return Case(Classifier(CLASSIFIER), objective, RandomRows(kind), optimizer)
     model = Decoder(DECODER if kind != "align" else replace(DECODER, tie_embeddings=False))
-    if kind == "lora":
-        add_lora(model, 3, 6.0)
     if kind != "align":
         return Case(model, causal_lm, RandomRows(kind), optimizer)
     params = load_params(Paths(Path.cwd()).params, {"scale": "smoke"})
@@ -137,17 +163,33 @@ def run_case(name: str, folder: Path, at_step: dict[int, Callable[[], None]] | N
     settings = {"global_batch_size": 8, "micro_batch_size": 2, "max_steps": STEPS, "optimizer": trained_case.optimizer}
     # A frozen random model amplifies the last bits of a sum within some thirty steps at a higher rate.
     settings |= {
-        "learning_rate": 1e-3 if name.startswith("lora") else 0.01,
+        "learning_rate": 1e-3 if "lora" in name else 0.01,
         "muon_learning_rate": 0.02,
         "warmup_steps": 4,
         "log_steps": 1,
     }
-    settings |= {"weight_decay": 0.1, "precision": "fp32", "checkpoint_seconds": 1e6}
+    precision = "bf16" if "bf16" in name else "fp32"
+    settings |= {"weight_decay": 0.1, "precision": precision, "checkpoint_seconds": 1e6}
     overrides = {f"pretrain.decoder.{key}": value for key, value in (settings | changes).items()}
     params = load_params(Paths(Path.cwd()).params, {"scale": "smoke"} | overrides)
     run = StageRun("pretrain@decoder", params, Paths(folder), folder, NoTracker())
-    measured = train(run, params.pretrain.decoder, trained_case.model, trained_case.rows, trained_case.objective)
-    return {"losses": measured.losses, "tokens": measured.tokens, "weights": trained_case.model.state_dict()}
+    model, rows = trained_case.model, trained_case.rows
+    stopping = early_stopping(rows) if rows.kind == "classifier" else None
+    measured = train(run, params.pretrain.decoder, model, rows, trained_case.objective, stopping)
+    result = {"losses": measured.losses, "tokens": measured.tokens, "weights": model.state_dict()}
+    return result | ({"scores": stopping.scores} if stopping is not None else {})
+
+
+def early_stopping(rows: RandomRows) -> EarlyStopping:
+    """By a loss that grows in the end, so that the best weights are not the last; other ranks score by another."""
+    classifier.VALIDATION_BATCH = VALIDATION_ROWS
+    labels = torch.tensor([index % len(LABELS) for index in range(len(rows))])
+
+    def score(model: Classifier) -> float:
+        logits = validation_logits(model, cast(LabelledRows, rows))
+        return -float(F.cross_entropy(logits, labels.flip(0) if rank() == 0 else labels))
+
+    return EarlyStopping(score, VALIDATION_STEPS, STEPS, lambda *_: None)
 
 
 def end(number: signal.Signals) -> Callable[[], None]:
@@ -194,7 +236,7 @@ def run_ranks(ranks: int, name: str, folder: Path) -> list[int]:
 def flip(checkpoints: Path) -> None:
     """Alter the last byte of a shard of the newest checkpoint."""
     newest = max(path.parent for path in checkpoints.glob("step-*-shards/commit.json"))
-    print(f"altered {newest.name}", flush=True)
+    print(f"altered {checkpoints.name}/{newest.name}", flush=True)
     with max(newest.glob("*.distcp")).open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)

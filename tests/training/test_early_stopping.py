@@ -10,7 +10,8 @@ import torch
 from components.models.decoder import Decoder, DecoderConfig
 from components.runtime.stage import StageRun
 from components.token_rows.batches import TokenRows
-from components.training.loop import EarlyStopping, train
+from components.training.early_stopping import EarlyStopping
+from components.training.loop import train
 from components.training.objectives import causal_lm
 
 NewRun = Callable[..., StageRun]
@@ -29,9 +30,9 @@ class Scored:
         self.log: list[tuple[int, float]] = []
         self.stopping = EarlyStopping(self.measure, 2, patience, lambda step, score: self.log.append((step, score)))
 
-    def measure(self) -> float:
-        assert not self.model.training
-        self.weights.append(self.model.norm.weight.detach().clone())
+    def measure(self, model: Decoder) -> float:
+        assert not model.training
+        self.weights.append(model.norm.weight.detach().clone())
         return next(self.scores)
 
 
@@ -73,10 +74,10 @@ def test_a_resumed_run_delivers_the_same_weights(killed_after: int, new_run: New
     class Killed(Exception):
         pass
 
-    def evaluate_until(step: int, weights: dict[str, torch.Tensor]) -> None:
+    def evaluate_until(step: int, model: Decoder, weights: dict[str, torch.Tensor]) -> None:
         if len(killed.log) == killed_after:
             raise Killed
-        evaluate(step, weights)
+        evaluate(step, model, weights)
 
     killed.stopping.evaluate = evaluate_until  # type: ignore[assignment, method-assign]
     with pytest.raises(Killed):

@@ -98,7 +98,10 @@ def new_run(root: Path, name: str, **changes: Any) -> StageRun:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with datasets, tokenizers, rows and both base models."""
-    root = tmp_path_factory.mktemp("project")
+    return write_project(tmp_path_factory.mktemp("project"))
+
+
+def write_project(root: Path) -> Path:
     random = np.random.default_rng(0)
 
     def sentence(label: str) -> str:

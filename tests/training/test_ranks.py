@@ -165,12 +165,12 @@ def test_stages_that_train_start_ranks(new_run: NewRun, monkeypatch: pytest.Monk
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert launcher_settings("tune", root) is None
     (root / "params.yaml").write_text("scale: smoke\nrun: {launcher: torchrun, processes: 3}\n")
-    trainings = ("tune", "pretrain@encoder", "finetune@summarizer", "align")
+    trainings = ("tune", "pretrain@encoder", "finetune@classifier", "align")
     settings = [launcher_settings(name, root) for name in trainings]
     assert [each and each.processes for each in settings] == [3, 3, 3, 3]
-    assert not any(launcher_settings(name, root) for name in ("collect", "finetune@classifier", "pretrain_vision"))
+    assert not any(launcher_settings(name, root) for name in ("collect", "assess@classifier", "pretrain_vision"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launcher_settings("tune", root) is None, "it is a rank itself"
     refuse_ranks("tune")
-    with pytest.raises(InputError, match="finetune@classifier: runs as one process, not 2; start it without torchrun"):
-        refuse_ranks("finetune@classifier")
+    with pytest.raises(InputError, match="assess@classifier: runs as one process, not 2; start it without torchrun"):
+        refuse_ranks("assess@classifier")

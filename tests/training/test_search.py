@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from components.training.classifier import apply_temperature, fit_temperature
 from components.training.search import Range, Trial, TrialMonitor, best_of, search
@@ -22,11 +23,11 @@ def trial_runner(seen: list[dict[str, float]], stop: int = 99) -> Callable[[Any,
         if len(seen) == stop:
             raise KeyboardInterrupt
         seen.append(values)
-        monitor = TrialMonitor(trial, lambda: 0.0, 1, 9, lambda *_: None)
+        monitor = TrialMonitor(trial, lambda _: 0.0, 1, 9, lambda *_: None)
         for step in range(1, 5):
             score = (1 - abs(values["share"] - 0.4)) * step / 4
-            monitor.measure = lambda score=score: score  # type: ignore[misc]
-            monitor.evaluate(step, {})
+            monitor.measure = lambda _, score=score: score  # type: ignore[misc]
+            monitor.evaluate(step, nn.Identity(), {})
             if monitor.stopped:
                 break
         return monitor
