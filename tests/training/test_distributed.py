@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,48 @@ def test_ranks_start_again_when_one_was_killed(launched: Paths) -> None:
     assert [line.partition("2 ended with ")[2].partition(";")[0] for line in restarts] == ["signal 15", "signal 9"]
     assert output.count("resumed at step") == 1
     assert output.count(" 400/400 ") == 1
+
+
+KILLS = 3
+
+
+def killed_at_random(stage: str, root: Path, steps: int, seed: int) -> str:
+    """Run a stage and kill one of its two ranks at each of some steps, both drawn from `seed`; returns what it printed.
+
+    A kill comes while the ranks do any part of the steps behind the one that is printed.
+    """
+    random = np.random.default_rng(seed)
+    kills = iter(sorted(int(step) for step in random.choice(np.arange(2, steps - 2), KILLS, replace=False)))
+    output, kill, is_running = "", next(kills), True
+    with start(stage, root) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        for line in running.stdout:
+            output += line
+            is_running = is_running or "resumed at step" in line  # lines of before the kill may still come
+            step = int(line.split()[1].partition("/")[0]) if f"/{steps}  " in line else 0
+            if is_running and step >= kill:
+                time.sleep(random.random() * 0.1)
+                ranks_of(root)[int(random.integers(2))].kill()
+                kill, is_running = next(kills, steps + 1), False
+        errors = running.stderr.read()
+    assert running.returncode == 0, errors
+    assert errors.count("ended with signal 9; 2 start again from the last checkpoint") == KILLS, errors
+    assert kill > steps, "every kill came"
+    return output
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_kills_of_any_rank_at_any_step_change_no_bit(seed: int, launched: Paths) -> None:
+    with start("pretrain@decoder", launched.root) as stage:
+        _, errors = stage.communicate()
+    assert stage.returncode == 0, errors
+    metrics = launched.metrics / "pretrain@decoder.json"
+    unbroken = json.loads(metrics.read_text())
+    shutil.rmtree(launched.root / "var/checkpoints")
+    output = killed_at_random("pretrain@decoder", launched.root, 400, seed)
+    assert output.count("resumed at step") == KILLS
+    assert json.loads(metrics.read_text()) == unbroken
 
 
 def test_what_ranks_cannot_do_is_refused_in_one_line(launched: Paths) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from components.config.paths import Paths
 from components.runtime.params_file import write_params
-from tests.training.test_distributed import SOURCE, start
+from tests.training.test_distributed import KILLS, SOURCE, killed_at_random, start
 from tests.training.test_finetune import TINY, write_project
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -69,3 +69,12 @@ def test_two_ranks_classify_as_one_process(launched: Paths) -> None:
     for metrics in (sharded, single):
         metrics.pop("weights_sha256")
     assert sharded == pytest.approx(single, abs=1e-4)
+
+
+def test_kills_in_any_part_change_no_bit(launched: Paths) -> None:
+    finetune(launched)
+    unbroken = results(launched)
+    shutil.rmtree(launched.root / "var/checkpoints")
+    output = killed_at_random(STAGE, launched.root, STEPS, seed=0)
+    assert output.count("resumed at step") >= KILLS
+    assert results(launched) == unbroken
