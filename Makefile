@@ -46,7 +46,10 @@ test: setup  ## the whole suite
 	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 test-distributed: setup  ## trainings on several processes
-	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m distributed
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m "distributed and not long"
+
+test-distributed-long: setup  ## their kills at random steps, and bf16
+	GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -m "distributed and long"
 
 test-cluster: setup  ## trainings on a Ray of this machine (extra cluster)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable ".[cluster]"
@@ -90,4 +93,4 @@ TORCH_ANYWHERE := awk '/^[^ ]/ {drop = /^(nvidia-[a-ln-z]|triton|cuda-)/; torch 
 sbom: setup  ## sbom.cdx.json: every package of requirements.lock, with licences and hashes, in CycloneDX
 	$(BIN)/uvx --quiet --from "cyclonedx-bom>=7,<8" cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible --of JSON --output-file sbom.cdx.json
 
-.PHONY: help setup run up test test-distributed test-cluster check bench bench-base bench-gpu lock sbom
+.PHONY: help setup run up test test-distributed test-distributed-long test-cluster check bench bench-base bench-gpu lock sbom

@@ -31,7 +31,7 @@ KILLED = {"encoder-muon": 23, "classifier-adamw": 33}
 """Before which step; the classifier's best weights are those of step 21, of the last checkpoint."""
 STOPPED = ("decoder-muon", "classifier-muon")
 BF16 = ["bf16_decoder-adamw", "bf16_decoder-muon", "bf16_lora_decoder-adamw", "bf16_lora_classifier-adamw"]
-ITEMS = [f"{ranks}:{name}" for name in CASES + BF16 for ranks in (1, 2)]
+ITEMS = [f"{ranks}:{name}" for name in CASES for ranks in (1, 2)]
 for killed, before in KILLED.items():
     ITEMS += [f"2:{killed}+9@{before}", f"flip:{killed}+", f"2:{killed}+"]
 for stopped in STOPPED:
@@ -43,8 +43,17 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of `ITEMS`."""
-    folder = tmp_path_factory.mktemp("trained")
-    command = [sys.executable, distributed_cases.__file__, str(folder), *ITEMS]
+    return train_all(ITEMS, tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="module")
+def trained_in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the trainings of `BF16`."""
+    return train_all([f"{ranks}:{name}" for name in BF16 for ranks in (1, 2)], tmp_path_factory.mktemp("bf16"))
+
+
+def train_all(items: list[str], folder: Path) -> Path:
+    command = [sys.executable, distributed_cases.__file__, str(folder), *items]
     ended = subprocess.run(
         command, cwd=SOURCE, env=os.environ | {"PYTHONPATH": str(SOURCE)}, capture_output=True, text=True
     )
@@ -75,10 +84,11 @@ def test_two_ranks_learn_as_one_process(name: str, trained: Path) -> None:
         torch.testing.assert_close(sharded["weights"][weight], value, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", BF16)
-def test_two_ranks_learn_as_one_process_from_bf16_weights(name: str, trained: Path) -> None:
+def test_two_ranks_learn_as_one_process_from_bf16_weights(name: str, trained_in_bf16: Path) -> None:
     """All weights, or low-rank pairs beside frozen bf16 ones."""
-    single, sharded = (saved(trained, name, ranks) for ranks in (1, 2))
+    single, sharded = (saved(trained_in_bf16, name, ranks) for ranks in (1, 2))
     assert sharded["losses"][-1][1] < sharded["losses"][0][1]
     # Gradients are summed in fp32 in another order, which differs by 1e-7 and so flips the rounding of a few weights to
     # bf16, each by 2^-8 of itself: the losses, 1 in the end, part by no more than bf16's resolution there, 2^-7. So do
@@ -225,6 +235,7 @@ def killed_at_random(stage: str, root: Path, steps: int, seed: int) -> str:
     return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0])
 def test_kills_of_any_rank_at_any_step_change_no_bit(seed: int, launched: Paths) -> None:
     with start("pretrain@decoder", launched.root) as stage:

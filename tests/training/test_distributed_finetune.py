@@ -71,6 +71,7 @@ def test_two_ranks_classify_as_one_process(launched: Paths) -> None:
     assert sharded == pytest.approx(single, abs=1e-4)
 
 
+@pytest.mark.long
 def test_kills_in_any_part_change_no_bit(launched: Paths) -> None:
     finetune(launched)
     unbroken = results(launched)
