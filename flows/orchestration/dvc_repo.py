@@ -214,16 +214,16 @@ def push_folder(root: Path, folder: Path) -> None:
 def fetch_version(root: Path, folder: Path, version: str) -> None:
     """Replace a folder by a version of it, from DVC's cache or remote; `version` is what `version_data` returned.
 
-    Where neither has it, there is no folder then.
+    Where neither has it, there is no folder then; where files of it are missing, the folder stays as it is.
 
     Raises: InputError when DVC cannot, as while its remote does not answer.
     """
-    from dvc.exceptions import CheckoutError
+    from dvc.exceptions import CheckoutError, DownloadError
 
     content = f"outs:\n- md5: {version}\n  hash: md5\n  path: {folder.name}\n"
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(folder.parent / f"{folder.name}.dvc", content)
-    with chdir(root), open_repo(root, folder) as repo, suppress(CheckoutError):
+    with chdir(root), open_repo(root, folder) as repo, suppress(CheckoutError, DownloadError):
         repo.pull(targets=[f"{folder.relative_to(root)}.dvc"], force=True)
 
 
