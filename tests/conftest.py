@@ -154,22 +154,28 @@ class Released:
     """What it told meanwhile."""
 
 
-@functools.cache
-def csrf_token(home: Path, api: str) -> str:
-    """A token of this Prefect server, valid for an hour; asked for once, since each is a write to its database."""
+def prefect_login(home: Path) -> tuple[str, str]:
+    """User and password of the Prefect server of this state folder."""
     user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
-    with httpx.Client(base_url=api, auth=(user, password), timeout=60) as client:
-        while (answer := client.get("/csrf-token", params={"client": "tests"})).status_code == 503:
-            time.sleep(0.1)  # its database is busy
-        return str(answer.raise_for_status().json()["token"])
+    return user, password
+
+
+@functools.cache
+def csrf_headers(home: Path, api: str) -> dict[str, str]:
+    """A token of this Prefect server, valid for an hour; asked for once, since each is a write to its database."""
+    address, name = f"{api}/csrf-token", "tests"
+    while (
+        answer := httpx.get(address, params={"client": name}, auth=prefect_login(home), timeout=60)
+    ).status_code == 503:
+        time.sleep(0.1)  # its database is busy
+    return {"Prefect-Csrf-Client": name, "Prefect-Csrf-Token": answer.raise_for_status().json()["token"]}
 
 
 @contextmanager
 def prefect_client(home: Path, api: str) -> Iterator[httpx.Client]:
     """A client of the Prefect server of this state folder, signed in as Prefect's page does."""
-    user, _, password = (home / AUTH_FILE).read_text().strip().partition(":")
-    headers = {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": csrf_token(home, api)}
-    with httpx.Client(base_url=api, auth=(user, password), headers=headers, timeout=60) as client:
+    headers = csrf_headers(home, api)
+    with httpx.Client(base_url=api, auth=prefect_login(home), headers=headers, timeout=60) as client:
         yield client
 
 

@@ -223,8 +223,15 @@ def fetch_version(root: Path, folder: Path, version: str) -> None:
     content = f"outs:\n- md5: {version}\n  hash: md5\n  path: {folder.name}\n"
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(folder.parent / f"{folder.name}.dvc", content)
-    with chdir(root), open_repo(root, folder) as repo, suppress(CheckoutError, DownloadError):
-        repo.pull(targets=[f"{folder.relative_to(root)}.dvc"], force=True)
+    with chdir(root), open_repo(root, folder) as repo, suppress(CheckoutError):
+        try:
+            repo.pull(targets=[f"{folder.relative_to(root)}.dvc"], force=True)
+        except DownloadError:
+            has_list = False
+            with suppress(Exception):  # each kind of remote has errors of its own
+                has_list = repo.cloud.get_remote_odb(None).exists(version)
+            if not has_list:  # it does not answer
+                raise
 
 
 def fetch_missing(root: Path, pipeline: str, collected: Path) -> None:

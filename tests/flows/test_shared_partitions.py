@@ -21,6 +21,7 @@ from components.feedback.store import AnswerRecord, Store
 from components.media.pictures import Picture
 from flows.feedback import fetch_partitions
 from flows.orchestration.dvc_repo import push_folder, version_data
+from flows.orchestration.prefect_server import free_port
 from tests.servers import new_database
 
 CONFIG = FeedbackConfig(max_items=100, max_items_per_user=50, improve_after=5)
@@ -133,6 +134,21 @@ def test_what_no_host_can_send_is_made_from_the_database(
     for host in (host_a, host_c):
         fetch_partitions(host, store, echo)
         assert contents(host) == contents(host_b)
+
+
+def test_a_remote_that_does_not_answer_lacks_nothing(
+    store: Store, hosts: list[Paths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_a, host_b, _ = hosts
+    vote(store, 1)
+    ingest_here(store, host_a)
+    version_here(store, host_a)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    options = {"endpointurl": f"http://127.0.0.1:{free_port()}", "access_key_id": "a", "secret_access_key": "b"}
+    away = "\n    ".join(["s3://bucket", *(f"{name} = {value}" for name, value in options.items())])
+    (host_b.root / ".dvc/config").write_text(REMOTE.format(away))
+    with pytest.raises(InputError, match="data/feedback: DVC: 1 files failed to download"):
+        fetch_partitions(host_b, store, never)
 
 
 def test_an_erasure_whose_host_was_lost_is_made_up_for(store: Store, hosts: list[Paths]) -> None:
