@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 import time
@@ -22,6 +23,10 @@ CLEAR_GAIN = 1.25
 """Times as fast as fp32 from which bf16 is chosen: beyond what a measurement varies by."""
 MEASURED_WIDTH = 1024
 """Outputs of a product that are measured at most."""
+MEASURED_TURNS = 8
+MEASURED_PRODUCT = 128 * 128
+"""Weights of a product, in the mean of a model's, below which none is measured, and fp32 is chosen: so small a product
+takes as long as what is around it, and its time varies by more than CLEAR_GAIN."""
 MEASURED_OPERATIONS = 1.5e9
 """Of one pass over the shapes of a model's products: some hundredth of a second in fp32."""
 
@@ -35,12 +40,15 @@ def compute_dtype(precision: str, device: torch.device, model: nn.Module | None 
     """The dtype of `precision`; for "auto", bf16 on a GPU, and on a CPU where it is clearly faster for this model.
 
     The rates of a CPU depend on its instruction sets and on shapes, so that the model's own products are measured;
-    without a model it is fp32.
+    without a model, and for one of small products, it is fp32.
     """
     if precision != "auto":
         return torch.bfloat16 if precision == "bf16" else torch.float32
-    fast = device.type == "cuda" or (model is not None and bf16_gain(product_shapes(model)) >= CLEAR_GAIN)
-    return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    shapes = product_shapes(model) if model is not None else []
+    is_small = sum(wide * narrow for wide, narrow in shapes) < MEASURED_PRODUCT * max(1, len(shapes))
+    return torch.float32 if is_small or bf16_gain(shapes) < CLEAR_GAIN else torch.bfloat16
 
 
 def product_shapes(model: nn.Module) -> list[tuple[int, int]]:
@@ -53,7 +61,7 @@ def bf16_gain(shapes: Iterable[tuple[int, int]], rows: int | None = None) -> flo
     """How many times as fast this CPU multiplies `rows` rows by weights of these shapes (out, in) in bf16 as in fp32.
 
     Measured once for each different shape, in the processor time of one thread, which other processes hardly change.
-    Without `rows` there are as many as take some 0.1 s in all.
+    Without `rows` there are as many as take some 0.2 s in all.
     """
     counts = Counter((min(wide, MEASURED_WIDTH), narrow) for wide, narrow in shapes)
     size = sum(wide * narrow for wide, narrow in counts)
@@ -61,25 +69,24 @@ def bf16_gain(shapes: Iterable[tuple[int, int]], rows: int | None = None) -> flo
     threads = torch.get_num_threads()
     use_threads(1)
     try:
-        fp32, bf16 = (
-            sum(count * _seconds(shape, rows, dtype) for shape, count in counts.items())
-            for dtype in (torch.float32, torch.bfloat16)
-        )
+        seconds = [(count, *_seconds(shape, rows)) for shape, count in counts.items()]
     finally:
         use_threads(threads)
+    fp32, bf16 = (sum(each[0] * each[place] for each in seconds) for place in (1, 2))
     return fp32 / bf16 if bf16 else 1.0
 
 
 @torch.inference_mode()
-def _seconds(shape: tuple[int, int], rows: int, dtype: torch.dtype) -> float:
-    """Of the fastest of a few products."""
-    weight, x = torch.ones(shape, dtype=dtype), torch.ones(rows, shape[1], dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        started = time.thread_time()
-        F.linear(x, weight)
-        seconds.append(time.thread_time() - started)
-    return min(seconds)
+def _seconds(shape: tuple[int, int], rows: int) -> tuple[float, float]:
+    """Of the fastest of a few products in fp32 and bf16, by turns: what slows a core down for a while meets both."""
+    fastest = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    operands = {dtype: (torch.ones(rows, shape[1], dtype=dtype), torch.ones(shape, dtype=dtype)) for dtype in fastest}
+    for _ in range(MEASURED_TURNS):
+        for dtype, (x, weight) in operands.items():
+            started = time.thread_time()
+            F.linear(x, weight)
+            fastest[dtype] = min(fastest[dtype], time.thread_time() - started)
+    return fastest[torch.float32], fastest[torch.bfloat16]
 
 
 def device_memory(device: torch.device) -> int:

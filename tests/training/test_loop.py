@@ -269,6 +269,7 @@ def test_auto_is_bf16_where_a_models_own_products_are_clearly_faster_in_it(
         clock[0] += cost if weight.dtype == torch.bfloat16 else 1.0
         shapes.add(tuple(weight.shape))
 
+    monkeypatch.setattr(devices, "MEASURED_PRODUCT", 0)
     monkeypatch.setattr(devices.F, "linear", linear)
     monkeypatch.setattr(devices.time, "thread_time", lambda: clock[0])
     random = torch.get_rng_state()
@@ -277,9 +278,21 @@ def test_auto_is_bf16_where_a_models_own_products_are_clearly_faster_in_it(
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_small_products_are_computed_in_fp32_whatever_a_measurement_would_give(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trainings of one tiny model beside a busy process once differed, by a measurement of microseconds."""
+    monkeypatch.setattr(devices, "bf16_gain", lambda shapes: 9.0)
+    cpu, model = torch.device("cpu"), new_model(new_run())
+    assert compute_dtype("auto", cpu, model) == torch.float32
+    monkeypatch.setattr(devices, "product_shapes", lambda model: [(128, 96), (192, 128)])
+    assert compute_dtype("auto", cpu, model) == torch.bfloat16
+
+
 def test_a_training_goes_on_in_the_precision_that_it_began_in(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second measurement may come out otherwise."""
     run, gains = new_run(precision="auto", max_steps=4), iter([2.0, 0.5])
+    monkeypatch.setattr(devices, "MEASURED_PRODUCT", 0)
     monkeypatch.setattr(devices, "bf16_gain", lambda shapes: next(gains))
     for _ in range(2):
         trained(run)
