@@ -1,7 +1,8 @@
 """The pipeline: Prefect tasks built from dvc.yaml, one per stage, each brought up to date in turn.
 
 DVC decides in this process which stages are out of date (flows/orchestration/dvc_repo.py); each runs in a process of
-its own (run_stage.py there). The release of the models follows (flows/release.py).
+its own (run_stage.py there), unless DVC's remote has its result of another host (dvc_remote.py there). The release of
+the models follows (flows/release.py).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from components.runtime.process import file_lock, git
 from components.runtime.stage import PROGRESS
 from components.tracking.event_log import warn_on_failure
 from flows.orchestration.base_models import fetch_base_models
-from flows.orchestration.dvc_remote import push_to_remote
+from flows.orchestration.dvc_remote import RemoteResults, push_pending, push_to_remote
 from flows.orchestration.dvc_repo import StageState, stage_states
 from flows.orchestration.flow_run import FlowRun, run_flow
-from flows.orchestration.run_stage import StageResult, reproduce
+from flows.orchestration.run_stage import StageResult, reproduce, stage_target
 from flows.release import Release, Releases, release, release_states
 
 _SECONDS_BETWEEN_ARTIFACTS = 2.0
@@ -98,6 +99,7 @@ def run_pipeline(options: RunOptions) -> RunReport:
                 run_flow("pipeline", home, options.echo, body, **parameters)
             else:
                 report.stages = [StageResult(state.name, "up to date", 0.0) for state in states]
+                push_pending(options.root, options.echo)
                 _end(report)
     finally:
         report.seconds = time.monotonic() - started
@@ -147,9 +149,10 @@ def bring_up_to_date(options: RunOptions, states: list[StageState], report: RunR
 
     report.flow_run = run.id
     ended: dict[str, Any] = {}
+    results = RemoteResults(options.root, options.echo)
     try:
         for state in states:
-            stage = _stage_task(options, state, report)
+            stage = _stage_task(options, state, report, results)
             upstream = [ended[name] for name in state.needs if name in ended]
             ended[state.name] = stage(return_state=True, wait_for=upstream)
             if not ended[state.name].is_completed():
@@ -161,7 +164,7 @@ def bring_up_to_date(options: RunOptions, states: list[StageState], report: RunR
             create_table_artifact(table=rows, key="stages", description="Outcome of each stage")
 
 
-def _stage_task(options: RunOptions, state: StageState, report: RunReport) -> Any:
+def _stage_task(options: RunOptions, state: StageState, report: RunReport, results: RemoteResults) -> Any:
     """The Prefect task of one stage, under the stage's name."""
     from prefect import task
     from prefect.cache_policies import NO_CACHE
@@ -171,12 +174,24 @@ def _stage_task(options: RunOptions, state: StageState, report: RunReport) -> An
         result = StageResult(state.name, "up to date", 0.0)
         if state.is_due:
             options.echo(f"{state.name}: {state.describe(_LINE_WIDTH - len(state.name))}")
-            result = reproduce(state.name, options.root, options.force, _StageOutput(state.name, options.echo))
+            result = _update(state.name, options, results)
         report.stages.append(result)
         options.echo(f"{state.name}: {result.outcome} ({result.seconds:.1f} s)")
         return Completed(name=result.outcome.capitalize(), message=f"{result.outcome} in {result.seconds:.1f} s")
 
     return task(name=state.name, task_run_name=state.name, cache_policy=NO_CACHE)(bring_up_to_date)
+
+
+def _update(name: str, options: RunOptions, results: RemoteResults) -> StageResult:
+    """Bring a stage up to date: by its result in DVC's remote, or by running it, and then its result is pushed."""
+    target, started = stage_target(options.root, name), time.monotonic()
+    is_fetched = not options.force and results.fetch(target)
+    result = reproduce(name, options.root, options.force, _StageOutput(name, options.echo))
+    if result.outcome == "ran":
+        results.push(target)
+    elif is_fetched:
+        result = replace(result, outcome="restored from remote", seconds=time.monotonic() - started)
+    return result
 
 
 class _StageOutput:

@@ -68,33 +68,41 @@ def run(
 
 
 def _print_plan(root: Path, until: str | None, force: bool, as_json: bool) -> None:
-    """Print each stage, why it would run, and the seconds that its last result took."""
+    """Print each stage, why it would run or whether DVC's remote has its result, and the seconds its last one took."""
     from components.runtime.checkpoint_folders import History
+    from flows.orchestration.dvc_remote import results_in_remote
     from flows.orchestration.dvc_repo import stage_states
 
     load_params(Paths(root).params)
     states = stage_states(root, force, until, read_only=True)
     seconds = {state.name: History.read(state.name, Paths(root)).seconds for state in states}
-    due = [state.name for state in states if state.is_due]
+    in_remote = [] if force else results_in_remote(root, [state.name for state in states if state.reasons])
+    due = [state.name for state in states if state.is_due and state.name not in in_remote]
     total = sum(seconds[name] or 0.0 for name in due)
     unknown = [name for name in due if seconds[name] is None]
     if as_json:
-        rows = [
+        stages = [
             {
                 "name": state.name,
-                "runs": "yes" if state.reasons else "maybe" if state.after else "no",
+                "runs": "no" if state.name not in due else "yes" if state.reasons else "maybe",
+                "in_remote": state.name in in_remote,
                 "reasons": list(state.reasons),
                 "after": list(state.after),
-                "seconds": seconds[state.name] if state.is_due else None,
+                "seconds": seconds[state.name] if state.name in due else None,
             }
             for state in states
         ]
-        print_json({"stages": rows, "seconds": total, "never_timed": unknown})
+        print_json({"stages": stages, "seconds": total, "never_timed": unknown})
         return
     width = max(40, shutil.get_terminal_size().columns - max(len(state.name) for state in states) - 14)
+    found = "result in DVC's remote: "
+    descriptions = [
+        found + state.describe(width - len(found)) if state.name in in_remote else state.describe(width)
+        for state in states
+    ]
+    rows = zip(states, descriptions, strict=True)
     print_table(
-        ("stage", "last took", "state"),
-        [(state.name, _duration(seconds[state.name]), state.describe(width)) for state in states],
+        ("stage", "last took", "state"), [(state.name, _duration(seconds[state.name]), text) for state, text in rows]
     )
     print(f"\n{len(due)} of {len(states)} stages may run, {_duration(total)} at most by their last results", end="")
     print(f"; not known of {len(unknown)} that never ran here" if unknown else "")

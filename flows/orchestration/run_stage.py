@@ -27,7 +27,7 @@ from components.runtime.process import RUN_PID, accept_interrupts, request_paren
 from components.runtime.stage import IMPROVEMENT, read_stages
 from components.tracking.mlflow_client import UPLOADER
 
-Outcome = Literal["ran", "restored from cache", "up to date"]
+Outcome = Literal["ran", "restored from remote", "restored from cache", "up to date"]
 DVC = Path(__file__).with_name("dvc_command.py")
 _SECONDS_TO_END = 90.0
 _SECONDS_TO_INTERRUPT = 2.0
@@ -72,13 +72,18 @@ class StageResult:
     seconds: float
 
 
+def stage_target(root: Path, name: str) -> str:
+    """How DVC's commands name a stage."""
+    return f"{IMPROVEMENT}:{name}" if name in read_stages(root, IMPROVEMENT) else name
+
+
 def reproduce(name: str, root: Path, force: bool, echo: Callable[[str], None]) -> StageResult:
     """Run `dvc repro --single-item NAME`; `echo` is called with each line of the stage's output.
 
     Raises: StageFailed with the stage's own message; KeyboardInterrupt, once the stage has ended.
     """
     report = Paths(root).home / "stages" / f"{name}.json"
-    target = f"{IMPROVEMENT}:{name}" if name in read_stages(root, IMPROVEMENT) else name
+    target = stage_target(root, name)
     report.unlink(missing_ok=True)
     accept_interrupts()
     started = time.monotonic()

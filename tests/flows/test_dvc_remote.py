@@ -52,7 +52,7 @@ def test_versions_go_to_the_named_remote_and_not_twice_to_the_same_disk(root: Pa
     assert push_data(root) is None
     assert not Paths(root).home.joinpath("dvc-remote").exists()
     name_remote(root, url=tmp_path / "remote")
-    assert push_data(root) == 2, "a folder and its file"
+    assert push_data(root) == 4, "a folder, its file, the metrics, and the entry of the run cache"
     assert push_data(root) == 0
     locked = yaml.safe_load((root / "dvc.lock").read_text())["stages"]["copy"]["outs"]
     (md5,) = (out["md5"] for out in locked if out["path"] == "data")
