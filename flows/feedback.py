@@ -25,7 +25,7 @@ from components.feedback.ingest import (
     write_revocations,
 )
 from components.feedback.ingest import ingest as ingest_partition
-from components.feedback.leases import leased
+from components.feedback.leases import Lease, leased
 from components.feedback.store import Store, has_store
 from components.runtime.process import file_lock
 from components.tracking.event_log import warn_on_failure
@@ -78,9 +78,9 @@ def ingest(root: Path, echo: Echo = print, limit: int | None = None) -> IngestRe
     overrides = {"feedback.max_items": limit} if limit else {}
     store = Store.of(paths.home)
     try:
-        with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest"):
+        with file_lock(paths.home / "stages", "ingest"), leased(store, "ingest") as lease:
             fetch_partitions(paths, store, echo)
-            job = _Job(paths, load_params(paths.params, overrides), store, echo, report)
+            job = _Job(paths, load_params(paths.params, overrides), store, echo, report, lease)
             job.exchange_assessments()
             if job.is_needed():
                 run_flow("ingest", paths.home, echo, job.run)
@@ -99,6 +99,7 @@ class _Job:
     store: Store
     echo: Echo
     report: IngestReport
+    lease: Lease
 
     def exchange_assessments(self) -> None:
         """Show votes as assessments of MLflow's traces; corrections that were entered there become votes."""
@@ -143,6 +144,7 @@ class _Job:
         version = _version_when_unlocked(self.paths.root, self.paths.feedback)
         if self.store.is_shared:
             push_folder(self.paths.root, self.paths.feedback)
+        self.lease.check()  # a push may take long
         self.store.mark_versioned(names, version)
         _mark(self.paths).unlink(missing_ok=True)
         return version

@@ -6,21 +6,24 @@ import hashlib
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from components.config.loop_settings import FeedbackConfig
-from components.config.params import InputError
+from components.config.params import InputError, Params
 from components.config.paths import Paths
 from components.feedback.ingest import erase_items, ingest
 from components.feedback.items import picture_digests, read_items
+from components.feedback.leases import Lease, leased
 from components.feedback.pictures import PictureFile, reference
 from components.feedback.store import AnswerRecord, Store
 from components.media.pictures import Picture
-from flows.feedback import fetch_partitions
-from flows.orchestration.dvc_repo import push_folder, version_data
+from flows import feedback
+from flows.feedback import IngestReport, fetch_partitions
 from flows.orchestration.prefect_server import free_port
 from tests.servers import new_database
 
@@ -60,13 +63,15 @@ def ingest_here(store: Store, host: Paths) -> None:
 
 
 def version_here(store: Store, host: Paths) -> str:
-    """As the ingestion's flow does."""
-    erase_items(store, host.feedback)
-    names = store.unversioned()
-    version = version_data(host.root, host.feedback)
-    push_folder(host.root, host.feedback)
-    store.mark_versioned(names, version)
+    with leased(store, "ingest") as lease:
+        version = ingestion(store, host, lease).version()
+    assert version
     return version
+
+
+def ingestion(store: Store, host: Paths, lease: Lease) -> Any:
+    """The ingestion's flow, of which `version` reads no params."""
+    return feedback._Job(host, cast(Params, None), store, never, IngestReport(), lease)
 
 
 def items_of(host: Paths) -> list[str]:
@@ -79,6 +84,18 @@ def contents(host: Paths) -> dict[str, bytes]:
 
 def never(line: str) -> None:
     raise AssertionError(line)
+
+
+def test_a_host_that_lost_its_lease_marks_nothing_as_versioned(store: Store, hosts: list[Paths]) -> None:
+    vote(store, 1)
+    ingest_here(store, hosts[0])
+    with leased(store, "ingest") as lease:
+        assert lease.token is not None
+        with pytest.raises(InputError, match="another host has gone on"):
+            ingestion(store, hosts[0], replace(lease, token=lease.token + 1)).version()
+    assert store.unversioned()
+    version_here(store, hosts[0])
+    assert not store.unversioned()
 
 
 def test_what_one_host_erased_comes_back_on_no_other(store: Store, hosts: list[Paths]) -> None:
