@@ -77,7 +77,7 @@ def run(
 
 def _add_banking(folder: Path, target: Path, seed: int, each: int | None) -> None:
     """BANKING77 with the test set that everyone reports on, and `each` training texts of a label at most."""
-    from components.datasets.collect import stratified
+    from components.datasets.added_rows import by_label
     from components.datasets.formats import DatasetWriter, Row
 
     def rows(split: str) -> list[Row]:
@@ -93,8 +93,8 @@ def _add_banking(folder: Path, target: Path, seed: int, each: int | None) -> Non
         seen[row["label"]] += 1
         if each is None or seen[row["label"]] <= each:
             learned.append(row)
-    # `stratified` splits in three; what it would test by is learned from too, for the test set is a file of its own.
-    split_of = stratified(lambda: learned, 0.0, VALIDATION_SHARE, seed)
+    # `by_label` splits in three; what it would test by is learned from too, for the test set is a file of its own.
+    split_of = by_label(lambda: learned, 0.0, VALIDATION_SHARE, seed).split_of
     with DatasetWriter(target, BANKING, "labelled_texts") as writer:
         for row in learned:
             writer.write("validation" if split_of(row) == "validation" else "train", row)

@@ -6,30 +6,24 @@ duplicates, and of training rows that equal a held-out row.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
-from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from components.agent.saved_tools import TOOL_FILES, save_agent
 from components.config.params import InputError
 from components.config.project import Collecting, Project, Rows, load_project
-from components.datasets.deduplication import Splits, split
+from components.datasets.added_rows import AddedRows, by_label, by_share
+from components.datasets.deduplication import Splits
 from components.datasets.disk_splits import DiskSplits
 from components.datasets.formats import (
     DatasetInfo,
     DatasetWriter,
     Kind,
-    Row,
     Split,
-    in_test_split,
     read_info,
     read_rows,
     refuse_other_kinds,
@@ -39,8 +33,7 @@ from components.runtime.stage import StageRun
 
 MAX_ROWS_IN_MEMORY = 20_000
 """Rows of added datasets of a kind up to which hashes of all are in memory, 2 KB each."""
-MIN_ROWS = 3
-"""Rows of a label from which on it is in every split."""
+_SPLITS: tuple[Split, ...] = ("train", "test", "validation")
 
 
 def collect(run: StageRun) -> None:
@@ -135,57 +128,13 @@ def _added(run: StageRun, name: str, kind: Kind) -> Rows:
     Raises: InputError when the dataset is empty.
     """
     folder = run.paths.added / name
-    sources = read_info(folder).sources
     rows = partial(read_rows, folder, "train")
     if next(iter(rows()), None) is None:
         raise InputError(f'{folder.name}: the dataset is empty; add rows with "loopwright data add"')
     share, validation, seed = run.params.collect.held_out_share, run.params.collect.validation_share, run.params.seed
-    if kind not in ("labelled_texts", "text_pairs"):
-        test, train = split(rows, lambda row: in_test_split(_split_key(row), share, seed))
-        return Rows(train, test, sources=sources)
-    split_of = stratified(rows, share, validation, seed)
-
-    def of(part: Split) -> Iterator[Row]:
-        return (row for row in rows() if split_of(row) == part)
-
-    return Rows(of("train"), of("test"), of("validation"), sources)
-
-
-def _split_key(row: Row) -> str:
-    """What is held out together: a row, or all rows whose first picture is the same file."""
-    return hashlib.sha256(row["images"][0]).hexdigest() if row.get("images") else str(row["id"])
-
-
-def stratified(
-    rows: Callable[[], Iterable[Row]], test_share: float, validation_share: float, seed: int
-) -> Callable[[Row], Split]:
-    """The split of each row: of each label the rows with the smallest hashes of their ids are held out, as many as the
-    shares require and, from MIN_ROWS on, at least one; of two rows one is tested, a single row is trained on.
-
-    Rows without labels count as of one label. Memory holds 8 bytes a row. Raises: InputError for a repeated id.
-    """
-
-    def hash_of(row: Row) -> int:
-        return int.from_bytes(hashlib.blake2b(f"{seed}:{row['id']}".encode(), digest_size=8).digest())
-
-    by_label: dict[str, array[int]] = defaultdict(lambda: array("Q"))
-    for row in rows():
-        by_label[row.get("label", "")].append(hash_of(row))
-    limits: dict[str, tuple[int, int]] = {}
-    for label, numbers in by_label.items():
-        hashes = np.sort(np.frombuffer(numbers, np.uint64))
-        tested = max(1, round(len(hashes) * test_share)) if len(hashes) > 1 else 0
-        validated = max(1, round(len(hashes) * validation_share)) if len(hashes) >= MIN_ROWS else 0
-        validated = min(validated, len(hashes) - tested - 1) if validated else 0
-        held_out = hashes[: tested + validated]
-        if len(repeated := held_out[1:][held_out[1:] == held_out[:-1]]):
-            identity = next(row["id"] for row in rows() if hash_of(row) == repeated[0])
-            raise InputError(f"{label!r}: id {identity!r} is there twice; give every row an id of its own")
-        ends = [int(hashes[count]) if count < len(hashes) else 2**64 for count in (tested, tested + validated)]
-        limits[label] = ends[0], ends[1]
-
-    def split_of(row: Row) -> Split:
-        number, (tested, held_out) = hash_of(row), limits[row.get("label", "")]
-        return "test" if number < tested else "validation" if number < held_out else "train"
-
-    return split_of
+    if kind in ("labelled_texts", "text_pairs"):
+        rule = by_label(rows, share, validation, seed)
+    else:
+        rule = by_share(rows, share, seed)
+    train, test, validated = (AddedRows(folder, split, rule) for split in _SPLITS)
+    return Rows(train, test, validated if rule.limits else (), read_info(folder).sources)

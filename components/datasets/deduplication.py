@@ -243,12 +243,6 @@ def _picture_questions(row: Row, matters: Callable[[int], bool]) -> Iterator[tup
             yield key, small
 
 
-def split(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> tuple[Iterator[Row], Iterator[Row]]:
-    """Test and training rows, each a pass over `rows`; of two rows, each split gets one."""
-    chosen = _leave_both(rows, held_out)
-    return (row for row in rows() if chosen(row)), (row for row in rows() if not chosen(row))
-
-
 def question(row: Row) -> str:
     """A conversation's system and user turns."""
     return _joined(message["content"] or "" for message in row["messages"] if message["role"] in ("system", "user"))
@@ -273,19 +267,6 @@ def content(row: Row) -> str:
 
 def _joined(parts: Iterable[str]) -> str:
     return " ".join(" ".join(part.split()) + "\x00" for part in parts)
-
-
-def _leave_both(rows: Callable[[], Iterable[Row]], held_out: Callable[[Row], bool]) -> Callable[[Row], bool]:
-    """`held_out`, or, where it would leave a split empty (a handful of rows), the last row alone."""
-    outcomes: set[bool] = set()
-    ids: list[str] = []
-    for row in rows():
-        outcomes.add(held_out(row))
-        if len(outcomes) == 2:
-            return held_out
-        if not ids or row["id"] != ids[-1]:
-            ids = [*ids[:1], row["id"]]
-    return lambda row: len(ids) == 2 and row["id"] == ids[1]
 
 
 def refuse_without_training_rows(writer: DatasetWriter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 
 from components.config.params import InputError, load_params
 from components.datasets import deduplication as duplicates
-from components.datasets.deduplication import Duplicates, MinHash, Splits, question, split
+from components.datasets.added_rows import by_share
+from components.datasets.deduplication import Duplicates, MinHash, Splits, question
 from components.datasets.formats import DatasetWriter, Row, read_rows, row_id
 from tests.conftest import SOURCE
 
@@ -164,7 +164,7 @@ def test_no_training_document_equals_a_held_out_one(tmp_path: Path) -> None:
     rows += [document(changed(text, 1)) for text in held_out] + [document(text.upper()) for text in held_out]
     rows += [document(text_of(80, seed)) for seed in range(100, 150)]
     with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        write_splits(*split(lambda: rows, lambda row: row["text"] in held_out), writer)
+        write_splits(rows[:20], rows[20:], writer)
     assert writer.info.rows == {"test": 20, "train": 50}
     assert writer.info.dropped == {"in_test": 40}
     kept = {row["text"] for row in read_rows(tmp_path / "d", "train")}
@@ -209,18 +209,16 @@ def test_conversations_that_differ_in_a_tool_call_alone_are_both_kept(tmp_path: 
     assert writer.info.rows == {"train": 2}
 
 
-@pytest.mark.parametrize("chosen", [True, False])
-def test_handful_of_rows_still_has_both_splits(tmp_path: Path, chosen: bool) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.0])
+def test_handful_of_rows_still_has_both_splits(share: float) -> None:
     rows = [document(text) for text in ("one", "two", "three")]
-    with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        write_splits(*split(lambda: rows, lambda row: chosen), writer)
-    assert Counter(writer.info.rows) == {"test": 1, "train": 2}
+    rule = by_share(lambda: rows, share, 0)
+    assert [rule.split_of(row) for row in rows] == ["train", "train", "test"]
 
 
-def test_only_row_is_trained_on(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path / "d", "d", "documents") as writer:
-        write_splits(*split(lambda: [document("one")], lambda row: True), writer)
-    assert writer.info.rows == {"train": 1}
+def test_only_row_is_trained_on() -> None:
+    row = document("one")
+    assert by_share(lambda: [row], 1.0, 0).split_of(row) == "train"
 
 
 def test_nothing_left_to_train_on_is_reported(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from components.config.params import load_params
 from components.config.paths import Paths
 from components.datasets import formats
-from components.datasets.collect import stratified
+from components.datasets.added_rows import by_label
 from components.datasets.deduplication import PERMUTATIONS, Splits
 from components.datasets.disk_splits import DiskSplits, SignatureFiles
 from components.datasets.formats import DatasetWriter, Kind, Row, Split, row_id
@@ -119,4 +119,4 @@ def test_there_may_be_more_shards_than_files_that_a_process_may_open(tmp_path: P
 def test_a_repeated_id_among_held_out_rows_is_named() -> None:
     rows = [{"id": "same", "label": "a"}, {"id": "same", "label": "a"}]
     with pytest.raises(ValueError, match=r"^'a': id 'same' is there twice; give"):
-        stratified(lambda: [*rows, {"id": "other", "label": "a"}], 0.6, 0.1, 0)
+        by_label(lambda: [*rows, {"id": "other", "label": "a"}], 0.6, 0.1, 0)

@@ -4,12 +4,12 @@ import random
 
 import pytest
 
-from components.datasets.collect import stratified
+from components.datasets.added_rows import by_label
 from components.datasets.formats import Row, Split, in_test_split
 
 
 def splits(rows: list[Row], test_share: float = 0.2, validation_share: float = 0.1) -> dict[str, Split]:
-    split_of = stratified(lambda: rows, test_share, validation_share, 0)
+    split_of = by_label(lambda: rows, test_share, validation_share, 0).split_of
     return {row["id"]: split_of(row) for row in rows}
 
 
