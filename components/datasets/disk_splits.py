@@ -1,29 +1,34 @@
-"""Duplicates and splits of data beyond memory: rows wait on disk, and what `Splits` decides is decided from files.
+"""Duplicates and splits of data beyond memory: what `Splits` decides is decided from files, shard by shard.
 
-    STATE/waiting/KIND-NUMBER/   rows of one dataset and split, in the order in which `Splits` would take them
-    STATE/fingerprints-*/        of each of their shards: hashes and band keys as Parquet, signatures as raw uint32
+    STATE/split-NAME-*/          rows of a file of an added dataset, by split
+    STATE/waiting/KIND-NUMBER/   rows of a split of a dataset that the project makes, written anew by each run
+    STATE/fingerprints-KIND-*/   of each of these files: hashes and band keys as Parquet, signatures as raw uint32
+    STATE/outcomes-KIND/         of each row a byte: whether it stays, or why not
+    STATE/rows-NAME-SPLIT-*/     the rows that stay: files of the dataset
 
-DuckDB finds equal hashes and the band keys that rows share, in the memory that `_connect` gives it and on disk beyond.
-One pass over the rows that share any, in their order, reads the signatures of candidates from disk. Of every other row
-memory holds a byte: the outcome.
+Rows are numbered in the order in which `Splits` would take them. DuckDB finds equal hashes and the band keys that rows
+share, in the memory that `_connect` gives it and on disk beyond. One pass over the rows that share any, in their order,
+reads the signatures of candidates from disk. Of every other row memory holds a byte: the outcome.
 """
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import asdict, dataclass
+from itertools import accumulate, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from components.datasets import formats
+from components.datasets.added_rows import AddedRows, SplitRule
 from components.datasets.deduplication import (
     EXACT_KINDS,
     PERMUTATIONS,
@@ -37,7 +42,7 @@ from components.datasets.deduplication import (
     question,
     refuse_without_training_rows,
 )
-from components.datasets.formats import DatasetWriter, Kind, Row, Split, batched, read_rows, read_shard, shards
+from components.datasets.formats import DatasetWriter, Kind, Row, Split, batched, read_shard, shards
 from components.runtime.files import remove, scratch_folder
 from components.runtime.shards import Result, Shard, run_shards
 from components.runtime.stage import StageRun
@@ -49,6 +54,7 @@ DUCKDB_BYTES, DUCKDB_BYTES_OF_ROW, DUCKDB_BYTES_OF_THREAD = 48 * 10**6, 16, 80 *
 """What DuckDB sorts and groups rows in; with half of it, it ends without memory."""
 KEPT, EXACT, NEAR, IN_TEST = range(4)
 REASONS = ("", "exact_duplicate", "near_duplicate", "in_test")
+OUTCOMES, ROWS = "outcomes.npy", "rows.parquet"
 _BATCH = 1024
 _FETCHED = 10_000
 _SIGNATURE_BYTES = 4 * PERMUTATIONS
@@ -64,8 +70,9 @@ class _Waiting:
 
     split: Split
     writer: DatasetWriter
-    folder: Path
-    rows: int
+    files: list[Path]
+    rows: list[int]
+    """Number of rows of each file."""
 
 
 class DiskSplits:
@@ -74,15 +81,21 @@ class DiskSplits:
     def __init__(self, run: StageRun, kind: Kind, similarity: float, seed: int = 0) -> None:
         self._run, self._kind, self._similarity, self._seed = run, kind, similarity, seed
         self._waiting: list[_Waiting] = []
+        self._added: dict[Path, list[Path]] = {}
+        """By folder of an added dataset, the folders of its shards."""
 
     def write_held_out(self, split: Split, rows: Iterable[Row], writer: DatasetWriter) -> None:
         """As `Splits.write_held_out`: the test rows of all datasets first, training rows last."""
-        folder = self._run.state / "waiting" / f"{self._kind}-{len(self._waiting):03d}"
-        remove(folder)
-        with DatasetWriter(folder, writer.info.name, self._kind) as waiting:
-            for row in rows:
-                waiting.write(split, row)
-        self._waiting.append(_Waiting(split, writer, folder, waiting.info.rows.get(split, 0)))
+        if isinstance(rows, AddedRows):
+            folders = self._split_added(rows)
+        else:
+            folders = [self._run.state / "waiting" / f"{self._kind}-{len(self._waiting):03d}"]
+            remove(folders[0])
+            with DatasetWriter(folders[0], writer.info.name, self._kind) as waiting:
+                for row in rows:
+                    waiting.write(split, row)
+        files = [file for folder in folders for file in shards(folder, split)]
+        self._waiting.append(_Waiting(split, writer, files, [pq.read_metadata(file).num_rows for file in files]))
 
     def write_train(self, rows: Iterable[Row], writer: DatasetWriter) -> None:
         """As `Splits.write_train`, which `finish` completes."""
@@ -93,56 +106,150 @@ class DiskSplits:
 
         Raises: InputError when nothing is left to train on.
         """
-        outcomes, row = self._outcomes(), 0
+        file, start = self._outcomes(), 0
+        outcomes = np.load(file)
         for waiting in self._waiting:
-            for values in read_rows(waiting.folder, waiting.split):
-                if outcomes[row] == KEPT:
-                    waiting.writer.write(waiting.split, values)
-                else:
-                    waiting.writer.drop(REASONS[outcomes[row]])
-                row += 1
-            remove(waiting.folder)
+            end = start + sum(waiting.rows)
+            part = outcomes[start:end]
+            self._write_rows(waiting, part, file, start)
+            firsts = {code: int(np.argmax(part == code)) for code in (EXACT, NEAR, IN_TEST) if (part == code).any()}
+            for code in sorted(firsts, key=firsts.__getitem__):  # `dataset.json` lists them as they come
+                waiting.writer.drop(REASONS[code], int(np.count_nonzero(part == code)))
             if waiting.split == "train":
                 refuse_without_training_rows(waiting.writer)
+            start = end
+        remove(self._run.state / "waiting")
 
-    def _outcomes(self) -> Outcomes:
-        """Of each row, in order."""
-        files = [file for waiting in self._waiting for file in shards(waiting.folder, waiting.split)]
-        starts = [0]
-        for file in files:
-            starts.append(starts[-1] + pq.read_metadata(file).num_rows)
-        common = {"kind": self._kind, "similarity": self._similarity, "seed": self._seed}
+    def _split_added(self, rows: AddedRows) -> list[Path]:
+        """Folders with the rows of each file of an added dataset, by split."""
+        if rows.folder not in self._added:
+            common = {"kind": self._kind, "rule": asdict(rows.rule)}
+            name = f"split-{rows.folder.name}"
+            work = [
+                Shard(f"{name}-{number:05d}", split_file, [file], {**common, "file": str(file)})
+                for number, file in enumerate(shards(rows.folder, "train"))
+            ]
+            self._added[rows.folder] = [output.folder for output in run_shards(self._run, work)]
+        return self._added[rows.folder]
+
+    def _outcomes(self) -> Path:
+        """The file with the outcome of each row, in order."""
+        files = [file for waiting in self._waiting for file in waiting.files]
+        starts = list(accumulate((rows for waiting in self._waiting for rows in waiting.rows), initial=0))
+        common = {"kind": self._kind, "similarity": self._similarity}
+        of_file = {**common, "seed": self._seed}
         work = [
             Shard(
                 f"fingerprints-{self._kind}-{number:05d}",
                 fingerprint,
                 [file],
-                {**common, "file": str(file), "start": starts[number]},
+                {**of_file, "file": str(file), "start": starts[number]},
             )
             for number, file in enumerate(files)
         ]
         folders = [output.folder for output in run_shards(self._run, work)]
         test_rows, held_out = (
-            sum(waiting.rows for waiting in self._waiting if waiting.split in splits)
+            sum(sum(waiting.rows) for waiting in self._waiting if waiting.split in splits)
             for splits in (("test",), ("test", "validation"))
         )
-        scratch = scratch_folder(self._run.paths.home, "duplicates")
-        with scratch as spill, _connect(spill, starts[-1]) as connection:
-            names = [str(folder / "fingerprints.parquet") for folder in folders]
-            if not names:
-                return np.zeros(0, np.uint8)
-            connection.read_parquet(names).create_view("rows")
+        counts = {"starts": starts, "test_rows": test_rows, "held_out": held_out}
+        arguments = {**common, **counts, "folders": list(map(str, folders)), "home": str(self._run.paths.home)}
+        (output,) = run_shards(self._run, [Shard(f"outcomes-{self._kind}", decide, folders, arguments)])
+        return output.folder / OUTCOMES
+
+    def _write_rows(self, waiting: _Waiting, outcomes: Outcomes, file: Path, start: int) -> None:
+        """Write the rows that stay, in files of as many rows as `DatasetWriter` writes.
+
+        `file` has the outcomes of all rows; these begin at `start`.
+        """
+        kept_rows = [int(np.count_nonzero(part == KEPT)) for part in np.split(outcomes, np.cumsum(waiting.rows)[:-1])]
+        ends = list(accumulate(kept_rows))
+        rows_per_group = formats.ROWS_PER_GROUP
+        size = -(-formats.ROWS_PER_SHARD // rows_per_group) * rows_per_group
+        starts = list(accumulate(waiting.rows, initial=start))
+        work: list[Shard] = []
+        for first in range(0, ends[-1] if ends else 0, size):
+            stop = min(first + size, ends[-1])
+            read = slice(bisect_right(ends, first), bisect_left(ends, stop) + 1)
+            arguments = {
+                "kind": self._kind,
+                "files": [[str(name), number] for name, number in zip(waiting.files[read], starts[read], strict=True)],
+                "outcomes": str(file),
+                "first": first - (ends[read.start - 1] if read.start else 0),
+                "rows": stop - first,
+                "rows_per_group": rows_per_group,
+            }
+            key = f"rows-{waiting.writer.info.name}-{waiting.split}-{len(work):05d}"
+            work.append(Shard(key, write_rows, [*waiting.files[read], file], arguments))
+        for shard, output in zip(work, run_shards(self._run, work), strict=True):
+            waiting.writer.add_file(waiting.split, output.folder / ROWS, shard.arguments["rows"])
+
+
+def split_file(out: Path, kind: Kind, rule: dict[str, Any], file: str) -> Result:
+    """Write the rows of a file by split."""
+    split_rule = SplitRule(**rule)
+    with DatasetWriter(out, out.name, kind) as writer:
+        for row in read_shard(Path(file)):
+            writer.write(split_rule.split_of(row), row)
+    return {}
+
+
+def write_rows(
+    out: Path, kind: Kind, files: list[tuple[str, int]], outcomes: str, first: int, rows: int, rows_per_group: int
+) -> Result:
+    """Write so many of the files' rows that stay, from the `first` of them on, as `DatasetWriter` does.
+
+    `files`: each with the number of its first row in the file `outcomes`.
+    """
+    stay = np.load(outcomes, mmap_mode="r")
+    schema = formats.SCHEMAS[kind]
+    pending = schema.empty_table()
+    with pq.ParquetWriter(out / ROWS, schema) as writer:
+        for name, number in files:
+            with pq.ParquetFile(name) as file:
+                for batch in file.iter_batches(batch_size=rows_per_group):
+                    kept = batch.filter(pa.array(stay[number : number + len(batch)] == KEPT))
+                    number += len(batch)
+                    taken = kept.slice(first, rows)
+                    first, rows = max(0, first - len(kept)), rows - len(taken)
+                    pending = pa.concat_tables([pending, pa.Table.from_batches([taken], schema)])
+                    if len(pending) >= rows_per_group:
+                        writer.write_table(pending.slice(0, rows_per_group).combine_chunks())
+                        pending = pending.slice(rows_per_group)
+        if len(pending):
+            writer.write_table(pending.combine_chunks())
+    return {}
+
+
+def decide(
+    out: Path,
+    kind: Kind,
+    similarity: float,
+    starts: list[int],
+    test_rows: int,
+    held_out: int,
+    folders: list[str],
+    home: str,
+) -> Result:
+    """Write the outcome of each row, of which the folders have the fingerprints.
+
+    `starts`: the number of each folder's first row, and of all rows; `test_rows`, `held_out`: those that come first.
+    """
+    outcomes = np.zeros(starts[-1], np.uint8)
+    if folders:
+        with scratch_folder(Path(home), "duplicates") as spill, _connect(spill, starts[-1]) as connection:
+            connection.read_parquet([f"{folder}/fingerprints.parquet" for folder in folders]).create_view("rows")
             connection.execute(
                 "CREATE TABLE firsts AS SELECT digest, min(number) AS first_number FROM rows GROUP BY digest"
             )
-            outcomes = np.zeros(starts[-1], np.uint8)
-            if self._kind not in EXACT_KINDS:
-                signatures = SignatureFiles([folder / "signatures.bin" for folder in folders], starts)
-                _mark_near_duplicates(connection, signatures, outcomes, test_rows, self._similarity)
+            if kind not in EXACT_KINDS:
+                signatures = SignatureFiles([Path(folder) / "signatures.bin" for folder in folders], starts)
+                _mark_near_duplicates(connection, signatures, outcomes, test_rows, similarity)
             _mark_copies(connection, outcomes, test_rows)
-            if self._kind == "conversations":
+            if kind == "conversations":
                 _mark_held_out_questions(connection, outcomes, held_out)
-        return outcomes
+    np.save(out / OUTCOMES, outcomes)
+    return {}
 
 
 def fingerprint(out: Path, kind: Kind, similarity: float, seed: int, file: str, start: int) -> Result:
