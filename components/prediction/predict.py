@@ -30,10 +30,11 @@ from components.prediction.sources import Part, first_columns, parts, read_rows,
 from components.runtime.files import scratch_folder
 from components.runtime.model_tasks import task_of
 from components.runtime.object_store import list_files, read_bytes, size_of, version_of, write_file
-from components.runtime.shards import MANIFEST, execute
+from components.runtime.shards import execute
 from components.runtime.stage import digest
 
 Line = dict[str, Any]
+MANIFEST = "manifest.jsonl"
 _INPUT = "input_"
 """Before the name of a source's column that an answer has too."""
 

@@ -1,7 +1,7 @@
-"""Shards of a stage: each becomes files and one line of a manifest, so that a killed stage goes on where it was.
+"""Shards of a stage: each becomes files and a line of a manifest, so that a killed stage goes on where it was.
 
-    STATE/manifest.jsonl   one line per finished shard: its key, digests of inputs and outputs, its result
-    STATE/KEY/             the files of a shard
+    STATE/KEY/        the files of a shard
+    STATE/KEY.json    its line, once it is finished: its key, digests of inputs and outputs, its result
 
 STATE is the stage's folder of checkpoints, which outlives DVC's removal of outs. Results are functions of the shard
 alone, and in its order: executors and numbers of workers change no byte.
@@ -26,12 +26,11 @@ from typing import Any, Protocol
 from components.config.errors import InputError, reason_of
 from components.config.loop_settings import RunConfig
 from components.config.secrets import hidden
-from components.runtime.files import remove, sync
+from components.runtime.files import remove, sync, write_text
 from components.runtime.process import end_on_signals, end_with_parent
 from components.runtime.ray_launcher import MISSING, use_token
 from components.runtime.stage import StageRun, digest
 
-MANIFEST = "manifest.jsonl"
 RAYON_THREADS = "RAYON_NUM_THREADS"
 """Environment variable: the threads of tokenizers' batch encoding."""
 _COPY_BYTES = 1 << 20
@@ -80,37 +79,47 @@ class _Job:
     inputs: str
     """Digest of inputs and arguments."""
 
+    @property
+    def line(self) -> Path:
+        """The file of its line."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
     def run(self) -> dict[str, Any]:
-        """Do the work; its line of the manifest, its files being on disk."""
+        """Do the work; its line, written when its files are on disk: the stage may be gone by then."""
         remove(self.folder)
         self.folder.mkdir(parents=True)
         result = self.shard.work(self.folder, **self.shard.arguments)
         sync(*(path for path in self.folder.rglob("*") if path.is_file()), self.folder)
-        return {"key": self.shard.key, "inputs": self.inputs, "outputs": digest(self.folder), "result": result}
+        line = {"key": self.shard.key, "inputs": self.inputs, "outputs": digest(self.folder), "result": result}
+        write_text(self.line, json.dumps(line))
+        return line
+
+    def finished(self) -> dict[str, Any] | None:
+        """Its line, where it was finished with the same inputs, and its files are as they were left."""
+        try:
+            line: dict[str, Any] = json.loads(self.line.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        is_whole = line["inputs"] == self.inputs and self.folder.is_dir() and line["outputs"] == digest(self.folder)
+        return line if is_whole else None
 
 
 def run_shards(run: StageRun, shards: Sequence[Shard], done: int = 0, total: int = 0) -> list[Output]:
-    """Do what the manifest lacks, on `run.workers` processes; the outputs in the order of the shards.
+    """Do what is not finished, on `run.workers` processes; the outputs in the order of the shards.
 
     Progress counts from `done`, of `total` shards where there are more than these.
 
     Raises: InputError of a shard, or when a worker is killed; what is finished stays.
     """
-    settings, folder = run.params.run, run.state
-    folder.mkdir(parents=True, exist_ok=True)
     content = cache(digest)
-    jobs = {shard.key: _Job(shard, folder / shard.key, _inputs(shard, content)) for shard in shards}
-    lines = {key: line for key, line in _finished(folder / MANIFEST).items() if key in jobs and _fits(line, jobs[key])}
+    jobs = {shard.key: _Job(shard, run.state / shard.key, _inputs(shard, content)) for shard in shards}
+    lines = {key: line for key, job in jobs.items() if (line := job.finished())}
     unfinished = [job for key, job in jobs.items() if key not in lines]
     done, total = done + len(lines), total or len(shards)
-    with (folder / MANIFEST).open("ab") as manifest:
-        for line in execute(run.name, unfinished, settings):
-            manifest.write(json.dumps(line).encode() + b"\n")
-            manifest.flush()
-            os.fsync(manifest.fileno())
-            lines[line["key"]] = line
-            done += 1
-            run.progress(done, total, shard=line["key"])
+    for line in execute(run.name, unfinished, run.params.run):
+        lines[line["key"]] = line
+        done += 1
+        run.progress(done, total, shard=line["key"])
     return [Output(job.folder, lines[key]["result"]) for key, job in jobs.items()]
 
 
@@ -126,22 +135,6 @@ def _inputs(shard: Shard, content: Callable[[Path], str]) -> str:
     work = f"{shard.work.__module__}.{shard.work.__qualname__}"
     text = json.dumps([work, shard.arguments, {str(path): content(path) for path in shard.inputs}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finished(manifest: Path) -> dict[str, dict[str, Any]]:
-    """The lines of a manifest by key; one that a kill tore is none, and is cut off."""
-    lines: dict[str, dict[str, Any]] = {}
-    if manifest.is_file():
-        whole, _, torn = manifest.read_bytes().rpartition(b"\n")
-        if torn:
-            os.truncate(manifest, len(whole) + 1 if whole else 0)
-        lines = {line["key"]: line for line in map(json.loads, whole.splitlines())}
-    return lines
-
-
-def _fits(line: Mapping[str, Any], job: _Job) -> bool:
-    """Whether a finished shard is of the same inputs, and its files are as it left them."""
-    return line["inputs"] == job.inputs and job.folder.is_dir() and line["outputs"] == digest(job.folder)
 
 
 def execute(name: str, jobs: Sequence[Job], settings: RunConfig) -> Iterator[dict[str, Any]]:

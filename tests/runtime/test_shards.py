@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from components.config.loop_settings import RunConfig
 from components.config.params import InputError, load_params
 from components.config.paths import Paths
-from components.runtime.shards import MANIFEST, Output, Result, Shard, run_shards
+from components.runtime import shards as shard_runs
+from components.runtime.shards import Job, Output, Result, Shard, run_shards
 from components.runtime.stage import StageRun, digest
 from flows.orchestration.prefect_server import free_port
 
@@ -81,13 +83,32 @@ def test_any_number_of_workers_gives_the_same_bytes_in_the_same_order(tmp_path: 
 def test_a_killed_worker_is_reported_and_its_shard_done_again(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^prepare@decoder: a worker process was killed; finished shards stay; run"):
         run_shards(run_of(tmp_path, 2), shards(tmp_path, "killed"))
-    finished = {json.loads(line)["key"] for line in (tmp_path / "state" / MANIFEST).read_text().splitlines()}
+    finished = {path.stem for path in (tmp_path / "state").glob("*.json")}
     outputs = run_shards(run_of(tmp_path, 2), shards(tmp_path, "killed"))
     assert result(outputs) == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
     again = {name.removesuffix(".txt") for name, times in log(tmp_path).items() if times > 1}
     assert "3" in again
     assert len(again) <= 2, "at most one a worker"
     assert not {f"text-{number}" for number in again} & finished
+
+
+def test_a_shard_whose_result_the_stage_never_read_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker, or the stage itself, was killed before: nobody else has written that the shard is finished."""
+
+    def lose_results(name: str, jobs: Sequence[Job], settings: RunConfig) -> Iterator[dict[str, Any]]:
+        for job in jobs:
+            job.run()
+        return iter(())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_runs, "execute", lose_results)
+        with pytest.raises(KeyError):
+            run_shards(run_of(tmp_path, 1), shards(tmp_path))
+    outputs = run_shards(run_of(tmp_path, 1), shards(tmp_path))
+    assert result(outputs) == [(f"text-{n}", 6 * (n + 1), f"TEXT {n}" * (n + 1)) for n in range(6)]
+    assert set(log(tmp_path).values()) == {1}
 
 
 def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
@@ -103,15 +124,15 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
 def test_a_torn_line_a_damaged_file_and_another_input_are_done_again(tmp_path: Path) -> None:
     run = run_of(tmp_path, 1)
     first = digest(run_shards(run, shards(tmp_path))[0].folder)
-    manifest = run.state / MANIFEST
-    manifest.write_bytes(manifest.read_bytes()[:-9])  # of the last shard
+    line = run.state / "text-5.json"
+    line.write_bytes(line.read_bytes()[:-9])
     (run.state / "text-1/text").write_text("TORN")
     work = shards(tmp_path)
     (tmp_path / "2.txt").write_text("other")
     outputs = run_shards(run, work)
     assert {name: times for name, times in log(tmp_path).items() if times > 1} == {"1.txt": 2, "2.txt": 2, "5.txt": 2}
     assert [each.result["characters"] for each in outputs] == [6, 12, 5, 24, 30, 36]
-    assert all(json.loads(line) for line in manifest.read_text().splitlines())
+    assert json.loads(line.read_bytes())["key"] == "text-5"
     assert digest(outputs[0].folder) == first
 
 

@@ -15,10 +15,9 @@ import pytest
 
 from components.agent.agent import Agent
 from components.config.params import InputError, load_params
-from components.prediction.predict import Model, Summary, predict
+from components.prediction.predict import MANIFEST, Model, Summary, predict
 from components.prediction.predictors import MAX_ROWS, PredictionTask
 from components.runtime.object_store import read_bytes, write_file
-from components.runtime.shards import MANIFEST
 from components.runtime.stage import digest
 from tests.servers import s3_server
 from tests.serving.conftest import ROOT, WEATHER
