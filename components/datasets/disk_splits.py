@@ -207,12 +207,14 @@ def write_rows(
     with pq.ParquetWriter(out / ROWS, schema) as writer:
         for name, number in files:
             with pq.ParquetFile(name) as file:
-                for batch in file.iter_batches(batch_size=rows_per_group):
-                    kept = batch.filter(pa.array(stay[number : number + len(batch)] == KEPT))
-                    number += len(batch)
+                for group in range(file.num_row_groups):  # `iter_batches` holds several
+                    table = file.read_row_group(group)
+                    kept = table.filter(pa.array(stay[number : number + len(table)] == KEPT))
+                    number += len(table)
                     taken = kept.slice(first, rows)
                     first, rows = max(0, first - len(kept)), rows - len(taken)
-                    pending = pa.concat_tables([pending, pa.Table.from_batches([taken], schema)])
+                    if len(taken):  # a slice of no rows would hold its table
+                        pending = pa.concat_tables([pending, taken])
                     if len(pending) >= rows_per_group:
                         writer.write_table(pending.slice(0, rows_per_group).combine_chunks())
                         pending = pending.slice(rows_per_group)
