@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Collection, Iterable
-from contextlib import chdir, suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,7 @@ def fetch_result(root: Path, target: str, echo: Echo) -> bool:
     from dvc.repo import lock_repo
     from dvc.stage.cache import RunCacheNotFoundError
 
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # it warns of each file that the remote lacks
-    with chdir(root), open_repo(root) as repo, lock_repo(repo):
+    with chdir(root), _without_log(), open_repo(root) as repo, lock_repo(repo):
         (stage,) = repo.stage.collect(target)
         if not stage.changed():
             return False
@@ -170,6 +169,20 @@ def fetch_result(root: Path, target: str, echo: Echo) -> bool:
                 return True
             echo(f"{target}: DVC's remote has a result of the same inputs, but lacks files of it")
     return False
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Without DVC's lines on each file that the remote lacks: what follows from them is said in one."""
+    loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def results_in_remote(root: Path, targets: Collection[str]) -> list[str]:
