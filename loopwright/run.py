@@ -95,9 +95,9 @@ def _print_plan(root: Path, until: str | None, force: bool, as_json: bool) -> No
         print_json({"stages": stages, "seconds": total, "never_timed": unknown})
         return
     width = max(40, shutil.get_terminal_size().columns - max(len(state.name) for state in states) - 14)
-    found = "result in DVC's remote: "
+    prefix = "result in DVC's remote: "
     descriptions = [
-        found + state.describe(width - len(found)) if state.name in in_remote else state.describe(width)
+        prefix + state.describe(width - len(prefix)) if state.name in in_remote else state.describe(width)
         for state in states
     ]
     rows = zip(states, descriptions, strict=True)

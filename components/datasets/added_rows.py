@@ -63,11 +63,11 @@ class AddedRows:
 def by_share(rows: Callable[[], Iterable[Row]], share: float, seed: int) -> SplitRule:
     """Each row by itself; where that leaves a split empty, the last row alone is tested; a single row is trained on."""
     rule = SplitRule(seed, share)
-    found: set[Split] = set()
+    splits: set[Split] = set()
     ids: list[str] = []
     for row in rows():
-        found.add(rule.split_of(row))
-        if len(found) == 2:
+        splits.add(rule.split_of(row))
+        if len(splits) == 2:
             return rule
         if not ids or row["id"] != ids[-1]:
             ids = [*ids[:1], row["id"]]
@@ -81,11 +81,11 @@ def by_label(rows: Callable[[], Iterable[Row]], test_share: float, validation_sh
     Memory holds 8 bytes a row. Raises: InputError for a repeated id.
     """
     rule = SplitRule(seed)
-    by_label: dict[str, array[int]] = defaultdict(lambda: array("Q"))
+    hashes_of: dict[str, array[int]] = defaultdict(lambda: array("Q"))
     for row in rows():
-        by_label[row.get("label", "")].append(rule.hash_of(str(row["id"])))
+        hashes_of[row.get("label", "")].append(rule.hash_of(str(row["id"])))
     limits: dict[str, tuple[int, int]] = {}
-    for label, numbers in by_label.items():
+    for label, numbers in hashes_of.items():
         hashes = np.sort(np.frombuffer(numbers, np.uint64))
         tested = max(1, round(len(hashes) * test_share)) if len(hashes) > 1 else 0
         validated = max(1, round(len(hashes) * validation_share)) if len(hashes) >= MIN_ROWS else 0

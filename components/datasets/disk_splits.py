@@ -209,12 +209,12 @@ def write_rows(
             with pq.ParquetFile(name) as file:
                 for group in range(file.num_row_groups):  # `iter_batches` holds several
                     table = file.read_row_group(group)
-                    kept = table.filter(pa.array(stay[number : number + len(table)] == KEPT))
+                    rest = table.filter(pa.array(stay[number : number + len(table)] == KEPT))
                     number += len(table)
-                    taken = kept.slice(first, rows)
-                    first, rows = max(0, first - len(kept)), rows - len(taken)
-                    if len(taken):  # a slice of no rows would hold its table
-                        pending = pa.concat_tables([pending, taken])
+                    part = rest.slice(first, rows)
+                    first, rows = max(0, first - len(rest)), rows - len(part)
+                    if len(part):  # a slice of no rows would hold its table
+                        pending = pa.concat_tables([pending, part])
                     if len(pending) >= rows_per_group:
                         writer.write_table(pending.slice(0, rows_per_group).combine_chunks())
                         pending = pending.slice(rows_per_group)
